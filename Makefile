@@ -1,0 +1,90 @@
+# Everything a fresh machine needs is Python 3.10 or newer with pip and venv, and make.
+#
+#   make run                      set up .venv and run the main job with its defaults
+#   make run ARGS="model=mlp"     the same with other settings
+#   make test                     set up .venv and run the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build, installed first: an unpinned torch downloads several gigabytes.
+TORCH ?= torch==2.13.0
+ARGS ?=
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+say = @printf '[make] %s\n'
+# constraints.txt holds exact versions for Python 3.11; other versions of Python take what pyproject.toml admits.
+CONSTRAINTS = $$($(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+PIP = $(PY) -m pip --disable-pip-version-check -qq install
+
+# One thread per worker: the tests' tensors are small, and more threads only get in each other's way.
+TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint check format bench docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(PY):
+	$(say) "Creating a virtual environment in $(VENV) with $(PYTHON)."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "[make] $(PYTHON) is older than Python 3.10; choose another: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "[make] venv is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.torch: | $(PY)
+	$(say) "Installing $(TORCH) (first time only, about 200 MB)."
+	@$(PIP) "$(TORCH)"
+	@touch $@
+
+# Installed for running; re-done when the requirements change.
+$(VENV)/.run: pyproject.toml constraints.txt $(VENV)/.torch
+	$(say) "Installing the package with what running needs (first time only, about a minute)."
+	@$(PIP) $(CONSTRAINTS) -e '.[gym,launch,plot,tensorboard,video]'
+	@touch $@
+
+# Installed for developing: tests, linter, type checker, every environment and logger.
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
+	$(say) "Installing the package with everything the tests need (first time only, about two minutes)."
+	@$(PIP) $(CONSTRAINTS) -e '.[dev]'
+	@touch $(VENV)/.run $@
+
+run: $(VENV)/.run  ## set up and run the main job (ARGS="model=mlp seed=1" changes it)
+	$(say) "Running: python launch/submit.py $(ARGS)"
+	@$(PY) launch/submit.py $(ARGS)
+
+test: $(VENV)/.dev  ## set up and run all tests (PYTEST_ARGS="-m 'not slow'" chooses)
+	@$(PY) -c 'from ctypes.util import find_library as f; f("EGL") or f("OSMesa") or print("[make] Neither EGL nor \
+	OSMesa was found: MuJoCo videos cannot be rendered (on Debian: apt-get install libegl1 libosmesa6).")'
+	$(say) "Running the tests with $(WORKERS) workers."
+	@$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## format, lint and types
+	$(say) "Checking the format (make format repairs it)."
+	@$(PY) -m ruff format --check .
+	$(say) "Linting."
+	@$(PY) -m ruff check .
+	$(say) "Checking types."
+	@$(PY) -m mypy
+
+check: lint  ## lint, then the fast tests: before every commit
+	@$(MAKE) --no-print-directory test PYTEST_ARGS="-m 'not slow' $(PYTEST_ARGS)"
+
+format: $(VENV)/.dev  ## format the code and repair what the linter can
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix-only .
+
+bench: $(VENV)/.dev  ## train models x environments x seeds and write the learning table (ARGS=...)
+	$(say) "Running: python benchmarks/learning.py $(ARGS)"
+	@$(PY) benchmarks/learning.py $(ARGS)
+
+docs: $(VENV)/.dev  ## write the API pages of the package to build/docs
+	$(say) "Writing the API pages; docs/ has no guide pages yet."
+	@PDOC_ALLOW_EXEC=1 $(PY) -W ignore -m pdoc pwm_torchrl --docformat google -o build/docs
+	$(say) "Open build/docs/pwm_torchrl.html."
+
+clean:  ## remove .venv, caches and builds; runs/ is kept
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

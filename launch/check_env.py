@@ -1,0 +1,11 @@
+"""What training would see of an environment: python launch/check_env.py env=pendulum."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout works without installation
+
+from pwm_torchrl.launch.check_env import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

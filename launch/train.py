@@ -1,0 +1,11 @@
+"""Trains in this process: python launch/train.py model=flow_v2."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout works without installation
+
+from pwm_torchrl.launch.train import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""dflex, the differentiable simulator of the PWM paper, as a TorchRL environment; users install it themselves."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from pwm_torchrl.envs.arguments import check_maker_arguments
+from pwm_torchrl.envs.info import EnvInfo
+from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, nearest
+
+__all__ = ["DFlexEnv", "make_dflex_env"]
+
+CLASSES = {
+    "hopper": "HopperEnv",
+    "ant": "AntEnv",
+    "anymal": "AnymalEnv",
+    "humanoid": "HumanoidEnv",
+    "snu_humanoid": "SNUHumanoidEnv",
+}
+_INSTALL = "pip install 'git+https://github.com/imgeorgiev/DiffRL.git#subdirectory=dflex'"
+
+
+class DFlexEnv(EnvBase):
+    """A batched dflex simulation as a TorchRL environment of batch size ``[N]``.
+
+    dflex resets finished rows inside ``step``; here the step returns the true last observation, and the reset that
+    follows hands out the observation that the simulator already drew. Rewards are dflex's: of the state before the
+    transition.
+
+    Args:
+        simulator: an object with dflex's interface: ``num_envs``, ``num_obs``, ``num_actions``, ``episode_length``,
+            ``reset(env_ids, grads, force_reset)`` and ``step(actions)``.
+
+    Keyword Args:
+        name (str): label for messages.
+        seed (int): seed of the whole batch. Defaults to ``0``.
+        device (torch.device or str): the simulator's. Defaults to ``"cpu"``.
+        terminates (bool): whether episodes can end before their time limit. Defaults to ``True``.
+    """
+
+    state_support = "none: dflex has no complete copy of its state, so a resumed run begins with new episodes"
+
+    def __init__(
+        self,
+        simulator: Any,
+        *,
+        name: str,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        terminates: bool = True,
+    ) -> None:
+        n, observation_dim, action_dim = simulator.num_envs, simulator.num_obs, simulator.num_actions
+        super().__init__(device=torch.device(device), batch_size=torch.Size([n]))
+        self.simulator = simulator
+        self.observation_spec = Composite(
+            observation=Unbounded((n, observation_dim), dtype=torch.float32, device=self.device), shape=[n]
+        )
+        self.action_spec = Bounded(-1.0, 1.0, (n, action_dim), dtype=torch.float32, device=self.device)
+        self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=self.device)
+        flag = Categorical(2, dtype=torch.bool, shape=(n, 1), device=self.device)
+        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=[n])
+        self.pwm_info = EnvInfo(
+            name=name,
+            observation_dim=observation_dim,
+            action_dim=action_dim,
+            episode_length=int(simulator.episode_length),
+            action_repeat=1,
+            num_envs=n,
+            terminates=terminates,
+            seed=seed,
+        )
+        self._random = _RandomStream(self.device)
+        self._set_seed(seed)
+        # Rows that the simulator has reset inside its last step, and the observation of every row's present state.
+        self._already_reset = torch.zeros(n, dtype=torch.bool, device=self.device)
+        self._present = torch.zeros(n, observation_dim, device=self.device)
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self._seed = seed
+            self._random.seed(seed)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = tensordict.get("action").detach().clone()
+        with self._guarded("step"), torch.no_grad(), self._random.active():
+            after, reward, done, extras = self.simulator.step(action)
+        try:
+            last, terminated, truncated = (extras[k] for k in ("obs_before_reset", "termination", "truncation"))
+        except KeyError as error:
+            raise ConfigurationError(
+                f"{self.pwm_info.name}: this dflex's step gives no extras[{error.args[0]!r}], which tells true last "
+                f"observations and terminations apart; install the paper's version: {_INSTALL}"
+            ) from error
+        # dflex reuses its buffers and its tensors may own graphs: everything that leaves here is a detached copy.
+        last, reward = last.detach().clone().float(), reward.detach().clone().float().view(-1, 1)
+        terminated = terminated.detach().clone().bool().view(-1, 1)
+        truncated = truncated.detach().clone().bool().view(-1, 1)
+        done = done.detach().clone().bool().view(-1, 1) | terminated | truncated
+        self._present = after.detach().clone().float()
+        self._already_reset = done.view(-1).clone()
+        self._check_finite(last, "observation")
+        self._check_finite(reward, "reward")
+        return TensorDict(
+            {
+                "observation": last,
+                "reward": reward,
+                "done": done,
+                "terminated": terminated,
+                "truncated": truncated,
+            },
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        if mask is None:
+            self._present = self._simulator_reset(None)
+            self._already_reset = torch.zeros_like(self._already_reset)
+        else:
+            rows = mask.view(-1)
+            pending = rows & ~self._already_reset
+            if pending.any():
+                fresh = self._simulator_reset(pending.nonzero().squeeze(-1))
+                self._present = torch.where(pending.unsqueeze(-1), fresh, self._present)
+            self._already_reset = self._already_reset & ~rows
+        self._check_finite(self._present, "observation after reset")
+        return TensorDict({"observation": self._present.clone()}, batch_size=self.batch_size, device=self.device)
+
+    def _simulator_reset(self, rows: torch.Tensor | None) -> torch.Tensor:
+        with self._guarded("reset"), torch.no_grad(), self._random.active():
+            # Some versions take force_reset=True as "all rows", whatever env_ids says.
+            observation = self.simulator.reset(env_ids=rows, force_reset=rows is None)
+        return observation.detach().clone().float()
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise EnvironmentFault(
+                self.pwm_info.name, f"{what} raised {type(error).__name__}: {text}", seed=self._seed
+            ) from error
+
+    def _check_finite(self, values: torch.Tensor, what: str) -> None:
+        bad = ~torch.isfinite(values).all(-1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise EnvironmentFault(self.pwm_info.name, f"{what} is not finite", seed=self._seed, index=row)
+
+    def render_frame(self) -> np.ndarray:
+        """dflex writes USD scenes, not pictures: always raises ConfigurationError."""
+        raise ConfigurationError(f"{self.pwm_info.name} cannot be filmed, dflex draws no pictures: set training.video=false")
+
+
+class _RandomStream:
+    """The global random state as the simulator sees it, kept apart from everyone else's.
+
+    dflex draws from torch's and numpy's global generators; sharing them would let an evaluation change the training
+    run, and vice versa.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._state: tuple[Any, ...] | None = None
+
+    def seed(self, seed: int) -> None:
+        outside = self._get()
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        self._state = self._get()
+        self._set(outside)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        outside = self._get()
+        self._set(self._state)
+        try:
+            yield
+        finally:
+            self._state = self._get()
+            self._set(outside)
+
+    def _get(self) -> tuple[Any, ...]:
+        cuda = torch.cuda.get_rng_state(self._cuda) if self._cuda else None
+        return torch.get_rng_state(), np.random.get_state(), cuda
+
+    def _set(self, state: tuple[Any, ...]) -> None:
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        if self._cuda:
+            torch.cuda.set_rng_state(state[2], self._cuda)
+
+
+def make_dflex_env(
+    name: str,
+    num_envs: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    episode_length: int = 1000,
+    stochastic_init: bool = True,
+    early_termination: bool = True,
+    no_grad: bool = True,
+    module: str = "dflex.envs",
+    render: bool = False,
+    **simulator_kwargs: Any,
+) -> EnvBase:
+    """One of dflex's simulations with N environments.
+
+    Args:
+        name (str): ``"hopper"``, ``"ant"``, ``"anymal"``, ``"humanoid"`` or ``"snu_humanoid"``, also with ``dflex_`` in
+            front, as tables call them.
+        num_envs (int): N. Defaults to ``64``.
+        seed (int): seed of the whole batch. Defaults to ``0``.
+        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
+        episode_length (int): steps per episode. Defaults to ``1000``.
+        stochastic_init (bool): random initial states. Defaults to ``True``.
+        early_termination (bool): let a fall end the episode, where the simulation has falls. Defaults to ``True``.
+        no_grad (bool): simulate without gradients; PWM needs none. Defaults to ``True``.
+        module (str): dotted path of the module that has the simulator classes. Defaults to ``"dflex.envs"``.
+        render (bool): accepted like by the other makers; dflex draws no pictures. Defaults to ``False``.
+        **simulator_kwargs: further arguments of the simulator's constructor, such as ``MM_caching_frequency``.
+
+    Returns:
+        EnvBase: a :class:`DFlexEnv`.
+
+    Raises:
+        ConfigurationError: for an unknown name or argument.
+        MissingLibraryError: if dflex is not installed.
+    """
+    check_maker_arguments(num_envs, 1, episode_length)
+    task = str(name).removeprefix("dflex_")
+    if task not in CLASSES:
+        near = nearest(task, CLASSES)
+        raise ConfigurationError(
+            f"env.name={name!r} is not a dflex simulation: "
+            + (f"did you mean {near}?" if near else f"choose {', '.join(CLASSES)}")
+        )
+    cls = _simulator_class(_load(module), module, CLASSES[task])
+    ours = {
+        "num_envs": num_envs,
+        "device": str(device),
+        "render": False,
+        "seed": seed,
+        "episode_length": episode_length,
+        "no_grad": no_grad,
+        "stochastic_init": stochastic_init,
+        "early_termination": early_termination,
+    }
+    arguments = _accepted(cls, ours, simulator_kwargs)
+    construction = _RandomStream(torch.device(device))  # constructors of simulators seed the global generators
+    construction.seed(seed)
+    try:
+        with construction.active():
+            simulator = cls(**arguments)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise ConfigurationError(f"{module}.{CLASSES[task]} raised {type(error).__name__}: {text}") from error
+    return DFlexEnv(
+        simulator,
+        name=f"dflex_{task}",
+        seed=seed,
+        device=device,
+        terminates=early_termination and bool(getattr(simulator, "early_termination", True)),
+    )
+
+
+def _load(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name) and module.startswith("dflex"):
+            raise MissingLibraryError(
+                f"dflex is not installed; it is on no package index and licensed for research only: {_INSTALL}"
+            ) from error
+        raise MissingLibraryError(f"env.module={module!r} needs {error.name}, which is not installed") from error
+    except Exception as error:  # dflex compiles its kernels when it is imported
+        text = " ".join(str(error).split())[:300]
+        raise MissingLibraryError(f"env.module={module!r} cannot be loaded ({type(error).__name__}: {text})") from error
+
+
+def _simulator_class(loaded: ModuleType, module: str, name: str) -> Any:
+    if not hasattr(loaded, name):
+        raise ConfigurationError(f"env.module={module!r} has no class {name}")
+    return getattr(loaded, name)
+
+
+def _accepted(cls: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Our arguments that the constructor knows, and all of the user's, which it must know."""
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return {**ours, **theirs}
+    unknown = [key for key in theirs if key not in parameters]
+    if unknown:
+        near = nearest(unknown[0], parameters)
+        raise ConfigurationError(
+            f"env.{unknown[0]} is not an argument of {cls.__name__}"
+            + (f", did you mean {near}?" if near else f": it takes {', '.join(parameters)}")
+        )
+    return {**{key: value for key, value in ours.items() if key in parameters}, **theirs}

@@ -1,0 +1,231 @@
+"""From configuration to environment: finds the maker, gives it what it accepts, batches and standardises the result."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torchrl.envs import EnvBase, SerialEnv
+
+from pwm_torchrl.envs.arguments import check_maker_arguments
+from pwm_torchrl.envs.info import env_layers
+from pwm_torchrl.envs.standardize import check_usable, standardize
+from pwm_torchrl.envs.transforms import GuardedEnv
+from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, nearest
+
+__all__ = ["make_env"]
+
+# Keys of the configuration that belong to this module; a maker gets them only if it names them itself.
+RESERVED = ("_target_", "name", "num_envs", "seed", "device", "render", "action_repeat", "episode_length", "terminates",
+            "observation_keys")  # fmt: skip
+
+
+def make_env(
+    env_cfg: Mapping[str, Any],
+    *,
+    num_envs: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    render: bool = False,
+) -> EnvBase:
+    """Environment of a configuration, whoever wrote its maker.
+
+    ``env_cfg["_target_"]`` is the dotted path of a maker, a function or class that returns a TorchRL environment; the
+    other keys are its keyword arguments. A maker gets those of ``num_envs``, ``seed``, ``device`` and ``render`` that
+    its signature names. If it returns an environment without batch, N of them (seeds ``seed``, ``seed + 1``, ...) are
+    stepped one after the other.
+
+    Keys that this function understands for makers that do not: ``name`` (label), ``episode_length`` (truncate after so
+    many agent steps), ``terminates`` (whether episodes can end otherwise), ``observation_keys`` (entries that make up
+    the observation).
+
+    Args:
+        env_cfg (Mapping): the configuration.
+
+    Keyword Args:
+        num_envs (int): N.
+        seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``.
+        device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
+        render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
+
+    Returns:
+        EnvBase: see :func:`~pwm_torchrl.envs.standardize`.
+
+    Raises:
+        ConfigurationError: if the maker cannot be found or called so, or what it makes cannot be used.
+
+    Examples:
+        >>> cfg = {"_target_": "pwm_torchrl.envs.make_gymnasium_env", "id": "Pendulum-v1"}
+        >>> make_env(cfg, num_envs=4, seed=0).batch_size
+        torch.Size([4])
+    """
+    target = env_cfg.get("_target_")
+    if not target:
+        raise ConfigurationError("env._target_ is missing: give the dotted path of a function that makes the environment")
+    maker = _locate(str(target))
+    check_maker_arguments(num_envs, env_cfg.get("action_repeat") or 1, env_cfg.get("episode_length"))
+    arguments = _arguments(str(target), maker, env_cfg)
+    offered = {"num_envs": num_envs, "seed": seed, "device": device, "render": render}
+
+    env = _call(str(target), maker, arguments, offered)
+    name = str(env_cfg.get("name") or getattr(env.__dict__.get("pwm_info"), "name", None) or target)
+    check_usable(env, name, env_cfg.get("observation_keys"))
+    if not env.batch_size:
+        env.close()
+        env = _batch(str(target), maker, arguments, offered, name)
+    elif "seed" not in _named(maker):
+        _seed(env, name, seed)
+    if env.batch_size != torch.Size([num_envs]):
+        raise ConfigurationError(
+            f"env._target_={target} made a batch of {list(env.batch_size)} instead of env.num_envs={num_envs}: "
+            "return an environment without batch, or accept num_envs"
+        )
+    env = _to_device(env, device)
+    env = standardize(
+        env,
+        name=name,
+        seed=seed,
+        episode_length=None if "episode_length" in arguments else env_cfg.get("episode_length"),
+        terminates=env_cfg.get("terminates"),
+        observation_keys=env_cfg.get("observation_keys"),
+    )
+    _rename(env, name)
+    return env
+
+
+def _locate(target: str) -> Callable[..., Any]:
+    """The function or class at a dotted path; the working directory counts as importable."""
+    module_name, _, attribute = target.rpartition(".")
+    if not module_name:
+        raise ConfigurationError(f"env._target_={target!r} is not a dotted path like my_package.make_env")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and module_name.startswith(error.name):
+            raise ConfigurationError(f"env._target_={target!r}: there is no module {error.name!r}") from error
+        raise MissingLibraryError(f"env._target_={target!r} needs {error.name}, which is not installed") from error
+    if not hasattr(module, attribute):
+        near = nearest(attribute, vars(module))
+        raise ConfigurationError(
+            f"env._target_={target!r}: {module_name} has no {attribute!r}" + (f", did you mean {near}?" if near else "")
+        )
+    maker = getattr(module, attribute)
+    if not callable(maker):
+        raise ConfigurationError(f"env._target_={target!r} is a {type(maker).__name__}, not a function or class")
+    return maker
+
+
+def _named(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters that a maker names itself (a catch-all ``**kwargs`` is not one)."""
+    try:
+        parameters = inspect.signature(maker).parameters
+    except (TypeError, ValueError):  # some builtins have no signature
+        return {}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {key: parameter for key, parameter in parameters.items() if parameter.kind in kinds}
+
+
+def _takes_any(maker: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(maker).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _arguments(target: str, maker: Callable[..., Any], env_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the configuration that go to the maker, checked against its signature."""
+    named, takes_any = _named(maker), _takes_any(maker)
+    offered = ("_target_", "num_envs", "seed", "device", "render")
+    arguments = {}
+    for key, value in env_cfg.items():
+        if key in offered or (key in RESERVED and key not in named):
+            continue
+        if key not in named and not takes_any:
+            known = [k for k in named if k not in offered]
+            near = nearest(str(key), known)
+            raise ConfigurationError(
+                f"env.{key}={value!r} is not an argument of {target}"
+                + (f", did you mean {near}?" if near else f": it takes {', '.join(known) or 'none'}")
+            )
+        arguments[str(key)] = value
+    repeat = env_cfg.get("action_repeat")
+    if repeat not in (None, 1) and "action_repeat" not in named:
+        raise ConfigurationError(
+            f"env.action_repeat={repeat}, but {target} has no argument action_repeat: repeat actions in the maker"
+        )
+    missing = [
+        key
+        for key, p in named.items()
+        if p.default is inspect.Parameter.empty and key not in arguments and key not in offered
+    ]
+    if missing:
+        raise ConfigurationError(f"env.{missing[0]} is missing: {target} needs it")
+    return arguments
+
+
+def _call(target: str, maker: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any]) -> EnvBase:
+    named = _named(maker)
+    try:
+        env = maker(**arguments, **{key: value for key, value in offered.items() if key in named})
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise ConfigurationError(f"env._target_={target} raised {type(error).__name__}: {text}") from error
+    if not isinstance(env, EnvBase):
+        raise ConfigurationError(
+            f"env._target_={target} returned a {type(env).__name__}: it must return a TorchRL environment (EnvBase), "
+            "for example torchrl.envs.GymWrapper(env)"
+        )
+    return env
+
+
+def _batch(
+    target: str, maker: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any], name: str
+) -> EnvBase:
+    """N environments without batch, one after the other, each with its own seed."""
+    first = offered["seed"]
+
+    def make(index: int) -> EnvBase:
+        env = _call(target, maker, arguments, {**offered, "seed": first + index, "num_envs": 1})
+        if "seed" not in _named(maker):
+            _seed(env, name, first + index)
+        return GuardedEnv(env, name=name, seed=first + index, index=index)
+
+    count = offered["num_envs"]
+    # One function with arguments, not N functions: TorchRL takes those for N different kinds of environment.
+    batch = SerialEnv(count, make, create_env_kwargs=[{"index": i} for i in range(count)])
+    batch.start()  # otherwise its members exist only after the first reset
+    return batch
+
+
+def _seed(env: EnvBase, name: str, seed: int) -> None:
+    """Seed an environment whose maker takes no seed."""
+    try:
+        env.set_seed(seed, static_seed=True)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise EnvironmentFault(name, f"set_seed raised {type(error).__name__}: {text}", seed=seed) from error
+
+
+def _to_device(env: EnvBase, device: torch.device | str) -> EnvBase:
+    device = torch.device(device)
+    return env if env.device == device else env.to(device)
+
+
+def _rename(env: EnvBase, name: str) -> None:
+    for layer in env_layers(env):
+        info = layer.__dict__.get("pwm_info")
+        if info is not None and info.name != name:
+            layer.pwm_info = replace(info, name=name)
+            if hasattr(type(layer), "rename"):
+                layer.rename(name)

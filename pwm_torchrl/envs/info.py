@@ -1,0 +1,64 @@
+"""What an environment is: the few facts that training, tables and reports need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl.envs import EnvBase, TransformedEnv
+
+__all__ = ["EnvInfo", "env_info", "env_layers"]
+
+
+@dataclass(frozen=True)
+class EnvInfo:
+    """Facts of an environment.
+
+    Attributes:
+        name: label for tables and messages.
+        observation_dim: length of the flat observation.
+        action_dim: length of the action.
+        episode_length: agent steps after which an episode is truncated, ``None`` if there is no limit.
+        action_repeat: environment steps per agent step.
+        num_envs: size of the batch.
+        terminates: whether an episode can end by termination, that is otherwise than by its time limit.
+        seed: seed of sub-environment 0; sub-environment i has ``seed + i``.
+    """
+
+    name: str
+    observation_dim: int
+    action_dim: int
+    episode_length: int | None
+    action_repeat: int
+    num_envs: int
+    terminates: bool
+    seed: int = 0
+
+
+def env_layers(env: Any) -> Iterator[Any]:
+    """``env`` and what it wraps, outermost first; through TorchRL's transforms, not into batches."""
+    while env is not None:
+        yield env
+        env = env.base_env if isinstance(env, TransformedEnv) else None
+
+
+def env_info(env: EnvBase) -> EnvInfo:
+    """Facts of an environment that :func:`~pwm_torchrl.envs.make_env` or one of the makers returned.
+
+    Args:
+        env (EnvBase): the environment, possibly with more transforms around it.
+
+    Returns:
+        EnvInfo: its facts.
+
+    Raises:
+        TypeError: if none of the layers of ``env`` comes from this package.
+    """
+    for layer in env_layers(env):
+        info = layer.__dict__.get("pwm_info")
+        if info is not None:
+            return info
+    raise TypeError(
+        f"{type(env).__name__} was not made by pwm_torchrl.envs: pass it through pwm_torchrl.envs.standardize first"
+    )

@@ -1,0 +1,54 @@
+"""Errors that reach the user: one sentence each, naming the value, what is accepted and the key that sets it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ConfigurationError", "EnvironmentFault", "MissingLibraryError", "nearest"]
+
+
+class ConfigurationError(ValueError):
+    """A configuration value that cannot work, found before anything runs."""
+
+
+class MissingLibraryError(ConfigurationError, ImportError):
+    """An optional library that the configuration needs and that cannot be imported."""
+
+
+class EnvironmentFault(RuntimeError):
+    """An environment raised, or returned a value that is not finite.
+
+    Args:
+        name (str): name of the environment.
+        problem (str): what happened, the end of the sentence.
+        seed (int, optional): seed of the sub-environment. Defaults to ``None``.
+        index (int, optional): position of the sub-environment in the batch. Defaults to ``None``.
+    """
+
+    def __init__(
+        self, name: str, problem: str, *, seed: int | None = None, index: int | None = None
+    ) -> None:
+        self.name = name
+        self.problem = problem
+        self.seed = seed
+        self.index = index
+        where = f"sub-environment {index} (seed {seed})" if index is not None else f"seed {seed}"
+        super().__init__(f"environment {name}, {where}: {problem}")
+
+    def __reduce__(self) -> tuple:
+        # The default would call the constructor with the finished message only; jobs send errors across processes.
+        return _rebuild_fault, (self.name, self.problem, self.seed, self.index)
+
+
+def _rebuild_fault(name: str, problem: str, seed: int | None, index: int | None) -> EnvironmentFault:
+    return EnvironmentFault(name, problem, seed=seed, index=index)
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
+    """Readable list of the choices that look most like ``word``: ``"a, b or c"``; empty without a likely one."""
+    choices = list(choices)
+    folded = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(word.lower(), folded, n=count, cutoff=0.5)
+    names = [folded[name] for name in found]
+    return names[0] if len(names) == 1 else " or ".join([", ".join(names[:-1]), names[-1]]) if names else ""

@@ -1,0 +1,32 @@
+"""``launch/check_env.py``: what training would see of an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch import console
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.launch.help import help_text, wants_help
+
+__all__ = ["main"]
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Composes a configuration, makes its environment and prints the report on it."""
+    words = list(argv or ())
+    if wants_help(words):
+        console.say(help_text("check_env.py"))
+        return console.OK
+    config = compose(words)
+    from pwm_torchrl.envs.report import report_env
+
+    try:
+        console.say(report_env(config.env, config.env["num_envs"]))
+    except Exception as failure:
+        if not console.is_ours(failure) or isinstance(failure, ConfigurationError):
+            raise
+        console.error(str(failure))
+        return console.FAILED
+    return console.OK

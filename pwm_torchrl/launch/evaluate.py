@@ -1,0 +1,49 @@
+"""``launch/evaluate.py``: the deterministic return of a trained policy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch import console
+from pwm_torchrl.launch.compose import make_cwd_importable
+from pwm_torchrl.launch.run_dir import load_config
+
+__all__ = ["ArgumentParser", "main"]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with this project's way of saying what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises :class:`ConfigurationError` instead of printing the usage and exiting."""
+        raise ConfigurationError(f"{message}; {self.format_usage().strip()}")
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates the best policy of a run on fresh environments and prints mean and spread."""
+    parser = ArgumentParser(prog="python launch/evaluate.py", description="Deterministic return of a trained policy.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--episodes", type=int, default=10, metavar="N", help="episodes (default 10)")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the environments (default: from the run's)")
+    args = parser.parse_args(argv)
+    if args.episodes < 1:
+        raise ConfigurationError(f"--episodes={args.episodes} is too small; it must be at least 1")
+    make_cwd_importable()
+    load_config(args.run)  # says in one sentence if this is no run directory
+    from pwm_torchrl.training import evaluate_run
+
+    try:
+        result = evaluate_run(args.run, episodes=args.episodes, seed=args.seed)
+    except Exception as failure:
+        if not console.is_ours(failure) or isinstance(failure, ConfigurationError):
+            raise
+        console.error(str(failure))
+        return console.FAILED
+    mean, spread = (result[f"return_{k}"] for k in ("mean", "std"))
+    console.say(f"{args.run}: return {mean:.1f} ± {spread:.1f} over {result.get('episodes', args.episodes)} episodes")
+    return console.OK

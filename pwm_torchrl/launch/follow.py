@@ -1,0 +1,150 @@
+"""Showing a local job's output while it runs, and stopping it in order."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from pwm_torchrl.launch import console
+from pwm_torchrl.launch.job import LOG_FILE, OUTCOME_FILE, PID_FILE
+from pwm_torchrl.launch.run_dir import set_status
+
+__all__ = ["Follower", "stop_signals_as_interrupt"]
+
+_POLL_S = 0.1
+_REPEAT_STOP_S = 3.0
+
+
+class _Process(Protocol):
+    """What is used of the controller's ``subprocess.Popen``."""
+
+    def poll(self) -> int | None: ...
+    def send_signal(self, signum: int) -> None: ...
+
+
+class Follower:
+    """Follows one attempt of a run.
+
+    Args:
+        process: submitit's controller, which lives as long as the job.
+        run_dir: the run's directory.
+        attempt: the attempt's folder inside it.
+        log_start: size of the log when the job was submitted; earlier attempts wrote what is
+            before.
+    """
+
+    def __init__(self, process: _Process, run_dir: Path, attempt: Path, log_start: int) -> None:
+        self._process = process
+        self._run_dir = run_dir
+        self._attempt = attempt
+        self._position = log_start
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._last_character = "\n"
+
+    def follow(self) -> dict[str, Any]:
+        """Shows the job's output to its end; Ctrl-C stops the job, a second one kills it.
+
+        Returns:
+            The job's outcome, see :func:`~pwm_torchrl.launch.job.run_job`.
+        """
+        try:
+            return self._wait(stopping=False)
+        except KeyboardInterrupt:
+            console.say("\nstopping: the job saves its state first (Ctrl-C again kills it) ...", err=True)
+        try:
+            return self._wait(stopping=True)
+        except KeyboardInterrupt:
+            self._kill()
+            set_status(self._run_dir, "stopped")
+            return {"status": "stopped"}
+
+    def _wait(self, *, stopping: bool) -> dict[str, Any]:
+        next_stop = 0.0
+        while True:
+            running = self._process.poll() is None
+            outcome = self._show()
+            if not running:
+                break
+            if stopping and outcome is None and time.monotonic() >= next_stop:
+                # Repeated, because the job may not have been listening yet; it heeds the first one
+                # only.
+                self._process.send_signal(signal.SIGTERM)
+                next_stop = time.monotonic() + _REPEAT_STOP_S
+            time.sleep(_POLL_S)
+        if self._last_character not in "\r\n":
+            self._write("\n")
+        if outcome is None:
+            outcome = {"status": "stopped"} if stopping else self._died()
+            set_status(self._run_dir, outcome["status"])
+        return outcome
+
+    def _show(self) -> dict[str, Any] | None:
+        """Prints what is new in the log; returns the outcome once there is one.
+
+        The log is read before the outcome: the traceback, which is not shown, is only written
+        after it.
+        """
+        fresh = b""
+        with contextlib.suppress(FileNotFoundError), open(self._run_dir / LOG_FILE, "rb") as log:
+            log.seek(self._position)
+            fresh = log.read()
+        outcome = None
+        with contextlib.suppress(FileNotFoundError):
+            outcome = json.loads((self._attempt / OUTCOME_FILE).read_text(encoding="utf-8"))
+            fresh = fresh[: max(0, outcome["log_end"] - self._position)]
+        self._position += len(fresh)
+        self._write(self._decoder.decode(fresh))
+        return outcome
+
+    def _write(self, text: str) -> None:
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self._last_character = text[-1]
+
+    def _died(self) -> dict[str, Any]:
+        """The outcome of a job that left none: killed, or never really started."""
+        output = "".join(p.read_text(errors="replace") for p in sorted(self._attempt.glob("*_log.*")))
+        started = (self._attempt / PID_FILE).exists()
+        last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
+        if started or not last:
+            error = "the job's process ended without a result: it was killed from outside, or ran out of memory"
+        else:
+            error = f"the job did not start: {last.strip()}"
+        return {"status": "failed", "error": error, "bad_input": False}
+
+    def _kill(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            os.killpg(int((self._attempt / PID_FILE).read_text()), signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            self._process.send_signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def stop_signals_as_interrupt() -> Iterator[None]:
+    """Treats a closed terminal and a polite kill of the follower like Ctrl-C, so that no job is
+    left behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    kept = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in kept.items():
+            signal.signal(signum, handler)

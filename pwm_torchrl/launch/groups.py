@@ -1,0 +1,83 @@
+"""What can be chosen and set: the files of ``configs/`` and the keys of the schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pwm_torchrl
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.training.config import Config
+
+__all__ = ["configs_dir", "group_choices", "nearest", "nearest_sentence", "schema_keys"]
+
+
+def configs_dir() -> Path:
+    """The folder with ``config.yaml``: packaged beside the modules in a wheel, at the top of a
+    checkout.
+
+    Raises:
+        ConfigurationError: if neither exists.
+    """
+    package = Path(pwm_torchrl.__file__).resolve().parent
+    for folder in (package / "_configs", package.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigurationError(f"the folder configs/ with config.yaml is missing beside {package}; reinstall pwm-torchrl")
+
+
+def group_choices() -> dict[str, list[str]]:
+    """Every config group with its choices, both in reading order of the help."""
+    order = ["model", "size", "env", "experiment", "algorithm", "logger", "cluster", "memory"]
+    folder = configs_dir()
+    found = {p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.yaml"))}
+    names = [g for g in order if g in found] + sorted(found - set(order))
+    return {g: sorted((p.stem for p in (folder / g).glob("*.yaml")), key=_by_number) for g in names}
+
+
+def _by_number(name: str) -> tuple[Any, ...]:
+    """Sort key that puts 5m before 19m, and names without a leading number first."""
+    digits = name[: len(name) - len(name.lstrip("0123456789"))]
+    return (int(digits) if digits else -1, name)
+
+
+def schema_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key below a schema dataclass with its type; a section's type is its
+    dataclass.
+    """
+    keys: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        keys[prefix + field.name] = hint
+        if dataclasses.is_dataclass(hint):
+            keys.update(schema_keys(typing.cast(type, hint), f"{prefix}{field.name}."))
+    return keys
+
+
+def nearest(value: str, choices: Iterable[str], n: int = 3) -> list[str]:
+    """The choices most like ``value``, best first.
+
+    Of dotted keys those of the same section are compared by their last part; a key without its
+    section, or in another one, is looked for by its last part everywhere.
+    """
+    choices = list(choices)
+    section, dot, leaf = value.rpartition(".")
+    siblings = {c.rpartition(".")[2]: c for c in choices if dot and c.rpartition(".")[0] == section}
+    close = [siblings[m] for m in difflib.get_close_matches(leaf, siblings, n=n, cutoff=0.6)]
+    if not close:
+        close = difflib.get_close_matches(value, choices, n=n, cutoff=0.7 if dot else 0.6)
+    if not close:
+        leaves = {c.rpartition(".")[2]: c for c in reversed(choices)}
+        close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=n, cutoff=0.75)]
+    return list(dict.fromkeys(close))
+
+
+def nearest_sentence(value: str, choices: Iterable[str]) -> str:
+    """``"; nearest: a, b"``, or nothing where nothing is near."""
+    close = nearest(value, choices)
+    return f"; nearest: {', '.join(close)}" if close else ""

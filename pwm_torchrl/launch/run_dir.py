@@ -1,0 +1,198 @@
+"""A run's directory: created, recognised, resumed or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch.explain import explain
+from pwm_torchrl.training.config import Config
+
+__all__ = [
+    "RunDir",
+    "differing_keys",
+    "load_config",
+    "prepare_run_dir",
+    "read_summary",
+    "save_config",
+    "set_status",
+    "was_started",
+]
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+# Keys that do not change what a run learns: where it runs and logs, what it shows, how often it
+# saves. The split of a batch changes the rounding only, and a run must be able to come back with a
+# smaller one.
+IGNORED = (
+    "run_dir",
+    "runs_dir",
+    "cluster",
+    "logger",
+    "memory",
+    "training.progress",
+    "training.video",
+    "training.threads",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+)
+
+
+class RunDir(NamedTuple):
+    """Where a run lives, and whether it continues an earlier attempt."""
+
+    path: Path
+    resume: bool
+
+
+def prepare_run_dir(config: Config) -> RunDir:
+    """Creates or recognises the directory of a run and saves the configuration in it.
+
+    Without ``config.run_dir`` a new one is created under ``config.runs_dir``. With it: an empty or
+    missing directory is a fresh start, an unfinished run of the same configuration is resumed,
+    everything else is refused.
+
+    Raises:
+        ConfigurationError: if the directory cannot be written, holds something else, a run of
+            another configuration (the differing keys are listed) or a finished run.
+    """
+    if config.run_dir is None:
+        path = _new_directory(config)
+    else:
+        path = Path(config.run_dir).expanduser().absolute()
+        _examine(path, config)
+    _require_writable(path, "run_dir" if config.run_dir is not None else "runs_dir")
+    save_config(config, path)
+    return RunDir(path, was_started(path))
+
+
+def was_started(run_dir: str | Path) -> bool:
+    """Whether an earlier attempt left something to continue, be it only its first lines."""
+    return any((Path(run_dir) / name).exists() for name in ("checkpoints", "metrics.csv", SUMMARY_FILE))
+
+
+def save_config(config: Config, run_dir: Path) -> None:
+    """Writes ``config.yaml``; the directory's own path is left out, so that a run can be moved."""
+    content = dataclasses.asdict(dataclasses.replace(config, run_dir=None))
+    partial = run_dir / (CONFIG_FILE + ".tmp")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
+    os.replace(partial, run_dir / CONFIG_FILE)
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """Reads the ``config.yaml`` of a run back into the schema.
+
+    Raises:
+        ConfigurationError: if there is none, or it does not fit the schema.
+    """
+    file = Path(run_dir) / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
+    try:
+        stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"{file} does not fit this version: {explain(error, [], [])}") from error
+    except YAMLError as error:
+        raise ConfigurationError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
+    return stored
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any]:
+    """The run's ``summary.json``; empty while there is none or it is torn."""
+    try:
+        content = json.loads((Path(run_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def set_status(run_dir: str | Path, status: str) -> None:
+    """Corrects the status of a summary that still says ``running`` although its process ended."""
+    summary = read_summary(run_dir)
+    if summary.get("status") == "running":
+        partial = Path(run_dir) / (SUMMARY_FILE + ".tmp")
+        partial.write_text(json.dumps({**summary, "status": status}, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, Path(run_dir) / SUMMARY_FILE)
+
+
+def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys on which two configurations differ in a way that matters, with both values."""
+    a, b = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(asked))
+    keys = [k for k in dict.fromkeys([*a, *b]) if not any(k == i or k.startswith(i + ".") for i in IGNORED)]
+    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves.update(_flat(value, f"{prefix}{key}."))
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def _examine(path: Path, config: Config) -> None:
+    """Raises unless ``path`` is free or holds an unfinished run of this configuration."""
+    try:
+        empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise ConfigurationError(f"run_dir={path} cannot be read: {error.strerror}") from error
+    if empty:
+        return
+    if not path.is_dir():
+        raise ConfigurationError(f"run_dir={path} is a file; give a directory")
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigurationError(
+            f"run_dir={path} is neither empty nor a run directory (it has no {CONFIG_FILE}); give another run_dir"
+        )
+    if read_summary(path).get("status") == "finished":
+        raise ConfigurationError(f"run_dir={path} holds a finished run; give another run_dir, or none for a new one")
+    differing = differing_keys(load_config(path), config)
+    if differing:
+        lines = [f"  {key}: {old} there, {new} asked for" for key, (old, new) in differing.items()]
+        raise ConfigurationError(
+            f"run_dir={path} holds a run of another configuration; give another run_dir, or the "
+            "same settings:\n" + "\n".join(lines)
+        )
+
+
+def _new_directory(config: Config) -> Path:
+    env = config.env.get("name") or config.env["_target_"]
+    label = f"{env}_{config.model.name}_{config.size.name}_s{config.seed}"
+    name = f"{label}_{time.strftime('%Y%m%d-%H%M%S')}"
+    name = re.sub(r"[^\w.-]+", "-", name)
+    runs = Path(config.runs_dir).expanduser().absolute()
+    attempt = 1
+    while True:
+        path = runs / (name if attempt == 1 else f"{name}_{attempt}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError as error:
+            if not path.is_dir():
+                raise ConfigurationError(f"runs_dir={config.runs_dir} is not a directory") from error
+            attempt += 1
+        except OSError as error:
+            raise ConfigurationError(f"runs_dir={config.runs_dir} cannot be written: {error.strerror}") from error
+
+
+def _require_writable(path: Path, key: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{key}={path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,50 @@
+"""``launch/train.py``: a run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pwm_torchrl.launch import console
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.launch.help import help_text, wants_help
+from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir
+from pwm_torchrl.training.config import Config
+
+__all__ = ["main", "run_in_process"]
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Composes a configuration, trains to the end and prints the result.
+
+    Returns:
+        The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped.
+    """
+    words = list(argv or ())
+    if wants_help(words):
+        console.say(help_text("train.py"))
+        return console.OK
+    config = compose(words)
+    return run_in_process(config, prepare_run_dir(config), words, script="train.py")
+
+
+def run_in_process(config: Config, run: RunDir, words: Sequence[str], *, script: str) -> int:
+    """Trains here; an error of the package ends in its sentence, a bug in its traceback."""
+    from pwm_torchrl.training import train
+
+    console.say(f"{'resuming' if run.resume else 'run'}: {run.path}")
+    try:
+        summary = train(config, run.path, resume=run.resume)
+    except KeyboardInterrupt:
+        console.say(f"\nstopped; {console.resume_hint(script, words, run.path)}", err=True)
+        return console.STOPPED
+    except Exception as failure:
+        if not console.is_ours(failure):
+            raise
+        console.error(f"{failure}\nrun directory: {run.path}")
+        return console.BAD_INPUT if isinstance(failure, console.ConfigurationError) else console.FAILED
+    console.say(console.summary_line(summary, run.path))
+    if summary.get("status") == "stopped":
+        console.say(console.resume_hint(script, words, run.path), err=True)
+        return console.STOPPED
+    return console.OK if summary.get("status") == "finished" else console.FAILED

@@ -1,0 +1,195 @@
+"""Checks of a composed configuration that types alone cannot make, one sentence each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch.groups import nearest_sentence
+from pwm_torchrl.training.config import Config
+
+__all__ = ["CHOICES", "validate"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dynamics.kind": ("mlp", "residual", "flow"),
+    "model.dynamics.parameterization": ("residual_endpoint", "tangent", "simnorm_velocity"),
+    "model.dynamics.solver": ("euler", "heun"),
+    "model.loss.form": ("pwm", "tdmpc2"),
+    "model.loss.flow_matching_source": ("teacher", "detached", "attached"),
+    "model.reward_head": ("scalar", "two_hot"),
+    "model.reward_space": ("raw", "symlog"),
+    "algorithm.policy_starts": ("replay", "current"),
+    "training.replay_storage": ("memory", "disk"),
+    "logger.kind": ("csv", "tensorboard", "wandb"),
+    "logger.mode": ("auto", "online", "offline", "disabled"),
+    "cluster.kind": ("local", "debug"),
+    "memory.kind": ("fixed",),
+}
+"""The strings that a key accepts."""
+
+_AT_LEAST: dict[str, float] = {
+    "model.dynamics.substeps": 1,
+    "model.dynamics.time_features": 0,
+    "model.num_bins": 2,
+    "model.loss.rollout_weight": 0,
+    "model.loss.flow_matching_weight": 0,
+    "model.loss.self_consistency_weight": 0,
+    "model.loss.termination_coef": 0,
+    "size.latent_dim": 1,
+    "size.simnorm_dim": 1,
+    "size.task_dim": 1,
+    "size.num_critics": 1,
+    "algorithm.horizon": 1,
+    "algorithm.collect_steps": 1,
+    "algorithm.random_steps": 0,
+    "algorithm.imagination_batch": 1,
+    "algorithm.policy_updates": 0,
+    "algorithm.model_batch": 1,
+    "algorithm.model_updates": 0,
+    "algorithm.first_model_updates": 0,
+    "algorithm.critic_passes": 0,
+    "algorithm.critic_minibatches": 1,
+    "training.epochs": 1,
+    "training.eval_every": 0,
+    "training.eval_episodes": 1,
+    "training.checkpoint_every": 0,
+    "training.keep_checkpoints": 1,
+    "training.replay_capacity": 1,
+    "training.gradient_profile_every": 0,
+    "training.threads": 1,
+    "memory.model_micro_batch": 1,
+    "env.num_envs": 1,
+    "env.action_repeat": 1,
+    "env.episode_length": 1,
+    "seed": 0,
+}
+
+_POSITIVE = (
+    "model_lr",
+    "actor_lr",
+    "critic_lr",
+    "model_grad_norm",
+    "actor_grad_norm",
+    "critic_grad_norm",
+)
+_INTEGERS_OF_ENV = ("num_envs", "action_repeat", "episode_length")
+
+
+def validate(config: Config) -> None:
+    """Checks ranges, choices and combinations.
+
+    Raises:
+        ConfigurationError: for the first thing found wrong.
+    """
+    _check_env(config.env)
+    for key, accepted in CHOICES.items():
+        value = _get(config, key)
+        if value not in accepted:
+            raise ConfigurationError(
+                f"{key}={value} is not accepted{nearest_sentence(str(value), accepted)}; "
+                f"choose one of {', '.join(accepted)}"
+            )
+    for key, least in _AT_LEAST.items():
+        value = _get(config, key)
+        if value is not None and not value >= least:
+            raise ConfigurationError(f"{key}={value} is too small; it must be at least {least:g}")
+    for key in _POSITIVE:
+        _require(config, f"algorithm.{key}", lambda v: v > 0, "must be above 0")
+    _require(config, "algorithm.final_lr", lambda v: v >= 0, "must not be negative")
+    _require(config, "algorithm.gamma", lambda v: 0 < v <= 1, "must lie in (0, 1]")
+    _require(config, "algorithm.lmbda", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
+    for key in ("algorithm.policy_betas", "algorithm.model_betas"):
+        _require(
+            config,
+            key,
+            lambda v: len(v) == 2 and all(0 <= b < 1 for b in v),
+            "must be two numbers in [0, 1)",
+        )
+    for key in ("size.units", "size.encoder_units", "size.actor_units", "size.critic_units"):
+        _require(
+            config,
+            key,
+            lambda v: len(v) > 0 and min(v) > 0,
+            "must be a list of at least one positive width",
+        )
+    _require(
+        config,
+        "device",
+        lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None,
+        "must be auto, cpu, cuda or cuda:N",
+    )
+    _check_combinations(config)
+
+
+def _check_env(env: dict[str, Any]) -> None:
+    target = env.get("_target_")
+    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
+        raise ConfigurationError(
+            f"env._target_={target} is not the dotted path of a function; write it as env._target_=my_pkg.make_env"
+        )
+    if env.get("num_envs") is None:
+        raise ConfigurationError("env.num_envs has no value; set the number of environments, env.num_envs=8")
+    for name in _INTEGERS_OF_ENV:
+        value = env.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigurationError(f"env.{name}={value}: {str(value)!r} is not an integer")
+
+
+def _check_combinations(config: Config) -> None:
+    size, model, algorithm = config.size, config.model, config.algorithm
+    if size.latent_dim % size.simnorm_dim:
+        raise ConfigurationError(
+            f"size.latent_dim={size.latent_dim} is not a multiple of "
+            f"size.simnorm_dim={size.simnorm_dim}; "
+            "SimNorm needs groups of equal size"
+        )
+    if not model.vmin < model.vmax:
+        raise ConfigurationError(f"model.vmin={model.vmin} must be below model.vmax={model.vmax}")
+    episode = config.env.get("episode_length")
+    if episode is not None and algorithm.horizon > episode:
+        raise ConfigurationError(
+            f"algorithm.horizon={algorithm.horizon} is longer than an episode, "
+            f"env.episode_length={episode} agent "
+            f"steps; use algorithm.horizon={episode} or less"
+        )
+    if training_slices_overflow(config):
+        raise ConfigurationError(
+            f"training.replay_capacity={config.training.replay_capacity} holds less than one "
+            "horizon of every "
+            f"environment; with env.num_envs={config.env['num_envs']} and "
+            f"algorithm.horizon={algorithm.horizon} it "
+            f"needs at least {config.env['num_envs'] * (algorithm.horizon + 1)}"
+        )
+    micro = config.memory.model_micro_batch
+    if micro is not None and micro > algorithm.model_batch:
+        raise ConfigurationError(
+            f"memory.model_micro_batch={micro} is larger than "
+            f"algorithm.model_batch={algorithm.model_batch}; "
+            "use null for all at once"
+        )
+    if model.loss.self_consistency_weight > 0 and not model.dynamics.condition_on_step_size:
+        raise ConfigurationError(
+            f"model.loss.self_consistency_weight={model.loss.self_consistency_weight:g} needs the "
+            "step size as an "
+            "input; set model.dynamics.condition_on_step_size=true"
+        )
+
+
+def training_slices_overflow(config: Config) -> bool:
+    """Whether the replay buffer is too small to hold a single slice of each environment."""
+    return config.training.replay_capacity < config.env["num_envs"] * (config.algorithm.horizon + 1)
+
+
+def _require(config: Config, key: str, accepts: Callable[[Any], bool], rule: str) -> None:
+    value = _get(config, key)
+    if not accepts(value):
+        raise ConfigurationError(f"{key}={value} {rule}")
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part)
+    return value

@@ -1,0 +1,75 @@
+"""Everything that has parameters: plain ``nn.Module``s over tensors, and their TensorDict shells.
+
+Imports errors of this package and nothing else of it; knows no Hydra, logger, cluster or environment.
+"""
+
+from pwm_torchrl.modules.actor import Actor
+from pwm_torchrl.modules.critic import CriticEnsemble
+from pwm_torchrl.modules.dynamics import (
+    Dynamics,
+    FlowDynamics,
+    MLPDynamics,
+    ResidualDynamics,
+    ResidualEndpointFlow,
+    SimNormVelocityFlow,
+    TangentFlow,
+    count_parameters,
+    make_dynamics,
+)
+from pwm_torchrl.modules.encoder import Encoder
+from pwm_torchrl.modules.factory import SIZES, Size, WorldModelSpec, make_world_model
+from pwm_torchrl.modules.heads import (
+    RewardHead,
+    ScalarRewardHead,
+    TerminationHead,
+    TwoHotRewardHead,
+)
+from pwm_torchrl.modules.layers import NormedLinear, SimNorm
+from pwm_torchrl.modules.statistics import RewardScale, RunningStatistics
+from pwm_torchrl.modules.task import TaskEmbedding
+from pwm_torchrl.modules.tensordict_modules import (
+    actor_module,
+    encoder_module,
+    policy_module,
+    value_module,
+    world_model_module,
+)
+from pwm_torchrl.modules.two_hot import TwoHotCodec, symexp, symlog
+from pwm_torchrl.modules.world_model import WorldModel
+
+__all__ = [
+    "SIZES",
+    "Actor",
+    "CriticEnsemble",
+    "Dynamics",
+    "Encoder",
+    "FlowDynamics",
+    "MLPDynamics",
+    "NormedLinear",
+    "ResidualDynamics",
+    "ResidualEndpointFlow",
+    "RewardHead",
+    "RewardScale",
+    "RunningStatistics",
+    "ScalarRewardHead",
+    "SimNorm",
+    "SimNormVelocityFlow",
+    "Size",
+    "TangentFlow",
+    "TaskEmbedding",
+    "TerminationHead",
+    "TwoHotCodec",
+    "TwoHotRewardHead",
+    "WorldModel",
+    "WorldModelSpec",
+    "actor_module",
+    "count_parameters",
+    "encoder_module",
+    "make_dynamics",
+    "make_world_model",
+    "policy_module",
+    "symexp",
+    "symlog",
+    "value_module",
+    "world_model_module",
+]

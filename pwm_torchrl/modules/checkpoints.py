@@ -1,0 +1,245 @@
+"""World models from other projects' weights: TD-MPC2's published checkpoints and PWM-style state dicts."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules.factory import WorldModelSpec, make_world_model
+from pwm_torchrl.modules.world_model import WorldModel
+
+#: Entries of TD-MPC2's agent that are no part of a world model.
+SKIPPED = re.compile(r"(_pi|_Qs|_target_Qs|_detach_Qs)([._]|$)|log_std_(min|dif)$")
+#: Their names -> ours; the published encoder is a dictionary of encoders whose vector one is called ``state``.
+PREFIXES = (
+    (re.compile(r"_encoder\.(?:state\.)?(?=\d)"), "encoder.net."),
+    (re.compile(r"_(?:dynamics|velocity)\.(?=\d)"), "dynamics.net."),
+    (re.compile(r"_reward\.(?=\d)"), "reward.net."),
+    (re.compile(r"_termination\.(?=\d)"), "termination.net."),
+    (re.compile(r"_task_emb\.(?=weight$)"), "task.embedding."),
+)
+ACTION_MASKS = "_action_masks"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a foreign state dict.
+
+    Attributes:
+        mapped (dict): their name -> our parameter.
+        skipped (tuple of str): their entries that a world model does not have (policy and value networks).
+        missing (tuple of str): our parameters that they lack; these keep their initialisation.
+        spec (WorldModelSpec): the architecture that their shapes imply.
+    """
+
+    mapped: dict[str, str]
+    skipped: tuple[str, ...]
+    missing: tuple[str, ...]
+    spec: WorldModelSpec
+
+
+def load_tdmpc2_world_model(
+    path: str | Path,
+    *,
+    simnorm_dim: int = 8,
+    vmin: float = -10.0,
+    vmax: float = 10.0,
+    reward_space: str | None = None,
+    action_dims: Sequence[int] | None = None,
+    strict: bool = True,
+) -> tuple[WorldModel, LoadReport]:
+    """World model of a TD-MPC2 checkpoint (https://arxiv.org/abs/2310.16828), a file ``{"model": state_dict}``.
+
+    Widths, number of tasks and bins come from the shapes; what shapes do not tell are the arguments. Policy and value
+    networks are left out by name.
+
+    Args:
+        path (str or Path): the checkpoint.
+
+    Keyword Args:
+        simnorm_dim (int): features per SimNorm group. Defaults to ``8``.
+        vmin (float): lowest reward bin, symlog space. Defaults to ``-10.0``.
+        vmax (float): highest reward bin, symlog space. Defaults to ``10.0``.
+        reward_space (str, optional): ``"raw"`` or ``"symlog"``. Defaults to ``"symlog"`` for multi-task checkpoints and
+            ``"raw"`` for others.
+        action_dims (sequence of int, optional): action dimension per task, for a multi-task checkpoint without
+            ``_action_masks``. Defaults to those masks.
+        strict (bool): raise if a parameter is missing from the file. Defaults to ``True``.
+
+    Returns:
+        tuple: the model in float32 on the CPU, and a :class:`LoadReport`.
+
+    Raises:
+        ConfigurationError: if the file is missing, truncated, of another format or another architecture.
+
+    Examples:
+        >>> model, report = load_tdmpc2_world_model("mt30-48M.pt")  # doctest: +SKIP
+        >>> model.encode(observation, task)  # doctest: +SKIP
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigurationError(f"The TD-MPC2 checkpoint {path} does not exist; give the path of a downloaded .pt file.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ConfigurationError(
+            f"The TD-MPC2 checkpoint {path} cannot be read: it is truncated, or holds more than tensors "
+            f"({type(error).__name__})."
+        ) from error
+    state = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise ConfigurationError(
+            f'The checkpoint {path} is not in TD-MPC2\'s format, a dictionary with the state dict under "model".'
+        )
+    return load_pwm_world_model(
+        state,
+        simnorm_dim=simnorm_dim,
+        vmin=vmin,
+        vmax=vmax,
+        reward_space=reward_space,
+        action_dims=action_dims,
+        strict=strict,
+        origin=str(path),
+    )
+
+
+def load_pwm_world_model(
+    state_dict: Mapping[str, Tensor],
+    *,
+    simnorm_dim: int = 8,
+    vmin: float = -10.0,
+    vmax: float = 10.0,
+    reward_space: str | None = None,
+    action_dims: Sequence[int] | None = None,
+    solver: str = "heun",
+    substeps: int = 2,
+    strict: bool = True,
+    origin: str = "state dict",
+) -> tuple[WorldModel, LoadReport]:
+    """World model of a state dict with the names ``_encoder``, ``_dynamics`` or ``_velocity``, ``_reward``, ``_task_emb``.
+
+    ``_dynamics`` gives PWM's MLP dynamics, ``_velocity`` the public fork's flow (``simnorm_velocity``), whose solver is
+    no part of its weights.
+
+    Args:
+        state_dict (mapping): their names -> tensors.
+
+    Keyword Args:
+        simnorm_dim (int): features per SimNorm group. Defaults to ``8``.
+        vmin (float): lowest reward bin, symlog space. Defaults to ``-10.0``.
+        vmax (float): highest reward bin, symlog space. Defaults to ``10.0``.
+        reward_space (str, optional): ``"raw"`` or ``"symlog"``. Defaults to ``"symlog"`` for multi-task models and
+            ``"raw"`` for others.
+        action_dims (sequence of int, optional): action dimension per task. Defaults to the rows of ``_action_masks``.
+        solver (str): of a flow. Defaults to ``"heun"``.
+        substeps (int): of a flow. Defaults to ``2``.
+        strict (bool): raise if a parameter is missing. Defaults to ``True``.
+        origin (str): what error messages call the source. Defaults to ``"state dict"``.
+
+    Returns:
+        tuple: the model in float32 on the CPU, and a :class:`LoadReport`.
+
+    Raises:
+        ConfigurationError: for entries or shapes that do not make such a world model.
+    """
+    mapped, skipped = _map_names(state_dict, origin)
+    masks = state_dict.get(ACTION_MASKS)
+    if action_dims is None and masks is not None:
+        action_dims = [int(dim) for dim in masks.sum(-1)]
+    weights = {ours: state_dict[theirs].float() for theirs, ours in mapped.items()}
+    spec = _infer_spec(weights, action_dims, origin)
+    spec.simnorm_dim, spec.vmin, spec.vmax = simnorm_dim, vmin, vmax
+    spec.reward_space = reward_space or ("symlog" if spec.num_tasks else "raw")
+    if any(name.startswith("_velocity.") for name in mapped):
+        spec.dynamics = {
+            "kind": "flow",
+            "parameterization": "simnorm_velocity",
+            "solver": solver,
+            "substeps": substeps,
+        }
+        spec.action_dim -= 1  # the flow time is an input, too
+    model = make_world_model(spec)
+    wanted = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in wanted or wanted[name].shape != tensor.shape:
+            fits = list(wanted[name].shape) if name in wanted else "no such parameter"
+            raise ConfigurationError(
+                f"The {origin} does not hold a TD-MPC2 or PWM world model: {name} has shape {list(tensor.shape)}, "
+                f"the architecture implied by the other entries has {fits}."
+            )
+    missing = tuple(name for name in wanted if name not in weights)
+    if missing and strict:
+        raise ConfigurationError(f"The {origin} lacks {', '.join(missing)} of the world model.")
+    model.load_state_dict(weights, strict=False)
+    if masks is not None:
+        mapped[ACTION_MASKS] = "task.action_mask"
+        if model.task is None or not torch.equal(masks.float(), model.task.action_mask):
+            raise ConfigurationError(
+                f"The _action_masks of the {origin} are not rows of ones followed by zeros that fit its tasks and "
+                "action_dims."
+            )
+    return model, LoadReport(mapped, skipped, missing, spec)
+
+
+def _map_names(state_dict: Mapping[str, Tensor], origin: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """(their name -> ours, skipped names)."""
+    mapped: dict[str, str] = {}
+    skipped, unknown = [], []
+    for name, value in state_dict.items():
+        prefix = next(((p, ours) for p, ours in PREFIXES if p.match(name)), None)
+        if SKIPPED.match(name):
+            skipped.append(name)
+        elif prefix and isinstance(value, Tensor):
+            mapped[name] = prefix[0].sub(prefix[1], name, count=1)
+        elif name != ACTION_MASKS:
+            unknown.append(name)
+    if unknown:
+        hint = " (image encoders are not supported)" if any("rgb" in name for name in unknown) else ""
+        raise ConfigurationError(
+            f"The {origin} has entries that are no part of a TD-MPC2 or PWM world model: {', '.join(unknown[:5])}{hint}."
+        )
+    return mapped, tuple(skipped)
+
+
+def _infer_spec(weights: Mapping[str, Tensor], action_dims: Sequence[int] | None, origin: str) -> WorldModelSpec:
+    """Architecture from shapes; ``action_dim`` is what remains of the dynamics' input."""
+
+    def layers(part: str) -> list[Tensor]:
+        named = ((re.fullmatch(rf"{part}\.net\.(\d+)\.weight", name), w) for name, w in weights.items())
+        found = sorted(((int(match[1]), w) for match, w in named if match), key=lambda item: item[0])
+        if not found or [index for index, _ in found] != list(range(len(found))) or any(w.ndim != 2 for _, w in found):
+            raise ConfigurationError(
+                f"The {origin} does not hold a TD-MPC2 or PWM world model: the layers of its {part} are missing "
+                "or incomplete."
+            )
+        return [w for _, w in found]
+
+    encoder, dynamics, reward = layers("encoder"), layers("dynamics"), layers("reward")
+    latent_dim = encoder[-1].shape[0]
+    embedding = weights.get("task.embedding.weight")
+    num_tasks, task_dim = (0, 0) if embedding is None else tuple(embedding.shape)
+    if num_tasks and action_dims is None:
+        raise ConfigurationError(
+            f"The {origin} is multi-task but has no _action_masks; give action_dims, the action dimension of every task."
+        )
+    bins = reward[-1].shape[0]
+    return WorldModelSpec(
+        observation_dim=encoder[0].shape[1] - task_dim,
+        action_dim=dynamics[0].shape[1] - task_dim - latent_dim,
+        latent_dim=latent_dim,
+        units=tuple(w.shape[0] for w in dynamics[:-1]),
+        encoder_units=tuple(w.shape[0] for w in encoder[:-1]),
+        reward_head="scalar" if bins == 1 else "two_hot",
+        num_bins=bins if bins > 1 else 101,
+        termination=any(name.startswith("termination.") for name in weights),
+        num_tasks=num_tasks,
+        task_dim=task_dim,
+        action_dims=tuple(action_dims or ()) if num_tasks else (),
+    )

@@ -1,0 +1,31 @@
+"""Latent dynamics d(z, a, e) -> z': MLP, residual and flow-matching kinds.
+
+Plain ``nn.Module``s over tensors; they import layers and errors, nothing else of the package.
+"""
+
+from pwm_torchrl.modules.dynamics.base import Dynamics, FlowDynamics, count_parameters
+from pwm_torchrl.modules.dynamics.endpoint import (
+    ResidualDynamics,
+    ResidualEndpointFlow,
+    residual_endpoint,
+)
+from pwm_torchrl.modules.dynamics.factory import KINDS, PARAMETERIZATIONS, SOLVERS, make_dynamics
+from pwm_torchrl.modules.dynamics.mlp import MLPDynamics
+from pwm_torchrl.modules.dynamics.velocity import SimNormVelocityFlow, TangentFlow, VelocityFlow
+
+__all__ = [
+    "KINDS",
+    "PARAMETERIZATIONS",
+    "SOLVERS",
+    "Dynamics",
+    "FlowDynamics",
+    "MLPDynamics",
+    "ResidualDynamics",
+    "ResidualEndpointFlow",
+    "SimNormVelocityFlow",
+    "TangentFlow",
+    "VelocityFlow",
+    "count_parameters",
+    "make_dynamics",
+    "residual_endpoint",
+]

@@ -1,0 +1,160 @@
+"""What every latent dynamics offers, and the inputs that the flow kinds share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from pwm_torchrl.modules.layers import normed_mlp
+
+
+class Dynamics(nn.Module):
+    """Latent dynamics d(z, a, e) -> z'.
+
+    Shapes: latent ``[..., D]``, action ``[..., A]``, task embedding ``[..., E]`` or ``None``, result ``[..., D]``.
+    """
+
+    #: network evaluations per transition
+    evaluations: int = 1
+
+    def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
+        """Next latent ``[..., D]``."""
+        raise NotImplementedError
+
+
+class FlowDynamics(Dynamics):
+    """Dynamics that integrate a velocity field from z_t at τ = 0 to z_{t+1} at τ = 1.
+
+    Args:
+        simnorm_dim (int): features per simplex group.
+        solver (str): ``"euler"`` or ``"heun"``.
+        substeps (int): K ≥ 1.
+        checkpoint_substeps (bool): recompute the substeps in the backward pass, which keeps stored activations
+            independent of K and gradients identical. Defaults to ``False``.
+    """
+
+    def __init__(
+        self, simnorm_dim: int, solver: str, substeps: int, checkpoint_substeps: bool = False
+    ) -> None:
+        super().__init__()
+        self.simnorm_dim = simnorm_dim
+        self.solver = solver
+        self.substeps = substeps
+        self.checkpoint_substeps = checkpoint_substeps
+
+    def forward(
+        self,
+        latent: Tensor,
+        action: Tensor,
+        task_embedding: Tensor | None = None,
+        *,
+        inline: bool = False,
+    ) -> Tensor:
+        """Next latent ``[..., D]``; ``inline`` skips the checkpointing."""
+        if inline or not (self.checkpoint_substeps and torch.is_grad_enabled()):
+            return self.integrate(latent, action, task_embedding)
+        # The backward pass recomputes with the parameters of *this* call: a loss may have swapped others in since.
+        return checkpoint(
+            functional_call,
+            self,
+            dict(self.named_parameters()),
+            (latent, action, task_embedding),
+            {"inline": True},
+            use_reentrant=False,
+        )
+
+    def integrate(
+        self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None
+    ) -> Tensor:
+        """Solve the flow from τ = 0 to 1 in K uniform substeps."""
+        raise NotImplementedError
+
+    def flow_matching_error(
+        self,
+        source: Tensor,
+        target: Tensor,
+        action: Tensor,
+        tau: Tensor,
+        task_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """Squared flow-matching error ``[..., 1]``, averaged over features.
+
+        Args:
+            source (Tensor): z_s ``[..., D]``, the flow's start.
+            target (Tensor): z̄ ``[..., D]``, its end; carries no gradient.
+            action (Tensor): ``[..., A]``.
+            tau (Tensor): flow time in [0, 1), ``[..., 1]``.
+            task_embedding (Tensor, optional): ``[..., E]``.
+        """
+        raise NotImplementedError
+
+
+def time_inputs(
+    tau: float | Tensor, like: Tensor, features: int
+) -> Tensor:
+    """Flow time as network input ``[..., 1 + 2 · features]``: τ and sines and cosines of 2^k π τ.
+
+    Args:
+        tau (float or Tensor): flow time, a number or ``[..., 1]``.
+        like (Tensor): gives leading shape, dtype and device.
+        features (int): sine/cosine pairs.
+    """
+    tau = (
+        tau
+        if isinstance(tau, Tensor)
+        else torch.full((1,), tau, dtype=like.dtype, device=like.device)
+    )
+    parts = [tau]
+    for k in range(features):
+        angle = tau * (math.pi * 2**k)
+        parts += [angle.sin(), angle.cos()]
+    return torch.cat(parts, -1).expand(*like.shape[:-1], 1 + 2 * features)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of scalar parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def matched_units(
+    units: Sequence[int], in_features: int, out_features: int, budget: int
+) -> list[int]:
+    """Hidden widths, scaled together, whose :func:`normed_mlp` with a plain last layer is nearest to ``budget``.
+
+    Used to compare dynamics at equal parameter count (within 1 % at the sizes shipped here): a larger input costs width.
+
+    Args:
+        units (sequence of int): widths of the reference network.
+        in_features (int): input width of the network to size.
+        out_features (int): output width.
+        budget (int): parameters of the reference network.
+    """
+
+    def parameters(widths: Sequence[int]) -> int:
+        sizes = [in_features, *widths]
+        hidden = sum(i * o + 3 * o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        return hidden + sizes[-1] * out_features + out_features
+
+    def scaled(first: int) -> list[int]:
+        return [max(1, round(first * u / units[0])) for u in units]
+
+    if not units:
+        return []
+    low, high = 1, 4 * units[0]
+    while low < high:
+        middle = (low + high) // 2
+        if parameters(scaled(middle)) < budget:
+            low = middle + 1
+        else:
+            high = middle
+    return min((scaled(low), scaled(max(1, low - 1))), key=lambda w: abs(parameters(w) - budget))
+
+
+def linear_head_mlp(in_features: int, units: Sequence[int], out_features: int) -> nn.Sequential:
+    """:func:`normed_mlp` with a plain last layer of small weights (std 0.02) and zero bias."""
+    return normed_mlp(in_features, units, out_features, head=None)

@@ -1,0 +1,227 @@
+"""Residual-endpoint parameterisation: the network predicts a point of the simplex, never a free velocity.
+
+x̂ = softmax_groups(log(max(z_τ, ε)) + g(z_τ, a, τ, ...)) and v = (x̂ − z_τ) / (1 − τ). With K uniform substeps every
+solver step is a convex combination of simplex points, so a latent never leaves the simplex, whatever the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules.dynamics.base import (
+    Dynamics,
+    FlowDynamics,
+    linear_head_mlp,
+    time_inputs,
+)
+from pwm_torchrl.modules.layers import cat_features
+
+#: Floor of a latent inside the logarithm: SimNorm underflows to 0, whose logarithm would give NaN gradients.
+EPSILON = 1e-6
+
+
+def residual_endpoint(latent: Tensor, logits: Tensor, group_size: int) -> Tensor:
+    """softmax_groups(log(max(z, ε)) + logits), ``[..., D]``; z itself where the logits are 0."""
+    shifted = latent.clamp_min(EPSILON).log() + logits
+    return F.softmax(shifted.unflatten(-1, (-1, group_size)), -1).flatten(-2)
+
+
+class ResidualDynamics(Dynamics):
+    """The residual-endpoint parameterisation in one step: z' = softmax_groups(log z + g([z, e, a])).
+
+    Args:
+        latent_dim (int): D.
+        action_dim (int): A.
+        task_dim (int): E, 0 without tasks.
+        units (sequence of int): hidden widths.
+        simnorm_dim (int): features per simplex group. Defaults to ``8``.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        task_dim: int,
+        units: Sequence[int],
+        simnorm_dim: int = 8,
+    ) -> None:
+        super().__init__()
+        self.simnorm_dim = simnorm_dim
+        self.net = linear_head_mlp(latent_dim + task_dim + action_dim, units, latent_dim)
+
+    def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
+        logits = self.net(cat_features(latent, task_embedding, action))
+        return residual_endpoint(latent, logits, self.simnorm_dim)
+
+
+class ResidualEndpointFlow(FlowDynamics):
+    """Flow-matching dynamics in the residual-endpoint parameterisation (flow matching: arXiv 2210.02747).
+
+    Args:
+        latent_dim (int): D.
+        action_dim (int): A.
+        task_dim (int): E, 0 without tasks.
+        units (sequence of int): hidden widths.
+        simnorm_dim (int): features per simplex group. Defaults to ``8``.
+        solver (str): ``"euler"`` or ``"heun"``. Heun's last substep is Euler's, so that the flow ends on x̂.
+            Defaults to ``"heun"``.
+        substeps (int): K ≥ 1. Defaults to ``4``.
+        condition_on_start (bool): feed z_t beside z_τ. Defaults to ``False``.
+        time_features (int): sine/cosine pairs beside τ. Defaults to ``0``.
+        condition_on_step_size (bool): feed the step size. Defaults to ``False``.
+        checkpoint_substeps (bool): recompute the substeps in the backward pass, which keeps stored activations
+            independent of K and gradients identical. Defaults to ``False``.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        task_dim: int,
+        units: Sequence[int],
+        simnorm_dim: int = 8,
+        solver: str = "heun",
+        substeps: int = 4,
+        condition_on_start: bool = False,
+        time_features: int = 0,
+        condition_on_step_size: bool = False,
+        checkpoint_substeps: bool = False,
+    ) -> None:
+        super().__init__(simnorm_dim, solver, substeps, checkpoint_substeps)
+        self.condition_on_start = condition_on_start
+        self.time_features = time_features
+        self.condition_on_step_size = condition_on_step_size
+        self.evaluations = substeps if solver == "euler" else 2 * substeps - 1
+        in_features = self.input_features(
+            latent_dim + task_dim + action_dim,
+            latent_dim,
+            condition_on_start,
+            time_features,
+            condition_on_step_size,
+        )
+        self.net = linear_head_mlp(in_features, units, latent_dim)
+
+    @staticmethod
+    def input_features(
+        base: int,
+        latent_dim: int,
+        condition_on_start: bool,
+        time_features: int,
+        condition_on_step_size: bool,
+    ) -> int:
+        """Width of the network's input; ``base`` is that of [z, e, a]."""
+        return (
+            base
+            + 1
+            + 2 * time_features
+            + latent_dim * condition_on_start
+            + int(condition_on_step_size)
+        )
+
+    def endpoint(
+        self,
+        latent: Tensor,
+        start: Tensor,
+        action: Tensor,
+        tau: float | Tensor,
+        step_size: float | Tensor,
+        task_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """x̂(z_τ, a, τ) ``[..., D]``, the predicted end of the flow.
+
+        Args:
+            latent (Tensor): z_τ ``[..., D]``.
+            start (Tensor): z_t ``[..., D]``, read only if the field is conditioned on the start.
+            action (Tensor): ``[..., A]``.
+            tau (float or Tensor): flow time, a number or ``[..., 1]``.
+            step_size (float or Tensor): read only if the field is conditioned on it.
+            task_embedding (Tensor, optional): ``[..., E]``.
+        """
+        inputs = cat_features(
+            latent,
+            task_embedding,
+            action,
+            time_inputs(tau, latent, self.time_features),
+            start if self.condition_on_start else None,
+            time_inputs(step_size, latent, 0) if self.condition_on_step_size else None,
+        )
+        return residual_endpoint(latent, self.net(inputs), self.simnorm_dim)
+
+    def integrate(
+        self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None
+    ) -> Tensor:
+        """Solve the flow from τ = 0 to 1 in K uniform substeps.
+
+        The weights are ratios of the number m of substeps left, never dt / (1 − τ), which exceeds 1 in floating
+        point for some K.
+        """
+        k_total, z = self.substeps, latent
+        for k in range(k_total):
+            m = k_total - k
+            x_a = self.endpoint(z, latent, action, k / k_total, 1 / k_total, task_embedding)
+            if m == 1:
+                z = x_a
+            elif self.solver == "euler":
+                z = (1 - 1 / m) * z + (1 / m) * x_a
+            else:
+                predictor = (1 - 1 / m) * z + (1 / m) * x_a
+                x_b = self.endpoint(
+                    predictor, latent, action, (k + 1) / k_total, 1 / k_total, task_embedding
+                )
+                z = (
+                    ((m - 1) / m) * z
+                    + ((m - 2) / (2 * m * (m - 1))) * x_a
+                    + (1 / (2 * (m - 1))) * x_b
+                )
+        return z
+
+    def flow_matching_error(
+        self,
+        source: Tensor,
+        target: Tensor,
+        action: Tensor,
+        tau: Tensor,
+        task_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """MSE(x̂(z_τ, a, τ), z̄) at z_τ = (1 − τ) z_s + τ z̄, ``[..., 1]``: flow matching in endpoint space."""
+        z_tau = (1 - tau) * source + tau * target
+        x_hat = self.endpoint(z_tau, source, action, tau, 0.0, task_embedding)
+        return (x_hat - target).square().mean(-1, keepdim=True)
+
+    def self_consistency_error(
+        self,
+        source: Tensor,
+        target: Tensor,
+        action: Tensor,
+        half_step: Tensor,
+        tau: Tensor,
+        task_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """One step of size 2d against two of size d (shortcut models, arXiv 2410.12557), ``[..., 1]``.
+
+        Args:
+            source (Tensor): z_s ``[..., D]``.
+            target (Tensor): z̄ ``[..., D]``.
+            action (Tensor): ``[..., A]``.
+            half_step (Tensor): d, ``[..., 1]``.
+            tau (Tensor): start of the step, at most 1 − 2d, ``[..., 1]``.
+            task_embedding (Tensor, optional): ``[..., E]``.
+        """
+        if not self.condition_on_step_size:
+            raise ConfigurationError(
+                "model.loss.self_consistency_weight > 0 needs model.dynamics.condition_on_step_size=true."
+            )
+        d = half_step
+        z_tau = (1 - tau) * source + tau * target
+        with torch.no_grad():
+            x_1 = self.endpoint(z_tau, source, action, tau, d, task_embedding)
+            z_middle = z_tau + d / (1 - tau) * (x_1 - z_tau)
+            x_2 = self.endpoint(z_middle, source, action, tau + d, d, task_embedding)
+            goal = ((1 - tau - 2 * d) * x_1 + (1 - tau) * x_2) / (2 * (1 - tau - d))
+        x_hat = self.endpoint(z_tau, source, action, tau, 2 * d, task_embedding)
+        return (x_hat - goal).square().mean(-1, keepdim=True)

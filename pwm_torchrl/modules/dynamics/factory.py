@@ -1,0 +1,130 @@
+"""From a dynamics' name and options to the module, at equal parameter count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules.dynamics.base import Dynamics, matched_units
+from pwm_torchrl.modules.dynamics.endpoint import ResidualDynamics, ResidualEndpointFlow
+from pwm_torchrl.modules.dynamics.mlp import MLPDynamics
+from pwm_torchrl.modules.dynamics.velocity import SimNormVelocityFlow, TangentFlow
+
+KINDS = ("mlp", "residual", "flow")
+PARAMETERIZATIONS = ("residual_endpoint", "tangent", "simnorm_velocity")
+SOLVERS = ("euler", "heun")
+
+
+def _choice(key: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ConfigurationError(
+            f"model.dynamics.{key}={value!r} is not one of {', '.join(accepted)}."
+        )
+
+
+def make_dynamics(
+    kind: str,
+    latent_dim: int,
+    action_dim: int,
+    task_dim: int,
+    units: Sequence[int],
+    simnorm_dim: int = 8,
+    parameterization: str = "residual_endpoint",
+    solver: str = "heun",
+    substeps: int = 4,
+    condition_on_start: bool = False,
+    time_features: int = 0,
+    condition_on_step_size: bool = False,
+    checkpoint_substeps: bool = False,
+    match_parameters: bool = True,
+) -> Dynamics:
+    """Build latent dynamics.
+
+    ``residual`` and ``flow`` get hidden widths at which their parameter count is that of ``mlp`` with ``units``, so that
+    a comparison of kinds is one at equal parameters (``simnorm_velocity`` keeps ``units``: its checkpoints have them).
+
+    Args:
+        kind (str): ``"mlp"``, ``"residual"`` or ``"flow"``.
+        latent_dim (int): D.
+        action_dim (int): A.
+        task_dim (int): E, 0 without tasks.
+        units (sequence of int): hidden widths of the MLP dynamics.
+        simnorm_dim (int): features per simplex group. Defaults to ``8``.
+        parameterization (str): of a flow: ``"residual_endpoint"``, ``"tangent"`` or ``"simnorm_velocity"``.
+            Defaults to ``"residual_endpoint"``.
+        solver (str): of a flow: ``"euler"`` or ``"heun"``. Defaults to ``"heun"``.
+        substeps (int): of a flow: K ≥ 1. Defaults to ``4``.
+        condition_on_start (bool): of a flow: feed z_t. Defaults to ``False``.
+        time_features (int): of a flow: sine/cosine pairs beside τ. Defaults to ``0``.
+        condition_on_step_size (bool): of a residual-endpoint flow. Defaults to ``False``.
+        checkpoint_substeps (bool): of a flow: recompute substeps in the backward pass. Defaults to ``False``.
+        match_parameters (bool): adjust hidden widths as described. Defaults to ``True``.
+
+    Raises:
+        ConfigurationError: for an unknown name, ``substeps < 1`` or an option that the parameterisation lacks.
+    """
+    _choice("kind", kind, KINDS)
+    base = latent_dim + task_dim + action_dim
+    mlp = MLPDynamics(latent_dim, action_dim, task_dim, units, simnorm_dim) if kind == "mlp" else None
+    if mlp is not None:
+        return mlp
+
+    sizes = [base, *units, latent_dim]
+    budget = sum(i * o + 3 * o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def widths(in_features: int) -> list[int]:
+        if not match_parameters:
+            return list(units)
+        return matched_units(units, in_features, latent_dim, budget)
+
+    if kind == "residual":
+        return ResidualDynamics(latent_dim, action_dim, task_dim, widths(base), simnorm_dim)
+
+    _choice("parameterization", parameterization, PARAMETERIZATIONS)
+    _choice("solver", solver, SOLVERS)
+    if substeps < 1:
+        raise ConfigurationError(f"model.dynamics.substeps={substeps} must be at least 1.")
+    if condition_on_step_size and parameterization != "residual_endpoint":
+        raise ConfigurationError(
+            "model.dynamics.condition_on_step_size needs parameterization=residual_endpoint, "
+            f"not {parameterization}."
+        )
+    if parameterization == "residual_endpoint":
+        in_features = ResidualEndpointFlow.input_features(
+            base, latent_dim, condition_on_start, time_features, condition_on_step_size
+        )
+        return ResidualEndpointFlow(
+            latent_dim,
+            action_dim,
+            task_dim,
+            widths(in_features),
+            simnorm_dim,
+            solver,
+            substeps,
+            condition_on_start,
+            time_features,
+            condition_on_step_size,
+            checkpoint_substeps,
+        )
+    if parameterization == "tangent":
+        in_features = base + latent_dim * condition_on_start + 1 + 2 * time_features
+        return TangentFlow(
+            latent_dim,
+            action_dim,
+            task_dim,
+            widths(in_features),
+            simnorm_dim,
+            solver,
+            substeps,
+            condition_on_start,
+            time_features,
+            checkpoint_substeps,
+        )
+    if condition_on_start or time_features:
+        raise ConfigurationError(
+            "model.dynamics.parameterization=simnorm_velocity takes neither condition_on_start nor time_features: "
+            "it reproduces a published network."
+        )
+    return SimNormVelocityFlow(
+        latent_dim, action_dim, task_dim, units, simnorm_dim, solver, substeps, checkpoint_substeps
+    )

@@ -1,0 +1,129 @@
+"""Building blocks of the networks: normed linear layers, SimNorm and weight initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pwm_torchrl.errors import ConfigurationError
+
+
+class SimNorm(nn.Module):
+    """Simplicial normalisation: a softmax within groups of ``group_size`` features.
+
+    Every group of the output is a point of the probability simplex. From TD-MPC2 (https://arxiv.org/abs/2310.16828).
+
+    Args:
+        group_size (int): features per group, V. Defaults to ``8``.
+
+    Examples:
+        >>> SimNorm(4)(torch.zeros(2, 8)).sum(-1)
+        tensor([2., 2.])
+    """
+
+    def __init__(self, group_size: int = 8) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softmax(x.unflatten(-1, (-1, self.group_size)), -1).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}"
+
+
+class NormedLinear(nn.Linear):
+    """Linear -> LayerNorm -> activation, with the parameter names of TD-MPC2's published checkpoints.
+
+    Args:
+        in_features (int): input width.
+        out_features (int): output width.
+        activation (nn.Module, optional): applied last. Defaults to ``nn.Mish()``.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, activation: nn.Module | None = None
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.ln = nn.LayerNorm(out_features)
+        self.activation = nn.Mish() if activation is None else activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.ln(super().forward(x)))
+
+
+def check_simnorm(latent_dim: int, group_size: int) -> None:
+    """Raise :class:`ConfigurationError` unless SimNorm groups of ``group_size`` tile ``latent_dim``."""
+    if group_size < 1 or latent_dim % group_size:
+        raise ConfigurationError(
+            f"size.latent_dim={latent_dim} is not a multiple of size.simnorm_dim={group_size}; "
+            "choose a latent width that SimNorm's groups divide."
+        )
+
+
+def normed_mlp(
+    in_features: int, units: Sequence[int], out_features: int, head: nn.Module | None
+) -> nn.Sequential:
+    """Hidden :class:`NormedLinear` layers, then ``out_features``.
+
+    Args:
+        in_features (int): input width.
+        units (sequence of int): hidden widths; may be empty.
+        out_features (int): output width.
+        head (nn.Module, optional): activation of a last :class:`NormedLinear`; ``None`` ends in a plain ``nn.Linear``.
+
+    Returns:
+        The network, its weights initialised by :func:`init_world_model_weights`.
+    """
+    widths = [in_features, *units]
+    layers: list[nn.Module] = [
+        NormedLinear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)
+    ]
+    if head is None:
+        layers.append(nn.Linear(widths[-1], out_features))
+    else:
+        layers.append(NormedLinear(widths[-1], out_features, head))
+    net = nn.Sequential(*layers)
+    net.apply(init_world_model_weights)
+    return net
+
+
+def init_world_model_weights(module: nn.Module) -> None:
+    """TD-MPC2's initialisation: linear weights truncated normal (std 0.02), biases 0, embeddings uniform ±0.02."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.uniform_(module.weight, -0.02, 0.02)
+
+
+def policy_mlp(in_features: int, units: Sequence[int], out_features: int) -> nn.Sequential:
+    """PWM's policy-side MLP: (Linear -> Mish -> LayerNorm) blocks, then a plain Linear; orthogonal init, gain √2."""
+    layers: list[nn.Module] = []
+    width = in_features
+    for unit in units:
+        layers += [nn.Linear(width, unit), nn.Mish(), nn.LayerNorm(unit)]
+        width = unit
+    layers.append(nn.Linear(width, out_features))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight, gain=2**0.5)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+def cat_features(*parts: Tensor | None) -> Tensor:
+    """Concatenate the given tensors (``None`` is skipped) along their last dimension, broadcasting the leading ones.
+
+    Leading dimensions may differ only by broadcasting of size-1 or missing dimensions of *later* parts (a task embedding
+    ``[B, E]`` beside ``[H, B, D]``).
+    """
+    present = [p for p in parts if p is not None]
+    batch = present[0].shape[:-1]
+    return torch.cat(
+        [p if p.shape[:-1] == batch else p.expand(*batch, p.shape[-1]) for p in present], -1
+    )

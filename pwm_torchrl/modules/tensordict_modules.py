@@ -1,0 +1,112 @@
+"""TensorDict shells around the plain networks, with configurable keys."""
+
+from __future__ import annotations
+
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
+from torchrl.envs import ExplorationType
+from torchrl.modules import ProbabilisticActor, TanhNormal
+
+from pwm_torchrl.modules.actor import Actor
+from pwm_torchrl.modules.critic import CriticEnsemble
+from pwm_torchrl.modules.world_model import WorldModel
+
+
+class _Encode(nn.Module):
+    """``WorldModel.encode`` as a module of its own."""
+
+    def __init__(self, world_model: WorldModel) -> None:
+        super().__init__()
+        self.world_model = world_model
+
+    def forward(self, observation: Tensor, task: Tensor | None = None) -> Tensor:
+        return self.world_model.encode(observation, task)
+
+
+class _MinValue(nn.Module):
+    """``CriticEnsemble.value`` as a module of its own."""
+
+    def __init__(self, critics: CriticEnsemble) -> None:
+        super().__init__()
+        self.critics = critics
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.critics.value(latent)
+
+
+def encoder_module(
+    world_model: WorldModel,
+    *,
+    observation: NestedKey = "observation",
+    latent: NestedKey = "latent",
+    task: NestedKey | None = None,
+) -> TensorDictModule:
+    """``observation`` (and ``task``) -> ``latent``."""
+    in_keys = [observation] if task is None else [observation, task]
+    return TensorDictModule(_Encode(world_model), in_keys=in_keys, out_keys=[latent])
+
+
+def world_model_module(
+    world_model: WorldModel,
+    *,
+    latent: NestedKey = "latent",
+    action: NestedKey = "action",
+    next_latent: NestedKey = ("next", "latent"),
+    reward: NestedKey = ("next", "reward"),
+    terminated: NestedKey = ("next", "terminated"),
+    task: NestedKey | None = None,
+) -> TensorDictModule:
+    """One imagined step: ``latent``, ``action`` (and ``task``) -> ``next_latent``, ``reward``, ``terminated``."""
+    in_keys = [latent, action] if task is None else [latent, action, task]
+    return TensorDictModule(
+        world_model, in_keys=in_keys, out_keys=[next_latent, reward, terminated]
+    )
+
+
+def actor_module(
+    actor: Actor,
+    *,
+    action_spec: TensorSpec | None = None,
+    latent: NestedKey = "latent",
+    action: NestedKey = "action",
+) -> ProbabilisticActor:
+    """``latent`` -> ``loc``, ``scale`` -> ``action``: a :class:`~torchrl.modules.ProbabilisticActor` over TanhNormal.
+
+    Follows TorchRL's exploration type: sampling by default, tanh(loc) under ``ExplorationType.DETERMINISTIC``.
+    """
+    return ProbabilisticActor(
+        TensorDictModule(actor, in_keys=[latent], out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        out_keys=[action],
+        spec=action_spec,
+        distribution_class=TanhNormal,
+        default_interaction_type=ExplorationType.RANDOM,
+    )
+
+
+def value_module(
+    critics: CriticEnsemble,
+    *,
+    latent: NestedKey = "latent",
+    state_value: NestedKey = "state_value",
+) -> TensorDictModule:
+    """``latent`` -> ``state_value`` ``[..., 1]``, the minimum over the ensemble."""
+    return TensorDictModule(_MinValue(critics), in_keys=[latent], out_keys=[state_value])
+
+
+def policy_module(
+    world_model: WorldModel,
+    actor: Actor,
+    *,
+    action_spec: TensorSpec | None = None,
+    observation: NestedKey = "observation",
+    action: NestedKey = "action",
+    task: NestedKey | None = None,
+) -> TensorDictSequential:
+    """``observation`` -> ``latent`` -> ``action``: acts in an environment on encoded observations."""
+    return TensorDictSequential(
+        encoder_module(world_model, observation=observation, task=task),
+        actor_module(actor, action_spec=action_spec, action=action),
+    )

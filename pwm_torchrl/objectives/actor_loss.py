@@ -1,0 +1,245 @@
+"""Policy loss over TensorDicts: first-order gradients through imagined rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictParams, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.objectives.common import LossModule
+
+from pwm_torchrl.modules import RunningStatistics
+from pwm_torchrl.objectives.functional_modules import (
+    distribution_parameters,
+    frozen,
+    tensor_function,
+)
+from pwm_torchrl.objectives.imagination import Imagined, imagine
+from pwm_torchrl.objectives.returns import alive_before, rollout_return, td_lambda_targets
+from pwm_torchrl.objectives.shapes import check_shape
+
+RETURN_EPSILON = 1e-5
+
+
+class PWMActorLoss(LossModule):
+    """Negative return of imagined rollouts, differentiated through model and reward.
+
+    From start latents z_0 the policy acts for H steps in the model; J = Σ_{t<H} γ^t r_t + γ^H V(z_H), and the loss is
+    −mean(J) / H, or −mean(J) / sqrt(Var + 1e-5) with the running variance of J. World model and value network get no
+    gradient. Reference: https://arxiv.org/abs/2407.02466.
+
+    Args:
+        actor_network (TensorDictModule): ``latent`` -> ``loc``, ``scale`` of a Gaussian before tanh, or a
+            :class:`~torchrl.modules.ProbabilisticActor` around such a module; its parameters are those of the loss.
+        world_model (TensorDictModule): ``latent``, ``action`` (and ``task``) -> ``("next", latent)``,
+            ``("next", reward)``, ``("next", terminated)``; see :func:`~pwm_torchrl.modules.world_model_module`.
+        value_network (TensorDictModule): ``latent`` -> ``state_value``.
+
+    Keyword Args:
+        horizon (int): H. Defaults to ``16``.
+        gamma (float): discount. Defaults to ``0.99``.
+        lmbda (float): λ of the value targets written to the rollout. Defaults to ``0.95``.
+        detach (bool): stop the gradient at the actor's input. Defaults to ``True``.
+        normalize_returns (bool): divide by the running standard deviation of J instead of H. Defaults to ``False``.
+        deterministic (bool): act with tanh(loc), without noise. Defaults to ``False``.
+        action_mask (Tensor, optional): ``[num_tasks, A]`` of 0 and 1, for multi-task models; needs ``task`` in the
+            input. Defaults to ``None``.
+
+    The input holds ``latent`` ``[B, D]`` (and ``task`` ``[B]``). The output is a TensorDict with ``loss_actor`` and
+    detached metrics; :meth:`rollout_and_loss` also gives the rollout, from which critics learn.
+
+    .. note:: TorchRL's LossModule forces deterministic exploration inside ``forward``; the noise here is drawn
+        explicitly and is not affected.
+
+    Examples:
+        >>> from pwm_torchrl.modules import *
+        >>> model = make_world_model(WorldModelSpec(3, 1, 16, [32], [32]))
+        >>> loss = PWMActorLoss(
+        ...     actor_module(Actor(16, 1, [32])),
+        ...     world_model_module(model),
+        ...     value_module(CriticEnsemble(16, [32])),
+        ...     horizon=4,
+        ... )
+        >>> start = TensorDict(latent=model.encode(torch.randn(8, 3)).detach(), batch_size=[8])
+        >>> loss(start)["loss_actor"].shape
+        torch.Size([])
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Configurable keys.
+
+        Attributes:
+            latent (NestedKey): start latents. Defaults to ``"latent"``.
+            action (NestedKey): action of the world model. Defaults to ``"action"``.
+            reward (NestedKey): reward, under "next". Defaults to ``"reward"``.
+            terminated (NestedKey): termination, under "next". Defaults to ``"terminated"``.
+            state_value (NestedKey): output of the value network. Defaults to ``"state_value"``.
+            value_target (NestedKey): TD(λ) target in the rollout. Defaults to ``"value_target"``.
+            loc (NestedKey): mean before tanh. Defaults to ``"loc"``.
+            scale (NestedKey): standard deviation before tanh. Defaults to ``"scale"``.
+            task (NestedKey): task index. Defaults to ``"task"``.
+        """
+
+        latent: NestedKey = "latent"
+        action: NestedKey = "action"
+        reward: NestedKey = "reward"
+        terminated: NestedKey = "terminated"
+        state_value: NestedKey = "state_value"
+        value_target: NestedKey = "value_target"
+        loc: NestedKey = "loc"
+        scale: NestedKey = "scale"
+        task: NestedKey = "task"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    actor_network: TensorDictModuleBase
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+
+    action_mask: Tensor | None
+
+    def __init__(
+        self,
+        actor_network: TensorDictModuleBase,
+        world_model: TensorDictModuleBase,
+        value_network: TensorDictModuleBase,
+        *,
+        horizon: int = 16,
+        gamma: float = 0.99,
+        lmbda: float = 0.95,
+        detach: bool = True,
+        normalize_returns: bool = False,
+        deterministic: bool = False,
+        action_mask: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if horizon < 1:
+            raise ValueError(f"horizon={horizon} must be at least 1.")
+        self.convert_to_functional(distribution_parameters(actor_network), "actor_network")
+        # Not registered: their parameters are no parameters of this loss (as in TorchRL's DreamerActorLoss).
+        self.__dict__["world_model"] = world_model
+        self.__dict__["value_network"] = value_network
+        self.horizon = horizon
+        self.gamma = gamma
+        self.lmbda = lmbda
+        self.detach = detach
+        self.normalize_returns = normalize_returns
+        self.deterministic = deterministic
+        self.return_statistics = RunningStatistics()
+        self.register_buffer("action_mask", action_mask)
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        """TD(λ) on time-major tensors; see :func:`td_lambda_targets`."""
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        return [keys.latent] if self.action_mask is None else [keys.latent, keys.task]
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        return ["loss_actor", "imagined_return", "imagined_reward", "return_std", "terminated"]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Scalar loss and metrics of rollouts from latents ``[B, D]``; updates the return statistics."""
+        return self.rollout_and_loss(tensordict)[0]
+
+    def draw_noise(self, latent: Tensor, action_dim: int) -> Tensor | None:
+        """Standard normal action noise ``[H, B, A]`` for a whole batch; ``None`` if deterministic."""
+        if self.deterministic:
+            return None
+        return torch.randn(
+            self.horizon, latent.shape[0], action_dim, dtype=latent.dtype, device=latent.device
+        )
+
+    def imagine(self, start: Tensor, task: Tensor | None = None) -> tuple[Imagined, Tensor]:
+        """Differentiable rollout from ``[B, D]`` and V(z_1) .. V(z_H) ``[H, B, 1]``."""
+        keys = self.tensor_keys
+        check_shape("latent", start, (None, None))
+        task_keys = [] if task is None else [keys.task]
+        act = tensor_function(self.actor_network, [keys.latent], [keys.loc, keys.scale])
+        model = tensor_function(
+            self.world_model,
+            [keys.latent, keys.action, *task_keys],
+            [("next", keys.latent), ("next", keys.reward), ("next", keys.terminated)],
+        )
+        value = tensor_function(self.value_network, [keys.latent], [keys.state_value])
+        tasks = [] if task is None else [task]
+        mask = None if task is None or self.action_mask is None else self.action_mask[task]
+
+        def policy(latent: Tensor, noise: Tensor | None) -> Tensor:
+            loc, scale = act(latent)
+            action = torch.tanh(loc if noise is None else loc + scale * noise)
+            return action if mask is None else action * mask
+
+        with (
+            frozen(self.world_model, self.value_network),
+            self.actor_network_params.to_module(self.actor_network),
+        ):
+            with torch.no_grad():
+                action_dim = act(start[:1])[0].shape[-1]
+            rollout = imagine(
+                lambda latent, action: model(latent, action, *tasks),  # type: ignore[arg-type,return-value]
+                policy,
+                start.detach(),
+                self.horizon,
+                self.draw_noise(start, action_dim),
+                self.detach,
+            )
+            return rollout, value(rollout.latent[1:])[0]
+
+    def returns(self, rollout: Imagined, next_value: Tensor) -> Tensor:
+        """J ``[B, 1]`` of every rollout."""
+        return rollout_return(rollout.reward, rollout.terminated, next_value[-1], self.gamma)
+
+    def objective(self, rollout: Imagined, next_value: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, J ``[B, 1]``); with return normalisation, J enters the running variance first."""
+        returns = self.returns(rollout, next_value)
+        if not self.normalize_returns:
+            return -returns.mean() / self.horizon, returns
+        self.return_statistics.update(returns)
+        scale = torch.sqrt(self.return_statistics.var + RETURN_EPSILON).squeeze()
+        return -returns.mean() / scale, returns
+
+    def rollout_and_loss(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
+        """Losses, and the detached rollout ``[B, H]`` for :class:`~pwm_torchrl.objectives.PWMValueLoss`.
+
+        Returns:
+            tuple: TensorDict of scalars, and a TensorDict ``[B, H]`` of ``latent``, ``action``, ``("next", reward)``,
+            ``("next", terminated)``, ``("next", state_value)``, ``value_target`` and the mask
+            ``("collector", "mask")`` of states before the rollout's end.
+        """
+        keys = self.tensor_keys
+        task = None if self.action_mask is None else tensordict.get(keys.task)
+        rollout, next_value = self.imagine(tensordict.get(keys.latent), task)
+        loss, returns = self.objective(rollout, next_value)
+        latent, reward, next_value = (
+            x.detach() for x in (rollout.latent[:-1], rollout.reward, next_value)
+        )
+        ended = rollout.terminated
+        target = td_lambda_targets(reward, next_value, ended, self.gamma, self.lmbda)
+        losses = TensorDict(
+            loss_actor=loss,
+            imagined_return=returns.detach().mean(),
+            imagined_reward=reward.mean(),
+            return_std=returns.detach().std(unbiased=False),
+            terminated=ended.any(0).float().mean(),
+        )
+        imagined = TensorDict({}, batch_size=[tensordict.shape[0], self.horizon])
+        for key, value in (
+            (keys.latent, latent),
+            (keys.action, rollout.action.detach()),
+            (("next", keys.reward), reward),
+            (("next", keys.terminated), ended),
+            (("next", keys.state_value), next_value),
+            (keys.value_target, target),
+            (("collector", "mask"), alive_before(ended)[:-1] > 0),
+        ):
+            imagined.set(key, value.transpose(0, 1))
+        return losses, imagined

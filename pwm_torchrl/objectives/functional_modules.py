@@ -1,0 +1,83 @@
+"""TensorDictModules as functions of tensors, and modules whose parameters take no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from tensordict import TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Inside, the modules' parameters are detached views: gradients flow through them, not into them.
+
+    Unlike switching ``requires_grad``, this leaves partly frozen modules as they were.
+    """
+    if not modules:
+        yield
+        return
+    first, *rest = modules
+    with TensorDict.from_module(first).data.to_module(first), frozen(*rest):
+        yield
+
+
+def tensor_function(
+    module: TensorDictModuleBase, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of tensors that a TensorDictModule wraps.
+
+    A plain :class:`~tensordict.nn.TensorDictModule` with exactly these keys is called through its ``module``, without a
+    TensorDict in between; anything else goes through one.
+
+    Args:
+        module (TensorDictModuleBase): reads ``in_keys`` and writes ``out_keys``.
+        in_keys (sequence of NestedKey): order of the function's arguments.
+        out_keys (sequence of NestedKey): order of its results.
+
+    Raises:
+        ValueError: if the module does not read and write these keys.
+    """
+    wanted_in, wanted_out = ([unravel_key(k) for k in keys] for keys in (in_keys, out_keys))
+    has_in, has_out = (
+        [unravel_key(k) for k in keys] for keys in (module.in_keys, module.out_keys)
+    )
+    if not set(has_in) <= set(wanted_in) or not set(wanted_out) <= set(has_out):
+        raise ValueError(
+            f"{type(module).__name__} reads {has_in} and writes {has_out}, but reading no more than {wanted_in} and "
+            f"writing at least {wanted_out} is needed; rename its keys or call set_keys on the loss."
+        )
+    if type(module) is TensorDictModule and (has_in, has_out) == (wanted_in, wanted_out):
+        single = len(wanted_out) == 1
+
+        def direct(*tensors: Tensor) -> tuple[Tensor, ...]:
+            out = module.module(*tensors)
+            return (out,) if single else tuple(out)
+
+        return direct
+
+    def through_tensordict(*tensors: Tensor) -> tuple[Tensor, ...]:
+        # The state, last to be given a batch shape, has features last: everything before them is batch.
+        data = TensorDict({}, batch_size=tensors[0].shape[:-1])
+        for key, tensor in zip(wanted_in, tensors, strict=True):
+            data.set(key, tensor)
+        data = module(data)
+        return tuple(data.get(key) for key in wanted_out)
+
+    return through_tensordict
+
+
+def distribution_parameters(actor: TensorDictModuleBase) -> TensorDictModuleBase:
+    """The part of a probabilistic actor that computes its distribution's parameters; other modules as they are."""
+    if isinstance(actor, ProbabilisticTensorDictSequential):
+        parts = list(actor)[:-1]
+        return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
+    return actor

@@ -1,0 +1,224 @@
+"""World-model loss over TensorDicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictParams, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.objectives.common import LossModule
+
+from pwm_torchrl.modules import WorldModel
+from pwm_torchrl.objectives.shapes import check_shape
+from pwm_torchrl.objectives.slices import (
+    FlowNoise,
+    Slices,
+    draw_flow_noise,
+    loss_weights,
+    slice_losses,
+)
+
+MASK_KEY = ("collector", "mask")
+
+
+class PWMModelLoss(LossModule):
+    """Loss of PWM's latent world model on slices of trajectories.
+
+    The latent is rolled out from the first observation with the slice's actions; it should match the encoding of the
+    observations that followed (gradient stopped), and its reward logits the rewards. Steps after the first ``done``
+    inside a slice are masked. Reference: https://arxiv.org/abs/2407.02466 (PWM) and https://arxiv.org/abs/2310.16828
+    (TD-MPC2).
+
+    Args:
+        world_model (WorldModel): the model; its parameters are those of the loss.
+
+    Keyword Args:
+        form (str): ``"pwm"`` (weights γ^t, coefficients 1, rewards averaged over steps) or ``"tdmpc2"`` (weights ρ^t,
+            coefficients 20 and 0.1, rewards summed over steps). Defaults to ``"pwm"``.
+        gamma (float): discount, the step weight of ``form="pwm"``. Defaults to ``0.99``.
+        rho (float, optional): step weight. Defaults to γ for ``"pwm"`` and ``0.5`` for ``"tdmpc2"``.
+        dynamics_coef (float, optional): coefficient of the latent error. Defaults to the form's.
+        reward_coef (float, optional): coefficient of the reward loss. Defaults to the form's.
+        termination_coef (float): coefficient of the termination loss. Defaults to ``1.0``.
+        rollout_weight (float): λ_roll, weight of the latent error of rollouts. Defaults to ``1.0``.
+        flow_matching_weight (float): λ_fm. Defaults to ``0.0``.
+        flow_matching_source (str): where the flow starts: ``"teacher"`` (encodings), or the rollout latent ``"detached"``
+            or ``"attached"``. Defaults to ``"teacher"``.
+        self_consistency_weight (float): λ_sc. Defaults to ``0.0``.
+
+    The input has batch size ``[B, H]``; the output is a TensorDict of scalars: ``loss_dynamics``, ``loss_reward`` and,
+    where they apply, ``loss_termination``, ``loss_flow_matching``, ``loss_self_consistency``; their sum is the loss.
+
+    .. note:: ``tensordict`` may hold a mask under ``("collector", "mask")``, as :class:`~torchrl.data.SliceSampler`
+        writes it with ``pad_output=True``; masked steps count as steps after the end.
+
+    Examples:
+        >>> import torch
+        >>> from pwm_torchrl.modules import WorldModelSpec, make_world_model
+        >>> loss = PWMModelLoss(make_world_model(WorldModelSpec(3, 1, 16, [32], [32])))
+        >>> data = TensorDict(
+        ...     observation=torch.randn(8, 5, 3),
+        ...     action=torch.rand(8, 5, 1),
+        ...     next=TensorDict(
+        ...         observation=torch.randn(8, 5, 3),
+        ...         reward=torch.randn(8, 5, 1),
+        ...         done=torch.zeros(8, 5, 1, dtype=torch.bool),
+        ...         terminated=torch.zeros(8, 5, 1, dtype=torch.bool),
+        ...         batch_size=[8, 5],
+        ...     ),
+        ...     batch_size=[8, 5],
+        ... )
+        >>> sorted(loss(data).keys())
+        ['loss_dynamics', 'loss_reward']
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Configurable keys.
+
+        Attributes:
+            observation (NestedKey): observation, also under "next". Defaults to ``"observation"``.
+            action (NestedKey): action in [−1, 1]. Defaults to ``"action"``.
+            reward (NestedKey): reward, under "next". Defaults to ``"reward"``.
+            done (NestedKey): end of an episode, under "next". Defaults to ``"done"``.
+            terminated (NestedKey): termination, under "next". Defaults to ``"terminated"``.
+            task (NestedKey): task index ``[B, H]``, multi-task models only. Defaults to ``"task"``.
+        """
+
+        observation: NestedKey = "observation"
+        action: NestedKey = "action"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        task: NestedKey = "task"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    world_model: WorldModel
+    world_model_params: TensorDictParams
+    target_world_model_params: TensorDictParams
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        *,
+        form: str = "pwm",
+        gamma: float = 0.99,
+        rho: float | None = None,
+        dynamics_coef: float | None = None,
+        reward_coef: float | None = None,
+        termination_coef: float = 1.0,
+        rollout_weight: float = 1.0,
+        flow_matching_weight: float = 0.0,
+        flow_matching_source: str = "teacher",
+        self_consistency_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.convert_to_functional(world_model, "world_model")
+        self.multi_task = world_model.task is not None
+        self.weights = loss_weights(
+            form,
+            gamma,
+            rho,
+            dynamics_coef,
+            reward_coef,
+            termination=termination_coef,
+            rollout=rollout_weight,
+            flow_matching=flow_matching_weight,
+            flow_matching_source=flow_matching_source,
+            self_consistency=self_consistency_weight,
+        )
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        """No value estimator."""
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        return [
+            keys.observation,
+            keys.action,
+            ("next", keys.observation),
+            ("next", keys.reward),
+            ("next", keys.done),
+            ("next", keys.terminated),
+            *([keys.task] if self.multi_task else []),
+        ]
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        names = ["loss_dynamics", "loss_reward"]
+        if self.world_model.termination is not None:
+            names.append("loss_termination")
+        if self.weights.flow_matching:
+            names.append("loss_flow_matching")
+        if self.weights.self_consistency:
+            names.append("loss_self_consistency")
+        return names
+
+    def read(self, tensordict: TensorDictBase) -> Slices:
+        """Time-major tensors of a batch-major ``[B, H]`` TensorDict, checked.
+
+        Raises:
+            ValueError: for shapes that would only work by broadcasting.
+        """
+        keys = self.tensor_keys
+        if tensordict.ndim != 2:
+            raise ValueError(
+                f"PWMModelLoss needs slices of batch size [B, H]; got batch size {list(tensordict.shape)}."
+            )
+        batch, horizon = tensordict.shape
+
+        def get(key: NestedKey, *, nested: bool = True) -> Tensor:
+            value = tensordict.get(("next", key) if nested else key)
+            check_shape(str(key), value, (batch, horizon, *(None,) * (value.ndim - 2)))
+            return value.transpose(0, 1)
+
+        done = get(keys.done)
+        reward, terminated = get(keys.reward), get(keys.terminated)
+        for name, value in (("reward", reward), ("done", done), ("terminated", terminated)):
+            check_shape(name, value, (horizon, batch, 1))
+        ended_before = done.cumsum(0) - done.long()
+        valid = ended_before == 0
+        mask = tensordict.get(MASK_KEY, None)
+        if mask is not None:
+            valid = valid & mask.reshape(batch, horizon, 1).transpose(0, 1)
+        return Slices(
+            observation=get(keys.observation, nested=False)[0],
+            next_observation=get(keys.observation),
+            action=get(keys.action, nested=False),
+            reward=reward,
+            terminated=terminated,
+            valid=valid,
+            task=tensordict.get(keys.task)[:, 0] if self.multi_task else None,
+        )
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Scalar losses of slices ``[B, H]``."""
+        slices = self.read(tensordict)
+        return self.evaluate(slices, self.draw_noise(slices))
+
+    def draw_noise(self, slices: Slices) -> FlowNoise | None:
+        """Random numbers of the flow terms for a whole batch; ``None`` if no term needs them."""
+        if not (self.weights.flow_matching or self.weights.self_consistency):
+            return None
+        horizon, batch = slices.action.shape[:2]
+        return draw_flow_noise(horizon, batch, slices.reward)
+
+    def evaluate(
+        self,
+        slices: Slices,
+        noise: FlowNoise | None = None,
+        valid_counts: tuple[Tensor, Tensor] | None = None,
+    ) -> TensorDictBase:
+        """Losses of time-major slices; see :func:`~pwm_torchrl.objectives.slices.slice_losses`."""
+        with self.world_model_params.to_module(self.world_model):
+            losses = slice_losses(self.world_model, slices, self.weights, noise, valid_counts)
+        named = {f"loss_{name}": value for name, value in losses._asdict().items()}
+        return TensorDict({key: named[key] for key in self.out_keys}, [])
+
+

@@ -1,0 +1,93 @@
+"""Critic loss over TensorDicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictParams, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.objectives.common import LossModule
+
+from pwm_torchrl.modules import CriticEnsemble
+from pwm_torchrl.objectives.shapes import check_same_shape, check_shape
+
+
+def ensemble_value_loss(values: Tensor, target: Tensor) -> Tensor:
+    """(V_k(z) − target)² ``[K, ..., 1]`` of every member, gradients of the target stopped.
+
+    Args:
+        values (Tensor): ``[K, ..., 1]``.
+        target (Tensor): ``[..., 1]``.
+
+    Raises:
+        ValueError: unless each member's values have exactly the target's shape.
+    """
+    check_shape("value target", target, (*(None,) * (target.ndim - 1), 1))
+    check_same_shape("value of an ensemble member", values[0], "value target", target)
+    return (values - target.detach().unsqueeze(0)).square()
+
+
+class PWMValueLoss(LossModule):
+    """Regression of an ensemble of critics on TD(λ) targets: mean over members and states of (V_k(z) − target)².
+
+    Args:
+        critics (CriticEnsemble): the value functions; their parameters are those of the loss.
+
+    The input holds ``latent`` ``[*batch, D]`` and ``value_target`` ``[*batch, 1]`` as
+    :class:`~pwm_torchrl.objectives.PWMActorLoss` writes them; the output ``loss_value``, and detached ``value`` (mean).
+
+    .. note:: states after the end of an imagined rollout are excluded through
+        :attr:`~torchrl.objectives.LossModule.loss_mask_key`, by default ``("collector", "mask")``.
+
+    Examples:
+        >>> import torch
+        >>> loss = PWMValueLoss(CriticEnsemble(16, [32]))
+        >>> data = TensorDict(latent=torch.rand(9, 16), value_target=torch.rand(9, 1), batch_size=[9])
+        >>> loss(data)["loss_value"].shape
+        torch.Size([])
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Configurable keys.
+
+        Attributes:
+            latent (NestedKey): latent state. Defaults to ``"latent"``.
+            value_target (NestedKey): regression target. Defaults to ``"value_target"``.
+        """
+
+        latent: NestedKey = "latent"
+        value_target: NestedKey = "value_target"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    critics: CriticEnsemble
+    critics_params: TensorDictParams
+    target_critics_params: TensorDictParams
+
+    def __init__(self, critics: CriticEnsemble) -> None:
+        super().__init__()
+        self.convert_to_functional(critics, "critics")
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        """Targets come with the data."""
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        return [self.tensor_keys.latent, self.tensor_keys.value_target]
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        return ["loss_value", "value"]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Scalar losses of latents ``[*batch, D]``."""
+        with self.critics_params.to_module(self.critics):
+            values = self.critics(tensordict.get(self.tensor_keys.latent).detach())
+        error = ensemble_value_loss(values, tensordict.get(self.tensor_keys.value_target)).mean(0)
+        loss = self._reduce_loss(error, tensordict, reduction="mean")
+        return TensorDict(loss_value=loss, value=values.detach().mean())

@@ -1,0 +1,197 @@
+"""What a run leaves behind for people: ``summary.json``, ``curves.png``, ``video.mp4`` and a README.
+
+Every file is written beside its final name and swapped in, so that a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pwm_torchrl.errors import MissingLibraryError
+from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.curves import write_curves
+
+__all__ = ["write_curves", "write_run_readme", "write_summary", "write_video"]
+
+Frame = npt.NDArray[np.uint8]
+
+
+def write_summary(run_dir: str | os.PathLike[str], summary: Mapping[str, Any]) -> Path:
+    """Writes ``summary.json`` in one step.
+
+    Numbers that JSON does not know (NaN, infinities) become ``null``.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        TypeError: if a value is not plain data; a tensor has no place in a summary.
+    """
+    text = json.dumps(_finite(dict(summary)), indent=2, allow_nan=False) + "\n"
+    return _swap_in(Path(run_dir) / "summary.json", text)
+
+
+def write_video(run_dir: str | os.PathLike[str], frames: Iterable[Frame], fps: float = 30.0) -> Path:
+    """Writes ``video.mp4`` (H.264) from pictures.
+
+    Args:
+        run_dir: the run's directory.
+        frames: uint8 arrays ``[height, width, 3]``, all of one shape; a generator keeps only one in memory.
+            An odd height or width, which the format does not allow, is padded by repeating the last row or column.
+        fps: pictures per second, > 0. Defaults to ``30.0``.
+
+    Returns:
+        The video's path.
+
+    Raises:
+        MissingLibraryError: if imageio-ffmpeg is not installed.
+        ValueError: if there are no frames, or one has another shape or type.
+    """
+    try:
+        from imageio_ffmpeg import write_frames
+    except ImportError as error:
+        raise MissingLibraryError("video.mp4 needs imageio-ffmpeg: pip install 'pwm-torchrl[video]'") from error
+    if not fps > 0:
+        raise ValueError(f"fps={fps} is not a positive number of pictures per second")
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("a video needs at least one frame")
+    shape = np.shape(first)
+    if len(shape) != 3 or shape[2] != 3:
+        raise ValueError(f"a frame has shape {shape}; uint8 [height, width, 3] is needed")
+
+    target = Path(run_dir) / "video.mp4"
+    partial = target.with_name("video.tmp.mp4")
+    height, width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
+    writer = write_frames(
+        str(partial),
+        (width, height),
+        fps=fps,
+        codec="libx264",
+        quality=7,
+        macro_block_size=2,
+        ffmpeg_log_level="error",
+        ffmpeg_timeout=0,
+    )
+    writer.send(None)
+    try:
+        for index, frame in enumerate(chain([first], frames)):
+            writer.send(_even(_checked(frame, shape, index)).tobytes())
+    except BaseException:
+        writer.close()
+        partial.unlink(missing_ok=True)
+        raise
+    writer.close()
+    os.replace(partial, target)
+    return target
+
+
+def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
+    """Writes ``README.md``: what the run is, what each of its files holds, and the commands that use them."""
+    run_dir = Path(run_dir)
+    env = cfg.env.get("name") or cfg.env.get("_target_", "?")
+    rows = [f"| `{name}` | {what} |" for name, what in _files(cfg)]
+    lines = [
+        f"# {env}, {cfg.model.name}, {cfg.size.name}, seed {cfg.seed}",
+        "",
+        f"A run of pwm_torchrl: a policy for **{env}**, trained by back-propagation through a learned world model "
+        f"(`model={cfg.model.name}`, `size={cfg.size.name}`, `seed={cfg.seed}`, {cfg.training.epochs} epochs planned).",
+        "How it ended: `summary.json`.",
+        "",
+        "| file | what it holds |",
+        "|---|---|",
+        *rows,
+        "",
+        "## Use it",
+        "",
+        "From the root of the project, with this directory as RUN:",
+        "",
+        "```",
+        "python launch/evaluate.py RUN          # deterministic episodes in the real environment",
+        "python launch/report.py RUN [RUN ...]  # a table of runs",
+    ]
+    if cfg.logger.kind == "tensorboard":
+        lines.append("tensorboard --logdir RUN/tensorboard")
+    if cfg.logger.kind == "wandb":
+        lines.append("wandb sync RUN/wandb/offline-run-*     # upload what was logged offline")
+    lines += [
+        "```",
+        "",
+        "```python",
+        "import pwm_torchrl",
+        "",
+        'policy = pwm_torchrl.load_policy("RUN")            # TensorDictModule: observation -> action',
+        'world_model = pwm_torchrl.load_world_model("RUN")  # TensorDictModule of the world model',
+        "```",
+        "",
+    ]
+    return _swap_in(run_dir / "README.md", "\n".join(lines))
+
+
+def _files(cfg: Config) -> list[tuple[str, str]]:
+    repeat = cfg.env.get("action_repeat", 1)
+    files = [
+        ("config.yaml", "the whole configuration; the same one in an unfinished directory resumes the run"),
+        (
+            "metrics.csv",
+            "one row per epoch: returns, losses, gradient norms before clipping, speed. `agent_steps` counts decisions "
+            f"of the policy, `env_steps` steps of the environment ({repeat} per decision). Empty cells were not "
+            "measured in that epoch",
+        ),
+        ("summary.json", "the end result: status (running, finished, failed, stopped), returns, steps, peak memory"),
+        ("checkpoints/", "what resuming and loading need; readable with `weights_only=True`"),
+        ("curves.png", "returns with their spread, losses and gradient norms over environment steps"),
+    ]
+    if cfg.training.video:
+        files.append(("video.mp4", "one deterministic episode of the trained policy"))
+    files.append(("events.jsonl", "what happened to the run, one JSON object per line: starts, resumes, faults, end"))
+    files.append(("log.txt", "the job's output, where it was started by `launch/submit.py`"))
+    files.append(("submitit/", "the same: files of the library that ran the job, one folder per attempt"))
+    if cfg.training.replay_storage == "disk":
+        files.append(("replay/", "the replay buffer, memory-mapped"))
+    if cfg.logger.kind == "tensorboard":
+        files.append(("tensorboard/", "the same metrics as TensorBoard events"))
+    if cfg.logger.kind == "wandb":
+        files.append(("wandb/", "W&B's own files; `wandb_id.txt` lets a resumed run continue the same curve there"))
+    return files
+
+
+def _checked(frame: Frame, shape: tuple[int, ...], index: int) -> Frame:
+    frame = np.asarray(frame)
+    if frame.shape != shape or frame.dtype != np.uint8:
+        raise ValueError(f"frame {index} is {frame.dtype} {frame.shape}; uint8 {shape} is needed like the first")
+    return frame
+
+
+def _even(frame: Frame) -> Frame:
+    rows, columns = frame.shape[0] % 2, frame.shape[1] % 2
+    if rows or columns:
+        frame = np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge")
+    return np.ascontiguousarray(frame)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _swap_in(target: Path, text: str) -> Path:
+    partial = target.with_name(target.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)
+    return target

@@ -1,0 +1,101 @@
+"""Batched collection that can continue in the middle of an episode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
+
+from pwm_torchrl.envs import load_env_state, save_env_state
+
+
+class ResumableCollector(Collector):
+    """TorchRL's collector, whose state includes the environments' own where these can save it.
+
+    TorchRL's collector starts new episodes after a restart, which makes a resumed run differ from an undisturbed one.
+    Here the state holds the environments' and the next policy input; where an environment cannot save its state, the
+    episodes restart and :attr:`resumed_exactly` is False.
+
+    Args:
+        env (EnvBase): environments of batch size ``[N]``.
+        policy (TensorDictModuleBase): acts on their observations.
+        steps (int): agent steps per environment and batch.
+        random_steps (int): first agent steps, all environments together, with uniform actions. Defaults to ``0``.
+    """
+
+    def __init__(
+        self, env: EnvBase, policy: TensorDictModuleBase, steps: int, random_steps: int = 0
+    ) -> None:
+        self.resumed_exactly = True
+        self._env_state_valid = True
+        super().__init__(
+            env,
+            policy,
+            frames_per_batch=steps * env.batch_size[0],
+            total_frames=-1,
+            init_random_frames=random_steps or None,
+            exploration_type=ExplorationType.RANDOM,
+            trust_policy=True,
+            use_buffers=False,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Frame count, the environments' state or ``None``, and the next policy input."""
+        state = save_env_state(self.env) if self._env_state_valid else None
+        carrier = None
+        if state is not None:
+            leaves = self._carrier.exclude("next").items(True, True)
+            carrier = {
+                "|".join((key,) if isinstance(key, str) else key): value for key, value in leaves
+            }
+        return {"frames": self._frames, "iter": self._iter, "env": state, "carrier": carrier}
+
+    def forget_env_state(self) -> None:
+        """Leave the environments out of the state from now on: one of them failed in the middle of a batch."""
+        self._env_state_valid = False
+
+    def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self._frames = state_dict["frames"]
+        self._iter = state_dict["iter"]
+        self.resumed_exactly = state_dict["env"] is not None
+        if state_dict["env"] is None:
+            return
+        load_env_state(self.env, state_dict["env"])
+        for name, value in state_dict["carrier"].items():
+            self._carrier.set(tuple(name.split("|")), value.to(self._carrier.device or "cpu"))
+
+
+class EpisodeReturns:
+    """Returns of training episodes, summed over the batches that they span.
+
+    Args:
+        num_envs (int): parallel environments.
+    """
+
+    def __init__(self, num_envs: int) -> None:
+        self.running = torch.zeros(num_envs, dtype=torch.float64)
+
+    def update(self, batch: TensorDictBase) -> Tensor:
+        """Add a batch ``[N, T]``; returns the returns of the episodes that ended in it, float64 ``[E]``."""
+        finished = []
+        rewards = batch["next", "reward"].squeeze(-1).double().cpu()
+        for reward, done in zip(
+            rewards.unbind(1), batch["next", "done"].squeeze(-1).cpu().unbind(1), strict=True
+        ):
+            self.running += reward
+            finished.append(self.running[done])
+            self.running = self.running.masked_fill(done, 0.0)
+        return torch.cat(finished)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"running": self.running}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        self.running = state_dict["running"].clone()

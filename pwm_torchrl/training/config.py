@@ -1,0 +1,169 @@
+"""Typed configuration of a run: what Hydra composes and every part of the program reads.
+
+One field, one meaning: the comment beside it is its documentation. Defaults are the algorithm's; the YAML files in
+``configs/`` hold only what deviates from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+# ``Optional[...]`` instead of ``... | None``: OmegaConf resolves these hints at run time, on Python 3.10 too.
+
+MISSING: Any = "???"  # OmegaConf's marker of a mandatory value, written out so that this file needs no OmegaConf
+
+
+@dataclass
+class DynamicsConfig:
+    """Latent dynamics d(z, a, e) -> z' (see :mod:`pwm_torchrl.modules.dynamics`)."""
+
+    kind: str = "flow"  # mlp | residual | flow
+    parameterization: str = "residual_endpoint"  # residual_endpoint | tangent | simnorm_velocity (flow only)
+    solver: str = "heun"  # euler | heun (flow only)
+    substeps: int = 4  # K >= 1 solver substeps per transition (flow only)
+    condition_on_start: bool = False  # feed z_t to the velocity field beside z_tau
+    time_features: int = 0  # number of sine/cosine pairs added to tau
+    condition_on_step_size: bool = False  # feed the step size (needed by self-consistency)
+    checkpoint_substeps: bool = False  # recompute the substeps in the backward pass: less memory, same gradients
+
+
+@dataclass
+class ModelLossConfig:
+    """World-model objective (see :class:`pwm_torchrl.objectives.PWMModelLoss`)."""
+
+    form: str = "pwm"  # pwm | tdmpc2: weights gamma^t, coefficients 1 | weights rho^t, coefficients 20 and 0.1
+    dynamics_coef: Optional[float] = None  # None: the form's own
+    reward_coef: Optional[float] = None  # None: the form's own
+    termination_coef: float = 1.0
+    rho: Optional[float] = None  # per-step weight; None: gamma for pwm, 0.5 for tdmpc2
+    rollout_weight: float = 1.0  # lambda_roll: weight of the rollout loss of the dynamics
+    flow_matching_weight: float = 0.0  # lambda_fm
+    flow_matching_source: str = "teacher"  # teacher | detached | attached: where z_s comes from
+    self_consistency_weight: float = 0.0  # lambda_sc
+
+
+@dataclass
+class ModelConfig:
+    """World model: dynamics, heads and their loss."""
+
+    name: str = MISSING
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    loss: ModelLossConfig = field(default_factory=ModelLossConfig)
+    reward_head: str = "scalar"  # scalar | two_hot
+    num_bins: int = 101  # two-hot bins
+    vmin: float = -10.0  # lowest two-hot bin, symlog space
+    vmax: float = 10.0  # highest two-hot bin, symlog space
+    reward_space: str = "raw"  # raw | symlog: the space in which the policy maximises a two-hot reward
+    termination_head: Optional[bool] = None  # None: where the environment terminates
+
+
+@dataclass
+class SizeConfig:
+    """Widths of every network."""
+
+    name: str = MISSING
+    latent_dim: int = MISSING  # D, a multiple of simnorm_dim
+    units: list[int] = MISSING  # hidden widths of dynamics and reward head
+    encoder_units: list[int] = MISSING  # hidden widths of the encoder
+    simnorm_dim: int = 8  # V, size of a SimNorm group
+    task_dim: int = 96  # E, multi-task only
+    actor_units: list[int] = field(default_factory=lambda: [400, 200, 100])
+    critic_units: list[int] = field(default_factory=lambda: [400, 200])
+    num_critics: int = 3
+
+
+@dataclass
+class AlgorithmConfig:
+    """PWM: what one epoch does (see :mod:`pwm_torchrl.training.stepper`)."""
+
+    horizon: int = 16  # H of imagination and of the model's training slices, agent steps
+    collect_steps: Optional[int] = None  # agent steps per environment and epoch; None: horizon
+    random_steps: int = 0  # first agent steps (all environments together) with uniform actions
+    gamma: float = 0.99
+    lmbda: float = 0.95  # lambda of the TD(lambda) critic targets
+    detach: bool = True  # stop the gradient at the actor's input in imagination
+    normalize_returns: bool = True  # divide the actor loss by the running std of the imagined returns
+    normalize_observations: bool = False  # running mean and std in front of the encoder
+    normalize_rewards: bool = False  # divide rewards by a running scale; never shifts them
+    policy_starts: str = "replay"  # replay | current: where imagination starts
+    imagination_batch: int = 128  # imagined rollouts per policy update
+    policy_updates: int = 1  # per epoch
+    model_batch: int = 256  # slices per world-model update
+    model_updates: int = 8  # per epoch
+    first_model_updates: Optional[int] = None  # in the first training epoch; None: an episode's length
+    critic_passes: int = 8  # passes over the imagined rollouts per epoch
+    critic_minibatches: int = 4  # minibatches per pass
+    model_lr: float = 3e-4
+    actor_lr: float = 5e-4
+    critic_lr: float = 5e-4
+    final_lr: float = 1e-5  # every learning rate falls linearly to this one
+    policy_betas: list[float] = field(default_factory=lambda: [0.7, 0.95])  # Adam, actor and critic
+    model_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # Adam, world model
+    model_grad_norm: float = 20.0  # gradient-norm clip
+    actor_grad_norm: float = 1.0
+    critic_grad_norm: float = 100.0
+    log_std_init: float = -1.0  # actor's state-independent log standard deviation
+    log_std_min: float = -1.427
+    compile: bool = False  # torch.compile the three updates
+
+
+@dataclass
+class TrainingConfig:
+    """Length of a run and what happens on the way."""
+
+    epochs: int = 15_000
+    eval_every: int = 50  # epochs between evaluations; 0: only at the end
+    eval_episodes: int = 10  # deterministic episodes per evaluation, on environments of their own
+    checkpoint_every: int = 50  # epochs between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2  # newest ones kept, beside the best
+    replay_capacity: int = 1_000_000  # transitions
+    replay_storage: str = "memory"  # memory | disk (memory-mapped in the run directory)
+    gradient_profile_every: int = 50  # epochs between logs of the gradient norm per horizon step; 0: never
+    video: bool = True  # film one deterministic episode at the end
+    threads: Optional[int] = None  # torch threads; None: the CPUs of the allocation
+    progress: bool = True  # progress bar
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides metrics.csv, which is always written."""
+
+    kind: str = "csv"  # csv | tensorboard | wandb
+    project: str = "pwm_torchrl"  # wandb
+    entity: Optional[str] = None  # wandb
+    group: Optional[str] = None  # wandb
+    mode: str = "auto"  # wandb: auto (online with key and network, else offline) | online | offline | disabled
+
+
+@dataclass
+class ClusterConfig:
+    """Where a submitted job runs."""
+
+    kind: str = "local"  # local: a process of its own on this machine | debug: in this process
+
+
+@dataclass
+class MemoryConfig:
+    """How updates are split to fit in memory."""
+
+    kind: str = "fixed"
+    model_micro_batch: Optional[int] = None  # slices per backward pass of a world-model update; None: all at once
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    size: SizeConfig = field(default_factory=SizeConfig)
+    env: dict[str, Any] = field(default_factory=dict)  # _target_: maker; the rest are its arguments
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    seed: int = 0  # one seed determines a run on the CPU
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    runs_dir: str = "runs"  # where new run directories are created
+    run_dir: Optional[str] = None  # this run's directory; None: a new one under runs_dir

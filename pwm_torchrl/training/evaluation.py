@@ -1,0 +1,148 @@
+"""Evaluation in the real environment: returns of deterministic episodes, and open-loop errors of the model on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from pwm_torchrl.envs import env_info, render_frame
+from pwm_torchrl.modules import WorldModel
+
+#: Stops an evaluation whose episodes neither end nor have a known length.
+MAX_AGENT_STEPS = 10_000
+
+
+@dataclass
+class Episodes:
+    """One episode per environment, time-major; rows after an episode's end are not ``valid``."""
+
+    observation: Tensor  # [T, N, O]
+    action: Tensor  # [T, N, A]
+    next_observation: Tensor  # [T, N, O]
+    reward: Tensor  # [T, N, 1]
+    valid: Tensor  # bool [T, N, 1]
+
+    @property
+    def returns(self) -> Tensor:
+        """Undiscounted sums of the environment's rewards, float64 ``[N]``."""
+        return (self.reward.double() * self.valid).sum(0).squeeze(-1)
+
+
+@torch.no_grad()
+def play(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Episodes:
+    """One episode in each environment of ``env``, after seeding them.
+
+    Args:
+        env (EnvBase): environments of batch size ``[N]``.
+        act (callable): sets ``action`` in a TensorDict, such as a policy module.
+        seed (int): of the first environment; the same seed starts the same episodes.
+    """
+    env.set_seed(seed)
+    limit = env_info(env).episode_length or MAX_AGENT_STEPS
+    state = env.reset()
+    running = torch.ones(*env.batch_size, 1, dtype=torch.bool)
+    columns: dict[str, list[Tensor]] = {
+        key: [] for key in ("observation", "action", "next_observation", "reward", "valid")
+    }
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        for _ in range(limit):
+            state, following = env.step_and_maybe_reset(act(state))
+            step = state["next"]
+            for key, value in (
+                ("observation", state["observation"]),
+                ("action", state["action"]),
+                ("next_observation", step["observation"]),
+                ("reward", step["reward"]),
+                ("valid", running),
+            ):
+                columns[key].append(value.cpu().clone())
+            running = running & ~step["done"].cpu()
+            if not running.any():
+                break
+            state = following
+    return Episodes(**{key: torch.stack(values) for key, values in columns.items()})
+
+
+def random_action(env: EnvBase) -> Callable[[TensorDictBase], TensorDictBase]:
+    """Uniform actions from a generator of their own, so that evaluating them leaves training's alone."""
+    generator = torch.Generator().manual_seed(0)
+    shape = env.action_spec.shape
+
+    def act(state: TensorDictBase) -> TensorDictBase:
+        action = torch.rand(shape, generator=generator) * 2 - 1
+        return state.set("action", action.to(state.device or "cpu"))
+
+    return act
+
+
+@torch.no_grad()
+def open_loop_errors(
+    model: WorldModel, episodes: Episodes, horizon: int, reward_scale: Tensor | None = None
+) -> dict[str, float]:
+    """Errors of the model rolled out for ``horizon`` steps from every ``horizon``-th observation, without feedback.
+
+    Args:
+        model (WorldModel): the model.
+        episodes (Episodes): held-out data.
+        horizon (int): H.
+        reward_scale (Tensor, optional): factor that the model's rewards were trained with.
+
+    Returns:
+        dict: ``latent_mse`` and ``reward_nmse`` (squared error over the variance of the real rewards), means over the
+        horizon, and the same at its last step (``_last``). Empty if no episode is as long as the horizon.
+    """
+    device = next(model.parameters()).device
+    total = episodes.valid.shape[0]
+    starts = [
+        s for s in range(0, total - horizon + 1, horizon) if episodes.valid[s + horizon - 1].any()
+    ]
+    if not starts:
+        return {}
+
+    def windows(x: Tensor) -> Tensor:
+        rows = [x[s : s + horizon, episodes.valid[s + horizon - 1].squeeze(-1)] for s in starts]
+        return torch.cat(rows, 1).to(device)
+
+    reward = windows(episodes.reward)
+    if reward_scale is not None:
+        reward = reward * reward_scale
+    action, target = windows(episodes.action), model.encode(windows(episodes.next_observation))
+    z = model.encode(windows(episodes.observation)[0])
+    latent_error, reward_error = [], []
+    raw = getattr(model.reward, "codec", None)
+    for t in range(horizon):
+        z, logits, _ = model.predict(z, action[t])
+        predicted = logits if raw is None else raw.decode(logits)
+        latent_error.append((z - target[t]).square().mean())
+        reward_error.append((predicted - reward[t]).square().mean())
+    variance = reward.var().clamp_min(1e-8)
+    latent, nmse = torch.stack(latent_error), torch.stack(reward_error) / variance
+    return {
+        "latent_mse": latent.mean().item(),
+        "latent_mse_last": latent[-1].item(),
+        "reward_nmse": nmse.mean().item(),
+        "reward_nmse_last": nmse[-1].item(),
+    }
+
+
+def film(
+    env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int
+) -> Iterator[np.ndarray]:
+    """Pictures of one deterministic episode in a rendering environment of batch size [1]."""
+    env.set_seed(seed)
+    state = env.reset()
+    limit = env_info(env).episode_length or MAX_AGENT_STEPS
+    for _ in range(limit):
+        yield render_frame(env)
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            state, following = env.step_and_maybe_reset(act(state))
+        if state["next", "done"].any():
+            return
+        state = following

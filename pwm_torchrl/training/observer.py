@@ -1,0 +1,142 @@
+"""What happens around the updates of an epoch: replay is filled, results are evaluated, logged and shown."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from tensordict import TensorDictBase
+from torchrl.record.loggers.common import Logger
+
+from pwm_torchrl.training.collector import EpisodeReturns
+from pwm_torchrl.training.evaluation import open_loop_errors, play
+from pwm_torchrl.training.metrics import CsvMetrics, MetricRow
+from pwm_torchrl.training.progress import Progress
+from pwm_torchrl.training.seeding import evaluation_env_seed
+from pwm_torchrl.training.stepper import PWMStepper
+
+if TYPE_CHECKING:
+    from pwm_torchrl.training.run import Run
+    from pwm_torchrl.training.trainer import PWMTrainer
+
+
+class Observer:
+    """Hooks of a run.
+
+    Args:
+        run (Run): the run's parts.
+        stepper (PWMStepper): its updates.
+    """
+
+    trainer: PWMTrainer
+    returns: EpisodeReturns
+    progress: Progress
+
+    def __init__(self, run: Run, stepper: PWMStepper) -> None:
+        self.run, self.stepper = run, stepper
+        self.csv = CsvMetrics(run.run_dir / "metrics.csv")
+        self.logger: Logger | None = None
+        self.epoch_started = time.monotonic()
+
+    def open(self, restored: bool) -> None:
+        """Drop metric rows that the run will write again, and start the progress display."""
+        self.csv.truncate(self.trainer.epoch if restored else 0)
+        self.run.summary.resume_exact &= self.trainer.collector.resumed_exactly
+        t = self.run.cfg.training
+        steps = self.trainer.collector.requested_frames_per_batch
+        self.progress = Progress(t.epochs, self.trainer.epoch, steps, t.progress)
+        self.epoch_started = time.monotonic()
+
+    def receive(self, batch: TensorDictBase) -> TensorDictBase:
+        """A collected batch ``[N, T]``: into replay and the running statistics."""
+        finished = self.returns.update(batch)
+        if len(finished):
+            self.trainer.row.set({"train/return": finished.mean(), "train/episodes": len(finished)})
+        if self.run.reward_scale is not None:
+            self.run.reward_scale.update(batch["next", "reward"], batch["next", "done"])
+        statistics = self.run.networks.world_model.observation_statistics
+        if statistics is not None:
+            statistics.update(batch["observation"].to(statistics.mean.device))
+        self.run.replay.extend(batch)
+        return batch
+
+    def finish_epoch(self, epoch: int, row: MetricRow) -> None:
+        """Evaluate if it is due, then log the epoch."""
+        t = self.run.cfg.training
+        due = (t.eval_every > 0 and epoch % t.eval_every == 0) or epoch >= t.epochs
+        if due or self.trainer._stop_training:
+            self.evaluate(row)
+        if t.gradient_profile_every and epoch % t.gradient_profile_every == 0 and self.stepper.updated:
+            observation = self.run.replay.sample_observations(
+                self.run.cfg.algorithm.imagination_batch
+            )
+            row.set(self.stepper.gradient_profile(observation))
+        now = time.monotonic()
+        row.set({"time/epoch_s": now - self.epoch_started})
+        self.epoch_started = now
+        self.log(epoch, row.numbers())
+        if due:
+            self.run.summary.write()
+
+    def evaluate(self, row: MetricRow) -> None:
+        """Deterministic episodes in the evaluation environments, and the model's open-loop errors on them."""
+        run = self.run
+        episodes = play(run.eval_env, run.policy, evaluation_env_seed(run.cfg.seed))
+        returns = episodes.returns
+        mean, std = returns.mean().item(), returns.std(unbiased=False).item()
+        row.set(
+            {
+                "eval/return_mean": mean,
+                "eval/return_std": std,
+                "eval/return_min": returns.min(),
+                "eval/return_max": returns.max(),
+            }
+        )
+        scale = None
+        if run.reward_scale is not None:
+            scale = run.reward_scale(returns.new_ones(1, dtype=episodes.reward.dtype))
+        errors = open_loop_errors(
+            run.networks.world_model, episodes, run.cfg.algorithm.horizon, scale
+        )
+        row.set({f"eval/{key}": value for key, value in errors.items()})
+        run.summary.evaluated(mean, std)
+        self.trainer.evaluated = mean
+
+    def log(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Write the epoch everywhere; raise if the training diverged.
+
+        Raises:
+            FloatingPointError: if a loss or gradient norm is not finite.
+        """
+        summary = self.run.summary
+        summary.epochs_done = epoch
+        summary.agent_steps, summary.env_steps = self.trainer.agent_steps, self.trainer.env_steps
+        heads = {
+            "epoch": epoch,
+            "agent_steps": self.trainer.agent_steps,
+            "env_steps": self.trainer.env_steps,
+            "wall_clock_s": round(summary.wall_clock_s, 3),
+        }
+        self.csv.write({**heads, **numbers})
+        if self.logger is not None:
+            for name, value in {**heads, **numbers}.items():
+                self.logger.log_scalar(name, value, step=self.trainer.env_steps)
+        shown = {
+            "return": numbers.get("eval/return_mean", numbers.get("train/return")),
+            "model": numbers.get("loss/model"),
+            "actor": numbers.get("loss/actor"),
+            "value": numbers.get("loss/value"),
+        }
+        self.progress.update(epoch, {k: v for k, v in shown.items() if v is not None})
+        for name, value in numbers.items():
+            if name.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} became {value} in epoch {epoch}; the checkpoint before it is the newest one. Lower the "
+                    "learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
+                )
+
+    def close(self) -> None:
+        """Close the metrics file and the progress display."""
+        self.csv.close()
+        self.progress.close()

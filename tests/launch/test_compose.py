@@ -1,0 +1,244 @@
+"""Every choice composes; what cannot work is one clear sentence."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hydra")
+
+import yaml
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.launch.groups import configs_dir, group_choices, schema_keys
+from pwm_torchrl.launch.validate import CHOICES
+from pwm_torchrl.training import config as schema
+
+NEEDED = {
+    "gymnasium": ["env.id=Walker2d-v5"],
+    "dm_control": ["env.domain=walker", "env.task=walk"],
+    "custom": ["env._target_=my_pkg.make_env"],
+}
+ALL_CHOICES = [(group, choice) for group, choices in group_choices().items() for choice in choices]
+
+
+def error_of(*words: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        compose(list(words))
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 3
+    return message
+
+
+@pytest.mark.parametrize(("group", "choice"), ALL_CHOICES, ids="=".join)
+def test_every_choice_composes(group, choice):
+    config = compose([f"{group}={choice}", *(NEEDED.get(choice, []) if group == "env" else [])])
+    assert isinstance(config, schema.Config)
+    assert type(config.env) is dict
+    if group in ("model", "size"):
+        assert getattr(config, group).name == choice
+
+
+def test_defaults_are_the_quick_start():
+    config = compose()
+    assert (config.model.name, config.size.name, config.env["name"]) == ("flow_v2", "tiny", "pendulum")
+    assert config.env["num_envs"] == 8
+    assert config.training.epochs < schema.TrainingConfig().epochs
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "solver", "substeps"),
+    [
+        ("mlp", "mlp", None, None),
+        ("residual", "residual", None, None),
+        ("flow_v1", "flow", "heun", 2),
+        ("flow_v2", "flow", "heun", 4),
+        ("flow_v3", "flow", "euler", 8),
+    ],
+)
+@pytest.mark.parametrize("size", ["5m", "48m"])
+def test_presets_carry_their_system(size, name, kind, solver, substeps):
+    config = compose([f"experiment=dflex_ant_{size}_{name}"])
+    assert (config.model.name, config.size.name, config.env["name"]) == (name, size, "dflex_ant")
+    assert config.model.dynamics.kind == kind
+    if solver:
+        assert (config.model.dynamics.solver, config.model.dynamics.substeps) == (solver, substeps)
+    assert config.algorithm.horizon == 16
+    assert config.algorithm.model_batch == {"5m": 256, "48m": 1024}[size]
+    assert config.training.epochs == (20_000 if size == "48m" and kind == "flow" else 15_000)
+    assert config.env["num_envs"] == 128
+
+
+@pytest.mark.parametrize(
+    ("size", "units", "encoder", "latent"),
+    [
+        ("5m", 2 * [512], [256], 512),
+        ("19m", 2 * [1024], 2 * [1024], 768),
+        ("48m", 2 * [1792], 3 * [1792], 768),
+        ("317m", 2 * [4096], 4 * [4096], 1376),
+    ],
+)
+def test_sizes(size, units, encoder, latent):
+    found = compose([f"size={size}"]).size
+    assert (found.units, found.encoder_units, found.latent_dim) == (units, encoder, latent)
+
+
+def test_the_command_line_wins_over_environment_and_experiment():
+    assert compose(["training.epochs=7"]).training.epochs == 7
+    config = compose(["experiment=dflex_ant_48m_flow_v2", "model=mlp", "env=pendulum", "training.epochs=7"])
+    assert (config.model.name, config.env["name"], config.training.epochs) == ("mlp", "pendulum", 7)
+    assert config.algorithm.model_batch == 1024
+
+
+def test_quick_start_length_belongs_to_its_environment():
+    assert compose(["env=hopper"]).training.epochs == schema.TrainingConfig().epochs
+
+
+def test_custom_target_selects_the_custom_group():
+    env = compose(["env._target_=my_pkg.make_env", "env.gravity=3.5", "env.num_envs=2"]).env
+    assert env == {"_target_": "my_pkg.make_env", "name": "my_pkg.make_env", "num_envs": 2, "gravity": 3.5}
+
+
+def test_custom_target_wins_over_a_preset():
+    config = compose(["experiment=dflex_ant_5m_mlp", "env._target_=my_pkg.make_env"])
+    assert config.env["_target_"] == "my_pkg.make_env"
+    assert "episode_length" not in config.env
+
+
+def test_current_folder_is_importable(workdir, monkeypatch):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    (workdir / "pwm_test_pkg.py").write_text("def make_env(): ...\n")
+    compose(["env._target_=pwm_test_pkg.make_env"])
+    import pwm_test_pkg
+
+    assert pwm_test_pkg.make_env() is None
+
+
+def test_no_output_folder_and_no_change_of_directory(workdir):
+    compose(["model=mlp"])
+    assert Path.cwd() == workdir
+    assert list(workdir.iterdir()) == []
+
+
+def test_paths_are_text():
+    path = "/some where/a=b (c) [d], it's {e}"
+    assert compose([f"run_dir={path}"]).run_dir == path
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["model=flwo_v2"], ["'flwo_v2'", "nearest: flow_v2", "mlp, residual"]),
+        (["env=pendlum"], ["'pendlum'", "nearest: pendulum"]),
+        (["experiment=dflex_ant_48m_flowv2"], ["nearest: dflex_ant_48m_flow_v2"]),
+        (["model=[mlp,flow_v1]"], ["is not a choice of model"]),
+        (["~model"], ["is not a choice of model"]),
+        (["algorithm.horizn=8"], ["unknown key 'algorithm.horizn'", "nearest: algorithm.horizon"]),
+        (["horizon=8"], ["unknown key 'horizon'", "algorithm.horizon"]),
+        (["modle=mlp"], ["unknown key 'modle'", "nearest: model"]),
+        (["+algorithm.horizn=8"], ["unknown key 'algorithm.horizn'"]),
+        (["env.num_env=8"], ["unknown key 'env.num_env'", "nearest: env.num_envs", "+env.num_env"]),
+        (["algorithm.horizon=abc"], ["algorithm.horizon=abc", "'abc' is not an integer"]),
+        (["algorithm.horizon=1.5"], ["'1.5' is not an integer"]),
+        (["algorithm.horizon=null"], ["'null' is not an integer"]),
+        (["algorithm.gamma=high"], ["'high' is not a number"]),
+        (["training.video=maybe"], ["'maybe' is not true or false"]),
+        (["size.units=3"], ["size.units=3", "a list of integers"]),
+        (["algorithm.policy_betas=[a]"], ["algorithm.policy_betas", "a list of numbers"]),
+        (["model.dynamics=5"], ["model.dynamics=5", "section"]),
+        (["env.num_envs=many"], ["env.num_envs=many", "is not an integer"]),
+        (["size.latent_dim=60"], ["size.latent_dim=60", "size.simnorm_dim=8"]),
+        (["model.dynamics.substeps=0"], ["model.dynamics.substeps=0", "at least 1"]),
+        (["algorithm.horizon=201"], ["algorithm.horizon=201", "episode", "200"]),
+        (["model.dynamics.kind=flw"], ["model.dynamics.kind=flw", "nearest: flow", "mlp, residual, flow"]),
+        (["model.dynamics.solver=rk4"], ["model.dynamics.solver=rk4", "euler, heun"]),
+        (["model.reward_head=twohot"], ["nearest: two_hot"]),
+        (["logger.kind=wnb"], ["nearest: wandb"]),
+        (["device=gpu"], ["device=gpu", "cuda:N"]),
+        (["algorithm.model_lr=0"], ["algorithm.model_lr=0", "above 0"]),
+        (["algorithm.gamma=1.5"], ["algorithm.gamma=1.5", "(0, 1]"]),
+        (["size.units=[]"], ["size.units=[]", "positive width"]),
+        (["training.replay_capacity=10"], ["training.replay_capacity=10", "136"]),
+        (["memory.model_micro_batch=512"], ["memory.model_micro_batch=512", "algorithm.model_batch=256"]),
+        (["model.loss.self_consistency_weight=1"], ["model.dynamics.condition_on_step_size=true"]),
+        (["env._target_=nodots"], ["env._target_=nodots", "my_pkg.make_env"]),
+        (["env=custom"], ["env._target_ has no value", "my_pkg.make_env"]),
+        (["env=gymnasium"], ["env.id has no value", "HalfCheetah-v5"]),
+        (["env=dm_control", "env.domain=walker"], ["env.task has no value"]),
+        (["seed=1,2"], ["'seed=1,2'", "one run"]),
+        (["seed=-1"], ["seed=-1", "at least 0"]),
+        (["flow_v2"], ["'flow_v2' is not a setting", "key=value"]),
+        (["a=[b"], ["cannot read 'a=[b'"]),
+        (["--modle"], ["unknown option --modle"]),
+        (["hydra.job.chdir=true"], ["Hydra's own settings"]),
+        (["~seed"], ["'~seed'"]),
+        (["+seed=3"], ["seed"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else v,
+)
+def test_bad_input_is_one_clear_sentence(words, parts):
+    message = error_of(*words)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "dynamics:\n  knid: mlp\n",
+            "mlp.yaml: unknown key 'model.dynamics.knid'; nearest: model.dynamics.kind",
+        ),
+        ("dynamics:\n  substeps: x\n", "configs/model/mlp.yaml: model.dynamics.substeps: 'x' is not an integer"),
+        ("dynamics: [mlp\n", "is not readable YAML"),
+    ],
+)
+def test_files_are_checked_as_the_command_line_is(tmp_path, monkeypatch, text, sentence):
+    copy = tmp_path / "configs"
+    shutil.copytree(configs_dir(), copy)
+    (copy / "model" / "mlp.yaml").write_text("name: mlp\n" + text)
+    monkeypatch.setattr("pwm_torchrl.launch.compose.configs_dir", lambda: copy)
+    assert sentence in error_of("model=mlp")
+
+
+@pytest.mark.parametrize(
+    ("words", "label"),
+    [
+        (["model.dynamics.substeps=1"], "flow_heun_k1"),
+        (["model=flow_v3", "model.dynamics.substeps=2"], "flow_euler_k2"),
+        (["model.dynamics.substeps=2"], "flow_v1"),
+        (["model.dynamics.substeps=4"], "flow_v2"),
+        (["model.dynamics.parameterization=tangent"], "flow_v2_tangent"),
+        (["model.dynamics.kind=mlp"], "mlp"),
+        (["model.dynamics.condition_on_start=true"], "flow_v2"),
+        (["model.dynamics.substeps=1", "model.name=mine"], "mine"),
+    ],
+)
+def test_a_flow_with_other_substeps_is_not_called_v2(words, label):
+    assert compose(words).model.name == label
+
+
+def test_a_changed_size_is_not_called_by_its_old_name():
+    assert compose(["size.latent_dim=32"]).size.name == "tiny_custom"
+
+
+def test_choices_agree_with_the_comments_of_the_schema():
+    """A key whose comment lists its strings, and only such a key, is checked against them."""
+    source = inspect.getsource(schema)
+    listed = {tuple(m.split(" | ")) for m in re.findall(r': str = "\w+"  # (\w+(?: \| \w+)+)', source)}
+    listed.discard(("auto", "cpu", "cuda", "cuda"))  # device also takes cuda:N
+    assert listed <= set(CHOICES.values()), listed - set(CHOICES.values())
+    assert set(CHOICES) <= set(schema_keys())
+
+
+def test_every_key_of_the_files_is_commented():
+    for file in configs_dir().glob("*/*.yaml"):
+        text = file.read_text()
+        assert text.startswith("#"), file
+        assert yaml.safe_load(text) is not None, file

@@ -1,0 +1,165 @@
+"""Jobs through submitit's own local executor, with a training function that learns nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_stub import BAD_INPUT, BUG, FAULT, KILLED, SLOW
+
+pytest.importorskip("submitit")
+
+from pwm_torchrl.launch.submit import main
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("stub_training", "workdir")
+
+
+def test_result_is_the_last_line(capfd):
+    assert main(["run_dir=run", "training.epochs=3"]) == 0
+    out = capfd.readouterr().out
+    lines = out.splitlines()
+    assert [line for line in lines if line.startswith("epoch ")] == ["epoch 1", "epoch 2", "epoch 3"]
+    assert "fresh lines" in lines  # no terminal here: plain lines, no bar
+    assert "done" in lines  # stderr is shown too
+    assert lines[-1].startswith("pendulum flow_v2 tiny seed 0: finished · final return -120.0 (peak -100.0, random")
+    assert "submitit" not in out.replace("submitit/", "")
+    assert (Path("run") / "log.txt").read_text().startswith("fresh")
+
+
+def test_pickle_holds_only_the_run_directory(capfd):
+    assert main(["run_dir=run", "training.epochs=1"]) == 0
+    (submitted,) = Path("run/submitit/attempt_1").glob("*_submitted.pkl")
+    with open(submitted, "rb") as stream:
+        job = pickle.load(stream)
+    assert (job.function.__module__, job.function.__name__) == ("pwm_torchrl.launch.job", "run_job")
+    assert job.args == (str(Path("run").absolute()),)
+    assert job.kwargs == {}
+
+
+@pytest.mark.parametrize(
+    ("seed", "code", "sentence"),
+    [
+        (BAD_INPUT, 2, "error: algorithm.horizon=9 is longer than an episode"),
+        (FAULT, 1, "error: pendulum, seed 3: reward is nan"),
+        (BUG, 1, "error: KeyError: 'a bug"),
+        (KILLED, 1, "killed from outside, or ran out of memory"),
+    ],
+)
+def test_an_error_is_a_few_lines(capfd, seed, code, sentence):
+    assert main(["run_dir=run", f"seed={seed}"]) == code
+    out, err = capfd.readouterr()
+    assert sentence in err
+    assert "full log:" in err
+    assert "Traceback" not in out + err
+    assert len(err.strip().splitlines()) <= 4
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "failed"
+    assert ("Traceback" in Path("run/log.txt").read_text()) == (seed != KILLED)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_the_job_and_the_same_command_resumes(signum):
+    command = [sys.executable, str(ROOT / "launch/submit.py"), f"seed={SLOW}", "training.epochs=300", "run_dir=run"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # A session of its own, and the signal to its whole group: what a terminal does at Ctrl-C.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    _wait_for(lambda: Path("run/metrics.csv").exists() and Path("run/metrics.csv").read_text().count("\n") > 2)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "saving" in out
+    assert "to resume: python launch/submit.py seed=5 training.epochs=300 run_dir=" in err
+    assert "Traceback" not in out + err
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "stopped"
+    _wait_for(lambda: not _alive(int(Path("run/submitit/attempt_1/pid").read_text())))
+
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert "resuming:" in again.stdout
+    assert "fresh" not in again.stdout
+    epochs = [int(line.split(",")[0]) for line in Path("run/metrics.csv").read_text().splitlines()[1:]]
+    assert epochs == list(range(1, 301))
+    assert Path("run/submitit/attempt_2").is_dir()
+
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert finished.returncode == 2
+    assert finished.stderr.count("\n") == 1
+    assert "finished run" in finished.stderr
+
+
+def test_a_second_ctrl_c_kills():
+    command = [sys.executable, str(ROOT / "launch/submit.py"), f"seed={SLOW}", "training.epochs=300", "run_dir=run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait_for(lambda: Path("run/metrics.csv").exists() and Path("run/metrics.csv").read_text().count("\n") > 2)
+    process.send_signal(signal.SIGINT)
+    _wait_for(lambda: "saving" in Path("run/log.txt").read_text())
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "stopped"
+    _wait_for(lambda: not _alive(int(Path("run/submitit/attempt_1/pid").read_text())))
+
+
+def test_a_directory_whose_job_still_runs_is_refused(capfd):
+    command = [sys.executable, str(ROOT / "launch/submit.py"), f"seed={SLOW}", "training.epochs=300", "run_dir=run"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for(lambda: Path("run/metrics.csv").exists())
+    process.kill()  # the job lives on
+    process.wait()
+    assert main(command[2:]) == 2
+    pid = int(Path("run/submitit/attempt_1/pid").read_text())
+    assert f"still running here, process {pid}" in capfd.readouterr().err
+    os.kill(pid, signal.SIGTERM)
+    _wait_for(lambda: not _alive(pid))
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "stopped"
+    assert main(command[2:]) == 0
+
+
+def test_debug_runs_in_this_process(capfd, stub_training, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stub_training, "train", lambda *a, **k: seen.append(os.getpid()) or {"status": "finished"})
+    assert main(["run_dir=run", "cluster=debug"]) == 0
+    assert seen == [os.getpid()]
+
+
+def test_the_job_sees_the_gpus_that_the_user_sees(capfd, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    from pwm_torchrl.launch.job import CUDA_VARIABLE, _restore_cuda
+    from pwm_torchrl.launch.submit import _job_environment
+
+    with _job_environment():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what submitit's local executor does
+        assert os.environ[CUDA_VARIABLE] == "3"
+        _restore_cuda()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+        assert CUDA_VARIABLE not in os.environ
+
+
+def _wait_for(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
