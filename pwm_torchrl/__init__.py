@@ -5,4 +5,16 @@ Importing this package is light: submodules load on first use, and no environmen
 
 from __future__ import annotations
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "load_policy", "load_world_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load_policy", "load_world_model"):
+        from pwm_torchrl import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

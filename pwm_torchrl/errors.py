@@ -26,9 +26,7 @@ class EnvironmentFault(RuntimeError):
         index (int, optional): position of the sub-environment in the batch. Defaults to ``None``.
     """
 
-    def __init__(
-        self, name: str, problem: str, *, seed: int | None = None, index: int | None = None
-    ) -> None:
+    def __init__(self, name: str, problem: str, *, seed: int | None = None, index: int | None = None) -> None:
         self.name = name
         self.problem = problem
         self.seed = seed

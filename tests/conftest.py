@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Timing says nothing about correctness, and a shared machine is slow at times.
+settings.register_profile("pwm", deadline=None)
+settings.load_profile("pwm")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

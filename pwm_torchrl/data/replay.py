@@ -117,7 +117,7 @@ class TrajectoryReplay:
             else LazyMemmapStorage(size, ndim=2, scratch_dir=scratch_dir)
         )
         self.buffer = TensorDictReplayBuffer(
-            storage=backend, sampler=self.sampler, dim_extend=1, batch_size=1
+            storage=backend, sampler=self.sampler, dim_extend=1
         )
 
     def __len__(self) -> int:

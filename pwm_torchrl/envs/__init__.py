@@ -5,7 +5,8 @@ May import from ``modules`` and ``objectives``; environment libraries are loaded
 
 from __future__ import annotations
 
-from pwm_torchrl.envs.dflex import DFlexEnv, make_dflex_env
+from pwm_torchrl.envs.dflex import DFlexEnv
+from pwm_torchrl.envs.dflex_maker import make_dflex_env
 from pwm_torchrl.envs.dm_control_env import make_dm_control_env
 from pwm_torchrl.envs.factory import make_env
 from pwm_torchrl.envs.gym_env import make_gymnasium_env

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,20 +12,12 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.envs.arguments import check_maker_arguments
 from pwm_torchrl.envs.info import EnvInfo
-from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, nearest
+from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 
-__all__ = ["DFlexEnv", "make_dflex_env"]
+__all__ = ["INSTALL", "DFlexEnv", "RandomStream"]
 
-CLASSES = {
-    "hopper": "HopperEnv",
-    "ant": "AntEnv",
-    "anymal": "AnymalEnv",
-    "humanoid": "HumanoidEnv",
-    "snu_humanoid": "SNUHumanoidEnv",
-}
-_INSTALL = "pip install 'git+https://github.com/imgeorgiev/DiffRL.git#subdirectory=dflex'"
+INSTALL = "pip install 'git+https://github.com/imgeorgiev/DiffRL.git#subdirectory=dflex'"
 
 
 class DFlexEnv(EnvBase):
@@ -80,7 +69,7 @@ class DFlexEnv(EnvBase):
             terminates=terminates,
             seed=seed,
         )
-        self._random = _RandomStream(self.device)
+        self._random = RandomStream(self.device)
         self._set_seed(seed)
         # Rows that the simulator has reset inside its last step, and the observation of every row's present state.
         self._already_reset = torch.zeros(n, dtype=torch.bool, device=self.device)
@@ -100,7 +89,7 @@ class DFlexEnv(EnvBase):
         except KeyError as error:
             raise ConfigurationError(
                 f"{self.pwm_info.name}: this dflex's step gives no extras[{error.args[0]!r}], which tells true last "
-                f"observations and terminations apart; install the paper's version: {_INSTALL}"
+                f"observations and terminations apart; install the paper's version: {INSTALL}"
             ) from error
         # dflex reuses its buffers and its tensors may own graphs: everything that leaves here is a detached copy.
         last, reward = last.detach().clone().float(), reward.detach().clone().float().view(-1, 1)
@@ -161,11 +150,13 @@ class DFlexEnv(EnvBase):
             raise EnvironmentFault(self.pwm_info.name, f"{what} is not finite", seed=self._seed, index=row)
 
     def render_frame(self) -> np.ndarray:
-        """dflex writes USD scenes, not pictures: always raises ConfigurationError."""
-        raise ConfigurationError(f"{self.pwm_info.name} cannot be filmed, dflex draws no pictures: set training.video=false")
+        """Dflex writes USD scenes, not pictures: always raises ConfigurationError."""
+        raise ConfigurationError(
+            f"{self.pwm_info.name} cannot be filmed, dflex draws no pictures: set training.video=false"
+        )
 
 
-class _RandomStream:
+class RandomStream:
     """The global random state as the simulator sees it, kept apart from everyone else's.
 
     dflex draws from torch's and numpy's global generators; sharing them would let an evaluation change the training
@@ -174,9 +165,10 @@ class _RandomStream:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
-        self._state: tuple[Any, ...] | None = None
+        self._state = self._get()
 
     def seed(self, seed: int) -> None:
+        """Start the stream anew."""
         outside = self._get()
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
@@ -185,6 +177,7 @@ class _RandomStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
+        """Let what runs inside draw from this stream."""
         outside = self._get()
         self._set(self._state)
         try:
@@ -202,111 +195,3 @@ class _RandomStream:
         np.random.set_state(state[1])
         if self._cuda:
             torch.cuda.set_rng_state(state[2], self._cuda)
-
-
-def make_dflex_env(
-    name: str,
-    num_envs: int = 64,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    episode_length: int = 1000,
-    stochastic_init: bool = True,
-    early_termination: bool = True,
-    no_grad: bool = True,
-    module: str = "dflex.envs",
-    render: bool = False,
-    **simulator_kwargs: Any,
-) -> EnvBase:
-    """One of dflex's simulations with N environments.
-
-    Args:
-        name (str): ``"hopper"``, ``"ant"``, ``"anymal"``, ``"humanoid"`` or ``"snu_humanoid"``, also with ``dflex_`` in
-            front, as tables call them.
-        num_envs (int): N. Defaults to ``64``.
-        seed (int): seed of the whole batch. Defaults to ``0``.
-        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
-        episode_length (int): steps per episode. Defaults to ``1000``.
-        stochastic_init (bool): random initial states. Defaults to ``True``.
-        early_termination (bool): let a fall end the episode, where the simulation has falls. Defaults to ``True``.
-        no_grad (bool): simulate without gradients; PWM needs none. Defaults to ``True``.
-        module (str): dotted path of the module that has the simulator classes. Defaults to ``"dflex.envs"``.
-        render (bool): accepted like by the other makers; dflex draws no pictures. Defaults to ``False``.
-        **simulator_kwargs: further arguments of the simulator's constructor, such as ``MM_caching_frequency``.
-
-    Returns:
-        EnvBase: a :class:`DFlexEnv`.
-
-    Raises:
-        ConfigurationError: for an unknown name or argument.
-        MissingLibraryError: if dflex is not installed.
-    """
-    check_maker_arguments(num_envs, 1, episode_length)
-    task = str(name).removeprefix("dflex_")
-    if task not in CLASSES:
-        near = nearest(task, CLASSES)
-        raise ConfigurationError(
-            f"env.name={name!r} is not a dflex simulation: "
-            + (f"did you mean {near}?" if near else f"choose {', '.join(CLASSES)}")
-        )
-    cls = _simulator_class(_load(module), module, CLASSES[task])
-    ours = {
-        "num_envs": num_envs,
-        "device": str(device),
-        "render": False,
-        "seed": seed,
-        "episode_length": episode_length,
-        "no_grad": no_grad,
-        "stochastic_init": stochastic_init,
-        "early_termination": early_termination,
-    }
-    arguments = _accepted(cls, ours, simulator_kwargs)
-    construction = _RandomStream(torch.device(device))  # constructors of simulators seed the global generators
-    construction.seed(seed)
-    try:
-        with construction.active():
-            simulator = cls(**arguments)
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise ConfigurationError(f"{module}.{CLASSES[task]} raised {type(error).__name__}: {text}") from error
-    return DFlexEnv(
-        simulator,
-        name=f"dflex_{task}",
-        seed=seed,
-        device=device,
-        terminates=early_termination and bool(getattr(simulator, "early_termination", True)),
-    )
-
-
-def _load(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and module.startswith(error.name) and module.startswith("dflex"):
-            raise MissingLibraryError(
-                f"dflex is not installed; it is on no package index and licensed for research only: {_INSTALL}"
-            ) from error
-        raise MissingLibraryError(f"env.module={module!r} needs {error.name}, which is not installed") from error
-    except Exception as error:  # dflex compiles its kernels when it is imported
-        text = " ".join(str(error).split())[:300]
-        raise MissingLibraryError(f"env.module={module!r} cannot be loaded ({type(error).__name__}: {text})") from error
-
-
-def _simulator_class(loaded: ModuleType, module: str, name: str) -> Any:
-    if not hasattr(loaded, name):
-        raise ConfigurationError(f"env.module={module!r} has no class {name}")
-    return getattr(loaded, name)
-
-
-def _accepted(cls: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Our arguments that the constructor knows, and all of the user's, which it must know."""
-    parameters = inspect.signature(cls).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return {**ours, **theirs}
-    unknown = [key for key in theirs if key not in parameters]
-    if unknown:
-        near = nearest(unknown[0], parameters)
-        raise ConfigurationError(
-            f"env.{unknown[0]} is not an argument of {cls.__name__}"
-            + (f", did you mean {near}?" if near else f": it takes {', '.join(parameters)}")
-        )
-    return {**{key: value for key, value in ours.items() if key in parameters}, **theirs}

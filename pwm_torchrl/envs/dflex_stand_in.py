@@ -63,9 +63,7 @@ class StandInEnv:
         self.reset_buf = torch.zeros(num_envs, dtype=torch.bool, device=device)
         self.obs_buf = self._observe()
 
-    def reset(
-        self, env_ids: torch.Tensor | None = None, grads: bool = False, force_reset: bool = True
-    ) -> torch.Tensor:
+    def reset(self, env_ids: torch.Tensor | None = None, grads: bool = False, force_reset: bool = True) -> torch.Tensor:
         """Reset the rows ``env_ids``, or all of them; returns observations ``[N, O]`` of all rows."""
         if grads:
             self.state = self.state.detach()

@@ -1,4 +1,4 @@
-"""A dm_control environment as one of our sub-environments. Imports gymnasium and dm_control; loaded by the maker only."""
+"""A dm_control environment as one of our sub-environments. Imports dm_control; loaded by the maker only."""
 
 from __future__ import annotations
 

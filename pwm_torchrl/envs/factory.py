@@ -67,7 +67,9 @@ def make_env(
     """
     target = env_cfg.get("_target_")
     if not target:
-        raise ConfigurationError("env._target_ is missing: give the dotted path of a function that makes the environment")
+        raise ConfigurationError(
+            "env._target_ is missing: give the dotted path of a function that makes the environment"
+        )
     maker = _locate(str(target))
     check_maker_arguments(num_envs, env_cfg.get("action_repeat") or 1, env_cfg.get("episode_length"))
     arguments = _arguments(str(target), maker, env_cfg)

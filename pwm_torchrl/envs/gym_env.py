@@ -102,8 +102,10 @@ def _builder(
                 return gymnasium.make(id, **kwargs)
         except gymnasium.error.DependencyNotInstalled as error:
             text = _first_line(error)
-            advice = "" if "pip install" in text and "mujoco" not in text.lower() else (
-                f": pip install 'pwm-torchrl[{'mujoco' if 'mujoco' in text.lower() else 'gym'}]'"
+            advice = (
+                ""
+                if "pip install" in text and "mujoco" not in text.lower()
+                else (f": pip install 'pwm-torchrl[{'mujoco' if 'mujoco' in text.lower() else 'gym'}]'")
             )
             raise MissingLibraryError(f"{id} needs a library that is not installed ({text}){advice}") from error
         except ModuleNotFoundError as error:

@@ -17,9 +17,17 @@ from pwm_torchrl.errors import ConfigurationError
 __all__ = ["GymnasiumSubEnv"]
 
 # How an environment is shown is not part of where it is.
-_PRESENTATION = ("render_mode", "screen", "clock", "isopen", "width", "height", "_np_random_seed")
-# MuJoCo's warnings BADQPOS, BADQVEL and BADQACC.
-_UNSTABLE = slice(4, 7)
+_PRESENTATION = (
+    "render_mode",
+    "screen",
+    "clock",
+    "isopen",
+    "width",
+    "height",
+    "_np_random_seed",
+    "_ezpickle_args",
+    "_ezpickle_kwargs",
+)
 
 
 class GymnasiumSubEnv(SubEnv):
@@ -33,9 +41,7 @@ class GymnasiumSubEnv(SubEnv):
         index (int): position in the batch.
     """
 
-    def __init__(
-        self, id: str, env: gymnasium.Env, action_repeat: int, episode_length: int | None, index: int
-    ) -> None:
+    def __init__(self, id: str, env: gymnasium.Env, action_repeat: int, episode_length: int | None, index: int) -> None:
         check_action_space(id, env.action_space)
         self._pieces = observation_pieces(id, env.observation_space)
         super().__init__(
@@ -52,6 +58,7 @@ class GymnasiumSubEnv(SubEnv):
         self._action_dtype = env.action_space.dtype
         self._mujoco = _is_mujoco(env)
         self._physics = PhysicsState(env.unwrapped.model) if self._mujoco else None
+        self._unstable = _instability_warnings() if self._mujoco else []
 
     def own_episode_length(self) -> int | None:
         """The registered time limit in agent steps."""
@@ -65,7 +72,7 @@ class GymnasiumSubEnv(SubEnv):
     def _raw_step(self, action: np.ndarray) -> RawStep:
         action = action.astype(self._action_dtype).reshape(self._action_shape)
         observation, reward, terminated, truncated, _ = self.simulator.step(action)
-        if self._mujoco and self.simulator.unwrapped.data.warning.number[_UNSTABLE].any():
+        if self._mujoco and self.simulator.unwrapped.data.warning.number[self._unstable].any():
             # MuJoCo puts a diverged simulation back to its start and goes on, as if nothing had happened.
             raise FloatingPointError("the simulation became unstable (MuJoCo: bad position, velocity or acceleration)")
         return self._flat(observation), float(reward), bool(terminated), bool(truncated)
@@ -116,6 +123,14 @@ class GymnasiumSubEnv(SubEnv):
 
     def close(self) -> None:
         self.simulator.close()
+
+
+def _instability_warnings() -> list[int]:
+    """Indices of MuJoCo's warnings about values that are not finite or huge."""
+    import mujoco
+
+    kinds = mujoco.mjtWarning
+    return [int(kind) for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)]
 
 
 def check_action_space(id: str, space: spaces.Space) -> None:

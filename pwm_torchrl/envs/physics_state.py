@@ -54,12 +54,9 @@ def _arrays(owner: Any) -> dict[str, np.ndarray]:
     """The writable numeric arrays of fixed size of an MjModel or MjData."""
     found = {}
     for name in dir(owner):
-        if name.startswith("_") or name in _ARENA or name.startswith("efc_"):
+        if name.startswith(("_", "efc_")) or name in _ARENA:
             continue
-        try:
-            value = getattr(owner, name)
-        except Exception:  # noqa: BLE001  (a binding may refuse to give what a plugin or version lacks)
-            continue
+        value = getattr(owner, name, None)
         if isinstance(value, np.ndarray) and value.size and value.dtype.kind in "biuf" and value.flags.writeable:
             found[name] = value
     return found

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from torchrl.envs import EnvBase
@@ -13,7 +15,7 @@ from torchrl.envs import EnvBase
 from pwm_torchrl.envs.info import env_layers
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
-__all__ = ["import_mujoco_library", "render_frame"]
+__all__ = ["draw_or_explain", "import_mujoco_library", "render_frame"]
 
 _ADVICE = "install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa before starting"
 
@@ -41,9 +43,7 @@ def import_mujoco_library(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingLibraryError(
-            f"{error.name} is not installed: pip install 'pwm-torchrl[{extra}]'"
-        ) from error
+        raise MissingLibraryError(f"{error.name} is not installed: pip install 'pwm-torchrl[{extra}]'") from error
     except (ImportError, AttributeError):
         # EGL without a usable driver raises at import, ImportError or PyOpenGL's AttributeError.
         if not chosen:
@@ -77,7 +77,7 @@ def render_frame(env: EnvBase) -> np.ndarray:
         ) from error
 
 
-def draw_or_explain(name: str, draw) -> np.ndarray:
+def draw_or_explain(name: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
     """Call ``draw()`` and turn the ways in which a machine without graphics fails into one sentence."""
     try:
         return draw()
@@ -90,7 +90,7 @@ def draw_or_explain(name: str, draw) -> np.ndarray:
         ) from error
 
 
-def _as_picture(frame) -> np.ndarray:
+def _as_picture(frame: Any) -> np.ndarray:
     while isinstance(frame, (list, tuple)):
         frame = frame[0]
     frame = np.asarray(frame)

@@ -150,7 +150,9 @@ def _check_observation(name: str, key: NestedKey, spec: TensorSpec, batch_dims: 
             "(choose entries by env.observation_keys)"
         )
     if spec.dtype is None or isinstance(spec, Composite):
-        raise ConfigurationError(f"{name} observes {key!r}, which is not a tensor (choose entries by env.observation_keys)")
+        raise ConfigurationError(
+            f"{name} observes {key!r}, which is not a tensor (choose entries by env.observation_keys)"
+        )
 
 
 def _is_flat_float(spec: TensorSpec) -> bool:

@@ -45,7 +45,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
     ) -> None:
         low, high = np.asarray(low, np.float64).ravel(), np.asarray(high, np.float64).ravel()
         check_action_box(name, low, high)
-        self.name = name
+        self.name = self.identity = name  # messages use the name, which may become a label of the user's
         self.index = index
         self.action_repeat = action_repeat
         self.episode_length = episode_length
@@ -120,6 +120,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
     def save(self) -> dict[str, Any]:
         """Everything that decides how this sub-environment goes on."""
         return {
+            "identity": self.identity,
             "agent_steps": self.agent_steps,
             "last_seed": self.last_seed,
             "pending_seed": self.pending_seed,
@@ -128,6 +129,10 @@ class SubEnv(gymnasium.Env, abc.ABC):
 
     def load(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`save` gave."""
+        if state["identity"] != self.identity:
+            raise ConfigurationError(
+                f"the saved state is one of {state['identity']} and this environment is {self.identity} (env)"
+            )
         self.agent_steps = state["agent_steps"]
         self.last_seed = state["last_seed"]
         self.load_simulator(state["simulator"])

@@ -78,9 +78,7 @@ class GuardedEnv(TransformedEnv):
         index (int, optional): its position, where it is itself one of a batch. Defaults to ``None``.
     """
 
-    def __init__(
-        self, env: EnvBase, transform: Any = None, *, name: str, seed: int, index: int | None = None
-    ) -> None:
+    def __init__(self, env: EnvBase, transform: Any = None, *, name: str, seed: int, index: int | None = None) -> None:
         super().__init__(env, transform)
         self.guard = (name, seed, index)
 

@@ -28,9 +28,7 @@ class _VectorEnv(SyncVectorEnv):
     envs: list[SubEnv]
 
     def __init__(self, sub_envs: Sequence[SubEnv]) -> None:
-        super().__init__(
-            [lambda env=env: env for env in sub_envs], autoreset_mode=AutoresetMode.DISABLED
-        )
+        super().__init__([lambda env=env: env for env in sub_envs], autoreset_mode=AutoresetMode.DISABLED)
 
     def save(self) -> dict[str, Any]:
         """State of every sub-environment and the rows that a partial reset hands on unchanged."""

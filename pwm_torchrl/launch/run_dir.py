@@ -11,13 +11,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.launch.explain import explain
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.config_file import CONFIG_FILE, load_config, save_config
 
 __all__ = [
     "RunDir",
@@ -30,7 +26,6 @@ __all__ = [
     "was_started",
 ]
 
-CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 
 # Keys that do not change what a run learns: where it runs and logs, what it shows, how often it
@@ -81,32 +76,6 @@ def prepare_run_dir(config: Config) -> RunDir:
 def was_started(run_dir: str | Path) -> bool:
     """Whether an earlier attempt left something to continue, be it only its first lines."""
     return any((Path(run_dir) / name).exists() for name in ("checkpoints", "metrics.csv", SUMMARY_FILE))
-
-
-def save_config(config: Config, run_dir: Path) -> None:
-    """Writes ``config.yaml``; the directory's own path is left out, so that a run can be moved."""
-    content = dataclasses.asdict(dataclasses.replace(config, run_dir=None))
-    partial = run_dir / (CONFIG_FILE + ".tmp")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
-    os.replace(partial, run_dir / CONFIG_FILE)
-
-
-def load_config(run_dir: str | Path) -> Config:
-    """Reads the ``config.yaml`` of a run back into the schema.
-
-    Raises:
-        ConfigurationError: if there is none, or it does not fit the schema.
-    """
-    file = Path(run_dir) / CONFIG_FILE
-    if not file.is_file():
-        raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
-    try:
-        stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(f"{file} does not fit this version: {explain(error, [], [])}") from error
-    except YAMLError as error:
-        raise ConfigurationError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
-    return stored
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:

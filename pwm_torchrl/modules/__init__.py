@@ -4,6 +4,11 @@ Imports errors of this package and nothing else of it; knows no Hydra, logger, c
 """
 
 from pwm_torchrl.modules.actor import Actor
+from pwm_torchrl.modules.checkpoints import (
+    LoadReport,
+    load_pwm_world_model,
+    load_tdmpc2_world_model,
+)
 from pwm_torchrl.modules.critic import CriticEnsemble
 from pwm_torchrl.modules.dynamics import (
     Dynamics,
@@ -44,6 +49,7 @@ __all__ = [
     "Dynamics",
     "Encoder",
     "FlowDynamics",
+    "LoadReport",
     "MLPDynamics",
     "NormedLinear",
     "ResidualDynamics",
@@ -65,6 +71,8 @@ __all__ = [
     "actor_module",
     "count_parameters",
     "encoder_module",
+    "load_pwm_world_model",
+    "load_tdmpc2_world_model",
     "make_dynamics",
     "make_world_model",
     "policy_module",

@@ -25,6 +25,17 @@ class _Encode(nn.Module):
         return self.world_model.encode(observation, task)
 
 
+class _MaskAction(nn.Module):
+    """``WorldModel.mask_action`` as a module of its own."""
+
+    def __init__(self, world_model: WorldModel) -> None:
+        super().__init__()
+        self.world_model = world_model
+
+    def forward(self, action: Tensor, task: Tensor) -> Tensor:
+        return self.world_model.mask_action(action, task)
+
+
 class _MinValue(nn.Module):
     """``CriticEnsemble.value`` as a module of its own."""
 
@@ -105,8 +116,14 @@ def policy_module(
     action: NestedKey = "action",
     task: NestedKey | None = None,
 ) -> TensorDictSequential:
-    """``observation`` -> ``latent`` -> ``action``: acts in an environment on encoded observations."""
-    return TensorDictSequential(
+    """``observation`` -> ``latent`` -> ``action``: acts in an environment on encoded observations.
+
+    With ``task``, the action's padding dimensions are zeroed.
+    """
+    modules = [
         encoder_module(world_model, observation=observation, task=task),
         actor_module(actor, action_spec=action_spec, action=action),
-    )
+    ]
+    if task is not None:
+        modules.append(TensorDictModule(_MaskAction(world_model), in_keys=[action, task], out_keys=[action]))
+    return TensorDictSequential(*modules)

@@ -55,7 +55,7 @@ class TwoHotCodec(nn.Module):
             (self.vmax - self.vmin) / (self.num_bins - 1)
         )
         low = position.floor().clamp(max=self.num_bins - 2)
-        weight = position - low
+        weight = (position - low).clamp(max=1.0)
         index = low.long()
         two_hot = torch.zeros(
             *x.shape[:-1], self.num_bins, dtype=weight.dtype, device=weight.device

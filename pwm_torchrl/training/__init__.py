@@ -5,14 +5,15 @@ May import modules, objectives, envs and data; names are loaded on first use, so
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-__all__ = ["train"]
+__all__ = ["evaluate_run", "load_policy", "load_world_model", "train"]
+
+_HOME = {"train": "run", "evaluate_run": "load", "load_policy": "load", "load_world_model": "load"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        from pwm_torchrl.training.run import train
-
-        return train
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

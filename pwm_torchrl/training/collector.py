@@ -43,6 +43,7 @@ class ResumableCollector(Collector):
             exploration_type=ExplorationType.RANDOM,
             trust_policy=True,
             use_buffers=False,
+            auto_register_policy_transforms=False,  # the policy has no memory
         )
 
     def state_dict(self) -> dict[str, Any]:

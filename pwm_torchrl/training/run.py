@@ -25,6 +25,7 @@ from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint, ro
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.evaluation import film, play, random_action
+from pwm_torchrl.training.load import facts_of
 from pwm_torchrl.training.loggers import close_logger, make_logger
 from pwm_torchrl.training.observer import Observer
 from pwm_torchrl.training.seeding import evaluation_env_seed, seed_everything, training_env_seed
@@ -133,6 +134,7 @@ class Run:
             finish_epoch=self.observer.finish_epoch,
             checkpoint=Checkpoint(),
             rotation=rotation(self.run_dir, max(1, t.keep_checkpoints)),
+            facts=facts_of(self.info.observation_dim, self.info.action_dim, self.info.terminates),
             checkpoint_every=t.checkpoint_every,
         )
         self.trainer.register_op("batch_process", self.observer.receive)

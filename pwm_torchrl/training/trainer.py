@@ -35,6 +35,7 @@ class PWMTrainer(Trainer):
         finish_epoch (callable): called after each epoch's updates with the epoch and its metrics; evaluates and logs.
         checkpoint (Checkpoint): the run's components.
         rotation (CheckpointRotation): where checkpoints go.
+        facts (dict): saved in every checkpoint's metadata, for :func:`~pwm_torchrl.load_policy`.
         checkpoint_every (int): epochs between checkpoints; 0 saves at the end only.
         logger (Logger, optional): for hooks that use it. Defaults to ``None``.
     """
@@ -49,6 +50,7 @@ class PWMTrainer(Trainer):
         finish_epoch: Callable[[int, MetricRow], None],
         checkpoint: Checkpoint,
         rotation: CheckpointRotation,
+        facts: dict[str, Any],
         checkpoint_every: int,
         logger: Logger | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class PWMTrainer(Trainer):
             auto_log_optim_steps=False,
         )
         self.epochs = epochs
+        self.facts = facts
         self.epoch = 0
         self.checkpoint_every = checkpoint_every
         self.finish_epoch = finish_epoch
@@ -104,6 +107,7 @@ class PWMTrainer(Trainer):
         return {
             "schema_version": SCHEMA_VERSION,
             "epoch": self.epoch,
+            "facts": self.facts,
             METRIC: NOT_EVALUATED if self.evaluated is None else self.evaluated,
         }
 

@@ -42,7 +42,7 @@ FACTS = [  # configuration, observation, action, agent steps per episode, repeat
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
-@pytest.mark.parametrize("cfg,observation,action,length,repeat,terminates", FACTS)
+@pytest.mark.parametrize(("cfg", "observation", "action", "length", "repeat", "terminates"), FACTS)
 def test_specs_and_facts(cfg, observation, action, length, repeat, terminates, num_envs):
     env = make_env(cfg, num_envs=num_envs, seed=0)
     check_env_specs(env)
@@ -50,7 +50,8 @@ def test_specs_and_facts(cfg, observation, action, length, repeat, terminates, n
     assert (info.observation_dim, info.action_dim, info.num_envs) == (observation, action, num_envs)
     assert (info.episode_length, info.action_repeat, info.terminates) == (length, repeat, terminates)
     assert env.batch_size == torch.Size([num_envs])
-    assert (env.action_spec.space.low == -1).all() and (env.action_spec.space.high == 1).all()
+    assert (env.action_spec.space.low == -1).all()
+    assert (env.action_spec.space.high == 1).all()
 
     step = env.rollout(3)[:, 0]
     assert step["observation"].shape == (num_envs, observation)
@@ -86,7 +87,8 @@ def test_truncation_only_at_the_time_limit_and_termination_elsewhere():
     assert cheetah["next", "truncated"].squeeze().nonzero().tolist() == [[999]]
     assert not cheetah["next", "terminated"].any()
     hopper = make_env(HOPPER, num_envs=1, seed=0).rollout(1000)
-    assert hopper["next", "terminated"][0, -1] and not hopper["next", "truncated"].any()
+    assert hopper["next", "terminated"][0, -1]
+    assert not hopper["next", "truncated"].any()
 
 
 @pytest.mark.parametrize("repeat", [1, 3])

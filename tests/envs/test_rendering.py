@@ -36,7 +36,9 @@ def test_frame(cfg):
         raise
     finally:
         env.close()
-    assert frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
+    assert frame.dtype == np.uint8
+    assert frame.ndim == 3
+    assert frame.shape[2] == 3
     assert frame.std() > 1
 
 
@@ -59,4 +61,5 @@ def test_machine_without_graphics_trains_but_explains():
     environment = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY")}
     environment["__EGL_VENDOR_LIBRARY_FILENAMES"] = os.devnull
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "cannot be drawn here" in out.stdout and "MUJOCO_GL=osmesa" in out.stdout
+    assert "cannot be drawn here" in out.stdout
+    assert "MUJOCO_GL=osmesa" in out.stdout

@@ -82,6 +82,12 @@ def test_another_number_of_environments_is_refused():
         load_env_state(make_env(CASES[0], num_envs=3, seed=0), state)
 
 
+def test_another_simulation_is_refused():
+    state = save_env_state(make_env(CASES[2], num_envs=2, seed=0))
+    with pytest.raises(ConfigurationError, match="one of Hopper-v5 and this environment is Ant-v5"):
+        load_env_state(make_env(CASES[3], num_envs=2, seed=0), state)
+
+
 @pytest.mark.parametrize(
     "cfg",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,8 @@ def _read(folder: Path, stem: str) -> Case:
     activation = str(case.config.get("activation", "Mish"))
     if activation.lower() not in ("mish", "nn.mish", "torch.nn.mish"):
         case.problem = f"{path.name} was made with activation {activation}; only Mish is implemented."
+    elif case.kind == "flow" and not re.match(r"z, ?action, ?tau\b", case.config.get("input_order", "z, action, tau")):
+        case.problem = f"{path.name}: velocity inputs in the order {case.config['input_order']} are not implemented."
     elif case.kind is None:
         case.problem = (
             f"{path.name} matches no kind of golden case (keys {', '.join(sorted(case.arrays)[:8])} ...)."

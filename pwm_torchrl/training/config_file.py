@@ -1,0 +1,54 @@
+"""``config.yaml`` of a run directory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.training.config import Config
+
+CONFIG_FILE = "config.yaml"
+
+
+def save_config(config: Config, run_dir: Path) -> None:
+    """Write ``config.yaml``; the directory's own path is left out, so that a run can be moved."""
+    from omegaconf import OmegaConf
+
+    content = asdict(replace(config, run_dir=None))
+    partial = run_dir / (CONFIG_FILE + ".tmp")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
+    os.replace(partial, run_dir / CONFIG_FILE)
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """Read the ``config.yaml`` of a run back into the schema.
+
+    Raises:
+        ConfigurationError: if there is none, or it does not fit the schema.
+    """
+    try:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+    except ImportError as error:
+        raise MissingLibraryError(
+            "Reading a run's config.yaml needs OmegaConf: pip install 'pwm-torchrl[launch]'."
+        ) from error
+    file = Path(run_dir) / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
+    try:
+        stored: Any = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
+        )
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigurationError(
+            f"{file} does not fit this version at {key}: {str(error).splitlines()[0]}"
+        ) from error
+    except YAMLError as error:
+        raise ConfigurationError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
+    return stored

@@ -1,0 +1,172 @@
+"""Trained modules from a run directory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.data import Bounded
+from torchrl.modules import WorldModel as TorchRLWorldModel
+
+from pwm_torchrl.envs import env_info, make_env
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules import WorldModel, encoder_module, policy_module
+from pwm_torchrl.training.build import Networks, build_networks
+from pwm_torchrl.training.checkpoint import (
+    CheckpointFault,
+    checkpoint_metadata,
+    load_checkpoint,
+    rotation,
+)
+from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.config_file import load_config
+from pwm_torchrl.training.evaluation import play
+from pwm_torchrl.training.seeding import evaluation_env_seed
+
+WHICH = ("best", "latest")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of its environment a network's shape depends on; saved in every checkpoint."""
+
+    observation_dim: int
+    action_dim: int
+    terminates: bool
+
+
+def load_networks(
+    run: str | Path, which: str = "best", device: str | torch.device = "cpu"
+) -> tuple[Config, Networks]:
+    """Configuration and trained networks of a run, in evaluation mode and without gradient.
+
+    Args:
+        run (str or Path): run directory, finished or not.
+        which (str): ``"best"`` by evaluation return, or ``"latest"``. Defaults to ``"best"``.
+        device (str or torch.device): where to put them. Defaults to ``"cpu"``.
+
+    Raises:
+        ConfigurationError: if ``run`` is no run directory or has no checkpoint.
+        CheckpointFault: if the checkpoint cannot be read.
+    """
+    if which not in WHICH:
+        raise ConfigurationError(f"which={which!r} is not one of {', '.join(WHICH)}.")
+    run = Path(run)
+    cfg = load_config(run)
+    saved = rotation(run)
+    path = (saved.best() if which == "best" else None) or saved.latest()
+    if path is None:
+        raise ConfigurationError(f"{run} has no checkpoint yet.")
+    metadata = checkpoint_metadata(path)
+    if "facts" not in metadata:
+        raise CheckpointFault(f"The checkpoint {path} does not say what environment it is for.")
+    networks = build_networks(cfg, Facts(**metadata["facts"]))
+    load_checkpoint(path, dict(networks.items()))
+    for _, network in networks.items():
+        network.requires_grad_(False).eval().to(device)
+    return cfg, networks
+
+
+def load_policy(
+    run: str | Path, which: str = "best", device: str | torch.device = "cpu"
+) -> TensorDictSequential:
+    """The trained policy as a TorchRL module: ``observation`` -> ``latent`` -> ``action`` in [−1, 1].
+
+    It samples by default and is deterministic under ``set_exploration_type(ExplorationType.DETERMINISTIC)``.
+    Arguments and errors as :func:`load_networks`.
+
+    Examples:
+        >>> policy = load_policy("runs/my_run")  # doctest: +SKIP
+        >>> env.rollout(200, policy)["next", "reward"].sum()  # doctest: +SKIP
+    """
+    _, networks = load_networks(run, which, device)
+    spec = Bounded(-1.0, 1.0, (networks.actor.action_dim,), device=device)
+    return policy_module(networks.world_model, networks.actor, action_spec=spec)
+
+
+class _Part(nn.Module):
+    """One method of a world model as a module."""
+
+    def __init__(self, world_model: WorldModel) -> None:
+        super().__init__()
+        self.world_model = world_model
+
+
+class _Dynamics(_Part):
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        return self.world_model.dynamics(latent, action)
+
+
+class _Reward(_Part):
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        return self.world_model.reward.decode(self.world_model.reward(latent, action))
+
+
+class _Termination(_Part):
+    def forward(self, next_latent: Tensor) -> Tensor:
+        head = self.world_model.termination
+        assert head is not None
+        return head.terminated(head(next_latent))
+
+
+def load_world_model(
+    run: str | Path, which: str = "best", device: str | torch.device = "cpu"
+) -> TorchRLWorldModel:
+    """The trained world model as a :class:`torchrl.modules.WorldModel`.
+
+    Keys: ``observation`` -> ``latent``; ``latent``, ``action`` -> ``("next", "latent")``, ``("next", "reward")`` and,
+    with a termination head, ``("next", "done")``. Arguments and errors as :func:`load_networks`.
+    """
+    model = load_networks(run, which, device)[1].world_model
+    step = ["latent", "action"]
+    done: TensorDictModuleBase | None = None
+    if model.termination is not None:
+        done = TensorDictModule(
+            _Termination(model), in_keys=[("next", "latent")], out_keys=[("next", "done")]
+        )
+    return TorchRLWorldModel(
+        encoder_module(model),
+        TensorDictModule(_Dynamics(model), in_keys=step, out_keys=[("next", "latent")]),
+        TensorDictModule(_Reward(model), in_keys=step, out_keys=[("next", "reward")]),
+        done_head=done,
+    )
+
+
+def evaluate_run(
+    run_dir: str | Path, episodes: int = 10, seed: int | None = None, which: str = "best"
+) -> dict[str, Any]:
+    """Deterministic return of a run's policy in environments of its own.
+
+    Args:
+        run_dir (str or Path): run directory.
+        episodes (int): number of episodes, played side by side. Defaults to ``10``.
+        seed (int, optional): of the first environment. Defaults to the run's evaluation seed.
+        which (str): ``"best"`` or ``"latest"`` checkpoint. Defaults to ``"best"``.
+
+    Returns:
+        dict: ``return_mean``, ``return_std``, ``episodes`` and ``returns``.
+    """
+    cfg, networks = load_networks(run_dir, which)
+    seed = evaluation_env_seed(cfg.seed) if seed is None else seed
+    env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
+    info = env_info(env)
+    policy = policy_module(
+        networks.world_model, networks.actor, action_spec=Bounded(-1.0, 1.0, (info.action_dim,))
+    )
+    returns = play(env, policy, seed).returns
+    env.close()
+    return {
+        "return_mean": returns.mean().item(),
+        "return_std": returns.std(unbiased=False).item(),
+        "episodes": len(returns),
+        "returns": returns.tolist(),
+    }
+
+
+def facts_of(observation_dim: int, action_dim: int, terminates: bool) -> dict[str, Any]:
+    """Facts as checkpoint metadata."""
+    return asdict(Facts(observation_dim, action_dim, terminates))

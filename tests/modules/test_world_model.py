@@ -1,0 +1,174 @@
+"""World model, task embedding and the TensorDict modules around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules import (
+    Actor,
+    CriticEnsemble,
+    TaskEmbedding,
+    WorldModel,
+    WorldModelSpec,
+    actor_module,
+    encoder_module,
+    make_world_model,
+    policy_module,
+    value_module,
+    world_model_module,
+)
+
+O, A, D, N, DIMS = 5, 3, 16, 4, (3, 1, 2, 3)
+
+
+def world_model(tasks: bool = False, **kwargs: object) -> WorldModel:
+    multi = {"num_tasks": N, "task_dim": 6, "action_dims": DIMS} if tasks else {}
+    model = make_world_model(WorldModelSpec(O, A, D, [24], [20], **multi, **kwargs))
+    for p in model.reward.parameters():  # its last layer starts at zero, which would hide mistakes
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+class TestTaskEmbedding:
+    @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+    def test_agrees_with_embedding_max_norm_without_touching_its_weight(self, scale: float) -> None:
+        reference, ours = nn.Embedding(N, 6, max_norm=1.0), TaskEmbedding(N, 6, DIMS, A)
+        with torch.no_grad():
+            reference.weight.copy_(scale * torch.randn(N, 6))
+            ours.embedding.weight.copy_(reference.weight)
+        before, task, weight = reference.weight.detach().clone(), torch.tensor([0, 2, 2, 3]), torch.randn(4, 6)
+        expected, actual = reference(task), ours(task)
+        torch.testing.assert_close(actual, expected)
+        assert (actual.norm(dim=-1) <= 1 + 1e-5).all()
+        (expected * weight).sum().backward()
+        (actual * weight).sum().backward()
+        torch.testing.assert_close(ours.embedding.weight.grad, reference.weight.grad)
+        assert torch.equal(ours.embedding.weight, before)
+        assert torch.equal(reference.weight, before) == (scale == 0.1), "max_norm was at work"
+
+    def test_mask(self) -> None:
+        mask = TaskEmbedding(N, 6, DIMS, A).mask(torch.tensor([[1, 0], [2, 3]]))
+        assert mask.tolist() == [[[1, 0, 0], [1, 1, 1]], [[1, 1, 0], [1, 1, 1]]]
+
+    @pytest.mark.parametrize("dims", [(3, 1, 2), (3, 1, 2, 4), (3, 0, 2, 3), ()])
+    def test_wrong_action_dims_are_one_clear_sentence(self, dims: tuple[int, ...]) -> None:
+        with pytest.raises(ConfigurationError, match="one entry between 1 and 3 for each of the 4 tasks"):
+            TaskEmbedding(N, 6, dims, A)
+
+
+class TestWorldModel:
+    @pytest.mark.parametrize("tasks", [False, True])
+    @pytest.mark.parametrize("head", ["scalar", "two_hot"])
+    @pytest.mark.parametrize("termination", [False, True])
+    def test_shapes(self, tasks: bool, head: str, termination: bool) -> None:
+        model = world_model(tasks, reward_head=head, termination=termination)
+        task = torch.tensor([0, 1, 2, 3, 0, 1, 2]) if tasks else None
+        z = model.encode(torch.randn(5, 7, O), task)
+        assert z.shape == (5, 7, D)
+        next_z, logits, end = model.predict(z, torch.rand(5, 7, A), task)
+        assert next_z.shape == (5, 7, D)
+        assert logits.shape == (5, 7, 1 if head == "scalar" else 101)
+        assert (None if end is None else tuple(end.shape)) == ((5, 7, 1) if termination else None)
+        next_z, reward, terminated = model(z, torch.rand(5, 7, A), task)
+        assert next_z.shape == (5, 7, D)
+        assert reward.shape == terminated.shape == (5, 7, 1)
+        assert terminated.dtype == torch.bool
+        assert termination or not terminated.any()
+
+    def test_inputs_are_concatenated_as_latent_task_action(self) -> None:
+        model, task = world_model(True), torch.tensor([0, 3])
+        o, z, a, e = torch.randn(2, O), torch.rand(2, D), torch.rand(2, A), model.embed(task)
+        torch.testing.assert_close(model.encode(o, task), model.encoder.net(torch.cat([o, e], -1)))
+        next_z, logits, _ = model.predict(z, a, task)
+        inputs = torch.cat([z, e, a], -1)
+        torch.testing.assert_close(next_z, model.dynamics.net(inputs))
+        torch.testing.assert_close(logits, model.reward.net(inputs))
+
+    def test_padding_actions_have_no_influence(self) -> None:
+        model, task, z = world_model(True, termination=True), torch.tensor([1, 2]), torch.rand(2, D)
+        a = torch.rand(2, A, requires_grad=True)
+        changed = a.detach().clone()
+        changed[0, 1:], changed[1, 2:] = 0.7, -0.9
+        for ours, other in zip(model.predict(z, a, task), model.predict(z, changed, task), strict=True):
+            assert torch.equal(ours, other)
+        (gradient,) = torch.autograd.grad(model(z, a, task)[1].sum(), a)
+        assert (gradient != 0).tolist() == [[True, False, False], [True, True, False]]
+
+    def test_task_and_model_must_fit(self) -> None:
+        with pytest.raises(ValueError, match="needs a task index"):
+            world_model(True).encode(torch.randn(2, O))
+        with pytest.raises(ValueError, match="takes no task index"):
+            world_model().encode(torch.randn(2, O), torch.tensor([0, 1]))
+
+    def test_observation_statistics_are_in_front_of_the_encoder(self) -> None:
+        model, o = world_model(normalize_observations=True), 4 + 3 * torch.randn(200, O)
+        model.observation_statistics.update(o)
+        standard = (o - o.mean(0)) / (o.var(0, unbiased=False) + 1e-5).sqrt()
+        torch.testing.assert_close(model.encode(o), model.encoder(standard), rtol=1e-3, atol=1e-4)
+        assert "observation_statistics.mean" in model.state_dict()
+
+    def test_reward_space_reaches_the_policy(self) -> None:
+        raw, symlog = world_model(reward_head="two_hot"), world_model(reward_head="two_hot", reward_space="symlog")
+        symlog.load_state_dict(raw.state_dict())
+        z, a = torch.rand(4, D), torch.rand(4, A)
+        in_raw, in_symlog = raw(z, a)[1], symlog(z, a)[1]
+        torch.testing.assert_close(in_raw, in_symlog.sign() * in_symlog.abs().expm1())
+        assert not torch.equal(in_raw, in_symlog)
+
+
+class TestTensorDictModules:
+    """Each wraps the plain network, with any keys, nested ones too."""
+
+    def test_encoder(self) -> None:
+        model, o, task = world_model(True), torch.randn(2, 4, O), torch.tensor([[0, 1, 2, 3]] * 2)
+        module = encoder_module(model, observation=("obs", "vector"), latent=("state", "z"), task=("info", "task"))
+        data = TensorDict({"obs": {"vector": o}, "info": {"task": task}}, [2, 4])
+        assert torch.equal(module(data)["state", "z"], model.encode(o, task))
+
+    def test_world_model(self) -> None:
+        model, z, a = world_model(termination=True), torch.rand(4, D), torch.rand(4, A)
+        default = world_model_module(model)(TensorDict(latent=z, action=a, batch_size=[4]))
+        keys = {"latent": ("s", "z"), "action": ("s", "a"), "next_latent": ("next", "s", "z"), "reward": ("next", "s", "r")}
+        nested = world_model_module(model, **keys, terminated=("next", "s", "end"))
+        out = nested(TensorDict({"s": {"z": z, "a": a}}, [4]))
+        expected = model(z, a)
+        for key, other, value in zip(("latent", "reward", "terminated"), ("z", "r", "end"), expected, strict=True):
+            assert torch.equal(default["next", key], value)
+            assert torch.equal(out["next", "s", other], value)
+
+    def test_actor_follows_the_exploration_type(self) -> None:
+        actor, z = Actor(D, A, [16]), torch.rand(5, D)
+        module = actor_module(actor, latent=("s", "z"), action=("s", "a"))
+        data = TensorDict({"s": {"z": z}}, [5])
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            torch.testing.assert_close(module(data.clone())["s", "a"], actor.act(z))
+        first, second = module(data.clone())["s", "a"], module(data.clone())["s", "a"]
+        assert not torch.equal(first, second), "samples by default"
+        assert first.abs().max() <= 1
+
+    def test_value_is_the_minimum(self) -> None:
+        critics, z = CriticEnsemble(D, [16]), torch.rand(3, 5, D)
+        module = value_module(critics, latent=("s", "z"), state_value=("s", "v"))
+        out = module(TensorDict({"s": {"z": z}}, [3, 5]))
+        assert torch.equal(out["s", "v"], critics(z).min(0).values)
+
+    def test_policy_acts_on_encoded_observations(self) -> None:
+        model, actor, o = world_model(), Actor(D, A, [16]), torch.randn(5, O)
+        policy = policy_module(model, actor, observation=("o", "v"), action=("x", "a"))
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            out = policy(TensorDict({"o": {"v": o}}, [5]))
+        torch.testing.assert_close(out["x", "a"], actor.act(model.encode(o)))
+
+    def test_policy_masks_padding_actions(self) -> None:
+        model, actor, task = world_model(True), Actor(D, A, [16]), torch.tensor([0, 1, 2, 3])
+        out = policy_module(model, actor, task="task")(TensorDict(observation=torch.randn(4, O), task=task, batch_size=[4]))
+        assert torch.equal(out["action"] != 0, model.task.mask(task) > 0)
+
+    def test_modules_share_the_networks_parameters(self) -> None:
+        model = world_model()
+        assert {id(p) for p in world_model_module(model).parameters()} == {id(p) for p in model.parameters()}
