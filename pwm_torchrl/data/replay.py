@@ -97,9 +97,7 @@ class TrajectoryReplay:
         device: str | torch.device = "cpu",
     ) -> None:
         if storage not in STORAGES:
-            raise ConfigurationError(
-                f"training.replay_storage={storage!r} is not one of {', '.join(STORAGES)}."
-            )
+            raise ConfigurationError(f"training.replay_storage={storage!r} is not one of {', '.join(STORAGES)}.")
         if capacity < num_envs * horizon:
             raise ConfigurationError(
                 f"training.replay_capacity={capacity} holds less than one slice of algorithm.horizon={horizon} steps "
@@ -116,9 +114,7 @@ class TrajectoryReplay:
             if storage == "memory"
             else LazyMemmapStorage(size, ndim=2, scratch_dir=scratch_dir)
         )
-        self.buffer = TensorDictReplayBuffer(
-            storage=backend, sampler=self.sampler, dim_extend=1
-        )
+        self.buffer = TensorDictReplayBuffer(storage=backend, sampler=self.sampler, dim_extend=1)
 
     def __len__(self) -> int:
         return min(self.sampler.steps, self.capacity) * self.num_envs

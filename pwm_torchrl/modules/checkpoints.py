@@ -85,7 +85,9 @@ def load_tdmpc2_world_model(
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigurationError(f"The TD-MPC2 checkpoint {path} does not exist; give the path of a downloaded .pt file.")
+        raise ConfigurationError(
+            f"The TD-MPC2 checkpoint {path} does not exist; give the path of a downloaded .pt file."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -123,7 +125,7 @@ def load_pwm_world_model(
     strict: bool = True,
     origin: str = "state dict",
 ) -> tuple[WorldModel, LoadReport]:
-    """World model of a state dict with the names ``_encoder``, ``_dynamics`` or ``_velocity``, ``_reward``, ``_task_emb``.
+    """World model of a state dict named ``_encoder``, ``_dynamics`` or ``_velocity``, ``_reward``, ``_task_emb``.
 
     ``_dynamics`` gives PWM's MLP dynamics, ``_velocity`` the public fork's flow (``simnorm_velocity``), whose solver is
     no part of its weights.
@@ -203,7 +205,7 @@ def _map_names(state_dict: Mapping[str, Tensor], origin: str) -> tuple[dict[str,
     if unknown:
         hint = " (image encoders are not supported)" if any("rgb" in name for name in unknown) else ""
         raise ConfigurationError(
-            f"The {origin} has entries that are no part of a TD-MPC2 or PWM world model: {', '.join(unknown[:5])}{hint}."
+            f"The {origin} has entries that no TD-MPC2 or PWM world model has: {', '.join(unknown[:5])}{hint}."
         )
     return mapped, tuple(skipped)
 
@@ -227,7 +229,7 @@ def _infer_spec(weights: Mapping[str, Tensor], action_dims: Sequence[int] | None
     num_tasks, task_dim = (0, 0) if embedding is None else tuple(embedding.shape)
     if num_tasks and action_dims is None:
         raise ConfigurationError(
-            f"The {origin} is multi-task but has no _action_masks; give action_dims, the action dimension of every task."
+            f"The {origin} is multi-task but has no _action_masks; give action_dims, one action dimension per task."
         )
     bins = reward[-1].shape[0]
     return WorldModelSpec(

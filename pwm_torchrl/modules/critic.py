@@ -27,9 +27,7 @@ class CriticEnsemble(nn.Module):
         torch.Size([3, 5, 1])
     """
 
-    def __init__(
-        self, latent_dim: int, units: Sequence[int] = (400, 200), num_critics: int = 3
-    ) -> None:
+    def __init__(self, latent_dim: int, units: Sequence[int] = (400, 200), num_critics: int = 3) -> None:
         super().__init__()
         self.num_critics = num_critics
         members = [policy_mlp(latent_dim, units, 1) for _ in range(num_critics)]

@@ -95,17 +95,11 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
     if spec.reward_head == "scalar":
         reward = ScalarRewardHead(step_features, spec.units)
     elif spec.reward_head == "two_hot":
-        reward = TwoHotRewardHead(
-            step_features, spec.units, spec.num_bins, spec.vmin, spec.vmax, spec.reward_space
-        )
+        reward = TwoHotRewardHead(step_features, spec.units, spec.num_bins, spec.vmin, spec.vmax, spec.reward_space)
     else:
-        raise ConfigurationError(
-            f"model.reward_head={spec.reward_head!r} is not one of {', '.join(REWARD_HEADS)}."
-        )
+        raise ConfigurationError(f"model.reward_head={spec.reward_head!r} is not one of {', '.join(REWARD_HEADS)}.")
     return WorldModel(
-        encoder=Encoder(
-            spec.observation_dim, task_dim, spec.encoder_units, spec.latent_dim, spec.simnorm_dim
-        ),
+        encoder=Encoder(spec.observation_dim, task_dim, spec.encoder_units, spec.latent_dim, spec.simnorm_dim),
         dynamics=make_dynamics(
             latent_dim=spec.latent_dim,
             action_dim=spec.action_dim,
@@ -115,15 +109,7 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
             **spec.dynamics,  # type: ignore[arg-type]
         ),
         reward=reward,
-        termination=TerminationHead(spec.latent_dim + task_dim, spec.units)
-        if spec.termination
-        else None,
-        task=TaskEmbedding(spec.num_tasks, task_dim, spec.action_dims, spec.action_dim)
-        if spec.num_tasks
-        else None,
-        observation_statistics=RunningStatistics((spec.observation_dim,))
-        if spec.normalize_observations
-        else None,
+        termination=TerminationHead(spec.latent_dim + task_dim, spec.units) if spec.termination else None,
+        task=TaskEmbedding(spec.num_tasks, task_dim, spec.action_dims, spec.action_dim) if spec.num_tasks else None,
+        observation_statistics=RunningStatistics((spec.observation_dim,)) if spec.normalize_observations else None,
     )
-
-

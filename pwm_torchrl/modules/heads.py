@@ -80,9 +80,7 @@ class TwoHotRewardHead(RewardHead):
     ) -> None:
         super().__init__(in_features, units, num_bins)
         if space not in REWARD_SPACES:
-            raise ConfigurationError(
-                f"model.reward_space={space!r} is not one of {', '.join(REWARD_SPACES)}."
-            )
+            raise ConfigurationError(f"model.reward_space={space!r} is not one of {', '.join(REWARD_SPACES)}.")
         self.codec = TwoHotCodec(num_bins, vmin, vmax)
         self.space = space
 
@@ -117,6 +115,4 @@ class TerminationHead(nn.Module):
 
     def loss(self, logit: Tensor, terminated: Tensor) -> Tensor:
         """Elementwise binary cross-entropy ``[..., 1]`` against booleans ``[..., 1]``."""
-        return F.binary_cross_entropy_with_logits(
-            logit, terminated.to(logit.dtype), reduction="none"
-        )
+        return F.binary_cross_entropy_with_logits(logit, terminated.to(logit.dtype), reduction="none")

@@ -44,9 +44,7 @@ class NormedLinear(nn.Linear):
         activation (nn.Module, optional): applied last. Defaults to ``nn.Mish()``.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, activation: nn.Module | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, activation: nn.Module | None = None) -> None:
         super().__init__(in_features, out_features)
         self.ln = nn.LayerNorm(out_features)
         self.activation = nn.Mish() if activation is None else activation
@@ -64,9 +62,7 @@ def check_simnorm(latent_dim: int, group_size: int) -> None:
         )
 
 
-def normed_mlp(
-    in_features: int, units: Sequence[int], out_features: int, head: nn.Module | None
-) -> nn.Sequential:
+def normed_mlp(in_features: int, units: Sequence[int], out_features: int, head: nn.Module | None) -> nn.Sequential:
     """Hidden :class:`NormedLinear` layers, then ``out_features``.
 
     Args:
@@ -79,9 +75,7 @@ def normed_mlp(
         The network, its weights initialised by :func:`init_world_model_weights`.
     """
     widths = [in_features, *units]
-    layers: list[nn.Module] = [
-        NormedLinear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)
-    ]
+    layers: list[nn.Module] = [NormedLinear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
     if head is None:
         layers.append(nn.Linear(widths[-1], out_features))
     else:
@@ -124,6 +118,4 @@ def cat_features(*parts: Tensor | None) -> Tensor:
     """
     present = [p for p in parts if p is not None]
     batch = present[0].shape[:-1]
-    return torch.cat(
-        [p if p.shape[:-1] == batch else p.expand(*batch, p.shape[-1]) for p in present], -1
-    )
+    return torch.cat([p if p.shape[:-1] == batch else p.expand(*batch, p.shape[-1]) for p in present], -1)

@@ -44,9 +44,7 @@ class RunningStatistics(nn.Module):
         fraction = (n / total).to(self.mean.dtype)
         mean = self.mean + delta * fraction
         var = (
-            self.var * (1 - fraction)
-            + x.var(0, unbiased=False) * fraction
-            + delta.square() * fraction * (1 - fraction)
+            self.var * (1 - fraction) + x.var(0, unbiased=False) * fraction + delta.square() * fraction * (1 - fraction)
         )
         return mean, var, total
 

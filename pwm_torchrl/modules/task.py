@@ -26,9 +26,7 @@ class TaskEmbedding(nn.Module):
 
     action_mask: Tensor
 
-    def __init__(
-        self, num_tasks: int, task_dim: int, action_dims: Sequence[int], action_dim: int
-    ) -> None:
+    def __init__(self, num_tasks: int, task_dim: int, action_dims: Sequence[int], action_dim: int) -> None:
         super().__init__()
         if len(action_dims) != num_tasks or not all(1 <= d <= action_dim for d in action_dims):
             raise ConfigurationError(

@@ -71,9 +71,7 @@ def world_model_module(
 ) -> TensorDictModule:
     """One imagined step: ``latent``, ``action`` (and ``task``) -> ``next_latent``, ``reward``, ``terminated``."""
     in_keys = [latent, action] if task is None else [latent, action, task]
-    return TensorDictModule(
-        world_model, in_keys=in_keys, out_keys=[next_latent, reward, terminated]
-    )
+    return TensorDictModule(world_model, in_keys=in_keys, out_keys=[next_latent, reward, terminated])
 
 
 def actor_module(

@@ -51,15 +51,11 @@ class TwoHotCodec(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Two-hot weights ``[..., num_bins]`` of raw scalars ``[..., 1]``; out-of-range values use the end bins."""
-        position = (symlog(x).clamp(self.vmin, self.vmax) - self.vmin) / (
-            (self.vmax - self.vmin) / (self.num_bins - 1)
-        )
+        position = (symlog(x).clamp(self.vmin, self.vmax) - self.vmin) / ((self.vmax - self.vmin) / (self.num_bins - 1))
         low = position.floor().clamp(max=self.num_bins - 2)
         weight = (position - low).clamp(max=1.0)
         index = low.long()
-        two_hot = torch.zeros(
-            *x.shape[:-1], self.num_bins, dtype=weight.dtype, device=weight.device
-        )
+        two_hot = torch.zeros(*x.shape[:-1], self.num_bins, dtype=weight.dtype, device=weight.device)
         return two_hot.scatter(-1, index, 1 - weight).scatter(-1, index + 1, weight)
 
     def decode(self, logits: Tensor, space: str = "raw") -> Tensor:

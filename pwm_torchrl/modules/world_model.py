@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pwm_torchrl.modules.dynamics import Dynamics
@@ -80,14 +81,12 @@ class WorldModel(nn.Module):
         termination = None if self.termination is None else self.termination(next_latent, embedding)
         return next_latent, logits, termination
 
-    def forward(
-        self, latent: Tensor, action: Tensor, task: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, latent: Tensor, action: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """One imagined step: next latent ``[..., D]``, decoded reward ``[..., 1]``, terminated bool ``[..., 1]``."""
         next_latent, logits, termination = self.predict(latent, action, task)
         reward = self.reward.decode(logits)
         if self.termination is None or termination is None:
-            terminated = reward.new_zeros(reward.shape, dtype=bool)
+            terminated = torch.zeros_like(reward, dtype=torch.bool)
         else:
             terminated = self.termination.terminated(termination)
         return next_latent, reward, terminated

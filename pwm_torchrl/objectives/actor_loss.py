@@ -154,9 +154,7 @@ class PWMActorLoss(LossModule):
         """Standard normal action noise ``[H, B, A]`` for a whole batch; ``None`` if deterministic."""
         if self.deterministic:
             return None
-        return torch.randn(
-            self.horizon, latent.shape[0], action_dim, dtype=latent.dtype, device=latent.device
-        )
+        return torch.randn(self.horizon, latent.shape[0], action_dim, dtype=latent.dtype, device=latent.device)
 
     def imagine(self, start: Tensor, task: Tensor | None = None) -> tuple[Imagined, Tensor]:
         """Differentiable rollout from ``[B, D]`` and V(z_1) .. V(z_H) ``[H, B, 1]``."""
@@ -219,9 +217,7 @@ class PWMActorLoss(LossModule):
         task = None if self.action_mask is None else tensordict.get(keys.task)
         rollout, next_value = self.imagine(tensordict.get(keys.latent), task)
         loss, returns = self.objective(rollout, next_value)
-        latent, reward, next_value = (
-            x.detach() for x in (rollout.latent[:-1], rollout.reward, next_value)
-        )
+        latent, reward, next_value = (x.detach() for x in (rollout.latent[:-1], rollout.reward, next_value))
         ended = rollout.terminated
         target = td_lambda_targets(reward, next_value, ended, self.gamma, self.lmbda)
         losses = TensorDict(

@@ -47,9 +47,7 @@ def tensor_function(
         ValueError: if the module does not read and write these keys.
     """
     wanted_in, wanted_out = ([unravel_key(k) for k in keys] for keys in (in_keys, out_keys))
-    has_in, has_out = (
-        [unravel_key(k) for k in keys] for keys in (module.in_keys, module.out_keys)
-    )
+    has_in, has_out = ([unravel_key(k) for k in keys] for keys in (module.in_keys, module.out_keys))
     if not set(has_in) <= set(wanted_in) or not set(wanted_out) <= set(has_out):
         raise ValueError(
             f"{type(module).__name__} reads {has_in} and writes {has_out}, but reading no more than {wanted_in} and "

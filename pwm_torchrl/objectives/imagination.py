@@ -64,6 +64,4 @@ def imagine(
         actions.append(a)
         rewards.append(r)
         ends.append(ended)
-    return Imagined(
-        torch.stack(latents), tuple(actions), torch.stack(rewards), torch.stack(ends)
-    )
+    return Imagined(torch.stack(latents), tuple(actions), torch.stack(rewards), torch.stack(ends))

@@ -166,6 +166,10 @@ class PWMModelLoss(LossModule):
             ValueError: for shapes that would only work by broadcasting.
         """
         keys = self.tensor_keys
+        if tensordict.ndim == 3 and tensordict.shape[-1] == 1:
+            # Called with tensors that all have one feature: `dispatch` takes that dimension for a batch dimension.
+            tensordict = tensordict.copy()
+            tensordict.batch_size = tensordict.batch_size[:2]
         if tensordict.ndim != 2:
             raise ValueError(
                 f"PWMModelLoss needs slices of batch size [B, H]; got batch size {list(tensordict.shape)}."
@@ -220,5 +224,3 @@ class PWMModelLoss(LossModule):
             losses = slice_losses(self.world_model, slices, self.weights, noise, valid_counts)
         named = {f"loss_{name}": value for name, value in losses._asdict().items()}
         return TensorDict({key: named[key] for key in self.out_keys}, [])
-
-

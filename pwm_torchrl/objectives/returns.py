@@ -27,9 +27,7 @@ def discounts(gamma: float, steps: int, like: Tensor) -> Tensor:
     return gamma ** torch.arange(steps, dtype=like.dtype, device=like.device).view(-1, 1, 1)
 
 
-def rollout_return(
-    reward: Tensor, terminated: Tensor, final_value: Tensor, gamma: float
-) -> Tensor:
+def rollout_return(reward: Tensor, terminated: Tensor, final_value: Tensor, gamma: float) -> Tensor:
     """J = Σ_{t<H} γ^t r_t + γ^H V(z_H) per rollout, where the sum stops and V counts 0 after a termination.
 
     Args:

@@ -27,6 +27,23 @@ class Slices(NamedTuple):
     valid: Tensor  # bool [H, B, 1]
     task: Tensor | None = None  # int64 [B]
 
+    def rows(self, rows: slice) -> Slices:
+        """A part of the batch."""
+        return Slices(
+            self.observation[rows],
+            self.next_observation[:, rows],
+            self.action[:, rows],
+            self.reward[:, rows],
+            self.terminated[:, rows],
+            self.valid[:, rows],
+            None if self.task is None else self.task[rows],
+        )
+
+    def valid_counts(self) -> tuple[Tensor, Tensor]:
+        """Valid entries per step ``[H, 1, 1]`` and in all, by which a loss divides."""
+        valid = self.valid.to(self.reward.dtype)
+        return valid.sum(1, keepdim=True), valid.sum()
+
 
 @dataclass(frozen=True)
 class SliceLossWeights:
@@ -60,10 +77,12 @@ class FlowNoise(NamedTuple):
     half_step: Tensor  # [H, B, 1], of the self-consistency grid
     half_step_tau: Tensor  # [H, B, 1], a multiple of twice the half step
 
+    def rows(self, rows: slice) -> FlowNoise:
+        """A part of the batch."""
+        return FlowNoise(*(x[:, rows] for x in self))
 
-def draw_flow_noise(
-    horizon: int, batch: int, like: Tensor, generator: torch.Generator | None = None
-) -> FlowNoise:
+
+def draw_flow_noise(horizon: int, batch: int, like: Tensor, generator: torch.Generator | None = None) -> FlowNoise:
     """τ ~ U(0, 1); half steps d from {1/2, 1/4, 1/8} and τ from {0, 2d, ..., 1 − 2d}."""
     shape = (horizon, batch, 1)
 
@@ -96,9 +115,7 @@ def loss_weights(
             f"model.loss.flow_matching_source={source!r} is not one of {', '.join(FLOW_MATCHING_SOURCES)}."
         )
     defaults = (gamma, 1.0, 1.0) if form == "pwm" else (0.5, 20.0, 0.1)
-    step, dyn, rew = (
-        d if v is None else v for d, v in zip(defaults, (rho, dynamics, reward), strict=True)
-    )
+    step, dyn, rew = (d if v is None else v for d, v in zip(defaults, (rho, dynamics, reward), strict=True))
     return SliceLossWeights(form, step, dyn, rew, **rest)  # type: ignore[arg-type]
 
 
@@ -127,9 +144,7 @@ def slice_losses(
     """
     horizon, batch = slices.action.shape[:2]
     valid = slices.valid.to(slices.reward.dtype)
-    if valid_counts is None:
-        valid_counts = (valid.sum(1, keepdim=True), valid.sum())
-    per_step, overall = valid_counts
+    per_step, overall = slices.valid_counts() if valid_counts is None else valid_counts
     step_weight = discounts(weights.step, horizon, slices.reward)
     # Σ_t w_t mean_b over valid entries, and mean_{t,b} w_t over valid entries; each divided by H
     by_step = valid * step_weight / per_step.clamp_min(1) / horizon
@@ -182,8 +197,6 @@ def slice_losses(
                 raise ConfigurationError(
                     "model.loss.self_consistency_weight needs model.dynamics.parameterization=residual_endpoint."
                 )
-            error = flow.self_consistency_error(
-                source, target, action, noise.half_step, noise.half_step_tau, embedding
-            )
+            error = flow.self_consistency_error(source, target, action, noise.half_step, noise.half_step_tau, embedding)
             consistency = (by_step * error).sum() * weights.self_consistency
     return SliceLosses(dynamics, reward * weights.reward, termination, matching, consistency)

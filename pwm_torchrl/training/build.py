@@ -171,6 +171,6 @@ def build_learners(cfg: Config, networks: Networks) -> dict[str, Learner]:
     for name, module in networks.items():
         lr, betas, max_norm = settings[name]
         parameters = list(module.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=lr, betas=tuple(betas), fused=True)
+        optimizer = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), fused=True)
         learners[name] = Learner(parameters, optimizer, max_norm, lr, a.final_lr)
     return learners

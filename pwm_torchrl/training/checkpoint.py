@@ -51,9 +51,7 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         text = " ".join(str(error).split())
         if "size mismatch" in text or "Missing key" in text or "Unexpected key" in text:
-            raise ConfigurationError(
-                f"The checkpoint {path} belongs to another configuration: {text[:300]}"
-            ) from error
+            raise ConfigurationError(f"The checkpoint {path} belongs to another configuration: {text[:300]}") from error
         raise CheckpointFault(
             f"The checkpoint {path} cannot be read, it is truncated or damaged ({type(error).__name__}: "
             f"{text[:200]}); delete it to fall back on the one before."
@@ -70,9 +68,7 @@ def checkpoint_metadata(path: Path) -> dict[str, Any]:
     try:
         metadata = dict(Checkpoint.manifest(path).get("metadata", {}))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointFault(
-            f"{path} is not a readable checkpoint ({' '.join(str(error).split())[:200]})."
-        ) from error
+        raise CheckpointFault(f"{path} is not a readable checkpoint ({' '.join(str(error).split())[:200]}).") from error
     version = metadata.get("schema_version")
     if version != SCHEMA_VERSION:
         raise CheckpointFault(

@@ -29,9 +29,7 @@ class ResumableCollector(Collector):
         random_steps (int): first agent steps, all environments together, with uniform actions. Defaults to ``0``.
     """
 
-    def __init__(
-        self, env: EnvBase, policy: TensorDictModuleBase, steps: int, random_steps: int = 0
-    ) -> None:
+    def __init__(self, env: EnvBase, policy: TensorDictModuleBase, steps: int, random_steps: int = 0) -> None:
         self.resumed_exactly = True
         self._env_state_valid = True
         super().__init__(
@@ -52,9 +50,7 @@ class ResumableCollector(Collector):
         carrier = None
         if state is not None:
             leaves = self._carrier.exclude("next").items(True, True)
-            carrier = {
-                "|".join((key,) if isinstance(key, str) else key): value for key, value in leaves
-            }
+            carrier = {"|".join((key,) if isinstance(key, str) else key): value for key, value in leaves}
         return {"frames": self._frames, "iter": self._iter, "env": state, "carrier": carrier}
 
     def forget_env_state(self) -> None:
@@ -87,9 +83,7 @@ class EpisodeReturns:
         """Add a batch ``[N, T]``; returns the returns of the episodes that ended in it, float64 ``[E]``."""
         finished = []
         rewards = batch["next", "reward"].squeeze(-1).double().cpu()
-        for reward, done in zip(
-            rewards.unbind(1), batch["next", "done"].squeeze(-1).cpu().unbind(1), strict=True
-        ):
+        for reward, done in zip(rewards.unbind(1), batch["next", "done"].squeeze(-1).cpu().unbind(1), strict=True):
             self.running += reward
             finished.append(self.running[done])
             self.running = self.running.masked_fill(done, 0.0)

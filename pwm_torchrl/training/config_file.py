@@ -41,14 +41,10 @@ def load_config(run_dir: str | Path) -> Config:
     if not file.is_file():
         raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
     try:
-        stored: Any = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
-        )
+        stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigurationError(
-            f"{file} does not fit this version at {key}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigurationError(f"{file} does not fit this version at {key}: {str(error).splitlines()[0]}") from error
     except YAMLError as error:
         raise ConfigurationError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
     return stored

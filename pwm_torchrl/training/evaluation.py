@@ -100,9 +100,7 @@ def open_loop_errors(
     """
     device = next(model.parameters()).device
     total = episodes.valid.shape[0]
-    starts = [
-        s for s in range(0, total - horizon + 1, horizon) if episodes.valid[s + horizon - 1].any()
-    ]
+    starts = [s for s in range(0, total - horizon + 1, horizon) if episodes.valid[s + horizon - 1].any()]
     if not starts:
         return {}
 
@@ -132,9 +130,7 @@ def open_loop_errors(
     }
 
 
-def film(
-    env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int
-) -> Iterator[np.ndarray]:
+def film(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Iterator[np.ndarray]:
     """Pictures of one deterministic episode in a rendering environment of batch size [1]."""
     env.set_seed(seed)
     state = env.reset()

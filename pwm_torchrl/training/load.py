@@ -39,9 +39,7 @@ class Facts:
     terminates: bool
 
 
-def load_networks(
-    run: str | Path, which: str = "best", device: str | torch.device = "cpu"
-) -> tuple[Config, Networks]:
+def load_networks(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> tuple[Config, Networks]:
     """Configuration and trained networks of a run, in evaluation mode and without gradient.
 
     Args:
@@ -71,9 +69,7 @@ def load_networks(
     return cfg, networks
 
 
-def load_policy(
-    run: str | Path, which: str = "best", device: str | torch.device = "cpu"
-) -> TensorDictSequential:
+def load_policy(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> TensorDictSequential:
     """The trained policy as a TorchRL module: ``observation`` -> ``latent`` -> ``action`` in [−1, 1].
 
     It samples by default and is deterministic under ``set_exploration_type(ExplorationType.DETERMINISTIC)``.
@@ -113,9 +109,7 @@ class _Termination(_Part):
         return head.terminated(head(next_latent))
 
 
-def load_world_model(
-    run: str | Path, which: str = "best", device: str | torch.device = "cpu"
-) -> TorchRLWorldModel:
+def load_world_model(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> TorchRLWorldModel:
     """The trained world model as a :class:`torchrl.modules.WorldModel`.
 
     Keys: ``observation`` -> ``latent``; ``latent``, ``action`` -> ``("next", "latent")``, ``("next", "reward")`` and,
@@ -125,9 +119,7 @@ def load_world_model(
     step = ["latent", "action"]
     done: TensorDictModuleBase | None = None
     if model.termination is not None:
-        done = TensorDictModule(
-            _Termination(model), in_keys=[("next", "latent")], out_keys=[("next", "done")]
-        )
+        done = TensorDictModule(_Termination(model), in_keys=[("next", "latent")], out_keys=[("next", "done")])
     return TorchRLWorldModel(
         encoder_module(model),
         TensorDictModule(_Dynamics(model), in_keys=step, out_keys=[("next", "latent")]),
@@ -154,9 +146,7 @@ def evaluate_run(
     seed = evaluation_env_seed(cfg.seed) if seed is None else seed
     env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
     info = env_info(env)
-    policy = policy_module(
-        networks.world_model, networks.actor, action_spec=Bounded(-1.0, 1.0, (info.action_dim,))
-    )
+    policy = policy_module(networks.world_model, networks.actor, action_spec=Bounded(-1.0, 1.0, (info.action_dim,)))
     returns = play(env, policy, seed).returns
     env.close()
     return {

@@ -68,9 +68,7 @@ class Observer:
         if due or self.trainer._stop_training:
             self.evaluate(row)
         if t.gradient_profile_every and epoch % t.gradient_profile_every == 0 and self.stepper.updated:
-            observation = self.run.replay.sample_observations(
-                self.run.cfg.algorithm.imagination_batch
-            )
+            observation = self.run.replay.sample_observations(self.run.cfg.algorithm.imagination_batch)
             row.set(self.stepper.gradient_profile(observation))
         now = time.monotonic()
         row.set({"time/epoch_s": now - self.epoch_started})
@@ -96,9 +94,7 @@ class Observer:
         scale = None
         if run.reward_scale is not None:
             scale = run.reward_scale(returns.new_ones(1, dtype=episodes.reward.dtype))
-        errors = open_loop_errors(
-            run.networks.world_model, episodes, run.cfg.algorithm.horizon, scale
-        )
+        errors = open_loop_errors(run.networks.world_model, episodes, run.cfg.algorithm.horizon, scale)
         row.set({f"eval/{key}": value for key, value in errors.items()})
         run.summary.evaluated(mean, std)
         self.trainer.evaluated = mean

@@ -113,17 +113,13 @@ class Run:
             self.run_dir / "replay" if t.replay_storage == "disk" else None,
             self.device,
         )
-        self.reward_scale = (
-            RewardScale(self.info.num_envs, a.gamma).to(self.device) if a.normalize_rewards else None
-        )
+        self.reward_scale = RewardScale(self.info.num_envs, a.gamma).to(self.device) if a.normalize_rewards else None
         losses = build_losses(cfg, self.networks)
         learners = build_learners(cfg, self.networks)
         first = a.first_model_updates
         if first is None:
             first = self.info.episode_length or UNKNOWN_EPISODE_UPDATES
-        stepper = PWMStepper(
-            cfg, self.networks, losses, learners, self.replay, self.reward_scale, first
-        )
+        stepper = PWMStepper(cfg, self.networks, losses, learners, self.replay, self.reward_scale, first)
         returns = EpisodeReturns(self.info.num_envs)
         self.observer = Observer(self, stepper)
         self.trainer = PWMTrainer(
@@ -185,9 +181,7 @@ class Run:
         if self.summary.random_return is None:
             self.summary.random_return = float(self.play(random_action(self.eval_env)).mean())
         self.summary.write()
-        logger = make_logger(
-            self.cfg.logger, self.run_dir, asdict(self.cfg), first_step=self.trainer.env_steps
-        )
+        logger = make_logger(self.cfg.logger, self.run_dir, asdict(self.cfg), first_step=self.trainer.env_steps)
         self.observer.logger = logger
         try:
             if self.trainer.epoch < self.cfg.training.epochs:
@@ -205,8 +199,10 @@ class Run:
         stopped = self.trainer.epoch < self.cfg.training.epochs
         if not stopped and self.cfg.training.video:
             self.write_video()
-        self.env.close()
-        self.eval_env.close()
+        # The collector has closed its environments already, and a batch of a user's own does not take that twice.
+        for env in (self.env, self.eval_env):
+            if not env.is_closed:
+                env.close()
         return "stopped" if stopped else "finished"
 
     def play(self, act: Any) -> torch.Tensor:
@@ -242,12 +238,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigurationError(
-            f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:N."
-        ) from error
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
+        raise ConfigurationError(f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigurationError(
             f"device={name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices."
         )
@@ -263,8 +255,7 @@ def check_against_env(cfg: Config, info: EnvInfo) -> None:
     horizon = cfg.algorithm.horizon
     if info.episode_length is not None and horizon > info.episode_length:
         raise ConfigurationError(
-            f"algorithm.horizon={horizon} is longer than an episode of {info.name} "
-            f"({info.episode_length} agent steps)."
+            f"algorithm.horizon={horizon} is longer than an episode of {info.name} ({info.episode_length} agent steps)."
         )
     if cfg.algorithm.policy_starts not in POLICY_STARTS:
         raise ConfigurationError(

@@ -78,26 +78,19 @@ class PWMStepper(OptimizationStepper):
             batch["next", "reward"] = self.reward_scale(reward)
         slices = loss.read(batch)
         noise = loss.draw_noise(slices)
-        valid = slices.valid.to(slices.reward.dtype)
-        counts = (valid.sum(1, keepdim=True), valid.sum())
+        counts = slices.valid_counts()
         size = self.cfg.memory.model_micro_batch or batch.shape[0]
         total: dict[str, Tensor] = {}
         for first in range(0, batch.shape[0], size):
             rows = slice(first, first + size)
-            part = type(slices)(
-                slices.observation[rows],
-                *(x[:, rows] for x in slices[1:6]),
-                None if slices.task is None else slices.task[rows],
-            )
-            part_noise = None if noise is None else type(noise)(*(x[:, rows] for x in noise))
-            losses = loss.evaluate(part, part_noise, counts)
+            losses = loss.evaluate(slices.rows(rows), None if noise is None else noise.rows(rows), counts)
             sum(losses.values()).backward()
             for key, value in losses.items():
                 total[key] = total.get(key, 0) + value.detach()
         row.mean({"loss/model": sum(total.values())})
         row.mean({key.replace("loss_", "loss/model_"): value for key, value in total.items()})
         row.mean({"grad_norm/model": self.learners["world_model"].step()})
-        row.mean({"data/valid_fraction": valid.mean()})
+        row.mean({"data/valid_fraction": slices.valid.float().mean()})
 
     @torch.no_grad()
     def start_observations(self, batch: TensorDictBase) -> Tensor:
@@ -147,9 +140,7 @@ class PWMStepper(OptimizationStepper):
         rollout, next_value = self.losses.actor.imagine(start)
         returns = self.losses.actor.returns(rollout, next_value)
         gradient = torch.autograd.grad(returns.mean(), rollout.actions)
-        return {
-            f"grad_profile/{t:02d}": g.norm(dim=-1).sum().item() for t, g in enumerate(gradient)
-        }
+        return {f"grad_profile/{t:02d}": g.norm(dim=-1).sum().item() for t, g in enumerate(gradient)}
 
     def state_dict(self) -> dict[str, object]:
         """Counters; networks and optimizers are checkpoint components of their own."""

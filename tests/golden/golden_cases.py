@@ -65,9 +65,7 @@ def find_cases(folder: Path) -> list[Case]:
     if not folder.is_dir():
         return [Case(str(folder), problem=f"{folder} is not a folder.")]
     stems = sorted({p.stem for p in folder.iterdir() if p.suffix in (".safetensors", ".pt")})
-    return [_read(folder, stem) for stem in stems] or [
-        Case(str(folder), problem=f"{folder} holds no golden case.")
-    ]
+    return [_read(folder, stem) for stem in stems] or [Case(str(folder), problem=f"{folder} holds no golden case.")]
 
 
 def _read(folder: Path, stem: str) -> Case:
@@ -76,7 +74,7 @@ def _read(folder: Path, stem: str) -> Case:
     try:
         with safe_open(path, "pt") as file:
             case.config = json.loads((file.metadata() or {}).get("config", "{}"))
-            case.arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            case.arrays = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         case.problem = f"{path.name}: {error}"
         return case
@@ -86,9 +84,7 @@ def _read(folder: Path, stem: str) -> Case:
     elif case.kind == "flow" and not re.match(r"z, ?action, ?tau\b", case.config.get("input_order", "z, action, tau")):
         case.problem = f"{path.name}: velocity inputs in the order {case.config['input_order']} are not implemented."
     elif case.kind is None:
-        case.problem = (
-            f"{path.name} matches no kind of golden case (keys {', '.join(sorted(case.arrays)[:8])} ...)."
-        )
+        case.problem = f"{path.name} matches no kind of golden case (keys {', '.join(sorted(case.arrays)[:8])} ...)."
     elif not case.expected:
         case.problem = f"{path.name} holds no expected value."
     return case

@@ -120,9 +120,7 @@ def slices(case: Case) -> TensorDict:
     data = TensorDict(
         observation=observation[:, :-1],
         action=action,
-        next=TensorDict(
-            observation=observation[:, 1:], reward=reward, done=going, terminated=going, batch_size=size
-        ),
+        next=TensorDict(observation=observation[:, 1:], reward=reward, done=going, terminated=going, batch_size=size),
         batch_size=size,
     )
     if "in.task" in case.arrays:

@@ -1,4 +1,4 @@
-"""Agreement with vectors of an independent implementation: one test per expected array of every case in --golden-dir."""
+"""Agreement with vectors of an independent implementation: one test per expected array of each case in --golden-dir."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ ALL = [
     pytest.param({"kind": "mlp"}, id="mlp"),
     pytest.param({"kind": "residual"}, id="residual"),
     *(
-        pytest.param({"parameterization": p, "solver": s, "substeps": k, **extra}, id=f"{p}-{name}{'-conditioned' * bool(extra)}")
+        pytest.param(
+            {"parameterization": p, "solver": s, "substeps": k, **extra}, id=f"{p}-{name}{'-conditioned' * bool(extra)}"
+        )
         for p in FLOWS
         for name, (s, k) in {**VARIANTS, "euler1": ("euler", 1), "heun1": ("heun", 1), "heun3": ("heun", 3)}.items()
         for extra in ({}, CONDITIONED)
@@ -379,7 +381,10 @@ class TestBadInput:
             ({"kind": "flow", "solver": "rk4"}, r"solver='rk4' is not one of euler, heun\."),
             ({"kind": "flow", "substeps": 0}, r"model\.dynamics\.substeps=0 must be at least 1"),
             ({"kind": "flow", "substeps": -1}, r"model\.dynamics\.substeps=-1"),
-            ({"kind": "flow", "parameterization": "tangent", "condition_on_step_size": True}, "needs parameterization="),
+            (
+                {"kind": "flow", "parameterization": "tangent", "condition_on_step_size": True},
+                "needs parameterization=",
+            ),
             ({"kind": "flow", "parameterization": "simnorm_velocity", "time_features": 1}, "takes neither"),
             ({"kind": "flow", "parameterization": "simnorm_velocity", "condition_on_start": True}, "takes neither"),
         ],

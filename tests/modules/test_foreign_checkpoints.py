@@ -20,7 +20,12 @@ from pwm_torchrl.modules import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = {"encoder.net": "_encoder", "dynamics.net": "_dynamics", "reward.net": "_reward", "termination.net": "_termination"}
+NAMES = {
+    "encoder.net": "_encoder",
+    "dynamics.net": "_dynamics",
+    "reward.net": "_reward",
+    "termination.net": "_termination",
+}
 
 
 def randomized(spec: WorldModelSpec) -> WorldModel:
@@ -52,7 +57,16 @@ def published(model: WorldModel) -> dict[str, dict[str, Tensor]]:
 SPECS = {
     "single": WorldModelSpec(5, 2, 16, (24, 20), (12,), reward_head="two_hot", num_bins=31),
     "multi": WorldModelSpec(
-        5, 3, 16, (24,), (12, 14, 10), reward_head="two_hot", reward_space="symlog", num_tasks=3, task_dim=6, action_dims=(2, 3, 1)
+        5,
+        3,
+        16,
+        (24,),
+        (12, 14, 10),
+        reward_head="two_hot",
+        reward_space="symlog",
+        num_tasks=3,
+        task_dim=6,
+        action_dims=(2, 3, 1),
     ),
     "scalar": WorldModelSpec(7, 1, 8, (8, 8, 8), (9, 9), termination=True),
 }
@@ -69,7 +83,11 @@ class TestRoundTrip:
         assert report.spec == SPECS[name], "the architecture follows from the shapes"
         assert report.missing == ()
         assert {n.split(".")[0] for n in report.skipped} == {
-            "_pi", "_Qs", "_target_Qs", "_detach_Qs_params", "log_std_min"
+            "_pi",
+            "_Qs",
+            "_target_Qs",
+            "_detach_Qs_params",
+            "log_std_min",
         }
         masks = {"task.action_mask"} if model.task else set()
         assert set(report.mapped.values()) == model.state_dict().keys() | masks
@@ -151,7 +169,7 @@ class TestRefusals:
         ("change", "message"),
         [
             ({"_encoder.rgb.0.weight": torch.zeros(2)}, r"_encoder\.rgb\.0\.weight \(image encoders"),
-            ({"surprise": torch.zeros(2)}, "entries that are no part .* surprise"),
+            ({"surprise": torch.zeros(2)}, "entries that no .* has: surprise"),
             ({"_reward.0.weight": torch.zeros(24, 99)}, r"reward\.net\.0\.weight has shape \[24, 99\]"),
             ({"_dynamics.7.weight": torch.zeros(2, 2)}, "layers of its dynamics are missing"),
         ],

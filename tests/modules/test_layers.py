@@ -13,7 +13,12 @@ from pwm_torchrl.modules import Encoder, NormedLinear, SimNorm, WorldModelSpec, 
 from pwm_torchrl.modules.layers import cat_features, normed_mlp, policy_mlp
 
 
-@given(groups=st.integers(1, 5), size=st.integers(1, 9), scale=st.sampled_from([0.0, 1.0, 1e3, 1e8]), seed=st.integers(0, 99))
+@given(
+    groups=st.integers(1, 5),
+    size=st.integers(1, 9),
+    scale=st.sampled_from([0.0, 1.0, 1e3, 1e8]),
+    seed=st.integers(0, 99),
+)
 def test_simnorm_gives_points_of_the_simplex(groups: int, size: int, scale: float, seed: int) -> None:
     x = scale * torch.randn(3, groups * size, generator=torch.Generator().manual_seed(seed))
     y = SimNorm(size)(x).unflatten(-1, (groups, size))

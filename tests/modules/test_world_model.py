@@ -23,12 +23,12 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 
-O, A, D, N, DIMS = 5, 3, 16, 4, (3, 1, 2, 3)
+OBS, A, D, N, DIMS = 5, 3, 16, 4, (3, 1, 2, 3)
 
 
 def world_model(tasks: bool = False, **kwargs: object) -> WorldModel:
     multi = {"num_tasks": N, "task_dim": 6, "action_dims": DIMS} if tasks else {}
-    model = make_world_model(WorldModelSpec(O, A, D, [24], [20], **multi, **kwargs))
+    model = make_world_model(WorldModelSpec(OBS, A, D, [24], [20], **multi, **kwargs))
     for p in model.reward.parameters():  # its last layer starts at zero, which would hide mistakes
         nn.init.normal_(p, std=0.3)
     return model
@@ -68,7 +68,7 @@ class TestWorldModel:
     def test_shapes(self, tasks: bool, head: str, termination: bool) -> None:
         model = world_model(tasks, reward_head=head, termination=termination)
         task = torch.tensor([0, 1, 2, 3, 0, 1, 2]) if tasks else None
-        z = model.encode(torch.randn(5, 7, O), task)
+        z = model.encode(torch.randn(5, 7, OBS), task)
         assert z.shape == (5, 7, D)
         next_z, logits, end = model.predict(z, torch.rand(5, 7, A), task)
         assert next_z.shape == (5, 7, D)
@@ -82,7 +82,7 @@ class TestWorldModel:
 
     def test_inputs_are_concatenated_as_latent_task_action(self) -> None:
         model, task = world_model(True), torch.tensor([0, 3])
-        o, z, a, e = torch.randn(2, O), torch.rand(2, D), torch.rand(2, A), model.embed(task)
+        o, z, a, e = torch.randn(2, OBS), torch.rand(2, D), torch.rand(2, A), model.embed(task)
         torch.testing.assert_close(model.encode(o, task), model.encoder.net(torch.cat([o, e], -1)))
         next_z, logits, _ = model.predict(z, a, task)
         inputs = torch.cat([z, e, a], -1)
@@ -101,12 +101,12 @@ class TestWorldModel:
 
     def test_task_and_model_must_fit(self) -> None:
         with pytest.raises(ValueError, match="needs a task index"):
-            world_model(True).encode(torch.randn(2, O))
+            world_model(True).encode(torch.randn(2, OBS))
         with pytest.raises(ValueError, match="takes no task index"):
-            world_model().encode(torch.randn(2, O), torch.tensor([0, 1]))
+            world_model().encode(torch.randn(2, OBS), torch.tensor([0, 1]))
 
     def test_observation_statistics_are_in_front_of_the_encoder(self) -> None:
-        model, o = world_model(normalize_observations=True), 4 + 3 * torch.randn(200, O)
+        model, o = world_model(normalize_observations=True), 4 + 3 * torch.randn(200, OBS)
         model.observation_statistics.update(o)
         standard = (o - o.mean(0)) / (o.var(0, unbiased=False) + 1e-5).sqrt()
         torch.testing.assert_close(model.encode(o), model.encoder(standard), rtol=1e-3, atol=1e-4)
@@ -125,7 +125,7 @@ class TestTensorDictModules:
     """Each wraps the plain network, with any keys, nested ones too."""
 
     def test_encoder(self) -> None:
-        model, o, task = world_model(True), torch.randn(2, 4, O), torch.tensor([[0, 1, 2, 3]] * 2)
+        model, o, task = world_model(True), torch.randn(2, 4, OBS), torch.tensor([[0, 1, 2, 3]] * 2)
         module = encoder_module(model, observation=("obs", "vector"), latent=("state", "z"), task=("info", "task"))
         data = TensorDict({"obs": {"vector": o}, "info": {"task": task}}, [2, 4])
         assert torch.equal(module(data)["state", "z"], model.encode(o, task))
@@ -133,7 +133,12 @@ class TestTensorDictModules:
     def test_world_model(self) -> None:
         model, z, a = world_model(termination=True), torch.rand(4, D), torch.rand(4, A)
         default = world_model_module(model)(TensorDict(latent=z, action=a, batch_size=[4]))
-        keys = {"latent": ("s", "z"), "action": ("s", "a"), "next_latent": ("next", "s", "z"), "reward": ("next", "s", "r")}
+        keys = {
+            "latent": ("s", "z"),
+            "action": ("s", "a"),
+            "next_latent": ("next", "s", "z"),
+            "reward": ("next", "s", "r"),
+        }
         nested = world_model_module(model, **keys, terminated=("next", "s", "end"))
         out = nested(TensorDict({"s": {"z": z, "a": a}}, [4]))
         expected = model(z, a)
@@ -158,7 +163,7 @@ class TestTensorDictModules:
         assert torch.equal(out["s", "v"], critics(z).min(0).values)
 
     def test_policy_acts_on_encoded_observations(self) -> None:
-        model, actor, o = world_model(), Actor(D, A, [16]), torch.randn(5, O)
+        model, actor, o = world_model(), Actor(D, A, [16]), torch.randn(5, OBS)
         policy = policy_module(model, actor, observation=("o", "v"), action=("x", "a"))
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             out = policy(TensorDict({"o": {"v": o}}, [5]))
@@ -166,7 +171,9 @@ class TestTensorDictModules:
 
     def test_policy_masks_padding_actions(self) -> None:
         model, actor, task = world_model(True), Actor(D, A, [16]), torch.tensor([0, 1, 2, 3])
-        out = policy_module(model, actor, task="task")(TensorDict(observation=torch.randn(4, O), task=task, batch_size=[4]))
+        out = policy_module(model, actor, task="task")(
+            TensorDict(observation=torch.randn(4, OBS), task=task, batch_size=[4])
+        )
         assert torch.equal(out["action"] != 0, model.task.mask(task) > 0)
 
     def test_modules_share_the_networks_parameters(self) -> None:

@@ -19,7 +19,7 @@ from pwm_torchrl.modules import (
 from pwm_torchrl.objectives import PWMActorLoss
 from pwm_torchrl.objectives.slices import Slices
 
-O, A, D, H, B = 4, 3, 16, 5, 6
+OBS, A, D, H, B = 4, 3, 16, 5, 6
 TASKS, DIMS = 4, (3, 1, 2, 3)
 FLOW = {"kind": "flow", "substeps": 2}
 
@@ -35,13 +35,13 @@ def randomized(module: nn.Module, scale: float = 0.4, seed: int = 0) -> nn.Modul
 
 def world_model(tasks: bool = False, dtype: torch.dtype = torch.float32, **kwargs: object) -> WorldModel:
     multi = {"num_tasks": TASKS, "task_dim": 6, "action_dims": DIMS} if tasks else {}
-    return randomized(make_world_model(WorldModelSpec(O, A, D, [12], [12], **multi, **kwargs)).to(dtype))
+    return randomized(make_world_model(WorldModelSpec(OBS, A, D, [12], [12], **multi, **kwargs)).to(dtype))
 
 
 def slice_data(batch: int = B, horizon: int = H, tasks: bool = False, dtype: torch.dtype = torch.float32) -> TensorDict:
     """Trajectory slices as PWMModelLoss reads them."""
     size, flags = (batch, horizon), torch.zeros(batch, horizon, 1, dtype=torch.bool)
-    observation = torch.randn(batch, horizon + 1, O, dtype=dtype)
+    observation = torch.randn(batch, horizon + 1, OBS, dtype=dtype)
     data = TensorDict(
         observation=observation[:, :-1],
         action=2 * torch.rand(*size, A, dtype=dtype) - 1,

@@ -41,9 +41,15 @@ class TestRolloutReturn:
 
     @pytest.mark.parametrize(
         ("reward", "terminated", "value"),
-        [((5, 4), (5, 4), (4,)), ((5, 4, 1), (5, 4), (4, 1)), ((5, 4, 1), (5, 4, 1), (4,)), ((5, 4, 1), (5, 1, 1), (4, 1)),
-         ((5, 4, 1), (5, 4, 1), (1, 1)), ((5, 4, 2), (5, 4, 2), (4, 2))],
-    )  # fmt: skip
+        [
+            ((5, 4), (5, 4), (4,)),
+            ((5, 4, 1), (5, 4), (4, 1)),
+            ((5, 4, 1), (5, 4, 1), (4,)),
+            ((5, 4, 1), (5, 1, 1), (4, 1)),
+            ((5, 4, 1), (5, 4, 1), (1, 1)),
+            ((5, 4, 2), (5, 4, 2), (4, 2)),
+        ],
+    )
     def test_refuses_to_broadcast(self, reward: tuple, terminated: tuple, value: tuple) -> None:
         with pytest.raises(ValueError, match=r"nothing is broadcast"):
             rollout_return(torch.zeros(reward), torch.zeros(terminated, dtype=torch.bool), torch.zeros(value), GAMMA)
@@ -56,7 +62,7 @@ class TestRolloutReturn:
 
 class TestTargets:
     def expected(self, reward: Tensor, value: Tensor, terminated: Tensor, done: Tensor) -> Tensor:
-        """G_t = r_t + γ (1 − terminated_t) [(1 − λ) V_{t+1} + λ G_{t+1}], G_{t+1} = V_{t+1} where done or at the end."""
+        """G_t = r_t + γ (1 − terminated_t) [(1 − λ) V_{t+1} + λ G_{t+1}]; G_{t+1} = V_{t+1} where done, and last."""
         targets, last = [], value[-1]
         for r, v, end, stop in zip(*(x.flip(0) for x in (reward, value, terminated, done)), strict=True):
             last = torch.where(stop, v, last)
@@ -86,15 +92,24 @@ class TestTargets:
 
     def test_carry_no_gradient(self) -> None:
         reward, value, terminated = rollout(6)
-        assert not td_lambda_targets(reward.requires_grad_(), value.requires_grad_(), terminated, GAMMA, LMBDA).requires_grad
+        assert not td_lambda_targets(
+            reward.requires_grad_(), value.requires_grad_(), terminated, GAMMA, LMBDA
+        ).requires_grad
 
     @pytest.mark.parametrize(
         ("reward", "value", "terminated"),
-        [((5, 4), (5, 4), (5, 4)), ((5, 4, 1), (5, 4), (5, 4, 1)), ((5, 4, 1), (5, 1, 1), (5, 4, 1)), ((5, 4, 1), (5, 4, 1), (5, 4))],
-    )  # fmt: skip
+        [
+            ((5, 4), (5, 4), (5, 4)),
+            ((5, 4, 1), (5, 4), (5, 4, 1)),
+            ((5, 4, 1), (5, 1, 1), (5, 4, 1)),
+            ((5, 4, 1), (5, 4, 1), (5, 4)),
+        ],
+    )
     def test_refuse_to_broadcast(self, reward: tuple, value: tuple, terminated: tuple) -> None:
         with pytest.raises(ValueError, match="nothing is broadcast"):
-            td_lambda_targets(torch.zeros(reward), torch.zeros(value), torch.zeros(terminated, dtype=torch.bool), GAMMA, LMBDA)
+            td_lambda_targets(
+                torch.zeros(reward), torch.zeros(value), torch.zeros(terminated, dtype=torch.bool), GAMMA, LMBDA
+            )
 
 
 class TestEnsembleValueLoss:

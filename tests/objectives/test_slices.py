@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from objective_cases import FLOW, O, randomized, slice_data, time_major, world_model
+from objective_cases import FLOW, OBS, randomized, slice_data, time_major, world_model
 from torch import Tensor
 from torch.func import functional_call
 
@@ -134,16 +134,24 @@ def test_parts_of_a_batch_add_up(dynamics: dict, sizes: tuple[int, ...]) -> None
 @pytest.mark.parametrize("dynamics", [{"kind": "mlp"}, SHORTCUT], ids=["mlp", "flow"])
 def test_gradients_in_double_precision(form: str, dynamics: dict) -> None:
     """Every parameter of the model that the loss reaches without a stopped gradient."""
-    spec = WorldModelSpec(O, 3, 8, [5], [4], simnorm_dim=4, reward_head="two_hot", num_bins=7, termination=True, dynamics=dynamics)
+    spec = WorldModelSpec(
+        OBS, 3, 8, [5], [4], simnorm_dim=4, reward_head="two_hot", num_bins=7, termination=True, dynamics=dynamics
+    )
     model = randomized(make_world_model(spec).double())
     s = ragged(dtype=torch.float64)
-    weights = loss_weights(form, 0.9, **({"flow_matching": 0.7, "flow_matching_source": "attached"} if dynamics is SHORTCUT else {}))
+    weights = loss_weights(
+        form, 0.9, **({"flow_matching": 0.7, "flow_matching_source": "attached"} if dynamics is SHORTCUT else {})
+    )
     noise = draw_flow_noise(5, 6, s.reward)
     # The encoder's stopped target is no function of its weights for the loss, but is for finite differences.
     names = [n for n, _ in model.named_parameters() if not n.startswith("encoder")]
 
     def loss(*values: Tensor) -> Tensor:
-        return sum(functional_call(Whole(model), {f"model.{n}": v for n, v in zip(names, values, strict=True)}, (s, weights, noise)))
+        return sum(
+            functional_call(
+                Whole(model), {f"model.{n}": v for n, v in zip(names, values, strict=True)}, (s, weights, noise)
+            )
+        )
 
     assert torch.autograd.gradcheck(loss, [dict(model.named_parameters())[n] for n in names], atol=1e-6, fast_mode=True)
 
@@ -231,7 +239,10 @@ class TestFlowTerms:
 
 @pytest.mark.parametrize(
     ("form", "rest", "message"),
-    [("dreamer", {}, r"form='dreamer' is not one of pwm, tdmpc2"), ("pwm", {"flow_matching_source": "z"}, "'z' is not one of teacher")],
+    [
+        ("dreamer", {}, r"form='dreamer' is not one of pwm, tdmpc2"),
+        ("pwm", {"flow_matching_source": "z"}, "'z' is not one of teacher"),
+    ],
 )
 def test_unknown_names(form: str, rest: dict, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):

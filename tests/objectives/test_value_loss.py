@@ -16,7 +16,9 @@ def critics() -> CriticEnsemble:
 
 
 def data(*size: int, dtype: torch.dtype = torch.float32) -> TensorDict:
-    return TensorDict(latent=torch.rand(*size, D, dtype=dtype), value_target=torch.randn(*size, 1, dtype=dtype), batch_size=size)
+    return TensorDict(
+        latent=torch.rand(*size, D, dtype=dtype), value_target=torch.randn(*size, 1, dtype=dtype), batch_size=size
+    )
 
 
 class TestPWMValueLoss:

@@ -38,9 +38,7 @@ class FlowDynamics(Dynamics):
             independent of K and gradients identical. Defaults to ``False``.
     """
 
-    def __init__(
-        self, simnorm_dim: int, solver: str, substeps: int, checkpoint_substeps: bool = False
-    ) -> None:
+    def __init__(self, simnorm_dim: int, solver: str, substeps: int, checkpoint_substeps: bool = False) -> None:
         super().__init__()
         self.simnorm_dim = simnorm_dim
         self.solver = solver
@@ -68,9 +66,7 @@ class FlowDynamics(Dynamics):
             use_reentrant=False,
         )
 
-    def integrate(
-        self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None
-    ) -> Tensor:
+    def integrate(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Solve the flow from τ = 0 to 1 in K uniform substeps."""
         raise NotImplementedError
 
@@ -94,9 +90,7 @@ class FlowDynamics(Dynamics):
         raise NotImplementedError
 
 
-def time_inputs(
-    tau: float | Tensor, like: Tensor, features: int
-) -> Tensor:
+def time_inputs(tau: float | Tensor, like: Tensor, features: int) -> Tensor:
     """Flow time as network input ``[..., 1 + 2 · features]``: τ and sines and cosines of 2^k π τ.
 
     Args:
@@ -104,11 +98,7 @@ def time_inputs(
         like (Tensor): gives leading shape, dtype and device.
         features (int): sine/cosine pairs.
     """
-    tau = (
-        tau
-        if isinstance(tau, Tensor)
-        else torch.full((1,), tau, dtype=like.dtype, device=like.device)
-    )
+    tau = tau if isinstance(tau, Tensor) else torch.full((1,), tau, dtype=like.dtype, device=like.device)
     parts = [tau]
     for k in range(features):
         angle = tau * (math.pi * 2**k)
@@ -121,9 +111,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def matched_units(
-    units: Sequence[int], in_features: int, out_features: int, budget: int
-) -> list[int]:
+def matched_units(units: Sequence[int], in_features: int, out_features: int, budget: int) -> list[int]:
     """Hidden widths, scaled together, whose :func:`normed_mlp` with a plain last layer is nearest to ``budget``.
 
     Used to compare dynamics at equal parameter count (within 1 % at the sizes shipped here): a larger input costs width.

@@ -115,13 +115,7 @@ class ResidualEndpointFlow(FlowDynamics):
         condition_on_step_size: bool,
     ) -> int:
         """Width of the network's input; ``base`` is that of [z, e, a]."""
-        return (
-            base
-            + 1
-            + 2 * time_features
-            + latent_dim * condition_on_start
-            + int(condition_on_step_size)
-        )
+        return base + 1 + 2 * time_features + latent_dim * condition_on_start + int(condition_on_step_size)
 
     def endpoint(
         self,
@@ -152,9 +146,7 @@ class ResidualEndpointFlow(FlowDynamics):
         )
         return residual_endpoint(latent, self.net(inputs), self.simnorm_dim)
 
-    def integrate(
-        self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None
-    ) -> Tensor:
+    def integrate(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Solve the flow from τ = 0 to 1 in K uniform substeps.
 
         The weights are ratios of the number m of substeps left, never dt / (1 − τ), which exceeds 1 in floating
@@ -170,14 +162,8 @@ class ResidualEndpointFlow(FlowDynamics):
                 z = (1 - 1 / m) * z + (1 / m) * x_a
             else:
                 predictor = (1 - 1 / m) * z + (1 / m) * x_a
-                x_b = self.endpoint(
-                    predictor, latent, action, (k + 1) / k_total, 1 / k_total, task_embedding
-                )
-                z = (
-                    ((m - 1) / m) * z
-                    + ((m - 2) / (2 * m * (m - 1))) * x_a
-                    + (1 / (2 * (m - 1))) * x_b
-                )
+                x_b = self.endpoint(predictor, latent, action, (k + 1) / k_total, 1 / k_total, task_embedding)
+                z = ((m - 1) / m) * z + ((m - 2) / (2 * m * (m - 1))) * x_a + (1 / (2 * (m - 1))) * x_b
         return z
 
     def flow_matching_error(

@@ -17,9 +17,7 @@ SOLVERS = ("euler", "heun")
 
 def _choice(key: str, value: str, accepted: Sequence[str]) -> None:
     if value not in accepted:
-        raise ConfigurationError(
-            f"model.dynamics.{key}={value!r} is not one of {', '.join(accepted)}."
-        )
+        raise ConfigurationError(f"model.dynamics.{key}={value!r} is not one of {', '.join(accepted)}.")
 
 
 def make_dynamics(
@@ -86,8 +84,7 @@ def make_dynamics(
         raise ConfigurationError(f"model.dynamics.substeps={substeps} must be at least 1.")
     if condition_on_step_size and parameterization != "residual_endpoint":
         raise ConfigurationError(
-            "model.dynamics.condition_on_step_size needs parameterization=residual_endpoint, "
-            f"not {parameterization}."
+            f"model.dynamics.condition_on_step_size needs parameterization=residual_endpoint, not {parameterization}."
         )
     if parameterization == "residual_endpoint":
         in_features = ResidualEndpointFlow.input_features(

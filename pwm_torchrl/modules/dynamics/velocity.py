@@ -20,9 +20,7 @@ class VelocityFlow(FlowDynamics):
         checkpoint_substeps (bool): recompute the substeps in the backward pass. Defaults to ``False``.
     """
 
-    def __init__(
-        self, simnorm_dim: int, solver: str, substeps: int, checkpoint_substeps: bool = False
-    ) -> None:
+    def __init__(self, simnorm_dim: int, solver: str, substeps: int, checkpoint_substeps: bool = False) -> None:
         super().__init__(simnorm_dim, solver, substeps, checkpoint_substeps)
         self.evaluations = substeps if solver == "euler" else 2 * substeps
 
@@ -37,9 +35,7 @@ class VelocityFlow(FlowDynamics):
         """Velocity ``[..., D]`` at z_τ."""
         raise NotImplementedError
 
-    def integrate(
-        self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None
-    ) -> Tensor:
+    def integrate(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Solve the flow from τ = 0 to 1 in K uniform substeps."""
         z, dt = latent, 1 / self.substeps
         for k in range(self.substeps):
@@ -47,9 +43,7 @@ class VelocityFlow(FlowDynamics):
             if self.solver == "euler":
                 z = z + dt * v_a
             else:
-                v_b = self.velocity(
-                    z + dt * v_a, latent, action, (k + 1) / self.substeps, task_embedding
-                )
+                v_b = self.velocity(z + dt * v_a, latent, action, (k + 1) / self.substeps, task_embedding)
                 z = z + (dt / 2) * (v_a + v_b)
         return z
 
@@ -101,9 +95,7 @@ class TangentFlow(VelocityFlow):
         super().__init__(simnorm_dim, solver, substeps, checkpoint_substeps)
         self.condition_on_start = condition_on_start
         self.time_features = time_features
-        in_features = (
-            latent_dim * (1 + condition_on_start) + task_dim + action_dim + 1 + 2 * time_features
-        )
+        in_features = latent_dim * (1 + condition_on_start) + task_dim + action_dim + 1 + 2 * time_features
         self.net = linear_head_mlp(in_features, units, latent_dim)
 
     def velocity(
@@ -154,9 +146,7 @@ class SimNormVelocityFlow(VelocityFlow):
         checkpoint_substeps: bool = False,
     ) -> None:
         super().__init__(simnorm_dim, solver, substeps, checkpoint_substeps)
-        self.net = normed_mlp(
-            latent_dim + action_dim + 1 + task_dim, units, latent_dim, SimNorm(simnorm_dim)
-        )
+        self.net = normed_mlp(latent_dim + action_dim + 1 + task_dim, units, latent_dim, SimNorm(simnorm_dim))
 
     def velocity(
         self,

@@ -1,0 +1,245 @@
+"""A run small enough for a test, and environments with known answers for it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from tensordict import TensorDict, TensorDictBase
+from torchrl.envs import EnvBase, GymWrapper
+
+from pwm_torchrl.data import TrajectoryReplay
+from pwm_torchrl.training import run as run_module
+from pwm_torchrl.training.build import build_learners, build_losses, build_networks
+from pwm_torchrl.training.config import (
+    AlgorithmConfig,
+    Config,
+    DynamicsConfig,
+    ModelConfig,
+    SizeConfig,
+    TrainingConfig,
+)
+from pwm_torchrl.training.load import Facts
+from pwm_torchrl.training.run import Run
+from pwm_torchrl.training.stepper import PWMStepper
+
+PENDULUM = {
+    "_target_": "pwm_torchrl.envs.make_gymnasium_env",
+    "name": "pendulum",
+    "id": "Pendulum-v1",
+    "num_envs": 2,
+    "episode_length": 30,
+}
+CARTPOLE = {
+    "_target_": "pwm_torchrl.envs.make_dm_control_env",
+    "name": "cartpole_swingup",
+    "domain": "cartpole",
+    "task": "swingup",
+    "num_envs": 2,
+    "action_repeat": 2,
+    "episode_length": 10,
+}
+TIME_COLUMNS = ("wall_clock_s", "time/epoch_s")
+
+
+def config(changes: dict[str, Any] | None = None, env: dict[str, Any] | None = None) -> Config:
+    """A run of four epochs; ``changes`` by dotted key."""
+    cfg = Config(
+        model=ModelConfig(name="flow_v1", dynamics=DynamicsConfig(substeps=2)),
+        size=SizeConfig(
+            name="test", latent_dim=16, units=[16], encoder_units=[16], actor_units=[16], critic_units=[16]
+        ),
+        env=dict(PENDULUM if env is None else env),
+        algorithm=AlgorithmConfig(
+            horizon=4,
+            imagination_batch=8,
+            model_batch=8,
+            model_updates=2,
+            first_model_updates=3,
+            critic_passes=2,
+            critic_minibatches=2,
+        ),
+        training=TrainingConfig(
+            epochs=4,
+            eval_every=2,
+            eval_episodes=3,
+            checkpoint_every=2,
+            replay_capacity=1000,
+            gradient_profile_every=2,
+            video=False,
+            threads=1,
+            progress=False,
+        ),
+        device="cpu",
+    )
+    for key, value in (changes or {}).items():
+        *path, last = key.split(".")
+        owner: Any = cfg
+        for name in path:
+            owner = owner[name] if isinstance(owner, dict) else getattr(owner, name)
+        if isinstance(owner, dict):
+            owner[last] = value
+        else:
+            assert hasattr(owner, last), f"no key {key}"
+            setattr(owner, last, value)
+    return cfg
+
+
+def run_with(
+    monkeypatch: pytest.MonkeyPatch,
+    cfg: Config,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    after_epoch: Callable[[Run], None] | None = None,
+    during_epoch: Callable[[Run], None] | None = None,
+) -> tuple[dict[str, Any], Run]:
+    """``train`` with hooks: before the end of an epoch, while it is logged, and after it. Also gives the Run."""
+    made: list[Run] = []
+
+    class Hooked(Run):
+        def assemble(self) -> None:
+            super().assemble()
+            made.append(self)
+            if during_epoch is not None:
+                self.trainer.register_op("pre_steps_log", lambda batch: during_epoch(self))
+            if after_epoch is not None:
+                self.trainer.register_op("post_steps", lambda: after_epoch(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "Run", Hooked)
+        run_dir.mkdir(exist_ok=True)
+        summary = run_module.train(cfg, run_dir, resume=resume)
+    return summary, made[0]
+
+
+def stop_after(epoch: int) -> Callable[[Run], None]:
+    """A hook that asks for a stop after ``epoch``."""
+
+    def stop(run: Run) -> None:
+        if run.trainer.epoch == epoch:
+            run.trainer.request_stop("test")
+
+    return stop
+
+
+def rows_of(run_dir: Path, without: tuple[str, ...] = TIME_COLUMNS) -> list[dict[str, str]]:
+    """The rows of ``metrics.csv`` as text, sorted by column, so that equality means equal to the bit."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{key: row[key] for key in sorted(row) if key not in without} for row in csv.DictReader(file)]
+
+
+def weights_of(run: Run) -> dict[str, torch.Tensor]:
+    """Every number that training changes: networks, their buffers and the optimizers' moments."""
+    out = {}
+    for name, network in run.networks.items():
+        out |= {f"{name}.{key}": value.clone() for key, value in network.state_dict().items()}
+        optimizer = run.components[f"optimizer_{name}"].state_dict()["state"]
+        for index, state in optimizer.items():
+            out |= {f"optimizer_{name}.{index}.{key}": value.clone() for key, value in state.items()}
+    return out
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Equal to the bit."""
+    assert first.keys() == second.keys()
+    different = [key for key in first if not torch.equal(first[key], second[key])]
+    assert not different
+
+
+def snapshot(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Copies of a module's parameters."""
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def changed(module: torch.nn.Module, before: list[torch.Tensor]) -> list[bool]:
+    """Which parameters differ from a snapshot."""
+    return [not torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True)]
+
+
+def trajectories(envs: int = 2, steps: int = 40, observation_dim: int = 3, action_dim: int = 1) -> TensorDict:
+    """Random trajectories ``[N, T]`` of chained observations."""
+    o = torch.randn(envs, steps + 1, observation_dim)
+    flag = torch.zeros(envs, steps, 1, dtype=torch.bool)
+    following = TensorDict(observation=o[:, 1:], reward=torch.randn(envs, steps, 1), done=flag, terminated=flag.clone())
+    action = 2 * torch.rand(envs, steps, action_dim) - 1
+    data = TensorDict(observation=o[:, :-1], action=action, next=following, batch_size=[envs, steps])
+    data["next"].batch_size = [envs, steps]
+    return data
+
+
+class Bench:
+    """A stepper over networks and replayed data, without an environment."""
+
+    def __init__(self, cfg: Config, data: TensorDictBase | None = None, terminates: bool = False) -> None:
+        torch.manual_seed(cfg.seed)
+        self.data = trajectories() if data is None else data
+        self.networks = build_networks(cfg, Facts(3, 1, terminates))
+        if self.data["observation"].dtype == torch.float64:
+            for _, network in self.networks.items():
+                network.double()
+        self.losses = build_losses(cfg, self.networks)
+        self.learners = build_learners(cfg, self.networks)
+        self.replay = TrajectoryReplay(1000, self.data.shape[0], cfg.algorithm.horizon)
+        self.replay.extend(self.data)
+        self.stepper = PWMStepper(cfg, self.networks, self.losses, self.learners, self.replay, None, 3)
+
+    def snapshots(self) -> dict[str, list[torch.Tensor]]:
+        return {name: snapshot(network) for name, network in self.networks.items()}
+
+    def changed(self, before: dict[str, list[torch.Tensor]]) -> dict[str, list[bool]]:
+        return {name: changed(network, before[name]) for name, network in self.networks.items()}
+
+
+class Clockwork(gymnasium.Env):
+    """Observes its step count and last action, rewards the action; terminates after ``life`` steps.
+
+    ``fail_at`` raises and ``nan_at`` returns NaN at that step of its lifetime, over all episodes. A list ``log``
+    receives every reward.
+    """
+
+    log: list[float] | None = None
+
+    def __init__(self, life: int, fail_at: int | None = None, nan_at: int | None = None) -> None:
+        self.life, self.fail_at, self.nan_at = life, fail_at, nan_at
+        self.steps = 0
+        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        self.start = self.np_random.uniform()
+        return np.array([self.start, 0.0, 0.0], np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        self.steps += 1
+        if self.steps == self.fail_at:
+            raise RuntimeError("the spring\nbroke")
+        observation = np.array([self.start, self.count, action[0]], np.float32)
+        if self.steps == self.nan_at:
+            observation[1] = np.nan
+        return observation, float(action[0]) + self.start, self.count >= self.life, False, {}
+
+
+def make_clockwork(seed: int, life: int = 7, fail_at: int | None = None, nan_at: int | None = None) -> EnvBase:
+    """Faults only in training environments, whose seeds are below 5000 for seed 0."""
+    if seed >= 5000:
+        fail_at = nan_at = None
+    return GymWrapper(Clockwork(life, fail_at, nan_at))
+
+
+CLOCKWORK = {
+    "_target_": "training_cases.make_clockwork",
+    "name": "clockwork",
+    "num_envs": 2,
+    "episode_length": 30,
+}
