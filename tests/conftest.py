@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
 
 import pytest
+import torch
 from hypothesis import settings
+
+from pwm_torchrl import _pytest_option
 
 # Timing says nothing about correctness, and a shared machine is slow at times.
 settings.register_profile("pwm", deadline=None)
 settings.load_profile("pwm")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--golden-dir",
-        type=Path,
-        default=Path(__file__).parent / "golden",
-        help="folder of golden cases that `-m golden` compares against (default: tests/golden)",
-    )
+    # Where the package is installed, its entry point has done so already.
+    with contextlib.suppress(ValueError):
+        _pytest_option.pytest_addoption(parser)

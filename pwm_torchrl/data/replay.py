@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
@@ -73,7 +73,7 @@ class SliceStartSampler(Sampler):
 
 
 class TrajectoryReplay:
-    """The last transitions of N parallel environments, in a :class:`~torchrl.data.TensorDictReplayBuffer`.
+    """The last transitions of N parallel environments, in a :class:`~torchrl.data.ReplayBuffer`.
 
     Args:
         capacity (int): transitions; rounded down to a multiple of ``num_envs``.
@@ -112,9 +112,10 @@ class TrajectoryReplay:
         backend = (
             LazyTensorStorage(size, ndim=2)
             if storage == "memory"
-            else LazyMemmapStorage(size, ndim=2, scratch_dir=scratch_dir)
+            else LazyMemmapStorage(size, ndim=2, scratch_dir=scratch_dir, existsok=True)  # a resumed run's are there
         )
-        self.buffer = TensorDictReplayBuffer(storage=backend, sampler=self.sampler, dim_extend=1)
+        # Not TensorDictReplayBuffer: its bookkeeping of indices fails on batches of one step.
+        self.buffer = ReplayBuffer(storage=backend, sampler=self.sampler, dim_extend=1)
 
     def __len__(self) -> int:
         return min(self.sampler.steps, self.capacity) * self.num_envs
@@ -123,6 +124,12 @@ class TrajectoryReplay:
         """Add a collected batch ``[N, T]``."""
         self.buffer.extend(batch.select(*STORED_KEYS).detach().cpu())
         self.sampler.steps += batch.shape[1]
+
+    def end_episodes(self) -> None:
+        """Mark the newest steps as the last of their episodes: what is added next does not continue them."""
+        if self.sampler.steps:
+            newest = (self.sampler.steps - 1) % self.capacity
+            self.buffer.storage.get(slice(newest, newest + 1))["next", "done"].fill_(True)
 
     @property
     def can_sample(self) -> bool:

@@ -77,8 +77,15 @@ def render_frame(env: EnvBase) -> np.ndarray:
         ) from error
 
 
+def without_display() -> None:
+    """Let SDL, which draws classic control, do without a display where there is none; keeps its complaints away."""
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
+
 def draw_or_explain(name: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
     """Call ``draw()`` and turn the ways in which a machine without graphics fails into one sentence."""
+    without_display()
     try:
         return draw()
     except Exception as error:  # every OpenGL stack raises a type of its own

@@ -15,6 +15,7 @@ from pwm_torchrl.modules import RunningStatistics
 from pwm_torchrl.objectives.functional_modules import (
     distribution_parameters,
     frozen,
+    maybe_compiled,
     tensor_function,
 )
 from pwm_torchrl.objectives.imagination import Imagined, imagine
@@ -47,6 +48,7 @@ class PWMActorLoss(LossModule):
         deterministic (bool): act with tanh(loc), without noise. Defaults to ``False``.
         action_mask (Tensor, optional): ``[num_tasks, A]`` of 0 and 1, for multi-task models; needs ``task`` in the
             input. Defaults to ``None``.
+        compile (bool): compile the imagined rollout as one graph. Defaults to ``False``.
 
     The input holds ``latent`` ``[B, D]`` (and ``task`` ``[B]``). The output is a TensorDict with ``loss_actor`` and
     detached metrics; :meth:`rollout_and_loss` also gives the rollout, from which critics learn.
@@ -116,6 +118,7 @@ class PWMActorLoss(LossModule):
         normalize_returns: bool = False,
         deterministic: bool = False,
         action_mask: Tensor | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if horizon < 1:
@@ -124,6 +127,7 @@ class PWMActorLoss(LossModule):
         # Not registered: their parameters are no parameters of this loss (as in TorchRL's DreamerActorLoss).
         self.__dict__["world_model"] = world_model
         self.__dict__["value_network"] = value_network
+        self._imagine = maybe_compiled(imagine, compile)
         self.horizon = horizon
         self.gamma = gamma
         self.lmbda = lmbda
@@ -182,7 +186,7 @@ class PWMActorLoss(LossModule):
         ):
             with torch.no_grad():
                 action_dim = act(start[:1])[0].shape[-1]
-            rollout = imagine(
+            rollout = self._imagine(
                 lambda latent, action: model(latent, action, *tasks),  # type: ignore[arg-type,return-value]
                 policy,
                 start.detach(),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from tensordict import TensorDict
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
@@ -79,3 +81,8 @@ def distribution_parameters(actor: TensorDictModuleBase) -> TensorDictModuleBase
         parts = list(actor)[:-1]
         return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
     return actor
+
+
+def maybe_compiled(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
+    """``function``, compiled as one graph if ``enabled``; the first call then takes minutes."""
+    return torch.compile(function, fullgraph=True) if enabled else function

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from pwm_torchrl.modules import WorldModel
+from pwm_torchrl.objectives.functional_modules import maybe_compiled
 from pwm_torchrl.objectives.shapes import check_shape
 from pwm_torchrl.objectives.slices import (
     FlowNoise,
@@ -47,6 +48,7 @@ class PWMModelLoss(LossModule):
         flow_matching_source (str): where the flow starts: ``"teacher"`` (encodings), or the rollout latent ``"detached"``
             or ``"attached"``. Defaults to ``"teacher"``.
         self_consistency_weight (float): λ_sc. Defaults to ``0.0``.
+        compile (bool): compile the loss as one graph. Defaults to ``False``.
 
     The input has batch size ``[B, H]``; the output is a TensorDict of scalars: ``loss_dynamics``, ``loss_reward`` and,
     where they apply, ``loss_termination``, ``loss_flow_matching``, ``loss_self_consistency``; their sum is the loss.
@@ -115,9 +117,11 @@ class PWMModelLoss(LossModule):
         flow_matching_weight: float = 0.0,
         flow_matching_source: str = "teacher",
         self_consistency_weight: float = 0.0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.convert_to_functional(world_model, "world_model")
+        self._slice_losses = maybe_compiled(slice_losses, compile)
         self.multi_task = world_model.task is not None
         self.weights = loss_weights(
             form,
@@ -221,6 +225,6 @@ class PWMModelLoss(LossModule):
     ) -> TensorDictBase:
         """Losses of time-major slices; see :func:`~pwm_torchrl.objectives.slices.slice_losses`."""
         with self.world_model_params.to_module(self.world_model):
-            losses = slice_losses(self.world_model, slices, self.weights, noise, valid_counts)
+            losses = self._slice_losses(self.world_model, slices, self.weights, noise, valid_counts)
         named = {f"loss_{name}": value for name, value in losses._asdict().items()}
         return TensorDict({key: named[key] for key in self.out_keys}, [])

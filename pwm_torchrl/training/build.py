@@ -120,6 +120,7 @@ def build_losses(cfg: Config, networks: Networks) -> Losses:
             flow_matching_weight=terms.flow_matching_weight,
             flow_matching_source=terms.flow_matching_source,
             self_consistency_weight=terms.self_consistency_weight,
+            compile=algorithm.compile,
         ),
         PWMActorLoss(
             actor_module(networks.actor),
@@ -130,6 +131,7 @@ def build_losses(cfg: Config, networks: Networks) -> Losses:
             lmbda=algorithm.lmbda,
             detach=algorithm.detach,
             normalize_returns=algorithm.normalize_returns,
+            compile=algorithm.compile,
         ).to(device),
         PWMValueLoss(networks.critics),
     )

@@ -7,9 +7,11 @@ unpickling. Its metadata hold :data:`SCHEMA_VERSION`, the epoch and the evaluati
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 
 from pwm_torchrl.errors import ConfigurationError
@@ -18,6 +20,8 @@ from pwm_torchrl.errors import ConfigurationError
 SCHEMA_VERSION = 1
 METRIC = "eval_return"
 FOLDER = "checkpoints"
+#: Parts of the messages of PyTorch and TorchRL that tell a checkpoint of other shapes or components.
+MISFITS = ("size mismatch", "Missing key", "Unexpected key", "doesn't match the size", "missing=[", "unexpected=[")
 
 
 class CheckpointFault(RuntimeError):
@@ -27,6 +31,11 @@ class CheckpointFault(RuntimeError):
 def rotation(run_dir: Path, keep_last: int = 2) -> CheckpointRotation:
     """The run's checkpoints: the newest ones and the best by evaluation return."""
     return CheckpointRotation(run_dir / FOLDER, keep_last=keep_last, keep_best=(METRIC, "max"))
+
+
+def checkpoint_paths(run_dir: Path) -> list[Path]:
+    """Every checkpoint of a run, oldest first; those too that TorchRL's rotation passes over because they are damaged."""
+    return sorted(path for path in (run_dir / FOLDER).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit())
 
 
 def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
@@ -45,18 +54,40 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
     """
     metadata = checkpoint_metadata(path)
     try:
+        check_tensor_files(path)
         Checkpoint(**components).load(path, components=list(components))
-    except ConfigurationError:
-        raise
     except Exception as error:
+        link: BaseException | None = error
+        while link is not None:  # TorchRL wraps what a component raises
+            if isinstance(link, ConfigurationError):
+                raise link from error
+            link = link.__cause__
         text = " ".join(str(error).split())
-        if "size mismatch" in text or "Missing key" in text or "Unexpected key" in text:
+        if any(sign in text for sign in MISFITS):
             raise ConfigurationError(f"The checkpoint {path} belongs to another configuration: {text[:300]}") from error
         raise CheckpointFault(
-            f"The checkpoint {path} cannot be read, it is truncated or damaged ({type(error).__name__}: "
-            f"{text[:200]}); delete it to fall back on the one before."
+            f"The checkpoint {path} cannot be read, it is truncated or damaged ({type(error).__name__}: {text[:200]})."
         ) from error
     return metadata
+
+
+def check_tensor_files(path: Path) -> None:
+    """Compare the files of tensors with the shapes that lie beside them.
+
+    Memory-mapping fills a file that is too short with zeros, without a word.
+
+    Raises:
+        CheckpointFault: if a file is missing or of another size.
+    """
+    for described in sorted(path.glob("components/*/**/meta.json")):
+        for name, entry in json.loads(described.read_text(encoding="utf-8")).items():
+            if not (isinstance(entry, dict) and "dtype" in entry and "shape" in entry):
+                continue
+            dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
+            expected = math.prod(entry["shape"]) * dtype.itemsize
+            file = described.with_name(f"{name}.memmap")
+            if expected and (not file.is_file() or file.stat().st_size != expected):
+                raise CheckpointFault(f"{file.relative_to(path)} does not have its {expected} bytes")
 
 
 def checkpoint_metadata(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+import torch
 from tensordict import TensorDictBase
 from torchrl.record.loggers.common import Logger
 
@@ -65,17 +66,26 @@ class Observer:
         """Evaluate if it is due, then log the epoch."""
         t = self.run.cfg.training
         due = (t.eval_every > 0 and epoch % t.eval_every == 0) or epoch >= t.epochs
-        if due or self.trainer._stop_training:
+        # A diverged policy is not evaluated: the environment would be blamed for its actions.
+        healthy = not_finite(row.numbers()) is None
+        if healthy and (due or self.trainer._stop_training):
             self.evaluate(row)
-        if t.gradient_profile_every and epoch % t.gradient_profile_every == 0 and self.stepper.updated:
-            observation = self.run.replay.sample_observations(self.run.cfg.algorithm.imagination_batch)
-            row.set(self.stepper.gradient_profile(observation))
+        profiled = t.gradient_profile_every and epoch % t.gradient_profile_every == 0
+        if healthy and profiled and self.stepper.updated:
+            self.profile(row)
         now = time.monotonic()
         row.set({"time/epoch_s": now - self.epoch_started})
         self.epoch_started = now
         self.log(epoch, row.numbers())
         if due:
             self.run.summary.write()
+
+    def profile(self, row: MetricRow) -> None:
+        """Gradient norm per horizon step; its random numbers are taken from nobody, so that logging changes nothing."""
+        device = self.run.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            observation = self.run.replay.sample_observations(self.run.cfg.algorithm.imagination_batch)
+            row.set(self.stepper.gradient_profile(observation))
 
     def evaluate(self, row: MetricRow) -> None:
         """Deterministic episodes in the evaluation environments, and the model's open-loop errors on them."""
@@ -125,14 +135,20 @@ class Observer:
             "value": numbers.get("loss/value"),
         }
         self.progress.update(epoch, {k: v for k, v in shown.items() if v is not None})
-        for name, value in numbers.items():
-            if name.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} became {value} in epoch {epoch}; the checkpoint before it is the newest one. Lower the "
-                    "learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
-                )
+        name = not_finite(numbers)
+        if name is not None:
+            raise FloatingPointError(
+                f"{name} became {numbers[name]} in epoch {epoch}; the checkpoint before it is the newest one. Lower the "
+                "learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
+            )
 
     def close(self) -> None:
         """Close the metrics file and the progress display."""
         self.csv.close()
         self.progress.close()
+
+
+def not_finite(numbers: dict[str, float]) -> str | None:
+    """The first loss or gradient norm that is NaN or infinite."""
+    watched = (name for name in numbers if name.startswith(("loss/", "grad_norm/")))
+    return next((name for name in watched if not math.isfinite(numbers[name])), None)

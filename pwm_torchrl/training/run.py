@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
 import warnings
@@ -21,7 +23,7 @@ from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 from pwm_torchrl.modules import RewardScale, policy_module
 from pwm_torchrl.training.artifacts import write_curves, write_run_readme, write_video
 from pwm_torchrl.training.build import build_learners, build_losses, build_networks
-from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint, rotation
+from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_paths, load_checkpoint, rotation
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.evaluation import film, play, random_action
@@ -57,6 +59,7 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False) -> dict[str, A
         FloatingPointError: if a loss is not finite; the last checkpoint stays the newest.
     """
     run_dir = Path(run_dir)
+    quiet_torchrl()
     summary = RunSummary.start(cfg, run_dir, resume)
     try:
         run = Run(cfg, run_dir, summary)
@@ -159,23 +162,35 @@ class Run:
         Raises:
             CheckpointFault: if there are checkpoints and none can be read.
         """
-        paths = self.trainer.checkpoint_rotation.checkpoints()
+        paths = checkpoint_paths(self.run_dir)
         fault: CheckpointFault | None = None
-        for path in reversed(paths):
+        while paths:
             try:
-                load_checkpoint(path, self.components)
+                load_checkpoint(paths.pop(), self.components)
             except CheckpointFault as error:
                 fault = error
-                warnings.warn(f"{error} Trying the one before.", stacklevel=2)
+                if paths:
+                    warnings.warn(f"{error} Trying the one before.", stacklevel=2)
                 continue
+            if not self.trainer.collector.resumed_exactly:
+                self.begin_new_episodes()
             return True
         if fault is not None:
             raise fault
         return False
 
+    def begin_new_episodes(self) -> None:
+        """What was collected so far does not continue: the environments could not be put back where they were."""
+        self.replay.end_episodes()
+        self.observer.returns.running.zero_()
+        if self.reward_scale is not None:
+            self.reward_scale.returns.zero_()
+
     def execute(self, resume: bool) -> str:
         """Train, then write plots and video; returns the status."""
         restored = resume and self.restore()
+        if not restored:
+            self.summary.begin_again()
         self.observer.open(restored)
         write_run_readme(self.run_dir, self.cfg)
         if self.summary.random_return is None:
@@ -280,3 +295,9 @@ def stop_on_interrupt(trainer: PWMTrainer) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def quiet_torchrl() -> None:
+    """Keep TorchRL's informational messages out of the progress display, unless RL_LOGGING_LEVEL asks for a level."""
+    if "RL_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("torchrl").setLevel(logging.WARNING)

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ import torch
 
 from pwm_torchrl.training.artifacts import write_summary
 from pwm_torchrl.training.config import Config
+
+
+#: What training adds to, by the keys of ``summary.json``.
+PROGRESS = (
+    "epochs_done", "agent_steps", "env_steps", "peak_return", "final_return", "final_return_std", "resume_exact"
+)  # fmt: skip
 
 
 @dataclass
@@ -53,8 +59,18 @@ class RunSummary:
             before = json.loads(file.read_text(encoding="utf-8"))
             summary.restarts = int(before.get("restarts", 0)) + 1
             summary.random_return = before.get("random_return")
+            # Until a checkpoint is restored, what the file said stays true.
+            summary.earlier_s = float(before.get("wall_clock_s", 0.0))
+            for key in PROGRESS:
+                setattr(summary, key, before.get(key, getattr(summary, key)))
         summary.write()
         return summary
+
+    def begin_again(self) -> None:
+        """Forget the progress of earlier attempts: there was no checkpoint to continue from."""
+        for spec in fields(self):
+            if spec.name in (*PROGRESS, "earlier_s"):
+                setattr(self, spec.name, spec.default)
 
     def evaluated(self, mean: float, std: float) -> None:
         """Enter an evaluation."""

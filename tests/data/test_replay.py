@@ -137,6 +137,20 @@ class TestEpisodeEnds:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+    @pytest.mark.parametrize("storage", ["memory", "disk"])
+    @pytest.mark.parametrize("written", [[], *FILLS])
+    def test_episodes_that_are_not_continued(self, written, storage):
+        """The newest step of each environment becomes the last of its episode, and no other."""
+        replay = filled(10, written, storage)
+        replay.end_episodes()
+        replay.extend(numbered(sum(written), H))
+        slices = replay.sample_slices(500)
+        ends = slices["observation"][slices["next", "done"].squeeze(-1)]
+        last = {(sum(written) - 1, n) for n in range(N)} if written else set()
+        assert {(int(t), int(n)) for t, n in ends.tolist()} == last
+        assert not slices["next", "terminated"].any()
+
+
 class TestObservations:
     @pytest.mark.parametrize("written", FILLS)
     def test_uniform_over_all_steps(self, written):

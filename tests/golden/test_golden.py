@@ -17,7 +17,7 @@ pytestmark = pytest.mark.golden
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "key" not in metafunc.fixturenames:
         return
-    cases = find_cases(metafunc.config.getoption("--golden-dir"))
+    cases = find_cases(metafunc.config.getoption("--golden-dir") or Path(__file__).parent)
     metafunc.parametrize(
         ("case", "key"),
         [

@@ -1,0 +1,21 @@
+"""The option ``--golden-dir`` of this project's tests, known to pytest before it looks for a configuration file.
+
+Registered as a pytest plugin of the package: an option of ``tests/conftest.py`` alone is unknown while pytest reads
+``pytest -m golden --golden-dir DIR``, which would then take a DIR outside the project for the tests to run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Add the option."""
+    parser.addoption(
+        "--golden-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="pwm-torchrl: folder of golden cases that `-m golden` compares against (default: tests/golden)",
+    )

@@ -1,0 +1,293 @@
+"""Stopping and resuming: the same numbers to the bit, whatever happened to the newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from training_cases import (
+    CARTPOLE,
+    CLOCKWORK,
+    PENDULUM,
+    assert_equal,
+    config,
+    rows_of,
+    run_with,
+    stop_after,
+    weights_of,
+)
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.training import train
+from pwm_torchrl.training.checkpoint import CheckpointFault
+
+DFLEX = {
+    "_target_": "pwm_torchrl.envs.make_dflex_env",
+    "module": "pwm_torchrl.envs.dflex_stand_in",
+    "name": "dflex_hopper",
+    "num_envs": 2,
+    "episode_length": 10,
+}
+
+
+def checkpoints(run_dir):
+    """Directories by epoch."""
+    folders = sorted((run_dir / "checkpoints").iterdir())
+    return {int(folder.name.rpartition("-")[2]): folder for folder in folders}
+
+
+def truncate(folder, name="tensor_00000000.memmap", component="world_model"):
+    file = next(folder.glob(f"components/*-{component}/state/{name}"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+class TestExactResume:
+    @pytest.mark.parametrize(
+        ("changes", "env"),
+        [
+            ({}, PENDULUM),
+            # a wrapped replay ring, statistics that run on, shuffled current states, accumulated gradients
+            (
+                {
+                    "training.replay_capacity": 24,
+                    "algorithm.normalize_rewards": True,
+                    "algorithm.normalize_observations": True,
+                    "algorithm.policy_starts": "current",
+                    "memory.model_micro_batch": 3,
+                    "model.loss.flow_matching_weight": 0.5,
+                },
+                PENDULUM,
+            ),
+            ({"training.replay_storage": "disk", "training.replay_capacity": 24}, PENDULUM),
+            ({"algorithm.random_steps": 32}, PENDULUM),
+            ({"model.reward_head": "two_hot"}, CARTPOLE),
+        ],
+        ids=["plain", "everything", "disk", "random_steps", "dm_control"],
+    )
+    def test_stopped_and_resumed_equals_straight(self, changes, env, tmp_path, monkeypatch):
+        """Eight epochs, in the fourth of which both Pendulum episodes end; stopped after the third and the fifth."""
+        cfg = config(
+            {"training.epochs": 8, "training.eval_every": 4, "training.checkpoint_every": 2, **changes}, env
+        )
+        cfg.env["episode_length"] = 14
+        straight, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
+        first, _ = run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(3))
+        assert (first["status"], first["epochs_done"]) == ("stopped", 3)
+        # Another process: its generators stand elsewhere.
+        torch.manual_seed(1234)
+        second, _ = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True, after_epoch=stop_after(5))
+        assert (second["status"], second["epochs_done"], second["restarts"]) == ("stopped", 5, 1)
+        torch.manual_seed(4321)
+        last, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
+        assert_equal(weights_of(parts), weights_of(whole))
+        assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "straight")
+        volatile = ("wall_clock_s", "peak_host_bytes", "restarts")
+        assert {k: v for k, v in last.items() if k not in volatile} == {
+            k: v for k, v in straight.items() if k not in volatile
+        }
+        assert (last["status"], last["restarts"], last["resume_exact"]) == ("finished", 2, True)
+
+    def test_sigint_ends_after_the_epoch(self, tmp_path, monkeypatch):
+        """What Ctrl-C does: the epoch is finished, evaluated and saved, and the run continues as if undisturbed."""
+        cfg = config({"training.epochs": 6})
+        _, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
+        handler = signal.getsignal(signal.SIGINT)
+
+        def interrupt(run):
+            if run.trainer.epoch == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        summary, _ = run_with(monkeypatch, cfg, tmp_path / "parts", during_epoch=interrupt)
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert (summary["status"], summary["epochs_done"]) == ("stopped", 3)
+        assert rows_of(tmp_path / "parts")[-1]["eval/return_mean"]
+        assert 3 in checkpoints(tmp_path / "parts")
+        assert (tmp_path / "parts" / "curves.png").exists()
+        last, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
+        assert last["status"] == "finished"
+        assert_equal(weights_of(parts), weights_of(whole))
+        # The extra evaluation adds to its row and changes nothing else.
+        for ours, theirs in zip(rows_of(tmp_path / "parts"), rows_of(tmp_path / "straight"), strict=True):
+            if ours["epoch"] == "3":
+                ours = {key: "" if key.startswith("eval/") else value for key, value in ours.items()}
+            assert ours == theirs
+
+    def test_a_second_sigint_interrupts_at_once(self, tmp_path, monkeypatch):
+        def interrupt(run):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            run_with(monkeypatch, config(), tmp_path, during_epoch=interrupt)
+        assert json.loads((tmp_path / "summary.json").read_text())["status"] == "stopped"
+
+    def test_a_finished_run_stays_as_it_is(self, tmp_path, monkeypatch):
+        first, run = run_with(monkeypatch, config(), tmp_path)
+        rows, weights = rows_of(tmp_path), weights_of(run)
+        second, run = run_with(monkeypatch, config(), tmp_path, resume=True)
+        assert second["status"] == "finished"
+        assert (second["epochs_done"], second["final_return"]) == (4, first["final_return"])
+        assert rows_of(tmp_path) == rows
+        assert_equal(weights_of(run), weights)
+
+    def test_a_longer_run_continues_a_finished_one(self, tmp_path, monkeypatch):
+        train(config(), tmp_path)
+        summary, _ = run_with(monkeypatch, config({"training.epochs": 6}), tmp_path, resume=True)
+        assert (summary["status"], summary["epochs_done"]) == ("finished", 6)
+        assert [int(row["epoch"]) for row in rows_of(tmp_path)] == list(range(1, 7))
+
+    def test_resuming_nothing_starts_anew(self, tmp_path):
+        expected = train(config(), tmp_path)
+        rows = rows_of(tmp_path)
+        shutil.rmtree(tmp_path / "checkpoints")
+        summary = train(config(), tmp_path, resume=True)
+        assert summary["final_return"] == expected["final_return"]
+        assert rows_of(tmp_path) == rows
+
+    def test_dflex(self, tmp_path, monkeypatch):
+        cfg = config({"training.epochs": 6}, DFLEX)
+        _, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
+        run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(2))
+        summary, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
+        assert summary["status"] == "finished"
+        if summary["resume_exact"]:
+            assert_equal(weights_of(parts), weights_of(whole))
+
+    def test_an_environment_that_cannot_be_saved(self, tmp_path, monkeypatch):
+        """The run says that it is not exact; nothing is learned across the gap."""
+        cfg = config({"algorithm.normalize_rewards": True}, CLOCKWORK)
+        run_with(monkeypatch, cfg, tmp_path, after_epoch=stop_after(2))
+        summary, run = run_with(monkeypatch, cfg, tmp_path, resume=True)
+        assert (summary["status"], summary["resume_exact"]) == ("finished", False)
+        stored = run.replay.buffer.storage.get(slice(0, 16))
+        # Observation 1 counts the steps of the episode: after 8 steps it starts over.
+        assert stored["observation"][:, 0, 1].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3, 4, 5, 6, 0]
+        assert stored["next", "done"][:, 0, 0].nonzero().flatten().tolist() == [6, 7, 14]
+        # 7 steps to the end of an episode: the return does not contain the step before the gap.
+        returns = [float(row["train/return"]) for row in rows_of(tmp_path) if row["train/return"]]
+        rewards = stored["next", "reward"].double()
+        assert returns == pytest.approx([rewards[a : a + 7].sum(0).mean().item() for a in (0, 8)], rel=1e-6)
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize(("every", "expected"), [(1, [3, 4]), (2, [2, 4]), (3, [3, 4]), (0, [4])])
+    def test_every(self, every, expected, tmp_path):
+        train(config({"training.checkpoint_every": every, "training.eval_every": 0}), tmp_path)
+        assert list(checkpoints(tmp_path)) == expected
+
+    def test_keep(self, tmp_path):
+        changes = {"training.checkpoint_every": 1, "training.keep_checkpoints": 3, "training.eval_every": 0}
+        train(config(changes), tmp_path)
+        assert list(checkpoints(tmp_path)) == [2, 3, 4]
+
+    def test_rows_after_the_restored_checkpoint_are_dropped(self, tmp_path, monkeypatch):
+        """A job killed between two checkpoints repeats the epochs after the first of them."""
+
+        class Killed(BaseException):
+            pass
+
+        def kill(run):
+            if run.trainer.epoch == 3:
+                raise Killed
+
+        cfg = config()
+        run_with(monkeypatch, cfg, tmp_path / "straight")
+        run_dir = tmp_path / "killed"
+        with pytest.raises(Killed):
+            run_with(monkeypatch, cfg, run_dir, after_epoch=kill)
+        assert [row["epoch"] for row in rows_of(run_dir)] == ["1", "2", "3"]
+        seen = []
+        run_with(monkeypatch, cfg, run_dir, resume=True, during_epoch=lambda run: seen.append(len(rows_of(run_dir))))
+        assert seen == [2, 3]
+        assert rows_of(run_dir) == rows_of(tmp_path / "straight")
+
+    @pytest.mark.parametrize("damage", ["tensor", "missing", "manifest", "no manifest", "replay"])
+    def test_a_damaged_one_is_passed_over(self, damage, tmp_path, monkeypatch):
+        cfg = config({"training.epochs": 6})
+        _, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
+        run_dir = tmp_path / "parts"
+        run_with(monkeypatch, cfg, run_dir, after_epoch=stop_after(4))
+        newest = checkpoints(run_dir)[4]
+        if damage == "tensor":
+            truncate(newest)
+        elif damage == "replay":
+            truncate(newest, component="replay")
+        elif damage == "missing":
+            next(newest.glob("components/*-critics/state/tensor_00000001.memmap")).unlink()
+        elif damage == "manifest":
+            (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:200])
+        else:
+            (newest / "manifest.json").unlink()
+        with pytest.warns(UserWarning, match=r"checkpoint-0*4.*Trying the one before"):
+            summary, run = run_with(monkeypatch, cfg, run_dir, resume=True)
+        assert (summary["status"], summary["resume_exact"]) == ("finished", True)
+        assert_equal(weights_of(run), weights_of(whole))
+        assert rows_of(run_dir) == rows_of(tmp_path / "straight")
+
+    def test_no_manifest_is_left(self, tmp_path, monkeypatch):
+        """TorchRL sees no checkpoint then; the run must not begin again over what was learned."""
+        run_with(monkeypatch, config(), tmp_path, after_epoch=stop_after(2))
+        for folder in checkpoints(tmp_path).values():
+            (folder / "manifest.json").unlink()
+        rows = rows_of(tmp_path)
+        with pytest.raises(CheckpointFault, match=r"checkpoint-0*2 is not a readable checkpoint"):
+            train(config(), tmp_path, resume=True)
+        assert rows_of(tmp_path) == rows
+
+    def test_all_damaged(self, tmp_path, monkeypatch):
+        run_with(monkeypatch, config(), tmp_path, after_epoch=stop_after(2))
+        for folder in checkpoints(tmp_path).values():
+            truncate(folder)
+        rows = rows_of(tmp_path)
+        message = r"The checkpoint .*checkpoint-0*2 cannot be read, it is truncated or damaged"
+        with pytest.raises(CheckpointFault, match=message) as caught:
+            train(config(), tmp_path, resume=True)
+        assert "\n" not in str(caught.value)
+        assert rows_of(tmp_path) == rows
+        assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+
+    def test_a_failed_resume_keeps_what_the_summary_knew(self, tmp_path, monkeypatch):
+        run_with(monkeypatch, config(), tmp_path, after_epoch=stop_after(2))
+        before = json.loads((tmp_path / "summary.json").read_text())
+        for folder in checkpoints(tmp_path).values():
+            truncate(folder)
+        with pytest.raises(CheckpointFault):
+            train(config(), tmp_path, resume=True)
+        after = json.loads((tmp_path / "summary.json").read_text())
+        for key in ("epochs_done", "env_steps", "final_return", "peak_return", "random_return"):
+            assert after[key] == before[key], key
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"size.latent_dim": 24},
+            {"model.termination_head": True},
+            {"model.dynamics.kind": "mlp"},
+            {"size.num_critics": 2},
+            {"env.num_envs": 3},
+            {"algorithm.normalize_rewards": True},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_of_another_configuration(self, changes, tmp_path):
+        train(config({"training.epochs": 2}), tmp_path)
+        with pytest.raises(ConfigurationError) as caught:
+            train(config({"training.epochs": 4, **changes}), tmp_path, resume=True)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "belongs to another configuration" in message or "env.num_envs" in message
+        assert checkpoints(tmp_path)
+
+    def test_of_another_schema_version(self, tmp_path):
+        train(config({"training.checkpoint_every": 0}), tmp_path)
+        manifest = checkpoints(tmp_path)[4] / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["metadata"]["schema_version"] = 999
+        manifest.write_text(json.dumps(content))
+        message = r"has schema version 999; this release of pwm_torchrl reads version 1\."
+        with pytest.raises(CheckpointFault, match=message):
+            train(config(), tmp_path, resume=True)

@@ -1,0 +1,386 @@
+"""PWMStepper: what each update changes, on which data, and what it leaves alone."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from training_cases import Bench, config, trajectories
+
+from pwm_torchrl.modules import RewardScale
+from pwm_torchrl.training.metrics import MetricRow
+
+NAMES = ("world_model", "actor", "critics")
+
+
+def rollout(bench: Bench, batch: int = 6, horizon: int = 4) -> TensorDict:
+    """An imagined rollout as the actor loss writes it, with targets that the critics do not yet predict."""
+    return TensorDict(
+        latent=torch.rand(batch, horizon, 16),
+        value_target=torch.randn(batch, horizon, 1),
+        collector=TensorDict(mask=torch.ones(batch, horizon, 1, dtype=torch.bool), batch_size=[batch, horizon]),
+        batch_size=[batch, horizon],
+    )
+
+
+class TestWhatChanges:
+    def test_an_epoch_changes_the_three_networks(self):
+        bench = Bench(config())
+        before = bench.snapshots()
+        bench.stepper.step(None, bench.data)
+        changes = bench.changed(before)
+        for name in NAMES:
+            assert all(changes[name]), name
+
+    def test_model_update(self):
+        bench = Bench(config())
+        before = bench.snapshots()
+        bench.stepper.update_model(MetricRow())
+        changes = bench.changed(before)
+        assert any(changes["world_model"])
+        assert not any(changes["actor"] + changes["critics"])
+        self.assert_no_gradient(bench)
+
+    def test_policy_update(self):
+        bench = Bench(config())
+        before = bench.snapshots()
+        bench.stepper.update_policy(bench.replay.sample_observations(8), MetricRow())
+        changes = bench.changed(before)
+        # The reward head starts at zero, but the critics at the rollout's end give the actor a gradient.
+        assert all(changes["actor"])
+        assert not any(changes["world_model"] + changes["critics"])
+        self.assert_no_gradient(bench)
+
+    def test_critic_update(self):
+        bench = Bench(config())
+        before = bench.snapshots()
+        bench.stepper.update_critics(rollout(bench), MetricRow())
+        changes = bench.changed(before)
+        assert all(changes["critics"])
+        assert not any(changes["world_model"] + changes["actor"])
+        self.assert_no_gradient(bench)
+
+    def test_gradient_of_one_update_does_not_reach_the_next(self):
+        """The actor's update is the same whether or not a model update came before it, apart from the model."""
+        results = []
+        for garbage in (False, True):
+            bench = Bench(config())
+            observation = bench.replay.sample_observations(8)
+            if garbage:
+                for p in bench.networks.world_model.parameters():
+                    p.grad = torch.full_like(p, 1e6)
+            torch.manual_seed(1)
+            row = MetricRow()
+            bench.stepper.update_policy(observation, row)
+            results.append(row.numbers())
+        assert results[0] == results[1]
+
+    @staticmethod
+    def assert_no_gradient(bench: Bench) -> None:
+        assert all(p.grad is None for _, network in bench.networks.items() for p in network.parameters())
+
+
+class TestUpdateCounts:
+    def count(self, bench: Bench) -> dict[str, int]:
+        """Optimizer steps of the next epoch."""
+        counts = dict.fromkeys(NAMES, 0)
+        for name, learner in bench.learners.items():
+            step = type(learner).step
+
+            def counted(name=name, learner=learner, step=step):
+                counts[name] += 1
+                return step(learner)
+
+            learner.step = counted
+        bench.stepper.step(None, bench.data)
+        for learner in bench.learners.values():
+            del learner.step
+        return counts
+
+    def test_first_and_later_epochs(self):
+        bench = Bench(config({"algorithm.policy_updates": 2}))
+        # 2 policy updates, each followed by 2 passes in 2 minibatches
+        assert self.count(bench) == {"world_model": 3, "actor": 2, "critics": 8}
+        assert self.count(bench) == {"world_model": 2, "actor": 2, "critics": 8}
+
+    def test_nothing_before_the_random_steps_are_over(self):
+        bench = Bench(config({"algorithm.random_steps": 81}))
+        assert self.count(bench) == dict.fromkeys(NAMES, 0)
+        assert not bench.stepper.updated
+        bench.replay.extend(trajectories(steps=1))
+        assert self.count(bench) == {"world_model": 3, "actor": 1, "critics": 4}
+
+    def test_nothing_before_there_is_a_whole_slice(self):
+        bench = Bench(config(), trajectories(steps=3))
+        assert self.count(bench) == dict.fromkeys(NAMES, 0)
+
+
+class TestModelUpdate:
+    CASES = [
+        {},
+        {"model.loss.flow_matching_weight": 1.0},
+        {"model.loss.form": "tdmpc2"},
+        {"model.reward_head": "two_hot", "model.dynamics.kind": "mlp"},
+    ]
+
+    @pytest.mark.parametrize("changes", CASES, ids=lambda c: "_".join(c) or "flow")
+    @pytest.mark.parametrize("size", [1, 3, 8])
+    def test_micro_batches_add_up_to_the_whole_batch(self, changes, size):
+        """Ends of episodes make the parts' numbers of valid steps differ."""
+        torch.manual_seed(0)
+        data = trajectories().double()
+        data["next", "done"] = torch.rand(data["next", "done"].shape) < 0.2
+        data["next", "terminated"] = data["next", "done"].clone()
+        results = []
+        for micro_batch in (None, size):
+            bench = Bench(config({**changes, "memory.model_micro_batch": micro_batch}), data, terminates=True)
+            gradients: list[torch.Tensor] = []
+            learner = bench.learners["world_model"]
+
+            def step(learner=learner, gradients=gradients):
+                gradients.extend(p.grad.clone() for p in learner.parameters)
+                return type(learner).step(learner)
+
+            learner.step = step
+            torch.manual_seed(5)
+            row = MetricRow()
+            bench.stepper.update_model(row)
+            results.append((gradients, row.numbers()))
+        (whole, logged), (parts, logged_parts) = results
+        assert max(g.abs().max() for g in whole) > 1e-4
+        for ours, theirs in zip(whole, parts, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        assert logged.keys() == logged_parts.keys()
+        for key, value in logged.items():
+            assert logged_parts[key] == pytest.approx(value, rel=1e-12, abs=1e-12), key
+
+    def test_logs_the_sum_and_its_parts(self):
+        bench = Bench(config())
+        row = MetricRow()
+        bench.stepper.update_model(row)
+        numbers = row.numbers()
+        parts = numbers["loss/model_dynamics"] + numbers["loss/model_reward"]
+        assert numbers["loss/model"] == pytest.approx(parts)
+        assert numbers["data/valid_fraction"] == 1.0
+
+    def test_learns(self):
+        torch.manual_seed(0)
+        data = trajectories()
+        data["next", "reward"] = 2 * data["action"]
+        bench = Bench(config({"model.dynamics.kind": "mlp", "algorithm.model_lr": 3e-3}), data)
+        losses = []
+        for _ in range(150):
+            row = MetricRow()
+            bench.stepper.update_model(row)
+            losses.append(row.numbers()["loss/model_reward"])
+        assert sum(losses[-10:]) < 0.1 * sum(losses[:10])
+
+
+class TestRewardNormalization:
+    def test_scales_and_never_shifts(self):
+        """The model sees the reward times one positive number; a zero reward stays zero."""
+        bench = Bench(config())
+        scale = RewardScale(2, 0.99)
+        scale.update(bench.data["next", "reward"], bench.data["next", "done"])
+        bench.stepper.reward_scale = scale
+        seen = []
+        read = bench.losses.model.read
+
+        def spy(batch):
+            seen.append(batch["next", "reward"].clone())
+            return read(batch)
+
+        bench.losses.model.read = spy
+        torch.manual_seed(2)
+        bench.stepper.update_model(MetricRow())
+        torch.manual_seed(2)
+        raw = bench.replay.sample_slices(8)["next", "reward"]
+        factor = seen[0] / raw
+        torch.testing.assert_close(factor, factor[0, 0].expand_as(factor))
+        assert factor[0, 0] > 0
+        assert scale(torch.zeros(3)).tolist() == [0.0] * 3
+
+    def test_scale_is_one_over_the_spread_of_discounted_returns(self):
+        gamma, scale = 0.9, RewardScale(1, 0.9)
+        rewards = torch.randn(1, 50, 1) + 5
+        done = torch.zeros(1, 50, 1, dtype=torch.bool)
+        done[0, [9, 30]] = True
+        for part in (slice(0, 20), slice(20, 50)):
+            scale.update(rewards[:, part], done[:, part])
+        returns, running = [], 0.0
+        for reward, end in zip(rewards.flatten().tolist(), done.flatten().tolist(), strict=True):
+            running = gamma * running + reward
+            returns.append(running)
+            running = 0.0 if end else running
+        std = torch.tensor(returns).std(unbiased=False).item()
+        # The first sample's pseudo-count of 1e-4 stays in the statistics.
+        assert scale(torch.tensor(1.0)).item() == pytest.approx(1 / std, rel=1e-3)
+
+
+class TestCriticUpdate:
+    def test_states_after_the_end_do_not_count(self):
+        weights = []
+        for garbage in (0.0, 1e6):
+            bench = Bench(config({"algorithm.critic_minibatches": 1}))
+            torch.manual_seed(3)
+            imagined = rollout(bench)
+            mask = torch.rand(imagined["collector", "mask"].shape) < 0.5
+            mask[:, 0] = True
+            imagined["collector", "mask"] = mask
+            imagined["value_target"] = torch.where(mask, imagined["value_target"], garbage)
+            torch.manual_seed(4)
+            row = MetricRow()
+            bench.stepper.update_critics(imagined, row)
+            weights.append((bench.snapshots()["critics"], row.numbers()["loss/value"]))
+        assert weights[0][1] == weights[1][1]
+        assert all(map(torch.equal, weights[0][0], weights[1][0]))
+
+    def test_a_minibatch_of_ended_states_only(self):
+        """Early in training the model may end every rollout at once."""
+        bench = Bench(config({"algorithm.critic_minibatches": 8}))
+        imagined = rollout(bench)
+        imagined["collector", "mask"][:, 1:] = False
+        row = MetricRow()
+        bench.stepper.update_critics(imagined, row)
+        assert math.isfinite(row.numbers()["loss/value"])
+        assert all(p.isfinite().all() for p in bench.networks.critics.parameters())
+
+    def test_every_state_is_visited_once_in_each_pass(self):
+        bench = Bench(config({"algorithm.critic_minibatches": 5}))
+        imagined = rollout(bench)
+        imagined["value_target"] = torch.arange(24.0).view(6, 4, 1)
+        passes, value = [], bench.losses.value
+
+        class Spy(torch.nn.Module):
+            tensor_keys = value.tensor_keys
+
+            def forward(self, data):
+                passes.append(data["value_target"].flatten().tolist())
+                return value(data)
+
+        bench.losses.value = Spy()
+        bench.stepper.update_critics(imagined, MetricRow())
+        assert [len(p) for p in passes] == [5, 5, 5, 5, 4] * 2
+        first, second = sum(passes[:5], []), sum(passes[5:], [])
+        assert sorted(first) == sorted(second) == list(range(24))
+        assert first != second != list(range(24))
+
+
+class TestStarts:
+    def test_replayed(self):
+        bench = Bench(config({"algorithm.imagination_batch": 300}))
+        starts = bench.stepper.start_observations(trajectories(steps=4))
+        stored = bench.data["observation"].flatten(0, 1)
+        assert starts.shape == (300, 3)
+        found = (starts.unsqueeze(1) == stored).all(-1)
+        assert found.any(1).all()
+        assert found.any(0).float().mean() > 0.9
+
+    def test_current(self):
+        bench = Bench(config({"algorithm.policy_starts": "current", "algorithm.imagination_batch": 6}))
+        batch = trajectories(steps=4)
+        starts = bench.stepper.start_observations(batch)
+        found = (starts.unsqueeze(1) == batch["observation"].flatten(0, 1)).all(-1)
+        assert found.sum(1).tolist() == [1] * 6
+        assert found.sum(0).max() == 1
+        assert len(bench.stepper.start_observations(trajectories(steps=2))) == 4
+
+    @pytest.mark.parametrize("starts", ["replay", "current"])
+    def test_an_epoch_runs_with_either(self, starts):
+        bench = Bench(config({"algorithm.policy_starts": starts}))
+        assert math.isfinite(bench.stepper.step(None, bench.data)["loss/actor"])
+
+
+class TestLearningRates:
+    def test_fall_linearly_to_the_last(self):
+        cfg = config({"training.epochs": 4, "algorithm.critic_lr": 1e-3})
+        bench = Bench(cfg)
+        logged = [bench.stepper.step(None, bench.data) for _ in range(4)]
+        for name, first in (("world_model", 3e-4), ("actor", 5e-4), ("critics", 1e-3)):
+            expected = [first + (1e-5 - first) * epoch / 4 for epoch in range(4)]
+            assert [row[f"lr/{name}"].item() for row in logged] == pytest.approx(expected)
+        learner = bench.learners["actor"]
+        for fraction in (1.0, 1.5):
+            learner.set_progress(fraction)
+            assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+    def test_the_state_continues_the_schedule(self):
+        bench, other = Bench(config()), Bench(config())
+        bench.stepper.step(None, bench.data)
+        other.stepper.load_state_dict(bench.stepper.state_dict())
+        rates = [b.stepper.step(None, b.data)["lr/actor"] for b in (bench, other)]
+        assert rates[0] == rates[1] < 5e-4
+        assert other.stepper.updated
+
+
+class TestOptimizers:
+    def test_settings(self):
+        bench = Bench(config())
+        betas = {name: tuple(learner.optimizer.defaults["betas"]) for name, learner in bench.learners.items()}
+        assert betas == {"world_model": (0.9, 0.999), "actor": (0.7, 0.95), "critics": (0.7, 0.95)}
+        assert [bench.learners[name].max_norm for name in NAMES] == [20.0, 1.0, 100.0]
+
+    def test_norm_is_logged_before_clipping(self):
+        bench = Bench(config())
+        learner = bench.learners["actor"]
+        for p in learner.parameters:
+            p.grad = torch.full_like(p, 10.0)
+        expected = 10 * math.sqrt(sum(p.numel() for p in learner.parameters))
+        norm = learner.step()
+        assert norm.item() == pytest.approx(expected)
+        # Adam's first moment holds the clipped gradient.
+        moments = [learner.optimizer.state[p]["exp_avg"] / (1 - 0.7) for p in learner.parameters]
+        assert torch.cat([m.flatten() for m in moments]).norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
+class TestDiagnostics:
+    def test_gradient_profile_disturbs_nothing(self):
+        bench = Bench(config())
+        bench.stepper.step(None, bench.data)
+        before = bench.snapshots()
+        statistics = {k: v.clone() for k, v in bench.losses.actor.return_statistics.state_dict().items()}
+        for p in bench.networks.actor.parameters():
+            p.grad = torch.full_like(p, 3.0)
+        profile = bench.stepper.gradient_profile(bench.replay.sample_observations(8))
+        assert list(profile) == [f"grad_profile/{t:02d}" for t in range(4)]
+        assert all(type(value) is float and value >= 0 for value in profile.values())
+        assert any(value > 0 for value in profile.values())
+        for name in NAMES:
+            assert not any(bench.changed(before)[name])
+        assert all((p.grad == 3.0).all() for p in bench.networks.actor.parameters())
+        others = (bench.networks.world_model, bench.networks.critics)
+        assert all(p.grad is None for network in others for p in network.parameters())
+        after = bench.losses.actor.return_statistics.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in statistics.items())
+
+    @pytest.mark.parametrize("kind", ["mlp", "flow"])
+    def test_metrics_are_plain(self, kind):
+        bench = Bench(config({"model.dynamics.kind": kind}))
+        row = bench.stepper.step(None, bench.data)
+        for key, value in row.items():
+            assert not value.requires_grad, key
+            assert value.grad_fn is None, key
+            assert value.numel() == 1, key
+        expected = {"loss/model", "loss/actor", "loss/value", "grad_norm/model", "grad_norm/actor", "grad_norm/value"}
+        assert expected <= set(row.keys())
+
+
+class TestMemory:
+    @pytest.mark.parametrize("changes", [{"model.dynamics.kind": "mlp"}, {}, {"model.dynamics.checkpoint_substeps": True}])
+    def test_no_graph_is_alive_after_an_epoch(self, changes):
+        bench = Bench(config(changes))
+        kept, tensors = [], []
+        for _ in range(4):
+            kept.append(bench.stepper.step(None, bench.data))
+            bench.stepper.gradient_profile(bench.replay.sample_observations(8))
+            gc.collect()
+            # isinstance would wake deprecated proxies among the objects
+            alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+            assert not [x.shape for x in alive if x.grad_fn is not None]
+            tensors.append(sum(x.numel() for x in alive) - sum(v.numel() for row in kept for v in row.values()))
+            del alive
+        # Beside the rows kept here, as a metrics history would, nothing piles up.
+        assert tensors[1] == tensors[2] == tensors[3]
