@@ -212,6 +212,7 @@ def plot(suite: Suite, todo: list[Job], out: Path) -> None:
 
 
 def main() -> None:
+    """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="pendulum")
     parser.add_argument("--models", nargs="+", help="default: the suite's")

@@ -2,9 +2,9 @@
 
     python benchmarks/sac.py env=cartpole_swingup seed=0 run_dir=runs/sac
 
-Takes the configuration of ``launch/train.py``: environment, seed, epochs (times horizon times environments are the agent
-steps) and random steps. One gradient update per agent step, batch 256, two hidden layers of 256, learnt temperature; an
-interrupted run starts again.
+Takes the configuration of ``launch/train.py``: environment, seed, epochs (times horizon times environments are the
+agent steps) and random steps. One gradient update per agent step, batch 256, two hidden layers of 256, learnt
+temperature; an interrupted run starts again.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ REWARD_HEADS = ("scalar", "two_hot")
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of a world model: hidden units of dynamics and heads, of the encoder, the latent and the task embedding."""
+    """Widths: hidden units of dynamics and heads, of the encoder, latent, task embedding and policy side."""
 
     units: tuple[int, ...]
     encoder_units: tuple[int, ...]

@@ -113,8 +113,7 @@ def policy_mlp(in_features: int, units: Sequence[int], out_features: int) -> nn.
 def cat_features(*parts: Tensor | None) -> Tensor:
     """Concatenate the given tensors (``None`` is skipped) along their last dimension, broadcasting the leading ones.
 
-    Leading dimensions may differ only by broadcasting of size-1 or missing dimensions of *later* parts (a task embedding
-    ``[B, E]`` beside ``[H, B, D]``).
+    Leading dimensions of *later* parts may be missing or of size 1 (a task embedding ``[B, E]`` beside ``[H, B, D]``).
     """
     present = [p for p in parts if p is not None]
     batch = present[0].shape[:-1]

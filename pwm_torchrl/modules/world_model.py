@@ -72,8 +72,11 @@ class WorldModel(nn.Module):
     def predict(
         self, latent: Tensor, action: Tensor, task: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What training needs of one transition: next latent ``[..., D]``, reward logits ``[..., bins]``, and the
-        termination logit ``[..., 1]`` or ``None``. The action is masked by the task."""
+        """What training needs of one transition; the action is masked by the task.
+
+        Returns:
+            tuple: next latent ``[..., D]``, reward logits ``[..., bins]``, termination logit ``[..., 1]`` or ``None``.
+        """
         embedding = self.embed(task)
         action = self.mask_action(action, task)
         next_latent = self.dynamics(latent, action, embedding)

@@ -45,8 +45,8 @@ class PWMModelLoss(LossModule):
         termination_coef (float): coefficient of the termination loss. Defaults to ``1.0``.
         rollout_weight (float): λ_roll, weight of the latent error of rollouts. Defaults to ``1.0``.
         flow_matching_weight (float): λ_fm. Defaults to ``0.0``.
-        flow_matching_source (str): where the flow starts: ``"teacher"`` (encodings), or the rollout latent ``"detached"``
-            or ``"attached"``. Defaults to ``"teacher"``.
+        flow_matching_source (str): where the flow starts: ``"teacher"`` (encodings), or the rollout latent
+            ``"detached"`` or ``"attached"``. Defaults to ``"teacher"``.
         self_consistency_weight (float): λ_sc. Defaults to ``0.0``.
         compile (bool): compile the loss as one graph. Defaults to ``False``.
 

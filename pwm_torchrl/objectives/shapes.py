@@ -17,8 +17,8 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> 
     if len(shape) != len(expected) or any(e is not None and e != s for s, e in zip(shape, expected, strict=True)):
         wanted = ", ".join("*" if e is None else str(e) for e in expected)
         raise ValueError(
-            f"{name} has shape {list(shape)} but [{wanted}] is needed; values and rewards end in a dimension of size 1, "
-            "and nothing is broadcast."
+            f"{name} has shape {list(shape)} but [{wanted}] is needed; values and rewards end in a dimension of size "
+            "1, and nothing is broadcast."
         )
 
 

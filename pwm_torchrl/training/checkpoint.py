@@ -34,7 +34,7 @@ def rotation(run_dir: Path, keep_last: int = 2) -> CheckpointRotation:
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """Every checkpoint of a run, oldest first; those too that TorchRL's rotation passes over because they are damaged."""
+    """Every checkpoint of a run, oldest first, damaged ones included: TorchRL's rotation passes over those."""
     return sorted(path for path in (run_dir / FOLDER).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit())
 
 

@@ -27,9 +27,17 @@ class ResumableCollector(Collector):
         policy (TensorDictModuleBase): acts on their observations.
         steps (int): agent steps per environment and batch.
         random_steps (int): first agent steps, all environments together, with uniform actions. Defaults to ``0``.
+        device (str or torch.device): of the policy; environments and batches are on the CPU. Defaults to ``"cpu"``.
     """
 
-    def __init__(self, env: EnvBase, policy: TensorDictModuleBase, steps: int, random_steps: int = 0) -> None:
+    def __init__(
+        self,
+        env: EnvBase,
+        policy: TensorDictModuleBase,
+        steps: int,
+        random_steps: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.resumed_exactly = True
         self._env_state_valid = True
         super().__init__(
@@ -40,6 +48,9 @@ class ResumableCollector(Collector):
             init_random_frames=random_steps or None,
             exploration_type=ExplorationType.RANDOM,
             trust_policy=True,
+            policy_device=device,
+            env_device="cpu",
+            storing_device="cpu",
             use_buffers=False,
             auto_register_policy_transforms=False,  # the policy has no memory
         )

@@ -70,6 +70,19 @@ def play(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: in
     return Episodes(**{key: torch.stack(values) for key, values in columns.items()})
 
 
+def acting_on(
+    policy: Callable[[TensorDictBase], TensorDictBase], device: torch.device
+) -> Callable[[TensorDictBase], TensorDictBase]:
+    """A policy on ``device`` for environments on the CPU."""
+    if device.type == "cpu":
+        return policy
+
+    def act(state: TensorDictBase) -> TensorDictBase:
+        return state.set("action", policy(state.select("observation").to(device))["action"].cpu())
+
+    return act
+
+
 def random_action(env: EnvBase) -> Callable[[TensorDictBase], TensorDictBase]:
     """Uniform actions from a generator of their own, so that evaluating them leaves training's alone."""
     generator = torch.Generator().manual_seed(0)

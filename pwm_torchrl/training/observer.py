@@ -55,7 +55,8 @@ class Observer:
         if len(finished):
             self.trainer.row.set({"train/return": finished.mean(), "train/episodes": len(finished)})
         if self.run.reward_scale is not None:
-            self.run.reward_scale.update(batch["next", "reward"], batch["next", "done"])
+            step = batch["next"].to(self.run.device)
+            self.run.reward_scale.update(step["reward"], step["done"])
         statistics = self.run.networks.world_model.observation_statistics
         if statistics is not None:
             statistics.update(batch["observation"].to(statistics.mean.device))
@@ -90,7 +91,7 @@ class Observer:
     def evaluate(self, row: MetricRow) -> None:
         """Deterministic episodes in the evaluation environments, and the model's open-loop errors on them."""
         run = self.run
-        episodes = play(run.eval_env, run.policy, evaluation_env_seed(run.cfg.seed))
+        episodes = play(run.eval_env, run.act, evaluation_env_seed(run.cfg.seed))
         returns = episodes.returns
         mean, std = returns.mean().item(), returns.std(unbiased=False).item()
         row.set(
@@ -103,7 +104,7 @@ class Observer:
         )
         scale = None
         if run.reward_scale is not None:
-            scale = run.reward_scale(returns.new_ones(1, dtype=episodes.reward.dtype))
+            scale = run.reward_scale(torch.ones(1, device=run.device))
         errors = open_loop_errors(run.networks.world_model, episodes, run.cfg.algorithm.horizon, scale)
         row.set({f"eval/{key}": value for key, value in errors.items()})
         run.summary.evaluated(mean, std)
@@ -138,7 +139,7 @@ class Observer:
         name = not_finite(numbers)
         if name is not None:
             raise FloatingPointError(
-                f"{name} became {numbers[name]} in epoch {epoch}; the checkpoint before it is the newest one. Lower the "
+                f"{name} became {numbers[name]} in epoch {epoch}; the checkpoint before it is the newest. Lower the "
                 "learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
             )
 

@@ -53,7 +53,7 @@ class Progress:
                 self.shown = now
                 rate = (now - self.started) / max(1, self.done - self.first)
                 left = _clock(rate * (self.total - self.done))
-                print(f"epoch {epoch}/{self.total}  {self._text()}  {left} left", flush=True)
+                say(f"epoch {epoch}/{self.total}  {self._text()}  {left} left")
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""
@@ -65,6 +65,11 @@ class Progress:
         speed = (self.done - self.first) * self.steps_per_epoch / elapsed
         shown = [f"{name} {value:.4g}" for name, value in self.values.items()]
         return ", ".join([*shown, f"{speed:.0f} steps/s"])
+
+
+def say(text: str) -> None:
+    """A line for whoever follows the run."""
+    print(text, flush=True)  # noqa: T201 - the one place that prints
 
 
 def _clock(seconds: float) -> str:

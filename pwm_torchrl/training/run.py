@@ -26,10 +26,11 @@ from pwm_torchrl.training.build import build_learners, build_losses, build_netwo
 from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_paths, load_checkpoint, rotation
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.config import Config
-from pwm_torchrl.training.evaluation import film, play, random_action
+from pwm_torchrl.training.evaluation import acting_on, film, play, random_action
 from pwm_torchrl.training.load import facts_of
 from pwm_torchrl.training.loggers import close_logger, make_logger
 from pwm_torchrl.training.observer import Observer
+from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.seeding import evaluation_env_seed, seed_everything, training_env_seed
 from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
 from pwm_torchrl.training.summary import RunSummary
@@ -97,6 +98,7 @@ class Run:
         self.policy = policy_module(
             self.networks.world_model, self.networks.actor, action_spec=self.env.action_spec_unbatched
         )
+        self.act = acting_on(self.policy, self.device)
         self.assemble()
 
     def _evaluation_env(self, count: int, render: bool = False) -> EnvBase:
@@ -107,7 +109,7 @@ class Run:
         """Put collector, replay, stepper, observer, checkpoint and trainer together."""
         cfg, a, t = self.cfg, self.cfg.algorithm, self.cfg.training
         steps = a.collect_steps or a.horizon
-        collector = ResumableCollector(self.env, self.policy, steps, a.random_steps)
+        collector = ResumableCollector(self.env, self.policy, steps, a.random_steps, self.device)
         self.replay = TrajectoryReplay(
             t.replay_capacity,
             self.info.num_envs,
@@ -236,10 +238,10 @@ class Run:
         try:
             env = self._evaluation_env(1, render=True)
             fps = 30.0 / max(1, self.info.action_repeat)
-            write_video(self.run_dir, film(env, self.policy, evaluation_env_seed(self.cfg.seed)), fps)
+            write_video(self.run_dir, film(env, self.act, evaluation_env_seed(self.cfg.seed)), fps)
             env.close()
         except (ConfigurationError, EnvironmentFault) as error:
-            print(f"no video: {error}", flush=True)
+            say(f"no video: {error}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -288,7 +290,7 @@ def stop_on_interrupt(trainer: PWMTrainer) -> Iterator[None]:
     def stop(signum: int, frame: object) -> None:
         trainer.request_stop("interrupted")
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this epoch ...", flush=True)
+        say("\nstopping after this epoch ...")
 
     before = signal.signal(signal.SIGINT, stop)
     try:

@@ -1,7 +1,7 @@
 """The seeding contract: one seed determines a run on the CPU.
 
-The generators of Python, NumPy and PyTorch get ``seed``. Training environment i gets ``seed · 10 000 + i`` and evaluation
-environment i ``seed · 10 000 + 5000 + i``, so that runs with neighbouring seeds share no environment.
+The generators of Python, NumPy and PyTorch get ``seed``. Training environment i gets ``seed · 10 000 + i`` and
+evaluation environment i ``seed · 10 000 + 5000 + i``, so that runs with neighbouring seeds share no environment.
 """
 
 from __future__ import annotations

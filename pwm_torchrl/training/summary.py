@@ -15,7 +15,6 @@ import torch
 from pwm_torchrl.training.artifacts import write_summary
 from pwm_torchrl.training.config import Config
 
-
 #: What training adds to, by the keys of ``summary.json``.
 PROGRESS = (
     "epochs_done", "agent_steps", "env_steps", "peak_return", "final_return", "final_return_std", "resume_exact"

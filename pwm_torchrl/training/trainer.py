@@ -22,10 +22,10 @@ NOT_EVALUATED = -1e30
 class PWMTrainer(Trainer):
     """TorchRL's Trainer with PWM's stepper; its hook points, logger and checkpoints work as everywhere.
 
-    Three things differ, each because the base class stands in the way: schedules count epochs instead of frames; nothing
-    that hooks log is kept (the base class appends every value to a list for the whole run, and with it whatever a value
-    refers to); and checkpoints hold exactly the registered components, since the base class would save the networks again
-    inside each loss.
+    Three things differ, each because the base class stands in the way: schedules count epochs instead of frames;
+    nothing that hooks log is kept (the base class appends every value to a list for the whole run, and with it whatever
+    a value refers to); and checkpoints hold exactly the registered components, since the base class would save the
+    networks again inside each loss.
 
     Args:
         collector (ResumableCollector): its batches are the epochs.

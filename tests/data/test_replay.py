@@ -136,7 +136,6 @@ class TestEpisodeEnds:
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
-
     @pytest.mark.parametrize("storage", ["memory", "disk"])
     @pytest.mark.parametrize("written", [[], *FILLS])
     def test_episodes_that_are_not_continued(self, written, storage):

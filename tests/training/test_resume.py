@@ -70,9 +70,7 @@ class TestExactResume:
     )
     def test_stopped_and_resumed_equals_straight(self, changes, env, tmp_path, monkeypatch):
         """Eight epochs, in the fourth of which both Pendulum episodes end; stopped after the third and the fifth."""
-        cfg = config(
-            {"training.epochs": 8, "training.eval_every": 4, "training.checkpoint_every": 2, **changes}, env
-        )
+        cfg = config({"training.epochs": 8, "training.eval_every": 4, "training.checkpoint_every": 2, **changes}, env)
         cfg.env["episode_length"] = 14
         straight, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
         first, _ = run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(3))

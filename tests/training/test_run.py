@@ -255,7 +255,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"algorithm.horizon": 31}, r"algorithm.horizon=31 is longer than an episode of pendulum \(30 agent steps\)"),
+            (
+                {"algorithm.horizon": 31},
+                r"algorithm.horizon=31 is longer than an episode of pendulum \(30 agent steps\)",
+            ),
             ({"algorithm.policy_starts": "past"}, r"algorithm.policy_starts='past' is not one of replay, current"),
             ({"device": "tpu9"}, r"device='tpu9' is unknown; choose auto, cpu, cuda or cuda:N"),
             ({"device": "cuda:77"}, r"device='cuda:77' is not there: PyTorch sees \d+ CUDA devices"),
@@ -285,5 +288,3 @@ class TestRefused:
     def test_devices_that_are_there(self):
         assert pick_device("cpu") == torch.device("cpu")
         assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-

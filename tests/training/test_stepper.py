@@ -369,7 +369,9 @@ class TestDiagnostics:
 
 
 class TestMemory:
-    @pytest.mark.parametrize("changes", [{"model.dynamics.kind": "mlp"}, {}, {"model.dynamics.checkpoint_substeps": True}])
+    @pytest.mark.parametrize(
+        "changes", [{"model.dynamics.kind": "mlp"}, {}, {"model.dynamics.checkpoint_substeps": True}]
+    )
     def test_no_graph_is_alive_after_an_epoch(self, changes):
         bench = Bench(config(changes))
         kept, tensors = [], []

@@ -114,7 +114,7 @@ def count_parameters(module: nn.Module) -> int:
 def matched_units(units: Sequence[int], in_features: int, out_features: int, budget: int) -> list[int]:
     """Hidden widths, scaled together, whose :func:`normed_mlp` with a plain last layer is nearest to ``budget``.
 
-    Used to compare dynamics at equal parameter count (within 1 % at the sizes shipped here): a larger input costs width.
+    Used to compare dynamics at equal parameter count (within 1 % at the sizes shipped): a larger input costs width.
 
     Args:
         units (sequence of int): widths of the reference network.

@@ -38,8 +38,8 @@ def make_dynamics(
 ) -> Dynamics:
     """Build latent dynamics.
 
-    ``residual`` and ``flow`` get hidden widths at which their parameter count is that of ``mlp`` with ``units``, so that
-    a comparison of kinds is one at equal parameters (``simnorm_velocity`` keeps ``units``: its checkpoints have them).
+    ``residual`` and ``flow`` get hidden widths at which their parameter count is that of ``mlp`` with ``units``, so
+    that a comparison of kinds is one at equal parameters (``simnorm_velocity`` keeps ``units``, as its checkpoints do).
 
     Args:
         kind (str): ``"mlp"``, ``"residual"`` or ``"flow"``.

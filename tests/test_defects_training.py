@@ -1,0 +1,153 @@
+"""Defects that were measured on public implementations and live in the training loop; the others: test_defects.py."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+from training_cases import PENDULUM, config, rows_of, run_with
+
+from pwm_torchrl.training import evaluate_run
+from pwm_torchrl.training.config_file import save_config
+from pwm_torchrl.training.metrics import MetricRow
+
+
+class TestHostMemoryLeak:
+    """A logged loss kept its autograd graph; the metrics history held one graph per epoch."""
+
+    @pytest.mark.parametrize("kind", ["mlp", "flow"])
+    def test_nothing_piles_up_over_the_epochs_of_a_run(self, kind, tmp_path, monkeypatch):
+        counts, graphs = [], []
+
+        def count(run):
+            gc.collect()
+            alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+            counts.append(len(alive))
+            graphs.append(sum(x.grad_fn is not None for x in alive))
+
+        changes = {"model.dynamics.kind": kind, "training.epochs": 7, "training.eval_every": 1}
+        run_with(monkeypatch, config({**changes, "training.gradient_profile_every": 1}), tmp_path, after_epoch=count)
+        assert graphs == [0] * 7
+        # The optimizers' moments appear in the first epoch.
+        assert len(set(counts[2:])) == 1
+
+    def test_a_metric_with_a_graph_is_refused(self):
+        loss = torch.ones(1, requires_grad=True).sum()
+        for record in (MetricRow().set, MetricRow().mean):
+            with pytest.raises(ValueError, match="'loss/model' requires grad"):
+                record({"loss/model": loss})
+
+    @pytest.mark.slow
+    def test_resident_memory_stays_flat(self, tmp_path, monkeypatch):
+        """300 epochs; a single retained graph per epoch of this size would add more than 60 MB."""
+        psutil = pytest.importorskip("psutil")
+        process, sizes = psutil.Process(os.getpid()), {}
+
+        def measure(run):
+            if run.trainer.epoch % 50 == 0:
+                gc.collect()
+                sizes[run.trainer.epoch] = process.memory_info().rss
+
+        changes = {"training.epochs": 300, "training.eval_every": 0, "training.checkpoint_every": 50}
+        run_with(monkeypatch, config(changes), tmp_path, after_epoch=measure)
+        assert sizes[300] - sizes[100] < 15e6
+
+
+class TestEvaluationThatSummedImaginedRewards:
+    def test_a_model_that_dreams_of_rewards_does_not_score(self, tmp_path, monkeypatch):
+        """Returns are the environment's own, whatever reward head and dynamics say."""
+        cfg = config()
+        save_config(cfg, tmp_path)
+        _, run = run_with(monkeypatch, cfg, tmp_path)
+        row = MetricRow()
+        run.observer.evaluate(row)
+        honest = row.numbers()
+        with torch.no_grad():
+            for part in (run.networks.world_model.reward, run.networks.world_model.dynamics):
+                for p in part.parameters():
+                    p.fill_(1.0)
+        row = MetricRow()
+        run.observer.evaluate(row)
+        dreaming = row.numbers()
+        assert dreaming["eval/return_mean"] == honest["eval/return_mean"] < 0
+        assert dreaming["eval/reward_nmse"] > honest["eval/reward_nmse"]
+
+    def test_training_and_evaluation_agree(self, tmp_path, monkeypatch):
+        cfg = config()
+        save_config(cfg, tmp_path)
+        summary, _ = run_with(monkeypatch, cfg, tmp_path)
+        again = evaluate_run(tmp_path, episodes=cfg.training.eval_episodes, which="latest")
+        assert again["return_mean"] == pytest.approx(summary["final_return"])
+
+
+def test_data_collected_open_loop(tmp_path, monkeypatch):
+    """The environment executed actions computed from imagined latents; here collection does not touch the dynamics."""
+
+    def spoil(run):
+        for part in (run.networks.world_model.dynamics, run.networks.world_model.reward):
+            for p in part.parameters():
+                p.data.fill_(torch.nan)
+
+    batches = []
+    for after in (None, spoil):
+        changes = {"training.epochs": 3, "training.eval_every": 0, "algorithm.random_steps": 8}
+        seen: list[torch.Tensor] = []
+
+        def check(run, seen=seen, after=after):
+            """First the policy acts with sound dynamics or spoiled ones, then the batch is compared."""
+            if len(seen) == 0 and after is not None:
+                after(run)
+            seen.append(next(run.trainer.collector.iterator())["action"].clone())
+            run.trainer.request_stop("test")
+
+        try:
+            run_with(monkeypatch, config(changes), tmp_path / str(len(batches)), after_epoch=check)
+        except FloatingPointError:
+            pass
+        batches.append(seen[0])
+    assert torch.equal(*batches)
+    assert batches[0].isfinite().all()
+
+
+def test_one_tensordict_per_environment_and_step(tmp_path, monkeypatch):
+    """Replay is filled by one write per epoch, whatever the number of environments."""
+    writes = []
+
+    def watch(run):
+        if not writes:
+            writes.append(None)
+            extend = run.replay.buffer.extend
+            run.replay.buffer.extend = lambda batch: writes.append(batch.shape) or extend(batch)
+
+    changes = {"training.epochs": 4, "training.eval_every": 0}
+    run_with(monkeypatch, config(changes, {**PENDULUM, "num_envs": 5}), tmp_path, after_epoch=watch)
+    assert writes[1:] == [(5, 4)] * 3
+
+
+def test_parameters_in_no_optimizer(tmp_path, monkeypatch):
+    """Every parameter of every network moves in a run, the policy's standard deviation too; all gradients are cleared."""
+    first = {}
+
+    def remember(run):
+        if not first:
+            first.update(
+                {
+                    f"{name}.{key}": p.detach().clone()
+                    for name, net in run.networks.items()
+                    for key, p in net.named_parameters()
+                }
+            )
+
+    changes = {
+        "model.termination_head": True,
+        "model.reward_head": "two_hot",
+        "model.dynamics.condition_on_start": True,
+    }
+    _, run = run_with(monkeypatch, config(changes), tmp_path, after_epoch=remember)
+    for name, network in run.networks.items():
+        for key, p in network.named_parameters():
+            assert p.grad is None, key
+            assert not torch.equal(p, first[f"{name}.{key}"]), f"{name}.{key}"
+    assert float(rows_of(tmp_path)[-1]["policy/std"]) != float(rows_of(tmp_path)[0]["policy/std"])

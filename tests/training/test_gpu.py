@@ -1,0 +1,30 @@
+"""A run on a CUDA device; skipped, with its reason, where there is none."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.training import evaluate_run, train
+from pwm_torchrl.training.metrics import read_metrics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_trains_and_resumes_on_cuda(compiled: bool, tmp_path: Path) -> None:
+    words = ["device=cuda", "training.epochs=2", "algorithm.first_model_updates=2", "algorithm.random_steps=0"]
+    words += ["algorithm.normalize_rewards=true", "algorithm.normalize_observations=true", "training.video=false"]
+    cfg = compose([*words, f"algorithm.compile={compiled}", f"run_dir={tmp_path}"])
+    summary = train(cfg, tmp_path)
+    assert summary["status"] == "finished"
+    assert summary["peak_device_bytes"] > 0
+    assert all(math.isfinite(value) for value in read_metrics(tmp_path / "metrics.csv")["loss/model"])
+    assert evaluate_run(tmp_path)["return_mean"] == pytest.approx(summary["final_return"], rel=1e-3)
