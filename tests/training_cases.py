@@ -27,7 +27,7 @@ from pwm_torchrl.training.config import (
     TrainingConfig,
 )
 from pwm_torchrl.training.load import Facts
-from pwm_torchrl.training.run import Run
+from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.stepper import PWMStepper
 
 PENDULUM = {
@@ -44,6 +44,13 @@ CARTPOLE = {
     "task": "swingup",
     "num_envs": 2,
     "action_repeat": 2,
+    "episode_length": 10,
+}
+DFLEX = {
+    "_target_": "pwm_torchrl.envs.make_dflex_env",
+    "module": "pwm_torchrl.envs.dflex_stand_in",
+    "name": "dflex_hopper",
+    "num_envs": 2,
     "episode_length": 10,
 }
 TIME_COLUMNS = ("wall_clock_s", "time/epoch_s")

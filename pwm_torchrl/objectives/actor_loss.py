@@ -187,7 +187,7 @@ class PWMActorLoss(LossModule):
             with torch.no_grad():
                 action_dim = act(start[:1])[0].shape[-1]
             rollout = self._imagine(
-                lambda latent, action: model(latent, action, *tasks),  # type: ignore[arg-type,return-value]
+                lambda latent, action: model(latent, action, *tasks),
                 policy,
                 start.detach(),
                 self.horizon,

@@ -18,7 +18,7 @@ from pwm_torchrl.training.seeding import evaluation_env_seed
 from pwm_torchrl.training.stepper import PWMStepper
 
 if TYPE_CHECKING:
-    from pwm_torchrl.training.run import Run
+    from pwm_torchrl.training.assembly import Run
     from pwm_torchrl.training.trainer import PWMTrainer
 
 
@@ -136,10 +136,10 @@ class Observer:
             "value": numbers.get("loss/value"),
         }
         self.progress.update(epoch, {k: v for k, v in shown.items() if v is not None})
-        name = not_finite(numbers)
-        if name is not None:
+        bad = not_finite(numbers)
+        if bad is not None:
             raise FloatingPointError(
-                f"{name} became {numbers[name]} in epoch {epoch}; the checkpoint before it is the newest. Lower the "
+                f"{bad} became {numbers[bad]} in epoch {epoch}; the checkpoint before it is the newest. Lower the "
                 "learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
             )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torchrl.envs import SerialEnv, TransformedEnv
-from training_cases import CARTPOLE, CLOCKWORK, PENDULUM, Clockwork, config
+from training_cases import CARTPOLE, CLOCKWORK, DFLEX, PENDULUM, Clockwork, config
 
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.modules import policy_module
@@ -17,6 +17,11 @@ from pwm_torchrl.training.build import build_networks
 from pwm_torchrl.training.config import TrainingConfig
 from pwm_torchrl.training.evaluation import Episodes, film, open_loop_errors, play, random_action
 from pwm_torchrl.training.load import Facts
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
 
 
 def build(env_cfg=PENDULUM, facts=(3, 1), num_envs=3):
@@ -109,7 +114,9 @@ class TestPlay:
 
     @pytest.mark.parametrize("act", ["policy", "random"])
     @pytest.mark.parametrize(
-        ("env_cfg", "facts"), [(PENDULUM, (3, 1)), (CARTPOLE, (5, 1)), (CLOCKWORK, (3, 1))], ids=lambda x: str(x)[-12:]
+        ("env_cfg", "facts"),
+        [(PENDULUM, (3, 1)), (CARTPOLE, (5, 1)), (DFLEX, (11, 3)), (CLOCKWORK, (3, 1))],
+        ids=["pendulum", "cartpole", "dflex", "clockwork"],
     )
     def test_leaves_the_global_generators_alone(self, env_cfg, facts, act):
         env, _, policy = build(env_cfg, facts)
@@ -167,12 +174,13 @@ def drift(steps: int, envs: int) -> Episodes:
     return Episodes(observation[:-1], action, observation[1:], reward, valid)
 
 
-class TestOpenLoopErrors:
-    KEYS = {"latent_mse", "latent_mse_last", "reward_nmse", "reward_nmse_last"}
+ERRORS = {"latent_mse", "latent_mse_last", "reward_nmse", "reward_nmse_last"}
 
+
+class TestOpenLoopErrors:
     def test_zero_for_the_true_model(self):
         errors = open_loop_errors(Perfect(), drift(12, 3), horizon=5)
-        assert set(errors) == self.KEYS
+        assert set(errors) == ERRORS
         assert all(abs(value) < 1e-10 for value in errors.values())
 
     def test_values_for_a_biased_model(self):
@@ -217,7 +225,7 @@ class TestOpenLoopErrors:
         networks = build_networks(config(changes), Facts(3, 1, False))
         env, _, policy = build()
         errors = open_loop_errors(networks.world_model, play(env, policy, seed=0), 4)
-        assert set(errors) == self.KEYS
+        assert set(errors) == ERRORS
         assert all(np.isfinite(list(errors.values())))
 
 

@@ -1,4 +1,4 @@
-"""Every experiment preset trains: two epochs on the stand-in simulator, with batches cut to what a CPU does in seconds."""
+"""Every experiment preset trains: two epochs on the stand-in simulator, with batches that a CPU does in seconds."""
 
 from __future__ import annotations
 

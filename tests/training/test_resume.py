@@ -12,6 +12,7 @@ import torch
 from training_cases import (
     CARTPOLE,
     CLOCKWORK,
+    DFLEX,
     PENDULUM,
     assert_equal,
     config,
@@ -24,14 +25,6 @@ from training_cases import (
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training import train
 from pwm_torchrl.training.checkpoint import CheckpointFault
-
-DFLEX = {
-    "_target_": "pwm_torchrl.envs.make_dflex_env",
-    "module": "pwm_torchrl.envs.dflex_stand_in",
-    "name": "dflex_hopper",
-    "num_envs": 2,
-    "episode_length": 10,
-}
 
 
 def checkpoints(run_dir):

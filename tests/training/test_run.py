@@ -13,7 +13,7 @@ from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training import train
 from pwm_torchrl.training.evaluation import play, random_action
-from pwm_torchrl.training.run import Run, pick_device
+from pwm_torchrl.training.assembly import Run, pick_device
 from pwm_torchrl.training.seeding import evaluation_env_seed
 from pwm_torchrl.training.summary import RunSummary
 

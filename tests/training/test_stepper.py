@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -118,15 +119,16 @@ class TestUpdateCounts:
         assert self.count(bench) == dict.fromkeys(NAMES, 0)
 
 
-class TestModelUpdate:
-    CASES = [
-        {},
-        {"model.loss.flow_matching_weight": 1.0},
-        {"model.loss.form": "tdmpc2"},
-        {"model.reward_head": "two_hot", "model.dynamics.kind": "mlp"},
-    ]
+MODEL_LOSSES = [
+    {},
+    {"model.loss.flow_matching_weight": 1.0},
+    {"model.loss.form": "tdmpc2"},
+    {"model.reward_head": "two_hot", "model.dynamics.kind": "mlp"},
+]
 
-    @pytest.mark.parametrize("changes", CASES, ids=lambda c: "_".join(c) or "flow")
+
+class TestModelUpdate:
+    @pytest.mark.parametrize("changes", MODEL_LOSSES, ids=lambda c: "_".join(c) or "flow")
     @pytest.mark.parametrize("size", [1, 3, 8])
     def test_micro_batches_add_up_to_the_whole_batch(self, changes, size):
         """Ends of episodes make the parts' numbers of valid steps differ."""
@@ -264,7 +266,7 @@ class TestCriticUpdate:
         bench.losses.value = Spy()
         bench.stepper.update_critics(imagined, MetricRow())
         assert [len(p) for p in passes] == [5, 5, 5, 5, 4] * 2
-        first, second = sum(passes[:5], []), sum(passes[5:], [])
+        first, second = list(chain(*passes[:5])), list(chain(*passes[5:]))
         assert sorted(first) == sorted(second) == list(range(24))
         assert first != second != list(range(24))
 
