@@ -17,6 +17,7 @@ from torchrl.envs import EnvBase, GymWrapper
 
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.training import run as run_module
+from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.build import build_learners, build_losses, build_networks
 from pwm_torchrl.training.config import (
     AlgorithmConfig,
@@ -27,7 +28,6 @@ from pwm_torchrl.training.config import (
     TrainingConfig,
 )
 from pwm_torchrl.training.load import Facts
-from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.stepper import PWMStepper
 
 PENDULUM = {

@@ -120,6 +120,11 @@ class TrajectoryReplay:
     def __len__(self) -> int:
         return min(self.sampler.steps, self.capacity) * self.num_envs
 
+    @property
+    def collected(self) -> int:
+        """Transitions ever added, those that were overwritten too."""
+        return self.sampler.steps * self.num_envs
+
     def extend(self, batch: TensorDictBase) -> None:
         """Add a collected batch ``[N, T]``."""
         self.buffer.extend(batch.select(*STORED_KEYS).detach().cpu())

@@ -26,7 +26,8 @@ class ResumableCollector(Collector):
         env (EnvBase): environments of batch size ``[N]``.
         policy (TensorDictModuleBase): acts on their observations.
         steps (int): agent steps per environment and batch.
-        random_steps (int): first agent steps, all environments together, with uniform actions. Defaults to ``0``.
+        random_steps (int): first agent steps, all environments together, with uniform actions; rounded up to whole
+            batches. Defaults to ``0``.
         device (str or torch.device): of the policy; environments and batches are on the CPU. Defaults to ``"cpu"``.
     """
 
@@ -40,12 +41,13 @@ class ResumableCollector(Collector):
     ) -> None:
         self.resumed_exactly = True
         self._env_state_valid = True
+        frames = steps * env.batch_size[0]
         super().__init__(
             env,
             policy,
-            frames_per_batch=steps * env.batch_size[0],
+            frames_per_batch=frames,
             total_frames=-1,
-            init_random_frames=random_steps or None,
+            init_random_frames=-(-random_steps // frames) * frames or None,
             exploration_type=ExplorationType.RANDOM,
             trust_policy=True,
             policy_device=device,

@@ -59,7 +59,7 @@ class PWMStepper(OptimizationStepper):
             learner.set_progress(self.epoch / max(1, self.cfg.training.epochs))
             row.set({f"lr/{name}": learner.optimizer.param_groups[0]["lr"]})
         self.epoch += 1
-        if len(self.replay) < a.random_steps or not self.replay.can_sample:
+        if self.replay.collected < a.random_steps or not self.replay.can_sample:
             return TensorDict(row.numbers())
         for _ in range(a.model_updates if self.updated else self.first_model_updates):
             self.update_model(row)

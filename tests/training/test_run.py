@@ -7,13 +7,23 @@ import math
 
 import pytest
 import torch
-from training_cases import CARTPOLE, CLOCKWORK, TIME_COLUMNS, assert_equal, config, rows_of, run_with, weights_of
+from training_cases import (
+    CARTPOLE,
+    CLOCKWORK,
+    TIME_COLUMNS,
+    assert_equal,
+    config,
+    rows_of,
+    run_with,
+    stop_after,
+    weights_of,
+)
 
 from pwm_torchrl.envs import make_env
-from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training import train
-from pwm_torchrl.training.evaluation import play, random_action
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.training import assembly, train
 from pwm_torchrl.training.assembly import Run, pick_device
+from pwm_torchrl.training.evaluation import play, random_action
 from pwm_torchrl.training.seeding import evaluation_env_seed
 from pwm_torchrl.training.summary import RunSummary
 
@@ -94,6 +104,30 @@ class TestWhatIsLeft:
 
     def test_nothing_but_time_in_the_time_columns(self, finished):
         assert set(TIME_COLUMNS) <= set(rows_of(finished[1].run_dir, without=())[0])
+
+
+class TestEvents:
+    def test_every_attempt_and_its_end(self, tmp_path, monkeypatch):
+        run_with(monkeypatch, config(), tmp_path, after_epoch=stop_after(2))
+        run_with(monkeypatch, config(), tmp_path, resume=True)
+        with pytest.raises(ConfigurationError):
+            train(config({"algorithm.horizon": 31}), tmp_path, resume=True)
+        events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+        found = [(event["event"], event["epoch"]) for event in events]
+        assert found == [("start", 0), ("stopped", 2), ("resume", 2), ("finished", 4), ("failed", 4)]
+        assert "algorithm.horizon=31" in events[-1]["error"]
+
+
+def test_a_machine_that_cannot_draw_finishes_all_the_same(tmp_path, monkeypatch, capsys):
+    def absent(*args):
+        raise MissingLibraryError("curves.png needs matplotlib")
+
+    monkeypatch.setattr(assembly, "write_curves", absent)
+    monkeypatch.setattr(assembly, "write_video", absent)
+    assert train(config({"training.epochs": 1, "training.video": True}), tmp_path)["status"] == "finished"
+    shown = "".join(capsys.readouterr())
+    assert "no curves: curves.png needs matplotlib" in shown
+    assert "no video: " in shown
 
 
 class TestCounting:

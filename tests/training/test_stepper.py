@@ -114,6 +114,13 @@ class TestUpdateCounts:
         bench.replay.extend(trajectories(steps=1))
         assert self.count(bench) == {"world_model": 3, "actor": 1, "critics": 4}
 
+    def test_more_random_steps_than_replay_holds(self):
+        bench = Bench(config({"algorithm.random_steps": 1200}))
+        for _ in range(14):
+            bench.replay.extend(trajectories())
+        assert (len(bench.replay), bench.replay.collected) == (1000, 1200)
+        assert self.count(bench)["actor"] == 1
+
     def test_nothing_before_there_is_a_whole_slice(self):
         bench = Bench(config(), trajectories(steps=3))
         assert self.count(bench) == dict.fromkeys(NAMES, 0)
