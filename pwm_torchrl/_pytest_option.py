@@ -11,7 +11,9 @@ from typing import Any
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Add the option."""
+    """Add the option, in this project's root only: other projects' tests have no use for it."""
+    if not (Path.cwd() / "tests" / "golden" / "golden_cases.py").is_file():
+        return
     parser.addoption(
         "--golden-dir",
         type=Path,

@@ -16,6 +16,10 @@ class MissingLibraryError(ConfigurationError, ImportError):
     """An optional library that the configuration needs and that cannot be imported."""
 
 
+class DivergenceError(FloatingPointError):
+    """A loss or a gradient norm that is not finite."""
+
+
 class EnvironmentFault(RuntimeError):
     """An environment raised, or returned a value that is not finite.
 

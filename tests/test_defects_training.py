@@ -12,6 +12,7 @@ from training_cases import PENDULUM, config, rows_of, run_with
 from pwm_torchrl.training import evaluate_run
 from pwm_torchrl.training.config_file import save_config
 from pwm_torchrl.training.metrics import MetricRow
+from pwm_torchrl.training.seeding import evaluation_env_seed
 
 
 class TestHostMemoryLeak:
@@ -78,7 +79,8 @@ class TestEvaluationThatSummedImaginedRewards:
         cfg = config()
         save_config(cfg, tmp_path)
         summary, _ = run_with(monkeypatch, cfg, tmp_path)
-        again = evaluate_run(tmp_path, episodes=cfg.training.eval_episodes, which="latest")
+        seed = evaluation_env_seed(cfg.seed)
+        again = evaluate_run(tmp_path, episodes=cfg.training.eval_episodes, seed=seed, which="latest")
         assert again["return_mean"] == pytest.approx(summary["final_return"])
 
 

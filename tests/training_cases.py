@@ -28,6 +28,7 @@ from pwm_torchrl.training.config import (
     TrainingConfig,
 )
 from pwm_torchrl.training.load import Facts
+from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.stepper import PWMStepper
 
 PENDULUM = {
@@ -118,7 +119,13 @@ def run_with(
             if during_epoch is not None:
                 self.trainer.register_op("pre_steps_log", lambda batch: during_epoch(self))
             if after_epoch is not None:
-                self.trainer.register_op("post_steps", lambda: after_epoch(self))
+                finish_epoch = self.trainer.finish_epoch
+
+                def finish(epoch: int, row: MetricRow) -> None:
+                    finish_epoch(epoch, row)
+                    after_epoch(self)
+
+                self.trainer.finish_epoch = finish
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "Run", Hooked)

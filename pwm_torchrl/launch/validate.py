@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,9 @@ _AT_LEAST: dict[str, float] = {
     "model.loss.flow_matching_weight": 0,
     "model.loss.self_consistency_weight": 0,
     "model.loss.termination_coef": 0,
+    "model.loss.dynamics_coef": 0,
+    "model.loss.reward_coef": 0,
+    "model.loss.rho": 0,
     "size.latent_dim": 1,
     "size.simnorm_dim": 1,
     "size.task_dim": 1,
@@ -45,11 +49,11 @@ _AT_LEAST: dict[str, float] = {
     "algorithm.collect_steps": 1,
     "algorithm.random_steps": 0,
     "algorithm.imagination_batch": 1,
-    "algorithm.policy_updates": 0,
+    "algorithm.policy_updates": 1,
     "algorithm.model_batch": 1,
     "algorithm.model_updates": 0,
     "algorithm.first_model_updates": 0,
-    "algorithm.critic_passes": 0,
+    "algorithm.critic_passes": 1,
     "algorithm.critic_minibatches": 1,
     "training.epochs": 1,
     "training.eval_every": 0,
@@ -97,6 +101,8 @@ def validate(config: Config) -> None:
             raise ConfigurationError(f"{key}={value} is too small; it must be at least {least:g}")
     for key in _POSITIVE:
         _require(config, f"algorithm.{key}", lambda v: v > 0, "must be above 0")
+    for key in ("model_lr", "actor_lr", "critic_lr", "final_lr"):
+        _require(config, f"algorithm.{key}", math.isfinite, "must be finite")
     _require(config, "algorithm.final_lr", lambda v: v >= 0, "must not be negative")
     _require(config, "algorithm.gamma", lambda v: 0 < v <= 1, "must lie in (0, 1]")
     _require(config, "algorithm.lmbda", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
@@ -147,6 +153,16 @@ def _check_combinations(config: Config) -> None:
         )
     if not model.vmin < model.vmax:
         raise ConfigurationError(f"model.vmin={model.vmin} must be below model.vmax={model.vmax}")
+    for key in ("flow_matching_weight", "self_consistency_weight"):
+        if getattr(model.loss, key) and model.dynamics.kind != "flow":
+            raise ConfigurationError(
+                f"model.loss.{key}={getattr(model.loss, key)} needs model.dynamics.kind=flow, not {model.dynamics.kind}"
+            )
+    if model.loss.self_consistency_weight and not model.dynamics.condition_on_step_size:
+        raise ConfigurationError(
+            f"model.loss.self_consistency_weight={model.loss.self_consistency_weight} needs "
+            "model.dynamics.condition_on_step_size=true"
+        )
     episode = config.env.get("episode_length")
     if episode is not None and algorithm.horizon > episode:
         raise ConfigurationError(

@@ -53,7 +53,7 @@ def tensor_function(
     if not set(has_in) <= set(wanted_in) or not set(wanted_out) <= set(has_out):
         raise ValueError(
             f"{type(module).__name__} reads {has_in} and writes {has_out}, but reading no more than {wanted_in} and "
-            f"writing at least {wanted_out} is needed; rename its keys or call set_keys on the loss."
+            f"writing at least {wanted_out} is needed; give it those keys, or tell the loss its own by set_keys."
         )
     if type(module) is TensorDictModule and (has_in, has_out) == (wanted_in, wanted_out):
         single = len(wanted_out) == 1

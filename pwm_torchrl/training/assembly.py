@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchrl.checkpoint import Checkpoint, GlobalRNGState
+from torchrl.checkpoint import Checkpoint
 from torchrl.envs import EnvBase
 
 from pwm_torchrl.data import TrajectoryReplay
@@ -27,7 +27,7 @@ from pwm_torchrl.training.load import facts_of
 from pwm_torchrl.training.loggers import close_logger, make_logger
 from pwm_torchrl.training.observer import Observer
 from pwm_torchrl.training.progress import say
-from pwm_torchrl.training.seeding import evaluation_env_seed, seed_everything, training_env_seed
+from pwm_torchrl.training.seeding import RunRNGState, evaluation_env_seed, seed_everything, training_env_seed
 from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
 from pwm_torchrl.training.summary import RunSummary
 from pwm_torchrl.training.threads import set_threads
@@ -50,12 +50,13 @@ class Run:
         self.cfg, self.run_dir, self.summary = cfg, run_dir, summary
         set_threads(cfg.training.threads)
         self.device = pick_device(cfg.device)
+        self.env_device = pick_device(cfg.env.get("device") or "cpu")  # a simulator may have a GPU of its own
         seed_everything(cfg.seed)
         self.env = make_env(
             cfg.env,
             num_envs=int(cfg.env.get("num_envs", 1)),
             seed=training_env_seed(cfg.seed),
-            device="cpu",
+            device=self.env_device,
         )
         self.info = env_info(self.env)
         check_against_env(cfg, self.info)
@@ -64,18 +65,18 @@ class Run:
         self.policy = policy_module(
             self.networks.world_model, self.networks.actor, action_spec=self.env.action_spec_unbatched
         )
-        self.act = acting_on(self.policy, self.device)
+        self.act = acting_on(self.policy, self.device, self.env_device)
         self.assemble()
 
     def _evaluation_env(self, count: int, render: bool = False) -> EnvBase:
         seed = evaluation_env_seed(self.cfg.seed)
-        return make_env(self.cfg.env, num_envs=count, seed=seed, device="cpu", render=render)
+        return make_env(self.cfg.env, num_envs=count, seed=seed, device=self.env_device, render=render)
 
     def assemble(self) -> None:
         """Put collector, replay, stepper, observer, checkpoint and trainer together."""
         cfg, a, t = self.cfg, self.cfg.algorithm, self.cfg.training
         steps = a.collect_steps or a.horizon
-        collector = ResumableCollector(self.env, self.policy, steps, a.random_steps, self.device)
+        collector = ResumableCollector(self.env, self.policy, steps, a.random_steps, self.device, self.env_device)
         self.replay = TrajectoryReplay(
             t.replay_capacity,
             self.info.num_envs,
@@ -117,7 +118,7 @@ class Run:
             "episode_returns": returns,
             "trainer": self.trainer,
             "summary": self.summary,
-            "rng": GlobalRNGState(),
+            "rng": RunRNGState(),
         }
         if self.reward_scale is not None:
             self.components["reward_scale"] = self.reward_scale
@@ -166,7 +167,7 @@ class Run:
             self.summary.random_return = float(self.play(random_action(self.eval_env)).mean())
         self.summary.write()
         logger = make_logger(self.cfg.logger, self.run_dir, asdict(self.cfg), first_step=self.trainer.env_steps)
-        self.observer.logger = logger
+        self.observer.logger = self.trainer.logger = logger
         try:
             if self.trainer.epoch < self.cfg.training.epochs:
                 with stop_on_interrupt(self.trainer):
@@ -215,8 +216,8 @@ class Run:
             fps = 30.0 / max(1, self.info.action_repeat)
             write_video(self.run_dir, film(env, self.act, evaluation_env_seed(self.cfg.seed)), fps)
             env.close()
-        except (ConfigurationError, EnvironmentFault) as error:
-            say(f"no video: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever a renderer or an encoder raises, the run has finished
+            say(f"no video: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
     metadata = checkpoint_metadata(path)
     try:
         check_tensor_files(path)
-        Checkpoint(**components).load(path, components=list(components))
+        Checkpoint(**components).load(path, components=list(components), map_location="cpu")
     except Exception as error:
         link: BaseException | None = error
         while link is not None:  # TorchRL wraps what a component raises

@@ -28,7 +28,8 @@ class ResumableCollector(Collector):
         steps (int): agent steps per environment and batch.
         random_steps (int): first agent steps, all environments together, with uniform actions; rounded up to whole
             batches. Defaults to ``0``.
-        device (str or torch.device): of the policy; environments and batches are on the CPU. Defaults to ``"cpu"``.
+        device (str or torch.device): of the policy; batches come on the CPU. Defaults to ``"cpu"``.
+        env_device (str or torch.device): of the environments. Defaults to ``"cpu"``.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ResumableCollector(Collector):
         steps: int,
         random_steps: int = 0,
         device: str | torch.device = "cpu",
+        env_device: str | torch.device = "cpu",
     ) -> None:
         self.resumed_exactly = True
         self._env_state_valid = True
@@ -51,7 +53,7 @@ class ResumableCollector(Collector):
             exploration_type=ExplorationType.RANDOM,
             trust_policy=True,
             policy_device=device,
-            env_device="cpu",
+            env_device=env_device,
             storing_device="cpu",
             use_buffers=False,
             auto_register_policy_transforms=False,  # the policy has no memory

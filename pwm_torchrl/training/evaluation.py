@@ -14,6 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from pwm_torchrl.envs import env_info, render_frame
 from pwm_torchrl.modules import WorldModel
+from pwm_torchrl.training.seeding import preserved_generators
 
 #: Stops an evaluation whose episodes neither end nor have a known length.
 MAX_AGENT_STEPS = 10_000
@@ -35,6 +36,7 @@ class Episodes:
         return (self.reward.double() * self.valid).sum(0).squeeze(-1)
 
 
+@preserved_generators()
 @torch.no_grad()
 def play(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Episodes:
     """One episode in each environment of ``env``, after seeding them.
@@ -71,14 +73,14 @@ def play(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: in
 
 
 def acting_on(
-    policy: Callable[[TensorDictBase], TensorDictBase], device: torch.device
+    policy: Callable[[TensorDictBase], TensorDictBase], device: torch.device, env_device: torch.device
 ) -> Callable[[TensorDictBase], TensorDictBase]:
-    """A policy on ``device`` for environments on the CPU."""
-    if device.type == "cpu":
+    """A policy on ``device`` for environments on ``env_device``."""
+    if device == env_device:
         return policy
 
     def act(state: TensorDictBase) -> TensorDictBase:
-        return state.set("action", policy(state.select("observation").to(device))["action"].cpu())
+        return state.set("action", policy(state.select("observation").to(device))["action"].to(env_device))
 
     return act
 

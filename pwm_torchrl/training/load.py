@@ -25,7 +25,7 @@ from pwm_torchrl.training.checkpoint import (
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.config_file import load_config
 from pwm_torchrl.training.evaluation import play
-from pwm_torchrl.training.seeding import evaluation_env_seed
+from pwm_torchrl.training.seeding import fresh_env_seed
 
 WHICH = ("best", "latest")
 
@@ -136,14 +136,15 @@ def evaluate_run(
     Args:
         run_dir (str or Path): run directory.
         episodes (int): number of episodes, played side by side. Defaults to ``10``.
-        seed (int, optional): of the first environment. Defaults to the run's evaluation seed.
+        seed (int, optional): of the first environment. Defaults to one of the run's that neither its training nor its
+            choice of the best checkpoint used.
         which (str): ``"best"`` or ``"latest"`` checkpoint. Defaults to ``"best"``.
 
     Returns:
         dict: ``return_mean``, ``return_std``, ``episodes`` and ``returns``.
     """
     cfg, networks = load_networks(run_dir, which)
-    seed = evaluation_env_seed(cfg.seed) if seed is None else seed
+    seed = fresh_env_seed(cfg.seed) if seed is None else seed
     env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
     info = env_info(env)
     policy = policy_module(networks.world_model, networks.actor, action_spec=Bounded(-1.0, 1.0, (info.action_dim,)))

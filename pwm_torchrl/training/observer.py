@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.record.loggers.common import Logger
 
+from pwm_torchrl.errors import DivergenceError
 from pwm_torchrl.training.collector import EpisodeReturns
 from pwm_torchrl.training.evaluation import open_loop_errors, play
 from pwm_torchrl.training.metrics import CsvMetrics, MetricRow
@@ -114,7 +115,7 @@ class Observer:
         """Write the epoch everywhere; raise if the training diverged.
 
         Raises:
-            FloatingPointError: if a loss or gradient norm is not finite.
+            DivergenceError: if a loss or gradient norm is not finite.
         """
         summary = self.run.summary
         summary.epochs_done = epoch
@@ -138,7 +139,7 @@ class Observer:
         self.progress.update(epoch, {k: v for k, v in shown.items() if v is not None})
         bad = not_finite(numbers)
         if bad is not None:
-            raise FloatingPointError(
+            raise DivergenceError(
                 f"{bad} became {numbers[bad]} in epoch {epoch}; the checkpoint before it is the newest. Lower the "
                 "learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
             )

@@ -10,6 +10,7 @@ from typing import Any
 from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.lock import exclusive
 from pwm_torchrl.training.summary import RunSummary
 
 
@@ -29,10 +30,15 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False) -> dict[str, A
     Raises:
         ConfigurationError: for a configuration that cannot work.
         EnvironmentFault: if an environment fails, after a checkpoint.
-        FloatingPointError: if a loss is not finite; the last checkpoint stays the newest.
+        DivergenceError: if a loss is not finite; the last checkpoint stays the newest.
     """
     run_dir = Path(run_dir)
     quiet_torchrl()
+    with exclusive(run_dir):
+        return _train(cfg, run_dir, resume)
+
+
+def _train(cfg: Config, run_dir: Path, resume: bool) -> dict[str, Any]:
     summary = RunSummary.start(cfg, run_dir, resume)
     try:
         run = Run(cfg, run_dir, summary)

@@ -55,8 +55,11 @@ class PWMStepper(OptimizationStepper):
         """Run one epoch's updates after collecting ``sub_batch`` ``[N, T]``; returns detached scalars."""
         a = self.cfg.algorithm
         row = MetricRow()
+        if trainer is not None:
+            # TorchRL's Trainer skips the updates while actions are random; the schedule counts those epochs too.
+            self.epoch = trainer.epoch
         for name, learner in self.learners.items():
-            learner.set_progress(self.epoch / max(1, self.cfg.training.epochs))
+            learner.set_progress(self.epoch / max(1, self.cfg.training.epochs - 1))
             row.set({f"lr/{name}": learner.optimizer.param_groups[0]["lr"]})
         self.epoch += 1
         if self.replay.collected < a.random_steps or not self.replay.can_sample:

@@ -37,6 +37,8 @@ class RunSummary:
     resume_exact: bool = True
     restarts: int = 0
     earlier_s: float = 0.0
+    earlier_host_bytes: int = 0  # peaks of earlier attempts
+    earlier_device_bytes: int = 0
     status: str = "running"
     started: float = field(default_factory=time.monotonic)
 
@@ -58,6 +60,8 @@ class RunSummary:
             before = json.loads(file.read_text(encoding="utf-8"))
             summary.restarts = int(before.get("restarts", 0)) + 1
             summary.random_return = before.get("random_return")
+            summary.earlier_host_bytes = int(before.get("peak_host_bytes", 0))
+            summary.earlier_device_bytes = int(before.get("peak_device_bytes", 0))
             # Until a checkpoint is restored, what the file said stays true.
             summary.earlier_s = float(before.get("wall_clock_s", 0.0))
             for key in PROGRESS:
@@ -83,7 +87,6 @@ class RunSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ``summary.json``; memory in bytes, return in the environment's reward."""
-        device_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
         return {
             **{key: self.fixed[key] for key in ("model", "size", "env", "seed")},
             "status": self.status,
@@ -96,8 +99,8 @@ class RunSummary:
             "final_return_std": self.final_return_std,
             "random_return": self.random_return,
             "wall_clock_s": round(self.wall_clock_s, 1),
-            "peak_host_bytes": peak_host_bytes(),
-            "peak_device_bytes": device_peak,
+            "peak_host_bytes": max(self.earlier_host_bytes, peak_host_bytes()),
+            "peak_device_bytes": max(self.earlier_device_bytes, peak_device_bytes()),
             "restarts": self.restarts,
             "resume_exact": self.resume_exact,
         }
@@ -116,7 +119,16 @@ class RunSummary:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
         values = asdict(self)
-        for key in ("run_dir", "fixed", "status", "started", "restarts", "random_return"):
+        for key in (
+            "run_dir",
+            "fixed",
+            "status",
+            "started",
+            "restarts",
+            "random_return",
+            "earlier_host_bytes",
+            "earlier_device_bytes",
+        ):
             del values[key]
         return {**values, "earlier_s": self.wall_clock_s}
 
@@ -124,6 +136,13 @@ class RunSummary:
         for key, value in state_dict.items():
             setattr(self, key, value)
         self.started = time.monotonic()
+
+
+def peak_device_bytes() -> int:
+    """Highest memory allocated on any CUDA device so far, 0 without one."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
 
 
 def peak_host_bytes() -> int:

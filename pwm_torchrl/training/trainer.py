@@ -74,8 +74,8 @@ class PWMTrainer(Trainer):
         self.finish_epoch = finish_epoch
         self.row = MetricRow()
         self.evaluated: float | None = None  # mean evaluation return of the present epoch
+        self.best_evaluated = NOT_EVALUATED
         self.register_op("post_optim_complete_log", self._take_metrics)
-        self.register_op("post_steps", self._end_epoch)
 
     @property
     def env_steps(self) -> int:
@@ -90,8 +90,14 @@ class PWMTrainer(Trainer):
     def _take_metrics(self, optim_steps: int, losses: TensorDictBase) -> None:
         self.row.set(losses)
 
-    def _end_epoch(self) -> None:
+    def _post_steps_hook(self) -> None:
+        """The updates are done, so the epoch counts; hooks see its number."""
         self.epoch += 1
+        super()._post_steps_hook()
+
+    def _post_steps_log_hook(self, batch: TensorDictBase) -> None:
+        """The last hook of an epoch: what the registered ones return belongs to its row."""
+        super()._post_steps_log_hook(batch)
         self.evaluated = None
         row, self.row = self.row, MetricRow()
         self.finish_epoch(self.epoch, row)
@@ -112,17 +118,25 @@ class PWMTrainer(Trainer):
         }
 
     def save_trainer(self, force_save: bool = False) -> None:
-        """Save a checkpoint if the epoch is due, or now."""
+        """Save a checkpoint if the epoch is due, if its evaluation is the best so far, or now."""
         due = self.checkpoint_every > 0 and self.epoch % self.checkpoint_every == 0
-        if force_save or due:
+        best = self.evaluated is not None and self.evaluated > self.best_evaluated
+        if best and self.evaluated is not None:
+            self.best_evaluated = self.evaluated
+        if force_save or due or best:
             self.checkpoint_rotation.save(
                 self.checkpoint, step=self.epoch, metadata=self._checkpoint_manifest_metadata()
             )
 
     def state_dict(self) -> dict[str, Any]:
         """Counters only; everything else is a checkpoint component of its own."""
-        return {"epoch": self.epoch, "collected_frames": self.collected_frames}
+        return {
+            "epoch": self.epoch,
+            "collected_frames": self.collected_frames,
+            "best_evaluated": self.best_evaluated,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epoch = int(state_dict["epoch"])
         self.collected_frames = int(state_dict["collected_frames"])
+        self.best_evaluated = float(state_dict["best_evaluated"])

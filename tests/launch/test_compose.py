@@ -165,7 +165,7 @@ def test_paths_are_text():
         (["algorithm.gamma=1.5"], ["algorithm.gamma=1.5", "(0, 1]"]),
         (["size.units=[]"], ["size.units=[]", "positive width"]),
         (["training.replay_capacity=10"], ["training.replay_capacity=10", "136"]),
-        (["memory.model_micro_batch=512"], ["memory.model_micro_batch=512", "algorithm.model_batch=256"]),
+        (["memory.model_micro_batch=512"], ["memory.model_micro_batch=512", "algorithm.model_batch=64"]),
         (["model.loss.self_consistency_weight=1"], ["model.dynamics.condition_on_step_size=true"]),
         (["env._target_=nodots"], ["env._target_=nodots", "my_pkg.make_env"]),
         (["env=custom"], ["env._target_ has no value", "my_pkg.make_env"]),

@@ -11,6 +11,7 @@ import torch
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.training import evaluate_run, train
 from pwm_torchrl.training.metrics import read_metrics
+from pwm_torchrl.training.seeding import evaluation_env_seed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +20,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_trains_and_resumes_on_cuda(compiled: bool, tmp_path: Path) -> None:
+def test_trains_on_cuda_and_loads_on_the_cpu(compiled: bool, tmp_path: Path) -> None:
     words = ["device=cuda", "training.epochs=2", "algorithm.first_model_updates=2", "algorithm.random_steps=0"]
     words += ["algorithm.normalize_rewards=true", "algorithm.normalize_observations=true", "training.video=false"]
     cfg = compose([*words, f"algorithm.compile={compiled}", f"run_dir={tmp_path}"])
@@ -27,4 +28,6 @@ def test_trains_and_resumes_on_cuda(compiled: bool, tmp_path: Path) -> None:
     assert summary["status"] == "finished"
     assert summary["peak_device_bytes"] > 0
     assert all(math.isfinite(value) for value in read_metrics(tmp_path / "metrics.csv")["loss/model"])
-    assert evaluate_run(tmp_path)["return_mean"] == pytest.approx(summary["final_return"], rel=1e-3)
+    seed = evaluation_env_seed(cfg.seed)
+    again = evaluate_run(tmp_path, seed=seed, which="latest")
+    assert again["return_mean"] == pytest.approx(summary["final_return"], rel=1e-3)

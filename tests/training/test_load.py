@@ -18,6 +18,7 @@ from pwm_torchrl.training import evaluate_run
 from pwm_torchrl.training.checkpoint import CheckpointFault, rotation
 from pwm_torchrl.training.config_file import load_config, save_config
 from pwm_torchrl.training.load import load_networks
+from pwm_torchrl.training.seeding import evaluation_env_seed
 
 
 @pytest.fixture(scope="module", params=["plain", "termination_and_statistics"])
@@ -64,9 +65,10 @@ class TestPolicy:
 
     def test_best_is_the_one_that_was_evaluated_best(self, trained):
         summary, run = trained
-        result = evaluate_run(run.run_dir, episodes=3)
+        seed = evaluation_env_seed(run.cfg.seed)
+        result = evaluate_run(run.run_dir, episodes=3, seed=seed)
         assert result["return_mean"] == pytest.approx(summary["peak_return"])
-        result = evaluate_run(run.run_dir, episodes=3, which="latest")
+        result = evaluate_run(run.run_dir, episodes=3, seed=seed, which="latest")
         assert result["return_mean"] == pytest.approx(summary["final_return"])
         assert result["return_std"] == pytest.approx(summary["final_return_std"])
 

@@ -274,7 +274,7 @@ class TestCheckpoints:
         assert checkpoints(tmp_path)
 
     def test_of_another_schema_version(self, tmp_path):
-        train(config({"training.checkpoint_every": 0}), tmp_path)
+        train(config({"training.checkpoint_every": 0, "training.eval_every": 0}), tmp_path)
         manifest = checkpoints(tmp_path)[4] / "manifest.json"
         content = json.loads(manifest.read_text())
         content["metadata"]["schema_version"] = 999

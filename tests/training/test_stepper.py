@@ -309,7 +309,7 @@ class TestLearningRates:
         bench = Bench(cfg)
         logged = [bench.stepper.step(None, bench.data) for _ in range(4)]
         for name, first in (("world_model", 3e-4), ("actor", 5e-4), ("critics", 1e-3)):
-            expected = [first + (1e-5 - first) * epoch / 4 for epoch in range(4)]
+            expected = [first + (1e-5 - first) * epoch / 3 for epoch in range(4)]
             assert [row[f"lr/{name}"].item() for row in logged] == pytest.approx(expected)
         learner = bench.learners["actor"]
         for fraction in (1.0, 1.5):

@@ -33,6 +33,18 @@ def test_what_hooks_log_enters_the_row_of_their_epoch(tmp_path, monkeypatch):
     assert [float(value) for value in logged[1:]] == seen
 
 
+def test_late_hooks_log_into_the_same_epoch(tmp_path, monkeypatch):
+    """TorchRL calls the hooks of ``post_steps_log`` last: the row must not have been written by then."""
+    seen = []
+
+    def register(run):
+        if run.trainer.epoch == 1:
+            run.trainer.register_op("post_steps_log", lambda batch: {"hook/late": seen.append(1) or float(len(seen))})
+
+    run_with(monkeypatch, config(), tmp_path, after_epoch=register)
+    assert [row["hook/late"] for row in rows_of(tmp_path)] == ["", "1.0", "2.0", "3.0"]
+
+
 def test_logged_values_do_not_pile_up(tmp_path, monkeypatch):
     """TorchRL's own trainer appends every logged value to a list for the whole run."""
     logged = []
