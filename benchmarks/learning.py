@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,12 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout works without being installed
+
+from pwm_torchrl.launch.compose import compose  # noqa: E402
+from pwm_torchrl.launch.run_dir import differing_keys  # noqa: E402
+from pwm_torchrl.training.config_file import load_config  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PWM_MODELS = ("mlp", "residual", "flow_v1", "flow_v2", "flow_v3")
 
@@ -71,6 +77,17 @@ class Job:
     seed: int
     run_dir: Path
     command: tuple[str, ...]
+    settings: tuple[str, ...]
+
+    def check(self) -> None:
+        """Exit if the directory holds a run with other settings: its result has no place in this table."""
+        if not (self.run_dir / "config.yaml").exists():
+            return
+        stored = load_config(self.run_dir)
+        wanted = compose(self.settings)
+        differing = differing_keys(replace(stored, model=wanted.model) if self.model == "sac" else stored, wanted)
+        if differing:
+            sys.exit(f"{self.run_dir} holds a run with other {', '.join(differing)}: move it away to run this one")
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -96,7 +113,8 @@ def jobs(suite: Suite, folder: Path, models: list[str], seeds: list[int], extra:
                 "training.threads=1",
             ]
             script, choice = ("benchmarks/sac.py", []) if model == "sac" else ("launch/train.py", [f"model={model}"])
-            yield Job(model, seed, run_dir, (sys.executable, str(ROOT / script), *choice, *words, *extra))
+            settings = (*choice, *words, *extra)
+            yield Job(model, seed, run_dir, (sys.executable, str(ROOT / script), *settings), settings)
 
 
 def run_all(todo: list[Job], parallel: int) -> None:
@@ -152,15 +170,15 @@ def hardware() -> str:
     return f"{cpus}, Python {platform.python_version()}, {versions}"
 
 
-def markdown(name: str, suite: Suite, table: list[dict[str, Any]], parallel: int) -> str:
+def markdown(command: str, suite: Suite, table: list[dict[str, Any]], finished: date) -> str:
     """The table as Markdown, with its provenance; marked partial while runs are missing."""
     partial = any(r["seeds_done"] < r["seeds_planned"] for r in table)
     random = next((r["random_return"] for r in table if r.get("random_return") is not None), None)
     lines = [
         f"# {suite.title}{' (partial)' if partial else ''}",
         "",
-        f"`python benchmarks/learning.py --suite {name}`, {date.today().isoformat()}, {hardware()}; "
-        f"one thread per run, {parallel} at a time.",
+        f"`{command}`, last run finished {finished.isoformat()}, {hardware()}; one thread per run, "
+        "on a machine shared with other work (minutes are only indicative).",
         f"Deterministic return of 10 episodes at the end of training; mean ± standard deviation over seeds. Goal "
         f"{suite.goal:g}" + (f", random policy {random:.0f}." if random is not None else "."),
         "",
@@ -217,6 +235,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, default="pendulum")
     parser.add_argument("--models", nargs="+", help="default: the suite's")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: the suite's)")
+    parser.add_argument("--name", help="folder and table of a variant (default: the suite's name)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--quick", action="store_true", help="two epochs per run: checks the command, measures nothing")
     parser.add_argument("--table", action="store_true", help="run nothing, rewrite the table")
@@ -225,19 +244,24 @@ def main() -> None:
     args = parser.parse_args()
 
     suite = SUITES[args.suite]
-    folder = ROOT / "runs" / ("learning_quick" if args.quick else "learning") / args.suite
+    folder = ROOT / "runs" / ("learning_quick" if args.quick else "learning") / (args.name or args.suite)
     extra = [*(suite.quick if args.quick else ()), *args.overrides]
     models = args.models or list(suite.models)
     todo = list(jobs(suite, folder, models, list(range(args.seeds or suite.seeds)), extra))
+    for job in todo:
+        job.check()
     if not args.table:
         run_all([job for job in todo if not job.finished], args.jobs)
     table = rows(suite, todo)
-    text = markdown(args.suite, suite, table, args.jobs)
+    done = [(job.run_dir / "summary.json").stat().st_mtime for job in todo if job.finished]
+    words = [word for word in sys.argv[1:] if word not in ("--table", "--quick")]
+    command = " ".join(["python benchmarks/learning.py", *words])
+    text = markdown(command, suite, table, date.fromtimestamp(max(done, default=time.time())))
     print("\n" + text)
     out = folder if args.quick else RESULTS
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"learning_{args.suite}.md").write_text(text, encoding="utf-8")
-    plot(suite, todo, out / f"learning_{args.suite}.png")
+    (out / f"learning_{args.name or args.suite}.md").write_text(text, encoding="utf-8")
+    plot(suite, todo, out / f"learning_{args.name or args.suite}.png")
     if args.json:
         args.json.write_text(json.dumps({"suite": args.suite, "hardware": hardware(), "rows": table}, indent=2) + "\n")
 

@@ -13,6 +13,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
 import torch
 from tensordict.nn import InteractionType, TensorDictModule
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
