@@ -6,7 +6,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build, installed first: an unpinned torch downloads several gigabytes.
+# Installed first and pinned: the newest torch may be one that nothing here was tested with. Where the package index
+# offers only CUDA builds, name a CPU build: make run TORCH="torch==2.13.0+cpu --extra-index-url URL".
 TORCH ?= torch==2.13.0
 ARGS ?=
 PYTEST_ARGS ?=
@@ -35,8 +36,8 @@ $(PY):
 		{ echo "[make] venv is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
 $(VENV)/.torch: | $(PY)
-	$(say) "Installing $(TORCH) (first time only, about 200 MB)."
-	@$(PIP) "$(TORCH)"
+	$(say) "Installing $(TORCH) (first time only)."
+	@$(PIP) $(TORCH)
 	@touch $@
 
 # Installed for running; re-done when the requirements change.

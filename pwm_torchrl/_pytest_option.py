@@ -12,7 +12,7 @@ from typing import Any
 
 def pytest_addoption(parser: Any) -> None:
     """Add the option, in this project's root only: other projects' tests have no use for it."""
-    if not (Path.cwd() / "tests" / "golden" / "golden_cases.py").is_file():
+    if not _in_this_project():
         return
     parser.addoption(
         "--golden-dir",
@@ -21,3 +21,14 @@ def pytest_addoption(parser: Any) -> None:
         metavar="DIR",
         help="pwm-torchrl: folder of golden cases that `-m golden` compares against (default: tests/golden)",
     )
+
+
+def pytest_configure(config: Any) -> None:
+    """Name the markers: with a DIR outside the project, pytest does not read the project's configuration file."""
+    if _in_this_project():
+        for marker in ("golden", "gpu", "slow", "slurm", "tasks"):
+            config.addinivalue_line("markers", f"{marker}: see pyproject.toml")
+
+
+def _in_this_project() -> bool:
+    return (Path.cwd() / "tests" / "golden" / "golden_cases.py").is_file()
