@@ -6,9 +6,10 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.training import metrics
 
 if TYPE_CHECKING:
     from pwm_torchrl.launch.report import RunReport
@@ -22,25 +23,11 @@ _RETURNS = (
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:
-    """Columns of a ``metrics.csv``; NaN where a row has no value, and nothing at all where there
-    is no file.
-
-    The last row may be torn while the run is writing it, so what is no number counts as missing.
-    """
+    """Columns of a ``metrics.csv``; nothing where there is no file yet, or no readable one."""
     try:
-        with open(file, newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, csv.Error):
+        return metrics.read_metrics(file)
+    except (OSError, csv.Error, ValueError):
         return {}
-    names = [name for name in (rows[0] if rows else {}) if name is not None]
-    return {name: [_float(row.get(name)) for row in rows] for name in names}
-
-
-def _float(text: Any) -> float:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def plot_curves(reports: Sequence[RunReport], out: Path) -> bool:

@@ -54,7 +54,7 @@ def test_table_of_every_state(runs, capsys):
         "4/4",
         "finished",
     ]
-    assert lines["running"][:9] == f"mlp tiny pendulum 0 -400.0 -500.0 - 5/{compose().training.epochs} running".split()
+    assert lines["running"][:9] == f"mlp tiny pendulum 0 -400.0 -500.0 - 4/{compose().training.epochs} running".split()
     assert lines["failed"][:9] == ["flow_v2", "tiny", "hopper", "0", "-", "-", "-", "1/15000", "failed"]
     assert lines["waiting"][-3:] == ["not", "started", "waiting"]
     assert lines["waiting"][:4] == ["flow_v2", "5m", "pendulum", "7"]
