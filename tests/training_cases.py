@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,15 @@ CLOCKWORK = {
     "num_envs": 2,
     "episode_length": 30,
 }
+
+
+def live_tensors() -> list[torch.Tensor]:
+    """Every tensor that Python still knows of."""
+    gc.collect()
+    # isinstance would wake deprecated proxies among the objects
+    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+
+
+def live_graphs() -> int:
+    """How many tensors own an autograd graph."""
+    return sum(x.grad_fn is not None for x in live_tensors())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training import metrics
 
 if TYPE_CHECKING:
     from pwm_torchrl.launch.report import RunReport
@@ -24,6 +23,8 @@ _RETURNS = (
 
 def read_metrics(file: Path) -> dict[str, list[float]]:
     """Columns of a ``metrics.csv``; nothing where there is no file yet, or no readable one."""
+    from pwm_torchrl.training import metrics  # imports torch, which the commands' help need not wait for
+
     try:
         return metrics.read_metrics(file)
     except (OSError, csv.Error, ValueError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.lock import exclusive
 from pwm_torchrl.training.summary import RunSummary
@@ -39,6 +40,8 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False) -> dict[str, A
 
 
 def _train(cfg: Config, run_dir: Path, resume: bool) -> dict[str, Any]:
+    if not (run_dir / CONFIG_FILE).exists():
+        save_config(cfg, run_dir)
     summary = RunSummary.start(cfg, run_dir, resume)
     try:
         run = Run(cfg, run_dir, summary)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from itertools import chain
 
 import pytest
 import torch
 from tensordict import TensorDict
-from training_cases import Bench, config, trajectories
+from training_cases import Bench, config, live_graphs, live_tensors, trajectories
 
 from pwm_torchrl.modules import RewardScale
 from pwm_torchrl.training.metrics import MetricRow
@@ -384,13 +383,12 @@ class TestMemory:
     def test_no_graph_is_alive_after_an_epoch(self, changes):
         bench = Bench(config(changes))
         kept, tensors = [], []
+        others = live_graphs()  # those of other tests' fixtures in this process
         for _ in range(4):
             kept.append(bench.stepper.step(None, bench.data))
             bench.stepper.gradient_profile(bench.replay.sample_observations(8))
-            gc.collect()
-            # isinstance would wake deprecated proxies among the objects
-            alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-            assert not [x.shape for x in alive if x.grad_fn is not None]
+            assert live_graphs() == others
+            alive = live_tensors()
             tensors.append(sum(x.numel() for x in alive) - sum(v.numel() for row in kept for v in row.values()))
             del alive
         # Beside the rows kept here, as a metrics history would, nothing piles up.
