@@ -242,3 +242,13 @@ def test_every_key_of_the_files_is_commented():
         text = file.read_text()
         assert text.startswith("#"), file
         assert yaml.safe_load(text) is not None, file
+
+
+@pytest.mark.parametrize("name", ["tiny", "5m", "19m", "48m", "317m"])
+def test_sizes_of_the_configs_are_those_of_the_library(name):
+    from pwm_torchrl.modules import SIZES
+
+    size, library = compose([f"size={name}"]).size, SIZES[name]
+    for key in ("units", "encoder_units", "actor_units", "critic_units"):
+        assert tuple(getattr(size, key)) == getattr(library, key)
+    assert size.latent_dim == library.latent_dim

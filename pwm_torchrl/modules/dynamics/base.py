@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from pwm_torchrl.modules.layers import normed_mlp
-
 
 class Dynamics(nn.Module):
     """Latent dynamics d(z, a, e) -> z'.
@@ -141,8 +139,3 @@ def matched_units(units: Sequence[int], in_features: int, out_features: int, bud
         else:
             high = middle
     return min((scaled(low), scaled(max(1, low - 1))), key=lambda w: abs(parameters(w) - budget))
-
-
-def linear_head_mlp(in_features: int, units: Sequence[int], out_features: int) -> nn.Sequential:
-    """:func:`normed_mlp` with a plain last layer of small weights (std 0.02) and zero bias."""
-    return normed_mlp(in_features, units, out_features, head=None)

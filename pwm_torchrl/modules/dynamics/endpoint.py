@@ -16,10 +16,9 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.base import (
     Dynamics,
     FlowDynamics,
-    linear_head_mlp,
     time_inputs,
 )
-from pwm_torchrl.modules.layers import cat_features
+from pwm_torchrl.modules.layers import cat_features, normed_mlp
 
 #: Floor of a latent inside the logarithm: SimNorm underflows to 0, whose logarithm would give NaN gradients.
 EPSILON = 1e-6
@@ -52,7 +51,7 @@ class ResidualDynamics(Dynamics):
     ) -> None:
         super().__init__()
         self.simnorm_dim = simnorm_dim
-        self.net = linear_head_mlp(latent_dim + task_dim + action_dim, units, latent_dim)
+        self.net = normed_mlp(latent_dim + task_dim + action_dim, units, latent_dim, head=None)
 
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         logits = self.net(cat_features(latent, task_embedding, action))
@@ -104,7 +103,7 @@ class ResidualEndpointFlow(FlowDynamics):
             time_features,
             condition_on_step_size,
         )
-        self.net = linear_head_mlp(in_features, units, latent_dim)
+        self.net = normed_mlp(in_features, units, latent_dim, head=None)
 
     @staticmethod
     def input_features(

@@ -63,9 +63,8 @@ def make_dynamics(
     """
     _choice("kind", kind, KINDS)
     base = latent_dim + task_dim + action_dim
-    mlp = MLPDynamics(latent_dim, action_dim, task_dim, units, simnorm_dim) if kind == "mlp" else None
-    if mlp is not None:
-        return mlp
+    if kind == "mlp":
+        return MLPDynamics(latent_dim, action_dim, task_dim, units, simnorm_dim)
 
     sizes = [base, *units, latent_dim]
     budget = sum(i * o + 3 * o for i, o in zip(sizes[:-1], sizes[1:], strict=True))

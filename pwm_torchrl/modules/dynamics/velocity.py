@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pwm_torchrl.modules.dynamics.base import FlowDynamics, linear_head_mlp, time_inputs
+from pwm_torchrl.modules.dynamics.base import FlowDynamics, time_inputs
 from pwm_torchrl.modules.layers import SimNorm, cat_features, normed_mlp
 
 
@@ -96,7 +96,7 @@ class TangentFlow(VelocityFlow):
         self.condition_on_start = condition_on_start
         self.time_features = time_features
         in_features = latent_dim * (1 + condition_on_start) + task_dim + action_dim + 1 + 2 * time_features
-        self.net = linear_head_mlp(in_features, units, latent_dim)
+        self.net = normed_mlp(in_features, units, latent_dim, head=None)
 
     def velocity(
         self,
