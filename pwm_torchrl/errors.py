@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigurationError", "EnvironmentFault", "MissingLibraryError", "nearest"]
+__all__ = [
+    "ConfigurationError",
+    "EnvironmentFault",
+    "MissingLibraryError",
+    "OutOfMemory",
+    "StorageFault",
+    "is_ours",
+    "nearest",
+    "status_of",
+]
 
 
 class ConfigurationError(ValueError):
@@ -18,6 +27,18 @@ class MissingLibraryError(ConfigurationError, ImportError):
 
 class DivergenceError(FloatingPointError):
     """A loss or a gradient norm that is not finite."""
+
+
+class GraphLeak(RuntimeError):
+    """An epoch left autograd graphs behind (``training.check_graphs``)."""
+
+
+class OutOfMemory(RuntimeError):
+    """Memory that an update needs and cannot get, or the limit at which a run saves and stops."""
+
+
+class StorageFault(RuntimeError):
+    """A disk that is full, over its quota or broken, or files of the run that are gone or cut short."""
 
 
 class EnvironmentFault(RuntimeError):
@@ -45,6 +66,20 @@ class EnvironmentFault(RuntimeError):
 
 def _rebuild_fault(name: str, problem: str, seed: int | None, index: int | None) -> EnvironmentFault:
     return EnvironmentFault(name, problem, seed=seed, index=index)
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an exception is one of the package's own, whose message says all there is to say."""
+    return any(c.__module__.split(".")[0] == "pwm_torchrl" for c in type(error).__mro__)
+
+
+def status_of(error: BaseException) -> str:
+    """The status of a run that an error ended: ``stopped``, ``memory``, ``storage`` or ``failed``."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    if isinstance(error, OutOfMemory):
+        return "memory"
+    return "storage" if isinstance(error, StorageFault) else "failed"
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:

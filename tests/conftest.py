@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 from pwm_torchrl import _pytest_option
+from pwm_torchrl.data.files import MEMORY_FILESYSTEMS, filesystem_type, refuse_memory
 
 # Timing says nothing about correctness, and a shared machine is slow at times.
 settings.register_profile("pwm", deadline=None)
@@ -19,6 +22,17 @@ settings.load_profile("pwm")
 def _seed() -> None:
     """Every test draws the same numbers, alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _temporary_folders_are_disks(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where temporary folders lie in RAM, a replay on disk may lie there in tests, and nowhere else in RAM."""
+    folders = (Path(tempfile.gettempdir()), tmp_path_factory.getbasetemp())
+    if filesystem_type(folders[1]) in MEMORY_FILESYSTEMS:
+        monkeypatch.setattr(
+            "pwm_torchrl.data.replay.refuse_memory",
+            lambda folder: None if any(folder.is_relative_to(each) for each in folders) else refuse_memory(folder),
+        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

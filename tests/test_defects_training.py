@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-import os
-
 import pytest
 import torch
-from training_cases import PENDULUM, config, live_graphs, live_tensors, rows_of, run_with
+from training_cases import PENDULUM, config, live_graphs, rows_of, run_with
 
 from pwm_torchrl.training import evaluate_run
 from pwm_torchrl.training.config_file import save_config
+from pwm_torchrl.training.graph_check import live_tensors
 from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.seeding import evaluation_env_seed
 
 
 class TestHostMemoryLeak:
-    """A logged loss kept its autograd graph; the metrics history held one graph per epoch."""
+    """A logged loss kept its autograd graph; the metrics history held one graph per epoch. See test_flat.py, too."""
 
     @pytest.mark.parametrize("kind", ["mlp", "flow"])
     def test_nothing_piles_up_over_the_epochs_of_a_run(self, kind, tmp_path, monkeypatch):
@@ -38,21 +36,6 @@ class TestHostMemoryLeak:
         for record in (MetricRow().set, MetricRow().mean):
             with pytest.raises(ValueError, match="'loss/model' requires grad"):
                 record({"loss/model": loss})
-
-    @pytest.mark.slow
-    def test_resident_memory_stays_flat(self, tmp_path, monkeypatch):
-        """300 epochs; a single retained graph per epoch of this size would add more than 60 MB."""
-        psutil = pytest.importorskip("psutil")
-        process, sizes = psutil.Process(os.getpid()), {}
-
-        def measure(run):
-            if run.trainer.epoch % 50 == 0:
-                gc.collect()
-                sizes[run.trainer.epoch] = process.memory_info().rss
-
-        changes = {"training.epochs": 300, "training.eval_every": 0, "training.checkpoint_every": 50}
-        run_with(monkeypatch, config(changes), tmp_path, after_epoch=measure)
-        assert sizes[300] - sizes[100] < 15e6
 
 
 class TestEvaluationThatSummedImaginedRewards:

@@ -19,9 +19,15 @@ MAY_IMPORT = {
     "objectives": {"modules"},
     "envs": {"modules", "objectives"},
     "data": {"modules", "objectives"},
-    "training": {"modules", "objectives", "envs", "data"},
-    "launch": {"modules", "objectives", "envs", "data", "training"},
+    "training": {"modules", "objectives", "envs", "data", "memory"},
+    "memory": {"modules", "objectives", "data"},
+    "launch": {"modules", "objectives", "envs", "data", "memory", "training"},
 }
+#: Modules that a folder may import beside whole folders: memory predicts from the configuration, the one construction
+#: site and what an update keeps to be taken back with. They know nothing of memory, so that there is no circle.
+SINGLE = {"memory": {"training.build", "training.config", "training.recovery"}}
+#: What looks at memory while a run trains; it imports nothing of ours.
+WATCHER = ("units", "processes", "cgroups", "gpus", "budget", "readings", "watch", "guard")
 HEAVY = {"torch", "torchrl", "tensordict", "hydra", "omegaconf", "gymnasium", "dm_control", "mujoco", "matplotlib",
          "wandb", "tensorboard", "submitit", "tqdm", "numpy"}  # fmt: skip
 
@@ -67,7 +73,7 @@ def test_optional_libraries_are_optional(module):
 
 
 def imports_of(file: Path) -> Iterator[str]:
-    """Folders of the package that a file imports, anywhere in it."""
+    """Modules and names of the package's folders that a file imports, anywhere in it: ``"training.build"``."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -79,16 +85,39 @@ def imports_of(file: Path) -> Iterator[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "pwm_torchrl" and len(parts) > 1 and (ROOT / parts[1]).is_dir():
-                yield parts[1]
+                yield ".".join(parts[1:3])
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_imports_point_one_way(folder):
-    allowed = MAY_IMPORT[folder] | {folder}
+    allowed, single = MAY_IMPORT[folder] | {folder}, SINGLE.get(folder, set())
     files = list((ROOT / folder).rglob("*.py"))
     assert files
-    wrong = {f"{file.relative_to(ROOT)}: {name}" for file in files for name in imports_of(file) if name not in allowed}
+    wrong = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in files
+        for name in imports_of(file)
+        if name.split(".")[0] not in allowed and name not in single
+    }
     assert not wrong
+
+
+def test_what_memory_predicts_from_knows_no_memory():
+    waiting, seen = [name.replace(".", "/") for name in SINGLE["memory"]], set()
+    while waiting:
+        path = waiting.pop()
+        if path not in seen and (ROOT / f"{path}.py").is_file():
+            seen.add(path)
+            names = list(imports_of(ROOT / f"{path}.py"))
+            assert not [name for name in names if name.split(".")[0] == "memory"], path
+            waiting += [name.replace(".", "/") for name in names]
+    assert {name.replace("/", ".") for name in seen} >= SINGLE["memory"]
+
+
+@pytest.mark.parametrize("name", WATCHER)
+def test_the_watcher_imports_nothing_of_ours(name):
+    imports = set(imports_of(ROOT / "memory" / f"{name}.py"))
+    assert imports <= {f"memory.{other}" for other in WATCHER}
 
 
 def test_every_folder_has_its_place():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,12 @@ from pwm_torchrl.training.config import (
     AlgorithmConfig,
     Config,
     DynamicsConfig,
+    MemoryConfig,
     ModelConfig,
     SizeConfig,
     TrainingConfig,
 )
+from pwm_torchrl.training.graph_check import live_nodes
 from pwm_torchrl.training.load import Facts
 from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.stepper import PWMStepper
@@ -81,11 +82,14 @@ def config(changes: dict[str, Any] | None = None, env: dict[str, Any] | None = N
             eval_episodes=3,
             checkpoint_every=2,
             replay_capacity=1000,
+            replay_storage="memory",
             gradient_profile_every=2,
             video=False,
             threads=1,
             progress=False,
+            check_graphs=True,
         ),
+        memory=MemoryConfig(kind="fixed"),
         device="cpu",
     )
     for key, value in (changes or {}).items():
@@ -146,9 +150,14 @@ def stop_after(epoch: int) -> Callable[[Run], None]:
 
 
 def rows_of(run_dir: Path, without: tuple[str, ...] = TIME_COLUMNS) -> list[dict[str, str]]:
-    """The rows of ``metrics.csv`` as text, sorted by column, so that equality means equal to the bit."""
+    """The rows of ``metrics.csv`` as text, sorted by column, so that equality means equal to the bit.
+
+    Without what differs between equal runs: times, and the machine's memory.
+    """
     with (run_dir / "metrics.csv").open(newline="") as file:
-        return [{key: row[key] for key in sorted(row) if key not in without} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    kept = [key for key in sorted(rows[0] if rows else {}) if key not in without and not key.startswith("memory/")]
+    return [{key: row[key] for key in kept} for row in rows]
 
 
 def weights_of(run: Run) -> dict[str, torch.Tensor]:
@@ -201,10 +210,15 @@ class Bench:
             for _, network in self.networks.items():
                 network.double()
         self.losses = build_losses(cfg, self.networks)
+        self.losses.actor.return_statistics.to(self.data["observation"].dtype)
         self.learners = build_learners(cfg, self.networks)
         self.replay = TrajectoryReplay(1000, self.data.shape[0], cfg.algorithm.horizon)
         self.replay.extend(self.data)
-        self.stepper = PWMStepper(cfg, self.networks, self.losses, self.learners, self.replay, None, 3)
+        self.reduced: list[tuple[str, int, int]] = []
+        self.stepper = PWMStepper(cfg, self.networks, self.losses, self.learners, self.replay, None, 3, self.reductions)
+
+    def reductions(self, update: str, refused: int, size: int, message: str) -> None:
+        self.reduced.append((update, refused, size))
 
     def snapshots(self) -> dict[str, list[torch.Tensor]]:
         return {name: snapshot(network) for name, network in self.networks.items()}
@@ -260,13 +274,6 @@ CLOCKWORK = {
 }
 
 
-def live_tensors() -> list[torch.Tensor]:
-    """Every tensor that Python still knows of."""
-    gc.collect()
-    # isinstance would wake deprecated proxies among the objects
-    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-
-
 def live_graphs() -> int:
-    """How many tensors own an autograd graph."""
-    return sum(x.grad_fn is not None for x in live_tensors())
+    """How many autograd nodes are alive."""
+    return live_nodes().total()

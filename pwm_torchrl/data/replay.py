@@ -2,89 +2,56 @@
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
-from torchrl.data.replay_buffers.samplers import Sampler
-from torchrl.data.replay_buffers.storages import Storage
+from torchrl.data import ReplayBuffer
 
+from pwm_torchrl.data.convert import disk_to_ring, ring_to_disk
+from pwm_torchrl.data.files import refuse_memory
+from pwm_torchrl.data.layout import STORED_KEYS
+from pwm_torchrl.data.ring import RingStore
+from pwm_torchrl.data.sampler import SliceStartSampler
+from pwm_torchrl.data.segments import SegmentStore
+from pwm_torchrl.data.sizes import record_bytes
 from pwm_torchrl.errors import ConfigurationError
 
-STORAGES = ("memory", "disk")
-#: What is kept of a collected batch.
-STORED_KEYS = (
-    "observation",
-    "action",
-    ("next", "observation"),
-    ("next", "reward"),
-    ("next", "done"),
-    ("next", "terminated"),
-)
+__all__ = ["STORAGES", "STORED_KEYS", "SliceStartSampler", "TrajectoryReplay"]
 
-
-class SliceStartSampler(Sampler):
-    """Samples slices of ``horizon`` consecutive steps, uniformly over all starts, from a storage ``[time, env]``.
-
-    Constant time per slice, however large the storage: a start is drawn by arithmetic on the ring buffer's cursor
-    instead of by searching for trajectories, as :class:`~torchrl.data.SliceSampler` does. A slice never spans the
-    cursor, where the newest step lies beside the oldest. It may run past an episode's end; the steps behind the first
-    ``done`` belong to the next episode and are masked by the loss, so short episodes are used and never dropped.
-
-    Args:
-        horizon (int): steps per slice.
-    """
-
-    def __init__(self, horizon: int) -> None:
-        self.horizon = horizon
-        self.steps = 0  # time steps ever written
-
-    def starts(self, count: int, length: int, filled: int, capacity: int, envs: int) -> tuple[Tensor, Tensor]:
-        """Uniform (time, env) indices ``[count]`` of steps that ``length - 1`` further steps follow."""
-        age = torch.randint(filled - length + 1, (count,))
-        oldest = self.steps % capacity if filled == capacity else 0
-        return (age + oldest) % capacity, torch.randint(envs, (count,))
-
-    def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-        """Indices ``[batch_size, horizon]`` of (time, env)."""
-        capacity, envs = storage.shape[:2]
-        filled = min(self.steps, capacity)
-        time, env = self.starts(batch_size, self.horizon, filled, capacity, envs)
-        time = (time.unsqueeze(1) + torch.arange(self.horizon)) % capacity
-        return (time, env.unsqueeze(1).expand_as(time)), {}
-
-    def _empty(self) -> None:
-        self.steps = 0
-
-    def dumps(self, path: str | Path) -> None:
-        """Nothing to write: :class:`TrajectoryReplay` saves the cursor."""
-
-    def loads(self, path: str | Path) -> None:
-        """Nothing to read: :class:`TrajectoryReplay` restores the cursor."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps = state_dict["steps"]
+STORAGES = ("memory", "disk", "device")
 
 
 class TrajectoryReplay:
-    """The last transitions of N parallel environments, in a :class:`~torchrl.data.ReplayBuffer`.
+    """The last transitions of N parallel environments.
+
+    The storage decides where they lie and nothing else: the same seed draws the same slices from each of them, and a
+    checkpoint of one loads into another.
 
     Args:
         capacity (int): transitions; rounded down to a multiple of ``num_envs``.
         num_envs (int): N.
         horizon (int): steps per sampled slice.
-        storage (str): ``"memory"``, or ``"disk"`` for memory-mapped files. Defaults to ``"memory"``.
-        scratch_dir (Path, optional): where the files of ``"disk"`` go. Defaults to ``None``: a temporary folder.
+        storage (str): ``"memory"`` for host RAM, ``"disk"`` for files (:class:`~pwm_torchrl.data.SegmentStore`),
+            ``"device"`` for the memory of ``device``. Defaults to ``"memory"``.
+        folder (Path, optional): where the files of ``"disk"`` go, and where a checkpoint of a replay on disk finds
+            them whatever ``storage`` is now. Defaults to ``None``: a temporary folder, gone with this object.
         device (str or torch.device): of the sampled tensors. Defaults to ``"cpu"``.
+        observation_dim (int, optional): O; with ``action_dim``, a disk without room is refused now instead of with the
+            first batch. Defaults to ``None``.
+        action_dim (int, optional): A. Defaults to ``None``.
+        since_checkpoint_steps (int): most time steps written since the oldest checkpoint kept, for which a disk needs
+            room beside the capacity; see :func:`~pwm_torchrl.data.steps_since_checkpoint`. Defaults to ``0``.
 
     Raises:
-        ConfigurationError: if the storage is unknown or the capacity holds less than one slice per environment.
+        ConfigurationError: if the storage is unknown, its folder is in RAM, or the capacity holds less than one slice
+            per environment.
+        StorageFault: if the disk has no room for it.
     """
 
     def __init__(
@@ -93,8 +60,12 @@ class TrajectoryReplay:
         num_envs: int,
         horizon: int,
         storage: str = "memory",
-        scratch_dir: Path | None = None,
+        folder: Path | None = None,
         device: str | torch.device = "cpu",
+        *,
+        observation_dim: int | None = None,
+        action_dim: int | None = None,
+        since_checkpoint_steps: int = 0,
     ) -> None:
         if storage not in STORAGES:
             raise ConfigurationError(f"training.replay_storage={storage!r} is not one of {', '.join(STORAGES)}.")
@@ -107,79 +78,116 @@ class TrajectoryReplay:
         self.horizon = horizon
         self.capacity = capacity // num_envs  # time steps
         self.device = torch.device(device)
-        self.sampler = SliceStartSampler(horizon)
-        size = self.capacity * num_envs
-        backend = (
-            LazyTensorStorage(size, ndim=2)
-            if storage == "memory"
-            else LazyMemmapStorage(size, ndim=2, scratch_dir=scratch_dir, existsok=True)  # a resumed run's are there
-        )
-        # Not TensorDictReplayBuffer: its bookkeeping of indices fails on batches of one step.
-        self.buffer = ReplayBuffer(storage=backend, sampler=self.sampler, dim_extend=1)
+        self.folder = folder
+        self.store: RingStore | SegmentStore
+        if storage == "disk":
+            folder = self._temporary_folder() if folder is None else folder
+            refuse_memory(folder)
+            self.store = SegmentStore(
+                folder, self.capacity, num_envs, horizon, since_checkpoint_steps=since_checkpoint_steps
+            )
+            if observation_dim is not None and action_dim is not None:
+                self.store.require_space(record_bytes(observation_dim, action_dim))
+        else:
+            self.store = RingStore(
+                self.capacity, num_envs, horizon, self.device if storage == "device" else torch.device("cpu")
+            )
+
+    def _temporary_folder(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="pwm_torchrl_replay_"))
+        weakref.finalize(self, rmtree, folder, ignore_errors=True)
+        return folder
 
     def __len__(self) -> int:
-        return min(self.sampler.steps, self.capacity) * self.num_envs
+        return self.store.filled * self.num_envs
+
+    @property
+    def buffer(self) -> ReplayBuffer:
+        """TorchRL's buffer; a replay on disk has none."""
+        assert isinstance(self.store, RingStore), "a replay on disk has no TorchRL buffer"
+        return self.store.buffer
+
+    @property
+    def steps(self) -> int:
+        """Time steps ever added."""
+        return self.store.steps
 
     @property
     def collected(self) -> int:
         """Transitions ever added, those that were overwritten too."""
-        return self.sampler.steps * self.num_envs
+        return self.steps * self.num_envs
 
     def extend(self, batch: TensorDictBase) -> None:
-        """Add a collected batch ``[N, T]``."""
-        self.buffer.extend(batch.select(*STORED_KEYS).detach().cpu())
-        self.sampler.steps += batch.shape[1]
+        """Add a collected batch ``[N, T]``.
+
+        Raises:
+            StorageFault: if the disk does not take it; the replay is as before then.
+        """
+        device = self.store.device if isinstance(self.store, RingStore) else torch.device("cpu")
+        self.store.extend(batch.select(*STORED_KEYS).detach().to(device))
 
     def end_episodes(self) -> None:
         """Mark the newest steps as the last of their episodes: what is added next does not continue them."""
-        if self.sampler.steps:
-            newest = (self.sampler.steps - 1) % self.capacity
-            self.buffer.storage.get(slice(newest, newest + 1))["next", "done"].fill_(True)
+        self.store.end_episodes()
 
     @property
     def can_sample(self) -> bool:
         """Whether there is a whole slice."""
-        return self.sampler.steps >= self.horizon
+        return self.steps >= self.horizon
 
     def sample_slices(self, count: int) -> TensorDictBase:
         """Slices ``[count, horizon]``, uniform over all starts."""
-        return self.buffer.sample(count).exclude("index").to(self.device)
+        slices = self.store.slices(count)
+        return self._pinned(slices).to(self.device, non_blocking=self._copies_to_cuda)
 
     def sample_observations(self, count: int) -> Tensor:
         """Observations ``[count, O]``, uniform over all steps."""
-        filled = min(self.sampler.steps, self.capacity)
-        index = self.sampler.starts(count, 1, filled, self.capacity, self.num_envs)
-        return self.buffer.storage.get(index).get("observation").to(self.device)
+        observations = self.store.observations(count)
+        return self._pinned(observations).to(self.device, non_blocking=self._copies_to_cuda)
+
+    @property
+    def _copies_to_cuda(self) -> bool:
+        on_host = isinstance(self.store, SegmentStore) or self.store.device.type == "cpu"
+        return on_host and self.device.type == "cuda" and torch.cuda.is_available()
+
+    def _pinned(self, sample: Any) -> Any:
+        """In memory that the GPU can copy from while the host goes on."""
+        return sample.pin_memory() if self._copies_to_cuda else sample
+
+    def release(self, kept: int | None) -> None:
+        """Give back disk space that neither sampling nor a checkpoint needs.
+
+        Args:
+            kept (int, optional): :attr:`steps` at the oldest checkpoint from which the run may be resumed; ``None`` if
+                there is none.
+
+        Raises:
+            StorageFault: if a file cannot be deleted.
+        """
+        self.store.release(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled part of the storage, oldest slot first as it lies, and the cursor."""
-        filled = min(self.sampler.steps, self.capacity)
-        data = {}
-        if filled:
-            stored = self.buffer.storage.get((torch.arange(filled),))
-            data = {_name(key): stored.get(key) for key in STORED_KEYS}
-        return {"steps": self.sampler.steps, "data": data}
+        """Counters, and a copy of the data unless they lie on disk, where they are safe when this returns."""
+        return self.store.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, cursor included."""
-        self.buffer.empty()
-        steps, data = state_dict["steps"], state_dict["data"]
-        if not data:
-            return
-        batch = TensorDict({}, batch_size=data["action"].shape[:2])
-        for key in STORED_KEYS:
-            batch.set(key, data[_name(key)])
-        filled, envs = batch.shape
-        if envs != self.num_envs or filled != min(steps, self.capacity):
+        """Restore what :meth:`state_dict` gave, from whichever storage.
+
+        Raises:
+            ConfigurationError: if the checkpoint has another number of environments or another capacity.
+            StorageFault: if its data are not in the folder any more, or do not fit there.
+        """
+        store, from_disk = self.store, "writer" in state_dict
+        if isinstance(store, SegmentStore) == from_disk:
+            store.load_state_dict(state_dict)
+        elif isinstance(store, SegmentStore):
+            ring_to_disk(state_dict, store)
+        elif self.folder is not None:
+            source = SegmentStore(self.folder, self.capacity, self.num_envs, self.horizon)
+            source.load_state_dict(state_dict)
+            disk_to_ring(source, store)
+        else:
             raise ConfigurationError(
-                f"The checkpoint's replay holds {filled} steps of {envs} environments; this configuration has "
-                f"env.num_envs={self.num_envs} and room for {self.capacity} steps."
+                "The checkpoint's replay lies on disk, and this one has no folder to find it in; set "
+                "training.replay_storage=disk."
             )
-        self.buffer.extend(batch.transpose(0, 1))
-        # A full ring is written back as it lay, so the next write must continue at the old cursor.
-        self.buffer.writer._cursor = steps % self.capacity
-        self.sampler.steps = steps
-
-
-def _name(key: str | tuple[str, ...]) -> str:
-    return key if isinstance(key, str) else ".".join(key)

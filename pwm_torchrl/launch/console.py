@@ -11,22 +11,37 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.errors import ConfigurationError, is_ours, status_of
 
 __all__ = [
     "BAD_INPUT",
+    "EXIT_CODES",
     "FAILED",
+    "MEMORY",
     "OK",
     "STOPPED",
+    "STORAGE",
     "command",
     "error",
+    "fail",
     "is_ours",
     "resume_hint",
     "say",
+    "status_of",
     "summary_line",
 ]
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
+STORAGE, MEMORY = 74, 75  # EX_IOERR and EX_TEMPFAIL of sysexits.h: try again, elsewhere or with more
+
+#: By a run's status.
+EXIT_CODES = {"finished": OK, "stopped": STOPPED, "memory": MEMORY, "storage": STORAGE, "failed": FAILED}
+
+#: What to do before a run is resumed, by its status.
+_REMEDIES = {
+    "memory": "with more memory (or a larger memory.host_gb, if that is the limit)",
+    "storage": "with room on the disk",
+}
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -67,11 +82,6 @@ def error(message: str) -> None:
     say(f"error: {message}", err=True)
 
 
-def is_ours(exception: BaseException) -> bool:
-    """Whether an exception is one of the package's own, whose message says all there is to say."""
-    return any(c.__module__.split(".")[0] == "pwm_torchrl" for c in type(exception).__mro__)
-
-
 def summary_line(summary: Mapping[str, Any], run_dir: str | Path) -> str:
     """One line: what ran, how it ended, how good it is, where it is."""
     what = " ".join(str(summary.get(k, "?")) for k in ("env", "model", "size"))
@@ -92,10 +102,23 @@ def summary_line(summary: Mapping[str, Any], run_dir: str | Path) -> str:
     return " · ".join([*parts, str(run_dir)])
 
 
-def resume_hint(script: str, overrides: Sequence[str], run_dir: Path) -> str:
-    """The command that continues a run."""
+def resume_hint(script: str, overrides: Sequence[str], run_dir: Path, status: str = "stopped") -> str:
+    """The command that continues a run, and what it needs first."""
     words = [w for w in overrides if not w.startswith(("run_dir=", "runs_dir="))]
-    return "to resume: " + shlex.join(["python", f"launch/{script}", *words, f"run_dir={run_dir}"])
+    remedy = f" {_REMEDIES[status]}" if status in _REMEDIES else ""
+    return f"to resume{remedy}: " + shlex.join(["python", f"launch/{script}", *words, f"run_dir={run_dir}"])
+
+
+def fail(message: str, status: str, script: str, overrides: Sequence[str], run_dir: Path) -> int:
+    """Last lines of a run that did not end well: the error, and how to resume it where that helps.
+
+    Returns:
+        The exit code.
+    """
+    error(message)
+    if status in _REMEDIES:
+        say(resume_hint(script, overrides, run_dir, status), err=True)
+    return EXIT_CODES.get(status, FAILED)
 
 
 def _is_number(value: Any) -> bool:

@@ -118,7 +118,10 @@ class Follower:
         started = (self._attempt / PID_FILE).exists()
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
         if started or not last:
-            error = "the job's process ended without a result: it was killed from outside, or ran out of memory"
+            error = (
+                "the job's process ended without a result: it was killed from outside, or ran out of memory, or its "
+                "disk is full or broken"
+            )
         else:
             error = f"the job did not start: {last.strip()}"
         return {"status": "failed", "error": error, "bad_input": False}

@@ -16,8 +16,8 @@ _GROUPS = {
     "experiment": "a preset of everything",
     "algorithm": "horizon, batches, learning rates",
     "logger": "where metrics go besides metrics.csv",
-    "cluster": "where the job runs",
-    "memory": "how updates are split to fit in memory",
+    "cluster": "where the job runs: local or debug; the others are nodes that plan.py plans for",
+    "memory": "how the run is made to fit in memory",
 }
 _DEFAULTS = {
     "model": "flow_v2",
@@ -26,7 +26,7 @@ _DEFAULTS = {
     "algorithm": "pwm",
     "logger": "csv",
     "cluster": "local",
-    "memory": "fixed",
+    "memory": "auto",
 }
 _KEYS = {
     "seed=0": "one seed determines a run on the CPU",
@@ -44,8 +44,17 @@ _KEYS = {
 _ABOUT = {
     "submit.py": "Train a policy in a learned world model, as a job of its own; its progress is shown here.",
     "train.py": "Train a policy in a learned world model, in this process.",
+    "plan.py": "Say what a run will need of memory and disk, why, and what is chosen so that it fits; runs nothing.",
     "check_env.py": "Say what training would see of an environment: specs, scaling, termination, what can be saved.",
 }
+
+
+_EXIT_CODES = (
+    "Exit codes: 0 finished, 1 failed, 2 bad input, 74 storage (a disk is full or broken), 75 memory (it ran out),",
+    "130 stopped. After 74, 75 and 130 the same command with run_dir=PATH goes on from the last checkpoint.",
+)
+
+_OPTIONS = {"plan.py": " [--json FILE]"}
 
 
 def wants_help(words: Sequence[str]) -> bool:
@@ -59,7 +68,7 @@ def help_text(script: str) -> str:
     lines = [
         _ABOUT[script],
         "",
-        f"usage: {run} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]",
+        f"usage: {run} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]{_OPTIONS.get(script, '')}",
         "",
         "Groups:",
     ]
@@ -80,6 +89,11 @@ def help_text(script: str) -> str:
         "env._target_=my_pkg.make_env": "your own environment, nothing to edit",
         "experiment=dflex_ant_48m_flow_v2": "a preset: dflex Ant at 48M",
     }
+    if script == "plan.py":
+        examples["model=flow_v3 size=48m env=dflex_ant cluster=l40s"] = "for nodes of a cluster, from anywhere"
+        examples["size=48m memory.host_gb=16 --json plan.json"] = "within a budget; the plan as a file, too"
     lines += ["", "Examples:"]
     lines += [f"  {f'{run} {words}'.strip():<76} # {meaning}" for words, meaning in examples.items()]
+    if script in ("submit.py", "train.py"):
+        lines += ["", *_EXIT_CODES]
     return "\n".join(lines)

@@ -50,7 +50,7 @@ def run_job(run_dir: str) -> dict[str, Any]:
         The outcome: ``status`` and, where they exist, ``error``, ``bad_input``, ``log_end``.
 
     Raises:
-        JobFailed: if training failed.
+        JobFailed: if training failed, or ended because memory or a disk ran out.
     """
     attempt = Path(os.environ["SUBMITIT_FOLDER"])
     _own_session(attempt)
@@ -58,7 +58,7 @@ def run_job(run_dir: str) -> dict[str, Any]:
     _stop_on_signals()
     with _output_to(Path(run_dir) / LOG_FILE):
         outcome = _train(Path(run_dir), attempt)
-    if outcome["status"] == "failed":
+    if "error" in outcome:
         raise JobFailed(outcome["error"])
     return outcome
 
@@ -79,18 +79,23 @@ def _train(run_dir: Path, attempt: Path) -> dict[str, Any]:
         outcome["status"] = "stopped"
     except (Exception, SystemExit) as failure:  # noqa: BLE001  whatever it is, it is reported
         trace = traceback.format_exc()
-        outcome.update(status="failed", **_describe(failure))
+        outcome.update(_describe(failure))
     from pwm_torchrl.launch.run_dir import set_status
 
-    set_status(run_dir, outcome["status"])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        set_status(run_dir, outcome["status"])
+    except OSError as unwritten:  # the disk that ended the run, and that the log may lie on, too
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"summary.json could not be written ({unwritten}); its status stays as it was\n")
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Followers show the log up to here; the traceback behind it is for those who open the file.
     outcome["log_end"] = os.fstat(1).st_size
     partial = attempt / (OUTCOME_FILE + ".tmp")
     partial.write_text(json.dumps(outcome, default=str), encoding="utf-8")
     os.replace(partial, attempt / OUTCOME_FILE)
-    if trace:
+    with contextlib.suppress(OSError):
         sys.stderr.write(trace)
         sys.stderr.flush()
     return outcome
@@ -98,17 +103,17 @@ def _train(run_dir: Path, attempt: Path) -> dict[str, Any]:
 
 def _describe(failure: BaseException) -> dict[str, Any]:
     """The error in a few lines; our own messages stand for themselves, others need their type."""
-    from pwm_torchrl.errors import ConfigurationError
-    from pwm_torchrl.launch.console import is_ours
+    from pwm_torchrl.errors import ConfigurationError, is_ours, status_of
 
     text = str(failure).strip() or "no message"
     if is_ours(failure):
-        return {"error": text, "bad_input": isinstance(failure, ConfigurationError)}
+        bad_input = isinstance(failure, ConfigurationError)
+        return {"status": status_of(failure), "error": text, "bad_input": bad_input}
     lines = text.splitlines()
     shown = "\n".join(lines[:4]) + (f"\n({len(lines) - 4} more lines in the log)" if len(lines) > 4 else "")
     frames = traceback.extract_tb(failure.__traceback__)
     where = f" (raised in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return {"error": f"{type(failure).__name__}: {shown}{where}", "bad_input": False}
+    return {"status": "failed", "error": f"{type(failure).__name__}: {shown}{where}", "bad_input": False}
 
 
 def _own_session(attempt: Path) -> None:

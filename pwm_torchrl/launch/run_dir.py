@@ -42,6 +42,8 @@ IGNORED = (
     "training.threads",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.check_graphs",
+    "model.dynamics.checkpoint_substeps",
 )
 
 
@@ -92,8 +94,11 @@ def set_status(run_dir: str | Path, status: str) -> None:
     summary = read_summary(run_dir)
     if summary.get("status") == "running":
         partial = Path(run_dir) / (SUMMARY_FILE + ".tmp")
-        partial.write_text(json.dumps({**summary, "status": status}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, Path(run_dir) / SUMMARY_FILE)
+        try:
+            partial.write_text(json.dumps({**summary, "status": status}, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, Path(run_dir) / SUMMARY_FILE)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:

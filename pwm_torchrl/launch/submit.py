@@ -20,6 +20,7 @@ from pwm_torchrl.launch.help import help_text, wants_help
 from pwm_torchrl.launch.job import CUDA_VARIABLE, LOG_FILE, OUTCOME_FILE, PID_FILE, PROGRESS_VARIABLE, run_job
 from pwm_torchrl.launch.run_dir import prepare_run_dir, read_summary
 from pwm_torchrl.launch.train import run_in_process
+from pwm_torchrl.launch.validate import require_runnable
 
 __all__ = ["main", "submit_local"]
 
@@ -33,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     its error.
 
     Returns:
-        The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped.
+        The exit code: 0 finished, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130 stopped.
     """
     words = list(argv or ())
     if wants_help(words):
         console.say(help_text("submit.py"))
         return console.OK
     config = compose(words)
+    require_runnable(config)
     if config.run_dir is not None:
         _refuse_while_running(Path(config.run_dir).expanduser().absolute())
     run = prepare_run_dir(config)
@@ -164,5 +166,6 @@ def _conclude(outcome: dict[str, Any], run_dir: Path, words: Sequence[str]) -> i
         console.say(console.summary_line({**summary, "status": "stopped"}, run_dir))
         console.say(console.resume_hint("submit.py", words, run_dir), err=True)
         return console.STOPPED
-    console.error(f"{outcome.get('error', f'the run ended with status {status}')}\nfull log: {run_dir / LOG_FILE}")
-    return console.BAD_INPUT if outcome.get("bad_input") else console.FAILED
+    message = f"{outcome.get('error', f'the run ended with status {status}')}\nfull log: {run_dir / LOG_FILE}"
+    code = console.fail(message, status, "submit.py", words, run_dir)
+    return console.BAD_INPUT if outcome.get("bad_input") else code

@@ -8,6 +8,7 @@ from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.help import help_text, wants_help
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir
+from pwm_torchrl.launch.validate import require_runnable
 from pwm_torchrl.training.config import Config
 
 __all__ = ["main", "run_in_process"]
@@ -18,13 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Composes a configuration, trains to the end and prints the result.
 
     Returns:
-        The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped.
+        The exit code: 0 finished, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130 stopped.
     """
     words = list(argv or ())
     if wants_help(words):
         console.say(help_text("train.py"))
         return console.OK
     config = compose(words)
+    require_runnable(config)
     return run_in_process(config, prepare_run_dir(config), words, script="train.py")
 
 
@@ -41,10 +43,11 @@ def run_in_process(config: Config, run: RunDir, words: Sequence[str], *, script:
     except Exception as failure:
         if not console.is_ours(failure):
             raise
-        console.error(f"{failure}\nrun directory: {run.path}")
-        return console.BAD_INPUT if isinstance(failure, console.ConfigurationError) else console.FAILED
+        message = f"{failure}\nrun directory: {run.path}"
+        code = console.fail(message, console.status_of(failure), script, words, run.path)
+        return console.BAD_INPUT if isinstance(failure, console.ConfigurationError) else code
     console.say(console.summary_line(summary, run.path))
-    if summary.get("status") == "stopped":
+    status = str(summary.get("status"))
+    if status == "stopped":
         console.say(console.resume_hint(script, words, run.path), err=True)
-        return console.STOPPED
-    return console.OK if summary.get("status") == "finished" else console.FAILED
+    return console.EXIT_CODES.get(status, console.FAILED)

@@ -11,7 +11,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import nearest_sentence
 from pwm_torchrl.training.config import Config
 
-__all__ = ["CHOICES", "validate"]
+__all__ = ["CHOICES", "require_runnable", "validate"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dynamics.kind": ("mlp", "residual", "flow"),
@@ -22,11 +22,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.reward_head": ("scalar", "two_hot"),
     "model.reward_space": ("raw", "symlog"),
     "algorithm.policy_starts": ("replay", "current"),
-    "training.replay_storage": ("memory", "disk"),
+    "training.replay_storage": ("auto", "memory", "device", "disk"),
     "logger.kind": ("csv", "tensorboard", "wandb"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
-    "cluster.kind": ("local", "debug"),
-    "memory.kind": ("fixed",),
+    "cluster.kind": ("local", "debug", "slurm"),
+    "memory.kind": ("auto", "fixed"),
 }
 """The strings that a key accepts."""
 
@@ -64,6 +64,9 @@ _AT_LEAST: dict[str, float] = {
     "training.gradient_profile_every": 0,
     "training.threads": 1,
     "memory.model_micro_batch": 1,
+    "memory.imagination_micro_batch": 1,
+    "memory.critic_micro_batch": 1,
+    "memory.disk_above_gb": 0,
     "env.num_envs": 1,
     "env.action_repeat": 1,
     "env.episode_length": 1,
@@ -106,6 +109,10 @@ def validate(config: Config) -> None:
     _require(config, "algorithm.final_lr", lambda v: v >= 0, "must not be negative")
     _require(config, "algorithm.gamma", lambda v: 0 < v <= 1, "must lie in (0, 1]")
     _require(config, "algorithm.lmbda", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
+    for key in ("memory.host_gb", "memory.device_gb", "cluster.host_gb"):
+        _require(config, key, lambda v: v is None or (v > 0 and math.isfinite(v)), "must be above 0")
+    _require(config, "memory.margin", lambda v: 0 <= v < 1, "must lie in [0, 1)")
+    _require(config, "memory.stop_at", lambda v: 0 < v <= 1, "must lie in (0, 1]")
     for key in ("algorithm.policy_betas", "algorithm.model_betas"):
         _require(
             config,
@@ -127,6 +134,19 @@ def validate(config: Config) -> None:
         "must be auto, cpu, cuda or cuda:N",
     )
     _check_combinations(config)
+
+
+def require_runnable(config: Config) -> None:
+    """Refuses what can be planned for and not be started.
+
+    Raises:
+        ConfigurationError: for a profile of SLURM nodes.
+    """
+    if config.cluster.kind == "slurm":
+        raise ConfigurationError(
+            f"cluster={config.cluster.name} describes SLURM nodes for launch/plan.py; this version does not submit to "
+            "SLURM. Inside an allocation, run python launch/train.py with cluster=local"
+        )
 
 
 def _check_env(env: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from pwm_torchrl.objectives.functional_modules import (
     tensor_function,
 )
 from pwm_torchrl.objectives.imagination import Imagined, imagine
+from pwm_torchrl.objectives.micro_batches import micro_batches
 from pwm_torchrl.objectives.returns import alive_before, rollout_return, td_lambda_targets
 from pwm_torchrl.objectives.shapes import check_shape
 
@@ -51,7 +53,8 @@ class PWMActorLoss(LossModule):
         compile (bool): compile the imagined rollout as one graph. Defaults to ``False``.
 
     The input holds ``latent`` ``[B, D]`` (and ``task`` ``[B]``). The output is a TensorDict with ``loss_actor`` and
-    detached metrics; :meth:`rollout_and_loss` also gives the rollout, from which critics learn.
+    detached metrics; :meth:`rollout_and_loss` also gives the rollout, from which critics learn, and :meth:`backward`
+    does so a micro-batch at a time.
 
     .. note:: TorchRL's LossModule forces deterministic exploration inside ``forward``; the noise here is drawn
         explicitly and is not affected.
@@ -154,18 +157,33 @@ class PWMActorLoss(LossModule):
         """Scalar loss and metrics of rollouts from latents ``[B, D]``; updates the return statistics."""
         return self.rollout_and_loss(tensordict)[0]
 
-    def draw_noise(self, latent: Tensor, action_dim: int) -> Tensor | None:
-        """Standard normal action noise ``[H, B, A]`` for a whole batch; ``None`` if deterministic."""
+    def draw_noise(self, latent: Tensor) -> Tensor | None:
+        """Standard normal action noise ``[H, B, A]`` for start latents ``[B, D]``; ``None`` if deterministic."""
         if self.deterministic:
             return None
+        with torch.no_grad(), self.actor_network_params.to_module(self.actor_network):
+            action_dim = self._policy_parameters()(latent[:1])[0].shape[-1]
         return torch.randn(self.horizon, latent.shape[0], action_dim, dtype=latent.dtype, device=latent.device)
 
-    def imagine(self, start: Tensor, task: Tensor | None = None) -> tuple[Imagined, Tensor]:
-        """Differentiable rollout from ``[B, D]`` and V(z_1) .. V(z_H) ``[H, B, 1]``."""
+    def _policy_parameters(self) -> Callable[..., tuple[Tensor, ...]]:
+        keys = self.tensor_keys
+        return tensor_function(self.actor_network, [keys.latent], [keys.loc, keys.scale])
+
+    def imagine(
+        self, start: Tensor, task: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Imagined, Tensor]:
+        """Differentiable rollout from ``[B, D]`` and V(z_1) .. V(z_H) ``[H, B, 1]``.
+
+        Args:
+            start (Tensor): start latents ``[B, D]``.
+            task (Tensor, optional): task index ``[B]``.
+            noise (Tensor, optional): of :meth:`draw_noise`, which is called if it is ``None``.
+        """
         keys = self.tensor_keys
         check_shape("latent", start, (None, None))
+        noise = self.draw_noise(start) if noise is None else noise
         task_keys = [] if task is None else [keys.task]
-        act = tensor_function(self.actor_network, [keys.latent], [keys.loc, keys.scale])
+        act = self._policy_parameters()
         model = tensor_function(
             self.world_model,
             [keys.latent, keys.action, *task_keys],
@@ -184,14 +202,12 @@ class PWMActorLoss(LossModule):
             frozen(self.world_model, self.value_network),
             self.actor_network_params.to_module(self.actor_network),
         ):
-            with torch.no_grad():
-                action_dim = act(start[:1])[0].shape[-1]
             rollout = self._imagine(
                 lambda latent, action: model(latent, action, *tasks),
                 policy,
                 start.detach(),
                 self.horizon,
-                self.draw_noise(start, action_dim),
+                noise,
                 self.detach,
             )
             return rollout, value(rollout.latent[1:])[0]
@@ -203,11 +219,14 @@ class PWMActorLoss(LossModule):
     def objective(self, rollout: Imagined, next_value: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, J ``[B, 1]``); with return normalisation, J enters the running variance first."""
         returns = self.returns(rollout, next_value)
+        return -returns.mean() / self._divisor(returns), returns
+
+    def _divisor(self, returns: Tensor) -> Tensor | int:
+        """What −mean(J) is divided by: H, or the running standard deviation after J has entered it."""
         if not self.normalize_returns:
-            return -returns.mean() / self.horizon, returns
+            return self.horizon
         self.return_statistics.update(returns)
-        scale = torch.sqrt(self.return_statistics.var + RETURN_EPSILON).squeeze()
-        return -returns.mean() / scale, returns
+        return torch.sqrt(self.return_statistics.var + RETURN_EPSILON).squeeze()
 
     def rollout_and_loss(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
         """Losses, and the detached rollout ``[B, H]`` for :class:`~pwm_torchrl.objectives.PWMValueLoss`.
@@ -217,21 +236,72 @@ class PWMActorLoss(LossModule):
             ``("next", terminated)``, ``("next", state_value)``, ``value_target`` and the mask
             ``("collector", "mask")`` of states before the rollout's end.
         """
-        keys = self.tensor_keys
-        task = None if self.action_mask is None else tensordict.get(keys.task)
-        rollout, next_value = self.imagine(tensordict.get(keys.latent), task)
+        rollout, next_value = self.imagine(*self._start(tensordict))
         loss, returns = self.objective(rollout, next_value)
+        imagined = self._detached(rollout, next_value)
+        return self._metrics(loss, returns, imagined), imagined
+
+    def backward(
+        self, tensordict: TensorDictBase, micro_batch: int | None = None
+    ) -> tuple[TensorDictBase, TensorDictBase]:
+        """Add the gradients of the loss to the actor's parameters, a micro-batch of rollouts at a time.
+
+        The noise is drawn for the whole batch, and the gradients are divided by the running standard deviation once all
+        its returns have entered it, so that the arithmetic is that of :meth:`rollout_and_loss` on the whole batch.
+
+        Args:
+            tensordict (TensorDictBase): start latents ``[B]``, as :meth:`forward` takes them.
+            micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
+
+        Returns:
+            tuple: what :meth:`rollout_and_loss` returns, all of it detached.
+        """
+        start, task = self._start(tensordict)
+        noise = self.draw_noise(start)
+        parameters = [p for p in self.actor_network_params.values(True, True) if p.requires_grad]
+        total: list[Tensor | None] = [None] * len(parameters)
+        returns, imagined = [], []
+        for rows in micro_batches(len(start), micro_batch):
+            rollout, next_value = self.imagine(
+                start[rows], None if task is None else task[rows], None if noise is None else noise[:, rows]
+            )
+            part = self.returns(rollout, next_value)
+            gradients = torch.autograd.grad(-part.sum() / len(start), parameters, allow_unused=True)
+            # Not in place: autograd may hand out one tensor as the gradient of two parameters.
+            total = [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
+            returns.append(part.detach())
+            imagined.append(self._detached(rollout, next_value))
+            del rollout, next_value, part, gradients  # or they would live beside the next part's
+        whole = torch.cat(returns)
+        divisor = self._divisor(whole)
+        for parameter, gradient in zip(parameters, total, strict=True):
+            if gradient is not None:
+                gradient = gradient / divisor
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        rollouts = imagined[0] if len(imagined) == 1 else torch.cat(imagined)
+        return self._metrics(-whole.mean() / divisor, whole, rollouts), rollouts
+
+    def _start(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
+        keys = self.tensor_keys
+        return tensordict.get(keys.latent), None if self.action_mask is None else tensordict.get(keys.task)
+
+    def _metrics(self, loss: Tensor, returns: Tensor, imagined: TensorDictBase) -> TensorDictBase:
+        keys = self.tensor_keys
+        return TensorDict(
+            loss_actor=loss,
+            imagined_return=returns.detach().mean(),
+            imagined_reward=imagined.get(("next", keys.reward)).mean(),
+            return_std=returns.detach().std(unbiased=False),
+            terminated=imagined.get(("next", keys.terminated)).any(1).float().mean(),
+        )
+
+    def _detached(self, rollout: Imagined, next_value: Tensor) -> TensorDictBase:
+        """A rollout without its graph, batch-major, with TD(λ) targets."""
+        keys = self.tensor_keys
         latent, reward, next_value = (x.detach() for x in (rollout.latent[:-1], rollout.reward, next_value))
         ended = rollout.terminated
         target = td_lambda_targets(reward, next_value, ended, self.gamma, self.lmbda)
-        losses = TensorDict(
-            loss_actor=loss,
-            imagined_return=returns.detach().mean(),
-            imagined_reward=reward.mean(),
-            return_std=returns.detach().std(unbiased=False),
-            terminated=ended.any(0).float().mean(),
-        )
-        imagined = TensorDict({}, batch_size=[tensordict.shape[0], self.horizon])
+        imagined = TensorDict({}, batch_size=[latent.shape[1], self.horizon])
         for key, value in (
             (keys.latent, latent),
             (keys.action, rollout.action.detach()),
@@ -242,4 +312,4 @@ class PWMActorLoss(LossModule):
             (("collector", "mask"), alive_before(ended)[:-1] > 0),
         ):
             imagined.set(key, value.transpose(0, 1))
-        return losses, imagined
+        return imagined

@@ -12,6 +12,7 @@ from torchrl.objectives.common import LossModule
 
 from pwm_torchrl.modules import WorldModel
 from pwm_torchrl.objectives.functional_modules import maybe_compiled
+from pwm_torchrl.objectives.micro_batches import backward_in_parts
 from pwm_torchrl.objectives.shapes import check_shape
 from pwm_torchrl.objectives.slices import (
     FlowNoise,
@@ -209,6 +210,24 @@ class PWMModelLoss(LossModule):
         """Scalar losses of slices ``[B, H]``."""
         slices = self.read(tensordict)
         return self.evaluate(slices, self.draw_noise(slices))
+
+    def backward(self, slices: Slices, micro_batch: int | None = None) -> dict[str, Tensor]:
+        """Add the gradients of a batch's loss to the parameters, a micro-batch at a time.
+
+        Args:
+            slices (Slices): the batch, of :meth:`read`.
+            micro_batch (int, optional): slices per backward pass. Defaults to ``None``, all at once.
+
+        Returns:
+            dict of Tensor: the losses of the whole batch, detached.
+        """
+        noise = self.draw_noise(slices)
+        counts = slices.valid_counts()
+
+        def losses(rows: slice) -> TensorDictBase:
+            return self.evaluate(slices.rows(rows), None if noise is None else noise.rows(rows), counts)
+
+        return backward_in_parts(slices.action.shape[1], micro_batch, losses)
 
     def draw_noise(self, slices: Slices) -> FlowNoise | None:
         """Random numbers of the flow terms for a whole batch; ``None`` if no term needs them."""

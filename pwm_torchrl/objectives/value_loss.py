@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams, dispatch
 from tensordict.utils import NestedKey
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from pwm_torchrl.modules import CriticEnsemble
+from pwm_torchrl.objectives.micro_batches import backward_in_parts
 from pwm_torchrl.objectives.shapes import check_same_shape, check_shape
 
 
@@ -86,8 +88,36 @@ class PWMValueLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Scalar losses of latents ``[*batch, D]``."""
-        with self.critics_params.to_module(self.critics):
-            values = self.critics(tensordict.get(self.tensor_keys.latent).detach())
-        error = ensemble_value_loss(values, tensordict.get(self.tensor_keys.value_target)).mean(0)
+        error, values = self._errors(tensordict)
         loss = self._reduce_loss(error, tensordict, reduction="mean")
         return TensorDict(loss_value=loss, value=values.detach().mean())
+
+    def _errors(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Squared error ``[*batch, 1]``, mean over members, and values ``[K, *batch, 1]``."""
+        with self.critics_params.to_module(self.critics):
+            values = self.critics(tensordict.get(self.tensor_keys.latent).detach())
+        return ensemble_value_loss(values, tensordict.get(self.tensor_keys.value_target)).mean(0), values
+
+    def backward(self, tensordict: TensorDictBase, micro_batch: int | None = None) -> dict[str, Tensor]:
+        """Add the gradients of a batch's loss to the parameters, a micro-batch at a time.
+
+        Args:
+            tensordict (TensorDictBase): states ``[S]``, as :meth:`forward` takes them.
+            micro_batch (int, optional): states per backward pass. Defaults to ``None``, all at once.
+
+        Returns:
+            dict of Tensor: ``loss_value`` and ``value`` of the whole batch, detached.
+        """
+        count = tensordict.shape[0]
+        ones = torch.ones_like(tensordict.get(self.tensor_keys.value_target))
+        counted = self._reduce_loss(ones, tensordict, reduction="sum").clamp_min(1)
+        values = []
+
+        def loss(rows: slice) -> dict[str, Tensor]:
+            part = tensordict[rows]
+            error, value = self._errors(part)
+            values.append(value.detach().sum())
+            return {"loss_value": self._reduce_loss(error, part, reduction="sum") / counted}
+
+        losses = backward_in_parts(count, micro_batch, loss)
+        return {**losses, "value": torch.stack(values).sum() / (count * self.critics.num_critics)}

@@ -1,6 +1,6 @@
 """Training: the optimization step, the trainer, evaluation, checkpoints, logging, and what a run leaves behind.
 
-May import modules, objectives, envs and data; names are loaded on first use, so that the schema stays light.
+May import modules, objectives, envs, data and memory; names are loaded on first use, so that the schema stays light.
 """
 
 from __future__ import annotations

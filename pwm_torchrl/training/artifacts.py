@@ -20,7 +20,7 @@ from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.curves import write_curves
 
-__all__ = ["write_curves", "write_run_readme", "write_summary", "write_video"]
+__all__ = ["swap_in", "write_curves", "write_run_readme", "write_summary", "write_video"]
 
 Frame = npt.NDArray[np.uint8]
 
@@ -37,7 +37,7 @@ def write_summary(run_dir: str | os.PathLike[str], summary: Mapping[str, Any]) -
         TypeError: if a value is not plain data; a tensor has no place in a summary.
     """
     text = json.dumps(_finite(dict(summary)), indent=2, allow_nan=False) + "\n"
-    return _swap_in(Path(run_dir) / "summary.json", text)
+    return swap_in(Path(run_dir) / "summary.json", text)
 
 
 def write_video(run_dir: str | os.PathLike[str], frames: Iterable[Frame], fps: float = 30.0) -> Path:
@@ -135,7 +135,7 @@ def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
         "```",
         "",
     ]
-    return _swap_in(run_dir / "README.md", "\n".join(lines))
+    return swap_in(run_dir / "README.md", "\n".join(lines))
 
 
 def _files(cfg: Config) -> list[tuple[str, str]]:
@@ -148,10 +148,16 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
             f"of the policy, `env_steps` steps of the environment ({repeat} per decision). Empty cells were not "
             "measured in that epoch",
         ),
-        ("summary.json", "the end result: status (running, finished, failed, stopped), returns, steps, peak memory"),
+        (
+            "summary.json",
+            "the end result: status (running, finished, failed, stopped, memory: it ran out, storage: a disk is full "
+            "or broken), returns, steps, peak memory",
+        ),
         ("checkpoints/", "what resuming and loading need; readable with `weights_only=True`"),
         ("curves.png", "returns with their spread, losses and gradient norms over environment steps"),
     ]
+    files.append(("memory_plan.txt", "what the run was predicted to need, why, what was chosen, and what was measured"))
+    files.append(("memory_plan.json", "the same for programs"))
     if cfg.training.video:
         files.append(("video.mp4", "one deterministic episode of the trained policy"))
     files.append(("events.jsonl", "what happened to the run, one JSON object per line: starts, resumes, faults, end"))
@@ -159,7 +165,7 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
     files.append(("log.txt", "the job's output, where it was started by `launch/submit.py`"))
     files.append(("submitit/", "the same: files of the library that ran the job, one folder per attempt"))
     if cfg.training.replay_storage == "disk":
-        files.append(("replay/", "the replay buffer, memory-mapped"))
+        files.append(("replay/", "the replay buffer; checkpoints refer to it"))
     if cfg.logger.kind == "tensorboard":
         files.append(("tensorboard/", "the same metrics as TensorBoard events"))
     if cfg.logger.kind == "wandb":
@@ -191,8 +197,12 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _swap_in(target: Path, text: str) -> Path:
+def swap_in(target: Path, text: str) -> Path:
+    """Writes a file in one step."""
     partial = target.with_name(target.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
     return target

@@ -11,9 +11,9 @@ import torch
 from torchrl.checkpoint import Checkpoint
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.data import TrajectoryReplay
+from pwm_torchrl.data import TrajectoryReplay, steps_since_checkpoint
 from pwm_torchrl.envs import EnvInfo, env_info, make_env
-from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
+from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, OutOfMemory, StorageFault
 from pwm_torchrl.modules import RewardScale, policy_module
 from pwm_torchrl.training.artifacts import write_curves, write_run_readme, write_video
 from pwm_torchrl.training.build import build_learners, build_losses, build_networks
@@ -22,12 +22,15 @@ from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.evaluation import acting_on, film, play, random_action
 from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.faults import save_after_environment_fault, save_after_out_of_memory
 from pwm_torchrl.training.interrupt import stop_on_interrupt
 from pwm_torchrl.training.load import facts_of
 from pwm_torchrl.training.loggers import close_logger, make_logger
+from pwm_torchrl.training.memory_plan import RunPlan
 from pwm_torchrl.training.observer import Observer
-from pwm_torchrl.training.progress import say
+from pwm_torchrl.training.progress import say, warn
 from pwm_torchrl.training.seeding import RunRNGState, evaluation_env_seed, seed_everything, training_env_seed
+from pwm_torchrl.training.state_files import AllocatedStateAdapter
 from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
 from pwm_torchrl.training.summary import RunSummary
 from pwm_torchrl.training.threads import set_threads
@@ -44,9 +47,10 @@ class Run:
         cfg (Config): the whole run.
         run_dir (Path): its directory.
         summary (RunSummary): its result so far.
+        resume (bool): whether it continues an earlier attempt. Defaults to ``False``.
     """
 
-    def __init__(self, cfg: Config, run_dir: Path, summary: RunSummary) -> None:
+    def __init__(self, cfg: Config, run_dir: Path, summary: RunSummary, resume: bool = False) -> None:
         self.cfg, self.run_dir, self.summary = cfg, run_dir, summary
         set_threads(cfg.training.threads)
         self.device = pick_device(cfg.device)
@@ -60,6 +64,8 @@ class Run:
         )
         self.info = env_info(self.env)
         check_against_env(cfg, self.info)
+        self.memory_plan = RunPlan(cfg, self.info, self.device, run_dir, resume)
+        self.cfg = cfg = self.memory_plan.plan.applied(cfg)
         self.eval_env = self._evaluation_env(max(1, cfg.training.eval_episodes))
         self.networks = build_networks(cfg, self.info, self.device)
         self.policy = policy_module(
@@ -82,8 +88,11 @@ class Run:
             self.info.num_envs,
             a.horizon,
             t.replay_storage,
-            self.run_dir / "replay" if t.replay_storage == "disk" else None,
+            self.run_dir / "replay",
             self.device,
+            observation_dim=self.info.observation_dim,
+            action_dim=self.info.action_dim,
+            since_checkpoint_steps=steps_since_checkpoint(t.epochs, steps, t.checkpoint_every, t.keep_checkpoints),
         )
         self.reward_scale = RewardScale(self.info.num_envs, a.gamma).to(self.device) if a.normalize_rewards else None
         losses = build_losses(cfg, self.networks)
@@ -91,7 +100,9 @@ class Run:
         first = a.first_model_updates
         if first is None:
             first = self.info.episode_length or UNKNOWN_EPISODE_UPDATES
-        stepper = PWMStepper(cfg, self.networks, losses, learners, self.replay, self.reward_scale, first)
+        stepper = PWMStepper(
+            cfg, self.networks, losses, learners, self.replay, self.reward_scale, first, self.micro_batch_halved
+        )
         returns = EpisodeReturns(self.info.num_envs)
         self.observer = Observer(self, stepper)
         self.trainer = PWMTrainer(
@@ -100,7 +111,7 @@ class Run:
             epochs=t.epochs,
             action_repeat=self.info.action_repeat,
             finish_epoch=self.observer.finish_epoch,
-            checkpoint=Checkpoint(),
+            checkpoint=Checkpoint().register_adapter(object, AllocatedStateAdapter()),
             rotation=rotation(self.run_dir, max(1, t.keep_checkpoints)),
             facts=facts_of(self.info.observation_dim, self.info.action_dim, self.info.terminates),
             checkpoint_every=t.checkpoint_every,
@@ -130,13 +141,14 @@ class Run:
 
         Raises:
             CheckpointFault: if there are checkpoints and none can be read.
+            StorageFault: likewise, because the replay on disk that they refer to is not there.
         """
         paths = checkpoint_paths(self.run_dir)
-        fault: CheckpointFault | None = None
+        fault: CheckpointFault | StorageFault | None = None
         while paths:
             try:
                 load_checkpoint(paths.pop(), self.components)
-            except CheckpointFault as error:
+            except (CheckpointFault, StorageFault) as error:
                 fault = error
                 if paths:
                     warnings.warn(f"{error} Trying the one before.", stacklevel=2)
@@ -170,17 +182,34 @@ class Run:
         self.observer.logger = self.trainer.logger = logger
         try:
             if self.trainer.epoch < self.cfg.training.epochs:
-                with stop_on_interrupt(self.trainer):
+                with stop_on_interrupt(self.trainer), self.observer.memory.watching():
                     self.trainer.train()
             else:
                 self.trainer.shutdown()
         except EnvironmentFault:
-            self.save_after_fault()
+            save_after_environment_fault(self.trainer)
+            raise
+        except OutOfMemory:
+            save_after_out_of_memory(self.trainer, self.summary, self.run_dir)
             raise
         finally:
             self.observer.close()
             close_logger(logger)
+        if self.observer.alarm is not None:
+            raise OutOfMemory(
+                f"Stopped with a checkpoint after epoch {self.trainer.epoch}: {self.observer.alarm.message}."
+            )
         return "stopped" if self.trainer.epoch < self.cfg.training.epochs else "finished"
+
+    def micro_batch_halved(self, update: str, refused: int, size: int, message: str) -> None:
+        """An update ran out of memory and is repeated in smaller parts."""
+        write_event(self.run_dir, "micro_batch", update=update, refused=refused, size=size, error=message)
+        say(f"out of memory: the {update} update is repeated with micro-batches of {size} instead of {refused}")
+
+    def memory_unwatched(self, reason: str) -> None:
+        """Watching memory failed."""
+        write_event(self.run_dir, "unwatched", error=reason)
+        warn(reason)
 
     def draw(self) -> None:
         """Curves, and a video of the final policy; a machine that cannot draw gets a sentence, not a failed run."""
@@ -201,13 +230,6 @@ class Run:
     def play(self, act: Any) -> torch.Tensor:
         """Returns of one episode in each evaluation environment, float64 ``[N]``."""
         return play(self.eval_env, act, evaluation_env_seed(self.cfg.seed)).returns
-
-    def save_after_fault(self) -> None:
-        """Checkpoint of the last complete epoch; the faulty environments' state is left out, so episodes restart."""
-        if self.trainer.epoch == 0:
-            return
-        self.trainer.collector.forget_env_state()
-        self.trainer.save_trainer(force_save=True)
 
     def write_video(self) -> None:
         """Film one deterministic episode."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from pwm_torchrl.modules import (
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
 from pwm_torchrl.training.config import Config, ModelConfig
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class EnvFacts(Protocol):
@@ -82,6 +84,7 @@ def world_model_spec(cfg: Config, facts: EnvFacts) -> WorldModelSpec:
 def dynamics_options(model: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of :func:`~pwm_torchrl.modules.make_dynamics`; options of flows only for flows."""
     options = dict(vars(model.dynamics))
+    options["checkpoint_substeps"] = bool(options["checkpoint_substeps"])
     if options["kind"] != "flow":
         return {"kind": options["kind"]}
     return options
@@ -90,24 +93,30 @@ def dynamics_options(model: ModelConfig) -> dict[str, Any]:
 def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
     """Build world model, actor and critics on ``device``."""
     algorithm, size = cfg.algorithm, cfg.size
-    return Networks(
-        make_world_model(world_model_spec(cfg, facts)).to(device),
-        Actor(
-            size.latent_dim,
-            facts.action_dim,
-            list(size.actor_units),
-            algorithm.log_std_init,
-            algorithm.log_std_min,
-        ).to(device),
-        CriticEnsemble(size.latent_dim, list(size.critic_units), size.num_critics).to(device),
+    actor = Actor(
+        size.latent_dim,
+        facts.action_dim,
+        list(size.actor_units),
+        algorithm.log_std_init,
+        algorithm.log_std_min,
     )
+    return Networks(
+        on(make_world_model(world_model_spec(cfg, facts)), device),
+        on(actor, device),
+        on(CriticEnsemble(size.latent_dim, list(size.critic_units), size.num_critics), device),
+    )
+
+
+def on(module: AnyModule, device: torch.device | str) -> AnyModule:
+    """``module`` on ``device``; left alone if it is there, since tensors without data cannot be moved at all."""
+    there = all(tensor.device == torch.device(device) for tensor in module.state_dict().values())
+    return module if there else module.to(device)
 
 
 def build_losses(cfg: Config, networks: Networks) -> Losses:
     """Build the objectives; they share the networks' parameters."""
     algorithm, terms = cfg.algorithm, cfg.model.loss
-    device = next(networks.actor.parameters()).device
-    return Losses(
+    losses = Losses(
         PWMModelLoss(
             networks.world_model,
             form=terms.form,
@@ -132,9 +141,11 @@ def build_losses(cfg: Config, networks: Networks) -> Losses:
             detach=algorithm.detach,
             normalize_returns=algorithm.normalize_returns,
             compile=algorithm.compile,
-        ).to(device),
+        ),
         PWMValueLoss(networks.critics),
     )
+    on(losses.actor.return_statistics, next(networks.actor.parameters()).device)
+    return losses
 
 
 @dataclass
@@ -153,9 +164,14 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
-    def step(self) -> torch.Tensor:
-        """Clip, step, clear; returns the gradient norm before clipping, a detached scalar."""
+    def step(self, before: Callable[[], None] | None = None) -> torch.Tensor:
+        """Clip, step, clear; returns the gradient norm before clipping, a detached scalar.
+
+        ``before`` is called when the gradients are ready, just before the parameters change.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        if before is not None:
+            before()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 
-from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.training.recovery import is_out_of_memory
 
 #: Raised when the set of components or their meaning changes.
 SCHEMA_VERSION = 1
@@ -31,6 +32,16 @@ class CheckpointFault(RuntimeError):
 def rotation(run_dir: Path, keep_last: int = 2) -> CheckpointRotation:
     """The run's checkpoints: the newest ones and the best by evaluation return."""
     return CheckpointRotation(run_dir / FOLDER, keep_last=keep_last, keep_best=(METRIC, "max"))
+
+
+def kept_replay_steps(kept: CheckpointRotation) -> int | None:
+    """Time steps in replay at the oldest checkpoint that resuming may fall back to; ``None`` without checkpoints.
+
+    The best checkpoint may be much older than the newest ones; it is kept for its policy, not for its replay.
+    """
+    newest = kept.checkpoints()[-kept.keep_last :]
+    steps = [Checkpoint.manifest(path).get("metadata", {}).get("replay_steps") for path in newest]
+    return min((each for each in steps if each is not None), default=None)
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
@@ -51,16 +62,21 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointFault: if it is incomplete, damaged or of another schema version.
         ConfigurationError: if its tensors do not fit the live objects.
+        StorageFault: if the replay on disk that it refers to is not there.
     """
     metadata = checkpoint_metadata(path)
     try:
         check_tensor_files(path)
         Checkpoint(**components).load(path, components=list(components), map_location="cpu")
     except Exception as error:
+        if is_out_of_memory(error):  # that says nothing about the checkpoint
+            raise
         link: BaseException | None = error
         while link is not None:  # TorchRL wraps what a component raises
             if isinstance(link, ConfigurationError):
                 raise link from error
+            if isinstance(link, StorageFault):
+                raise StorageFault(f"The checkpoint {path} cannot be resumed: {link}") from error
             link = link.__cause__
         text = " ".join(str(error).split())
         if any(sign in text for sign in MISFITS):

@@ -25,7 +25,8 @@ class DynamicsConfig:
     condition_on_start: bool = False  # feed z_t to the velocity field beside z_tau
     time_features: int = 0  # number of sine/cosine pairs added to tau
     condition_on_step_size: bool = False  # feed the step size (needed by self-consistency)
-    checkpoint_substeps: bool = False  # recompute the substeps in the backward pass: less memory, same gradients
+    checkpoint_substeps: Optional[bool] = None  # recompute substeps in the backward pass: less memory, same gradients;
+    # None: the memory plan decides
 
 
 @dataclass
@@ -118,11 +119,12 @@ class TrainingConfig:
     checkpoint_every: int = 50  # epochs between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept, beside the best
     replay_capacity: int = 1_000_000  # transitions
-    replay_storage: str = "memory"  # memory | disk (memory-mapped in the run directory)
+    replay_storage: str = "auto"  # auto | memory | device (the GPU) | disk (files in the run directory)
     gradient_profile_every: int = 50  # epochs between logs of the gradient norm per horizon step; 0: never
     video: bool = True  # film one deterministic episode at the end
     threads: Optional[int] = None  # torch threads; None: the CPUs of the allocation
     progress: bool = True  # progress bar
+    check_graphs: bool = False  # debug: fail an epoch that leaves more live autograd nodes than it found
 
 
 @dataclass
@@ -138,17 +140,27 @@ class LoggerConfig:
 
 @dataclass
 class ClusterConfig:
-    """Where a submitted job runs."""
+    """Where a submitted job runs, and what its nodes have; GB are 10^9 bytes."""
 
-    kind: str = "local"  # local: a process of its own on this machine | debug: in this process
+    kind: str = "local"  # local: a process of its own here | debug: in this process | slurm: nodes, for plans only
+    name: str = "local"  # label
+    host_gb: Optional[float] = None  # host memory a job may have on a node; None: what this machine offers
+    gpu: Optional[str] = None  # type of the GPU, such as l40s; None: none, or this machine's
 
 
 @dataclass
 class MemoryConfig:
-    """How updates are split to fit in memory."""
+    """How a run fits into memory; GB are 10^9 bytes (see :mod:`pwm_torchrl.memory`)."""
 
-    kind: str = "fixed"
-    model_micro_batch: Optional[int] = None  # slices per backward pass of a world-model update; None: all at once
+    kind: str = "auto"  # auto: what is null here, and more, is planned | fixed: only what is written
+    model_micro_batch: Optional[int] = None  # slices per backward pass of a world-model update; None: planned, or all
+    imagination_micro_batch: Optional[int] = None  # rollouts per backward pass of a policy update; None: likewise
+    critic_micro_batch: Optional[int] = None  # states per backward pass of a critic update; None: likewise
+    host_gb: Optional[float] = None  # budget of host memory; None: what the machine, its cgroup or SLURM gives
+    device_gb: Optional[float] = None  # budget of GPU memory; None: what is free on the GPU
+    margin: float = 0.1  # share that a plan leaves free: of what lies below stop_at on the host, of the GPU's memory
+    stop_at: float = 0.85  # share of the host limit, reclaimable memory apart, at which the run saves and stops
+    disk_above_gb: float = 8.0  # a replay larger than this goes to disk (training.replay_storage=auto)
 
 
 @dataclass

@@ -7,14 +7,17 @@ memory. A tensor that requires grad is therefore refused here instead of being d
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
+
+from pwm_torchrl.training.append import append_text
 
 __all__ = ["CsvMetrics", "MetricRow", "read_metrics"]
 
@@ -86,17 +89,18 @@ class CsvMetrics:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.columns: list[str] = []
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         if self.path.exists():
             self.columns, rows, intact = _read_rows(self.path)
             if not intact:
                 self._replace(rows)
 
     def write(self, row: Mapping[str, Number]) -> None:
-        """Appends a row and flushes it.
+        """Appends a row and hands it to the system at once.
 
         Raises:
             ValueError: if a value is a tensor; :meth:`MetricRow.numbers` gives plain numbers.
+            OSError: if it cannot be written; the file is as before then.
         """
         for name, value in row.items():
             if isinstance(value, Tensor):
@@ -106,9 +110,9 @@ class CsvMetrics:
             rows = _read_rows(self.path)[1] if self.columns else []
             self.columns += new
             self._replace(rows)
-        file = self._open()
-        csv.writer(file).writerow([_cell(row.get(name)) for name in self.columns])
-        file.flush()
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow([_cell(row.get(name)) for name in self.columns])
+        append_text(self._open(), line.getvalue())
 
     def truncate(self, epoch: int) -> None:
         """Drops the rows of later epochs than ``epoch``: what a resume from that epoch will write again."""
@@ -133,19 +137,22 @@ class CsvMetrics:
     ) -> None:
         self.close()
 
-    def _open(self) -> TextIO:
+    def _open(self) -> BinaryIO:
         if self._file is None:
-            self._file = self.path.open("a", newline="", encoding="utf-8")
+            self._file = self.path.open("ab", buffering=0)
         return self._file
 
     def _replace(self, rows: Iterable[Mapping[str, str]]) -> None:
         self.close()
         partial = self.path.with_name(self.path.name + ".tmp")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.columns)
-            writer.writerows([row.get(name, "") for name in self.columns] for row in rows)
-        os.replace(partial, self.path)
+        try:
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(self.columns)
+                writer.writerows([row.get(name, "") for name in self.columns] for row in rows)
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float]]:

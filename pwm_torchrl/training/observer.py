@@ -11,10 +11,12 @@ from tensordict import TensorDictBase
 from torchrl.record.loggers.common import Logger
 
 from pwm_torchrl.errors import DivergenceError
+from pwm_torchrl.memory.guard import Alarm
 from pwm_torchrl.training.collector import EpisodeReturns
 from pwm_torchrl.training.evaluation import open_loop_errors, play
 from pwm_torchrl.training.metrics import CsvMetrics, MetricRow
 from pwm_torchrl.training.progress import Progress
+from pwm_torchrl.training.run_memory import RunMemory
 from pwm_torchrl.training.seeding import evaluation_env_seed
 from pwm_torchrl.training.stepper import PWMStepper
 
@@ -39,6 +41,8 @@ class Observer:
         self.run, self.stepper = run, stepper
         self.csv = CsvMetrics(run.run_dir / "metrics.csv")
         self.logger: Logger | None = None
+        self.memory = RunMemory(run.cfg.memory, run.memory_unwatched)
+        self.alarm: Alarm | None = None  # memory is short: the run stops after this epoch
         self.epoch_started = time.monotonic()
 
     def open(self, restored: bool) -> None:
@@ -78,15 +82,27 @@ class Observer:
         now = time.monotonic()
         row.set({"time/epoch_s": now - self.epoch_started})
         self.epoch_started = now
+        row.set(self.memory.metrics())
+        self.run.summary.own_bytes = self.memory.peak_own
         self.log(epoch, row.numbers())
         if due:
             self.run.summary.write()
+        self.check_memory(epoch)
+
+    def check_memory(self, epoch: int) -> None:
+        """Ask for a stop, with a checkpoint, if memory is about to run out and training is not over."""
+        alarm = self.memory.check(warm=self.stepper.updated)
+        if alarm is not None and epoch < self.run.cfg.training.epochs and not self.trainer._stop_training:
+            self.alarm = alarm
+            self.trainer.request_stop("memory")
 
     def profile(self, row: MetricRow) -> None:
         """Gradient norm per horizon step; its random numbers are taken from nobody, so that logging changes nothing."""
         device = self.run.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            observation = self.run.replay.sample_observations(self.run.cfg.algorithm.imagination_batch)
+            # No more rollouts than an update back-propagates at once: that is what memory was planned for.
+            count = self.stepper.micro_batches.size("policy", self.run.cfg.algorithm.imagination_batch)
+            observation = self.run.replay.sample_observations(count)
             row.set(self.stepper.gradient_profile(observation))
 
     def evaluate(self, row: MetricRow) -> None:
@@ -145,7 +161,8 @@ class Observer:
             )
 
     def close(self) -> None:
-        """Close the metrics file and the progress display."""
+        """Close the metrics file and the progress display; training is over."""
+        self.run.summary.own_bytes = self.memory.peak_own
         self.csv.close()
         self.progress.close()
 

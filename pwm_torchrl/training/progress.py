@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -70,6 +71,12 @@ class Progress:
 def say(text: str) -> None:
     """A line for whoever follows the run."""
     print(text, flush=True)  # noqa: T201 - the one place that prints
+
+
+def warn(text: str) -> None:
+    """A line on stderr, as far as that can be written to: it may be a file on the disk that is full."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _clock(seconds: float) -> str:

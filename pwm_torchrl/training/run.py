@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.data.files import Reserve
+from pwm_torchrl.errors import status_of
 from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
 from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.faults import named
 from pwm_torchrl.training.lock import exclusive
+from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.summary import RunSummary
 
 
@@ -32,30 +36,60 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False) -> dict[str, A
         ConfigurationError: for a configuration that cannot work.
         EnvironmentFault: if an environment fails, after a checkpoint.
         DivergenceError: if a loss is not finite; the last checkpoint stays the newest.
+        OutOfMemory: if an update does not fit into memory even in parts of 1, or memory is about to run out, after a
+            checkpoint; if memory runs out elsewhere, with the last checkpoint as the newest. Status ``memory``.
+        StorageFault: if the disk is full, over its quota or broken; the last checkpoint stays the newest. Status
+            ``storage``.
     """
     run_dir = Path(run_dir)
     quiet_torchrl()
-    with exclusive(run_dir):
-        return _train(cfg, run_dir, resume)
+    try:
+        with exclusive(run_dir):
+            return _train(cfg, run_dir, resume)
+    except OSError as error:  # of the lock; all others have their names
+        fault = named(error, run_dir)
+        if fault is error:
+            raise
+        raise fault from error
 
 
 def _train(cfg: Config, run_dir: Path, resume: bool) -> dict[str, Any]:
-    if not (run_dir / CONFIG_FILE).exists():
-        save_config(cfg, run_dir)
-    summary = RunSummary.start(cfg, run_dir, resume)
+    summary: RunSummary | None = None
+    reserve = Reserve(run_dir)
     try:
-        run = Run(cfg, run_dir, summary)
-        status = run.execute(resume)
+        reserve.take()
+        if not (run_dir / CONFIG_FILE).exists():
+            save_config(cfg, run_dir)
+        summary = RunSummary.start(cfg, run_dir, resume)
+        run = Run(cfg, run_dir, summary, resume)
+        with run.memory_plan.compared():
+            status = run.execute(resume)
         result = summary.finish(status)
+        write_event(run_dir, status, epoch=summary.epochs_done)
         run.draw()
         run.close()
     except BaseException as error:
-        status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        summary.finish(status)
-        write_event(run_dir, status, epoch=summary.epochs_done, error=f"{type(error).__name__}: {error}")
-        raise
-    write_event(run_dir, status, epoch=summary.epochs_done)
+        fault = named(error, run_dir)
+        reserve.free()
+        _record_end(run_dir, summary, fault)
+        if fault is error:
+            raise
+        raise fault from error
+    finally:
+        reserve.free()
     return result
+
+
+def _record_end(run_dir: Path, summary: RunSummary | None, error: BaseException) -> None:
+    """Write how the run ended; where that fails too, stderr says so and the error is raised all the same."""
+    status = status_of(error)
+    try:
+        if summary is not None:
+            summary.finish(status)
+        epoch = 0 if summary is None else summary.epochs_done
+        write_event(run_dir, status, epoch=epoch, error=f"{type(error).__name__}: {error}")
+    except OSError as unwritten:
+        warn(f"the run ended with status {status}, which could not be written to {run_dir}: {unwritten}")
 
 
 def quiet_torchrl() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,6 +15,7 @@ from pwm_torchrl.modules import RewardScale
 from pwm_torchrl.training.build import Learner, Losses, Networks
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.metrics import MetricRow
+from pwm_torchrl.training.recovery import MicroBatches, Undo
 
 POLICY_STARTS = ("replay", "current")
 
@@ -29,6 +31,8 @@ class PWMStepper(OptimizationStepper):
         replay (TrajectoryReplay): source of slices and start states.
         reward_scale (RewardScale, optional): divides rewards before the model sees them.
         first_model_updates (int): world-model updates of the first training epoch.
+        on_reduction (callable): told of every micro-batch that was halved because memory ran out; see
+            :class:`~pwm_torchrl.training.recovery.MicroBatches`.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class PWMStepper(OptimizationStepper):
         replay: TrajectoryReplay,
         reward_scale: RewardScale | None,
         first_model_updates: int,
+        on_reduction: Callable[[str, int, int, str], None],
     ) -> None:
         self.cfg = cfg
         self.networks = networks
@@ -48,6 +53,11 @@ class PWMStepper(OptimizationStepper):
         self.replay = replay
         self.reward_scale = reward_scale
         self.first_model_updates = first_model_updates
+        self.micro_batches = MicroBatches.configured(cfg.memory, on_reduction)
+        self.undo = {
+            name: Undo(learner, [losses.actor.return_statistics] if name == "actor" else [])
+            for name, learner in learners.items()
+        }
         self.epoch = 0  # training epochs done
         self.updated = False  # whether the world model has had its first updates
 
@@ -68,32 +78,32 @@ class PWMStepper(OptimizationStepper):
             self.update_model(row)
         self.updated = True
         for _ in range(a.policy_updates):
-            imagined = self.update_policy(self.start_observations(sub_batch), row)
-            self.update_critics(imagined, row)
+            # Not kept under a name: a rollout would live on beside the next policy update.
+            self.update_critics(self.update_policy(self.start_observations(sub_batch), row), row)
+        row.set(self.micro_batches.metrics())
         return TensorDict(row.numbers())
 
     def update_model(self, row: MetricRow) -> None:
-        """One world-model update on replayed slices, accumulated over micro-batches."""
-        loss = self.losses.model
-        batch = self.replay.sample_slices(self.cfg.algorithm.model_batch)
+        """One world-model update on replayed slices."""
+        batch = self.cfg.algorithm.model_batch
+        undo = self.undo["world_model"]
+
+        def attempt(size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+            slices = self.losses.model.read(self.sample_slices(batch))
+            losses = self.losses.model.backward(slices, size)
+            return losses, slices.valid.float().mean(), self.learners["world_model"].step(undo.before_step)
+
+        losses, valid, norm = self.micro_batches.run("world-model", batch, undo, attempt)
+        row.mean({"loss/model": torch.stack(list(losses.values())).sum()})
+        row.mean({key.replace("loss_", "loss/model_"): value for key, value in losses.items()})
+        row.mean({"grad_norm/model": norm, "data/valid_fraction": valid})
+
+    def sample_slices(self, count: int) -> TensorDictBase:
+        """Replayed slices ``[count, H]``, rewards scaled."""
+        batch = self.replay.sample_slices(count)
         if self.reward_scale is not None:
-            reward = batch["next", "reward"]
-            batch["next", "reward"] = self.reward_scale(reward)
-        slices = loss.read(batch)
-        noise = loss.draw_noise(slices)
-        counts = slices.valid_counts()
-        size = self.cfg.memory.model_micro_batch or batch.shape[0]
-        total: dict[str, Tensor] = {}
-        for first in range(0, batch.shape[0], size):
-            rows = slice(first, first + size)
-            losses = loss.evaluate(slices.rows(rows), None if noise is None else noise.rows(rows), counts)
-            sum(losses.values()).backward()
-            for key, value in losses.items():
-                total[key] = total.get(key, 0) + value.detach()
-        row.mean({"loss/model": sum(total.values())})
-        row.mean({key.replace("loss_", "loss/model_"): value for key, value in total.items()})
-        row.mean({"grad_norm/model": self.learners["world_model"].step()})
-        row.mean({"data/valid_fraction": slices.valid.float().mean()})
+            batch["next", "reward"] = self.reward_scale(batch["next", "reward"])
+        return batch
 
     @torch.no_grad()
     def start_observations(self, batch: TensorDictBase) -> Tensor:
@@ -112,10 +122,14 @@ class PWMStepper(OptimizationStepper):
 
     def update_policy(self, observation: Tensor, row: MetricRow) -> TensorDictBase:
         """One policy update; returns the detached rollout ``[B, H]``."""
-        losses, imagined = self.losses.actor.rollout_and_loss(self.encode(observation))
-        losses["loss_actor"].backward()
-        norm = self.learners["actor"].step()
-        named = {"loss/actor": losses["loss_actor"].detach(), "grad_norm/actor": norm}
+        undo = self.undo["actor"]
+
+        def attempt(size: int) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
+            losses, imagined = self.losses.actor.backward(self.encode(observation), size)
+            return losses, imagined, self.learners["actor"].step(undo.before_step)
+
+        losses, imagined, norm = self.micro_batches.run("policy", len(observation), undo, attempt)
+        named = {"loss/actor": losses["loss_actor"], "grad_norm/actor": norm}
         for key in ("imagined_return", "imagined_reward", "return_std", "terminated"):
             named[f"imagination/{key.removeprefix('imagined_')}"] = losses[key]
         row.mean(named)
@@ -128,13 +142,21 @@ class PWMStepper(OptimizationStepper):
         a = self.cfg.algorithm
         keys = self.losses.value.tensor_keys
         states = imagined.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
-        size = math.ceil(len(states) / a.critic_minibatches)
+        minibatch = math.ceil(len(states) / a.critic_minibatches)
         for _ in range(a.critic_passes):
-            for rows in torch.randperm(len(states), device=states.device).split(size):
-                losses = self.losses.value(states[rows])
-                losses["loss_value"].backward()
-                norm = self.learners["critics"].step()
-                row.mean({"loss/value": losses["loss_value"].detach(), "grad_norm/value": norm})
+            for rows in torch.randperm(len(states), device=states.device).split(minibatch):
+                self.update_critics_once(states, rows, row)
+
+    def update_critics_once(self, states: TensorDictBase, rows: Tensor, row: MetricRow) -> None:
+        """One critic update on the states that ``rows`` names."""
+        undo = self.undo["critics"]
+
+        def attempt(size: int) -> tuple[dict[str, Tensor], Tensor]:
+            losses = self.losses.value.backward(states[rows], size)
+            return losses, self.learners["critics"].step(undo.before_step)
+
+        losses, norm = self.micro_batches.run("critic", len(rows), undo, attempt)
+        row.mean({"loss/value": losses["loss_value"], "grad_norm/value": norm})
         row.set({"critic/value": losses["value"]})
 
     def gradient_profile(self, observation: Tensor) -> dict[str, float]:
@@ -146,9 +168,10 @@ class PWMStepper(OptimizationStepper):
         return {f"grad_profile/{t:02d}": g.norm(dim=-1).sum().item() for t, g in enumerate(gradient)}
 
     def state_dict(self) -> dict[str, object]:
-        """Counters; networks and optimizers are checkpoint components of their own."""
-        return {"epoch": self.epoch, "updated": self.updated}
+        """Counters and reduced micro-batches; networks and optimizers are checkpoint components of their own."""
+        return {"epoch": self.epoch, "updated": self.updated, "micro_batches": self.micro_batches.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         self.epoch = int(state_dict["epoch"])  # type: ignore[call-overload]
         self.updated = bool(state_dict["updated"])
+        self.micro_batches.load_state_dict(state_dict["micro_batches"])  # type: ignore[arg-type]

@@ -39,6 +39,8 @@ class RunSummary:
     earlier_s: float = 0.0
     earlier_host_bytes: int = 0  # peaks of earlier attempts
     earlier_device_bytes: int = 0
+    earlier_own_bytes: int = 0
+    own_bytes: int = 0  # peak of this attempt
     status: str = "running"
     started: float = field(default_factory=time.monotonic)
 
@@ -62,6 +64,7 @@ class RunSummary:
             summary.random_return = before.get("random_return")
             summary.earlier_host_bytes = int(before.get("peak_host_bytes", 0))
             summary.earlier_device_bytes = int(before.get("peak_device_bytes", 0))
+            summary.earlier_own_bytes = int(before.get("peak_own_bytes", 0))
             # Until a checkpoint is restored, what the file said stays true.
             summary.earlier_s = float(before.get("wall_clock_s", 0.0))
             for key in PROGRESS:
@@ -86,7 +89,11 @@ class RunSummary:
         return self.earlier_s + time.monotonic() - self.started
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of ``summary.json``; memory in bytes, return in the environment's reward."""
+        """The content of ``summary.json``; return in the environment's reward, memory in bytes.
+
+        ``peak_host_bytes`` is resident memory of the main process, files it has mapped included; ``peak_own_bytes`` the
+        anonymous and shared memory of all processes of the run while it trained, looked at once a second.
+        """
         return {
             **{key: self.fixed[key] for key in ("model", "size", "env", "seed")},
             "status": self.status,
@@ -100,6 +107,7 @@ class RunSummary:
             "random_return": self.random_return,
             "wall_clock_s": round(self.wall_clock_s, 1),
             "peak_host_bytes": max(self.earlier_host_bytes, peak_host_bytes()),
+            "peak_own_bytes": max(self.earlier_own_bytes, self.own_bytes),
             "peak_device_bytes": max(self.earlier_device_bytes, peak_device_bytes()),
             "restarts": self.restarts,
             "resume_exact": self.resume_exact,
@@ -128,6 +136,8 @@ class RunSummary:
             "random_return",
             "earlier_host_bytes",
             "earlier_device_bytes",
+            "earlier_own_bytes",
+            "own_bytes",
         ):
             del values[key]
         return {**values, "earlier_s": self.wall_clock_s}

@@ -10,8 +10,10 @@ from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.record.loggers.common import Logger
 from torchrl.trainers.trainers import Trainer
 
-from pwm_torchrl.training.checkpoint import METRIC, SCHEMA_VERSION
+from pwm_torchrl.data.files import storage_faults
+from pwm_torchrl.training.checkpoint import METRIC, SCHEMA_VERSION, kept_replay_steps
 from pwm_torchrl.training.collector import ResumableCollector
+from pwm_torchrl.training.graph_check import GraphCheck
 from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.stepper import PWMStepper
 
@@ -75,6 +77,9 @@ class PWMTrainer(Trainer):
         self.row = MetricRow()
         self.evaluated: float | None = None  # mean evaluation return of the present epoch
         self.best_evaluated = NOT_EVALUATED
+        self.saved_epoch: int | None = None  # of the newest checkpoint
+        self.replay = stepper.replay
+        self.graph_check = GraphCheck() if stepper.cfg.training.check_graphs else None
         self.register_op("post_optim_complete_log", self._take_metrics)
 
     @property
@@ -86,6 +91,12 @@ class PWMTrainer(Trainer):
     def agent_steps(self) -> int:
         """Decisions of the policy so far, all environments together."""
         return self.collected_frames // self.frame_skip
+
+    def _setup_hook(self) -> None:
+        """The run begins."""
+        super()._setup_hook()
+        if self.graph_check is not None:
+            self.graph_check.start()
 
     def _take_metrics(self, optim_steps: int, losses: TensorDictBase) -> None:
         self.row.set(losses)
@@ -101,6 +112,8 @@ class PWMTrainer(Trainer):
         self.evaluated = None
         row, self.row = self.row, MetricRow()
         self.finish_epoch(self.epoch, row)
+        if self.graph_check is not None:
+            self.graph_check.compare(f"epoch {self.epoch}")
 
     def _log(self, log_pbar: bool = False, **kwargs: Any) -> None:
         """Values that hooks return enter the epoch's row; nothing else refers to them."""
@@ -114,19 +127,27 @@ class PWMTrainer(Trainer):
             "schema_version": SCHEMA_VERSION,
             "epoch": self.epoch,
             "facts": self.facts,
+            "replay_steps": self.replay.steps,
             METRIC: NOT_EVALUATED if self.evaluated is None else self.evaluated,
         }
 
     def save_trainer(self, force_save: bool = False) -> None:
-        """Save a checkpoint if the epoch is due, if its evaluation is the best so far, or now."""
+        """Save a checkpoint if the epoch is due, if its evaluation is the best so far, or now.
+
+        Raises:
+            StorageFault: if the disk does not take it; those before it stay.
+        """
         due = self.checkpoint_every > 0 and self.epoch % self.checkpoint_every == 0
         best = self.evaluated is not None and self.evaluated > self.best_evaluated
         if best and self.evaluated is not None:
             self.best_evaluated = self.evaluated
         if force_save or due or best:
-            self.checkpoint_rotation.save(
-                self.checkpoint, step=self.epoch, metadata=self._checkpoint_manifest_metadata()
-            )
+            with storage_faults(self.checkpoint_rotation.directory, "save a checkpoint in"):
+                self.checkpoint_rotation.save(
+                    self.checkpoint, step=self.epoch, metadata=self._checkpoint_manifest_metadata()
+                )
+            self.saved_epoch = self.epoch
+            self.replay.release(kept_replay_steps(self.checkpoint_rotation))
 
     def state_dict(self) -> dict[str, Any]:
         """Counters only; everything else is a checkpoint component of its own."""
@@ -140,3 +161,7 @@ class PWMTrainer(Trainer):
         self.epoch = int(state_dict["epoch"])
         self.collected_frames = int(state_dict["collected_frames"])
         self.best_evaluated = float(state_dict["best_evaluated"])
+        self.saved_epoch = self.epoch
+        # The base class counts frames to the end; those of an epoch that memory cut short were collected beside it.
+        per_epoch = self.collector.requested_frames_per_batch * self.frame_skip
+        self.total_frames = self.collected_frames + (self.epochs - self.epoch) * per_epoch

@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 
 import pytest
 import torch
-from tensordict import TensorDict
+from replay_cases import FILLS, H, N, filled, numbered, starts_of
 
 from pwm_torchrl.data import TrajectoryReplay
+from pwm_torchrl.data.replay import STORAGES, STORED_KEYS
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModelSpec, make_world_model
 from pwm_torchrl.objectives import PWMModelLoss
 
-N, H = 3, 4
 
-
-def numbered(first: int, steps: int, done_every: int | None = None, envs: int = N) -> TensorDict:
-    """Steps ``first`` .. of N environments; every entry tells the step and the environment it belongs to."""
-    t = torch.arange(first, first + steps).view(1, -1, 1).expand(envs, -1, -1).float()
-    n = torch.arange(envs).view(-1, 1, 1).expand(-1, steps, -1).float()
-    done = torch.zeros(envs, steps, 1, dtype=torch.bool)
-    if done_every is not None:
-        done = (t.long() + 1) % done_every == 0
-    size = [envs, steps]
-    following = TensorDict(
-        observation=torch.cat([t + 1, n], -1),
-        reward=100 * t + n,
-        done=done,
-        terminated=done,
-        truncated=torch.zeros_like(done),
-        batch_size=size,
-    )
-    return TensorDict(observation=torch.cat([t, n], -1), action=t / 1000, next=following, latent=t, batch_size=size)
-
-
-def filled(capacity_steps: int, written: list[int], storage: str = "memory", **kwargs) -> TrajectoryReplay:
-    replay = TrajectoryReplay(capacity_steps * N, N, H, storage, **kwargs)
-    first = 0
-    for steps in written:
-        replay.extend(numbered(first, steps))
-        first += steps
-    return replay
-
-
-def starts_of(slices: TensorDict) -> Counter:
-    return Counter((int(t), int(n)) for t, n in slices["observation"][:, 0].tolist())
-
-
-# Written in pieces: not full, exactly full, wrapped, wrapped several times, and pieces that do not divide the ring.
-FILLS = [[H], [3, 4], [5, 5], [5, 5, 3], [4] * 9, [7, 7, 7, 7]]
+@pytest.fixture(params=STORAGES)
+def storage(request) -> str:
+    """The same replay everywhere."""
+    return request.param
 
 
 class TestSlices:
     @pytest.mark.parametrize("written", FILLS)
-    def test_every_valid_start_is_drawn_uniformly_and_no_other(self, written):
-        replay = filled(10, written)
+    def test_every_valid_start_is_drawn_uniformly_and_no_other(self, written, storage):
+        replay = filled(10, written, storage)
         total = sum(written)
         oldest = max(0, total - 10)
         possible = {(t, n) for t in range(oldest, total - H + 1) for n in range(N)}
@@ -66,9 +36,9 @@ class TestSlices:
         assert all(abs(count - 500) < 6 * 500**0.5 for count in counts.values())
 
     @pytest.mark.parametrize("written", FILLS)
-    def test_a_slice_is_consecutive_steps_of_one_environment(self, written):
+    def test_a_slice_is_consecutive_steps_of_one_environment(self, written, storage):
         # A slice across the cursor would jump from the newest step to the oldest.
-        slices = filled(10, written).sample_slices(400)
+        slices = filled(10, written, storage).sample_slices(400)
         time, env = slices["observation"].unbind(-1)
         assert (time[:, 1:] - time[:, :-1] == 1).all()
         assert (env == env[:, :1]).all()
@@ -77,29 +47,29 @@ class TestSlices:
         assert torch.equal(slices["next", "reward"].squeeze(-1), 100 * time + env)
         assert torch.equal(slices["action"].squeeze(-1), time / 1000)
 
-    def test_batch_shape_and_keys(self):
-        slices = filled(10, [8]).sample_slices(5)
+    def test_batch_shape_and_keys(self, storage):
+        slices = filled(10, [8], storage).sample_slices(5)
         assert slices.shape == (5, H)
         keys = set(slices.keys(True, True))
         following = {("next", key) for key in ("observation", "reward", "done", "terminated")}
         assert keys == {"observation", "action"} | following
         assert slices["next", "reward"].shape == (5, H, 1)
 
-    def test_one_environment_and_a_ring_of_one_slice(self):
-        replay = TrajectoryReplay(H, 1, H)
+    def test_one_environment_and_a_ring_of_one_slice(self, storage):
+        replay = TrajectoryReplay(H, 1, H, storage)
         for first in range(0, 6, 2):
             replay.extend(numbered(first, 2, envs=1))
         assert starts_of(replay.sample_slices(20)) == {(2, 0): 20}
 
-    def test_can_sample_only_with_a_whole_slice(self):
-        replay = filled(10, [H - 1])
+    def test_can_sample_only_with_a_whole_slice(self, storage):
+        replay = filled(10, [H - 1], storage)
         assert not replay.can_sample
         replay.extend(numbered(H - 1, 1))
         assert replay.can_sample
         assert starts_of(replay.sample_slices(50)).keys() == {(0, n) for n in range(N)}
 
-    def test_sampling_follows_the_global_generator(self):
-        replay = filled(10, [9])
+    def test_sampling_follows_the_global_generator(self, storage):
+        replay = filled(10, [9], storage)
         torch.manual_seed(3)
         first = replay.sample_slices(20)
         torch.manual_seed(3)
@@ -107,16 +77,16 @@ class TestSlices:
 
 
 class TestEpisodeEnds:
-    def test_steps_past_the_end_stay_in_the_slice(self):
-        replay = TrajectoryReplay(20 * N, N, H)
+    def test_steps_past_the_end_stay_in_the_slice(self, storage):
+        replay = TrajectoryReplay(20 * N, N, H, storage)
         replay.extend(numbered(0, 20, done_every=5))
         counts = starts_of(replay.sample_slices(4000))
         assert set(counts) == {(t, n) for t in range(20 - H + 1) for n in range(N)}
 
-    def test_they_do_not_reach_the_model_loss(self):
+    def test_they_do_not_reach_the_model_loss(self, storage):
         """Whatever lies behind the end, the loss and its gradient are the same."""
         torch.manual_seed(0)
-        replay = TrajectoryReplay(20 * N, N, H)
+        replay = TrajectoryReplay(20 * N, N, H, storage)
         replay.extend(numbered(0, 20, done_every=5))
         slices = replay.sample_slices(30)
         done = slices["next", "done"]
@@ -136,7 +106,6 @@ class TestEpisodeEnds:
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
-    @pytest.mark.parametrize("storage", ["memory", "disk"])
     @pytest.mark.parametrize("written", [[], *FILLS])
     def test_episodes_that_are_not_continued(self, written, storage):
         """The newest step of each environment becomes the last of its episode, and no other."""
@@ -152,8 +121,8 @@ class TestEpisodeEnds:
 
 class TestObservations:
     @pytest.mark.parametrize("written", FILLS)
-    def test_uniform_over_all_steps(self, written):
-        replay = filled(10, written)
+    def test_uniform_over_all_steps(self, written, storage):
+        replay = filled(10, written, storage)
         total = sum(written)
         possible = {(t, n) for t in range(max(0, total - 10), total) for n in range(N)}
         counts = Counter((int(t), int(n)) for t, n in replay.sample_observations(500 * len(possible)).tolist())
@@ -162,8 +131,8 @@ class TestObservations:
 
 
 class TestCapacity:
-    def test_length_counts_transitions(self):
-        replay = filled(10, [4])
+    def test_length_counts_transitions(self, storage):
+        replay = filled(10, [4], storage)
         assert len(replay) == 4 * N
         replay.extend(numbered(4, 9))
         assert len(replay) == 10 * N
@@ -178,37 +147,27 @@ class TestCapacity:
             TrajectoryReplay(capacity, N, H)
 
     def test_unknown_storage(self):
-        with pytest.raises(ConfigurationError, match=r"training.replay_storage='tape' is not one of memory, disk"):
+        with pytest.raises(ConfigurationError, match="'tape' is not one of memory, disk, device"):
             TrajectoryReplay(100, N, H, storage="tape")
 
-    def test_a_batch_longer_than_the_ring_leaves_its_newest_steps(self):
-        replay = filled(10, [3, 26])
+    def test_a_batch_longer_than_the_ring_leaves_its_newest_steps(self, storage):
+        replay = filled(10, [3, 26], storage)
         assert set(starts_of(replay.sample_slices(2000))) == {(t, n) for t in range(19, 26) for n in range(N)}
 
 
-class TestDisk:
-    def test_files_lie_where_asked(self, tmp_path):
-        replay = filled(10, [8, 7], "disk", scratch_dir=tmp_path / "replay")
-        assert list((tmp_path / "replay").rglob("*.memmap"))
-        slices = replay.sample_slices(300)
-        assert set(starts_of(slices)) == {(t, n) for t in range(5, 12) for n in range(N)}
-
-    def test_a_second_buffer_in_the_same_folder(self, tmp_path):
-        """As a resumed run makes it: the old files are there already."""
-        state = filled(10, [8, 7], "disk", scratch_dir=tmp_path / "replay").state_dict()
-        saved = {key: value.clone() for key, value in state["data"].items()}
-        replay = TrajectoryReplay(10 * N, N, H, "disk", tmp_path / "replay")
-        replay.load_state_dict({**state, "data": saved})
-        assert set(starts_of(replay.sample_slices(300))) == {(t, n) for t in range(5, 12) for n in range(N)}
-
-
 class TestState:
-    @pytest.mark.parametrize("storage", ["memory", "disk"])
     @pytest.mark.parametrize("written", [[], *FILLS])
-    def test_goes_on_where_it_was(self, written, storage):
+    def test_goes_on_where_it_was(self, written, storage, tmp_path):
         """Equal samples after loading, and after writing more: the next write goes to the old cursor."""
-        replay, copy = filled(10, written, storage), filled(10, [6], storage)
-        copy.load_state_dict(replay.state_dict())
+        replay = filled(10, written, storage, folder=tmp_path / "one")
+        state = replay.state_dict()
+        if storage == "disk":
+            if written:
+                shutil.copytree(tmp_path / "one", tmp_path / "two")
+            copy = TrajectoryReplay(10 * N, N, H, storage, tmp_path / "two")
+        else:
+            copy = filled(10, [6], storage)
+        copy.load_state_dict(state)
         first = sum(written)
         for more in (0, 3, 4, 10):
             if more:
@@ -224,6 +183,7 @@ class TestState:
                 torch.manual_seed(more)
                 samples.append(each.sample_slices(200))
             assert (samples[0] == samples[1]).all()
+            assert len(samples[0].keys(True, True)) == len(STORED_KEYS)
             assert max(t for t, _ in starts_of(samples[1])) == first - H
 
     def test_the_state_is_a_copy(self):
@@ -237,8 +197,8 @@ class TestState:
         assert filled(10, [3]).state_dict()["data"]["action"].shape == (3, N, 1)
 
     @pytest.mark.parametrize(("capacity", "envs"), [(10, N + 1), (6, N)])
-    def test_another_shape_is_refused(self, capacity, envs):
-        state = filled(10, [8]).state_dict()
-        replay = TrajectoryReplay(capacity * envs, envs, H)
+    def test_another_shape_is_refused(self, capacity, envs, storage, tmp_path):
+        state = filled(10, [8], storage, folder=tmp_path).state_dict()
+        replay = TrajectoryReplay(capacity * envs, envs, H, storage, tmp_path)
         with pytest.raises(ConfigurationError, match=rf"holds 8 steps of {N} environments.*env.num_envs={envs}"):
             replay.load_state_dict(state)

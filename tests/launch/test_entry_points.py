@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("hydra")
 
-from training_stub import BAD_INPUT, BUG, FAULT
+from training_stub import BAD_INPUT, BUG, FAULT, NO_DISK, NO_MEMORY
 
-from pwm_torchrl.launch import check_env, evaluate, submit, train
+from pwm_torchrl.launch import check_env, console, evaluate, submit, train
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.groups import group_choices
 from pwm_torchrl.launch.help import _DEFAULTS
@@ -86,6 +86,30 @@ def test_train_errors_of_ours_are_sentences(capsys):
     assert "error: algorithm.horizon=9 is longer than an episode" in err
     assert "error: pendulum, seed 3: reward is nan" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("seed", "code", "sentence", "remedy"),
+    [
+        (NO_MEMORY, 75, "the critic update does not fit", "with more memory (or a larger memory.host_gb, if that is"),
+        (NO_DISK, 74, "could not write segment_000001.bin", "with room on the disk"),
+    ],
+)
+def test_train_without_memory_or_disk_says_how_to_resume(capsys, seed, code, sentence, remedy):
+    assert train.main(["run_dir=run", f"seed={seed}"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [f"error: {sentence}", f"run directory: {Path('run').absolute()}"]
+    assert lines[2].startswith(f"to resume {remedy}")
+    assert lines[2].endswith(f": python launch/train.py seed={seed} run_dir={Path('run').absolute()}")
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("name", ["submit.py", "train.py"])
+def test_help_tells_the_exit_codes(name):
+    text = run_script(name, "--help").stdout
+    for status, code in console.EXIT_CODES.items():
+        assert f"{code} {status}" in text
+    assert f"{console.BAD_INPUT} bad input" in text
 
 
 def test_train_shows_a_bug():

@@ -64,6 +64,14 @@ def test_table_of_every_state(runs, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("status", ["memory", "storage"])
+def test_table_of_what_ran_out(status, capsys):
+    make_run(status, rows="1,128,-1300,,\n", status=status, epochs_done=1, epochs_planned=4)
+    assert main(["runs"]) == 0
+    line = capsys.readouterr().out.splitlines()[2].split()
+    assert line[-3:] == ["1/4", status, status]
+
+
 def test_out_and_several_arguments(runs, capsys):
     pytest.importorskip("matplotlib")
     assert main(["runs/finished", "runs/running", "runs/finished", "--out", "pictures/a.png"]) == 0

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from training_stub import BAD_INPUT, BUG, FAULT, KILLED, SLOW
+from training_stub import BAD_INPUT, BUG, FAULT, KILLED, NO_DISK, NO_MEMORY, SLOW
 
 pytest.importorskip("submitit")
 
+from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.submit import main
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,42 @@ def test_an_error_is_a_few_lines(capfd, seed, code, sentence):
     assert len(err.strip().splitlines()) <= 4
     assert json.loads(Path("run/summary.json").read_text())["status"] == "failed"
     assert ("Traceback" in Path("run/log.txt").read_text()) == (seed != KILLED)
+
+
+@pytest.mark.parametrize(
+    ("seed", "code", "status", "sentence", "remedy"),
+    [
+        (NO_MEMORY, 75, "memory", "the critic update does not fit", "with more memory"),
+        (NO_DISK, 74, "storage", "could not write segment_000001.bin", "with room on the disk"),
+    ],
+)
+def test_without_memory_or_disk_it_says_how_to_resume(capfd, seed, code, status, sentence, remedy):
+    assert main(["run_dir=run", f"seed={seed}"]) == code
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == f"error: {sentence}"
+    assert lines[1].startswith("full log: ")
+    assert lines[2].startswith(f"to resume {remedy}")
+    assert lines[2].endswith(f": python launch/submit.py seed={seed} run_dir={Path('run').absolute()}")
+    assert len(lines) == 3
+    outcome = json.loads(Path("run/submitit/attempt_1/outcome.json").read_text())
+    assert (outcome["status"], outcome["error"]) == (status, sentence)
+    assert json.loads(Path("run/summary.json").read_text())["status"] == status
+
+
+def test_a_job_whose_disk_takes_no_summary_still_tells(capfd, monkeypatch):
+    """The outcome is written beside it; here only the summary cannot be."""
+    from pwm_torchrl.launch import run_dir
+    from pwm_torchrl.launch.job import _train
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_dir, "set_status", full)
+    run = run_dir.prepare_run_dir(compose(["run_dir=run", f"seed={NO_DISK}"]))
+    outcome = _train(run.path, run.path)
+    assert outcome["status"] == "storage"
+    assert json.loads((run.path / "outcome.json").read_text())["status"] == "storage"
+    assert "summary.json could not be written ([Errno 28] No space left on device)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

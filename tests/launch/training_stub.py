@@ -9,7 +9,7 @@ import sys
 import time
 import types
 
-SECONDS, BAD_INPUT, BUG, KILLED, SLOW, FAULT = 0, 2, 3, 4, 5, 6
+SECONDS, BAD_INPUT, BUG, KILLED, SLOW, FAULT, NO_MEMORY, NO_DISK = 0, 2, 3, 4, 5, 6, 7, 8
 
 
 def fake_training(path: str) -> types.ModuleType:
@@ -39,6 +39,13 @@ def train(cfg, run_dir, *, resume=False):
         raise errors.ConfigurationError("algorithm.horizon=9 is longer than an episode")
     if cfg.seed == FAULT:
         raise type("Fault", (RuntimeError,), {"__module__": errors.__name__})("pendulum, seed 3: reward is nan")
+    for seed, status, fault in (
+        (NO_MEMORY, "memory", errors.OutOfMemory("the critic update does not fit")),
+        (NO_DISK, "storage", errors.StorageFault("could not write segment_000001.bin")),
+    ):
+        if cfg.seed == seed:
+            write(status=status)
+            raise fault
     with open(run_dir / "metrics.csv", "a") as metrics:
         if not resume:
             metrics.write("epoch,env_steps,eval/return_mean,eval/return_std\n")

@@ -120,18 +120,6 @@ class TestEvaluationCounts:
             d(latents(2), torch.rand(2, A))
             assert len(calls) == expected
 
-    def test_checkpointing_stores_no_substeps(self) -> None:
-        """Saved activations of a transition do not grow with K."""
-
-        def saved(substeps: int, checkpoint: bool) -> int:
-            d = dynamics(substeps=substeps, checkpoint_substeps=checkpoint)
-            z, a, count = latents(4).requires_grad_(), torch.rand(4, A), []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: count.append(t) or t, lambda t: t):
-                d(z, a)
-            return len(count)
-
-        assert saved(2, True) == saved(8, True) < saved(2, False) < saved(8, False)
-
 
 class TestBadInput:
     @pytest.mark.parametrize(

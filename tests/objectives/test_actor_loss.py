@@ -203,21 +203,6 @@ class TestPWMActorLoss:
         assert bias[0] != 0
         assert bias[DIMS[1] :].abs().max() == weight[DIMS[1] :].abs().max() == 0
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("parameterization", ["residual_endpoint", "tangent", "simnorm_velocity"])
-    def test_checkpointing_leaves_every_bit_of_the_gradients(self, dtype: torch.dtype, parameterization: str) -> None:
-        results = []
-        for checkpoint in (False, True):
-            flow = {"kind": "flow", "parameterization": parameterization, "checkpoint_substeps": checkpoint}
-            n = Networks(True, dtype, dynamics=flow)
-            torch.manual_seed(0)
-            data = n.start()
-            torch.manual_seed(1)
-            loss = n.loss(detach=False)(data)["loss_actor"]
-            results.append([loss, *gradients(loss, n.actor)])
-            assert no_gradients(n.model)
-        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-
     @pytest.mark.parametrize("shape", [(B, H, D), (D,)])
     def test_wrong_start_states_raise(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match=r"latent has shape"):

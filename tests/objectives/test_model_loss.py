@@ -140,17 +140,6 @@ class TestPWMModelLoss:
         expected = slice_losses(model, time_major(data), loss_weights("pwm", 0.99))
         torch.testing.assert_close(total(loss(data)), sum(expected))
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("parameterization", ["residual_endpoint", "tangent", "simnorm_velocity"])
-    def test_checkpointing_leaves_every_bit_of_the_gradients(self, dtype: torch.dtype, parameterization: str) -> None:
-        data, results = slice_data(tasks=True, dtype=dtype), []
-        for checkpoint in (False, True):
-            flow = {"kind": "flow", "parameterization": parameterization, "checkpoint_substeps": checkpoint}
-            model = world_model(True, dtype, dynamics=flow)
-            loss = total(PWMModelLoss(model)(data))
-            results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-
     def test_mask_of_padded_slices(self) -> None:
         loss, data = PWMModelLoss(world_model()), slice_data()
         mask = torch.ones(B, H, dtype=torch.bool)

@@ -76,7 +76,7 @@ class TestExactResume:
         last, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
         assert_equal(weights_of(parts), weights_of(whole))
         assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "straight")
-        volatile = ("wall_clock_s", "peak_host_bytes", "restarts")
+        volatile = ("wall_clock_s", "peak_host_bytes", "peak_own_bytes", "restarts")
         assert {k: v for k, v in last.items() if k not in volatile} == {
             k: v for k, v in straight.items() if k not in volatile
         }
@@ -175,7 +175,8 @@ class TestCheckpoints:
         train(config(changes), tmp_path)
         assert list(checkpoints(tmp_path)) == [2, 3, 4]
 
-    def test_rows_after_the_restored_checkpoint_are_dropped(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("storage", ["memory", "disk"])
+    def test_rows_after_the_restored_checkpoint_are_dropped(self, storage, tmp_path, monkeypatch):
         """A job killed between two checkpoints repeats the epochs after the first of them."""
 
         class Killed(BaseException):
@@ -185,20 +186,25 @@ class TestCheckpoints:
             if run.trainer.epoch == 3:
                 raise Killed
 
-        cfg = config()
-        run_with(monkeypatch, cfg, tmp_path / "straight")
+        # Replay is full after the third epoch.
+        cfg = config({"training.replay_storage": storage, "training.replay_capacity": 24})
+        _, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
         run_dir = tmp_path / "killed"
         with pytest.raises(Killed):
             run_with(monkeypatch, cfg, run_dir, after_epoch=kill)
         assert [row["epoch"] for row in rows_of(run_dir)] == ["1", "2", "3"]
         seen = []
-        run_with(monkeypatch, cfg, run_dir, resume=True, during_epoch=lambda run: seen.append(len(rows_of(run_dir))))
+        _, parts = run_with(
+            monkeypatch, cfg, run_dir, resume=True, during_epoch=lambda run: seen.append(len(rows_of(run_dir)))
+        )
         assert seen == [2, 3]
         assert rows_of(run_dir) == rows_of(tmp_path / "straight")
+        assert_equal(weights_of(parts), weights_of(whole))
 
+    @pytest.mark.parametrize("storage", ["memory", "disk"])
     @pytest.mark.parametrize("damage", ["tensor", "missing", "manifest", "no manifest", "replay"])
-    def test_a_damaged_one_is_passed_over(self, damage, tmp_path, monkeypatch):
-        cfg = config({"training.epochs": 6})
+    def test_a_damaged_one_is_passed_over(self, damage, storage, tmp_path, monkeypatch):
+        cfg = config({"training.epochs": 6, "training.replay_storage": storage, "training.replay_capacity": 24})
         _, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
         run_dir = tmp_path / "parts"
         run_with(monkeypatch, cfg, run_dir, after_epoch=stop_after(4))

@@ -54,15 +54,15 @@ class FlowDynamics(Dynamics):
         """Next latent ``[..., D]``; ``inline`` skips the checkpointing."""
         if inline or not (self.checkpoint_substeps and torch.is_grad_enabled()):
             return self.integrate(latent, action, task_embedding)
-        # The backward pass recomputes with the parameters of *this* call: a loss may have swapped others in since.
-        return checkpoint(
-            functional_call,
-            self,
-            dict(self.named_parameters()),
-            (latent, action, task_embedding),
-            {"inline": True},
-            use_reentrant=False,
-        )
+        # The backward pass recomputes with the parameters of *this* call: a loss may have swapped others in since. The
+        # tensors are arguments of their own, so that autograd saves them as it saves everything else.
+        parameters = dict(self.named_parameters())
+        return checkpoint(self._integrate_with, parameters, latent, action, task_embedding, use_reentrant=False)
+
+    def _integrate_with(
+        self, parameters: dict[str, Tensor], latent: Tensor, action: Tensor, task_embedding: Tensor | None
+    ) -> Tensor:
+        return functional_call(self, parameters, (latent, action, task_embedding), {"inline": True})
 
     def integrate(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Solve the flow from τ = 0 to 1 in K uniform substeps."""

@@ -1,0 +1,213 @@
+"""What a run will need, from its configuration alone: on the compute device, in RAM, in the page cache and on disk."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pwm_torchrl.data import replay_bytes, replay_disk_bytes, steps_since_checkpoint
+from pwm_torchrl.data.sizes import record_bytes
+from pwm_torchrl.memory.allocator import WORTHWHILE
+from pwm_torchrl.memory.processes import read_process
+from pwm_torchrl.memory.units import GIB, MIB, format_bytes
+from pwm_torchrl.memory.updates import UPDATES, Transient, UpdateTracer
+from pwm_torchrl.training.config import Config
+
+HOST, DEVICE, CACHE, DISK = "host", "device", "page cache", "disk"
+
+# Estimates, not traces; each was measured once and is small beside the tolerance of a prediction.
+FRAMEWORK_BYTES = 450 * MIB  # a process that has imported PyTorch, TorchRL and a simulator, where it cannot be read
+CUDA_HOST_BYTES = 2 * GIB  # what CUDA's libraries take of the host's memory (unverified)
+LIBRARY_BYTES = 40 * MIB  # buffers of the math libraries, and what the C library's heap loses to holes
+ENVIRONMENT_BYTES = MIB // 2  # a simulator's state and model
+
+
+#: Names of the micro-batches, here and in the configuration, by update.
+FIELDS = {"world-model": "model_micro_batch", "policy": "imagination_micro_batch", "critic": "critic_micro_batch"}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a plan decides; none of it changes what a run computes, up to rounding."""
+
+    model_micro_batch: int | None = None
+    imagination_micro_batch: int | None = None
+    critic_micro_batch: int | None = None
+    checkpoint_substeps: bool = False
+    replay_storage: str = "memory"
+
+    def micro_batch(self, update: str) -> int | None:
+        """Rows per backward pass of an update; ``None``: all at once."""
+        size: int | None = getattr(self, FIELDS[update])
+        return size
+
+    def split(self, update: str, size: int | None) -> Choices:
+        """The same with other micro-batches in one update."""
+        changed: dict[str, Any] = {FIELDS[update]: size}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a prediction."""
+
+    what: str
+    bytes: int
+    place: str  # host | device | page cache | disk
+    why: str
+    shared: bool = False  # one of several that are never needed at once: only the largest counts
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will need.
+
+    Attributes:
+        items (tuple of Item): everything that takes memory.
+        compute (str): where the networks are: ``"host"`` or ``"device"``.
+        verified (bool): whether predictions of this kind have been compared with measurements on such a device.
+        base (int): bytes that the process holds before it builds anything, part of the host's.
+        recomputes (bool): whether substeps are recomputed in the backward pass.
+    """
+
+    items: tuple[Item, ...]
+    compute: str
+    verified: bool
+    base: int
+    recomputes: bool = False
+
+    def total(self, place: str) -> int:
+        """Bytes needed at once in one place."""
+        here = [item for item in self.items if item.place == place]
+        shared = [item.bytes for item in here if item.shared]
+        return sum(item.bytes for item in here if not item.shared) + max(shared, default=0)
+
+    @property
+    def growth(self) -> int:
+        """Peak of the host's memory above what the process holds before it builds anything."""
+        return self.total(HOST) - self.base
+
+    @property
+    def returns_freed_memory(self) -> bool:
+        """Whether updates on the host are so large that the C library should give freed blocks back."""
+        # Recomputing leaves more holes: it allocates and frees most of what it needs many times in an update.
+        enough = WORTHWHILE // 8 if self.recomputes else WORTHWHILE
+        return self.compute == HOST and any(item.shared and item.bytes > enough for item in self.items)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a file."""
+        return {
+            "items": [vars(item) for item in self.items],
+            "totals": {place: self.total(place) for place in (HOST, DEVICE, CACHE, DISK)},
+            "compute": self.compute,
+            "verified": self.verified,
+            "base": self.base,
+        }
+
+
+def framework_bytes() -> tuple[int, str]:
+    """Anonymous memory of a process that has imported everything, and how that is known."""
+    process = read_process()
+    if process is None:
+        return FRAMEWORK_BYTES, "estimate for PyTorch, TorchRL and a simulator"
+    return process.anon + process.shmem, "this process, which has them imported"
+
+
+def predict(
+    cfg: Config,
+    facts: Any,
+    choices: Choices,
+    compute: str = HOST,
+    tracer: UpdateTracer | None = None,
+    framework: tuple[int, str] | None = None,
+) -> Prediction:
+    """Predict a run's memory without allocating it.
+
+    Args:
+        cfg (Config): the run's configuration.
+        facts (EnvInfo): its environment's dimensions and number.
+        choices (Choices): micro-batches, recomputation and where the replay lies.
+        compute (str): ``"host"`` or ``"device"``, where the networks are. Defaults to ``"host"``.
+        tracer (UpdateTracer, optional): of the same configuration and ``checkpoint_substeps``, to trace only once.
+            Defaults to a new one.
+        framework (tuple, optional): of :func:`framework_bytes`. Defaults to what it says now.
+    """
+    if tracer is None:
+        cfg = copy.deepcopy(cfg)
+        cfg.model.dynamics.checkpoint_substeps = choices.checkpoint_substeps
+        tracer = UpdateTracer(cfg, facts)
+    base, known = framework or framework_bytes()
+    kept = tracer.persistent
+    items = [
+        Item("Python and libraries", base, HOST, known),
+        Item("parameters", kept.parameters, compute, "world model, actor, critics"),
+        Item("optimizer state", kept.optimizer, compute, "Adam's two moments"),
+        Item(
+            "undo copies", kept.undo, compute, "weights and optimizer state, to repeat an update that ran out of memory"
+        ),
+    ]
+    updates = {name: tracer.transient(name, choices.micro_batch(name)) for name in UPDATES}
+    for name, update in updates.items():
+        items.append(Item(f"{name} update", update.peak, compute, _why(update, name, choices, tracer), shared=True))
+    if compute == HOST:
+        items.append(Item("library buffers", LIBRARY_BYTES, HOST, "math libraries and allocator (estimate)"))
+    else:
+        items.append(Item("CUDA libraries", CUDA_HOST_BYTES, HOST, "kernels and context on the host (estimate)"))
+        if choices.replay_storage != "device":
+            sampled = updates["world-model"].data
+            items.append(
+                Item("pinned buffer", 2 * sampled, HOST, "the sampled batch, and its copy for the GPU to read")
+            )
+    items += _environments(cfg, facts)
+    items += _replay(cfg, facts, choices, compute)
+    checkpoints = cfg.training.keep_checkpoints + 2  # the best, and the one being written
+    saved = kept.parameters + kept.optimizer
+    items.append(
+        Item("checkpoints", checkpoints * saved, DISK, f"up to {checkpoints} with weights and optimizer state")
+    )
+    return Prediction(tuple(items), compute, compute == HOST, base, choices.checkpoint_substeps)
+
+
+def _why(update: Transient, name: str, choices: Choices, tracer: UpdateTracer) -> str:
+    batch = tracer.batches[name]
+    size = choices.micro_batch(name) or batch
+    rows = {"world-model": "slices", "policy": "rollouts", "critic": "states"}[name]
+    split = f"{batch} {rows}" + (f" in micro-batches of {size}" if size < batch else " at once")
+    recomputed = ", substeps recomputed" if choices.checkpoint_substeps and name != "critic" else ""
+    return (
+        f"{split}{recomputed}: activations {format_bytes(update.activations)}, gradients "
+        f"{format_bytes(update.gradients)}, data {format_bytes(update.data)}"
+    )
+
+
+def _environments(cfg: Config, facts: Any) -> list[Item]:
+    a = cfg.algorithm
+    count = facts.num_envs + max(1, cfg.training.eval_episodes)
+    steps = a.collect_steps or a.horizon
+    batch = 3 * facts.num_envs * steps * record_bytes(facts.observation_dim, facts.action_dim)
+    return [
+        Item("environments", count * ENVIRONMENT_BYTES, HOST, f"{count} in this process, no workers (estimate)"),
+        Item(
+            "collected batch", batch, HOST, f"{facts.num_envs} environments x {steps} steps, on its way to the replay"
+        ),
+    ]
+
+
+def _replay(cfg: Config, facts: Any, choices: Choices, compute: str) -> list[Item]:
+    a, t = cfg.algorithm, cfg.training
+    size = replay_bytes(facts.observation_dim, facts.action_dim, t.replay_capacity, facts.num_envs)
+    what = f"{t.replay_capacity:,} transitions"
+    if choices.replay_storage == "disk":
+        steps = steps_since_checkpoint(t.epochs, a.collect_steps or a.horizon, t.checkpoint_every, t.keep_checkpoints)
+        files = replay_disk_bytes(facts.observation_dim, facts.action_dim, t.replay_capacity, facts.num_envs, steps)
+        return [
+            Item("replay", files, DISK, f"{what}, and those since the oldest checkpoint"),
+            Item("replay", files, CACHE, "pages that the kernel takes back when others need them"),
+        ]
+    place = compute if choices.replay_storage == "device" else HOST
+    return [
+        Item("replay", size, place, what),
+        Item("copy of the replay", size, HOST, "while a checkpoint is written", shared=True),
+        Item("replay in checkpoints", (t.keep_checkpoints + 2) * size, DISK, "each checkpoint holds a copy"),
+    ]

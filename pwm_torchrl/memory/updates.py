@@ -1,0 +1,274 @@
+"""What the three updates of an epoch need, traced without allocating.
+
+The traced calls are those of training: the losses' ``backward``, clipping, the copy that an update is taken back with,
+the optimizer's step. Of a batch in micro-batches the last one is run, beside what those before it leave behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from pwm_torchrl.memory.trace import FakeTensors, StorageCounter
+from pwm_torchrl.objectives.imagination import Imagined
+from pwm_torchrl.objectives.slices import Slices
+from pwm_torchrl.training.build import EnvFacts, build_learners, build_losses, build_networks
+from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.recovery import Undo
+
+#: The updates of an epoch, as :class:`~pwm_torchrl.training.recovery.MicroBatches` calls them.
+UPDATES = ("world-model", "policy", "critic")
+#: Horizons that are traced in place of a longer one: a phase's peak is a line in the horizon (a test compares). The
+#: first step back through a rollout finds no gradients of weights yet, so that two steps are none of the line's.
+SHORT = (3, 4)
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """Bytes that live as long as the run."""
+
+    parameters: int
+    optimizer: int
+    undo: int  # copies of weights and optimizer state, to take an unfinished update back
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.optimizer + self.undo
+
+
+@dataclass(frozen=True)
+class Transient:
+    """What an update takes beside what persists, bytes."""
+
+    phases: tuple[int, ...]  # peak of each of its phases
+    gradients: int  # part of the peak
+    data: int  # part of the peak: the batch
+
+    @property
+    def peak(self) -> int:
+        """The highest of all phases."""
+        return max(self.phases)
+
+    def extended(self, longer: Transient, steps: float) -> Transient:
+        """The line through this and ``longer``, ``steps`` times as far as from one to the other."""
+
+        def extend(here: int, there: int) -> int:
+            return round(here + (there - here) * steps)
+
+        phases = tuple(extend(*pair) for pair in zip(self.phases, longer.phases, strict=True))
+        return Transient(phases, self.gradients, extend(self.data, longer.data))
+
+    @property
+    def activations(self) -> int:
+        """What autograd saves, temporaries and the rollout that critics learn from."""
+        return max(0, self.peak - self.gradients - self.data)
+
+
+class UpdateTracer:
+    """Traces one configuration's updates; results are kept for the process, since plans ask for the same ones again.
+
+    Args:
+        cfg (Config): the run's configuration. A compiled loss is traced as the eager one that it equals.
+        facts (EnvFacts): the environment's dimensions.
+    """
+
+    _persistent: ClassVar[dict[str, Persistent]] = {}
+    _transient: ClassVar[dict[tuple[str, str, int], Transient]] = {}
+
+    def __init__(self, cfg: Config, facts: EnvFacts) -> None:
+        self.cfg = replace(cfg, algorithm=replace(cfg.algorithm, compile=False))
+        self.facts = facts
+        dimensions = (facts.observation_dim, facts.action_dim, facts.terminates)
+        self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, dimensions))
+        self._fake = FakeTensors()
+        self._made: _Updates | None = None
+
+    def _updates(self) -> _Updates:
+        """To be called within the fake tensors."""
+        if self._made is None:
+            self._made = _Updates(self.cfg, self.facts, self._fake.counter)
+        return self._made
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """Rows of each update's batch."""
+        a = self.cfg.algorithm
+        states = a.imagination_batch * a.horizon
+        return {
+            "world-model": a.model_batch,
+            "policy": a.imagination_batch,
+            "critic": -(-states // a.critic_minibatches),
+        }
+
+    @property
+    def persistent(self) -> Persistent:
+        """Parameters, optimizer state and undo copies of all networks."""
+        if self.key not in self._persistent:
+            with self._fake:
+                self._persistent[self.key] = self._updates().persistent
+        return self._persistent[self.key]
+
+    def transient(self, update: str, micro_batch: int | None = None) -> Transient:
+        """Peak of one update with ``micro_batch`` rows per backward pass, ``None`` for all at once."""
+        batch = self.batches[update]
+        size = batch if micro_batch is None else min(micro_batch, batch)
+        key = (self.key, update, size)
+        if key not in self._transient:
+            horizon = self.cfg.algorithm.horizon
+            if update == "critic" or horizon <= SHORT[1]:
+                self._transient[key] = self._trace(update, batch, size, horizon)
+            else:
+                short, longer = (self._trace(update, batch, size, h) for h in SHORT)
+                self._transient[key] = short.extended(longer, (horizon - SHORT[0]) / (SHORT[1] - SHORT[0]))
+        return self._transient[key]
+
+    def _trace(self, update: str, batch: int, size: int, horizon: int) -> Transient:
+        with self._fake:
+            return self._updates().measure(update, batch, size, horizon)
+
+
+class _Updates:
+    """The updates of a run on tensors without data; lives inside :class:`FakeTensors`."""
+
+    def __init__(self, cfg: Config, facts: EnvFacts, counter: StorageCounter) -> None:
+        self.cfg, self.facts, self.counter = cfg, facts, counter
+        self.networks = build_networks(cfg, facts)
+        parameters = counter.live
+        self.losses = build_losses(cfg, self.networks)
+        self.learners = build_learners(cfg, self.networks)
+        self.undo = {name: Undo(learner) for name, learner in self.learners.items()}
+        for name, learner in self.learners.items():
+            for _ in range(2):  # the first makes the optimizer's state, the second the copies of it
+                for parameter in learner.parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+                learner.step(self.undo[name].before_step)
+        optimizer = sum(
+            value.untyped_storage().nbytes()
+            for learner in self.learners.values()
+            for state in learner.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+        self.persistent = Persistent(parameters, optimizer, counter.live - parameters - optimizer)
+        # Phases are told apart where memory begins to grow with the horizon in another way.
+        self.losses.actor.value_network.module.register_forward_pre_hook(self._values_begin)
+        self.networks.world_model.encoder.register_forward_hook(self._encoded)
+
+    def _values_begin(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A rollout is complete; later, its values are differentiated and its steps follow."""
+        self._phase_now_and_backward(inputs[0])
+
+    def _encoded(self, module: nn.Module, inputs: tuple[Tensor, ...], latent: Tensor) -> None:
+        """Targets are encoded, then the first observations, where the way back through the steps ends."""
+        self._phase_now_and_backward(latent)
+
+    def _phase_now_and_backward(self, tensor: Tensor) -> None:
+        self.counter.next_phase()
+        if tensor.requires_grad:
+            tensor.register_hook(self._gradient_known)
+
+    def _gradient_known(self, gradient: Tensor) -> None:
+        self.counter.next_phase()
+
+    def measure(self, update: str, batch: int, size: int, horizon: int) -> Transient:
+        """Run the last micro-batch of ``size`` out of ``batch`` rows of an update of ``horizon`` steps."""
+        run: dict[str, Callable[[int, int, int], Transient]] = {
+            "world-model": self.model,
+            "policy": self.policy,
+            "critic": self.critic,
+        }
+        return run[update](batch, size, horizon)
+
+    def _finish(self, name: str) -> None:
+        """The optimizer's step."""
+        self.counter.next_phase()
+        self.learners[name].step(self.undo[name].before_step)
+        self.counter.next_phase()
+
+    def _transient(self, name: str, before: int, data: int) -> Transient:
+        gradients = sum(p.untyped_storage().nbytes() for p in self.learners[name].parameters)
+        return Transient(tuple(peak - before for peak in self.counter.peaks), gradients, data)
+
+    def _accumulated(self, name: str) -> list[Tensor]:
+        """Gradients of earlier micro-batches."""
+        return [torch.empty_like(p) for p in self.learners[name].parameters]
+
+    def _accumulate(self, name: str) -> None:
+        for parameter, gradient in zip(self.learners[name].parameters, self._accumulated(name), strict=True):
+            parameter.grad = gradient
+
+    def model(self, batch: int, size: int, horizon: int) -> Transient:
+        before = self.counter.begin()
+        # As it comes from the replay: batch-major, every key, then read time-major by the loss.
+        facts, shape = self.facts, [batch, horizon]
+        step = {
+            "observation": torch.empty(*shape, facts.observation_dim),
+            "reward": torch.empty(*shape, 1),
+            "done": torch.zeros(*shape, 1, dtype=torch.bool),
+            "terminated": torch.zeros(*shape, 1, dtype=torch.bool),
+        }
+        sampled = TensorDict(
+            observation=torch.empty(*shape, facts.observation_dim),
+            action=torch.empty(*shape, facts.action_dim),
+            next=TensorDict(step, batch_size=shape),
+            batch_size=shape,
+        )
+        slices: Slices = self.losses.model.read(sampled)
+        data = self.counter.live - before
+        if size < batch:
+            self._accumulate("world_model")
+        self.losses.model.backward(slices.rows(slice(0, size)))
+        self._finish("world_model")
+        return self._transient("world_model", before, data)
+
+    def policy(self, batch: int, size: int, horizon: int) -> Transient:
+        before = self.counter.begin()
+        observation = torch.empty(batch, self.facts.observation_dim)
+        with torch.no_grad():
+            latent = self.networks.world_model.encode(observation)
+        start = TensorDict(latent=latent, batch_size=[batch])
+        given = self.counter.live
+        earlier: Any = self._accumulated("actor") if size < batch else None
+        held = self.counter.live
+        self.losses.actor.horizon = horizon
+        _, imagined = self.losses.actor.backward(start[:size])
+        self._finish("actor")
+        # The rollouts of earlier micro-batches were there all the time; joining them copies all.
+        each = (self.counter.live - held) // size
+        used = self._transient("actor", before, batch * self.facts.observation_dim * 4)
+        phases = [peak + each * (batch - size) for peak in used.phases]
+        if size < batch:
+            phases.append(given - before + 2 * each * batch)
+        del earlier, imagined
+        return replace(used, phases=tuple(phases))
+
+    def critic(self, batch: int, size: int, horizon: int) -> Transient:
+        before = self.counter.begin()
+        a, keys = self.cfg.algorithm, self.losses.value.tensor_keys
+        # The rollout of the policy update lives on while the critics learn from its states.
+        imagined = self._rollout(a.imagination_batch, horizon)
+        states = imagined.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
+        minibatch = states[torch.randperm(len(states))[:batch]]
+        data = self.counter.live - before
+        if size < batch:
+            self._accumulate("critics")
+        self.losses.value.backward(minibatch[:size])
+        self._finish("critics")
+        return self._transient("critics", before, data)
+
+    def _rollout(self, batch: int, horizon: int) -> TensorDictBase:
+        """A detached rollout as the policy loss leaves it, without the work."""
+        self.losses.actor.horizon = horizon
+        rollout = Imagined(
+            torch.empty(horizon + 1, batch, self.cfg.size.latent_dim),
+            tuple(torch.empty(batch, self.facts.action_dim) for _ in range(horizon)),
+            torch.empty(horizon, batch, 1),
+            torch.zeros(horizon, batch, 1, dtype=torch.bool),
+        )
+        return self.losses.actor._detached(rollout, torch.empty(horizon, batch, 1))

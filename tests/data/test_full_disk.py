@@ -1,0 +1,210 @@
+"""A disk of 32 MiB that fills up: an error and never a signal, and nothing is lost that was there before."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from replay_cases import H, random_steps
+from torchrl.checkpoint import Checkpoint
+from training_cases import assert_equal, config, rows_of, run_with, weights_of
+
+from pwm_torchrl.data import TrajectoryReplay, replay_bytes
+from pwm_torchrl.data import files as files_module
+from pwm_torchrl.data.files import Reserve, allocate, free_bytes, write_zeros
+from pwm_torchrl.errors import StorageFault
+from pwm_torchrl.training import train
+from pwm_torchrl.training.checkpoint import FOLDER, METRIC, checkpoint_paths, rotation
+from pwm_torchrl.training.state_files import AllocatedStateAdapter
+
+MIB = 1 << 20
+pytestmark = pytest.mark.usefixtures("any_filesystem")
+
+
+def occupy(folder, leave: int):
+    """Fill a disk except for some bytes."""
+    path = folder / "ballast"
+    allocate(path, free_bytes(folder) - leave)
+    return path
+
+
+class TestStore:
+    @pytest.mark.parametrize("fallback", [False, True], ids=["allocated", "zeros"])
+    def test_full_in_the_middle(self, fallback, small_disk, monkeypatch):
+        """Room for a part of the capacity, which the check at the beginning could not know."""
+        if fallback:
+            monkeypatch.setattr(files_module, "_take_blocks", write_zeros)
+        envs, observations = 8, 100
+        capacity = 20 * MIB // replay_bytes(observations, 4, 1, 1)
+        disk = TrajectoryReplay(capacity, envs, H, "disk", small_disk / "replay")
+        memory = TrajectoryReplay(capacity, envs, H)
+        ballast, failed = None, False
+        while disk.steps < 2.2 * disk.capacity:
+            batch = random_steps(disk.capacity // 20, envs, observations, 4)
+            memory.extend(batch)
+            if ballast is None and disk.steps > disk.capacity / 2:
+                ballast = occupy(small_disk, leave=MIB)
+            try:
+                disk.extend(batch)
+            except StorageFault as error:
+                message = str(error)
+                failed = True
+                self.check_as_before(disk, disk.steps)
+                ballast.unlink()
+                disk.extend(batch)
+            torch.manual_seed(0)
+            expected = memory.sample_slices(50)
+            torch.manual_seed(0)
+            assert (disk.sample_slices(50) == expected).all()
+        assert failed
+        assert "segment_" in message
+        assert "No space left on device (1.3 MiB were needed and 1.0 MiB are free)" in message
+        assert "\n" not in message
+
+    def check_as_before(self, disk, steps):
+        assert len(disk) == steps * disk.num_envs
+        state = disk.state_dict()
+        assert state["steps"] == steps
+        again = TrajectoryReplay(disk.capacity * disk.num_envs, disk.num_envs, H)
+        again.folder = disk.store.folder
+        again.load_state_dict(state)  # every file is whole
+        drawn = []
+        for replay in (disk, again):
+            torch.manual_seed(1)
+            drawn.append(replay.sample_slices(200))
+        assert (drawn[0] == drawn[1]).all()
+
+
+class TestCheckpoint:
+    def test_of_more_than_there_is_room_for(self, small_disk):
+        """TorchRL alone dies here of SIGBUS: it copies into a mapping of a sparse file."""
+        model = torch.nn.Linear(1024, 1024)
+        checkpoint = Checkpoint(model=model).register_adapter(object, AllocatedStateAdapter())
+        kept = rotation(small_disk, 5)
+        for step in range(7):
+            kept.save(checkpoint, step=step, metadata={METRIC: 0.0})
+        before = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.add_(1)
+        occupy(small_disk, leave=MIB)
+        with pytest.raises(
+            StorageFault, match=r"make room for the checkpoint's file .*4\.0 MiB were needed and 1\.0 MiB"
+        ):
+            kept.save(checkpoint, step=7, metadata={METRIC: 0.0})
+        assert kept.latest().name.endswith("6")
+        assert not list(small_disk.rglob("*stage*"))
+        Checkpoint(model=model).load(kept.latest())
+        assert torch.equal(model.weight, before)
+
+    def test_files_own_their_blocks_and_are_what_torchrl_writes(self, tmp_path):
+        state = {"a": torch.randn(300, 70), "b": [torch.arange(5), {"c": torch.tensor(True)}], "d": torch.empty(0, 3)}
+
+        class Component:
+            def __init__(self):
+                self.calls = 0
+
+            def state_dict(self):
+                self.calls += 1
+                return state
+
+            def load_state_dict(self, loaded):
+                self.loaded = loaded
+
+        component = Component()
+        ours = Checkpoint(component=component).register_adapter(object, AllocatedStateAdapter())
+        ours.save(tmp_path / "ours")
+        assert component.calls == 1
+        Checkpoint(component=component).save(tmp_path / "theirs")
+        folders = [tmp_path / name for name in ("ours", "theirs")]
+        listings = [{p.relative_to(f): p for f in (folder,) for p in f.rglob("*.memmap")} for folder in folders]
+        assert listings[0].keys() == listings[1].keys()
+        for name, file in listings[0].items():
+            assert file.read_bytes() == listings[1][name].read_bytes()
+            assert file.stat().st_blocks * 512 >= file.stat().st_size
+        Checkpoint(component=component).load(tmp_path / "ours")
+        assert torch.equal(component.loaded["a"], state["a"])
+        assert torch.equal(component.loaded["b"][1]["c"], state["b"][1]["c"])
+
+
+class TestRun:
+    """The disk fills up after the fifth epoch; the last checkpoint is that of the fourth."""
+
+    cfg = config(
+        {
+            "training.epochs": 8,
+            "training.checkpoint_every": 2,
+            "training.eval_every": 4,
+            "training.replay_storage": "disk",
+            "training.replay_capacity": 24,
+        }
+    )
+
+    @pytest.mark.parametrize(("part", "what"), [("replay", "segment_"), (FOLDER, r"checkpoint's file .*tensor_")])
+    def test_keeps_the_last_checkpoint_and_resumes_exactly(self, part, what, small_disk, tmp_path, monkeypatch):
+        """While collecting, or while saving: the part that needs the room is on a disk of its own."""
+        _, whole = run_with(monkeypatch, self.cfg, tmp_path / "straight")
+        run_dir = tmp_path / "run"
+        run_dir.mkdir()
+        (run_dir / part).symlink_to(small_disk)
+
+        def fill(run):
+            if run.trainer.epoch == 5:
+                occupy(small_disk, leave=0)
+
+        with pytest.raises(StorageFault, match=what) as caught:
+            run_with(monkeypatch, self.cfg, run_dir, after_epoch=fill)
+        message = str(caught.value)
+        assert "No space left on device" in message
+        assert "resume the run from its last checkpoint" in message
+        assert "\n" not in message
+        (small_disk / "ballast").unlink()
+        assert [int(path.name.rpartition("-")[2]) for path in checkpoint_paths(run_dir)] == [2, 4]
+        summary, parts = run_with(monkeypatch, self.cfg, run_dir, resume=True)
+        assert (summary["status"], summary["resume_exact"]) == ("finished", True)
+        assert_equal(weights_of(parts), weights_of(whole))
+        assert rows_of(run_dir) == rows_of(tmp_path / "straight")
+
+    @pytest.mark.parametrize("leave", [0, 65_536])
+    def test_all_of_a_run_on_a_disk_that_fills_up(self, leave, small_disk, tmp_path, monkeypatch):
+        """Whichever of its files is the first that does not fit, and even its last words still do."""
+        run_dir = small_disk / "run"
+        run_dir.mkdir()
+
+        def fill(run):
+            if run.trainer.epoch == 5:
+                occupy(small_disk, leave)
+
+        with pytest.raises(StorageFault, match="No space left on device"):
+            run_with(monkeypatch, self.cfg, run_dir, after_epoch=fill)
+        summary = json.loads((run_dir / "summary.json").read_text())
+        assert summary["status"] == "storage"
+        # In the sixth epoch, or in the checkpoint at its end.
+        assert summary["epochs_done"] == (5 if leave < 65_536 else 6)
+        (small_disk / "ballast").unlink()
+        _, whole = run_with(monkeypatch, self.cfg, tmp_path / "straight")
+        summary, parts = run_with(monkeypatch, self.cfg, run_dir, resume=True)
+        assert (summary["status"], summary["resume_exact"]) == ("finished", True)
+        assert_equal(weights_of(parts), weights_of(whole))
+        assert rows_of(run_dir) == rows_of(tmp_path / "straight")
+
+    def test_no_room_from_the_beginning(self, small_disk):
+        cfg = config({"training.replay_storage": "disk", "training.replay_capacity": 10_000_000})
+        with pytest.raises(StorageFault, match=r"training\.replay_capacity=10000000 transitions of 34 bytes"):
+            train(cfg, small_disk)
+        assert not (small_disk / "replay").exists()
+        assert json.loads((small_disk / "summary.json").read_text())["epochs_done"] == 0
+
+    def test_room_for_the_last_words(self, small_disk):
+        reserve = Reserve(small_disk)
+        reserve.take()
+        occupy(small_disk, leave=0)
+        summary = small_disk / "summary.json"
+        with pytest.raises(OSError, match="No space left"):
+            summary.write_text("storage")
+        reserve.free()
+        summary.write_text("storage")
+        reserve.free()
+        with pytest.raises(StorageFault, match=r"last words in .*1\.0 MiB were needed"):
+            Reserve(small_disk, 1 << 20).take()
+        Reserve(small_disk, 1000).take()

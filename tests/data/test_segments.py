@@ -1,0 +1,247 @@
+"""The store on disk: what lies in its files, which files stay, and what a checkpoint of it means."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from replay_cases import H, N, numbered, random_steps, store_in, times
+
+from pwm_torchrl.data import SegmentStore
+from pwm_torchrl.data.layout import STORED_KEYS, RecordLayout, key_name
+from pwm_torchrl.errors import ConfigurationError, StorageFault
+
+
+def segments(folder) -> list[int]:
+    return sorted(int(path.stem.rpartition("_")[2]) for path in folder.glob("segment_*.bin"))
+
+
+class TestFiles:
+    def test_records_lie_as_described(self, tmp_path):
+        """Read with NumPy and the description alone."""
+        batch = random_steps(9, N, observation_dim=3, action_dim=2)
+        SegmentStore(tmp_path, 10, N, H, 4).extend(batch)
+        described = json.loads((tmp_path / "replay.json").read_text())
+        assert described["segment"] == "[env, step, record]"
+        entries = described["record"]
+        record = np.dtype([(name, entry["dtype"], entry["shape"]) for name, entry in entries.items()])
+        assert record.itemsize == described["record_bytes"]
+        shape = (described["num_envs"], described["segment_steps"])
+        files = [np.fromfile(path, record).reshape(shape) for path in sorted(tmp_path.glob("segment_*.bin"))]
+        stored = np.concatenate(files, axis=1)[:, :9]
+        for key in STORED_KEYS:
+            assert np.array_equal(stored[key_name(key)], batch.get(key).numpy())
+
+    def test_what_a_checkpoint_refers_to_is_never_written_again(self, tmp_path):
+        store = store_in(tmp_path, steps=10)
+        store.release(store.state_dict()["steps"])
+        before = {n: store._files.path(n).read_bytes() for n in segments(tmp_path)}
+        for first in range(10, 60, 5):
+            store.extend(numbered(first, 5))
+        assert before.keys() == {0, 1, 2}
+        for number in (0, 1):
+            assert store._files.path(number).read_bytes() == before[number]
+        # Of the third file, steps 8 and 9.
+        third = (before[2], store._files.path(2).read_bytes())
+        then, now = (np.frombuffer(content, np.uint8).reshape(N, 4, -1)[:, :2] for content in third)
+        assert np.array_equal(then, now)
+
+    def test_a_slice_is_one_read_or_two(self, tmp_path, monkeypatch):
+        store = store_in(tmp_path, capacity=20, segment=8, steps=20)
+        read, reads = os.preadv, []
+        monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args) or read(*args))
+        store.get(torch.tensor([0, 4, 8, 16]), torch.tensor([0, 1, 2, 0]), H)
+        assert len(reads) == 4
+        store.get(torch.tensor([5, 7]), torch.tensor([0, 1]), H)
+        assert len(reads) == 8
+
+    def test_files_out_of_sight_are_closed(self, tmp_path):
+        store = store_in(tmp_path, steps=60)
+        store.release(0)
+        store.extend(numbered(60, 4))
+        assert segments(tmp_path)[-3:] == [13, 14, 15]
+        assert len(store._files._open) <= 10 // 4 + 2
+
+    def test_all_are_closed_with_the_store(self, tmp_path):
+        store = store_in(tmp_path, steps=20)
+        store.slices(10)
+        descriptors = list(store._files._open.values())
+        assert descriptors
+        del store
+        for descriptor in descriptors:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(descriptor)
+
+
+class TestWhatStays:
+    """Segments of 4 steps, of which sampling sees 10."""
+
+    def test_without_a_checkpoint_the_capacity(self, tmp_path):
+        store = store_in(tmp_path, steps=60)
+        assert segments(tmp_path)[0] == 11  # steps 47 to 56 while the last batch was written, 50 to 59 now
+        assert times(store) == set(range(50, 60))
+
+    def test_with_one_the_capacity_and_what_was_written_since(self, tmp_path):
+        store = store_in(tmp_path, steps=30)
+        store.release(store.state_dict()["steps"])
+        assert segments(tmp_path) == [5, 6, 7]
+        for first in range(30, 60, 3):
+            store.extend(numbered(first, 3))
+        assert segments(tmp_path) == list(range(5, 15))
+        store.release(store.state_dict()["steps"])
+        assert segments(tmp_path) == [12, 13, 14]
+        store.release(45)  # as after falling back
+        assert times(store) == set(range(50, 60))
+
+    def test_nothing_goes_between_loading_and_the_first_release(self, tmp_path):
+        """Whoever falls back to a checkpoint does not know the others yet."""
+        store = store_in(tmp_path, steps=30)
+        store.release(12)
+        state = store.state_dict()
+        again = store_in(tmp_path)
+        again.load_state_dict(state)
+        kept = segments(tmp_path)
+        for first in range(30, 60, 3):
+            again.extend(numbered(first, 3))
+        assert set(kept) <= set(segments(tmp_path))
+        again.release(30)
+        assert segments(tmp_path)[0] == 5
+
+    def test_a_new_run_in_an_old_folder_starts_empty(self, tmp_path):
+        state = store_in(tmp_path, steps=30).state_dict()
+        store = store_in(tmp_path, segment=5, steps=6)
+        assert segments(tmp_path) == [0, 1]
+        assert times(store) == set(range(6))
+        with pytest.raises(StorageFault, match=r"needs steps 20 to 30 .*they are another run's"):
+            store_in(tmp_path).load_state_dict(state)
+
+    def test_a_failed_deletion_is_reported(self, tmp_path):
+        store = store_in(tmp_path, steps=20)
+        (tmp_path / "segment_000001.bin").unlink(missing_ok=True)
+        (tmp_path / "segment_000001.bin").mkdir()
+        with pytest.raises(StorageFault, match=r"delete the replay file .*segment_000001\.bin"):
+            store.release(20)
+
+
+class TestCheckpoints:
+    def test_hold_no_data(self, tmp_path):
+        state = store_in(tmp_path, steps=30).state_dict()
+        assert (state["steps"], state["envs"], state["filled"]) == (30, N, 10)
+        assert sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)) == N
+
+    def test_data_reach_the_disk_first(self, tmp_path, monkeypatch):
+        """Every file that was written, and the folder that names it."""
+        store = store_in(tmp_path, capacity=40, segment=4)
+        synced = []
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+        for first in range(0, 22, 2):
+            store.extend(numbered(first, 2))
+            if first == 10:
+                synced.clear()
+        store.state_dict()
+        assert set(synced) == {str(tmp_path), *(str(store._files.path(number)) for number in (3, 4, 5))}
+        synced.clear()
+        store.state_dict()
+        assert not synced
+
+    def test_a_sync_that_fails_fails_the_checkpoint(self, tmp_path, monkeypatch):
+        store = store_in(tmp_path, steps=2)
+
+        def fail(descriptor):
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(StorageFault, match=r"segment_000000\.bin: Input/output error"):
+            store.state_dict()
+
+    @pytest.mark.parametrize("number", [5, 6, 7])
+    @pytest.mark.parametrize("damage", ["missing", "short"])
+    def test_every_file_is_needed(self, damage, number, tmp_path):
+        state = store_in(tmp_path, steps=30).state_dict()
+        file = tmp_path / f"segment_{number:06d}.bin"
+        if damage == "missing":
+            file.unlink()
+        else:
+            os.truncate(file, 100)
+        store = store_in(tmp_path)
+        match = rf"{file.name} .*{'is missing' if damage == 'missing' else 'has 100 of its'}.* without resume"
+        with pytest.raises(StorageFault, match=match) as caught:
+            store.load_state_dict(state)
+        assert "\n" not in str(caught.value)
+        assert store.steps == 0
+
+    def test_the_folder_is_gone(self, tmp_path):
+        state = store_in(tmp_path / "replay", steps=30).state_dict()
+        shutil.rmtree(tmp_path / "replay")
+        with pytest.raises(StorageFault, match=r"needs steps 20 to 30 of the replay in .*they are not there"):
+            store_in(tmp_path / "replay").load_state_dict(state)
+
+    @pytest.mark.parametrize("damage", ["text", "key", "version"])
+    def test_the_description_is_damaged(self, damage, tmp_path):
+        state = store_in(tmp_path, steps=30).state_dict()
+        file = tmp_path / "replay.json"
+        content = json.loads(file.read_text())
+        if damage == "text":
+            file.write_text(file.read_text()[:50])
+        elif damage == "key":
+            del content["record"]["action"]
+            file.write_text(json.dumps(content))
+        else:
+            file.write_text(json.dumps({**content, "schema_version": 99}))
+        with pytest.raises(StorageFault, match="version 99 .*version 1" if damage == "version" else "is damaged"):
+            store_in(tmp_path).load_state_dict(state)
+
+    def test_going_back_invalidates_what_came_later(self, tmp_path):
+        """Its data are written over by another writer, who may collect something else."""
+        store = store_in(tmp_path, steps=12)
+        early = store.state_dict()
+        store.release(12)
+        store.extend(numbered(12, 6))
+        late = store.state_dict()
+        for state in (early, late, early):  # loading alone changes nothing
+            again = store_in(tmp_path)
+            again.load_state_dict(state)
+        again.extend(numbered(12, 2))
+        latest = again.state_dict()
+        with pytest.raises(StorageFault, match=r"needs steps 8 to 18 .*written again from step 12 on"):
+            store_in(tmp_path).load_state_dict(late)
+        for state in (early, latest):
+            again = store_in(tmp_path)
+            again.load_state_dict(state)
+            assert times(again) == set(range(state["steps"] - 10, state["steps"]))
+
+    def test_of_an_empty_replay(self, tmp_path):
+        state = store_in(tmp_path).state_dict()
+        store = store_in(tmp_path, steps=5)
+        store.load_state_dict(state)
+        assert store.steps == 0
+        store.extend(numbered(0, 6))
+        assert times(store) == set(range(6))
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_other_entries_are_refused(self, resumed, tmp_path):
+        store = store_in(tmp_path, steps=6)
+        if resumed:
+            state = store.state_dict()
+            store = store_in(tmp_path)
+            store.load_state_dict(state)
+        described = (tmp_path / "replay.json").read_text()
+        with pytest.raises(ConfigurationError, match=r"observation.*\[2\].*this batch has .*\[3\]"):
+            store.extend(random_steps(2, N, observation_dim=3))
+        assert store.steps == 6
+        assert (tmp_path / "replay.json").read_text() == described
+
+
+def test_layouts():
+    batch = random_steps(2, N)
+    layout = RecordLayout.of(batch)
+    assert layout.record_bytes == 4 * (2 + 1 + 2 + 1) + 2
+    assert RecordLayout.described(json.loads(json.dumps(layout.describe()))) == layout
+    batch["observation"] = batch["observation"].double()
+    assert RecordLayout.of(batch) != layout

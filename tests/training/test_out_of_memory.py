@@ -1,0 +1,153 @@
+"""Runs whose updates memory is too small for: smaller parts, or a checkpoint. Watch and guard: test_run_memory.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from recovery_cases import BATCH, ERRORS
+from run_files import csv_rows, events, saved_epochs, summary_of, watching_threads
+from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
+
+from pwm_torchrl.errors import OutOfMemory
+from pwm_torchrl.training.assembly import Run
+
+COLUMNS = {"world-model": "model", "policy": "imagination", "critic": "critic"}
+
+
+def admits(update: str, rows: int, after: int) -> Callable[[Run], None]:
+    """A hook: after some epochs, memory is left for so many rows of an update."""
+
+    def shrink(run: Run) -> None:
+        if run.trainer.epoch != after:
+            return
+        losses = run.observer.stepper.losses
+        loss = {"world-model": losses.model, "policy": losses.actor, "critic": losses.value}[update]
+        backward = type(loss).backward
+
+        def limited(data: Any, size: int) -> Any:
+            if size > rows:
+                raise ERRORS["cpu"]()
+            return backward(loss, data, size)
+
+        loss.backward = limited
+
+    return shrink
+
+
+class TestSmallerParts:
+    @pytest.mark.parametrize("update", BATCH)
+    def test_the_run_goes_on_and_a_resumed_one_too(self, update, tmp_path, monkeypatch):
+        """With the size that fits, which the checkpoint holds: where the run is stopped makes no difference."""
+        rows = BATCH[update] // 4
+        hook = admits(update, rows, after=1)
+        summary, whole = run_with(monkeypatch, config(), tmp_path / "whole", during_epoch=hook)
+        run_with(monkeypatch, config(), tmp_path / "parts", during_epoch=hook, after_epoch=stop_after(2))
+        _, parts = run_with(monkeypatch, config(), tmp_path / "parts", resume=True)
+        assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 4, True)
+        assert_equal(weights_of(parts), weights_of(whole))
+        assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+        for name in ("whole", "parts"):
+            told = events(tmp_path / name, "micro_batch")
+            assert [(e["update"], e["refused"], e["size"]) for e in told] == [
+                (update, 4 * rows, 2 * rows),
+                (update, 2 * rows, rows),
+            ]
+            assert "can't allocate memory" in told[0]["error"]
+            column = f"memory/{COLUMNS[update]}_micro_batch"
+            logged = [row[column] for row in csv_rows(tmp_path / name)]
+            assert logged == [str(size) for size in (4 * rows, rows, rows, rows)]
+
+
+class TestGivingUp:
+    @pytest.mark.parametrize("update", BATCH)
+    def test_saves_and_ends_and_resumes_with_more_memory(self, update, tmp_path, monkeypatch):
+        """In the third epoch, whose data were collected already; none of it would be saved before the fourth."""
+        cfg = config({"training.checkpoint_every": 4, "training.eval_every": 4})
+        with pytest.raises(
+            OutOfMemory, match=f"^The {update} update does not fit into memory even with a micro-batch of 1"
+        ):
+            run_with(monkeypatch, cfg, tmp_path, during_epoch=admits(update, 0, after=2))
+        ended = summary_of(tmp_path)
+        assert (ended["status"], ended["epochs_done"], ended["resume_exact"]) == ("memory", 2, False)
+        assert saved_epochs(tmp_path) == [2]
+        (event,) = events(tmp_path, "memory")
+        assert event["epoch"] == 2
+        assert event["error"].startswith(f"OutOfMemory: The {update} update does not fit")
+        assert not watching_threads()
+        sizes: list[int | None] = []
+        summary, run = run_with(
+            monkeypatch,
+            cfg,
+            tmp_path,
+            resume=True,
+            after_epoch=lambda run: sizes.append(run.observer.stepper.micro_batches.used[update]),
+        )
+        assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 4, False)
+        assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "2", "3", "4"]
+        assert sizes == [BATCH[update]] * 2, "what never worked is not kept"
+        # The data of the epoch that was cut short were collected, and count.
+        assert summary["agent_steps"] == run.replay.collected == 5 * 8
+
+    @pytest.mark.parametrize("update", BATCH)
+    def test_in_the_first_epoch(self, update, tmp_path, monkeypatch):
+        with pytest.raises(OutOfMemory, match=f"^The {update} update does not fit"):
+            run_with(monkeypatch, config(), tmp_path, during_epoch=admits(update, 0, after=0))
+        assert summary_of(tmp_path)["status"] == "memory"
+        assert saved_epochs(tmp_path) == [0]
+        steps: list[int] = []
+        summary, _ = run_with(
+            monkeypatch, config(), tmp_path, resume=True, during_epoch=lambda run: steps.append(run.replay.steps)
+        )
+        assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 4, False)
+        assert steps == [8, 12, 16, 20], "it went on with the data that it had"
+        assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "2", "3", "4"]
+
+    def test_after_a_checkpoint_of_the_last_epoch_resuming_is_exact(self, tmp_path, monkeypatch):
+        """That one is left the newest, instead of one in the middle of the next epoch."""
+        cfg = config({"training.checkpoint_every": 2})
+        _, whole = run_with(monkeypatch, cfg, tmp_path / "whole")
+        with pytest.raises(OutOfMemory):
+            run_with(monkeypatch, cfg, tmp_path / "parts", during_epoch=admits("critic", 0, after=2))
+        assert saved_epochs(tmp_path / "parts") == [2]
+        assert summary_of(tmp_path / "parts")["resume_exact"]
+        # Again at the same place: the checkpoint that was restored still is that of the last epoch.
+        with pytest.raises(OutOfMemory):
+            run_with(monkeypatch, cfg, tmp_path / "parts", resume=True, during_epoch=admits("policy", 0, after=2))
+        summary, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
+        assert (summary["status"], summary["resume_exact"], summary["restarts"]) == ("finished", True, 2)
+        assert_equal(weights_of(parts), weights_of(whole))
+        assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+
+    def test_where_not_even_the_checkpoint_fits(self, tmp_path, monkeypatch, capsys):
+        """The error that ended the run is told, and what was saved before stays."""
+
+        def shrink(run: Run) -> None:
+            admits("policy", 0, after=3)(run)
+            if run.trainer.epoch == 3:
+                monkeypatch.setattr(run.replay, "state_dict", lambda: bytearray(1 << 62))
+
+        with pytest.raises(OutOfMemory, match=r"^The policy update does not fit"):
+            run_with(monkeypatch, config(), tmp_path, during_epoch=shrink)
+        assert summary_of(tmp_path)["status"] == "memory"
+        assert summary_of(tmp_path)["resume_exact"]
+        assert saved_epochs(tmp_path) == [2]
+        assert not list((tmp_path / "checkpoints").glob(".*"))
+        (event,) = events(tmp_path, "unsaved")
+        assert "Memory ran out" in event["error"]
+        assert "no checkpoint after epoch 3, those before it stay" in capsys.readouterr().err
+
+    def test_outside_of_the_updates(self, tmp_path, monkeypatch):
+        """In an evaluation, say: no smaller batch would help there."""
+
+        def refuse(run: Run) -> None:
+            if run.trainer.epoch == 3:
+                raise MemoryError
+
+        with pytest.raises(OutOfMemory, match=r"^Memory ran out where no smaller micro-batch helps") as caught:
+            run_with(monkeypatch, config(), tmp_path, after_epoch=refuse)
+        assert isinstance(caught.value.__cause__, MemoryError)
+        assert "\n" not in str(caught.value)
+        assert summary_of(tmp_path)["status"] == "memory"
+        assert saved_epochs(tmp_path) == [2]
