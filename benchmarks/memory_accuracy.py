@@ -109,9 +109,9 @@ def main() -> int:
             f"{row['error']:>+8.1%}{'' if row['within'] else '  OUT OF TOLERANCE'}",
             flush=True,
         )
-    content = {"date": date.today().isoformat(), "torch": torch.__version__, "device": args.device, "rows": rows}
-    if args.json is not None:
-        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"date": date.today().isoformat(), "torch": torch.__version__, "device": args.device, "rows": rows}
+        if args.json is not None:  # after every row: a run that is cut short has shown something
+            args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0 if all(row["within"] for row in rows) else 1
 
 

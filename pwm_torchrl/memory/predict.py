@@ -93,7 +93,8 @@ class Prediction:
         """Whether updates on the host are so large that the C library should give freed blocks back."""
         # Recomputing leaves more holes: it allocates and frees most of what it needs many times in an update.
         enough = WORTHWHILE // 8 if self.recomputes else WORTHWHILE
-        return self.compute == HOST and any(item.shared and item.bytes > enough for item in self.items)
+        updates = [item for item in self.items if item.what in (f"{name} update" for name in UPDATES)]
+        return self.compute == HOST and any(item.bytes > enough for item in updates)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a file."""

@@ -57,8 +57,11 @@ def _verdict(plan: Plan, place: str) -> str:
     if budget is None:
         return ""
     fits = "DOES NOT FIT into" if plan.lacks(place) else "fits into"
-    less = f"less {plan.margin:.0%}" + (f" below {plan.stop_at:.0%}, where a run is stopped" if place == HOST else "")
-    return f"{fits} {format_bytes(plan.usable(place))}: {format_bytes(budget.bytes)}, {less} ({budget.source})"
+    guard = f", of which runs stop at {plan.stop_at:.0%}" if place == HOST else ""
+    return (
+        f"{fits} {format_bytes(plan.usable(place))}: {format_bytes(budget.bytes)} ({budget.source}){guard}, less a "
+        f"margin of {plan.margin:.0%}"
+    )
 
 
 def _choices(plan: Plan) -> list[str]:
@@ -68,7 +71,7 @@ def _choices(plan: Plan) -> list[str]:
     for field in FIELDS.values():
         size = getattr(choices, field)
         word = f"  memory.{field}={'null' if size is None else size}"
-        lines.append(f"{word:<{_NAME + _AMOUNT + 4}}{'# the whole batch at once' if size is None else ''}".rstrip())
+        lines.append(f"{word:<{_NAME + _AMOUNT + 6}}{'# the whole batch at once' if size is None else ''}".rstrip())
     lines.append(f"  model.dynamics.checkpoint_substeps={str(choices.checkpoint_substeps).lower()}")
     lines.append(f"  training.replay_storage={choices.replay_storage}")
     if plan.prediction.returns_freed_memory:

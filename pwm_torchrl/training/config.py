@@ -119,7 +119,7 @@ class TrainingConfig:
     checkpoint_every: int = 50  # epochs between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept, beside the best
     replay_capacity: int = 1_000_000  # transitions
-    replay_storage: str = "auto"  # auto | memory | device (the GPU) | disk (files in the run directory)
+    replay_storage: str = "auto"  # auto | memory | device | disk: files in the run directory
     gradient_profile_every: int = 50  # epochs between logs of the gradient norm per horizon step; 0: never
     video: bool = True  # film one deterministic episode at the end
     threads: Optional[int] = None  # torch threads; None: the CPUs of the allocation

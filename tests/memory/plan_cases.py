@@ -1,0 +1,46 @@
+"""A run whose updates are large beside everything else, and budgets for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training_cases import config
+
+from pwm_torchrl.envs.info import EnvInfo
+from pwm_torchrl.memory.budget import Budget, Candidate
+from pwm_torchrl.memory.plan import Plan, make_plan
+from pwm_torchrl.memory.predict import Choices
+from pwm_torchrl.training.config import Config
+
+FACTS = EnvInfo("test", 3, 1, 30, 1, 2, False)
+PLENTY = 2**45
+#: What the guard leaves of the host's budget, less the margin.
+USABLE = 0.85 * 0.9
+AUTO = {
+    "memory.kind": "auto",
+    "training.replay_storage": "auto",
+    "algorithm.model_batch": 16384,
+    "algorithm.imagination_batch": 4096,
+    "algorithm.horizon": 3,
+}
+
+
+def automatic(changes: dict[str, Any] | None = None) -> Config:
+    """A run of which everything is planned."""
+    return config({**AUTO, **(changes or {})})
+
+
+def budgets(host: float = PLENTY, device: float | None = None) -> dict[str, Budget]:
+    """Budgets in bytes."""
+    places = {"host": host} if device is None else {"host": host, "device": device}
+    return {place: Budget((Candidate(int(count), f"a test's {place}"),)) for place, count in places.items()}
+
+
+def plan(
+    host: float = PLENTY,
+    device: float | None = None,
+    changes: dict[str, Any] | None = None,
+    given: Choices | None = None,
+) -> Plan:
+    """The plan of :func:`automatic` within budgets in bytes."""
+    return make_plan(automatic(changes), FACTS, budgets(host, device), given)

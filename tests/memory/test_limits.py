@@ -1,0 +1,96 @@
+"""Which budgets hold."""
+
+from __future__ import annotations
+
+import pytest
+from training_cases import config
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.memory import limits
+from pwm_torchrl.memory.budget import Budget, Candidate
+from pwm_torchrl.memory.gpus import usable_gpu_bytes
+from pwm_torchrl.memory.predict import DEVICE, HOST
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch):
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class TestHere:
+    def test_on_the_cpu_there_is_only_the_host(self):
+        found = limits.budgets(config(), None)
+        assert set(found) == {HOST}
+        assert found[HOST].bytes > 0
+
+    def test_the_user_may_have_less(self):
+        assert limits.budgets(config({"memory.host_gb": 0.5}), None)[HOST].binding == Candidate(
+            500_000_000, "memory.host_gb"
+        )
+
+    def test_and_not_more_than_there_is(self):
+        offered = limits.budgets(config(), None)[HOST]
+        wished = limits.budgets(config({"memory.host_gb": 1e6}), None)[HOST]
+        assert wished.source == offered.source != "memory.host_gb"
+
+    def test_a_job_of_slurm_has_what_slurm_gives(self, monkeypatch):
+        monkeypatch.setenv("SLURM_MEM_PER_NODE", "64")
+        assert limits.budgets(config(), None)[HOST].binding == Candidate(64 * 2**20, "SLURM_MEM_PER_NODE")
+
+    def test_a_variable_that_makes_no_sense_is_bad_input(self, monkeypatch):
+        monkeypatch.setenv("SLURM_MEM_PER_NODE", "much")
+        with pytest.raises(ConfigurationError, match="SLURM_MEM_PER_NODE='much'"):
+            limits.budgets(config(), None)
+
+    def test_on_a_gpu_both_count(self, monkeypatch):
+        asked = []
+
+        def device_budget(gpu=None, *, device=None):
+            asked.append(device)
+            return Budget((Candidate(10**10, "free memory of a GPU"),))
+
+        monkeypatch.setattr(limits, "device_budget", device_budget)
+        found = limits.budgets(config({"memory.device_gb": 4}), "cuda:1")
+        assert asked == ["cuda:1"]
+        assert found[DEVICE].binding == Candidate(4 * 10**9, "memory.device_gb")
+        assert limits.budgets(config(), "cuda")[DEVICE].source == "free memory of a GPU"
+
+
+class TestElsewhere:
+    @pytest.mark.parametrize("name", ["l40s", "h100", "h200"])
+    def test_nodes_with_a_gpu(self, name):
+        cfg = compose([f"cluster={name}"])
+        found = limits.profile_budgets(cfg)
+        assert found[HOST].binding == Candidate(int(cfg.cluster.host_gb * 1e9), f"cluster={name}")
+        assert found[DEVICE].bytes == usable_gpu_bytes(name)
+        assert "not asked of the device" in found[DEVICE].source
+
+    def test_nodes_without(self):
+        assert set(limits.profile_budgets(compose(["cluster=cpu"]))) == {HOST}
+        assert set(limits.profile_budgets(compose(["cluster=l40s", "device=cpu"]))) == {HOST}
+
+    def test_a_gpu_that_nodes_do_not_have(self):
+        with pytest.raises(ConfigurationError, match="device=cuda needs a GPU, and cluster=cpu has none"):
+            limits.profile_budgets(compose(["cluster=cpu", "device=cuda"]))
+
+    def test_a_type_that_nobody_knows(self):
+        with pytest.raises(ConfigurationError, match=r"cluster\.gpu=h1000: unknown GPU type 'h1000'; the nearest"):
+            limits.profile_budgets(compose(["cluster=l40s", "cluster.gpu=h1000"]))
+
+    def test_nodes_of_which_nothing_is_said(self):
+        words = ["cluster.kind=slurm", "cluster.name=mine"]
+        with pytest.raises(ConfigurationError, match=r"cluster=mine does not say .* set cluster\.host_gb"):
+            limits.profile_budgets(compose(words))
+        found = limits.profile_budgets(compose([*words, "memory.host_gb=3"]))
+        assert found == {HOST: Budget((Candidate(3 * 10**9, "memory.host_gb"),))}
+
+    def test_this_machine_does_not_matter(self, monkeypatch):
+        monkeypatch.setenv("SLURM_MEM_PER_NODE", "64")
+        assert limits.profile_budgets(compose(["cluster=h200"]))[HOST].bytes == 256 * 10**9
+
+    def test_the_user_may_have_less(self):
+        words = ["cluster=h200", "memory.host_gb=10", "memory.device_gb=20"]
+        found = limits.profile_budgets(compose(words))
+        assert {place: budget.bytes for place, budget in found.items()} == {HOST: 10**10, DEVICE: 2 * 10**10}

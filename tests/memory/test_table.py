@@ -1,0 +1,121 @@
+"""The table of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from plan_cases import FACTS, PLENTY, automatic, budgets, plan
+
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.memory.budget import Budget, Candidate
+from pwm_torchrl.memory.neighbours import Alternative
+from pwm_torchrl.memory.plan import Plan, make_plan
+from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Item, Prediction
+from pwm_torchrl.memory.table import WIDTH, plan_table
+from pwm_torchrl.memory.units import GIB, MIB
+
+ITEMS = (
+    Item("parameters", 3 * MIB, HOST, "world model, actor, critics"),
+    Item("policy update", 90 * MIB, HOST, "128 rollouts at once", shared=True),
+    Item("world-model update", 100 * MIB, HOST, "1024 slices in micro-batches of 64", shared=True),
+    Item("replay", 2 * GIB, DISK, "1,000,000 transitions"),
+    Item("replay", 2 * GIB, CACHE, "pages that the kernel takes back"),
+)
+
+TABLE = """\
+host memory, predicted
+  parameters                  3 MiB  world model, actor, critics
+  world-model update        100 MiB  1024 slices in micro-batches of 64
+  at other times, and less:
+  policy update            (90 MiB)  128 rollouts at once
+  together                  103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), of which runs stop at 85%, less a margin
+                                     of 10%
+
+page cache, predicted
+  replay                      2 GiB  pages that the kernel takes back
+  together                    2 GiB
+
+disk, predicted
+  replay                      2 GiB  1,000,000 transitions
+  together                    2 GiB
+
+choices
+  memory.model_micro_batch=64
+  memory.imagination_micro_batch=null  # the whole batch at once
+  memory.critic_micro_batch=null       # the whole batch at once
+  model.dynamics.checkpoint_substeps=true
+  training.replay_storage=disk
+
+next larger plan: 600 MiB of host memory with the world-model update in micro-batches of 128
+next cheaper plan: none, nothing that is open would make this one smaller"""
+
+
+def small(**changes) -> Plan:
+    budget = Budget((Candidate(GIB, "memory.host_gb"), Candidate(2 * GIB, "free RAM")))
+    made = Plan(
+        Choices(64, None, None, True, "disk"),
+        Prediction(ITEMS, HOST, True, 0),
+        {HOST: budget},
+        margin=0.1,
+        stop_at=0.85,
+        automatic=True,
+        larger=Alternative("the world-model update in micro-batches of 128", 600 * MIB),
+    )
+    return replace(made, **changes)
+
+
+def test_says_what_how_much_why_and_what_next():
+    assert plan_table(small()) == TABLE
+
+
+def test_the_choices_can_be_typed():
+    """As memory=fixed, they give the same plan."""
+    found = plan(changes={"training.replay_capacity": 3 * 10**8, "memory.model_micro_batch": 64})
+    section = plan_table(found).split("choices\n")[1].split("\n\n")[0]
+    words = [line.split("#")[0].strip() for line in section.splitlines()]
+    again = compose(["memory=fixed", *words])
+    assert again.memory.model_micro_batch == found.choices.model_micro_batch == 64
+    assert again.memory.critic_micro_batch is None
+    assert again.model.dynamics.checkpoint_substeps is found.choices.checkpoint_substeps is False
+    assert again.training.replay_storage == found.choices.replay_storage == "disk"
+
+
+def test_what_does_not_fit_is_loud():
+    tight = {HOST: Budget((Candidate(MIB, "memory.host_gb"),))}
+    assert "DOES NOT FIT into 783 KiB: 1 MiB (memory.host_gb)" in plan_table(small(budgets=tight))
+    assert "DOES NOT FIT" not in plan_table(small())
+
+
+def test_fixed_plans_look_for_nothing_else():
+    text = plan_table(small(automatic=False, larger=None))
+    assert "choices, as written (memory=fixed)" in text
+    assert "next larger" not in text
+
+
+def test_memory_that_is_given_back_is_mentioned():
+    large = replace(ITEMS[2], bytes=GIB)
+    assert "freed memory goes back" in plan_table(small(prediction=Prediction((large,), HOST, True, 0)))
+    assert "freed memory goes back" not in plan_table(small(prediction=Prediction(ITEMS[:2], HOST, True, 0)))
+
+
+def test_of_a_gpu_it_is_unverified():
+    text = plan_table(plan(PLENTY, PLENTY))
+    assert text.startswith("GPU memory, predicted, unverified")
+    assert "host memory, predicted\n" in text
+    assert "unverified" not in plan_table(plan())
+    assert text.count("stop at 85%") == 1  # the guard watches the host
+
+
+@pytest.mark.parametrize("host", [PLENTY, None])
+@pytest.mark.parametrize("device", [PLENTY, None])
+def test_lines_are_short(host, device):
+    """Whatever the words: a cgroup's name alone may be longer than a line."""
+    group = "/sys/fs/cgroup/system.slice/slurmstepd.scope/" + 10 * "job_of_somebody/"
+    bounds = budgets(host or 4 * GIB, device)
+    bounds[HOST] = Budget((Candidate(bounds[HOST].bytes, f"limit of cgroup {group} (memory.max)"),))
+    text = plan_table(make_plan(automatic(), FACTS, bounds))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert group in text.replace("\n", "").replace(" ", "")
+    assert (DEVICE in bounds) == ("GPU memory" in text)

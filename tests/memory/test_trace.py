@@ -1,0 +1,191 @@
+"""Counting live storages, on real tensors and on tensors without data."""
+
+from __future__ import annotations
+
+import random
+import resource
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.checkpoint import checkpoint
+from training_cases import config
+
+from pwm_torchrl.memory.processes import read_process
+from pwm_torchrl.memory.trace import FakeTensors, StorageCounter
+from pwm_torchrl.memory.updates import UPDATES, UpdateTracer, _Updates
+from pwm_torchrl.training.load import Facts
+
+FACTS = Facts(3, 1, terminates=True)
+
+
+@contextmanager
+def counting(fake: bool):
+    with FakeTensors() if fake else StorageCounter() as counter:
+        yield counter
+
+
+@contextmanager
+def address_space(beyond: int):
+    """At most so many bytes of addresses beyond those in use."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (read_process().virtual + beyond, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+@pytest.mark.parametrize("fake", [True, False], ids=["fake", "real"])
+class TestCounting:
+    def test_views_and_work_in_place_own_nothing(self, fake):
+        with counting(fake) as counter:
+            x = torch.zeros(10, 100)
+            views = x[2:], x.t(), x.view(-1), x.expand(3, 10, 100), x.detach(), *x.split(5)
+            x.add_(1).clamp_(min=0)
+            x[3] = 2.0
+            assert counter.live == 4000
+            assert counter.peak == 4000 + 4  # the number that is written
+            del x
+            assert counter.live == 4000  # a view keeps all of it
+            del views
+            assert counter.live == 0
+
+    def test_temporaries_count_while_they_live(self, fake):
+        with counting(fake) as counter:
+            x = torch.zeros(1000)
+            y = (x + 1) * 2  # x + 1 is there beside x and y, then gone
+            assert (counter.live, counter.peak) == (8000, 12000)
+            assert counter.begin() == 8000 == counter.peak
+            del y
+            counter.next_phase()
+            z = x + 1
+            counter.next_phase()
+            del x, z
+            assert counter.peaks == [8000, 8000, 8000]
+            assert counter.live == 0
+
+    def test_every_result_of_an_operation_counts(self, fake):
+        with counting(fake) as counter:
+            values, indices = torch.zeros(5, 100).sort(-1)
+            assert counter.live == 500 * 4 + 500 * 8
+            chunks = values.unbind(0)
+            assert counter.live == 500 * 12
+            del values, indices
+            assert counter.live == 2000
+            assert len(chunks) == 5
+
+    def test_what_autograd_saves_lives_until_the_backward_pass(self, fake):
+        with counting(fake) as counter:
+            w = torch.zeros(100, requires_grad=True)
+            out = (w.exp() * 2).sin().sum()  # saves exp's result and the product; the sine is gone
+            assert counter.live == 3 * 400 + 4
+            out.backward()
+            assert counter.live == 2 * 400 + 4  # the parameter, its gradient and the result
+            del out
+            assert counter.live == 800
+
+    def test_what_is_recomputed_is_not_saved(self, fake):
+        def chain(x):
+            for _ in range(5):
+                x = x.sin()
+            return x
+
+        with counting(fake) as counter:
+            w = torch.zeros(100, requires_grad=True)
+            out = checkpoint(chain, w, use_reentrant=False)
+            assert counter.live == 800
+            counter.begin()
+            out.sum().backward()
+            assert counter.peak >= 800 + 5 * 400
+
+
+def test_storages_of_before_do_not_count():
+    x = torch.zeros(1000)
+    with StorageCounter() as counter:
+        y = x + 1
+        assert counter.live == 4000
+    del y  # what goes outside is noticed
+    assert counter.live == 0
+
+
+class TestFakeTensors:
+    def test_can_be_entered_again(self):
+        fake = FakeTensors()
+        with fake:
+            x = torch.zeros(1000, requires_grad=True)
+        assert _get_current_dispatch_mode() is None
+        with fake as counter:
+            y = (2 * x).sum()
+            y.backward()
+            assert x.grad.shape == (1000,)
+            assert counter.live == 8004
+            del y
+        del x
+        assert fake.counter.live == 0
+
+    def test_an_error_inside_leaves_real_tensors_outside(self):
+        with pytest.raises(ValueError, match="of a test"), FakeTensors():
+            raise ValueError("of a test")
+        assert _get_current_dispatch_mode() is None
+        assert torch.ones(2).sum().item() == 2
+
+    def test_leaves_no_trace_of_itself(self):
+        """Seeds are set before a run is planned."""
+        states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        threads, modes = threading.enumerate(), torch.is_grad_enabled()
+        tracer = UpdateTracer(config({"algorithm.horizon": 2}), FACTS)
+        assert tracer.persistent.total > 0
+        assert all(tracer.transient(update, size).peak > 0 for update in UPDATES for size in (None, 3))
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert np.array_equal(np.random.get_state()[1], states[1])
+        assert random.getstate() == states[2]
+        assert (threading.enumerate(), torch.is_grad_enabled()) == (threads, modes)
+        assert _get_current_dispatch_mode() is None
+
+    def test_compiling_works_afterwards(self):
+        with FakeTensors():
+            torch.zeros(3).sin()
+        compiled = torch.compile(lambda x: x.sin() * 2, fullgraph=True, backend="eager")
+        x = torch.rand(3)
+        assert torch.equal(compiled(x), x.sin() * 2)
+
+
+def test_nothing_is_allocated():
+    """Several GB in a process that could not have one."""
+    cfg = config({"size.units": [8192, 8192], "size.latent_dim": 512, "algorithm.model_batch": 2048})
+    with address_space(beyond=2**29):
+        tracer = UpdateTracer(cfg, FACTS)
+        before = read_process().rss
+        assert tracer.persistent.total > 2e9
+        assert tracer.transient("world-model").peak > 4e9
+        assert read_process().rss - before < 2**28
+        with pytest.raises(RuntimeError, match="memory"):
+            torch.zeros(2**28)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.dynamics.kind": "mlp"},
+        {"model.dynamics.kind": "residual"},
+        {},
+        {"model.dynamics.checkpoint_substeps": True},
+        {"model.dynamics.solver": "euler", "algorithm.detach": False, "algorithm.normalize_observations": True},
+    ],
+    ids=["mlp", "residual", "flow", "recomputed", "attached"],
+)
+def test_equals_what_real_tensors_take(changes):
+    """The same count over the same updates, with data: equal to the byte, phase by phase."""
+    cfg = config({"algorithm.horizon": 3, "algorithm.model_batch": 6, "algorithm.imagination_batch": 6, **changes})
+    tracer = UpdateTracer(cfg, FACTS)
+    with StorageCounter() as counter:
+        real = _Updates(cfg, FACTS, counter)
+        assert real.persistent == tracer.persistent
+        for update in UPDATES:
+            batch = tracer.batches[update]
+            for size in (batch, 2):
+                assert real.measure(update, batch, size, 3) == tracer._trace(update, batch, size, 3)

@@ -1,0 +1,212 @@
+"""What the updates of a run take: short traces against whole ones, and sums over real networks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+from training_cases import config
+
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.memory import updates
+from pwm_torchrl.memory.updates import UPDATES, Transient, UpdateTracer
+from pwm_torchrl.training.build import build_learners, build_losses, build_networks
+from pwm_torchrl.training.load import Facts
+
+FACTS = Facts(5, 2, terminates=True)
+MODELS = {
+    "mlp": {"model.dynamics.kind": "mlp"},
+    "residual": {"model.dynamics.kind": "residual"},
+    "flow_v1": {},
+    "flow_v2": {"model.dynamics.substeps": 4},
+    "flow_v3": {"model.dynamics.substeps": 8, "model.dynamics.solver": "euler"},
+    "flow_v1_recomputed": {"model.dynamics.checkpoint_substeps": True},
+    "flow_v3_recomputed": {
+        "model.dynamics.substeps": 8,
+        "model.dynamics.solver": "euler",
+        "model.dynamics.checkpoint_substeps": True,
+    },
+}
+BATCHES = {"algorithm.model_batch": 64, "algorithm.imagination_batch": 64, "algorithm.horizon": 6}
+#: By how much a short trace may be off: of the whole, and what the gradients of a single row add.
+WITHIN = {"rel": 0.01, "abs": 100_000}
+
+
+def whole_trace(tracer: UpdateTracer, update: str, size: int | None = None) -> Transient:
+    """At the full horizon."""
+    batch = tracer.batches[update]
+    return tracer._trace(update, batch, size or batch, tracer.cfg.algorithm.horizon)
+
+
+def in_parts(tracer: UpdateTracer, update: str, size: int) -> int:
+    """Peak of all micro-batches of an update, one after the other."""
+    batch = tracer.batches[update]
+    with tracer._fake:
+        made = tracer._updates()
+        losses = {"world-model": made.losses.model, "policy": made.losses.actor, "critic": made.losses.value}[update]
+        backward = losses.backward
+        losses.__dict__["backward"] = lambda data: backward(data, size)
+        try:
+            return made.measure(update, batch, batch, tracer.cfg.algorithm.horizon).peak
+        finally:
+            del losses.__dict__["backward"]
+
+
+class TestShortHorizons:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_stand_for_a_long_one(self, name):
+        tracer = UpdateTracer(config({**BATCHES, **MODELS[name]}), FACTS)
+        for update in ("world-model", "policy"):
+            for size in (None, 16) if name.startswith("flow_v1") else (None,):
+                whole = whole_trace(tracer, update, size)
+                assert tracer.transient(update, size).peak == pytest.approx(whole.peak, **WITHIN)
+                assert tracer.transient(update, size).data == whole.data
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("model", ["mlp", "residual", "flow_v1", "flow_v2", "flow_v3"])
+    @pytest.mark.parametrize("size", ["tiny", "5m", "48m"])
+    def test_stand_for_those_that_are_trained(self, size, model, recompute):
+        if recompute and not model.startswith("flow"):
+            recompute = None
+        words = [f"model={model}", f"size={size}", f"model.dynamics.checkpoint_substeps={str(recompute).lower()}"]
+        tracer = UpdateTracer(compose([*words, "algorithm.imagination_batch=512"]), Facts(37, 8, terminates=True))
+        for update in ("world-model", "policy"):
+            for micro_batch in (None, 64):
+                whole = whole_trace(tracer, update, micro_batch)
+                assert tracer.transient(update, micro_batch).peak == pytest.approx(whole.peak, rel=0.01)
+
+    def test_the_peak_changes_its_place_with_the_horizon(self):
+        """Of a recomputing policy update, short rollouts peak in a step and long ones in the critics."""
+        changes = {"size.units": [64], "size.critic_units": [32], **MODELS["flow_v3_recomputed"]}
+        tracer = UpdateTracer(config({**BATCHES, **changes, "algorithm.horizon": 16}), FACTS)
+        short = tracer._trace("policy", 64, 64, 3)
+        long = tracer.transient("policy")
+        assert short.phases.index(short.peak) != long.phases.index(long.peak)
+        assert long.peak == pytest.approx(whole_trace(tracer, "policy").peak, **WITHIN)
+
+    def test_a_short_horizon_is_traced_as_it_is(self):
+        tracer = UpdateTracer(config({**BATCHES, "algorithm.horizon": 3}), FACTS)
+        assert tracer.transient("policy") == whole_trace(tracer, "policy")
+
+
+class TestMicroBatches:
+    @pytest.mark.parametrize(
+        ("update", "name"),
+        [*((update, name) for update in UPDATES[:2] for name in ("mlp", "flow_v1_recomputed")), ("critic", "mlp")],
+    )
+    def test_the_last_one_stands_for_all(self, update, name):
+        sizes = {"algorithm.model_batch": 12, "algorithm.imagination_batch": 12, "algorithm.horizon": 3}
+        tracer = UpdateTracer(config({**sizes, **MODELS[name]}), FACTS)
+        batch = tracer.batches[update]
+        for size in (3, batch // 2):
+            peak = tracer.transient(update, size).peak
+            # But for the running sums of losses and returns, some bytes for every part.
+            assert peak == pytest.approx(in_parts(tracer, update, size), abs=64 * batch // size + 256)
+
+    def test_a_smaller_last_one_is_taken_for_a_full_one(self):
+        sizes = {"algorithm.model_batch": 12, "algorithm.imagination_batch": 12, "algorithm.horizon": 3}
+        tracer = UpdateTracer(config(sizes), FACTS)
+        for update in UPDATES:
+            size = tracer.batches[update] * 2 // 3 + 1
+            assert tracer.transient(update, size).peak >= in_parts(tracer, update, size)
+
+    def test_need_less_the_smaller_they_are(self):
+        tracer = UpdateTracer(config({**BATCHES, "algorithm.model_batch": 512}), FACTS)
+        peaks = [tracer.transient("world-model", size).peak for size in (None, 128, 32, 8)]
+        assert peaks == sorted(peaks, reverse=True)
+        assert peaks[-1] < 0.1 * peaks[0]
+
+    def test_one_as_large_as_the_batch_is_none(self):
+        tracer = UpdateTracer(config(BATCHES), FACTS)
+        assert tracer.transient("policy", 64) == tracer.transient("policy", 1000) == tracer.transient("policy")
+
+
+class TestParts:
+    def test_persistent_bytes_are_those_of_the_networks(self):
+        cfg = config({"algorithm.normalize_observations": True, "model.reward_head": "two_hot"})
+        kept = UpdateTracer(cfg, FACTS).persistent
+        networks = build_networks(cfg, FACTS)
+        build_losses(cfg, networks)
+        tensors = [t for _, network in networks.items() for t in (*network.parameters(), *network.buffers())]
+        assert kept.parameters == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        learned = [p for learner in build_learners(cfg, networks).values() for p in learner.parameters]
+        weights, steps = sum(p.nbytes for p in learned), 4 * len(learned)
+        assert kept.optimizer == 2 * weights + steps
+        copies = weights + kept.optimizer
+        assert copies <= kept.undo <= copies + 200  # and the return statistics
+        assert kept.total == kept.parameters + kept.optimizer + kept.undo
+
+    def test_gradients_and_data_are_parts_of_the_peak(self):
+        cfg = config(BATCHES)
+        tracer, networks = UpdateTracer(cfg, FACTS), dict(build_networks(cfg, FACTS).items())
+        owners = {"world-model": "world_model", "policy": "actor", "critic": "critics"}
+        for update, owner in owners.items():
+            taken = tracer.transient(update)
+            assert taken.gradients == sum(p.nbytes for p in networks[owner].parameters())
+            assert taken.activations + taken.gradients + taken.data == taken.peak
+            assert taken.activations > 0
+        a = cfg.algorithm
+        step = 4 * (2 * FACTS.observation_dim + FACTS.action_dim + 1) + 2
+        # As the loss reads it, with the mask of valid steps.
+        assert tracer.transient("world-model").data >= a.model_batch * a.horizon * (step + 1)
+        assert tracer.transient("world-model").data < a.model_batch * a.horizon * (step + 32)
+        assert tracer.transient("policy").data == a.imagination_batch * 4 * FACTS.observation_dim
+        rollout = a.imagination_batch * a.horizon * 4 * cfg.size.latent_dim
+        assert rollout < tracer.transient("critic").data < 4 * rollout
+
+    def test_activations_are_never_negative(self):
+        assert Transient(phases=(10, 20), gradients=15, data=15).activations == 0
+
+    def test_extends_every_phase_by_its_own_line(self):
+        long = Transient((10, 20), 7, 3).extended(Transient((20, 21), 7, 4), 10)
+        assert long == Transient((110, 30), 7, 13)
+        assert long.peak == 110
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.reward_head": "two_hot"},
+        {"model.termination_head": True},
+        {"model.termination_head": False},
+        {"algorithm.normalize_observations": True},
+        {"algorithm.normalize_returns": False},
+        {"algorithm.detach": False},
+        {"model.loss.flow_matching_weight": 1.0, "model.loss.flow_matching_source": "attached"},
+        {"model.loss.self_consistency_weight": 1.0, "model.dynamics.condition_on_step_size": True},
+        {"model.dynamics.parameterization": "tangent", "model.dynamics.time_features": 2},
+        {"model.dynamics.parameterization": "simnorm_velocity", "model.loss.form": "tdmpc2"},
+        {"model.reward_head": "two_hot", "model.termination_head": True, "algorithm.normalize_observations": True},
+    ],
+    ids=lambda changes: "+".join(f"{key.rsplit('.')[-1]}={value}" for key, value in changes.items()),
+)
+def test_every_kind_of_model_can_be_traced(changes):
+    tracer = UpdateTracer(config({"algorithm.horizon": 2, **changes}), FACTS)
+    assert tracer.persistent.total > 0
+    assert all(tracer.transient(update, 2).peak > 0 for update in UPDATES)
+
+
+def test_a_compiled_loss_is_traced_as_the_eager_one():
+    cfg = config({"algorithm.horizon": 2})
+    compiled = copy.deepcopy(cfg)
+    compiled.algorithm.compile = True
+    assert UpdateTracer(compiled, FACTS).transient("policy") == UpdateTracer(cfg, FACTS).transient("policy")
+    assert compiled.algorithm.compile
+
+
+def test_what_was_traced_is_known_to_the_process(monkeypatch):
+    cfg = config({"algorithm.horizon": 2, "algorithm.model_batch": 11})
+    first = UpdateTracer(cfg, FACTS)
+    known = first.persistent, first.transient("world-model"), first.transient("policy", 2)
+    other = replace(FACTS, observation_dim=FACTS.observation_dim + 1)
+
+    def refuse(*args):
+        raise AssertionError("traced once more")
+
+    monkeypatch.setattr(updates, "_Updates", refuse)
+    again = UpdateTracer(copy.deepcopy(cfg), replace(FACTS))
+    assert (again.persistent, again.transient("world-model"), again.transient("policy", 2)) == known
+    with pytest.raises(AssertionError, match="once more"):
+        UpdateTracer(cfg, other).transient("world-model")
