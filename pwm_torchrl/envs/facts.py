@@ -42,10 +42,8 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
             raise
         observation_dim, action_dim = DFLEX_DIMENSIONS[task]
         length = int(env_cfg.get("episode_length") or 1000)
-        terminates = env_cfg.get("terminates")
-        if terminates is None:
-            terminates = env_cfg.get("early_termination", True)
-        return EnvInfo(name, observation_dim, action_dim, length, 1, num_envs, bool(terminates))
+        terminates = bool(env_cfg.get("early_termination", True))
+        return EnvInfo(name, observation_dim, action_dim, length, 1, num_envs, terminates)
     try:
         return replace(env_info(env), num_envs=num_envs)
     finally:

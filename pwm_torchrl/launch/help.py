@@ -90,8 +90,8 @@ def help_text(script: str) -> str:
         "experiment=dflex_ant_48m_flow_v2": "a preset: dflex Ant at 48M",
     }
     if script == "plan.py":
-        examples["model=flow_v3 size=48m env=dflex_ant cluster=l40s"] = "for nodes of a cluster, from anywhere"
-        examples["size=48m memory.host_gb=16 --json plan.json"] = "within a budget; the plan as a file, too"
+        examples["model=flow_v3 size=48m env=dflex_ant cluster=l40s"] = "for nodes elsewhere"
+        examples["size=48m memory.host_gb=16 --json plan.json"] = "within a budget; also as a file"
     lines += ["", "Examples:"]
     lines += [f"  {f'{run} {words}'.strip():<76} # {meaning}" for words, meaning in examples.items()]
     if script in ("submit.py", "train.py"):

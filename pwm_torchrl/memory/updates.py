@@ -23,9 +23,9 @@ from pwm_torchrl.training.recovery import Undo
 
 #: The updates of an epoch, as :class:`~pwm_torchrl.training.recovery.MicroBatches` calls them.
 UPDATES = ("world-model", "policy", "critic")
-#: Horizons that are traced in place of a longer one: a phase's peak is a line in the horizon (a test compares). The
-#: first step back through a rollout finds no gradients of weights yet, so that two steps are none of the line's.
-SHORT = (3, 4)
+#: Horizons that are traced in place of a longer one: a phase's peak is a line in the horizon (a test compares), but for
+#: short ones, from which lines were up to 11 % low. The usual horizon of 16 is traced as it is.
+SHORT = (15, 16)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def run_script(name: str, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(SCRIPTS / name), *words], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["submit.py", "train.py", "check_env.py"])
+@pytest.mark.parametrize("name", ["submit.py", "train.py", "plan.py", "check_env.py"])
 def test_help_explains_itself(name):
     done = run_script(name, "--help")
     assert done.returncode == 0
@@ -47,7 +47,7 @@ def test_help_of_the_tools(name):
     assert f"python launch/{name}" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["submit.py", "train.py", "check_env.py"])
+@pytest.mark.parametrize("name", ["submit.py", "train.py", "plan.py", "check_env.py"])
 def test_a_typo_is_a_few_lines_without_traceback(name):
     done = run_script(name, "model=flwo_v2")
     assert done.returncode == 2
@@ -65,6 +65,7 @@ def test_help_names_the_defaults():
     assert _DEFAULTS["env"] == config.env["name"]
     assert _DEFAULTS["cluster"] == config.cluster.kind
     assert _DEFAULTS["logger"] == config.logger.kind
+    assert _DEFAULTS["memory"] == config.memory.kind
 
 
 def test_train_runs_here_and_ends_with_the_summary(capsys):

@@ -85,7 +85,8 @@ def test_a_budget_that_needs_parts_trains_in_parts(monkeypatch, tmp_path):
         monkeypatch, config({**LARGE, "memory.host_gb": usable / whole.share(HOST) / 1e9}), tmp_path / "split"
     )
     assert split.cfg.memory.model_micro_batch in (256, 512, 1024)
-    assert split.stepper.micro_batches.used["world-model"] == split.cfg.memory.model_micro_batch
+    used = split.observer.stepper.micro_batches.used
+    assert used["world-model"] == split.cfg.memory.model_micro_batch
     assert saved(tmp_path / "split")["larger"]["change"].startswith("the world-model update")
     _, at_once = run_with(monkeypatch, config(LARGE), tmp_path / "whole")
     assert at_once.cfg.memory.model_micro_batch is None

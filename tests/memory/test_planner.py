@@ -56,7 +56,7 @@ def named(error: ConfigurationError, place: str) -> float | None:
 
 class TestWhateverTheBudget:
     @drawn(share=st.floats(0.02, 1.4), written=st.sampled_from([{}, MLP, {"memory.model_micro_batch": 100}]))
-    @settings(max_examples=20)
+    @settings(max_examples=12)
     def test_it_fits_or_names_one_that_does(self, share, written):
         host = need(written) * share
         try:
@@ -77,7 +77,7 @@ class TestWhateverTheBudget:
             assert found.cheaper is None or found.cheaper.bytes < found.prediction.total(HOST)
 
     @drawn(host=st.floats(0.5, 8).map(lambda x: x * GIB), share=st.floats(0.01, 1.4))
-    @settings(max_examples=15)
+    @settings(max_examples=10)
     def test_with_a_gpu_too(self, host, share):
         device = need(device=PLENTY) * share
         try:
@@ -292,11 +292,11 @@ class TestNeighbours:
 def test_applied_changes_nothing_but_the_choices():
     cfg = automatic()
     before = copy.deepcopy(cfg)
-    choices = Choices(5, 6, 7, True, "disk")
+    choices = TestAttemptBefore.GIVEN
     applied = plan(given=choices).applied(cfg)
     assert cfg == before
     memory = (applied.memory.model_micro_batch, applied.memory.imagination_micro_batch)
-    assert (*memory, applied.memory.critic_micro_batch) == (5, 6, 7)
+    assert (*memory, applied.memory.critic_micro_batch) == (64, None, 32)
     assert applied.model.dynamics.checkpoint_substeps is True
     assert applied.training.replay_storage == "disk"
     applied.memory, applied.training.replay_storage = before.memory, before.training.replay_storage
