@@ -42,6 +42,7 @@ IGNORED = (
     "training.threads",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.replay_storage",
     "training.check_graphs",
     "model.dynamics.checkpoint_substeps",
 )

@@ -55,7 +55,7 @@ def _cheaper(space: PlanSpace, choices: Choices) -> Iterator[tuple[Choices, str]
     """A replay farther away, the update at the peak in smaller parts, recomputed substeps, still smaller parts."""
     for storage in space.storages[_place(space, choices) + 1 :]:
         yield replace(choices, replay_storage=storage), _WHERE[storage]
-    update = max(UPDATES, key=lambda update: space.peak(update, choices))
+    update = max(UPDATES, key=lambda update: space.taken(update, choices).peak)
     size = min(choices.micro_batch(update) or space.batch(update), space.batch(update))
     half = -(-size // 2)
     smaller = choices.split(update, half), f"the {update} update in micro-batches of {half}"

@@ -158,22 +158,16 @@ class _Planner:
 
     def largest(self, choices: Choices, update: str, limit: int, smallest: int) -> int | None:
         """The largest micro-batch, by halving, whose update stays within ``limit``."""
-
-        def peak(size: int) -> int:
-            return self.space.peak(update, choices.split(update, size))
-
         batch, *sizes = halvings(self.space.batch(update))
-        whole = peak(batch)
-        if whole <= limit:
+        whole = self.space.taken(update, choices)
+        if whole.peak <= limit:
             return batch
+        # Activations shrink with the micro-batch, which says where to look; a trace decides.
+        rest = whole.gradients + whole.data
         sizes = [size for size in sizes if size >= smallest]
-        if not sizes or peak(sizes[-1]) > limit:
-            return None
-        # Memory is very nearly a line in the micro-batch, which says where to look.
-        low, least = peak(sizes[-1]), sizes[-1]
-        slope = (whole - low) / (batch - least)
-        near = (size for size in sizes if low + slope * (size - least) <= 1.05 * limit)
-        return next(size for size in (*near, least) if peak(size) <= limit)
+        likely = [size for size in sizes if rest + whole.activations * size / batch <= 1.05 * limit] or sizes[-1:]
+        fitting = (s for s in likely if self.space.taken(update, choices.split(update, s)).peak <= limit)
+        return next(fitting, None)
 
     def with_storage(self, choices: Choices) -> Plan:
         """The nearest replay that fits: on the GPU, else in RAM, else on disk."""
@@ -188,12 +182,13 @@ class _Planner:
         """What the least plan would need."""
         plan = self.build(self.space.least)
         needed = [self.needed(plan, place) for place in self.budgets if plan.lacks(place)]
-        training = self.cfg.training
-        replay = "" if self.space.storages[-1] == "disk" else ", training.replay_storage=disk"
+        capacity = f"less than training.replay_capacity={self.cfg.training.replay_capacity}"
+        on_disk = self.space.storages[-1] == "disk"
+        remedies = "a smaller size" if on_disk else f"a smaller size, training.replay_storage=disk or {capacity}"
         return ConfigurationError(
             f"{self.cfg.model.name} {self.cfg.size.name} does not fit, even in the smallest micro-batches: "
             f"{'; '.join(plan.shortages())}. The smallest budget that would work: {', '.join(needed)}. Give it more, "
-            f"or choose a smaller size{replay} or less than training.replay_capacity={training.replay_capacity}."
+            f"or choose {remedies}."
         )
 
     def needed(self, plan: Plan, place: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.memory.predict import DEVICE, FIELDS, Choices, Prediction, framework_bytes, predict
-from pwm_torchrl.memory.updates import UpdateTracer
+from pwm_torchrl.memory.updates import Transient, UpdateTracer
 from pwm_torchrl.training.config import Config
 
 #: Rows below which a micro-batch costs more time than recomputing a flow's substeps does.
@@ -81,9 +81,9 @@ class PlanSpace:
         """Rows of an update's batch."""
         return self.tracer(self.recomputes[0]).batches[update]
 
-    def peak(self, update: str, choices: Choices) -> int:
-        """Bytes of an update beside what persists."""
-        return self.tracer(choices.checkpoint_substeps).transient(update, choices.micro_batch(update)).peak
+    def taken(self, update: str, choices: Choices) -> Transient:
+        """What an update takes beside what persists."""
+        return self.tracer(choices.checkpoint_substeps).transient(update, choices.micro_batch(update))
 
     def predict(self, choices: Choices) -> Prediction:
         """What a run with these choices needs; all predictions of a plan begin from the same base."""

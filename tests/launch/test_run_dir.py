@@ -76,6 +76,7 @@ def test_created_but_never_started_is_fresh():
 def test_keys_that_change_no_result_may_differ():
     start("run")
     words = ["cluster=debug", "training.progress=false", "logger=tensorboard", "memory.model_micro_batch=64"]
+    words += ["training.replay_storage=disk", "model.dynamics.checkpoint_substeps=true"]
     assert prepare_run_dir(compose(["run_dir=run", *words])).resume
     assert load_config("run").memory.model_micro_batch == 64
 

@@ -104,8 +104,10 @@ class TestWhateverTheBudget:
 
     def test_a_replay_that_is_in_the_way_is_mentioned(self):
         in_memory = {"training.replay_capacity": 10**8, "training.replay_storage": "memory"}
-        with pytest.raises(ConfigurationError, match=r"training\.replay_storage=disk"):
+        with pytest.raises(ConfigurationError, match=r"replay_storage=disk or less than .*replay_capacity=100000000\."):
             plan(GIB, changes=in_memory)
+        with pytest.raises(ConfigurationError, match=r"Give it more, or choose a smaller size\.$"):
+            plan(MIB)
         assert plan(GIB, changes={**in_memory, "training.replay_storage": "disk"}).choices.replay_storage == "disk"
 
 

@@ -28,8 +28,8 @@ MODELS = {
     },
 }
 BATCHES = {"algorithm.model_batch": 64, "algorithm.imagination_batch": 64, "algorithm.horizon": 6}
-#: By how much a short trace may be off: of the whole, and what the gradients of a single row add.
-WITHIN = {"rel": 0.01, "abs": 100_000}
+#: Of which a long horizon is traced whole in fast tests, too.
+FAST = ("mlp", "flow_v1_recomputed")
 
 
 def whole_trace(tracer: UpdateTracer, update: str, size: int | None = None) -> Transient:
@@ -55,24 +55,16 @@ def in_parts(tracer: UpdateTracer, update: str, size: int) -> int:
 class TestShortHorizons:
     @pytest.mark.parametrize(
         "name",
-        [pytest.param(name, marks=[pytest.mark.slow] if name in ("flow_v2", "flow_v3") else []) for name in MODELS],
+        [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in MODELS],
     )
     def test_stand_for_a_long_one(self, name):
+        """Up to 16 steps nothing is left out; beyond, memory is a line in the horizon, to 1 %."""
         tracer = UpdateTracer(config({**BATCHES, "algorithm.horizon": 20, **MODELS[name]}), FACTS)
         for update in ("world-model", "policy"):
-            for size in (None, 16) if name.startswith("flow_v1") else (None,):
+            for size in (16,) if name in FAST else (None, 16):
                 whole = whole_trace(tracer, update, size)
-                assert tracer.transient(update, size).peak == pytest.approx(whole.peak, **WITHIN)
+                assert tracer.transient(update, size).peak == pytest.approx(whole.peak, rel=0.01)
                 assert tracer.transient(update, size).data == whole.data
-
-    def test_the_peak_changes_its_place_with_the_horizon(self):
-        """Of a recomputing policy update, short rollouts peak in a step and long ones in the critics."""
-        changes = {"size.units": [64], "size.critic_units": [32], **MODELS["flow_v3_recomputed"]}
-        tracer = UpdateTracer(config({**BATCHES, **changes, "algorithm.horizon": 16}), FACTS)
-        short = tracer._trace("policy", 64, 64, 3)
-        long = tracer.transient("policy")
-        assert short.phases.index(short.peak) != long.phases.index(long.peak)
-        assert long.peak == pytest.approx(whole_trace(tracer, "policy").peak, **WITHIN)
 
     def test_a_short_horizon_is_traced_as_it_is(self):
         tracer = UpdateTracer(config({**BATCHES, "algorithm.horizon": 3}), FACTS)
