@@ -11,6 +11,7 @@ __all__ = [
     "MissingLibraryError",
     "OutOfMemory",
     "StorageFault",
+    "Superseded",
     "is_ours",
     "nearest",
     "status_of",
@@ -39,6 +40,10 @@ class OutOfMemory(RuntimeError):
 
 class StorageFault(RuntimeError):
     """A disk that is full, over its quota or broken, or files of the run that are gone or cut short."""
+
+
+class Superseded(RuntimeError):
+    """Another attempt owns the run now; this one may write nothing more."""
 
 
 class EnvironmentFault(RuntimeError):
@@ -74,9 +79,11 @@ def is_ours(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> str:
-    """The status of a run that an error ended: ``stopped``, ``memory``, ``storage`` or ``failed``."""
+    """Status of an attempt that an error ended: ``stopped``, ``superseded``, ``memory``, ``storage`` or ``failed``."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
+    if isinstance(error, Superseded):
+        return "superseded"
     if isinstance(error, OutOfMemory):
         return "memory"
     return "storage" if isinstance(error, StorageFault) else "failed"

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.training.checkpoint import checkpoint_paths
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 
 def saved_epochs(run_dir: Path) -> list[int]:
     """Epochs of which there is a checkpoint."""
-    return [int(path.name.rpartition("-")[2]) for path in checkpoint_paths(run_dir)]
+    return [saved.epoch for saved in CheckpointStore(run_dir).countable()]
 
 
 def watching_threads() -> list[threading.Thread]:

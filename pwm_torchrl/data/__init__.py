@@ -1,8 +1,17 @@
-"""Replay of collected trajectories, in RAM, on a device or on disk. Imports nothing of the package but errors."""
+"""Replay of collected trajectories, in RAM, on a device or on disk. Imports nothing of the package but errors.
 
-from pwm_torchrl.data.replay import SliceStartSampler, TrajectoryReplay
-from pwm_torchrl.data.segments import SegmentStore
-from pwm_torchrl.data.sizes import replay_bytes, replay_disk_bytes, steps_since_checkpoint
+Names are loaded on first use: what only works with files needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pwm_torchrl.data.replay import SliceStartSampler, TrajectoryReplay
+    from pwm_torchrl.data.segments import SegmentStore
+    from pwm_torchrl.data.sizes import replay_bytes, replay_disk_bytes, steps_since_checkpoint
 
 __all__ = [
     "SegmentStore",
@@ -12,3 +21,18 @@ __all__ = [
     "replay_disk_bytes",
     "steps_since_checkpoint",
 ]
+
+_HOME = {
+    "SegmentStore": "segments",
+    "SliceStartSampler": "replay",
+    "TrajectoryReplay": "replay",
+    "replay_bytes": "sizes",
+    "replay_disk_bytes": "sizes",
+    "steps_since_checkpoint": "sizes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

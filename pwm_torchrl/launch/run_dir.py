@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
 import tempfile
 import time
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.config_file import CONFIG_FILE, load_config, save_config
+from pwm_torchrl.training.summary_file import read_summary, set_status, was_started
 
 __all__ = [
     "RunDir",
@@ -25,8 +24,6 @@ __all__ = [
     "set_status",
     "was_started",
 ]
-
-SUMMARY_FILE = "summary.json"
 
 # Keys that do not change what a run learns: where it runs and logs, what it shows, how often it
 # saves. The split of a batch changes the rounding only, and a run must be able to come back with a
@@ -74,32 +71,6 @@ def prepare_run_dir(config: Config) -> RunDir:
     _require_writable(path, "run_dir" if config.run_dir is not None else "runs_dir")
     save_config(config, path)
     return RunDir(path, was_started(path))
-
-
-def was_started(run_dir: str | Path) -> bool:
-    """Whether an earlier attempt left something to continue, be it only its first lines."""
-    return any((Path(run_dir) / name).exists() for name in ("checkpoints", "metrics.csv", SUMMARY_FILE))
-
-
-def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """The run's ``summary.json``; empty while there is none or it is torn."""
-    try:
-        content = json.loads((Path(run_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def set_status(run_dir: str | Path, status: str) -> None:
-    """Corrects the status of a summary that still says ``running`` although its process ended."""
-    summary = read_summary(run_dir)
-    if summary.get("status") == "running":
-        partial = Path(run_dir) / (SUMMARY_FILE + ".tmp")
-        try:
-            partial.write_text(json.dumps({**summary, "status": status}, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, Path(run_dir) / SUMMARY_FILE)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:

@@ -161,7 +161,7 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
     if cfg.training.video:
         files.append(("video.mp4", "one deterministic episode of the trained policy"))
     files.append(("events.jsonl", "what happened to the run, one JSON object per line: starts, resumes, faults, end"))
-    files.append(("run.lock", "held by the process that trains here, so that no second one does"))
+    files.append(("attempts/", "who trained here and how that ended, one number per attempt; the highest owns the run"))
     files.append(("log.txt", "the job's output, where it was started by `launch/submit.py`"))
     files.append(("submitit/", "the same: files of the library that ran the job, one folder per attempt"))
     if cfg.training.replay_storage == "disk":

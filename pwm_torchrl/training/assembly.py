@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, OutOfMemory
 from pwm_torchrl.modules import RewardScale, policy_module
 from pwm_torchrl.training.artifacts import write_curves, write_run_readme, write_video
 from pwm_torchrl.training.build import build_learners, build_losses, build_networks
-from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_paths, load_checkpoint, rotation
+from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
+from pwm_torchrl.training.claims import RunClaim
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.evaluation import acting_on, film, play, random_action
 from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.faults import save_after_environment_fault, save_after_out_of_memory
 from pwm_torchrl.training.interrupt import stop_on_interrupt
 from pwm_torchrl.training.load import facts_of
@@ -32,6 +36,7 @@ from pwm_torchrl.training.progress import say, warn
 from pwm_torchrl.training.seeding import RunRNGState, evaluation_env_seed, seed_everything, training_env_seed
 from pwm_torchrl.training.state_files import AllocatedStateAdapter
 from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
+from pwm_torchrl.training.stop import StopInEpoch, StopRequest
 from pwm_torchrl.training.summary import RunSummary
 from pwm_torchrl.training.threads import set_threads
 from pwm_torchrl.training.trainer import PWMTrainer
@@ -47,11 +52,22 @@ class Run:
         cfg (Config): the whole run.
         run_dir (Path): its directory.
         summary (RunSummary): its result so far.
+        claim (RunClaim): of its directory.
         resume (bool): whether it continues an earlier attempt. Defaults to ``False``.
+        stop (StopRequest, optional): asks it to stop at its next step. Defaults to ``None``: nobody does.
     """
 
-    def __init__(self, cfg: Config, run_dir: Path, summary: RunSummary, resume: bool = False) -> None:
-        self.cfg, self.run_dir, self.summary = cfg, run_dir, summary
+    def __init__(
+        self,
+        cfg: Config,
+        run_dir: Path,
+        summary: RunSummary,
+        claim: RunClaim,
+        resume: bool = False,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self.cfg, self.run_dir, self.summary, self.claim = cfg, run_dir, summary, claim
+        self.stop = stop or StopRequest()
         set_threads(cfg.training.threads)
         self.device = pick_device(cfg.device)
         self.env_device = pick_device(cfg.env.get("device") or "cpu")  # a simulator may have a GPU of its own
@@ -103,7 +119,9 @@ class Run:
         stepper = PWMStepper(
             cfg, self.networks, losses, learners, self.replay, self.reward_scale, first, self.micro_batch_halved
         )
+        stepper.stop = self.stop
         returns = EpisodeReturns(self.info.num_envs)
+        self.store = CheckpointStore(self.run_dir, max(1, t.keep_checkpoints), self.claim)
         self.observer = Observer(self, stepper)
         self.trainer = PWMTrainer(
             collector=collector,
@@ -112,9 +130,10 @@ class Run:
             action_repeat=self.info.action_repeat,
             finish_epoch=self.observer.finish_epoch,
             checkpoint=Checkpoint().register_adapter(object, AllocatedStateAdapter()),
-            rotation=rotation(self.run_dir, max(1, t.keep_checkpoints)),
+            store=self.store,
             facts=facts_of(self.info.observation_dim, self.info.action_dim, self.info.terminates),
             checkpoint_every=t.checkpoint_every,
+            checkpoint_minutes=t.checkpoint_minutes,
         )
         self.trainer.register_op("batch_process", self.observer.receive)
         self.observer.trainer = self.trainer
@@ -143,16 +162,19 @@ class Run:
             CheckpointFault: if there are checkpoints and none can be read.
             StorageFault: likewise, because the replay on disk that they refer to is not there.
         """
-        paths = checkpoint_paths(self.run_dir)
+        paths = self.store.paths()
         fault: CheckpointFault | StorageFault | None = None
         while paths:
+            path = paths.pop()
+            failpoint("resume.restoring")
             try:
-                load_checkpoint(paths.pop(), self.components)
+                load_checkpoint(path, self.components)
             except (CheckpointFault, StorageFault) as error:
                 fault = error
                 if paths:
                     warnings.warn(f"{error} Trying the one before.", stacklevel=2)
                 continue
+            self.store.abandon_after(path)
             if not self.trainer.collector.resumed_exactly:
                 self.begin_new_episodes()
             return True
@@ -170,27 +192,36 @@ class Run:
     def execute(self, resume: bool) -> str:
         """Train to the end or to a stop; returns the status."""
         restored = resume and self.restore()
+        failpoint("resume.restored" if restored else "start.built")
         write_event(self.run_dir, "resume" if restored else "start", epoch=self.trainer.epoch)
         if not restored:
             self.summary.begin_again()
         self.observer.open(restored)
         write_run_readme(self.run_dir, self.cfg)
         if self.summary.random_return is None:
-            self.summary.random_return = float(self.play(random_action(self.eval_env)).mean())
+            try:
+                returns = self.play(random_action(self.eval_env), self.stop.check)
+            except StopInEpoch:
+                return "stopped"
+            self.summary.random_return = float(returns.mean())
         self.summary.write()
         logger = make_logger(self.cfg.logger, self.run_dir, asdict(self.cfg), first_step=self.trainer.env_steps)
         self.observer.logger = self.trainer.logger = logger
         try:
-            if self.trainer.epoch < self.cfg.training.epochs:
+            if self.trainer.epoch < self.cfg.training.epochs or self.trainer.inside_epoch:
                 with stop_on_interrupt(self.trainer), self.observer.memory.watching():
                     self.trainer.train()
             else:
                 self.trainer.shutdown()
+        except StopInEpoch:
+            failpoint("stop.asked")
+            self.trainer.save_inside()
+            failpoint("stop.saved")
         except EnvironmentFault:
             save_after_environment_fault(self.trainer)
             raise
         except OutOfMemory:
-            save_after_out_of_memory(self.trainer, self.summary, self.run_dir)
+            save_after_out_of_memory(self.trainer, self.run_dir)
             raise
         finally:
             self.observer.close()
@@ -199,7 +230,8 @@ class Run:
             raise OutOfMemory(
                 f"Stopped with a checkpoint after epoch {self.trainer.epoch}: {self.observer.alarm.message}."
             )
-        return "stopped" if self.trainer.epoch < self.cfg.training.epochs else "finished"
+        over = self.trainer.epoch >= self.cfg.training.epochs and not self.trainer.inside_epoch
+        return "finished" if over else "stopped"
 
     def micro_batch_halved(self, update: str, refused: int, size: int, message: str) -> None:
         """An update ran out of memory and is repeated in smaller parts."""
@@ -227,9 +259,9 @@ class Run:
             if not env.is_closed:
                 env.close()
 
-    def play(self, act: Any) -> torch.Tensor:
-        """Returns of one episode in each evaluation environment, float64 ``[N]``."""
-        return play(self.eval_env, act, evaluation_env_seed(self.cfg.seed)).returns
+    def play(self, act: Any, between: Callable[[], None] | None = None) -> torch.Tensor:
+        """Returns of one episode in each evaluation environment, float64 ``[N]``; ``between`` its steps."""
+        return play(self.eval_env, act, evaluation_env_seed(self.cfg.seed), between).returns
 
     def write_video(self) -> None:
         """Film one deterministic episode."""

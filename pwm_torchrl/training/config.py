@@ -117,6 +117,7 @@ class TrainingConfig:
     eval_every: int = 50  # epochs between evaluations; 0: only at the end
     eval_episodes: int = 10  # deterministic episodes per evaluation, on environments of their own
     checkpoint_every: int = 50  # epochs between checkpoints; 0: only at the end
+    checkpoint_minutes: float = 30.0  # minutes after which the end of an epoch saves one in any case; 0: never
     keep_checkpoints: int = 2  # newest ones kept, beside the best
     replay_capacity: int = 1_000_000  # transitions
     replay_storage: str = "auto"  # auto | memory | device | disk: files in the run directory

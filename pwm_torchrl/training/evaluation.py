@@ -38,13 +38,20 @@ class Episodes:
 
 @preserved_generators()
 @torch.no_grad()
-def play(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Episodes:
+def play(
+    env: EnvBase,
+    act: Callable[[TensorDictBase], TensorDictBase],
+    seed: int,
+    between: Callable[[], None] | None = None,
+) -> Episodes:
     """One episode in each environment of ``env``, after seeding them.
 
     Args:
         env (EnvBase): environments of batch size ``[N]``.
         act (callable): sets ``action`` in a TensorDict, such as a policy module.
         seed (int): of the first environment; the same seed starts the same episodes.
+        between (callable, optional): called before every step; what it raises ends the evaluation. Defaults to
+            ``None``.
     """
     env.set_seed(seed)
     limit = env_info(env).episode_length or MAX_AGENT_STEPS
@@ -55,6 +62,8 @@ def play(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: in
     }
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         for _ in range(limit):
+            if between is not None:
+                between()
             state, following = env.step_and_maybe_reset(act(state))
             step = state["next"]
             for key, value in (

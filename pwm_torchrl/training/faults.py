@@ -12,7 +12,6 @@ from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.recovery import is_out_of_memory
 
 if TYPE_CHECKING:
-    from pwm_torchrl.training.summary import RunSummary
     from pwm_torchrl.training.trainer import PWMTrainer
 
 
@@ -52,32 +51,27 @@ def _storage_fault(error: OSError, run_dir: Path) -> BaseException:
 
 
 def save_after_environment_fault(trainer: PWMTrainer) -> None:
-    """Checkpoint of the last complete epoch; the faulty environments' state is left out, so episodes restart."""
-    if trainer.epoch == 0:
-        return
-    trainer.collector.forget_env_state()
-    trainer.save_trainer(force_save=True)
+    """Checkpoint of the last complete epoch; the faulty environments' state is left out, so episodes restart.
 
-
-def save_after_out_of_memory(trainer: PWMTrainer, summary: RunSummary, run_dir: Path) -> None:
-    """Checkpoint after an update that does not fit, unless the last complete epoch has one already.
-
-    The epoch that was cut short leaves what it did: its data are in replay, and some of its updates are done. A resumed
-    run does that epoch again on new data, and says that it is not exact. From the checkpoint of a complete epoch it is,
-    so that one is left the newest.
+    If it was an evaluation that failed, training's environments are sound: the run goes on by evaluating again.
     """
-    if trainer.saved_epoch == trainer.epoch:
-        return
-    before = summary.resume_exact
-    summary.resume_exact = False
-    trainer.evaluated = None  # the policy may have changed since
-    try:
+    if trainer.inside_epoch:
+        trainer.save_inside()
+    elif trainer.epoch > 0:
+        trainer.collector.forget_env_state()
         trainer.save_trainer(force_save=True)
+
+
+def save_after_out_of_memory(trainer: PWMTrainer, run_dir: Path) -> None:
+    """Checkpoint after an update that does not fit: it was taken back, so the run goes on from right before it."""
+    if not trainer.inside_epoch:
+        return
+    try:
+        trainer.save_inside()
     except Exception as error:
         fault = named(error, run_dir)
         if status_of(fault) == "failed":
             raise
         # What ended the run is told anyway; without memory or a disk there is no more to do about it.
-        summary.resume_exact = before
         write_event(run_dir, "unsaved", epoch=trainer.epoch, error=str(fault))
         warn(f"no checkpoint after epoch {trainer.epoch}, those before it stay: {fault}")

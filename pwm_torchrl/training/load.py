@@ -16,12 +16,8 @@ from pwm_torchrl.envs import env_info, make_env
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModel, encoder_module, policy_module
 from pwm_torchrl.training.build import Networks, build_networks
-from pwm_torchrl.training.checkpoint import (
-    CheckpointFault,
-    checkpoint_metadata,
-    load_checkpoint,
-    rotation,
-)
+from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_metadata, load_checkpoint
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.config_file import load_config
 from pwm_torchrl.training.evaluation import play
@@ -55,7 +51,7 @@ def load_networks(run: str | Path, which: str = "best", device: str | torch.devi
         raise ConfigurationError(f"which={which!r} is not one of {', '.join(WHICH)}.")
     run = Path(run)
     cfg = load_config(run)
-    saved = rotation(run)
+    saved = CheckpointStore(run)
     path = (saved.best() if which == "best" else None) or saved.latest()
     if path is None:
         raise ConfigurationError(f"{run} has no checkpoint yet.")

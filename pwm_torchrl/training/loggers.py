@@ -193,7 +193,7 @@ def _offline_reason() -> str | None:
     host = parts.hostname or ""
     if os.environ.get("WANDB_MODE") in {"offline", "dryrun"}:
         return "WANDB_MODE says so"
-    if not os.environ.get("WANDB_API_KEY") and not _netrc_has(host):
+    if not has_wandb_key():
         return "there is no key (WANDB_API_KEY or `wandb login`)"
     proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
     door = urlsplit(proxy) if proxy else parts
@@ -203,6 +203,16 @@ def _offline_reason() -> str | None:
     except OSError:
         return f"{host} cannot be reached"
     return None
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B would find a key, in ``WANDB_API_KEY`` or where ``wandb login`` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    base_url = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
+    return _netrc_has(urlsplit(base_url).hostname or "")
 
 
 def _netrc_has(host: str) -> bool:

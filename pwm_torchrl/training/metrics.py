@@ -71,6 +71,21 @@ class MetricRow:
         """The row as plain Python numbers, in the order in which the names appeared."""
         return {key: _number(total, self._counts[key]) for key, total in self._sums.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The row as far as it is filled, to the bit."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    @classmethod
+    def restored(cls, state_dict: Mapping[str, Any], device: Any = None) -> MetricRow:
+        """A row as :meth:`state_dict` gave it, its tensors on ``device``."""
+        row = cls()
+        row._sums = {
+            k: v.to(device) if isinstance(v, Tensor) and device is not None else v
+            for k, v in state_dict["sums"].items()
+        }
+        row._counts = dict(state_dict["counts"])
+        return row
+
 
 class CsvMetrics:
     """``metrics.csv``: a row per epoch, on disk as soon as it is written.

@@ -47,11 +47,11 @@ class Observer:
 
     def open(self, restored: bool) -> None:
         """Drop metric rows that the run will write again, and start the progress display."""
-        self.csv.truncate(self.trainer.epoch if restored else 0)
+        self.csv.truncate(self.trainer.logged_epoch if restored else 0)
         self.run.summary.resume_exact &= self.trainer.collector.resumed_exactly
         t = self.run.cfg.training
         steps = self.trainer.collector.requested_frames_per_batch
-        self.progress = Progress(t.epochs, self.trainer.epoch, steps, t.progress)
+        self.progress = Progress(t.epochs, self.trainer.logged_epoch, steps, t.progress)
         self.epoch_started = time.monotonic()
 
     def receive(self, batch: TensorDictBase) -> TensorDictBase:
@@ -65,6 +65,7 @@ class Observer:
         statistics = self.run.networks.world_model.observation_statistics
         if statistics is not None:
             statistics.update(batch["observation"].to(statistics.mean.device))
+        self.run.claim.check()  # before anything is written to files that a successor may own
         self.run.replay.extend(batch)
         return batch
 
@@ -108,7 +109,7 @@ class Observer:
     def evaluate(self, row: MetricRow) -> None:
         """Deterministic episodes in the evaluation environments, and the model's open-loop errors on them."""
         run = self.run
-        episodes = play(run.eval_env, run.act, evaluation_env_seed(run.cfg.seed))
+        episodes = play(run.eval_env, run.act, evaluation_env_seed(run.cfg.seed), self.trainer.stop.check)
         returns = episodes.returns
         mean, std = returns.mean().item(), returns.std(unbiased=False).item()
         row.set(

@@ -10,16 +10,19 @@ from typing import Any
 from pwm_torchrl.data.files import Reserve
 from pwm_torchrl.errors import status_of
 from pwm_torchrl.training.assembly import Run
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
+from pwm_torchrl.training.claims import RunClaim, claimed
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
 from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.faults import named
-from pwm_torchrl.training.lock import exclusive
 from pwm_torchrl.training.progress import warn
+from pwm_torchrl.training.stop import StopRequest
 from pwm_torchrl.training.summary import RunSummary
 
 
-def train(cfg: Config, run_dir: Path | str, resume: bool = False) -> dict[str, Any]:
+def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequest | None = None) -> dict[str, Any]:
     """Train a policy to the end of its configuration, or to a stop.
 
     Args:
@@ -27,10 +30,12 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False) -> dict[str, A
         run_dir (Path): where everything is written; exists.
         resume (bool): continue from the newest readable checkpoint, or start again if there is none.
             Defaults to ``False``.
+        stop (StopRequest, optional): asks the run to stop at its next step, in the middle of an epoch if need be.
+            Defaults to ``None``: nobody does.
 
     Returns:
-        dict: the summary that ``summary.json`` holds too. SIGINT ends the run after the epoch with status ``stopped``
-        and a checkpoint.
+        dict: the summary that ``summary.json`` holds too. SIGINT ends the run after the epoch, a stop request after the
+        step, with status ``stopped`` and a checkpoint.
 
     Raises:
         ConfigurationError: for a configuration that cannot work.
@@ -40,20 +45,22 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False) -> dict[str, A
             checkpoint; if memory runs out elsewhere, with the last checkpoint as the newest. Status ``memory``.
         StorageFault: if the disk is full, over its quota or broken; the last checkpoint stays the newest. Status
             ``storage``.
+        Superseded: if another attempt has taken the run over; it is left to that one.
     """
     run_dir = Path(run_dir)
     quiet_torchrl()
     try:
-        with exclusive(run_dir):
-            return _train(cfg, run_dir, resume)
-    except OSError as error:  # of the lock; all others have their names
+        with claimed(run_dir, CheckpointStore(run_dir).names()) as claim:
+            failpoint("start.claimed")
+            return _train(cfg, run_dir, claim, resume, stop)
+    except OSError as error:  # of the claim; all others have their names
         fault = named(error, run_dir)
         if fault is error:
             raise
         raise fault from error
 
 
-def _train(cfg: Config, run_dir: Path, resume: bool) -> dict[str, Any]:
+def _train(cfg: Config, run_dir: Path, claim: RunClaim, resume: bool, stop: StopRequest | None) -> dict[str, Any]:
     summary: RunSummary | None = None
     reserve = Reserve(run_dir)
     try:
@@ -61,32 +68,37 @@ def _train(cfg: Config, run_dir: Path, resume: bool) -> dict[str, Any]:
         if not (run_dir / CONFIG_FILE).exists():
             save_config(cfg, run_dir)
         summary = RunSummary.start(cfg, run_dir, resume)
-        run = Run(cfg, run_dir, summary, resume)
+        run = Run(cfg, run_dir, summary, claim, resume, stop)
         with run.memory_plan.compared():
             status = run.execute(resume)
+        claim.check()
+        failpoint("finish.summary")
         result = summary.finish(status)
+        claim.outcome = {"status": status, "epoch": summary.epochs_done, "reason": run.stop.reason}
         write_event(run_dir, status, epoch=summary.epochs_done)
         run.draw()
         run.close()
     except BaseException as error:
         fault = named(error, run_dir)
         reserve.free()
-        _record_end(run_dir, summary, fault)
+        _record_end(run_dir, claim, summary, fault)
         if fault is error:
             raise
         raise fault from error
     finally:
         reserve.free()
+    failpoint("finish.outcome")
     return result
 
 
-def _record_end(run_dir: Path, summary: RunSummary | None, error: BaseException) -> None:
+def _record_end(run_dir: Path, claim: RunClaim, summary: RunSummary | None, error: BaseException) -> None:
     """Write how the run ended; where that fails too, stderr says so and the error is raised all the same."""
     status = status_of(error)
+    epoch = 0 if summary is None else summary.epochs_done
+    claim.outcome = {"status": status, "epoch": epoch, "error": f"{type(error).__name__}: {error}"}
     try:
-        if summary is not None:
+        if summary is not None and status != "superseded":  # or the summary is the successor's
             summary.finish(status)
-        epoch = 0 if summary is None else summary.epochs_done
         write_event(run_dir, status, epoch=epoch, error=f"{type(error).__name__}: {error}")
     except OSError as unwritten:
         warn(f"the run ended with status {status}, which could not be written to {run_dir}: {unwritten}")

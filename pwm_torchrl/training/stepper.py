@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,8 +18,47 @@ from pwm_torchrl.training.build import Learner, Losses, Networks
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.recovery import MicroBatches, Undo
+from pwm_torchrl.training.stop import StopRequest
 
 POLICY_STARTS = ("replay", "current")
+
+
+@dataclass
+class EpochWork:
+    """What is left to do of an epoch's updates, and their metrics so far.
+
+    Attributes:
+        model_updates (int): world-model updates left.
+        policy_updates (int): policy updates left.
+        starts (Tensor, optional): observations ``[B, O]`` from which the present policy update imagines.
+        states (TensorDict, optional): imagined states ``[B * H]`` on which critics are learning.
+        passes (int): passes over ``states`` that are not begun.
+        minibatches (list of Tensor): rows of ``states`` left in the present pass.
+        row (MetricRow): metrics.
+    """
+
+    model_updates: int
+    policy_updates: int
+    starts: Tensor | None = None
+    states: TensorDictBase | None = None
+    passes: int = 0
+    minibatches: list[Tensor] = field(default_factory=list)
+    row: MetricRow = field(default_factory=MetricRow)
+
+    def state_dict(self) -> dict[str, Any]:
+        states = None if self.states is None else dict(self.states.flatten_keys("|").items())
+        return {**vars(self), "states": states, "row": self.row.state_dict()}
+
+    @classmethod
+    def restored(cls, state_dict: dict[str, Any], device: torch.device) -> EpochWork:
+        """Work as :meth:`state_dict` gave it, its tensors on ``device``."""
+        values = dict(state_dict)
+        if values["states"] is not None:
+            values["states"] = TensorDict(values["states"]).auto_batch_size_(1).unflatten_keys("|").to(device)
+        if values["starts"] is not None:
+            values["starts"] = values["starts"].to(device)
+        values["minibatches"] = [rows.to(device) for rows in values["minibatches"]]
+        return cls(**{**values, "row": MetricRow.restored(values["row"], device)})
 
 
 class PWMStepper(OptimizationStepper):
@@ -60,28 +101,63 @@ class PWMStepper(OptimizationStepper):
         }
         self.epoch = 0  # training epochs done
         self.updated = False  # whether the world model has had its first updates
+        self.work: EpochWork | None = None  # of an epoch in progress
+        self.stop = StopRequest()
 
     def step(self, trainer: Trainer | None, sub_batch: TensorDictBase) -> TensorDictBase:
-        """Run one epoch's updates after collecting ``sub_batch`` ``[N, T]``; returns detached scalars."""
-        a = self.cfg.algorithm
-        row = MetricRow()
+        """Run one epoch's updates after collecting ``sub_batch`` ``[N, T]``; returns detached scalars.
+
+        Called again after a stop, it goes on where it stopped.
+
+        Raises:
+            StopInEpoch: between two updates, if a stop was asked for.
+        """
         if trainer is not None:
             # TorchRL's Trainer skips the updates while actions are random; the schedule counts those epochs too.
             self.epoch = trainer.epoch
+        if self.work is None:
+            self.work = self.begin()
         for name, learner in self.learners.items():
             learner.set_progress(self.epoch / max(1, self.cfg.training.epochs - 1))
-            row.set({f"lr/{name}": learner.optimizer.param_groups[0]["lr"]})
+            self.work.row.set({f"lr/{name}": learner.optimizer.param_groups[0]["lr"]})
+        self.make_updates(self.work, sub_batch)
         self.epoch += 1
-        if self.replay.collected < a.random_steps or not self.replay.can_sample:
-            return TensorDict(row.numbers())
-        for _ in range(a.model_updates if self.updated else self.first_model_updates):
-            self.update_model(row)
-        self.updated = True
-        for _ in range(a.policy_updates):
-            # Not kept under a name: a rollout would live on beside the next policy update.
-            self.update_critics(self.update_policy(self.start_observations(sub_batch), row), row)
-        row.set(self.micro_batches.metrics())
-        return TensorDict(row.numbers())
+        if self.sampling:
+            self.updated = True
+            self.work.row.set(self.micro_batches.metrics())
+        numbers = self.work.row.numbers()
+        self.work = None
+        return TensorDict(numbers)
+
+    @property
+    def sampling(self) -> bool:
+        """Whether there is enough in replay for updates."""
+        return self.replay.collected >= self.cfg.algorithm.random_steps and self.replay.can_sample
+
+    def begin(self) -> EpochWork:
+        """The work of a whole epoch."""
+        a = self.cfg.algorithm
+        if not self.sampling:
+            return EpochWork(0, 0)
+        return EpochWork(a.model_updates if self.updated else self.first_model_updates, a.policy_updates)
+
+    def make_updates(self, work: EpochWork, sub_batch: TensorDictBase) -> None:
+        """Do what is left, one update at a time."""
+        while work.model_updates:
+            self.stop.check()
+            self.update_model(work.row)
+            work.model_updates -= 1
+        while work.policy_updates or work.states is not None:
+            self.stop.check()
+            if work.states is None:
+                if work.starts is None:
+                    work.starts = self.start_observations(sub_batch)
+                # The rollout has no other name than its states: it would live on beside the next policy update.
+                work.states = self.states_of(self.update_policy(work.starts, work.row))
+                work.starts = None
+                work.policy_updates -= 1
+                work.passes = self.cfg.algorithm.critic_passes
+            self.continue_critics(work)
 
     def update_model(self, row: MetricRow) -> None:
         """One world-model update on replayed slices."""
@@ -137,15 +213,29 @@ class PWMStepper(OptimizationStepper):
         row.set({"policy/std": std.mean()})
         return imagined
 
+    def states_of(self, imagined: TensorDictBase) -> TensorDictBase:
+        """A rollout's states and targets ``[B * H]``, what critics learn on."""
+        keys = self.losses.value.tensor_keys
+        return imagined.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
+
     def update_critics(self, imagined: TensorDictBase, row: MetricRow) -> None:
         """Shuffled passes over a rollout's states in minibatches."""
-        a = self.cfg.algorithm
-        keys = self.losses.value.tensor_keys
-        states = imagined.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
-        minibatch = math.ceil(len(states) / a.critic_minibatches)
-        for _ in range(a.critic_passes):
-            for rows in torch.randperm(len(states), device=states.device).split(minibatch):
-                self.update_critics_once(states, rows, row)
+        states = self.states_of(imagined)
+        self.continue_critics(EpochWork(0, 0, states=states, passes=self.cfg.algorithm.critic_passes, row=row))
+
+    def continue_critics(self, work: EpochWork) -> None:
+        """What is left of the passes over a rollout's states."""
+        states = work.states
+        assert states is not None
+        minibatch = math.ceil(len(states) / self.cfg.algorithm.critic_minibatches)
+        while work.passes or work.minibatches:
+            self.stop.check()
+            if not work.minibatches:
+                work.minibatches = list(torch.randperm(len(states), device=states.device).split(minibatch))
+                work.passes -= 1
+            self.update_critics_once(states, work.minibatches[0], work.row)
+            del work.minibatches[0]
+        work.states = None
 
     def update_critics_once(self, states: TensorDictBase, rows: Tensor, row: MetricRow) -> None:
         """One critic update on the states that ``rows`` names."""
@@ -167,11 +257,19 @@ class PWMStepper(OptimizationStepper):
         gradient = torch.autograd.grad(returns.mean(), rollout.actions)
         return {f"grad_profile/{t:02d}": g.norm(dim=-1).sum().item() for t, g in enumerate(gradient)}
 
-    def state_dict(self) -> dict[str, object]:
-        """Counters and reduced micro-batches; networks and optimizers are checkpoint components of their own."""
-        return {"epoch": self.epoch, "updated": self.updated, "micro_batches": self.micro_batches.state_dict()}
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, reduced micro-batches and unfinished work; networks and optimizers are components of their own."""
+        return {
+            "epoch": self.epoch,
+            "updated": self.updated,
+            "micro_batches": self.micro_batches.state_dict(),
+            "work": None if self.work is None else self.work.state_dict(),
+        }
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        self.epoch = int(state_dict["epoch"])  # type: ignore[call-overload]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epoch = int(state_dict["epoch"])
         self.updated = bool(state_dict["updated"])
-        self.micro_batches.load_state_dict(state_dict["micro_batches"])  # type: ignore[arg-type]
+        self.micro_batches.load_state_dict(state_dict["micro_batches"])
+        device = next(self.networks.actor.parameters()).device
+        work = state_dict["work"]
+        self.work = None if work is None else EpochWork.restored(work, device)

@@ -15,7 +15,8 @@ from pwm_torchrl.data import files as files_module
 from pwm_torchrl.data.files import Reserve, allocate, free_bytes, write_zeros
 from pwm_torchrl.errors import StorageFault
 from pwm_torchrl.training import train
-from pwm_torchrl.training.checkpoint import FOLDER, METRIC, checkpoint_paths, rotation
+from pwm_torchrl.training.checkpoint_store import FOLDER, METRIC, CheckpointStore
+from pwm_torchrl.training.claims import claimed
 from pwm_torchrl.training.state_files import AllocatedStateAdapter
 
 MIB = 1 << 20
@@ -81,9 +82,12 @@ class TestCheckpoint:
         """TorchRL alone dies here of SIGBUS: it copies into a mapping of a sparse file."""
         model = torch.nn.Linear(1024, 1024)
         checkpoint = Checkpoint(model=model).register_adapter(object, AllocatedStateAdapter())
-        kept = rotation(small_disk, 5)
-        for step in range(7):
-            kept.save(checkpoint, step=step, metadata={METRIC: 0.0})
+        with claimed(small_disk) as claim:
+            self.fill(CheckpointStore(small_disk, 5, claim), model, checkpoint, small_disk)
+
+    def fill(self, kept, model, checkpoint, small_disk):
+        for epoch in range(7):
+            kept.save(checkpoint, epoch, {METRIC: 0.0})
         before = model.weight.detach().clone()
         with torch.no_grad():
             model.weight.add_(1)
@@ -91,9 +95,9 @@ class TestCheckpoint:
         with pytest.raises(
             StorageFault, match=r"make room for the checkpoint's file .*4\.0 MiB were needed and 1\.0 MiB"
         ):
-            kept.save(checkpoint, step=7, metadata={METRIC: 0.0})
+            kept.save(checkpoint, 7, {METRIC: 0.0})
         assert kept.latest().name.endswith("6")
-        assert not list(small_disk.rglob("*stage*"))
+        assert not list((small_disk / FOLDER).rglob(".*"))
         Checkpoint(model=model).load(kept.latest())
         assert torch.equal(model.weight, before)
 
@@ -159,7 +163,7 @@ class TestRun:
         assert "resume the run from its last checkpoint" in message
         assert "\n" not in message
         (small_disk / "ballast").unlink()
-        assert [int(path.name.rpartition("-")[2]) for path in checkpoint_paths(run_dir)] == [2, 4]
+        assert [saved.epoch for saved in CheckpointStore(run_dir).countable()] == [2, 4]
         summary, parts = run_with(monkeypatch, self.cfg, run_dir, resume=True)
         assert (summary["status"], summary["resume_exact"]) == ("finished", True)
         assert_equal(weights_of(parts), weights_of(whole))

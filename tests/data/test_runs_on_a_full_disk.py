@@ -150,7 +150,7 @@ class TestBrokenDisk:
             if run.trainer.epoch == 3:
                 raising = refuse(number, tmp_path / what)
                 if what == "checkpoint":
-                    monkeypatch.setattr(run.trainer.checkpoint_rotation, "save", raising)
+                    monkeypatch.setattr(run.store, "save", raising)
                 elif what == "metrics":
                     monkeypatch.setattr(run.observer.csv, "write", raising)
                 elif what == "summary":

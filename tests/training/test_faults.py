@@ -10,7 +10,7 @@ from training_cases import CLOCKWORK, config, rows_of, run_with
 
 from pwm_torchrl.errors import EnvironmentFault
 from pwm_torchrl.training import train
-from pwm_torchrl.training.checkpoint import rotation
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
 
 
 def status(run_dir) -> str:
@@ -34,7 +34,7 @@ class TestEnvironment:
         assert "\n" not in message
         assert status(tmp_path) == "failed"
         assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "2"]
-        assert int(rotation(tmp_path).latest().name.rpartition("-")[2]) == 2
+        assert int(CheckpointStore(tmp_path).latest().name.rpartition("-")[2]) == 2
 
     def test_the_checkpoint_resumes(self, tmp_path, monkeypatch):
         """With the environment repaired, from the last whole epoch and new episodes."""
@@ -52,7 +52,7 @@ class TestEnvironment:
         with pytest.raises(EnvironmentFault, match="environment clockwork"):
             train(config(env={**CLOCKWORK, "fail_at": 2}), tmp_path)
         assert status(tmp_path) == "failed"
-        assert rotation(tmp_path).latest() is None
+        assert CheckpointStore(tmp_path).latest() is None
 
 
 class TestDivergence:
@@ -72,7 +72,7 @@ class TestDivergence:
         assert "algorithm.*_lr" in message
         assert "\n" not in message
         assert status(tmp_path) == "failed"
-        latest = rotation(tmp_path).latest()
+        latest = CheckpointStore(tmp_path).latest()
         assert int(latest.name.rpartition("-")[2]) == epoch - 1
 
     def test_the_last_checkpoint_resumes(self, tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ import pwm_torchrl
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training import evaluate_run
-from pwm_torchrl.training.checkpoint import CheckpointFault, rotation
+from pwm_torchrl.training.checkpoint import CheckpointFault
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.config_file import load_config, save_config
 from pwm_torchrl.training.load import load_networks
 from pwm_torchrl.training.seeding import evaluation_env_seed
@@ -128,7 +129,7 @@ class TestRefused:
     def test_damaged_checkpoint(self, trained, tmp_path):
         run_dir = tmp_path / "copy"
         shutil.copytree(trained[1].run_dir, run_dir)
-        file = next(rotation(run_dir).latest().glob("components/*-actor/state/tensor_00000000.memmap"))
+        file = next(CheckpointStore(run_dir).latest().glob("components/*-actor/state/tensor_00000000.memmap"))
         file.write_bytes(file.read_bytes()[:3])
         with pytest.raises(CheckpointFault, match=r"truncated or damaged"):
             pwm_torchrl.load_policy(run_dir, which="latest")

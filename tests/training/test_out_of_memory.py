@@ -11,6 +11,7 @@ from run_files import csv_rows, events, saved_epochs, summary_of, watching_threa
 from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
 from pwm_torchrl.errors import OutOfMemory
+from pwm_torchrl.training import train
 from pwm_torchrl.training.assembly import Run
 
 COLUMNS = {"world-model": "model", "policy": "imagination", "critic": "critic"}
@@ -62,59 +63,50 @@ class TestSmallerParts:
 
 class TestGivingUp:
     @pytest.mark.parametrize("update", BATCH)
-    def test_saves_and_ends_and_resumes_with_more_memory(self, update, tmp_path, monkeypatch):
-        """In the third epoch, whose data were collected already; none of it would be saved before the fourth."""
+    @pytest.mark.parametrize("after", [0, 2])
+    def test_saves_and_ends_and_resumes_with_more_memory(self, update, after, tmp_path, monkeypatch):
+        """In the middle of an epoch, of whose data none would be saved before the fourth: it goes on right there."""
         cfg = config({"training.checkpoint_every": 4, "training.eval_every": 4})
+        _, whole = run_with(monkeypatch, cfg, tmp_path / "whole")
+        run_dir = tmp_path / "parts"
         with pytest.raises(
             OutOfMemory, match=f"^The {update} update does not fit into memory even with a micro-batch of 1"
         ):
-            run_with(monkeypatch, cfg, tmp_path, during_epoch=admits(update, 0, after=2))
-        ended = summary_of(tmp_path)
-        assert (ended["status"], ended["epochs_done"], ended["resume_exact"]) == ("memory", 2, False)
-        assert saved_epochs(tmp_path) == [2]
-        (event,) = events(tmp_path, "memory")
-        assert event["epoch"] == 2
+            run_with(monkeypatch, cfg, run_dir, during_epoch=admits(update, 0, after))
+        ended = summary_of(run_dir)
+        assert (ended["status"], ended["epochs_done"], ended["resume_exact"]) == ("memory", after, True)
+        assert saved_epochs(run_dir) == [after]
+        (event,) = events(run_dir, "memory")
+        assert event["epoch"] == after
         assert event["error"].startswith(f"OutOfMemory: The {update} update does not fit")
         assert not watching_threads()
         sizes: list[int | None] = []
-        summary, run = run_with(
+        summary, parts = run_with(
             monkeypatch,
             cfg,
-            tmp_path,
+            run_dir,
             resume=True,
             after_epoch=lambda run: sizes.append(run.observer.stepper.micro_batches.used[update]),
         )
-        assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 4, False)
-        assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "2", "3", "4"]
-        assert sizes == [BATCH[update]] * 2, "what never worked is not kept"
-        # The data of the epoch that was cut short were collected, and count.
-        assert summary["agent_steps"] == run.replay.collected == 5 * 8
+        assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 4, True)
+        assert sizes == [BATCH[update]] * (4 - after), "what never worked is not kept"
+        assert summary["agent_steps"] == parts.replay.collected == 4 * 8
+        assert_equal(weights_of(parts), weights_of(whole))
+        assert rows_of(run_dir) == rows_of(tmp_path / "whole")
 
-    @pytest.mark.parametrize("update", BATCH)
-    def test_in_the_first_epoch(self, update, tmp_path, monkeypatch):
-        with pytest.raises(OutOfMemory, match=f"^The {update} update does not fit"):
-            run_with(monkeypatch, config(), tmp_path, during_epoch=admits(update, 0, after=0))
-        assert summary_of(tmp_path)["status"] == "memory"
-        assert saved_epochs(tmp_path) == [0]
-        steps: list[int] = []
-        summary, _ = run_with(
-            monkeypatch, config(), tmp_path, resume=True, during_epoch=lambda run: steps.append(run.replay.steps)
-        )
-        assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 4, False)
-        assert steps == [8, 12, 16, 20], "it went on with the data that it had"
-        assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "2", "3", "4"]
-
-    def test_after_a_checkpoint_of_the_last_epoch_resuming_is_exact(self, tmp_path, monkeypatch):
-        """That one is left the newest, instead of one in the middle of the next epoch."""
+    def test_again_and_again_at_the_same_place(self, tmp_path, monkeypatch):
         cfg = config({"training.checkpoint_every": 2})
         _, whole = run_with(monkeypatch, cfg, tmp_path / "whole")
         with pytest.raises(OutOfMemory):
-            run_with(monkeypatch, cfg, tmp_path / "parts", during_epoch=admits("critic", 0, after=2))
-        assert saved_epochs(tmp_path / "parts") == [2]
-        assert summary_of(tmp_path / "parts")["resume_exact"]
-        # Again at the same place: the checkpoint that was restored still is that of the last epoch.
-        with pytest.raises(OutOfMemory):
-            run_with(monkeypatch, cfg, tmp_path / "parts", resume=True, during_epoch=admits("policy", 0, after=2))
+            run_with(monkeypatch, cfg, tmp_path / "parts", during_epoch=admits("policy", 0, after=2))
+
+        def never(*arguments: Any) -> None:
+            raise OutOfMemory("The critic update does not fit")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pwm_torchrl.training.stepper.PWMStepper.update_critics_once", never)
+            with pytest.raises(OutOfMemory):
+                train(cfg, tmp_path / "parts", resume=True)
         summary, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
         assert (summary["status"], summary["resume_exact"], summary["restarts"]) == ("finished", True, 2)
         assert_equal(weights_of(parts), weights_of(whole))

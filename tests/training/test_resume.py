@@ -25,12 +25,12 @@ from training_cases import (
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training import train
 from pwm_torchrl.training.checkpoint import CheckpointFault
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
 
 
 def checkpoints(run_dir):
     """Directories by epoch."""
-    folders = sorted((run_dir / "checkpoints").iterdir())
-    return {int(folder.name.rpartition("-")[2]): folder for folder in folders}
+    return {saved.epoch: saved.path for saved in CheckpointStore(run_dir).countable()}
 
 
 def truncate(folder, name="tensor_00000000.memmap", component="world_model"):
@@ -285,6 +285,6 @@ class TestCheckpoints:
         content = json.loads(manifest.read_text())
         content["metadata"]["schema_version"] = 999
         manifest.write_text(json.dumps(content))
-        message = r"has schema version 999; this release of pwm_torchrl reads version 1\."
+        message = r"has schema version 999; this release of pwm_torchrl reads version 2\."
         with pytest.raises(CheckpointFault, match=message):
             train(config(), tmp_path, resume=True)

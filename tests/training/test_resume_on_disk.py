@@ -13,14 +13,14 @@ from pwm_torchrl.data import replay_disk_bytes, steps_since_checkpoint
 from pwm_torchrl.data.segment_files import held_bytes
 from pwm_torchrl.errors import StorageFault
 from pwm_torchrl.training import train
-from pwm_torchrl.training.checkpoint import checkpoint_paths
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
 
 #: Two environments, 12 steps in replay, 4 new ones in an epoch: full after the third.
 DISK = {"training.replay_storage": "disk", "training.replay_capacity": 24, "training.eval_every": 4}
 
 
 def epochs_of(run_dir) -> list[int]:
-    return [int(path.name.rpartition("-")[2]) for path in checkpoint_paths(run_dir)]
+    return [int(path.name.rpartition("-")[2]) for path in CheckpointStore(run_dir).paths()]
 
 
 class TestExact:
@@ -52,7 +52,7 @@ class TestExact:
         run_dir = tmp_path / "parts"
         run_with(monkeypatch, cfg, run_dir, after_epoch=stop_after(6))
         assert epochs_of(run_dir) == [3, 6]
-        manifest = checkpoint_paths(run_dir)[-1] / "manifest.json"
+        manifest = CheckpointStore(run_dir).paths()[-1] / "manifest.json"
         manifest.write_text(manifest.read_text()[:100])
         with pytest.warns(UserWarning, match="Trying the one before"), pytest.raises(Killed):
             run_with(monkeypatch, cfg, run_dir, resume=True, after_epoch=kill)
@@ -74,7 +74,7 @@ class TestExact:
         _, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
         run_dir = tmp_path / "parts"
         run_with(monkeypatch, cfg, run_dir, after_epoch=stop_after(4))
-        manifest = checkpoint_paths(run_dir)[-1] / "manifest.json"
+        manifest = CheckpointStore(run_dir).paths()[-1] / "manifest.json"
         text = manifest.read_text()
         manifest.write_text(text[:100])
         with pytest.warns(UserWarning, match="checkpoint-0*4.*Trying the one before"), pytest.raises(Killed):

@@ -96,12 +96,11 @@ class TestWhatIsLeft:
 
     def test_checkpoints_are_the_newest_and_the_best(self, finished):
         run = finished[1]
-        rotation = run.trainer.checkpoint_rotation
-        steps = [int(path.name.rpartition("-")[2]) for path in rotation.checkpoints()]
+        steps = [saved.epoch for saved in run.store.countable()]
         assert steps[-2:] == [8, 10]
         means = {int(r["epoch"]): float(r["eval/return_mean"]) for r in rows_of(run.run_dir) if r["eval/return_mean"]}
         best = max(means, key=means.get)
-        assert int(rotation.best().name.rpartition("-")[2]) == best
+        assert int(run.store.best().name.rpartition("-")[2]) == best
         assert set(steps) == {8, 10, best}
 
     def test_nothing_but_time_in_the_time_columns(self, finished):
