@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "data": {"modules", "objectives"},
     "training": {"modules", "objectives", "envs", "data", "memory"},
     "memory": {"modules", "objectives", "data"},
-    "launch": {"modules", "objectives", "envs", "data", "memory", "training"},
+    "cluster": {"data", "memory", "training"},
+    "launch": {"modules", "objectives", "envs", "data", "memory", "training", "cluster"},
 }
 #: Modules that a folder may import beside whole folders: memory predicts from the configuration, the one construction
 #: site and what an update keeps to be taken back with. They know nothing of memory, so that there is no circle.

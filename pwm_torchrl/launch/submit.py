@@ -1,158 +1,114 @@
-"""``launch/submit.py``: a run as a job of its own, followed to its end."""
+"""``launch/submit.py``: runs as jobs of their own, on SLURM where it is found, else on this machine."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pwm_torchrl
+from pwm_torchrl.cluster.snapshot import snapshot, targets_of
 from pwm_torchrl.launch import console
-from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.follow import Follower, stop_signals_as_interrupt
+from pwm_torchrl.launch.dry_run import dry_run
+from pwm_torchrl.launch.follow import stop_signals_as_interrupt
 from pwm_torchrl.launch.help import help_text, wants_help
-from pwm_torchrl.launch.job import CUDA_VARIABLE, LOG_FILE, OUTCOME_FILE, PID_FILE, PROGRESS_VARIABLE, run_job
-from pwm_torchrl.launch.run_dir import prepare_run_dir, read_summary
+from pwm_torchrl.launch.job import LOG_FILE
+from pwm_torchrl.launch.local import refuse_while_running, submit_local
+from pwm_torchrl.launch.prepare import DEBUG, HERE, SLURM, Prepared, compose_all, place_of, plan_for_slurm
+from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir, read_summary
 from pwm_torchrl.launch.train import run_in_process
-from pwm_torchrl.launch.validate import require_runnable
+from pwm_torchrl.training.config import Config
 
-__all__ = ["main", "submit_local"]
+__all__ = ["main"]
 
-ATTEMPTS = "submitit"  # folder in the run directory: one folder per attempt, with submitit's files
-_TIMEOUT_MIN = 10 * 365 * 24 * 60  # submitit's local executor stops a job after 2 minutes unless told otherwise
+DRY_RUN = "--dry-run"
 
 
 @console.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Composes a configuration, submits the run, shows its progress and ends with its result or
-    its error.
+    """Composes configurations, submits the runs, and on this machine follows them to their end.
 
     Returns:
-        The exit code: 0 finished, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130 stopped.
+        The exit code: 0 finished or queued, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130
+        stopped; of several runs the highest.
     """
     words = list(argv or ())
     if wants_help(words):
         console.say(help_text("submit.py"))
         return console.OK
-    config = compose(words)
-    require_runnable(config)
+    dry = DRY_RUN in words
+    runs = compose_all([word for word in words if word != DRY_RUN])
+    place = place_of(runs[0].config)
+    if dry:
+        dry_run(runs, place)
+        return console.OK
+    if place == SLURM:
+        return _to_slurm(runs)
+    codes = [_one(run, place) for run in runs]
+    return max(codes)
+
+
+def _one(run: Prepared, place: str) -> int:
+    """A run here, to its end."""
+    config = run.config
     if config.run_dir is not None:
-        _refuse_while_running(Path(config.run_dir).expanduser().absolute())
-    run = prepare_run_dir(config)
-    if config.cluster.kind == "debug":
-        return run_in_process(config, run, words, script="submit.py")
-    console.say(f"{'resuming' if run.resume else 'run'}: {run.path}")
+        refuse_while_running(Path(config.run_dir).expanduser().absolute())
+    prepared = prepare_run_dir(config)
+    if place in (DEBUG, HERE):
+        return run_in_process(config, prepared, run.words, script="submit.py")
+    console.say(f"{'resuming' if prepared.resume else 'run'}: {prepared.path}")
+    return _follow(config, prepared, run.words)
+
+
+def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
+    """A job on this machine, again with a thriftier plan each time its memory ran out."""
+    from pwm_torchrl.cluster.local_restarts import thriftier_plan
+
+    code = snapshot(run.path.parent, targets_of(asdict(config)))
     with stop_signals_as_interrupt():
-        follower = submit_local(run.path)
-        outcome = follower.follow()
-    return _conclude(outcome, run.path, words)
+        while True:
+            outcome = submit_local(run.path, code).follow()
+            change = thriftier_plan(run.path, config, outcome)
+            if change is None:
+                return _conclude(outcome, run.path, words)
+            console.say(f"memory ran out, so the run goes on with {change}")
 
 
-def submit_local(run_dir: Path) -> Follower:
-    """Starts the run of ``run_dir`` through submitit's local executor.
+def _to_slurm(runs: Sequence[Prepared]) -> int:
+    """Queue all runs; nothing is written before everything is checked and planned."""
+    from pwm_torchrl.cluster.submission import submit_runs
+
+    _, request = plan_for_slurm(runs)
+    for run in runs:
+        if run.config.run_dir is not None:
+            refuse_while_queued(Path(run.config.run_dir).expanduser().absolute())
+    configs = [run.config for run in runs]
+    folders = [prepare_run_dir(config).path for config in configs]
+    parent = folders[0].parent
+    code = snapshot(parent, (name for config in configs for name in targets_of(asdict(config))))
+    submitted = submit_runs(folders, configs, request, code, parent)
+    for each in submitted:
+        console.say(f"job {each.job_id}: {each.run_dir}")
+    what = "it" if len(submitted) == 1 else "them"
+    where = folders[0] if len(folders) == 1 else parent
+    console.say(f"queued on cluster={configs[0].cluster.name}; watch {what} with: python launch/status.py {where}")
+    return console.OK
+
+
+def refuse_while_queued(run_dir: Path) -> None:
+    """Two jobs for one directory: the second would wait for the first and then find it finished.
 
     Raises:
-        ConfigurationError: if submitit is not installed.
+        ConfigurationError: if a job of the run is queued or runs.
     """
-    try:
-        from submitit.local.local import LocalExecutor
-    except ImportError as error:
+    from pwm_torchrl.cluster.query import live_job
+
+    job = live_job(run_dir)
+    if job is not None:
         raise console.ConfigurationError(
-            "submitit is not installed; pip install 'pwm-torchrl[launch]', or use launch/train.py"
-        ) from error
-    attempt = _new_attempt(run_dir)
-    log = run_dir / LOG_FILE
-    log_start = log.stat().st_size if log.exists() else 0
-    executor = LocalExecutor(folder=attempt)
-    executor.update_parameters(timeout_min=_TIMEOUT_MIN, stderr_to_stdout=True)
-    with _job_environment(), _terminal_signals_ignored():
-        job: Any = executor.submit(run_job, str(run_dir))
-    console.say(f"job {job.job_id} on this machine · log: {log} · Ctrl-C stops it")
-    return Follower(job._process, run_dir, attempt, log_start)
-
-
-def _refuse_while_running(run_dir: Path) -> None:
-    """Two jobs in one directory would overwrite each other's files."""
-    for file in sorted((run_dir / ATTEMPTS).glob(f"*/{PID_FILE}")):
-        if (file.parent / OUTCOME_FILE).exists():
-            continue
-        try:
-            pid = int(file.read_text(encoding="utf-8"))
-            command_line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (OSError, ValueError):
-            continue  # no such process, or a system that does not tell
-        if str(file.parent).encode() in command_line:
-            raise console.ConfigurationError(
-                f"run_dir={run_dir} belongs to a job that is still running here, process {pid}; wait for it, or stop "
-                f"it with: kill {pid}"
-            )
-
-
-def _new_attempt(run_dir: Path) -> Path:
-    """A folder of its own for every attempt: submitit names its files by process ids, which come
-    back.
-    """
-    folder = run_dir / ATTEMPTS
-    number = 1
-    while True:
-        attempt = folder / f"attempt_{number}"
-        try:
-            attempt.mkdir(parents=True)
-            return attempt
-        except FileExistsError:
-            number += 1
-
-
-@contextlib.contextmanager
-def _job_environment() -> Iterator[None]:
-    """The environment variables that a job inherits, set while it is being started."""
-    terminal = sys.stdout.isatty()
-    changes = {
-        "PYTHONPATH": os.pathsep.join([*_package_path(), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        PROGRESS_VARIABLE: "bar" if terminal else "lines",
-        CUDA_VARIABLE: os.environ.get("CUDA_VISIBLE_DEVICES", "unset"),
-    }
-    if terminal:
-        size = shutil.get_terminal_size()
-        changes.update(COLUMNS=str(size.columns), LINES=str(size.lines))  # tqdm wants both or neither
-    kept = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _package_path() -> list[str]:
-    """Where the job finds this very package; nothing if it is installed."""
-    folder = Path(pwm_torchrl.__file__).resolve().parent.parent
-    return [] if folder.name in ("site-packages", "dist-packages") else [str(folder)]
-
-
-@contextlib.contextmanager
-def _terminal_signals_ignored() -> Iterator[None]:
-    """Starts submitit's controller deaf to Ctrl-C: it would kill the job one second later, saved
-    or not.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for signum, handler in kept.items():
-            signal.signal(signum, handler)
+            f"run_dir={run_dir} has SLURM job {job.job_id}, which is {job.state.lower()}; wait for it, or cancel it "
+            f"with: scancel {job.job_id}"
+        )
 
 
 def _conclude(outcome: dict[str, Any], run_dir: Path, words: Sequence[str]) -> int:

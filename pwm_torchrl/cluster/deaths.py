@@ -1,0 +1,173 @@
+"""Every way in which a job ends, told apart, and what is done about it: pure functions.
+
+An attempt says itself how it ended (its outcome), if it can; the supervisor in its step knows what killed it (its
+evidence); SLURM's record tells the rest. What is done depends on the reason and on what the attempts before achieved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pwm_torchrl.cluster.reasons import (
+    END,
+    KILLED,
+    MEMORY,
+    NODE_FAILURE,
+    PREEMPTION,
+    REQUEUE,
+    REQUEUED,
+    RESUBMIT,
+    START_UP,
+    TIMEOUT,
+    WAIT,
+)
+from pwm_torchrl.training.stop import NO_STEP_IN_TIME
+
+#: Restarts in a row without progress after which a run is left alone.
+MOST_WITHOUT_PROGRESS = 2
+_SIGKILL = 9
+
+
+@dataclass(frozen=True)
+class Death:
+    """How an attempt ended.
+
+    Attributes:
+        reason (str): a status of a run that is over, or one of :mod:`~pwm_torchrl.cluster.reasons`.
+        detail (str): in words, for events and ``launch/status.py``.
+        slurm_requeues (bool): whether SLURM brings the job back by itself.
+    """
+
+    reason: str
+    detail: str = ""
+    slurm_requeues: bool = False
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What of SLURM's record of a job matters here, read before the batch script ends.
+
+    Attributes:
+        state (str): such as ``RUNNING``, ``COMPLETING``, ``CANCELLED``; empty if SLURM did not answer.
+        reason (str): such as ``TimeLimit``.
+        requeued (bool): whether SLURM is about to bring it back by itself.
+        derived_oom (bool): whether a step's exit code was 0:125, which stands for an out-of-memory kill.
+    """
+
+    state: str = ""
+    reason: str = ""
+    requeued: bool = False
+    derived_oom: bool = False
+
+
+def classify(
+    outcome: Mapping[str, Any] | None,
+    evidence: Sequence[Mapping[str, Any]],
+    *,
+    term_received: bool = False,
+    record: JobRecord | None = None,
+) -> Death:
+    """Why an attempt ended.
+
+    Args:
+        outcome (dict, optional): what the attempt itself wrote; ``None`` if it could not.
+        evidence (sequence of dict): what each task's supervisor wrote.
+        term_received (bool): whether the batch script was sent SIGTERM.
+        record (JobRecord, optional): SLURM's.
+    """
+    record = record or JobRecord()
+    status = str((outcome or {}).get("status", ""))
+    error = str((outcome or {}).get("error", ""))
+    if status in ("finished", "storage", "superseded"):
+        return Death(status, error)
+    killed_for_memory = any((each.get("oom_kills") or 0) > 0 for each in evidence) or (
+        record.derived_oom and not evidence
+    )
+    if status == "memory":
+        return Death(MEMORY, error)
+    if killed_for_memory and status != "stopped":
+        return Death(MEMORY, "the kernel killed a process of the job because its memory limit was reached")
+    if record.state.startswith("CANCELLED"):
+        return Death("stopped", "cancelled")
+    signals = {name for each in evidence for name in each.get("signals", {})}
+    unsaved = any(each.get("returncode") == NO_STEP_IN_TIME for each in evidence)
+    if status == "stopped" or unsaved or term_received:
+        saved = "" if status == "stopped" else "; nothing new was saved"
+        if any(each.get("preempted") for each in evidence):
+            return Death(PREEMPTION, f"another job needed its place{saved}", record.requeued)
+        if record.reason == "TimeLimit":
+            return Death(TIMEOUT, f"the time limit was reached{saved}", record.requeued)
+        if "SIGUSR2" in signals or (outcome or {}).get("reason") == "SIGUSR2":
+            return Death(TIMEOUT, f"the time limit came near{saved}", record.requeued)
+        if term_received or "SIGTERM" in signals:
+            return Death(REQUEUED, f"SLURM asked the job to end{saved}", record.requeued)
+        return Death("stopped", error)
+    if status == "failed" and not _killed(evidence):
+        return Death("failed", error)
+    if _killed(evidence) or not evidence:
+        return Death(KILLED, "a process of the job was killed")
+    return Death(START_UP, "the job ended before training began; its log tells why")
+
+
+def _killed(evidence: Sequence[Mapping[str, Any]]) -> bool:
+    return any(each.get("returncode") == -_SIGKILL for each in evidence)
+
+
+@dataclass(frozen=True)
+class Restart:
+    """One that happened.
+
+    Attributes:
+        reason (str): of the death before it.
+        progressed (bool): whether the attempt that died had got further than the one before.
+    """
+
+    reason: str
+    progressed: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is done about a death.
+
+    Attributes:
+        action (str): ``requeue`` this job, ``resubmit`` with another request, ``wait`` for SLURM, which brings it back
+            by itself, or ``end``.
+        status (str): of the run, when it ends.
+        why (str): in words.
+    """
+
+    action: str
+    status: str = ""
+    why: str = ""
+
+
+def answer(death: Death, progressed: bool, before: Sequence[Restart], max_memory_restarts: int) -> Answer:
+    """What is done about a death.
+
+    Args:
+        death (Death): of the attempt.
+        progressed (bool): whether that attempt got further than what it began from.
+        before (sequence of Restart): earlier ones, oldest first.
+        max_memory_restarts (int): how often memory that ran out is answered with another plan.
+    """
+    if death.reason not in COMES_BACK:
+        return Answer(END, death.reason, death.detail)
+    idle = 0
+    for each in (*before, Restart(death.reason, progressed)):
+        idle = 0 if each.progressed or each.reason == MEMORY else idle + 1
+    if idle >= MOST_WITHOUT_PROGRESS:
+        why = f"{idle} attempts in a row ended without progress, the last one because {death.detail or death.reason}"
+        return Answer(END, "stalled", why)
+    if death.reason == MEMORY:
+        used = sum(each.reason == MEMORY for each in before)
+        if used >= max_memory_restarts:
+            why = f"memory ran out again after {used} larger or thriftier plans (cluster.max_memory_restarts)"
+            return Answer(END, "memory", why)
+        return Answer(RESUBMIT, why=death.detail)
+    return Answer(WAIT if death.slurm_requeues else REQUEUE, why=death.detail)
+
+
+COMES_BACK = (TIMEOUT, PREEMPTION, REQUEUED, NODE_FAILURE, MEMORY, KILLED)

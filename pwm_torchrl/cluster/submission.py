@@ -1,0 +1,150 @@
+"""Runs to SLURM: one job or one throttled array, and the same again when a run needs another request."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pwm_torchrl.cluster.record import note_submission, read_job
+from pwm_torchrl.cluster.request import Request, sbatch_parameters
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.training.config import Config
+
+FOLDER = "submitit"
+ARRAYS = ".jobs"
+#: What a job leaves in the environment of the jobs that it submits, and that makes them fail.
+_INHERITED = re.compile(r"^(SLURM|SBATCH|SRUN)_")
+_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run and its job."""
+
+    run_dir: Path
+    job_id: str
+
+
+def slurm_found() -> bool:
+    """Whether this machine can submit to SLURM."""
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def submit_runs(
+    runs: Sequence[Path], configs: Sequence[Config], request: Request, code: Sequence[Path], runs_dir: Path
+) -> list[Submitted]:
+    """Queue runs whose directories are written.
+
+    Args:
+        runs (sequence of Path): their directories, absolute.
+        configs (sequence of Config): one each, of one cluster profile.
+        request (Request): resources of each.
+        code (sequence of Path): copies of the code, see :func:`~pwm_torchrl.cluster.snapshot.snapshot`.
+        runs_dir (Path): where the files of an array go.
+
+    Raises:
+        ConfigurationError: if submitit is not installed or SLURM refuses; nothing of that array is queued then.
+    """
+    done: list[Submitted] = []
+    limit = max(1, array_limit())
+    for first in range(0, len(runs), limit):
+        part = slice(first, first + limit)
+        done += _submit(runs[part], configs[first], request, code, runs_dir)
+    return done
+
+
+def resubmit(run_dir: Path, cfg: Config, mem_mb: int) -> str:
+    """Queue a run again with another amount of memory, otherwise as before; returns the job's id.
+
+    Raises:
+        ConfigurationError: if SLURM refuses.
+    """
+    job = read_job(run_dir)
+    before = Request(**{name: job[name] for name in Request.__dataclass_fields__})
+    request = Request(**{**before.as_dict(), "mem_mb": mem_mb})
+    code = [Path(each) for each in job.get("code", [])]
+    (submitted,) = _submit([run_dir], cfg, request, code, run_dir.parent)
+    return submitted.job_id
+
+
+def _submit(
+    runs: Sequence[Path], cfg: Config, request: Request, code: Sequence[Path], runs_dir: Path
+) -> list[Submitted]:
+    try:
+        from submitit.core.utils import FailedSubmissionError
+
+        from pwm_torchrl.cluster.executor import RunExecutor
+    except ImportError as error:
+        raise ConfigurationError(
+            "submitit is not installed; pip install 'pwm-torchrl[launch]', or use launch/train.py"
+        ) from error
+    from pwm_torchrl.cluster.job import run_slurm_job
+
+    if len(runs) == 1:
+        folder, name = runs[0] / FOLDER, runs[0].name
+    else:
+        folder, name = _new_folder(runs_dir / ARRAYS), f"{runs[0].name}+{len(runs) - 1}"
+    executor = RunExecutor(folder, code, request.cpus)
+    executor.write_runs(runs)
+    executor.update_parameters(**sbatch_parameters(cfg, request, name))
+    with outside_of_a_job():
+        try:
+            if len(runs) == 1:
+                jobs = [executor.submit(run_slurm_job, str(runs[0]))]
+            else:
+                jobs = executor.map_array(run_slurm_job, [str(run) for run in runs])
+        except FailedSubmissionError as error:
+            raise ConfigurationError(_refusal(str(error), cfg)) from error
+    facts = {"cluster": cfg.cluster.name, "code": [str(each) for each in code], **request.as_dict()}
+    for run, job in zip(runs, jobs, strict=True):
+        note_submission(run, job.job_id, **facts)
+    return [Submitted(run, job.job_id) for run, job in zip(runs, jobs, strict=True)]
+
+
+def _refusal(answer: str, cfg: Config) -> str:
+    """Sbatch's own words, with where they can be answered."""
+    lines = [line.strip() for line in answer.splitlines() if "error:" in line]
+    said = "; ".join(line.partition("error:")[2].strip() for line in lines) or " ".join(answer.split())[:300]
+    return (
+        f"SLURM refused the job: {said}. Check cluster.partition={cfg.cluster.partition}, cluster.account="
+        f"{cfg.cluster.account}, cluster.qos={cfg.cluster.qos} and the request that --dry-run shows."
+    )
+
+
+@contextmanager
+def outside_of_a_job() -> Iterator[None]:
+    """Inside, the environment has none of the variables that describe the job this process may be in."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _INHERITED.match(name) and name not in _KEPT}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def array_limit() -> int:
+    """Most tasks of an array here; 1000 if SLURM does not tell."""
+    try:
+        command = ["scontrol", "show", "config"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 1000
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    return int(found[1]) if found else 1000
+
+
+def _new_folder(parent: Path) -> Path:
+    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1

@@ -1,0 +1,112 @@
+"""Everything that is checked and planned before a run is submitted anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pwm_torchrl.cluster.request import Request, request_for
+from pwm_torchrl.cluster.submission import slurm_found
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.launch.sweep import expand
+from pwm_torchrl.training.config import Config
+
+__all__ = ["Prepared", "compose_all", "place_of", "plan_for_slurm", "require_logging"]
+
+LOCAL, DEBUG, SLURM, HERE = "local", "debug", "slurm", "here"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can be submitted.
+
+    Attributes:
+        config (Config): the whole run.
+        words (list of str): the command line that gives it.
+    """
+
+    config: Config
+    words: list[str]
+
+
+def compose_all(words: Sequence[str]) -> list[Prepared]:
+    """Every run that a command line asks for, composed and checked.
+
+    Raises:
+        ConfigurationError: for whatever cannot work, before anything is written.
+    """
+    runs = [Prepared(compose(each), each) for each in expand(words)]
+    if len(runs) > 1 and any(run.config.run_dir is not None for run in runs):
+        raise ConfigurationError(
+            f"run_dir={runs[0].config.run_dir} is one directory, and this command starts {len(runs)} runs; give "
+            "runs_dir=..."
+        )
+    for run in runs:
+        require_logging(run.config)
+    places = {place_of(run.config) for run in runs}
+    if len(places) > 1:
+        raise ConfigurationError(f"One command submits to one place, not to {' and '.join(sorted(places))} at once.")
+    return runs
+
+
+def place_of(config: Config) -> str:
+    """Where a run goes: ``local``, ``debug``, ``slurm``, or ``here`` inside of an allocation."""
+    kind = config.cluster.kind
+    if kind == DEBUG:
+        return DEBUG
+    if os.environ.get("SLURM_JOB_ID"):
+        return HERE  # resources are there already
+    if kind == "auto":
+        return SLURM if slurm_found() else LOCAL
+    if kind == SLURM and not slurm_found():
+        raise ConfigurationError(
+            f"cluster={config.cluster.name} describes SLURM nodes, and there is no sbatch and srun here; submit from a "
+            "login node of the cluster, or use cluster=local"
+        )
+    return kind
+
+
+def require_logging(config: Config) -> None:
+    """Refuse online logging without a key: a compute node cannot ask for it.
+
+    Raises:
+        ConfigurationError: if W&B has to be online and no key is found.
+    """
+    if config.logger.kind != "wandb" or config.logger.mode != "online":
+        return
+    from pwm_torchrl.training.loggers import has_wandb_key
+
+    if not has_wandb_key():
+        raise ConfigurationError(
+            "logger.mode=online needs a W&B key, and there is none (WANDB_API_KEY or `wandb login`); set one, or use "
+            "logger.mode=auto"
+        )
+
+
+def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Request]:
+    """The memory plan of each run, and a request that is enough for all of them.
+
+    Raises:
+        ConfigurationError: if a run cannot fit the nodes of its profile.
+    """
+    from pwm_torchrl.envs.facts import environment_facts
+    from pwm_torchrl.memory.limits import profile_budgets
+    from pwm_torchrl.memory.plan import make_plan
+
+    plans: dict[str, Any] = {}
+    found, request = [], None
+    for run in runs:
+        # A seed changes no memory.
+        key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
+        if key not in plans:
+            plans[key] = make_plan(run.config, environment_facts(run.config.env), profile_budgets(run.config))
+        needed = request_for(run.config, plans[key])
+        request = needed if request is None else request.covering(needed)
+        found.append(plans[key])
+    assert request is not None
+    return found, request

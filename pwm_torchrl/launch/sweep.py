@@ -1,0 +1,51 @@
+"""Several runs from one command: ``seed=1,2,3 model=flow_v1,flow_v2``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from pwm_torchrl.errors import ConfigurationError
+
+__all__ = ["expand"]
+
+MOST = 10_000
+
+
+def expand(words: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values of Hydra's sweeps, the last one changing fastest.
+
+    Args:
+        words (sequence of str): of the command line.
+
+    Returns:
+        list of list of str: the words of each run; one of them if nothing is swept.
+
+    Raises:
+        ConfigurationError: for a sweep without discrete values, or too many runs.
+    """
+    options = [_values(word) for word in words]
+    count = 1
+    for values in options:
+        count *= len(values)
+    if count > MOST:
+        raise ConfigurationError(f"{count} runs in one command are more than {MOST}; submit them in parts")
+    return [list(chosen) for chosen in itertools.product(*options)]
+
+
+def _values(word: str) -> list[str]:
+    key = word.partition("=")[0]
+    if "=" not in word or key in ("run_dir", "runs_dir"):
+        return [word]  # a path is text, whatever Hydra's grammar makes of its commas
+    try:
+        override = OverridesParser.create().parse_overrides([word])[0]
+    except HydraException:
+        return [word]  # composing tells what is wrong with it
+    if not override.is_sweep_override():
+        return [word]
+    if not override.is_discrete_sweep():
+        raise ConfigurationError(f"{word!r} is an interval, not a list of values; write {key}=a,b,c or range(...)")
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
