@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from throwaway import OWNER, stop_orphans
+from leftovers import OWNER, identity, stop_orphans
+from slurm_files import Shape
+from throwaway import reason_to_skip, running_cluster
+
+EAT = f"{sys.executable} -c 'import time; held = bytearray(300 << 20); time.sleep(20)'"
 
 
 def test_a_batch_script_runs(cluster, tmp_path):
@@ -31,8 +34,7 @@ def test_submitit_submits_and_reads_the_result(on_cluster, tmp_path):
 
 
 def test_a_step_is_held_to_its_memory(cluster, tmp_path):
-    eat = f"{sys.executable} -c 'import time; held = bytearray(300 << 20); time.sleep(20)'"
-    job = cluster.sbatch(f"srun {eat}; echo after", "--mem=100M", cwd=tmp_path)
+    job = cluster.sbatch(f"srun {EAT}; echo after", "--mem=100M", cwd=tmp_path)
     cluster.wait_state(job, {"COMPLETED", "OUT_OF_MEMORY", "CANCELLED"})
     output = (tmp_path / f"{job}.out").read_text()
     assert "oom" in output.lower() or "exceeded memory" in output, output
@@ -50,10 +52,9 @@ def test_a_failed_wait_says_how_the_job_ended(cluster, tmp_path):
         cluster.wait_state(job, {"COMPLETED"})
 
 
-def test_orphans_of_a_killed_session_are_stopped(tmp_path):
+def test_orphans_of_a_killed_session_are_stopped():
     owner = subprocess.Popen(["sleep", "100"])
-    started = Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[19]
-    orphan = subprocess.Popen(["sleep", "100"], env={**os.environ, OWNER: f"{owner.pid}-{started}"})
+    orphan = subprocess.Popen(["sleep", "100"], env={**os.environ, OWNER: identity(owner.pid)})
     try:
         stop_orphans()
         assert orphan.poll() is None
@@ -66,3 +67,30 @@ def test_orphans_of_a_killed_session_are_stopped(tmp_path):
         orphan.kill()
         owner.wait()
         orphan.wait()
+
+
+def test_a_job_comes_back_on_another_node_when_its_own_dies(cluster, tmp_path):
+    script = 'echo "$SLURMD_NODENAME ${SLURM_RESTART_COUNT:-0}"; [ -n "$SLURM_RESTART_COUNT" ] || srun sleep 60'
+    job = cluster.sbatch(script, "--open-mode=append", cwd=tmp_path)
+    cluster.wait_state(job, {"RUNNING"})
+    output = tmp_path / f"{job}.out"
+    cluster.until(lambda: output.exists() and output.read_text(), 10, "the script did not start")
+    died = cluster.job(job)["NodeList"]
+    other = next(node for node in cluster.nodes if node != died)
+    bystander = cluster.sbatch("srun sleep 60", f"--nodelist={other}", cwd=tmp_path)
+    cluster.wait_state(bystander, {"RUNNING"})
+    cluster.kill_node(died)
+    assert cluster.wait_state(job, {"COMPLETED"})["NodeList"] == other
+    assert output.read_text().splitlines() == [f"{died} 0", f"{other} 1"]
+    assert cluster.job(bystander)["JobState"] == "RUNNING"
+
+
+@pytest.mark.slow
+def test_memory_is_polled_where_there_are_no_cgroups(tmp_path):
+    reason = reason_to_skip()
+    if reason is not None:
+        pytest.skip(reason)
+    with running_cluster(Shape(nodes=1, gpus=0, enforce="poll")) as cluster:
+        job = cluster.sbatch(f"srun {EAT}; echo after", "--mem=100M", cwd=tmp_path)
+        cluster.wait_state(job, {"COMPLETED", "OUT_OF_MEMORY", "CANCELLED"})
+        assert "exceeded memory limit" in (tmp_path / f"{job}.out").read_text()

@@ -7,28 +7,37 @@ the steps of jobs, carries the owner's process in its environment, and is stoppe
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from slurm_files import CGROUPS, Shape, write_files
+from leftovers import (
+    OWNER,
+    PREFIX,
+    command_line,
+    die_with_the_tests,
+    identity,
+    kill,
+    marked,
+    parent,
+    remove_cgroups,
+    stop_orphans,
+)
+from slurm_files import Shape, write_files
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
-OWNER = "PWM_TORCHRL_TEST_SLURM_OWNER"  # in the environment of the daemons and of every job
-PREFIX = "pwm_slurm_"  # of the folders in /tmp
 SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
 UP = {"idle", "mixed", "allocated", "completing"}
+_NUMBERS = itertools.count()
 _SETTLED_S = 3.0  # an ended job that is requeued leaves its state sooner than this
-_PR_SET_PDEATHSIG = 1
 
 
 def reason_to_skip() -> str | None:
@@ -56,13 +65,14 @@ class Cluster:
     def __init__(self, folder: Path, shape: Shape):
         self.folder, self.shape = folder, shape
         # Names are also those of cgroups, which all clusters of this machine share.
-        self.nodes = [f"t{os.getpid()}n{number}" for number in range(shape.nodes)]
+        name = f"t{os.getpid()}c{next(_NUMBERS)}"
+        self.nodes = [f"{name}n{number}" for number in range(shape.nodes)]
         outside = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH_"))}
         self.env = {
             **outside,
             "SLURM_CONF": str(folder / "etc" / "slurm.conf"),
             "PATH": f"{folder / 'bin'}{os.pathsep}{SEARCH}",
-            OWNER: _owner(os.getpid()),
+            OWNER: identity(os.getpid()),
         }
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -78,24 +88,31 @@ class Cluster:
             f"--pid-file={run / 'munged.pid'}", f"--seed-file={run / 'munged.seed'}",
             f"--log-file={self.folder / 'log' / 'munged.log'}",
         )  # fmt: skip
-        self._until(lambda: (run / "munge.socket").exists(), 10, "munged made no socket")
+        self.until(lambda: (run / "munge.socket").exists(), 10, "munged made no socket")
         self._spawn("slurmctld", "-D")
         for node in self.nodes:
             self.start_node(node)
-        self._until(lambda: set(self.node_states().values()) <= UP, 20, "the nodes did not come up")
+        self.until(lambda: set(self.node_states().values()) <= UP, 20, "the nodes did not come up")
 
     def start_node(self, node: str) -> None:
         """Starts a node's slurmd."""
         self._spawn("slurmd", "-D", "-N", node, name=node)
 
-    def kill_node(self, node: str) -> None:
-        """The node dies: its slurmd, and every process of its jobs, at once and without a word."""
-        self._daemons.pop(node).kill()
-        for pid in _marked(f"{OWNER}={self.env[OWNER]}"):
-            with contextlib.suppress(OSError):
-                name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
-                if name.startswith(b"slurmstepd") or f"SLURMD_NODENAME={node}".encode() in _environment(pid):
-                    os.kill(pid, signal.SIGKILL)
+    def kill_node(self, node: str, *, announce: bool = True) -> None:
+        """The node dies: its slurmd, and every process of its jobs, at once and without a word.
+
+        Args:
+            node: its name.
+            announce: tell the controller, which would find out by itself within some :attr:`Shape.node_timeout_s`.
+        """
+        slurmd = self._daemons.pop(node)
+        slurmd.kill()
+        slurmd.wait()
+        tasks = marked(f"SLURMD_NODENAME={node}")
+        managers = {pid for pid in map(parent, tasks) if command_line(pid).startswith("slurmstepd")}
+        kill([*managers, *tasks])  # in this order: managers would report how their tasks ended
+        if announce:
+            self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=killed"])
 
     def node_states(self) -> dict[str, str]:
         """State of every node in lower case, ``unknown`` while the controller does not answer."""
@@ -111,8 +128,8 @@ class Cluster:
                 self.cancel_all(timeout=8)
         for name in reversed(list(self._daemons)):
             _end(self._daemons.pop(name))
-        _kill_marked(f"{OWNER}={self.env[OWNER]}")
-        _remove_cgroups(self.nodes)
+        kill(marked(f"SLURM_CONF={self.env['SLURM_CONF']}"))
+        remove_cgroups(self.nodes)
 
     def run(
         self, command: Sequence[str | Path], *, check: bool = True, timeout: float = 60, **options: object
@@ -131,16 +148,15 @@ class Cluster:
         return done
 
     def sbatch(self, script: str, *options: str, cwd: Path) -> str:
-        """Submits the text of a bash script, to run in ``cwd`` with its output in ``JOB.out`` there.
+        """Submits the text of a bash script; it runs in ``cwd`` and writes ``JOB.out`` or ``JOB_TASK.out`` there.
 
         Returns:
             The job's number.
         """
         file = cwd / f"script_{time.monotonic_ns()}.sh"
         file.write_text(f"#!/bin/bash\n{script}\n")
-        output = f"--output={cwd}/%A_%a.out" if any(each.startswith("--array") for each in options) else f"{cwd}/%j.out"
-        output = output if output.startswith("--") else f"--output={output}"
-        return self.run(["sbatch", "--parsable", output, *options, file], cwd=cwd).stdout.strip()
+        name = "%A_%a" if any(each.startswith("--array") for each in options) else "%j"
+        return self.run(["sbatch", "--parsable", f"--output={cwd}/{name}.out", *options, file], cwd=cwd).stdout.strip()
 
     def job(self, job_id: str) -> dict[str, str]:
         """The controller's record of a job or array task: ``JobState``, ``Reason``, ``Restarts``, ..."""
@@ -172,14 +188,14 @@ class Cluster:
         queued = self.run(["squeue", "-h", "-o", "%A"]).stdout.split()
         if queued:
             self.run(["scancel", "--quiet", *sorted(set(queued))], check=False)
-            self._until(lambda: not self.run(["squeue", "-h"]).stdout.strip(), timeout, "jobs did not end")
+            self.until(lambda: not self.run(["squeue", "-h"]).stdout.strip(), timeout, "jobs did not end")
         for node in self.nodes:
             if node not in self._daemons:
                 self.start_node(node)
         if not set(self.node_states().values()) <= UP:
             nodes = ",".join(self.nodes)
             self.run(["scontrol", "update", f"nodename={nodes}", "state=resume"], check=False)
-            self._until(lambda: set(self.node_states().values()) <= UP, timeout, "nodes did not come back")
+            self.until(lambda: set(self.node_states().values()) <= UP, timeout, "nodes did not come back")
 
     def logs(self, lines: int = 40) -> str:
         """The ends of the daemons' logs, and the queue."""
@@ -204,10 +220,15 @@ class Cluster:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_die_with_the_tests,
+                preexec_fn=die_with_the_tests,
             )
 
-    def _until(self, done, timeout: float, failure: str) -> None:
+    def until(self, done: Callable[[], object], timeout: float, failure: str) -> None:
+        """Waits until ``done()`` is true.
+
+        Raises:
+            TimeoutError: if that takes longer than ``timeout`` seconds, or a daemon ends.
+        """
         deadline = time.monotonic() + timeout
         while not done():
             dead = [f"{name} ({each.returncode})" for name, each in self._daemons.items() if each.poll() is not None]
@@ -222,7 +243,7 @@ def running_cluster(shape: Shape | None = None) -> Iterator[Cluster]:
     """A cluster for the duration of a block."""
     stop_orphans()
     # munged wants a socket whose path is short and that everybody may reach, which pytest's folders are not.
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_owner(os.getpid())}_", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{identity(os.getpid())}_", dir="/tmp"))
     folder.chmod(0o755)
     cluster = Cluster(folder, shape or Shape())
     try:
@@ -238,58 +259,6 @@ def running_cluster(shape: Shape | None = None) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def stop_orphans() -> None:
-    """Stops what clusters of test runs that no longer exist have left running."""
-    marker = f"{OWNER}=".encode()
-    for pid in _marked(OWNER + "="):
-        owner = next((each[len(marker) :].decode() for each in _environment(pid) if each.startswith(marker)), "")
-        if owner and not _lives(owner):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-    for folder in Path("/tmp").glob(f"{PREFIX}*_*"):
-        owner = folder.name.removeprefix(PREFIX).partition("_")[0]
-        if not _lives(owner):
-            _remove_cgroups([node.name for node in folder.glob("spool/*")])
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lives(owner: str) -> bool:
-    return _owner(int(owner.partition("-")[0])) == owner
-
-
-def _owner(pid: int) -> str:
-    """Names a process for as long as the machine runs: numbers come back, with another start."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return f"{pid}-{stat.rpartition(')')[2].split()[19]}"
-
-
-def _die_with_the_tests() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _environment(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def _marked(start: str) -> list[int]:
-    """Other processes with an entry in their environment that starts so."""
-    numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    marker = start.encode()
-    return [n for n in numbers if n != os.getpid() and any(each.startswith(marker) for each in _environment(n))]
-
-
-def _kill_marked(marker: str) -> None:
-    for pid in _marked(marker):
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-
 def _end(daemon: subprocess.Popen[bytes]) -> None:
     daemon.terminate()
     try:
@@ -297,12 +266,3 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait(5)
-
-
-def _remove_cgroups(nodes: list[str]) -> None:
-    """Removes the groups that the nodes made; they are empty once the jobs have ended."""
-    for node in nodes:
-        for top in CGROUPS.glob(f"*/slurm_{node}"):
-            for folder, _, _ in os.walk(top, topdown=False):
-                with contextlib.suppress(OSError):
-                    Path(folder).rmdir()
