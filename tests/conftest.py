@@ -35,6 +35,12 @@ def _temporary_folders_are_disks(monkeypatch: pytest.MonkeyPatch, tmp_path_facto
         )
 
 
+@pytest.fixture(autouse=True)
+def _no_configs_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The cluster profiles of whoever runs the tests are not among the choices."""
+    monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(tmp_path_factory.getbasetemp() / "no_configs"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Where the package is installed, its entry point has done so already.
     with contextlib.suppress(ValueError):

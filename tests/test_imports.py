@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"modules", "objectives"},
     "training": {"modules", "objectives", "envs", "data", "memory"},
     "memory": {"modules", "objectives", "data"},
-    "cluster": {"data", "memory", "training"},
+    "cluster": {"modules", "objectives", "envs", "data", "memory", "training"},
     "launch": {"modules", "objectives", "envs", "data", "memory", "training", "cluster"},
 }
 #: Modules that a folder may import beside whole folders: memory predicts from the configuration, the one construction

@@ -23,8 +23,16 @@ from yaml import YAMLError
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.explain import explain
-from pwm_torchrl.launch.groups import configs_dir, group_choices, nearest_sentence, schema_keys
+from pwm_torchrl.launch.groups import (
+    configs_dir,
+    group_choices,
+    nearest_sentence,
+    schema_keys,
+    user_configs_dir,
+    user_profiles,
+)
 from pwm_torchrl.launch.validate import validate
+from pwm_torchrl.launch.validate_cluster import read_time
 from pwm_torchrl.training.config import MISSING, Config
 
 __all__ = ["compose", "make_cwd_importable"]
@@ -59,9 +67,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     make_cwd_importable()
     parsed = [_parse(word) for word in overrides]
     _check_names(parsed)
-    words = _env_words(parsed)
+    words = [*_profile_words(parsed), *_env_words(parsed)]
     resolved = _to_config(_compose(words, parsed))
     _label_honestly(resolved, parsed)
+    read_time(resolved.cluster)
     validate(resolved)
     return resolved
 
@@ -82,8 +91,7 @@ def _parse(word: str) -> Override:
     key, equal, value = word.partition("=")
     if key in ("run_dir", "runs_dir") and value and value[0] not in "'\"" and value != "null":
         # A path is text, whatever Hydra's grammar makes of its blanks, brackets and equal signs.
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        word = f"{key}='{escaped}'"
+        word = f"{key}={_quoted(value)}"
     if not equal and not word.startswith("~"):
         raise ConfigurationError(f"{word!r} is not a setting; write key=value, for example model=flow_v2 or seed=1")
     try:
@@ -95,6 +103,11 @@ def _parse(word: str) -> Override:
     if override.is_sweep_override():
         raise ConfigurationError(f"{word!r} asks for several runs, but one command starts one run; give a single {key}")
     return override
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _check_names(parsed: list[Override]) -> None:
@@ -127,6 +140,23 @@ def _check_choice(o: Override, group: str, choices: list[str]) -> None:
             f"{group}{nearest_sentence(str(written), choices)}\n"
             f"choices of {group}: {', '.join(choices)}"
         )
+
+
+def _profile_words(parsed: list[Override]) -> list[str]:
+    """Words that let Hydra find the user's own cluster profile, labelled by its name; none for the packaged ones.
+
+    Raises:
+        ConfigurationError: if it has the name of a packaged one: Hydra would silently take that.
+    """
+    chosen = [o.value() for o in parsed if o.key_or_group == "cluster"]
+    file = user_profiles().get(chosen[-1]) if chosen else None
+    if file is None:
+        return []
+    if (configs_dir() / "cluster" / file.name).exists():
+        raise ConfigurationError(
+            f"cluster={file.stem} is both {file} and a profile of pwm_torchrl; give the file another name"
+        )
+    return [f"hydra.searchpath=[{_quoted(f'file://{user_configs_dir()}')}]", f"cluster.name={_quoted(file.stem)}"]
 
 
 def _env_words(parsed: list[Override]) -> list[str]:

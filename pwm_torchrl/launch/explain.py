@@ -18,7 +18,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.launch.groups import nearest_sentence, schema_keys
+from pwm_torchrl.launch.groups import nearest_sentence, schema_keys, user_profiles
 
 __all__ = ["explain", "type_words"]
 
@@ -33,14 +33,14 @@ def explain(error: Exception, words: list[str], env_keys: list[str]) -> Configur
     """
     root = _root(error)
     key = str(getattr(root, "full_key", "") or "")
-    file = re.match(r"In '(\w+/\w+)': \w+Error raised", str(error))
-    place = f"configs/{file.group(1)}.yaml: " if file else ""
+    file = re.match(r"In '(\w+)/([\w.-]+)': \w+Error raised", str(error))
+    place = f"{_file(*file.groups())}: " if file else ""
     if isinstance(root, (ConfigAttributeError, ConfigKeyError)) and key:
         return ConfigurationError(place + _unknown_key(key, env_keys))
     if isinstance(root, ValidationError) and key:
         return ConfigurationError(place + _wrong_type(key, root, words))
     if isinstance(root, YAMLError):
-        return ConfigurationError(f"a file of configs/ is not readable YAML: {' '.join(str(root).split())}")
+        return ConfigurationError(f"a configuration file is not readable YAML: {' '.join(str(root).split())}")
     if isinstance(root, InterpolationResolutionError):
         return ConfigurationError(f"{key} refers to a value that does not exist: {_first_line(root)}")
     return ConfigurationError(f"the configuration does not compose: {_first_line(error)}")
@@ -57,6 +57,11 @@ def type_words(hint: Any) -> str:
             "a list of " + {int: "integers", float: "numbers", str: "texts"}.get(args[0], "values") + ", such as [1,2]"
         )
     return names.get(hint, "a section with keys of its own")
+
+
+def _file(group: str, choice: str) -> str:
+    own = user_profiles().get(choice) if group == "cluster" else None
+    return str(own) if own is not None else f"configs/{group}/{choice}.yaml"
 
 
 def _root(error: BaseException) -> BaseException:

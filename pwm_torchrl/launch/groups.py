@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,17 @@ import pwm_torchrl
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.config import Config
 
-__all__ = ["configs_dir", "group_choices", "nearest", "nearest_sentence", "schema_keys"]
+__all__ = [
+    "configs_dir",
+    "group_choices",
+    "nearest",
+    "nearest_sentence",
+    "schema_keys",
+    "user_configs_dir",
+    "user_profiles",
+]
+
+CONFIG_DIR_VARIABLE = "PWM_TORCHRL_CONFIG_DIR"
 
 
 def configs_dir() -> Path:
@@ -30,13 +41,31 @@ def configs_dir() -> Path:
     raise ConfigurationError(f"the folder configs/ with config.yaml is missing beside {package}; reinstall pwm-torchrl")
 
 
+def user_configs_dir() -> Path:
+    """The folder with the user's or the site's own cluster profiles, ``cluster/NAME.yaml``; it need not exist.
+
+    ``$PWM_TORCHRL_CONFIG_DIR``, else ``pwm_torchrl`` in ``$XDG_CONFIG_HOME`` or ``~/.config``.
+    """
+    given = os.environ.get(CONFIG_DIR_VARIABLE)
+    if given:
+        return Path(given).expanduser().absolute()
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser().absolute() / "pwm_torchrl"
+
+
+def user_profiles() -> dict[str, Path]:
+    """The files of the user's own cluster profiles by name."""
+    return {file.stem: file for file in sorted((user_configs_dir() / "cluster").glob("*.yaml"))}
+
+
 def group_choices() -> dict[str, list[str]]:
-    """Every config group with its choices, both in reading order of the help."""
+    """Every config group with its choices, the user's own profiles among them, in reading order of the help."""
     order = ["model", "size", "env", "experiment", "algorithm", "logger", "cluster", "memory"]
     folder = configs_dir()
     found = {p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.yaml"))}
     names = [g for g in order if g in found] + sorted(found - set(order))
-    return {g: sorted((p.stem for p in (folder / g).glob("*.yaml")), key=_by_number) for g in names}
+    choices = {g: {p.stem for p in (folder / g).glob("*.yaml")} for g in names}
+    choices["cluster"] |= user_profiles().keys()
+    return {g: sorted(found, key=_by_number) for g, found in choices.items()}
 
 
 def _by_number(name: str) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from pwm_torchrl.launch.groups import group_choices
+from pwm_torchrl.launch.groups import group_choices, user_configs_dir
 
 __all__ = ["help_text", "wants_help"]
 
@@ -16,7 +16,7 @@ _GROUPS = {
     "experiment": "a preset of everything",
     "algorithm": "horizon, batches, learning rates",
     "logger": "where metrics go besides metrics.csv",
-    "cluster": "where the job runs: local or debug; the others are nodes that plan.py plans for",
+    "cluster": "where the job runs: local, debug (in this process), or nodes of SLURM",
     "memory": "how the run is made to fit in memory",
 }
 _DEFAULTS = {
@@ -76,7 +76,12 @@ def help_text(script: str) -> str:
         default = f" (default {_DEFAULTS[group]})" if group in _DEFAULTS else ""
         lines.append(f"  {group:<11} {_GROUPS.get(group, '')}{default}")
         lines += textwrap.wrap(", ".join(choices), 96, initial_indent=" " * 14, subsequent_indent=" " * 14)
+    own = str(user_configs_dir() / "cluster" / "NAME.yaml")
     lines += [
+        "",
+        "cluster=NAME is also the file",
+        f"  {own}",
+        "of your own; python launch/doctor.py --draft NAME drafts it from what SLURM says.",
         "",
         "Common keys (all of them, with types and defaults: pwm_torchrl/training/config.py):",
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import nearest_sentence
+from pwm_torchrl.launch.validate_cluster import check_cluster
 from pwm_torchrl.training.config import Config
 
 __all__ = ["CHOICES", "require_runnable", "validate"]
@@ -67,6 +68,14 @@ _AT_LEAST: dict[str, float] = {
     "memory.imagination_micro_batch": 1,
     "memory.critic_micro_batch": 1,
     "memory.disk_above_gb": 0,
+    "cluster.gpus": 0,
+    "cluster.nodes": 1,
+    "cluster.cpus": 1,
+    "cluster.time_min": 1,
+    "cluster.max_time_min": 1,
+    "cluster.signal_delay_s": 1,
+    "cluster.array_parallelism": 1,
+    "cluster.max_memory_restarts": 0,
     "env.num_envs": 1,
     "env.action_repeat": 1,
     "env.episode_length": 1,
@@ -109,7 +118,7 @@ def validate(config: Config) -> None:
     _require(config, "algorithm.final_lr", lambda v: v >= 0, "must not be negative")
     _require(config, "algorithm.gamma", lambda v: 0 < v <= 1, "must lie in (0, 1]")
     _require(config, "algorithm.lmbda", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
-    for key in ("memory.host_gb", "memory.device_gb", "cluster.host_gb"):
+    for key in ("memory.host_gb", "memory.device_gb", "cluster.host_gb", "cluster.mem_gb"):
         _require(config, key, lambda v: v is None or (v > 0 and math.isfinite(v)), "must be above 0")
     _require(config, "memory.margin", lambda v: 0 <= v < 1, "must lie in [0, 1)")
     _require(config, "memory.stop_at", lambda v: 0 < v <= 1, "must lie in (0, 1]")
@@ -133,6 +142,7 @@ def validate(config: Config) -> None:
         lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None,
         "must be auto, cpu, cuda or cuda:N",
     )
+    check_cluster(config.cluster)
     _check_combinations(config)
 
 

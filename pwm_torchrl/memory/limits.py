@@ -41,12 +41,14 @@ def profile_budgets(cfg: Config) -> dict[str, Budget]:
             f"device={cfg.device} needs a GPU, and cluster={profile.name} has none; set cluster.gpu, or choose another "
             "cluster."
         )
-    if profile.host_gb is None and cfg.memory.host_gb is None:
+    if profile.host_gb is None and profile.mem_gb is None and cfg.memory.host_gb is None:
         raise ConfigurationError(
-            f"cluster={profile.name} does not say how much host memory its nodes have; set cluster.host_gb or "
-            "memory.host_gb."
+            f"cluster={profile.name} does not say how much host memory its nodes have; set cluster.host_gb, "
+            "cluster.mem_gb or memory.host_gb."
         )
     host = [] if profile.host_gb is None else [Candidate(int(profile.host_gb * 1e9), f"cluster={profile.name}")]
+    if profile.mem_gb is not None:
+        host.append(Candidate(int(profile.mem_gb * 2**30), "cluster.mem_gb"))
     found: dict[str, tuple[Candidate, ...]] = {HOST: tuple(host)}
     if profile.gpu is not None and cfg.device != "cpu":
         try:

@@ -141,12 +141,31 @@ class LoggerConfig:
 
 @dataclass
 class ClusterConfig:
-    """Where a submitted job runs, and what its nodes have; GB are 10^9 bytes."""
+    """Where a submitted job runs, what its nodes have and what it asks SLURM for; GB are 10^9 bytes, GiB 2^30."""
 
-    kind: str = "local"  # local: a process of its own here | debug: in this process | slurm: nodes, for plans only
+    kind: str = "local"  # local: a process of its own here | debug: in this process | slurm: a job of SLURM
     name: str = "local"  # label
-    host_gb: Optional[float] = None  # host memory a job may have on a node; None: what this machine offers
-    gpu: Optional[str] = None  # type of the GPU, such as l40s; None: none, or this machine's
+    host_gb: Optional[float] = None  # host memory a job may have on a node, at most; None: what this machine offers
+    gpu: Optional[str] = None  # type of the GPU, such as l40s, for the memory plan; None: none, or this machine's
+    gpus: int = 0  # GPUs per node; each has a task of its own, and without any there is one task
+    nodes: int = 1
+    partition: Optional[str] = None  # None: SLURM's default, as for every key down to gres
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    constraint: Optional[str] = None  # features that a node must have, such as l40s or "a100&nvlink"
+    gres: Optional[str] = None  # what --gres asks for in place of gpus, such as gpu:l40s:1
+    cpus: Optional[int] = None  # CPUs per task; None: what the run can use
+    mem_gb: Optional[float] = None  # host memory per node, GiB; None: what the memory plan needs
+    time: Optional[str] = None  # time limit in SLURM's writing, "24:00:00"; read into time_min
+    time_min: Optional[int] = None  # time limit, minutes; None: estimated from the run's length
+    max_time_min: Optional[int] = (
+        None  # the longest limit asked for, minutes; longer runs come back until they are done
+    )
+    signal_delay_s: int = 120  # seconds before the limit at which the run is told to save; SLURM may be 60 s early
+    setup: list[str] = field(default_factory=list)  # lines of shell that run before the job, such as "module load cuda"
+    array_parallelism: Optional[int] = None  # jobs of one submission that may run at a time; None: all
+    max_memory_restarts: int = 3  # how often a job that ran out of memory comes back with more, or with smaller batches
+    comment: Optional[str] = None  # shown by SLURM beside the job
 
 
 @dataclass

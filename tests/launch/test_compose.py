@@ -16,7 +16,7 @@ import yaml
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.groups import configs_dir, group_choices, schema_keys
+from pwm_torchrl.launch.groups import configs_dir, group_choices, schema_keys, user_configs_dir
 from pwm_torchrl.launch.validate import CHOICES
 from pwm_torchrl.training import config as schema
 
@@ -235,6 +235,58 @@ def test_choices_agree_with_the_comments_of_the_schema():
     listed.discard(("auto", "cpu", "cuda", "cuda"))  # device also takes cuda:N
     assert listed <= set(CHOICES.values()), listed - set(CHOICES.values())
     assert set(CHOICES) <= set(schema_keys())
+
+
+def test_a_profile_of_ones_own_is_one_file(tmp_path, monkeypatch):
+    folder = tmp_path / "it's [mine], (x)=1"
+    (folder / "cluster").mkdir(parents=True)
+    monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(folder))
+    profile = folder / "cluster" / "site-a.yaml"
+    profile.write_text("defaults:\n  - l40s\n  - _self_\npartition: gpu\ntime: 1-12:00:00\n")
+    assert "site-a" in group_choices()["cluster"]
+    cluster = compose(["cluster=site-a", "cluster.qos=fast"]).cluster
+    assert (cluster.kind, cluster.name, cluster.partition, cluster.qos) == ("slurm", "site-a", "gpu", "fast")
+    assert (cluster.gpu, cluster.gpus, cluster.time_min) == ("l40s", 1, 36 * 60)
+    assert "site-a" in error_of("cluster=sitea")
+    profile.write_text("partion: gpu\n")
+    assert f"{profile}: unknown key 'cluster.partion'; nearest: cluster.partition" in error_of("cluster=site-a")
+    profile.write_text("partition: [gpu\n")
+    assert str(profile) in error_of("cluster=site-a")
+    (folder / "cluster" / "l40s.yaml").write_text("partition: gpu\n")
+    assert "give the file another name" in error_of("cluster=l40s")
+    assert compose(["cluster=h100"]).cluster.name == "h100"
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"PWM_TORCHRL_CONFIG_DIR": "/site"}, "/site"),
+        ({"XDG_CONFIG_HOME": "/xdg"}, "/xdg/pwm_torchrl"),
+        ({"HOME": "/me"}, "/me/.config/pwm_torchrl"),
+        ({"HOME": "/me", "PWM_TORCHRL_CONFIG_DIR": "~/own"}, "/me/own"),
+    ],
+)
+def test_where_profiles_of_ones_own_are(monkeypatch, variables, folder):
+    for name in ("PWM_TORCHRL_CONFIG_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert user_configs_dir() == Path(folder)
+
+
+@pytest.mark.parametrize("file", sorted((configs_dir() / "cluster").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_commented_keys_of_a_profile_can_be_used(file, tmp_path, monkeypatch):
+    lines = file.read_text().splitlines()
+    used = [re.sub(r"^# (?=[a-z_]+: )", "", line) for line in lines[1:]]
+    keys = {line.partition(":")[0] for line in used if re.match(r"\w+: ", line)}
+    if "kind: slurm" in lines:
+        assert keys >= {"partition", "account", "qos", "constraint", "gres", "cpus", "mem_gb", "host_gb"}
+        assert keys >= {"time", "max_time_min", "signal_delay_s", "setup"}
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "all.yaml").write_text("\n".join(used))
+    monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(tmp_path))
+    cluster = compose(["cluster=all"]).cluster
+    assert all(getattr(cluster, key) is not None for key in keys - {"time", "gpu"})
 
 
 def test_every_key_of_the_files_is_commented():

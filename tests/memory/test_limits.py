@@ -86,6 +86,13 @@ class TestElsewhere:
         found = limits.profile_budgets(compose([*words, "memory.host_gb=3"]))
         assert found == {HOST: Budget((Candidate(3 * 10**9, "memory.host_gb"),))}
 
+    def test_what_is_asked_of_slurm_is_a_limit(self):
+        assert limits.profile_budgets(compose(["cluster=l40s", "cluster.mem_gb=16"]))[HOST].binding == Candidate(
+            16 * 2**30, "cluster.mem_gb"
+        )
+        words = ["cluster.kind=slurm", "cluster.name=mine", "cluster.mem_gb=2"]
+        assert limits.profile_budgets(compose(words))[HOST].bytes == 2**31
+
     def test_this_machine_does_not_matter(self, monkeypatch):
         monkeypatch.setenv("SLURM_MEM_PER_NODE", "64")
         assert limits.profile_budgets(compose(["cluster=h200"]))[HOST].bytes == 256 * 10**9
