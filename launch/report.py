@@ -1,4 +1,4 @@
-"""Table and curves of runs: python launch/report.py RUNS...."""
+"""Tables, curves and comparisons of runs: python launch/report.py RUNS...."""
 
 import sys
 from pathlib import Path

@@ -1,145 +1,207 @@
-"""``launch/report.py``: a table and the learning curves of runs, finished or not."""
+"""``launch/report.py``: tables, pictures and a page of runs, finished or not, and comparisons between them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.launch import console
-from pwm_torchrl.launch.curves import plot_curves, read_metrics
 from pwm_torchrl.launch.evaluate import ArgumentParser
-from pwm_torchrl.launch.run_dir import CONFIG_FILE, load_config, read_summary
+from pwm_torchrl.launch.reporting.aggregate import Group, group_runs
+from pwm_torchrl.launch.reporting.collect import RunReport, find_runs, read_runs
+from pwm_torchrl.launch.reporting.compare import Comparison, compare
+from pwm_torchrl.launch.reporting.compare_files import compare_csv, compare_table, compare_tex, curves_csv
+from pwm_torchrl.launch.reporting.page import Section, render
+from pwm_torchrl.launch.reporting.pairing import pair_runs
+from pwm_torchrl.launch.reporting.tables import group_table, memory_table, run_table
+from pwm_torchrl.launch.run_dir import CONFIG_FILE
 
-__all__ = ["RunReport", "find_runs", "main", "read_run", "table"]
+__all__ = ["main"]
 
-_DEPTH = 4  # how deep below a given folder runs are looked for
+REPORT_FILE = "report.html"
 
+_LISTED = 8  # pictures named on the console, at most
 
-@dataclass
-class RunReport:
-    """What is known of a run, whatever state it is in.
-
-    Attributes:
-        path: the run's directory.
-        facts: the columns of the table, ``None`` where unknown.
-        metrics: columns of ``metrics.csv``, floats with NaN where a row has none.
-    """
-
-    path: Path
-    facts: dict[str, Any]
-    metrics: dict[str, list[float]]
+_CURVES = (
+    "Mean over seeds, with a band of one standard deviation. A line is thin where not all seeds of its kind have come; "
+    "between evaluations it is interpolated, and no seed is continued beyond its last one."
+)
+_SUMMARY = (
+    "Mean ± standard deviation (population) over seeds of the deterministic return, as far as each run has come; time "
+    "is the mean per run, memory the most of any."
+)
+_LOSSES = (
+    "Means over seeds with their spread, as above; on a logarithmic axis where all values are positive and span more "
+    "than a factor of ten. No more than twelve environments have pictures of losses and comparisons."
+)
+_MEMORY = (
+    "Host memory is anonymous and shared memory of all processes of a run, mapped files apart; GPU memory what "
+    "PyTorch's allocator held. The picture has of each model, size and environment the run that holds most."
+)
+_COMPARISON = (
+    "Interquartile means over seeds with 95 % percentile-bootstrap intervals; of fewer than four seeds nothing is cut, "
+    "so that it is their mean, and with few seeds intervals are too narrow. Estimates are over runs that finished; "
+    "curves are over all runs that reach a point, thin where not all do. Differences are taken seed by seed. Work that "
+    "was lost and done again after a restart is not in the hours."
+)
 
 
 @console.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table and writes the curves."""
-    parser = ArgumentParser(prog="python launch/report.py", description="Table and learning curves of runs.")
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUNS",
-        help="run directories, or folders that hold them",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        metavar="PNG",
-        help="where the curves go (default: report.png)",
-    )
-    args = parser.parse_args(argv)
-    reports = [read_run(path) for path in find_runs(args.runs)]
-    reports.sort(key=lambda r: [*(str(r.facts[k]) for k in ("env", "size", "model")), r.path.name])
-    console.say(table(reports))
-    out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.png"
-    if plot_curves(reports, out):
-        console.say(f"curves: {out}")
-    else:
-        console.say("curves: none yet, no run has logged a return")
+    """Prints the tables and writes the page and its pictures."""
+    args = _parser().parse_args(argv)
+    if args.compare is None and (args.baseline is not None or args.allow_differences):
+        raise ConfigurationError("--baseline and --allow-differences say how to compare; give --compare KEY too")
+    runs = read_runs(find_runs(args.runs))
+    out = _output(args.out, args.runs)
+    comparison = None
+    if args.compare is not None:
+        comparison = compare(pair_runs(runs, args.compare, args.baseline, args.allow_differences))
+    groups = group_runs(runs)
+    _print_tables(runs, groups, comparison)
+    pictures = _pictures(groups, comparison)
+    files: dict[str, str | bytes] = {f"{name}.png": content for name, content in pictures.items()}
+    if comparison is not None:
+        files["compare.csv"], files["compare.tex"] = compare_csv(comparison), compare_tex(comparison)
+        files["compare_curves.csv"] = curves_csv(comparison)
+    files[REPORT_FILE] = _page(args.runs, runs, groups, comparison, pictures)
+    _write(out, files)
+    console.say(f"report: {out / REPORT_FILE}")
+    others = [name for name in files if name != REPORT_FILE]
+    if others:
+        drawn = [name for name in others if name.endswith(".png")]
+        listed = drawn if len(drawn) <= _LISTED else [f"{len(drawn)} pictures"]
+        console.say(f"beside it: {', '.join([*listed, *(name for name in others if name not in drawn)])}")
     return console.OK
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run directories among and below ``paths``, each once.
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python launch/report.py", description="Tables, learning curves and memory of runs, finished or not."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where report.html and its pictures go (default: the folder given)"
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="KEY",
+        help="compare runs that differ in this key (model, size, algorithm.horizon, ...) and in the seed: "
+        "interquartile means with bootstrap intervals, also as compare.csv and compare.tex",
+    )
+    parser.add_argument("--baseline", metavar="VALUE", help="the value that differences are from (default: the first)")
+    parser.add_argument(
+        "--allow-differences", action="store_true", help="compare runs that differ in other keys too, and say in which"
+    )
+    return parser
+
+
+def _output(out: Path | None, given: Sequence[Path]) -> Path:
+    """The folder to write into: the one asked for, else the only one given, else the current one.
 
     Raises:
-        ConfigurationError: if a path does not exist or holds no run.
+        ConfigurationError: if it is a file, or a run that nobody gave as the place to write to.
     """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.is_dir():
-            raise ConfigurationError(f"{path} is not a directory; give run directories, or folders that hold them")
-        here = [path] if (path / CONFIG_FILE).is_file() else []
-        for depth in range(1, 0 if here else _DEPTH):
-            here += [f.parent for f in path.glob("*/" * depth + CONFIG_FILE)]
-        if not here:
-            raise ConfigurationError(f"{path} holds no run: there is no {CONFIG_FILE} in it or below it")
-        found.update({p.resolve(): p for p in here})
-    return list(found.values())
+    if out is None:
+        out = given[0] if len(given) == 1 else Path()
+        if len(given) > 1 and (out / CONFIG_FILE).exists():
+            raise ConfigurationError(
+                f"the current folder has a {CONFIG_FILE} of its own; say where to write: --out DIR"
+            )
+    elif out.suffix.lower() in (".png", ".html", ".pdf") or out.is_file():
+        raise ConfigurationError(f"--out={out} is a file; give a folder, {REPORT_FILE} and pictures go there")
+    return out
 
 
-def read_run(path: Path) -> RunReport:
-    """Reads a run; what its summary does not say yet is taken from its metrics and its
-    configuration.
-    """
-    summary, metrics = read_summary(path), read_metrics(path / "metrics.csv")
-    facts = {
-        k: summary.get(k) for k in ("model", "size", "env", "seed", "peak_return", "final_return", "random_return")
-    }
-    facts.update({k: summary.get(k) for k in ("epochs_done", "epochs_planned", "status", "env_steps")})
+def _print_tables(runs: Sequence[RunReport], groups: Sequence[Group], comparison: Comparison | None) -> None:
+    blocks = [run_table(runs).text()]
+    errors = [f"{run.name}: {run.last_error}" for run in runs if run.last_error]
+    if errors:
+        blocks.append("\n".join(["last errors:", *(f"  {line}" for line in errors)]))
+    if len(groups) < len(runs):
+        blocks.append(group_table(groups).text())
+    if comparison is not None:
+        blocks.append("\n".join([compare_table(comparison).text(), *(f"note: {note}" for note in comparison.notes)]))
+    console.say("\n\n".join(blocks) + "\n")
+
+
+def _pictures(groups: Sequence[Group], comparison: Comparison | None) -> dict[str, bytes]:
+    """PNG files by name; none, and a sentence, without matplotlib."""
+    from pwm_torchrl.launch.reporting import figures
+
     try:
-        config = load_config(path)
-        known = {
-            "model": config.model.name,
-            "size": config.size.name,
-            "env": config.env.get("name"),
-        }
-        known.update(seed=config.seed, epochs_planned=config.training.epochs)
-    except ConfigurationError:
-        known = {}  # written by another version: the summary has to do
-    returns = [v for v in metrics.get("eval/return_mean", []) if math.isfinite(v)]
-    if returns:
-        known.update(peak_return=max(returns), final_return=returns[-1])
-    epochs = [v for v in metrics.get("epoch", []) if math.isfinite(v)]
-    known.update(epochs_done=int(epochs[-1]) if epochs else 0, status="running" if metrics else "not started")
-    facts.update({k: v for k, v in known.items() if facts.get(k) is None})
-    if facts["status"] == "running" and epochs:
-        facts["epochs_done"] = max(int(epochs[-1]), facts["epochs_done"] or 0)
-    return RunReport(path, facts, metrics)
+        figures.require_matplotlib()
+    except MissingLibraryError as missing:
+        console.say(f"no pictures: {missing}")
+        return {}
+    found: dict[str, bytes | None] = {"report_returns": figures.returns_figure(groups)}
+    if found["report_returns"] is None:
+        console.say("curves: none yet, no run has logged a return")
+    if comparison is not None:
+        found.update(_named("compare", figures.comparison_figures(comparison)))
+    found.update(_named("report_losses", figures.losses_figures(groups)))
+    found["report_memory"] = figures.memory_figure(groups)
+    envs = len({group.env for group in groups})
+    if envs > figures.MOST_PICTURES:
+        console.say(f"losses and comparisons are drawn for {figures.MOST_PICTURES} of {envs} environments")
+    return {name: content for name, content in found.items() if content is not None}
 
 
-def table(reports: Sequence[RunReport]) -> str:
-    """The runs as aligned text, one line each."""
-    head = ["model", "size", "env", "seed", "peak", "final", "random", "epochs", "status", "run"]
-    rows = [head]
-    for report in reports:
-        f = report.facts
-        returns = [_number(f[k]) for k in ("peak_return", "final_return", "random_return")]
-        epochs = f"{_text(f['epochs_done'])}/{_text(f['epochs_planned'])}"
-        rows.append([_text(f[k]) for k in ("model", "size", "env", "seed")] + returns)
-        rows[-1] += [
-            epochs,
-            _text(f["status"]),
-            report.path.name or str(report.path.resolve().name),
+def _named(prefix: str, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
+    """By file name: an environment's name may hold anything."""
+    return {f"{prefix}_{''.join(c if c.isalnum() or c in '._-' else '-' for c in k)}": v for k, v in pictures.items()}
+
+
+def _page(
+    given: Sequence[Path],
+    runs: Sequence[RunReport],
+    groups: Sequence[Group],
+    comparison: Comparison | None,
+    pictures: Mapping[str, bytes],
+) -> str:
+    def those(prefix: str) -> dict[str, bytes]:
+        return {name: content for name, content in pictures.items() if name.startswith(prefix)}
+
+    statuses = Counter(run.status for run in runs)
+    subtitle = " · ".join(
+        [
+            ", ".join(map(str, given)),
+            f"{len(runs)} run{'s' if len(runs) > 1 else ''}: "
+            + ", ".join(f"{n} {s}" for s, n in statuses.most_common()),
+            datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    right = {"seed", "peak", "final", "random", "epochs"}
-    lines = []
-    for row in rows:
-        cells = (c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(row, widths, head, strict=True))
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
+    )
+    sections = [Section("Summary", _SUMMARY, group_table(groups))]
+    if comparison is not None:
+        text = f"Baseline: {comparison.key}={comparison.arms[0]}. {_COMPARISON}"
+        table, notes = compare_table(comparison), comparison.notes
+        sections.append(Section(f"Comparison of {comparison.key}", text, table, those("compare"), notes))
+    sections.append(Section("Learning curves", _CURVES, pictures=those("report_returns")))
+    sections.append(Section("Losses", _LOSSES, pictures=those("report_losses")))
+    sections.append(Section("Memory against plan", _MEMORY, memory_table(runs), those("report_memory")))
+    sections.append(Section("Runs", table=run_table(runs)))
+    shown = [s for s in sections if s.pictures or (s.table is not None and s.table.rows)]
+    return render("Report of runs", subtitle, shown)
 
 
-def _text(value: Any) -> str:
-    return "-" if value is None else str(value)
+def _write(out: Path, files: Mapping[str, str | bytes]) -> None:
+    """Each file in one step, so that a browser never loads half of one.
 
-
-def _number(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, (int, float)) and math.isfinite(value) else "-"
+    Raises:
+        ConfigurationError: if one cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            partial = out / f"{name}.tmp"
+            try:
+                partial.write_bytes(content.encode() if isinstance(content, str) else content)
+                os.replace(partial, out / name)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--out={out} cannot be written: {error.strerror}") from error

@@ -118,7 +118,7 @@ def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
         "",
         "```",
         "python launch/evaluate.py RUN          # deterministic episodes in the real environment",
-        "python launch/report.py RUN [RUN ...]  # a table of runs",
+        "python launch/report.py RUN [RUN ...]  # tables and curves of runs",
     ]
     if cfg.logger.kind == "tensorboard":
         lines.append("tensorboard --logdir RUN/tensorboard")

@@ -11,7 +11,7 @@ from typing import Any
 from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.training.metrics import read_metrics
 
-__all__ = ["write_curves"]
+__all__ = ["format_steps", "write_curves"]
 
 Series = tuple[list[float], list[float]]
 
@@ -130,12 +130,13 @@ def _finish(axes: Any, title: str, *, empty: bool) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         return
-    axes.xaxis.set_major_formatter(_format_steps)
+    axes.xaxis.set_major_formatter(format_steps)
     axes.margins(x=0.02)
     axes.legend(loc="best")
 
 
-def _format_steps(value: float, _position: int | None = None) -> str:
+def format_steps(value: float, _position: int | None = None) -> str:
+    """A number of steps as a tick says it: ``20k``, ``1.5M``."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:g}{unit}"

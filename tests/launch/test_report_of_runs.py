@@ -1,8 +1,12 @@
-"""The table and the curves, of runs in every state."""
+"""``launch/report.py``: what it prints and writes, of runs in every state."""
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +14,22 @@ import pytest
 pytest.importorskip("hydra")
 
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.report import find_runs, main, read_run, table
+from pwm_torchrl.launch.report import main
 from pwm_torchrl.launch.run_dir import prepare_run_dir
+from pwm_torchrl.training.config import Config
 
 pytestmark = pytest.mark.usefixtures("workdir")
 
 METRICS = "epoch,env_steps,train/return,eval/return_mean,eval/return_std\n"
 
 
+@functools.lru_cache
+def composed(*words: str) -> Config:
+    return compose(list(words))
+
+
 def make_run(name: str, *words: str, rows: str | None = None, **summary) -> Path:
-    path = prepare_run_dir(compose([f"run_dir=runs/{name}", *words])).path
+    path = prepare_run_dir(replace(composed(*words), run_dir=f"runs/{name}")).path
     if rows is not None:
         (path / "metrics.csv").write_text(METRICS + rows)
     if summary:
@@ -38,68 +48,130 @@ def runs() -> None:
     (make_run("torn", "model=flow_v1", rows="") / "summary.json").write_text('{"status": "runn')
 
 
+def lines_of(out: str) -> dict[str, list[str]]:
+    """The words of the table of runs, by the run's name."""
+    table = out.split("\n\n")[0].splitlines()[2:]
+    return {line.split()[-1]: line.split() for line in table}
+
+
+def files_in(folder: str = "runs") -> set[str]:
+    return {path.name for path in Path(folder).iterdir() if path.is_file()}
+
+
 def test_table_of_every_state(runs, capsys):
     pytest.importorskip("matplotlib")
     assert main(["runs"]) == 0
     out = capsys.readouterr().out
-    lines = {line.split()[-1]: line.split() for line in out.splitlines()[2:-1]}
-    assert lines["finished"][:9] == [
-        "flow_v2",
-        "tiny",
-        "pendulum",
-        "0",
-        "-400.0",
-        "-500.0",
-        "-1210.0",
-        "4/4",
-        "finished",
-    ]
-    assert lines["running"][:9] == f"mlp tiny pendulum 0 -400.0 -500.0 - 4/{compose().training.epochs} running".split()
+    lines = lines_of(out)
+    expected = ["flow_v2", "tiny", "pendulum", "0", "-400.0", "-500.0", "-1210.0", "4/4", "finished"]
+    assert lines["finished"][:9] == expected
+    assert lines["running"][:9] == f"mlp tiny pendulum 0 -400.0 -500.0 - 4/{composed().training.epochs} running".split()
     assert lines["failed"][:9] == ["flow_v2", "tiny", "hopper", "0", "-", "-", "-", "1/15000", "failed"]
-    assert lines["waiting"][-3:] == ["not", "started", "waiting"]
+    assert lines["waiting"][8:10] == ["not", "started"]
     assert lines["waiting"][:4] == ["flow_v2", "5m", "pendulum", "7"]
     assert lines["torn"][0] == "flow_v1"
-    picture = Path("runs/report.png")
-    assert f"curves: {picture}" in out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "report: runs/report.html" in out
+    assert Path("runs/report_returns.png").read_bytes().startswith(b"\x89PNG")
+    page = Path("runs/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert all(f">{name}</td>" in page for name in lines)
+
+
+def test_nothing_is_written_into_a_run(runs):
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/**")}
+    contents = {path: path.read_bytes() for path in Path("runs").glob("*/*")}
+    assert main(["runs"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/**")} == before
+    assert {path: path.read_bytes() for path in Path("runs").glob("*/*")} == contents
+    assert main(["runs", "--out", "elsewhere/report"]) == 0
+    assert "report.html" in files_in("elsewhere/report")
 
 
 @pytest.mark.parametrize("status", ["memory", "storage"])
 def test_table_of_what_ran_out(status, capsys):
-    make_run(status, rows="1,128,-1300,,\n", status=status, epochs_done=1, epochs_planned=4)
+    path = make_run(status, rows="1,128,-1300,,\n", status=status, epochs_done=1, epochs_planned=4, restarts=2)
+    events = [{"event": "restart", "reason": "memory"}, {"event": status, "error": "OutOfMemory: no room"}]
+    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert main(["runs"]) == 0
-    line = capsys.readouterr().out.splitlines()[2].split()
-    assert line[-3:] == ["1/4", status, status]
+    out = capsys.readouterr().out
+    assert " ".join(lines_of(out)[status][7:]).startswith(f"1/4 {status} 2: 1 memory, 1 by hand")
+    assert f"  {status}: OutOfMemory: no room" in out
 
 
-def test_out_and_several_arguments(runs, capsys):
-    pytest.importorskip("matplotlib")
-    assert main(["runs/finished", "runs/running", "runs/finished", "--out", "pictures/a.png"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5
-    assert Path("pictures/a.png").is_file()
+def test_several_arguments(runs, capsys):
+    assert main(["runs/finished", "runs/running", "runs/finished"]) == 0
+    assert len(lines_of(capsys.readouterr().out)) == 2
+    assert "report.html" in files_in(".")
 
 
 def test_nothing_to_draw(runs, capsys):
+    pytest.importorskip("matplotlib")
     assert main(["runs/waiting"]) == 0
     assert "none yet" in capsys.readouterr().out
+    assert "data:image" not in Path("runs/waiting/report.html").read_text()
 
 
-def test_runs_are_found_once_and_in_depth(runs):
-    assert len(find_runs([Path("runs"), Path("runs/finished"), Path()])) == 5
+def test_without_matplotlib_the_tables_come(runs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["runs"]) == 0
+    out = capsys.readouterr().out
+    assert "no pictures: matplotlib is not installed; pip install 'pwm-torchrl[plot]'" in out
+    assert files_in() == {"report.html"}
+    assert ">finished</td>" in Path("runs/report.html").read_text()
 
 
-def test_columns_are_aligned(runs):
-    lines = table([read_run(path) for path in find_runs([Path("runs")])]).splitlines()
-    start = lines[0].index("status")
-    assert len(lines) == 7
-    assert all(line[start - 2 : start] == "  " and line[start] != " " for line in lines)
+def test_comparison(capsys):
+    done = {"status": "finished", "epochs_done": 2, "epochs_planned": 4}
+    for model, base in (("mlp", -500.0), ("residual", -300.0)):
+        for seed in (0, 1):
+            final = base + seed
+            rows = f"1,128,-1300,,\n2,256,-1200,{final},50\n"
+            words = (f"model={model}", f"seed={seed}", "training.epochs=4")
+            make_run(f"{model}{seed}", *words, rows=rows, final_return=final, peak_return=final, **done)
+    assert main(["runs", "--compare", "model", "--baseline", "residual"]) == 0
+    out = capsys.readouterr().out
+    assert "final IQM - residual" in out
+    assert {"compare.csv", "compare_curves.csv", "compare.tex", "report.html"} <= files_in()
+    with Path("runs/compare.csv").open(newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert (rows["mlp"]["final_iqm"], rows["mlp"]["difference_iqm"]) == ("-499.5", "-200.0")
+    assert "mlp & 2 of 2 & $-499.5$ [$-500.0$, $-499.0$]" in Path("runs/compare.tex").read_text()
+    assert "Comparison of model" in Path("runs/report.html").read_text()
 
 
-def test_bad_input(capsys):
+def test_a_refused_comparison_writes_nothing(runs, capsys):
+    make_run("mlp", "model=mlp", "algorithm.horizon=8", "training.epochs=4")
+    words = ["runs/finished", "runs/mlp", "--compare", "model", "--out", "out"]
+    assert main(words) == 2
+    assert "algorithm.horizon (16 in finished, 8 in mlp)" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert main([*words, "--allow-differences"]) == 0
+    assert "note: runs also differ in algorithm.horizon" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nowhere"], "nowhere is not a directory"),
+        (["empty"], "empty holds no run"),
+        ([], "required: RUNS"),
+        (["empty", "--baseline", "mlp"], "give --compare KEY too"),
+        (["one", "--out", "a.png"], "--out=a.png is a file; give a folder"),
+        (["one", "--out", "one/config.yaml"], "--out=one/config.yaml is a file; give a folder"),
+        (["one", "--out", "one/config.yaml/deeper"], "--out=one/config.yaml/deeper cannot be written"),
+        (["one", "--compare", "model"], "every run has model=flow_v2"),
+    ],
+)
+def test_bad_input(words, sentence, capsys):
     Path("empty").mkdir()
-    assert main(["nowhere"]) == 2
-    assert main(["empty"]) == 2
-    assert main([]) == 2
-    err = capsys.readouterr().err
-    assert "nowhere is not a directory" in err
-    assert "empty holds no run" in err
+    prepare_run_dir(replace(composed(), run_dir="one"))
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_run_that_nobody_named_is_not_written_to(monkeypatch, capsys):
+    prepare_run_dir(replace(composed(), run_dir="one"))
+    prepare_run_dir(replace(composed(), run_dir="two"))
+    monkeypatch.chdir("one")
+    assert main([".", "../two"]) == 2
+    assert "say where to write: --out DIR" in capsys.readouterr().err
