@@ -138,17 +138,20 @@ def _pictures(groups: Sequence[Group], comparison: Comparison | None) -> dict[st
     except MissingLibraryError as missing:
         console.say(f"no pictures: {missing}")
         return {}
-    found: dict[str, bytes | None] = {"report_returns": figures.returns_figure(groups)}
-    if found["report_returns"] is None:
+    pages = figures.returns_figures(groups)
+    found = {"report_returns" + (f"_{n}" if n > 1 else ""): page for n, page in enumerate(pages, 1)}
+    if not pages:
         console.say("curves: none yet, no run has logged a return")
     if comparison is not None:
         found.update(_named("compare", figures.comparison_figures(comparison)))
     found.update(_named("report_losses", figures.losses_figures(groups)))
-    found["report_memory"] = figures.memory_figure(groups)
+    memory = figures.memory_figure(groups)
+    if memory is not None:
+        found["report_memory"] = memory
     envs = len({group.env for group in groups})
     if envs > figures.MOST_PICTURES:
         console.say(f"losses and comparisons are drawn for {figures.MOST_PICTURES} of {envs} environments")
-    return {name: content for name, content in found.items() if content is not None}
+    return found
 
 
 def _named(prefix: str, pictures: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -32,10 +32,10 @@ __all__ = [
     "losses_figures",
     "memory_figure",
     "require_matplotlib",
-    "returns_figure",
+    "returns_figures",
 ]
 
-MOST_PICTURES = 12  # environments that get one of their own, at most
+MOST_PICTURES = 12  # environments that get one of their own, at most; or a panel each in a shared one
 
 _DPI = 130
 _DASHES = ("-", "--", "-.", ":")  # of the lines after as many as there are colours
@@ -53,14 +53,14 @@ def require_matplotlib() -> None:
         raise MissingLibraryError("matplotlib is not installed; pip install 'pwm-torchrl[plot]'") from error
 
 
-def returns_figure(groups: Sequence[Group]) -> bytes | None:
+def returns_figures(groups: Sequence[Group]) -> list[bytes]:
     """Return over environment steps, one panel per environment and one line per group: the mean over its seeds.
 
     The band is the standard deviation over seeds. A line is thin where not all seeds reach, and a single seed has no
     band. Evaluations are drawn where a run of the environment has some, else returns while collecting.
 
     Returns:
-        The picture, ``None`` where there is nothing to draw.
+        The pictures, each of a page of environments; none where there is nothing to draw.
     """
     panels = []
     for env in dict.fromkeys(group.env for group in groups):
@@ -70,21 +70,22 @@ def returns_figure(groups: Sequence[Group]) -> bytes | None:
             if drawn:
                 panels.append((env, what, drawn))
                 break
-    if not panels:
-        return None
-    style = _Styles([group.label for group in groups])
-    with _figure(len(panels), _COLUMNS) as (figure, axes):
-        for axis, (env, what, drawn) in zip(axes, panels):
-            for group, curves in drawn:
-                _band(axis, curves, len(group.runs), **style[group.label])
-            axis.set(title=str(env), xlabel="environment steps", ylabel=what)
-            _steps(axis)
-        _legend(figure, axes)
-        return _png(figure)
+    style, pictures = _Styles([group.label for group in groups]), []
+    for start in range(0, len(panels), MOST_PICTURES):
+        page = panels[start : start + MOST_PICTURES]
+        with _figure(len(page), _COLUMNS) as (figure, axes):
+            for axis, (env, what, drawn) in zip(axes, page):
+                for group, curves in drawn:
+                    _band(axis, curves, len(group.runs), **style[group.label])
+                axis.set(title=_short(str(env)), xlabel="environment steps", ylabel=what)
+                _steps(axis)
+            _legend(figure, axes)
+            pictures.append(_png(figure))
+    return pictures
 
 
 def losses_figures(groups: Sequence[Group]) -> dict[str, bytes]:
-    """Losses over environment steps, one picture per environment and one panel per loss, as :func:`returns_figure`."""
+    """Losses over environment steps, one picture per environment and one panel per loss, as :func:`returns_figures`."""
     style = _Styles([group.label for group in groups])
     pictures = {}
     for env in list(dict.fromkeys(group.env for group in groups))[:MOST_PICTURES]:
@@ -101,7 +102,7 @@ def losses_figures(groups: Sequence[Group]) -> dict[str, bytes]:
                 values = np.concatenate([y for _, curves in drawn for _, y in curves])
                 if values.min() > 0 and values.max() > 10 * values.min():
                     axis.set_yscale("log")
-                axis.set(title=name.removeprefix("loss/"), xlabel="environment steps")
+                axis.set(title=_short(name.removeprefix("loss/")), xlabel="environment steps")
                 _steps(axis)
             _head(figure, str(env))
             _legend(figure, axes)
@@ -202,6 +203,11 @@ def _steps(axis: Any) -> None:
     axis.locator_params(axis="x", nbins=6)
     axis.xaxis.set_major_formatter(format_steps)
     axis.margins(x=0.02)
+
+
+def _short(text: str, most: int = 30) -> str:
+    """A panel's title, without its middle if it would reach into the next panel."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
 def _head(figure: Any, text: str) -> None:

@@ -28,11 +28,11 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .3rem .65rem; text-align: left; vertical-align: top; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-tbody tr:nth-child(even) { background: var(--band); }
+.band { background: var(--band); }
 .right { text-align: right; }
-.words { white-space: normal; min-width: 8rem; max-width: 14rem; }
+.words { white-space: normal; min-width: 6rem; max-width: 14rem; }
 .name { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; max-width: 22rem; }
-.long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; max-width: 30rem; }
+.long { white-space: normal; overflow-wrap: anywhere; color: var(--soft); padding-left: 1.6rem; }
 .good { color: var(--good); } .bad { color: var(--bad); } .busy { color: var(--busy); }
 figure { margin: .8rem 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
@@ -41,8 +41,9 @@ img { display: block; max-width: 100%; height: auto; background: #fff; border-ra
   :root { --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --band: #f4f4f4; --good: #00573c; --bad: #8c1d18;
     --busy: #00406b; }
   body { padding: 0; max-width: none; font-size: 10pt; }
-  h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; }
+  h2, .soft { break-after: avoid; }
+  img { max-height: 150mm; width: auto; }
+  figure, tr, p { break-inside: avoid; }
   thead { display: table-header-group; }
   .scroll { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .35rem; white-space: normal; }
@@ -103,22 +104,26 @@ def _picture(name: str, content: bytes) -> str:
 
 
 def _table(table: Table) -> str:
-    styles = [_style(table, name) for name in table.head]
-    head = "".join(f"<th{_css(style)}>{html.escape(name)}</th>" for style, name in zip(styles, table.head))
+    """A row of cells per row; long text has a row of its own below, which is as wide as the table."""
+    short = [name for name in table.head if name not in table.wide]
+    styles = {name: _style(table, name) for name in short}
+    head = "".join(f"<th{_css(styles[name])}>{html.escape(name)}</th>" for name in short)
     rows = []
-    for row in table.rows:
-        cells = zip(table.head, styles, row)
-        rows.append(
-            "<tr>" + "".join(f"<td{_css(_toned(h, s, c))}>{html.escape(c)}</td>" for h, s, c in cells) + "</tr>"
-        )
+    for index, row in enumerate(table.rows):
+        cells = dict(zip(table.head, row))
+        texts = (f"<td{_css(_toned(n, styles[n], cells[n]))}>{html.escape(cells[n])}</td>" for n in short)
+        band = _css("band" if index % 2 else "")
+        rows.append(f"<tr{band}>{''.join(texts)}</tr>")
+        for name in table.head:
+            if name in table.wide and cells[name]:
+                text = html.escape(f"{name}: {cells[name]}")
+                rows.append(f'<tr{band}><td class="long" colspan="{len(short)}">{text}</td></tr>')
     return "\n".join(
         ['<div class="scroll"><table>', f"<thead><tr>{head}</tr></thead><tbody>", *rows, "</tbody></table></div>"]
     )
 
 
 def _style(table: Table, column: str) -> str:
-    if column in table.wide:
-        return "long"
     if table.right(column):
         return "right"
     return {"run": "name", "settings": "name", "status": "words", "restarts": "words"}.get(column, "")

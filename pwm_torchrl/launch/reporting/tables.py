@@ -38,7 +38,7 @@ class Table:
     """Cells of text under a head.
 
     Attributes:
-        wide: columns of long text, which a page may break anywhere and the console leaves out.
+        wide: columns of long text, which the console leaves out.
     """
 
     head: list[str]

@@ -58,7 +58,7 @@ def bands(axis):
 def test_a_line_per_model_and_a_panel_per_environment(drawn):
     runs = [run("model=mlp", "seed=0"), run("model=mlp", "seed=2", upto=3), run("model=residual", "seed=0")]
     runs.append(run("model=mlp", "env=hopper", "seed=0"))
-    figures.returns_figure(group_runs(runs))
+    figures.returns_figures(group_runs(runs))
     (figure,) = drawn
     hopper, pendulum = (axis for axis in figure.axes if axis.get_visible())
     assert (hopper.get_title(loc="left"), pendulum.get_title(loc="left")) == ("hopper", "pendulum")
@@ -73,9 +73,9 @@ def test_a_line_per_model_and_a_panel_per_environment(drawn):
 def test_returns_while_collecting_stand_in_for_evaluations(drawn):
     made = run("model=mlp")
     made.metrics["train/return"] = made.metrics.pop("eval/return_mean")
-    figures.returns_figure(group_runs([made]))
+    figures.returns_figures(group_runs([made]))
     assert drawn[0].axes[0].get_ylabel() == "return while collecting"
-    assert figures.returns_figure(group_runs([report()])) is None
+    assert figures.returns_figures(group_runs([report()])) == []
 
 
 def test_losses_of_each_environment(drawn):
@@ -89,7 +89,17 @@ def test_losses_of_each_environment(drawn):
 
 def test_many_environments_do_not_have_pictures_of_their_own(drawn, monkeypatch):
     monkeypatch.setattr(figures, "MOST_PICTURES", 1)
-    assert len(figures.losses_figures(group_runs([run("model=mlp"), run("model=mlp", "env=hopper")]))) == 1
+    groups = group_runs([run("model=mlp"), run("model=mlp", "env=hopper")])
+    assert len(figures.losses_figures(groups)) == 1
+    assert len(figures.returns_figures(groups)) == 2  # pages
+
+
+def test_a_long_name_stays_in_its_panel():
+    name = "metaworld_" + "very_" * 9 + "long-v3"
+    assert len(figures._short(name)) == 30
+    assert figures._short(name).startswith("metaworld_very_…")
+    assert figures._short(name).endswith("long-v3")
+    assert figures._short("pendulum") == "pendulum"
 
 
 def test_memory_of_the_run_that_holds_most(drawn):
@@ -124,6 +134,5 @@ def test_more_lines_than_colours_have_dashes():
 
 
 def test_pictures_are_png():
-    picture = figures.returns_figure(group_runs([run("model=mlp")]))
-    assert picture is not None
+    (picture,) = figures.returns_figures(group_runs([run("model=mlp")]))
     assert picture.startswith(b"\x89PNG")

@@ -61,6 +61,13 @@ def test_the_page_is_whole_and_loads_nothing():
     assert ("right", "3") in tree.cells
 
 
+def test_long_text_has_a_row_of_its_own():
+    table = Table(["run", "seed", "error"], [["a", "0", "boom <x>"], ["b", "1", ""]], frozenset({"error"}))
+    page = render("t", "s", [Section("One", table=table)])
+    assert [cell for _, cell in parse(page).cells] == ["run", "seed", "a", "0", "error: boom <x>", "b", "1"]
+    assert '<tr><td class="long" colspan="2">error: boom &lt;x&gt;</td></tr>' in page
+
+
 @pytest.mark.parametrize(
     ("status", "tone"),
     [
