@@ -25,7 +25,7 @@ _DEFAULTS = {
     "env": "pendulum",
     "algorithm": "pwm",
     "logger": "csv",
-    "cluster": "local",
+    "cluster": "auto",
     "memory": "auto",
 }
 _KEYS = {

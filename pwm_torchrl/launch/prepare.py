@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pwm_torchrl.cluster.nodes import node_memory_mb
 from pwm_torchrl.cluster.request import Request, request_for
 from pwm_torchrl.cluster.submission import slurm_found
 from pwm_torchrl.errors import ConfigurationError
@@ -101,6 +102,7 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Request]:
     plans: dict[str, Any] = {}
     found, request = [], None
     for run in runs:
+        ask_for_node_memory(run.config)
         # A seed changes no memory.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
         if key not in plans:
@@ -110,3 +112,14 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Request]:
         found.append(plans[key])
     assert request is not None
     return found, request
+
+
+def ask_for_node_memory(config: Config) -> None:
+    """Fill in what nodes have where the profile does not say it, so that a run keeps it for its restarts.
+
+    Raises:
+        ConfigurationError: if SLURM does not tell.
+    """
+    cluster = config.cluster
+    if cluster.host_gb is None:
+        cluster.host_gb = round(node_memory_mb(cluster.partition) * 2**20 / 1e9, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "training.replay_storage": ("auto", "memory", "device", "disk"),
     "logger.kind": ("csv", "tensorboard", "wandb"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
-    "cluster.kind": ("local", "debug", "slurm"),
+    "cluster.kind": ("auto", "local", "debug", "slurm"),
     "memory.kind": ("auto", "fixed"),
 }
 """The strings that a key accepts."""
@@ -147,15 +148,15 @@ def validate(config: Config) -> None:
 
 
 def require_runnable(config: Config) -> None:
-    """Refuses what can be planned for and not be started.
+    """Refuses to train in this process what was meant for nodes elsewhere.
 
     Raises:
-        ConfigurationError: for a profile of SLURM nodes.
+        ConfigurationError: for a profile of SLURM nodes outside of an allocation.
     """
-    if config.cluster.kind == "slurm":
+    if config.cluster.kind == "slurm" and not os.environ.get("SLURM_JOB_ID"):
         raise ConfigurationError(
-            f"cluster={config.cluster.name} describes SLURM nodes for launch/plan.py; this version does not submit to "
-            "SLURM. Inside an allocation, run python launch/train.py with cluster=local"
+            f"cluster={config.cluster.name} describes SLURM nodes, and this process is on none; python "
+            "launch/submit.py queues a job there, cluster=local trains here"
         )
 
 

@@ -143,8 +143,9 @@ class LoggerConfig:
 class ClusterConfig:
     """Where a submitted job runs, what its nodes have and what it asks SLURM for; GB are 10^9 bytes, GiB 2^30."""
 
-    kind: str = "local"  # local: a process of its own here | debug: in this process | slurm: a job of SLURM
-    name: str = "local"  # label
+    kind: str = "auto"  # auto: slurm where it is found, else local | local: a process of its own here | debug: in this
+    # process | slurm: a job of SLURM
+    name: str = "auto"  # label
     host_gb: Optional[float] = None  # host memory a job may have on a node, at most; None: what this machine offers
     gpu: Optional[str] = None  # type of the GPU, such as l40s, for the memory plan; None: none, or this machine's
     gpus: int = 0  # GPUs per node; each has a task of its own, and without any there is one task

@@ -74,7 +74,8 @@ def _train(cfg: Config, run_dir: Path, claim: RunClaim, resume: bool, stop: Stop
         claim.check()
         failpoint("finish.summary")
         result = summary.finish(status)
-        claim.outcome = {"status": status, "epoch": summary.epochs_done, "reason": run.stop.reason}
+        made = run.observer.stepper.made
+        claim.outcome = {"status": status, "epoch": summary.epochs_done, "reason": run.stop.reason, "updates": made}
         write_event(run_dir, status, epoch=summary.epochs_done)
         run.draw()
         run.close()

@@ -102,6 +102,7 @@ class PWMStepper(OptimizationStepper):
         self.epoch = 0  # training epochs done
         self.updated = False  # whether the world model has had its first updates
         self.work: EpochWork | None = None  # of an epoch in progress
+        self.made = 0  # updates of this process
         self.stop = StopRequest()
 
     def step(self, trainer: Trainer | None, sub_batch: TensorDictBase) -> TensorDictBase:
@@ -147,6 +148,7 @@ class PWMStepper(OptimizationStepper):
             self.stop.check()
             self.update_model(work.row)
             work.model_updates -= 1
+            self.made += 1
         while work.policy_updates or work.states is not None:
             self.stop.check()
             if work.states is None:
@@ -155,6 +157,7 @@ class PWMStepper(OptimizationStepper):
                 # The rollout has no other name than its states: it would live on beside the next policy update.
                 work.states = self.states_of(self.update_policy(work.starts, work.row))
                 work.starts = None
+                self.made += 1
                 work.policy_updates -= 1
                 work.passes = self.cfg.algorithm.critic_passes
             self.continue_critics(work)
@@ -234,6 +237,7 @@ class PWMStepper(OptimizationStepper):
                 work.minibatches = list(torch.randperm(len(states), device=states.device).split(minibatch))
                 work.passes -= 1
             self.update_critics_once(states, work.minibatches[0], work.row)
+            self.made += 1
             del work.minibatches[0]
         work.states = None
 
