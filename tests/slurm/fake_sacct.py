@@ -1,7 +1,7 @@
 """A ``sacct`` for a cluster without accounting: the controller's memory in sacct's format, all that submitit reads.
 
-Answers ``sacct -o FIELD,... --parsable2 -j ID [-j ID ...]`` for as long as the controller remembers a job. Steps are
-not listed: who needs to know of a step that ran out of memory finds ``DerivedExitCode``.
+Answers ``sacct -o FIELD,... --parsable2 [-X] [-n] -j ID [-j ID ...]`` for as long as the controller remembers a job.
+Steps are not listed: who needs to know of a step that ran out of memory finds ``DerivedExitCode``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ FIELDS = {
     "NodeList": lambda job: job.get("NodeList", "").replace("(null)", ""),
     "ExitCode": lambda job: job.get("ExitCode", ""),
     "DerivedExitCode": lambda job: job.get("DerivedExitCode", ""),
+    "Elapsed": lambda job: job.get("RunTime", ""),
     "Reason": lambda job: job.get("Reason", ""),
     "Restarts": lambda job: job.get("Restarts", ""),
 }
@@ -46,12 +47,14 @@ def main() -> int:
     parser.add_argument("-o", "--format", default="JobID,State,NodeList")
     parser.add_argument("-j", "--jobs", action="append", default=[])
     parser.add_argument("--parsable2", "-P", action="store_true", required=True)
+    parser.add_argument("--allocations", "-X", action="store_true")  # there are no others
+    parser.add_argument("--noheader", "-n", action="store_true")
     options = parser.parse_args()
     fields = options.format.split(",")
-    lines = ["|".join(fields)]
+    lines = [] if options.noheader else ["|".join(fields)]
     for number in ",".join(options.jobs).split(","):
         lines += ["|".join(FIELDS[field](job) for field in fields) for job in jobs(number)]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
 
 

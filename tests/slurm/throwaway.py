@@ -200,7 +200,7 @@ class Cluster:
     def logs(self, lines: int = 40) -> str:
         """The ends of the daemons' logs, and the queue."""
         parts = []
-        for file in sorted((self.folder / "log").iterdir()):
+        for file in sorted((self.folder / "log").glob("*.log")):
             tail = file.read_text(errors="replace").splitlines()[-lines:]
             parts.append("\n".join([f"== {file.name}", *tail]))
         if "slurmctld" in self._daemons:
@@ -211,7 +211,7 @@ class Cluster:
     def _spawn(self, program: str, *arguments: str, name: str = "") -> None:
         path = shutil.which(program, path=SEARCH)
         assert path is not None, program
-        output = (self.folder / "log" / f"{name or program}.out").open("ab")
+        output = (self.folder / "log" / f"{name or program}.start.log").open("ab")
         with output:
             self._daemons[name or program] = subprocess.Popen(
                 [path, *arguments],
