@@ -9,11 +9,12 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pwm_torchrl.cluster.deaths import Answer, Death, JobRecord
 from pwm_torchrl.cluster.memory import NextPlan, apply_plan, next_plan
+from pwm_torchrl.cluster.query import SlurmError, job_records
 from pwm_torchrl.cluster.reasons import END, MEMORY, RESUBMIT, WAIT
 from pwm_torchrl.cluster.record import read_job, write_job
 from pwm_torchrl.cluster.restarts import Life, decide, note
@@ -21,7 +22,6 @@ from pwm_torchrl.training.config_file import load_config
 
 #: SLURM's record of a step that was killed for memory may come this much later than srun's return.
 PATIENCE_S = 6.0
-_QUERY_TIMEOUT_S = 20
 #: Exit codes of the job by the run's status, as on the command line.
 _CODES = {"finished": 0, "stopped": 0, "superseded": 0, "storage": 74, "memory": 75}
 
@@ -96,21 +96,16 @@ def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]
 
 def read_record(life: Life) -> JobRecord:
     """SLURM's record of this job now; an empty one if it does not answer."""
-    command = ["scontrol", "--details", "--oneliner", "show", "job", life.job_id]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        found = job_records(life.job_id)
+    except SlurmError as error:
+        say(str(error))
         return JobRecord()
-    return parse_record(shown, life.restart_count)
+    return record_of(found[0], life.restart_count) if found else JobRecord()
 
 
-def parse_record(shown: str, restart_count: int) -> JobRecord:
-    """A record from what ``scontrol show job`` printed."""
-    facts: dict[str, str] = {}
-    for word in shown.split():
-        key, equal, value = word.partition("=")
-        if equal:
-            facts.setdefault(key, value)
+def record_of(facts: Mapping[str, str], restart_count: int) -> JobRecord:
+    """What matters of what ``scontrol show job`` tells."""
     restarts = facts.get("Restarts", "0")
     return JobRecord(
         state=facts.get("JobState", ""),

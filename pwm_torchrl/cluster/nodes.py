@@ -1,33 +1,37 @@
-"""What SLURM says of its nodes."""
+"""What the nodes of a partition have, and whether they could run a job."""
 
 from __future__ import annotations
 
-import subprocess
-
+from pwm_torchrl.cluster import fits
+from pwm_torchrl.cluster.query import nodes, partitions, slurm_config
+from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.errors import ConfigurationError
-
-_TIMEOUT_S = 20
+from pwm_torchrl.training.config import ClusterConfig
 
 
 def node_memory_mb(partition: str | None) -> int:
-    """Memory in MiB that every node of a partition has, of SLURM's default partition for ``None``.
+    """Memory in MiB that every node of the partitions has, of SLURM's default partition for ``None``.
 
     Raises:
-        ConfigurationError: if SLURM does not answer or knows no such partition.
+        SlurmError: if SLURM does not answer.
+        ConfigurationError: if there are no such nodes.
     """
-    command = ["sinfo", "--noheader", "--exact", "--format=%P|%m"]
-    if partition is not None:
-        command.append(f"--partition={partition}")
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigurationError(f"SLURM does not answer ({error}); try again, or use cluster=local") from error
-    rows = [line.split("|") for line in shown.stdout.splitlines() if "|" in line]
-    # The default partition is marked with an asterisk.
-    found = [int(memory.rstrip("+")) for name, memory in rows if partition is not None or name.endswith("*")]
+    names = partition.split(",") if partition else [each.name for each in partitions() if each.default]
+    found = [node.memory_mb for node in nodes() if set(names) & set(node.partitions)]
     if not found:
-        asked = "has no default partition" if partition is None else f"knows no cluster.partition={partition}"
-        raise ConfigurationError(
-            f"SLURM {asked} ({shown.stderr.strip() or 'sinfo lists none'}); set cluster.partition, or cluster.host_gb"
-        )
+        asked = f"cluster.partition={partition}" if partition else "a default partition"
+        raise ConfigurationError(f"SLURM has no nodes in {asked}; set cluster.partition, or cluster.host_gb")
     return min(found)
+
+
+def require_fit(cluster: ClusterConfig, resources: Resources) -> None:
+    """Refuse what SLURM would accept and never run.
+
+    Raises:
+        ConfigurationError: with the key to change.
+        SlurmError: if SLURM does not answer.
+    """
+    request = fits.Request.of(cluster, cpus=resources.cpus, memory_mb=resources.mem_mb, minutes=resources.time_min)
+    reason = fits.misfit(request, slurm_config(), partitions(), nodes())
+    if reason is not None:
+        raise ConfigurationError(reason)

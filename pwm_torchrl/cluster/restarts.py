@@ -101,7 +101,7 @@ def note(run: Path, life: Life, death: Death, reply: Answer, detail: str) -> Non
     said = life.outcome(run)
     if said is None or said.get("status") != reply.status:
         write_event(run, reply.status, error=reply.why)
-        set_status(run, reply.status)
+        set_status(run, reply.status, whatever_it_was=True)
 
 
 def before_training(run: Path) -> None:
@@ -117,8 +117,9 @@ def before_training(run: Path) -> None:
     claim = before.claim(run)
     if claim is None or _is_noted(run, claim):
         return
-    death = classify(before.outcome(run), before.evidence(run), record=JobRecord(requeued=True))
-    if not before.evidence(run):
+    outcome = before.outcome(run)
+    death = classify(outcome, before.evidence(run), term_received=outcome is not None, record=JobRecord(requeued=True))
+    if outcome is None and not before.evidence(run):
         death = Death(NODE_FAILURE, "the node failed, or the whole job was killed with it", slurm_requeues=True)
     reply = answer(death, progressed(run, claim), restarts_of(run), load_config(run).cluster.max_memory_restarts)
     note(run, before, death, reply, death.detail)

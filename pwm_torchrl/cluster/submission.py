@@ -1,19 +1,19 @@
-"""Runs to SLURM: one job or one throttled array, and the same again when a run needs another request."""
+"""Runs to SLURM: one job or one throttled array, and the same again when a run needs another resources."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pwm_torchrl.cluster.parse import JobState
+from pwm_torchrl.cluster.query import job_states, slurm_config
 from pwm_torchrl.cluster.record import note_submission, read_job
-from pwm_torchrl.cluster.request import Request, sbatch_parameters
+from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.config import Config
 
@@ -32,20 +32,15 @@ class Submitted:
     job_id: str
 
 
-def slurm_found() -> bool:
-    """Whether this machine can submit to SLURM."""
-    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
-
-
 def submit_runs(
-    runs: Sequence[Path], configs: Sequence[Config], request: Request, code: Sequence[Path], runs_dir: Path
+    runs: Sequence[Path], configs: Sequence[Config], resources: Resources, code: Sequence[Path], runs_dir: Path
 ) -> list[Submitted]:
     """Queue runs whose directories are written.
 
     Args:
         runs (sequence of Path): their directories, absolute.
         configs (sequence of Config): one each, of one cluster profile.
-        request (Request): resources of each.
+        resources (Resources): of each job.
         code (sequence of Path): copies of the code, see :func:`~pwm_torchrl.cluster.snapshot.snapshot`.
         runs_dir (Path): where the files of an array go.
 
@@ -53,10 +48,10 @@ def submit_runs(
         ConfigurationError: if submitit is not installed or SLURM refuses; nothing of that array is queued then.
     """
     done: list[Submitted] = []
-    limit = max(1, array_limit())
+    limit = slurm_config().max_array_size if len(runs) > 1 else 1
     for first in range(0, len(runs), limit):
         part = slice(first, first + limit)
-        done += _submit(runs[part], configs[first], request, code, runs_dir)
+        done += _submit(runs[part], configs[first], resources, code, runs_dir)
     return done
 
 
@@ -67,15 +62,15 @@ def resubmit(run_dir: Path, cfg: Config, mem_mb: int) -> str:
         ConfigurationError: if SLURM refuses.
     """
     job = read_job(run_dir)
-    before = Request(**{name: job[name] for name in Request.__dataclass_fields__})
-    request = Request(**{**before.as_dict(), "mem_mb": mem_mb})
+    before = Resources(**{name: job[name] for name in Resources.__dataclass_fields__})
+    resources = Resources(**{**before.as_dict(), "mem_mb": mem_mb})
     code = [Path(each) for each in job.get("code", [])]
-    (submitted,) = _submit([run_dir], cfg, request, code, run_dir.parent)
+    (submitted,) = _submit([run_dir], cfg, resources, code, run_dir.parent)
     return submitted.job_id
 
 
 def _submit(
-    runs: Sequence[Path], cfg: Config, request: Request, code: Sequence[Path], runs_dir: Path
+    runs: Sequence[Path], cfg: Config, resources: Resources, code: Sequence[Path], runs_dir: Path
 ) -> list[Submitted]:
     try:
         from submitit.core.utils import FailedSubmissionError
@@ -91,9 +86,9 @@ def _submit(
         folder, name = runs[0] / FOLDER, runs[0].name
     else:
         folder, name = _new_folder(runs_dir / ARRAYS), f"{runs[0].name}+{len(runs) - 1}"
-    executor = RunExecutor(folder, code, request.cpus)
+    executor = RunExecutor(folder, code, resources.cpus)
     executor.write_runs(runs)
-    executor.update_parameters(**sbatch_parameters(cfg, request, name))
+    executor.update_parameters(**sbatch_parameters(cfg, resources, name))
     with outside_of_a_job():
         try:
             if len(runs) == 1:
@@ -102,7 +97,7 @@ def _submit(
                 jobs = executor.map_array(run_slurm_job, [str(run) for run in runs])
         except FailedSubmissionError as error:
             raise ConfigurationError(_refusal(str(error), cfg)) from error
-    facts = {"cluster": cfg.cluster.name, "code": [str(each) for each in code], **request.as_dict()}
+    facts = {"cluster": cfg.cluster.name, "code": [str(each) for each in code], **resources.as_dict()}
     for run, job in zip(runs, jobs, strict=True):
         note_submission(run, job.job_id, **facts)
     return [Submitted(run, job.job_id) for run, job in zip(runs, jobs, strict=True)]
@@ -128,17 +123,6 @@ def outside_of_a_job() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def array_limit() -> int:
-    """Most tasks of an array here; 1000 if SLURM does not tell."""
-    try:
-        command = ["scontrol", "show", "config"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 1000
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
-    return int(found[1]) if found else 1000
-
-
 def _new_folder(parent: Path) -> Path:
     stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
     while True:
@@ -148,3 +132,14 @@ def _new_folder(parent: Path) -> Path:
             return folder
         except FileExistsError:
             number += 1
+
+
+def live_job(run_dir: Path) -> JobState | None:
+    """The run's newest job if it is queued or runs.
+
+    Raises:
+        SlurmError: if SLURM does not answer.
+    """
+    ids = read_job(run_dir).get("job_ids", [])[-1:]
+    job = job_states(ids).get(ids[0]) if ids else None
+    return None if job is None or job.ended else job

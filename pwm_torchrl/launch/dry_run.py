@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from omegaconf import OmegaConf
 
-from pwm_torchrl.cluster.request import sbatch_parameters
+from pwm_torchrl.cluster.resources import sbatch_parameters
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.prepare import SLURM, Prepared, plan_for_slurm
@@ -30,7 +30,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     console.say("# configuration" + ("" if len(runs) == 1 else f" of the first of {len(runs)} runs"))
     console.say(OmegaConf.to_yaml(OmegaConf.create(asdict(first))).rstrip())
     if place == SLURM:
-        plans, request = plan_for_slurm(runs)
+        plans, resources = plan_for_slurm(runs)
     else:
         device = pick_device(first.device)
         limits = budgets(first, str(device) if device.type == "cuda" else None)
@@ -47,7 +47,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     if place != SLURM:
         console.say(f"\n# submitted to: {place}, no sbatch")
         return
-    parameters = sbatch_parameters(first, request, "pwm_torchrl")
+    parameters = sbatch_parameters(first, resources, "pwm_torchrl")
     extra = parameters.pop("additional_parameters")
     console.say("\n# sbatch" + ("" if len(runs) == 1 else f", one array of {len(runs)}"))
     for key, value in sorted({**parameters, **extra}.items()):

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pwm_torchrl.cluster.nodes import node_memory_mb
-from pwm_torchrl.cluster.request import Request, request_for
-from pwm_torchrl.cluster.submission import slurm_found
+from pwm_torchrl.cluster.nodes import node_memory_mb, require_fit
+from pwm_torchrl.cluster.query import slurm_available
+from pwm_torchrl.cluster.resources import Resources, resources_for
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.sweep import expand
@@ -63,10 +63,10 @@ def place_of(config: Config) -> str:
     if os.environ.get("SLURM_JOB_ID"):
         return HERE  # resources are there already
     if kind == "auto":
-        return SLURM if slurm_found() else LOCAL
-    if kind == SLURM and not slurm_found():
+        return SLURM if slurm_available() else LOCAL
+    if kind == SLURM and not slurm_available():
         raise ConfigurationError(
-            f"cluster={config.cluster.name} describes SLURM nodes, and there is no sbatch and srun here; submit from a "
+            f"cluster={config.cluster.name} describes SLURM nodes, and no SLURM is found here; submit from a "
             "login node of the cluster, or use cluster=local"
         )
     return kind
@@ -89,8 +89,8 @@ def require_logging(config: Config) -> None:
         )
 
 
-def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Request]:
-    """The memory plan of each run, and a request that is enough for all of them.
+def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Resources]:
+    """The memory plan of each run, and resources that are enough for all of them.
 
     Raises:
         ConfigurationError: if a run cannot fit the nodes of its profile.
@@ -100,18 +100,19 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Request]:
     from pwm_torchrl.memory.plan import make_plan
 
     plans: dict[str, Any] = {}
-    found, request = [], None
+    found, resources = [], None
     for run in runs:
         ask_for_node_memory(run.config)
         # A seed changes no memory.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
         if key not in plans:
             plans[key] = make_plan(run.config, environment_facts(run.config.env), profile_budgets(run.config))
-        needed = request_for(run.config, plans[key])
-        request = needed if request is None else request.covering(needed)
+        needed = resources_for(run.config, plans[key])
+        resources = needed if resources is None else resources.covering(needed)
         found.append(plans[key])
-    assert request is not None
-    return found, request
+    assert resources is not None
+    require_fit(runs[0].config.cluster, resources)
+    return found, resources
 
 
 def ask_for_node_memory(config: Config) -> None:

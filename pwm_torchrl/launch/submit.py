@@ -78,7 +78,7 @@ def _to_slurm(runs: Sequence[Prepared]) -> int:
     """Queue all runs; nothing is written before everything is checked and planned."""
     from pwm_torchrl.cluster.submission import submit_runs
 
-    _, request = plan_for_slurm(runs)
+    _, resources = plan_for_slurm(runs)
     for run in runs:
         if run.config.run_dir is not None:
             refuse_while_queued(Path(run.config.run_dir).expanduser().absolute())
@@ -86,7 +86,7 @@ def _to_slurm(runs: Sequence[Prepared]) -> int:
     folders = [prepare_run_dir(config).path for config in configs]
     parent = folders[0].parent
     code = snapshot(parent, (name for config in configs for name in targets_of(asdict(config))))
-    submitted = submit_runs(folders, configs, request, code, parent)
+    submitted = submit_runs(folders, configs, resources, code, parent)
     for each in submitted:
         console.say(f"job {each.job_id}: {each.run_dir}")
     what = "it" if len(submitted) == 1 else "them"
@@ -101,7 +101,7 @@ def refuse_while_queued(run_dir: Path) -> None:
     Raises:
         ConfigurationError: if a job of the run is queued or runs.
     """
-    from pwm_torchrl.cluster.live import live_job
+    from pwm_torchrl.cluster.submission import live_job
 
     job = live_job(run_dir)
     if job is not None:

@@ -92,7 +92,7 @@ def claimed(run_dir: Path, adoptable: Sequence[str] = (), patience_s: float = PA
         run_dir (Path): the run's directory.
         adoptable (sequence of str): checkpoints that this attempt may continue from; see
             :func:`pwm_torchrl.training.checkpoint_store.countable`. Defaults to none.
-        patience_s (float): how long to wait for an owner that is just ending. Defaults to ``60.0``.
+        patience_s (float): how long a job waits for an owner that may be just ending. Defaults to ``60.0``.
 
     Raises:
         ConfigurationError: if another attempt owns it, or whether it does cannot be told.
@@ -112,8 +112,8 @@ def _take(run_dir: Path, adoptable: list[str], patience_s: float) -> Claim:
         newest = newest_claim(run_dir)
         if newest is not None and read_outcome(run_dir, newest.attempt) is None:
             state = owner_state(newest.owner)
-            if state == ALIVE and newest.owner.job_id is not None and time.monotonic() < patience:
-                time.sleep(0.5)  # its job may be about to end
+            if state == ALIVE and Identity.here().job_id is not None and time.monotonic() < patience:
+                time.sleep(0.5)  # a job that comes back may be here before its last life has ended
                 continue
             if state != ENDED:
                 raise _refusal(run_dir, newest, alive=state == ALIVE)

@@ -24,10 +24,11 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def set_status(run_dir: str | Path, status: str) -> None:
-    """Corrects the status of a summary that still says ``running`` although its process ended."""
+def set_status(run_dir: str | Path, status: str, *, whatever_it_was: bool = False) -> None:
+    """Corrects the status of a summary that still says ``running`` although its process ended, or any but ``finished``."""
     summary = read_summary(run_dir)
-    if summary.get("status") == "running":
+    said = summary.get("status")
+    if said == "running" or (whatever_it_was and said not in (None, "finished")):
         partial = Path(run_dir) / (SUMMARY_FILE + ".tmp")
         try:
             partial.write_text(json.dumps({**summary, "status": status}, indent=2) + "\n", encoding="utf-8")

@@ -51,8 +51,9 @@ class Pole(gymnasium.Env):
         time.sleep(float(seconds))
 
     def grow(self, mib):
-        self.held = bytearray(int(mib) << 20)
-        self.held[:: 4096] = bytes(len(self.held[:: 4096]))
+        if not hasattr(self, "held"):
+            self.held = bytearray(int(mib) << 20)
+            self.held[::4096] = bytes(len(self.held[::4096]))
 
     def child_grows(self, mib):
         code = f"held = bytearray({int(mib)} << 20); held[::4096] = bytes(len(held[::4096]))"
@@ -68,8 +69,16 @@ class Pole(gymnasium.Env):
         raise KeyError("a bug")
 
 
+class Saved(GymWrapper):
+    def save_state(self):
+        return {"count": self._env.count, "steps": self._env.steps}
+
+    def load_state(self, state):
+        self._env.count, self._env.steps = state["count"], state["steps"]
+
+
 def make(seed, trouble):
-    return GymWrapper(Pole(trouble if seed < 5000 else trouble + ".none"))
+    return Saved(Pole(trouble if seed < 5000 else trouble + ".none"))
 
 
 def word():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from run_cases import Place, events, summary
 
-from pwm_torchrl.launch.submit import main
-
 
 @pytest.fixture
 def place(on_cluster, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ __all__ = ["FAILED", "RunReport", "find_runs", "last", "natural", "number", "rea
 _DEPTH = 4  # how deep below a given folder runs are looked for
 
 #: Statuses of runs that ended before they were finished, and not because somebody stopped them.
-FAILED = ("failed", "memory", "storage")
+FAILED = ("failed", "memory", "storage", "stalled", "start_up")
 
 #: Events that wait for a new attempt: until it writes, the summary still says what the last one wrote.
 _WAITING = ("submit", "restart")

@@ -1,9 +1,9 @@
-"""What a run asks SLURM for: from its memory plan, its length and the cluster's profile."""
+"""The resources that a run asks SLURM for: from its memory plan, its length and the cluster's profile."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.length import estimated_minutes
@@ -20,7 +20,7 @@ DEFAULT_CPUS = 2
 
 
 @dataclass(frozen=True)
-class Request:
+class Resources:
     """Resources of a job; the rest of its profile is in the configuration.
 
     Attributes:
@@ -46,12 +46,12 @@ class Request:
         """Plain values for ``job.json``."""
         return asdict(self)
 
-    def covering(self, other: Request) -> Request:
-        """The least request that is enough for both, for jobs of one array."""
-        return Request(*(max(a, b) for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+    def covering(self, other: Resources) -> Resources:
+        """The least that is enough for both, for jobs of one array."""
+        return Resources(*(max(a, b) for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
-def request_for(cfg: Config, plan: Plan) -> Request:
+def resources_for(cfg: Config, plan: Plan) -> Resources:
     """What the run needs, as far as its profile does not say it.
 
     Raises:
@@ -84,21 +84,21 @@ def request_for(cfg: Config, plan: Plan) -> Request:
             f"cluster.time_min={minutes} is longer than cluster={profile.name} allows, "
             f"cluster.max_time_min={profile.max_time_min}; a longer run comes back by itself"
         )
-    return Request(mem_mb, cpus, gpus, profile.nodes, minutes)
+    return Resources(mem_mb, cpus, gpus, profile.nodes, minutes)
 
 
-def sbatch_parameters(cfg: Config, request: Request, name: str) -> dict[str, Any]:
-    """Parameters of submitit's executor for a request."""
+def sbatch_parameters(cfg: Config, resources: Resources, name: str) -> dict[str, Any]:
+    """Parameters of submitit's executor for a resources."""
     profile = cfg.cluster
     extra: dict[str, Any] = {"requeue": True}
     parameters: dict[str, Any] = {
         "job_name": name,
-        "time": request.time_min,
-        "nodes": request.nodes,
-        "ntasks_per_node": request.tasks_per_node,
-        "cpus_per_task": request.cpus,
+        "time": resources.time_min,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks_per_node,
+        "cpus_per_task": resources.cpus,
         # Not submitit's mem_gb, which rounds to whole GB.
-        "mem": f"{request.mem_mb}M",
+        "mem": f"{resources.mem_mb}M",
         "signal_delay_s": profile.signal_delay_s,
         "stderr_to_stdout": True,
         "use_srun": False,
@@ -108,8 +108,8 @@ def sbatch_parameters(cfg: Config, request: Request, name: str) -> dict[str, Any
     }
     if profile.gres is not None:
         parameters["gres"] = profile.gres
-    elif request.gpus:
-        parameters["gres"] = f"gpu:{request.gpus}"
+    elif resources.gpus:
+        parameters["gres"] = f"gpu:{resources.gpus}"
     if profile.array_parallelism is not None:
         parameters["array_parallelism"] = profile.array_parallelism
     for key in ("partition", "account", "qos", "constraint", "comment"):
@@ -117,8 +117,3 @@ def sbatch_parameters(cfg: Config, request: Request, name: str) -> dict[str, Any
         if value is not None:
             parameters[key] = value
     return parameters
-
-
-def with_memory(request: Request, mem_mb: int) -> Request:
-    """The same with another amount of memory."""
-    return replace(request, mem_mb=mem_mb)

@@ -1,0 +1,11 @@
+"""One line per run: python launch/status.py runs/."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout works without installation
+
+from pwm_torchrl.launch.status import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

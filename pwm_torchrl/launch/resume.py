@@ -1,0 +1,93 @@
+"""``launch/resume.py``: brings back whatever is unfinished and neither queued nor running; safe to call at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pwm_torchrl.cluster.parse import JobState
+from pwm_torchrl.cluster.query import job_states, slurm_available
+from pwm_torchrl.cluster.record import read_job
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch import console
+from pwm_torchrl.launch.evaluate import ArgumentParser
+from pwm_torchrl.launch.reporting.collect import find_runs
+from pwm_torchrl.training.claims import newest_claim, read_outcome
+from pwm_torchrl.training.config_file import load_config
+from pwm_torchrl.training.owners import ENDED, owner_state
+from pwm_torchrl.training.summary_file import read_summary
+
+__all__ = ["main", "reason_to_leave"]
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submits what can go on and says of the rest why it is left alone.
+
+    Returns:
+        The exit code: 0, or 1 if a run that should go on could not be submitted.
+    """
+    parser = ArgumentParser(
+        prog="python launch/resume.py",
+        description="Submit again every run that is unfinished and neither queued nor running.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
+    parser.add_argument("--failed", action="store_true", help="also runs that ended with an error of their own")
+    args = parser.parse_args(argv)
+    runs = sorted((path.resolve() for path in find_runs(args.runs)), key=lambda path: path.name)
+    newest = {run: job_id for run in runs for job_id in read_job(run).get("job_ids", [])[-1:]}
+    states = job_states(newest.values()) if newest else {}
+    code = console.OK
+    for run in runs:
+        reason = reason_to_leave(run, states.get(newest.get(run, "")), failed=args.failed)
+        if reason is not None:
+            console.say(f"{run.name}: left alone, {reason}")
+            continue
+        try:
+            console.say(f"{run.name}: {_bring_back(run)}")
+        except ConfigurationError as error:
+            console.error(f"{run.name}: {error}")
+            code = console.FAILED
+    return code
+
+
+def reason_to_leave(run: Path, job: JobState | None, *, failed: bool) -> str | None:
+    """Why a run is not submitted again; ``None`` if it should be.
+
+    Args:
+        run (Path): its directory.
+        job (JobState, optional): SLURM's word on its newest job.
+        failed (bool): whether runs that ended with an error go on too.
+    """
+    status = read_summary(run).get("status", "not started")
+    if status == "finished":
+        return "finished"
+    if job is not None and not job.ended:
+        if job.held:
+            return f"job {job.job_id} is held; let it go on with: scontrol release {job.job_id}"
+        return f"job {job.job_id} is {job.state.lower()}"
+    claim = newest_claim(run)
+    if claim is not None and read_outcome(run, claim.attempt) is None and owner_state(claim.owner) != ENDED:
+        return f"process {claim.owner.pid} on {claim.owner.host} trains it, or may do so"
+    if status == "failed" and not failed:
+        return "failed; --failed tries it again"
+    return None
+
+
+def _bring_back(run: Path) -> str:
+    """Submit a run as it was submitted before; returns what was done."""
+    cfg = load_config(run)
+    job = read_job(run)
+    if job and slurm_available():
+        from pwm_torchrl.cluster.submission import resubmit
+
+        return f"job {resubmit(run, cfg, int(job['mem_mb']))}"
+    if cfg.cluster.kind == "slurm":
+        raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and no SLURM is found here")
+    from pwm_torchrl.cluster.snapshot import snapshot, targets_of
+    from pwm_torchrl.launch.local import submit_local
+
+    code = snapshot(run.parent, targets_of(asdict(cfg)))
+    outcome = submit_local(run, code).follow()
+    return str(outcome["status"])
