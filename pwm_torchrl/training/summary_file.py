@@ -25,7 +25,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
 
 
 def set_status(run_dir: str | Path, status: str, *, whatever_it_was: bool = False) -> None:
-    """Corrects the status of a summary that still says ``running`` although its process ended, or any but ``finished``."""
+    """Corrects a summary that still says ``running`` although its process ended, or anything but ``finished``."""
     summary = read_summary(run_dir)
     said = summary.get("status")
     if said == "running" or (whatever_it_was and said not in (None, "finished")):

@@ -37,7 +37,7 @@ class Shape:
     gpu_type: str = "l40s"
     array_size: int = 11
     requeue_hold_s: int = 5
-    kill_wait_s: int = 3
+    kill_wait_s: int = 8
     grace_s: int = 10
     node_timeout_s: int = 30
     enforce: str = "auto"
