@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pwm_torchrl.cluster.parse import Node, Partition, SlurmConfig, parse_gpus
+from pwm_torchrl.cluster.parse import Node, Partition, Site, SlurmConfig, parse_gpus
 from pwm_torchrl.training.config import ClusterConfig
 
-__all__ = ["Request", "misfit"]
+if TYPE_CHECKING:
+    from pwm_torchrl.cluster.request import Request
+
+__all__ = ["Demand", "misfit"]
 
 
 @dataclass(frozen=True)
-class Request:
+class Demand:
     """What a job asks for; ``None`` stands for what is not said.
 
     Attributes:
@@ -37,46 +41,38 @@ class Request:
     constraint: str | None = None
 
     @classmethod
-    def of(
-        cls,
-        cluster: ClusterConfig,
-        *,
-        cpus: int | None = None,
-        memory_mb: int | None = None,
-        minutes: int | None = None,
-    ) -> Request:
-        """Of a profile; what it leaves open is taken from the arguments."""
-        gpus = parse_gpus(cluster.gres) if cluster.gres is not None else {"": cluster.gpus}
-        if cluster.mem_gb is not None:
-            memory_mb = round(cluster.mem_gb * 1024)
-        limits = [m for m in (cluster.time_min or minutes, cluster.max_time_min) if m is not None]
+    def of(cls, profile: ClusterConfig, request: Request | None = None) -> Demand:
+        """Of a profile, and of a run's request where there is one, which says what the profile leaves open."""
+        gpus = profile.gpus if request is None else request.gpus
+        kinds = parse_gpus(profile.gres) if profile.gres is not None else {"": gpus}
+        memory_mb = None if profile.mem_gb is None else round(profile.mem_gb * 1024)
+        minutes = [m for m in (profile.time_min, profile.max_time_min) if m is not None]
         return cls(
-            partition=cluster.partition,
-            nodes=cluster.nodes,
-            tasks=max(1, cluster.gpus),
-            cpus=cluster.cpus or cpus,
-            memory_mb=memory_mb,
-            gpus=tuple((kind, count) for kind, count in gpus.items() if count),
-            minutes=min(limits, default=None),
-            constraint=cluster.constraint,
+            partition=profile.partition,
+            nodes=profile.nodes if request is None else request.nodes,
+            tasks=max(1, gpus),
+            cpus=profile.cpus if request is None else request.cpus,
+            memory_mb=memory_mb if request is None else request.mem_mb,
+            gpus=tuple((kind, count) for kind, count in kinds.items() if count),
+            minutes=min(minutes, default=None) if request is None else request.time_min,
+            constraint=profile.constraint,
         )
 
 
-def misfit(request: Request, config: SlurmConfig, partitions: Sequence[Partition], nodes: Sequence[Node]) -> str | None:
+def misfit(demand: Demand, site: Site) -> str | None:
     """Why no node of the asked partitions could ever run the job: a sentence with the key to change.
 
     Of several partitions one that fits is enough.
 
     Args:
-        request (Request): what is asked.
-        config (SlurmConfig): the controller's settings.
-        partitions (sequence of Partition): all of them.
-        nodes (sequence of Node): all of them, up or down.
+        demand (Demand): what is asked.
+        site (Site): what there is.
 
     Returns:
         str, optional: ``None`` if the job can run.
     """
-    names = request.partition.split(",") if request.partition else [p.name for p in partitions if p.default]
+    partitions = site.partitions
+    names = demand.partition.split(",") if demand.partition else [p.name for p in partitions if p.default]
     if not names:
         return f"SLURM has no default partition; set cluster.partition, one of {', '.join(p.name for p in partitions)}"
     reason = None
@@ -84,48 +80,48 @@ def misfit(request: Request, config: SlurmConfig, partitions: Sequence[Partition
         partition = next((p for p in partitions if p.name == name), None)
         if partition is None:
             return f"cluster.partition={name} does not exist; choose one of {', '.join(p.name for p in partitions)}"
-        here = [node for node in nodes if name in node.partitions]
-        found = _beyond_limits(request, config, partition) or _beyond_nodes(request, partition, here)
+        here = [node for node in site.nodes if name in node.partitions]
+        found = _beyond_limits(demand, site.config, partition) or _beyond_nodes(demand, partition, here)
         if found is None:
             return None
         reason = reason or found
     return reason
 
 
-def _beyond_limits(request: Request, config: SlurmConfig, partition: Partition) -> str | None:
+def _beyond_limits(demand: Demand, config: SlurmConfig, partition: Partition) -> str | None:
     """What a partition's own limits forbid."""
     where = f"partition {partition.name}"
     if not partition.up:
         return f"{where} takes no jobs now; set cluster.partition to another one"
-    if _exceeds(request.minutes, partition.max_minutes):
+    if _exceeds(demand.minutes, partition.max_minutes):
         return (
-            f"a time limit of {request.minutes} min is longer than {where} allows, {partition.max_minutes} min; set "
+            f"a time limit of {demand.minutes} min is longer than {where} allows, {partition.max_minutes} min; set "
             f"cluster.max_time_min={partition.max_minutes}, and longer runs come back until they are done"
         )
-    if _exceeds(request.nodes, partition.max_nodes):
-        return f"cluster.nodes={request.nodes} is more than {where} allows, {partition.max_nodes}"
-    cpus = request.tasks * (request.cpus or 1)
+    if _exceeds(demand.nodes, partition.max_nodes):
+        return f"cluster.nodes={demand.nodes} is more than {where} allows, {partition.max_nodes}"
+    cpus = demand.tasks * (demand.cpus or 1)
     if _exceeds(cpus, partition.max_cpus):
-        return f"{_cpus(request)} are more than {where} allows on a node, {partition.max_cpus}; lower cluster.cpus"
+        return f"{_cpus(demand)} are more than {where} allows on a node, {partition.max_cpus}; lower cluster.cpus"
     most = min((m for m in (partition.max_memory_mb, config.max_memory_mb) if m is not None), default=None)
-    if _exceeds(request.memory_mb, most):
-        return _too_much_memory(request, where, most or 0)
+    if _exceeds(demand.memory_mb, most):
+        return _too_much_memory(demand, where, most or 0)
     return None
 
 
-def _beyond_nodes(request: Request, partition: Partition, nodes: Sequence[Node]) -> str | None:
+def _beyond_nodes(demand: Demand, partition: Partition, nodes: Sequence[Node]) -> str | None:
     """What its nodes do not have, each thing alone and then all together."""
     where = f"partition {partition.name}"
     if not nodes:
         return f"{where} has no nodes; set cluster.partition to another one"
-    cpus = request.tasks * (request.cpus or 1)
+    cpus = demand.tasks * (demand.cpus or 1)
     most_cpus = max(node.cpus for node in nodes)
     if cpus > most_cpus:
-        return f"{_cpus(request)} are more than a node of {where} has, {most_cpus}; lower cluster.cpus"
+        return f"{_cpus(demand)} are more than a node of {where} has, {most_cpus}; lower cluster.cpus"
     most_memory = max(node.memory_mb for node in nodes)
-    if _exceeds(request.memory_mb, most_memory):
-        return _too_much_memory(request, where, most_memory)
-    for kind, count in request.gpus:
+    if _exceeds(demand.memory_mb, most_memory):
+        return _too_much_memory(demand, where, most_memory)
+    for kind, count in demand.gpus:
         most = max(_gpus(node, kind) for node in nodes)
         if count > most:
             asked = "1 GPU" if count == 1 else f"{count} GPUs"
@@ -133,40 +129,40 @@ def _beyond_nodes(request: Request, partition: Partition, nodes: Sequence[Node])
                 f"{asked}{f' of type {kind}' if kind else ''} per node cannot be had, a node of {where} has "
                 f"{f'at most {most}' if most else 'none'}; change cluster.gpus, cluster.gres or cluster.partition"
             )
-    features = [name for name in (request.constraint or "").split("&") if name.replace("_", "").isalnum()]
+    features = [name for name in (demand.constraint or "").split("&") if name.replace("_", "").isalnum()]
     for name in features:
         if not any(name in node.features for node in nodes):
             known = sorted({feature for node in nodes for feature in node.features})
             return (
-                f"cluster.constraint={request.constraint}: no node of {where} has the feature {name}; "
+                f"cluster.constraint={demand.constraint}: no node of {where} has the feature {name}; "
                 f"{'they have ' + ', '.join(known) if known else 'they have none'}"
             )
     wanted: list[Callable[[Node], bool]] = [
         lambda node: node.cpus >= cpus,
-        lambda node: not _exceeds(request.memory_mb, node.memory_mb),
-        lambda node: all(_gpus(node, kind) >= count for kind, count in request.gpus),
+        lambda node: not _exceeds(demand.memory_mb, node.memory_mb),
+        lambda node: all(_gpus(node, kind) >= count for kind, count in demand.gpus),
         lambda node: set(features) <= set(node.features),
     ]
     able = [node for node in nodes if all(has(node) for has in wanted)]
-    if len(able) < request.nodes:
+    if len(able) < demand.nodes:
         return (
-            f"cluster.nodes={request.nodes}: only {len(able)} of the {len(nodes)} nodes of {where} have all of what is "
+            f"cluster.nodes={demand.nodes}: only {len(able)} of the {len(nodes)} nodes of {where} have all of what is "
             "asked at once; lower cluster.nodes, cluster.cpus, cluster.mem_gb or cluster.gpus"
         )
     return None
 
 
-def _too_much_memory(request: Request, where: str, most: int) -> str:
+def _too_much_memory(demand: Demand, where: str, most: int) -> str:
     gib, gb = math.floor(most / 1024 * 100) / 100, math.floor(most * 2**20 / 1e9 * 100) / 100
     return (
-        f"{request.memory_mb} MiB of host memory are more than a job may have on a node of {where}, {most} MiB; set "
+        f"{demand.memory_mb} MiB of host memory are more than a job may have on a node of {where}, {most} MiB; set "
         f"cluster.mem_gb={gib:g} or less, or cluster.host_gb={gb:g} for a plan that fits"
     )
 
 
-def _cpus(request: Request) -> str:
-    each = request.cpus or 1
-    return f"{each} CPUs" if request.tasks == 1 else f"{request.tasks} tasks with {each} CPUs each"
+def _cpus(demand: Demand) -> str:
+    each = demand.cpus or 1
+    return f"{each} CPUs" if demand.tasks == 1 else f"{demand.tasks} tasks with {each} CPUs each"
 
 
 def _gpus(node: Node, kind: str) -> int:

@@ -13,6 +13,7 @@ __all__ = [
     "JobState",
     "Node",
     "Partition",
+    "Site",
     "SlurmConfig",
     "parse_config",
     "parse_nodes",
@@ -154,6 +155,21 @@ class SlurmConfig:
     remembers_s: int = 300
     enforces_limits: bool = False
     max_memory_mb: int | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A whole cluster.
+
+    Attributes:
+        config: the controller's settings.
+        partitions: all that this user may see.
+        nodes: all of them, up or down.
+    """
+
+    config: SlurmConfig
+    partitions: tuple[Partition, ...]
+    nodes: tuple[Node, ...]
 
 
 def parse_squeue(text: str) -> dict[str, JobState]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from pwm_torchrl.cluster.parse import (
     SACCT_FIELDS,
     SQUEUE_FORMAT,
     JobState,
-    Node,
-    Partition,
-    SlurmConfig,
+    Site,
     parse_config,
     parse_nodes,
     parse_partitions,
@@ -20,9 +19,10 @@ from pwm_torchrl.cluster.parse import (
     parse_squeue,
     records,
 )
+from pwm_torchrl.cluster.record import read_job
 from pwm_torchrl.errors import ConfigurationError
 
-__all__ = ["SlurmError", "ask", "job_records", "job_states", "nodes", "partitions", "slurm_available", "slurm_config"]
+__all__ = ["SlurmError", "ask", "job_records", "job_states", "live_job", "site", "slurm_available"]
 
 TIMEOUT_S = 20.0
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
@@ -95,6 +95,18 @@ def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
     return {**_remembered(forgotten), **found} if forgotten else found
 
 
+def live_job(run_dir: Path) -> JobState | None:
+    """The newest job of a run that waits, runs or comes back; ``None`` if there is none.
+
+    Raises:
+        SlurmError: if SLURM does not answer.
+    """
+    ids = [str(job_id) for job_id in read_job(run_dir).get("job_ids", [])]
+    states = job_states(ids)
+    alive = [states[job_id] for job_id in ids if job_id in states and not states[job_id].ended]
+    return alive[-1] if alive else None
+
+
 def job_records(job_id: str) -> list[dict[str, str]]:
     """The controller's record of a job, or of every task of an array.
 
@@ -115,31 +127,17 @@ def job_records(job_id: str) -> list[dict[str, str]]:
     return records(answer.stdout)
 
 
-def slurm_config() -> SlurmConfig:
-    """What the controller is set to.
+def site() -> Site:
+    """Settings, partitions and nodes, by a call for each.
 
     Raises:
         SlurmError: if SLURM does not answer.
     """
-    return parse_config(ask(["scontrol", "show", "config"]))
-
-
-def partitions() -> list[Partition]:
-    """Every partition that this user may see.
-
-    Raises:
-        SlurmError: if SLURM does not answer.
-    """
-    return parse_partitions(ask(["scontrol", "--oneliner", "show", "partition"]))
-
-
-def nodes() -> list[Node]:
-    """Every node.
-
-    Raises:
-        SlurmError: if SLURM does not answer.
-    """
-    return parse_nodes(ask(["scontrol", "--oneliner", "show", "node"]))
+    return Site(
+        parse_config(ask(["scontrol", "show", "config"])),
+        tuple(parse_partitions(ask(["scontrol", "--oneliner", "show", "partition"]))),
+        tuple(parse_nodes(ask(["scontrol", "--oneliner", "show", "node"]))),
+    )
 
 
 def _remembered(job_ids: list[str]) -> dict[str, JobState]:

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 from slurm_texts import CONFIG, NODES, PARTITIONS
 
-from pwm_torchrl.cluster.fits import Request, misfit
-from pwm_torchrl.cluster.parse import parse_config, parse_nodes, parse_partitions
+from pwm_torchrl.cluster.fits import Demand, misfit
+from pwm_torchrl.cluster.parse import Site, parse_config, parse_nodes, parse_partitions
+from pwm_torchrl.cluster.request import Request
 from pwm_torchrl.training.config import ClusterConfig
 
-SITE = parse_config(CONFIG), parse_partitions(PARTITIONS), parse_nodes(NODES)
+SITE = Site(parse_config(CONFIG), tuple(parse_partitions(PARTITIONS)), tuple(parse_nodes(NODES)))
 
 
 def l40s(count: int) -> tuple[tuple[str, int], ...]:
@@ -19,45 +20,45 @@ def l40s(count: int) -> tuple[tuple[str, int], ...]:
 
 
 @pytest.mark.parametrize(
-    "request_",
+    "demand",
     [
-        Request(),
-        Request(cpus=4, memory_mb=6000, minutes=1440, nodes=2),
-        Request(partition="gpu", tasks=4, cpus=12, memory_mb=400000, minutes=10**6, gpus=l40s(4), nodes=2),
-        Request(partition="gpu", gpus=(("", 8),)),
-        Request(partition="gpu", gpus=(("nvidia_h100_80gb_hbm3", 8),), constraint="h100&ib"),
-        Request(partition="main,gpu", memory_mb=100_000),
-        Request(partition="gpu", constraint="[rack1|rack2]"),
+        Demand(),
+        Demand(cpus=4, memory_mb=6000, minutes=1440, nodes=2),
+        Demand(partition="gpu", tasks=4, cpus=12, memory_mb=400000, minutes=10**6, gpus=l40s(4), nodes=2),
+        Demand(partition="gpu", gpus=(("", 8),)),
+        Demand(partition="gpu", gpus=(("nvidia_h100_80gb_hbm3", 8),), constraint="h100&ib"),
+        Demand(partition="main,gpu", memory_mb=100_000),
+        Demand(partition="gpu", constraint="[rack1|rack2]"),
     ],
     ids=str,
 )
-def test_what_fits(request_):
-    assert misfit(request_, *SITE) is None
+def test_what_fits(demand):
+    assert misfit(demand, SITE) is None
 
 
 @pytest.mark.parametrize(
-    ("request_", "parts"),
+    ("demand", "parts"),
     [
-        (Request(partition="gpus"), ["cluster.partition=gpus does not exist", "main, gpu, old"]),
-        (Request(partition="old"), ["partition old takes no jobs"]),
-        (Request(minutes=1441), ["1441 min", "partition main", "cluster.max_time_min=1440"]),
-        (Request(memory_mb=6001), ["6001 MiB", "6000 MiB", "cluster.mem_gb=5.85 or less", "cluster.host_gb=6.29"]),
-        (Request(partition="gpu", memory_mb=400_001), ["400000 MiB", "cluster.mem_gb=390.62 or less"]),
-        (Request(cpus=5), ["5 CPUs", "partition main has, 4", "cluster.cpus"]),
-        (Request(partition="gpu", tasks=8, cpus=7), ["8 tasks with 7 CPUs each", "allows on a node, 48"]),
-        (Request(partition="gpu", nodes=3), ["cluster.nodes=3", "allows, 2"]),
-        (Request(nodes=3), ["cluster.nodes=3", "only 2 of the 2 nodes"]),
-        (Request(gpus=(("", 1),)), ["1 GPU per node cannot be had", "partition main has none"]),
-        (Request(partition="gpu", gpus=l40s(5)), ["5 GPUs of type l40s per node", "at most 4"]),
-        (Request(partition="gpu", gpus=(("a100", 1),)), ["1 GPU of type a100 per node", "has none"]),
-        (Request(partition="gpu", constraint="v100"), ["cluster.constraint=v100", "h100, ib, l40s"]),
-        (Request(partition="gpu", gpus=(("", 8),), constraint="l40s"), ["only 0 of the 3 nodes", "at once"]),
-        (Request(partition="main,gpu", memory_mb=600_000), ["partition main"]),
+        (Demand(partition="gpus"), ["cluster.partition=gpus does not exist", "main, gpu, old"]),
+        (Demand(partition="old"), ["partition old takes no jobs"]),
+        (Demand(minutes=1441), ["1441 min", "partition main", "cluster.max_time_min=1440"]),
+        (Demand(memory_mb=6001), ["6001 MiB", "6000 MiB", "cluster.mem_gb=5.85 or less", "cluster.host_gb=6.29"]),
+        (Demand(partition="gpu", memory_mb=400_001), ["400000 MiB", "cluster.mem_gb=390.62 or less"]),
+        (Demand(cpus=5), ["5 CPUs", "partition main has, 4", "cluster.cpus"]),
+        (Demand(partition="gpu", tasks=8, cpus=7), ["8 tasks with 7 CPUs each", "allows on a node, 48"]),
+        (Demand(partition="gpu", nodes=3), ["cluster.nodes=3", "allows, 2"]),
+        (Demand(nodes=3), ["cluster.nodes=3", "only 2 of the 2 nodes"]),
+        (Demand(gpus=(("", 1),)), ["1 GPU per node cannot be had", "partition main has none"]),
+        (Demand(partition="gpu", gpus=l40s(5)), ["5 GPUs of type l40s per node", "at most 4"]),
+        (Demand(partition="gpu", gpus=(("a100", 1),)), ["1 GPU of type a100 per node", "has none"]),
+        (Demand(partition="gpu", constraint="v100"), ["cluster.constraint=v100", "h100, ib, l40s"]),
+        (Demand(partition="gpu", gpus=(("", 8),), constraint="l40s"), ["only 0 of the 3 nodes", "at once"]),
+        (Demand(partition="main,gpu", memory_mb=600_000), ["partition main"]),
     ],
     ids=str,
 )
-def test_what_could_never_run(request_, parts):
-    sentence = misfit(request_, *SITE)
+def test_what_could_never_run(demand, parts):
+    sentence = misfit(demand, SITE)
     assert sentence is not None
     assert len(sentence.splitlines()) == 1
     for part in parts:
@@ -65,24 +66,30 @@ def test_what_could_never_run(request_, parts):
 
 
 def test_a_cluster_without_a_default_partition():
-    config, partitions, nodes = SITE
-    partitions = [dataclasses.replace(each, default=False) for each in partitions]
-    assert "set cluster.partition, one of main, gpu, old" in misfit(Request(), config, partitions, nodes)
+    partitions = tuple(dataclasses.replace(each, default=False) for each in SITE.partitions)
+    site = dataclasses.replace(SITE, partitions=partitions)
+    assert "set cluster.partition, one of main, gpu, old" in misfit(Demand(), site)
 
 
 def test_a_limit_for_the_whole_cluster():
-    config, partitions, nodes = SITE
-    config = dataclasses.replace(config, max_memory_mb=1000)
-    assert "1000 MiB" in misfit(Request(memory_mb=2000), config, partitions, nodes)
+    site = dataclasses.replace(SITE, config=dataclasses.replace(SITE.config, max_memory_mb=1000))
+    assert "1000 MiB" in misfit(Demand(memory_mb=2000), site)
 
 
 def test_the_suggested_memory_fits():
-    assert misfit(Request(memory_mb=round(5.85 * 1024)), *SITE) is None
+    assert misfit(Demand(memory_mb=round(5.85 * 1024)), SITE) is None
 
 
-def test_a_request_of_a_profile():
+def test_the_demand_of_a_profile():
     profile = ClusterConfig(kind="slurm", partition="gpu", gpu="l40s", gpus=2, time_min=3000, max_time_min=1440)
-    request = Request.of(profile, cpus=4, memory_mb=9000, minutes=7)
-    assert request == Request("gpu", tasks=2, cpus=4, memory_mb=9000, gpus=(("", 2),), minutes=1440)
+    assert Demand.of(profile) == Demand("gpu", tasks=2, gpus=(("", 2),), minutes=1440)
     profile = ClusterConfig(kind="slurm", gres="gpu:l40s:1,tmpfs:1", cpus=3, mem_gb=1.5, nodes=2)
-    assert Request.of(profile, cpus=4, minutes=7) == Request(nodes=2, cpus=3, memory_mb=1536, gpus=l40s(1), minutes=7)
+    assert Demand.of(profile) == Demand(nodes=2, cpus=3, memory_mb=1536, gpus=l40s(1))
+
+
+def test_what_a_run_asks_for_rules():
+    profile = ClusterConfig(kind="slurm", partition="gpu", gpus=2, mem_gb=1, cpus=9, constraint="ib")
+    request = Request(mem_mb=9000, cpus=4, gpus=1, nodes=1, time_min=7)
+    assert Demand.of(profile, request) == Demand(
+        "gpu", cpus=4, memory_mb=9000, gpus=(("", 1),), minutes=7, constraint="ib"
+    )

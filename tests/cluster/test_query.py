@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from slurm_texts import CONFIG, JOB, SQUEUE
+from slurm_texts import CONFIG, JOB, NODES, PARTITIONS, SQUEUE
 
 from pwm_torchrl.cluster import query
+from pwm_torchrl.cluster.record import write_job
 from pwm_torchrl.errors import ConfigurationError
 
 
@@ -112,6 +113,18 @@ def test_where_slurm_is(commands, monkeypatch):
     assert query.slurm_available()
 
 
+@pytest.mark.parametrize(
+    ("job_ids", "live"),
+    [(["34", "33_0"], "33_0"), (["33_0", "34"], "33_0"), (["11", "7"], None), (["31"], "31"), ([], None)],
+)
+def test_the_live_job_of_a_run(commands, tmp_path, job_ids, live):
+    commands(squeue=echo(SQUEUE), sacct="true")
+    assert query.live_job(tmp_path) is None
+    write_job(tmp_path, job_ids=job_ids)
+    job = query.live_job(tmp_path)
+    assert (job and job.job_id) == live
+
+
 def test_records_of_a_job(commands):
     folder = commands(scontrol=echo(JOB))
     (record,) = query.job_records("33_1")
@@ -124,6 +137,11 @@ def test_records_of_a_job(commands):
         query.job_records("33_9")
 
 
-def test_settings(commands):
-    commands(scontrol=echo(CONFIG))
-    assert query.slurm_config().max_array_size == 11
+def test_everything_of_a_site(commands):
+    script = f'case "$*" in *config*) {echo(CONFIG)}\n;; *node*) {echo(NODES)}\n;; *) {echo(PARTITIONS)}\n;; esac'
+    folder = commands(scontrol=script)
+    site = query.site()
+    assert site.config.max_array_size == 11
+    assert [partition.name for partition in site.partitions] == ["main", "gpu", "old"]
+    assert len(site.nodes) == 6
+    assert len((folder / "scontrol.asked").read_text().splitlines()) == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pwm_torchrl.cluster import query
-from pwm_torchrl.cluster.fits import Request, misfit
+from pwm_torchrl.cluster.fits import Demand, misfit
 from pwm_torchrl.cluster.parse import Partition
 
 
@@ -41,32 +41,32 @@ def test_states_of_jobs(on_cluster, tmp_path):
 def test_nodes_partitions_and_settings(on_cluster):
     cluster = on_cluster
     assert query.slurm_available()
-    config = query.slurm_config()
+    site = query.site()
+    config, partitions = site.config, site.partitions
     assert (config.max_array_size, config.requeue_hold_s, config.kill_wait_s) == (11, 5, 3)
     assert not config.accounting
-    partitions = query.partitions()
     assert [partition.name for partition in partitions] == ["main", "low", "high"]
     assert partitions[0] == Partition("main", default=True, max_minutes=1440)
-    nodes = query.nodes()
+    nodes = site.nodes
     assert [node.name for node in nodes] == cluster.nodes
     assert all(node.up and node.cpus == 4 and node.memory_mb == 6000 and node.gpus == {"l40s": 2} for node in nodes)
 
 
 @pytest.mark.parametrize(
-    ("request_", "options"),
+    ("demand", "options"),
     [
-        (Request(memory_mb=7000), ["--mem=7000"]),
-        (Request(gpus=(("", 3),)), ["--gpus-per-node=3"]),
-        (Request(partition="nope"), ["--partition=nope"]),
-        (Request(cpus=5), ["--cpus-per-task=5"]),
-        (Request(nodes=3), ["--nodes=3"]),
-        (Request(minutes=1441), ["--time=1441"]),
+        (Demand(memory_mb=7000), ["--mem=7000"]),
+        (Demand(gpus=(("", 3),)), ["--gpus-per-node=3"]),
+        (Demand(partition="nope"), ["--partition=nope"]),
+        (Demand(cpus=5), ["--cpus-per-task=5"]),
+        (Demand(nodes=3), ["--nodes=3"]),
+        (Demand(minutes=1441), ["--time=1441"]),
     ],
     ids=str,
 )
-def test_what_is_said_to_never_run_never_runs(on_cluster, tmp_path, request_, options):
+def test_what_is_said_to_never_run_never_runs(on_cluster, tmp_path, demand, options):
     """Slurm refuses some of it and lets the rest wait for ever, which is why it is looked at before."""
-    assert misfit(request_, query.slurm_config(), query.partitions(), query.nodes())
+    assert misfit(demand, query.site())
     (tmp_path / "job.sh").write_text("#!/bin/bash\n")
     done = on_cluster.run(["sbatch", "--parsable", *options, tmp_path / "job.sh"], check=False)
     if done.returncode == 0:
