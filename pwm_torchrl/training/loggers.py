@@ -25,7 +25,7 @@ from torchrl.record.loggers.wandb import WandbLogger
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.training.config import LoggerConfig
 
-__all__ = ["RunWandbLogger", "close_logger", "make_logger"]
+__all__ = ["RunWandbLogger", "close_logger", "has_wandb_key", "make_logger", "offline_reason"]
 
 KINDS = ("csv", "tensorboard", "wandb")
 MODES = ("auto", "online", "offline", "disabled")
@@ -123,7 +123,7 @@ def _tensorboard_logger(run_dir: Path, run_config: dict[str, Any], first_step: i
 def _wandb_logger(cfg: LoggerConfig, run_dir: Path, run_config: dict[str, Any]) -> Logger | None:
     online = cfg.mode == "online"
     if cfg.mode == "auto":
-        reason = _offline_reason()
+        reason = offline_reason()
         online = reason is None
         if reason is not None:
             _log.warning("W&B logs offline because %s; upload later with: wandb sync %s", reason, run_dir / SYNC)
@@ -184,7 +184,7 @@ def _teardown() -> None:
         _log.debug("wandb.teardown failed: %s", _first_line(error))
 
 
-def _offline_reason() -> str | None:
+def offline_reason() -> str | None:
     """Why W&B cannot be online: the end of a sentence, or ``None`` if it can."""
     import wandb
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from slurm_texts import CONFIG, NODES, PARTITIONS
+from slurm_texts import SITE
 
 from pwm_torchrl.cluster.fits import Demand, misfit
-from pwm_torchrl.cluster.parse import Site, parse_config, parse_nodes, parse_partitions
 from pwm_torchrl.cluster.request import Request
 from pwm_torchrl.training.config import ClusterConfig
-
-SITE = Site(parse_config(CONFIG), tuple(parse_partitions(PARTITIONS)), tuple(parse_nodes(NODES)))
 
 
 def l40s(count: int) -> tuple[tuple[str, int], ...]:

@@ -103,22 +103,22 @@ class TestWandb:
 
     def test_auto_without_network_logs_offline(self, monkeypatch):
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        assert loggers._offline_reason() == "127.0.0.1 cannot be reached"
+        assert loggers.offline_reason() == "127.0.0.1 cannot be reached"
 
     def test_a_proxy_is_what_must_be_reached(self, monkeypatch):
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.invalid")
         with socket.create_server(("127.0.0.1", 0)) as server:
             monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
-            assert loggers._offline_reason() is None
-        assert loggers._offline_reason() == "wandb.invalid cannot be reached"
+            assert loggers.offline_reason() is None
+        assert loggers.offline_reason() == "wandb.invalid cannot be reached"
 
     def test_a_key_in_netrc_counts(self, monkeypatch, tmp_path):
         file = tmp_path / "netrc"
         file.write_text("machine 127.0.0.1 login user password " + "0" * 40 + "\n")
         file.chmod(0o600)
         monkeypatch.setenv("NETRC", str(file))
-        assert loggers._offline_reason() == "127.0.0.1 cannot be reached"
+        assert loggers.offline_reason() == "127.0.0.1 cannot be reached"
 
     def test_online_without_a_server_falls_back_and_logs(self, tmp_path, monkeypatch, caplog):
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)

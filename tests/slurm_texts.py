@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pwm_torchrl.cluster.parse import Site, parse_config, parse_nodes, parse_partitions
+
 SQUEUE = """\
 33_2|PENDING|0:00||JobArrayTaskLimit
 35|PENDING|0:00||Dependency
@@ -65,3 +67,5 @@ NODES = (
     "State=ALLOCATED Partitions=gpu\n"
     "NodeName=o0 CPUTot=16 AvailableFeatures=(null) Gres=gpu:2 RealMemory=64000 State=IDLE Partitions=old\n"
 )
+
+SITE = Site(parse_config(CONFIG), tuple(parse_partitions(PARTITIONS)), tuple(parse_nodes(NODES)))

@@ -1,0 +1,11 @@
+"""Is this machine fit for runs, and what does its SLURM look like: python launch/doctor.py [--draft NAME]."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout works without installation
+
+from pwm_torchrl.launch.doctor import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""``launch/doctor.py``: whether this machine is fit for runs and a cluster profile fits SLURM; drafts a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pwm_torchrl.cluster.query import SlurmError, site, slurm_available
+from pwm_torchrl.launch import console
+from pwm_torchrl.launch.checks import (
+    PROBLEM,
+    Finding,
+    check_disk,
+    check_gpu,
+    check_packages,
+    check_rendering,
+    check_wandb,
+)
+from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.launch.draft import draft_profile, profile_file, write_profile
+from pwm_torchrl.launch.groups import user_configs_dir
+from pwm_torchrl.launch.help import wants_help
+from pwm_torchrl.launch.slurm_check import check_slurm
+from pwm_torchrl.training.config import Config
+
+__all__ = ["main"]
+
+_DRAFT, _FORCE = "--draft", "--force"
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks the machine for the runs that a command line describes, or drafts a cluster profile.
+
+    Returns:
+        The exit code: 0, 1 if there is a problem, 2 for bad input.
+    """
+    words = list(argv or ())
+    if wants_help(words):
+        console.say(_help())
+        return console.OK
+    name, force = _options(words)
+    if name is not None:
+        return _draft(name, words, force=force)
+    found = _check(compose(words))
+    problems = sum(finding.level == PROBLEM for finding in found)
+    if problems:
+        console.error(f"{problems} problem{'s' * (problems > 1)}, see above")
+    return console.FAILED if problems else console.OK
+
+
+def _check(config: Config) -> list[Finding]:
+    """Every check, said as soon as it is done."""
+    slurm = slurm_available()
+    elsewhere = config.cluster.kind == "slurm" or (config.cluster.kind == "auto" and slurm)
+    checks = [
+        check_packages,
+        lambda: check_gpu(config, elsewhere=elsewhere),
+        check_rendering,
+        lambda: check_disk(Path(config.runs_dir).expanduser().absolute(), elsewhere=elsewhere),
+        lambda: check_slurm(config.cluster, available=slurm),
+        lambda: check_wandb(config),
+    ]
+    found = []
+    for check in checks:
+        for finding in check():
+            console.say(f"{finding.level:<8} {finding.subject:<10} {finding.text}")
+            found.append(finding)
+    return found
+
+
+def _draft(name: str, words: Sequence[str], *, force: bool) -> int:
+    file = profile_file(name)
+    partition = compose(words).cluster.partition
+    if not slurm_available():
+        raise SlurmError(f"{_DRAFT} {name} asks SLURM, and this machine belongs to no cluster; run it on a login node")
+    text = draft_profile(name, site(), partition)
+    write_profile(file, text, force=force)
+    console.say(text)
+    console.say(f"written: {file}\ncheck it: python launch/doctor.py cluster={name}")
+    return console.OK
+
+
+def _options(words: list[str]) -> tuple[str | None, bool]:
+    """Takes ``--draft NAME`` and ``--force`` out of the words.
+
+    Raises:
+        ConfigurationError: if the name is missing, or there is nothing to force.
+    """
+    force = _FORCE in words
+    if force:
+        words.remove(_FORCE)
+    if _DRAFT not in words:
+        if force:
+            raise console.ConfigurationError(f"{_FORCE} writes over a draft; give {_DRAFT} NAME too")
+        return None, False
+    place = words.index(_DRAFT)
+    if place + 1 >= len(words):
+        raise console.ConfigurationError(f"{_DRAFT} needs a name for the profile, as in {_DRAFT} my_cluster")
+    name = words[place + 1]
+    del words[place : place + 2]
+    return name, force
+
+
+def _help() -> str:
+    return f"""\
+Say whether this machine is fit for runs: GPU, rendering, disk, SLURM and the cluster profile, W&B; or draft a profile.
+
+usage: python launch/doctor.py [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
+       python launch/doctor.py --draft NAME [cluster.partition=PARTITION] [--force]
+
+A line per check: ok, warning (works, less well) or problem (does not), and what to do.
+The draft is written to
+  {user_configs_dir() / "cluster" / "NAME.yaml"}
+and is used by cluster=NAME. One that is there is kept without --force.
+
+Examples:
+  python launch/doctor.py                                # this machine
+  python launch/doctor.py cluster=l40s logger=wandb      # does the profile fit SLURM, would W&B work
+  python launch/doctor.py runs_dir=/scratch/me/runs      # is that a good place for runs
+  python launch/doctor.py --draft my_cluster cluster.partition=gpu
+
+Exit codes: 0 no problem, 1 a problem, 2 bad input."""

@@ -1,0 +1,80 @@
+"""What SLURM has, and whether a cluster profile fits it."""
+
+from __future__ import annotations
+
+from pwm_torchrl.cluster.fits import Demand, misfit
+from pwm_torchrl.cluster.parse import Partition, Site
+from pwm_torchrl.cluster.query import SlurmError, site
+from pwm_torchrl.cluster.times import from_minutes
+from pwm_torchrl.launch.checks import OK, PROBLEM, WARNING, Finding
+from pwm_torchrl.training.config import ClusterConfig
+
+__all__ = ["check_slurm"]
+
+_SUBJECT = "SLURM"
+
+
+def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
+    """The cluster, each of its partitions, and the profile against them.
+
+    Args:
+        profile (ClusterConfig): what jobs would ask for.
+        available (bool): whether this machine belongs to a cluster.
+    """
+    if not available:
+        if profile.kind == "slurm":
+            text = f"cluster={profile.name} needs it, and this machine belongs to no cluster; choose cluster=local"
+            return [Finding(PROBLEM, _SUBJECT, text)]
+        return [Finding(OK, _SUBJECT, "not here; jobs run on this machine")]
+    try:
+        here = site()
+    except SlurmError as error:
+        return [Finding(PROBLEM, _SUBJECT, str(error))]
+    findings = [_cluster(here), *(_partition(here, partition) for partition in here.partitions)]
+    if not here.config.accounting:
+        text = (
+            f"no accounting: it forgets an ended job after {here.config.remembers_s} s; how runs ended is read in "
+            "their own directories"
+        )
+        findings.append(Finding(OK, _SUBJECT, text))
+    if profile.kind in ("slurm", "auto"):
+        reason = misfit(Demand.of(profile), here)
+        label = f"cluster={profile.name}"
+        if reason is not None:
+            findings.append(Finding(PROBLEM, "profile", f"{label}: {reason}"))
+        else:
+            findings.append(Finding(OK, "profile", f"{label} fits {_partition_of(profile, here)}"))
+    return findings
+
+
+def _cluster(here: Site) -> Finding:
+    config = here.config
+    up = sum(node.up for node in here.nodes)
+    text = (
+        f"{config.version}, cluster {config.cluster}: {up} of {len(here.nodes)} nodes up, arrays of "
+        f"{config.max_array_size} at most, a requeued job waits {config.requeue_hold_s} s"
+    )
+    return Finding(OK if up else PROBLEM, _SUBJECT, text)
+
+
+def _partition(here: Site, partition: Partition) -> Finding:
+    nodes = [node for node in here.nodes if partition.name in node.partitions]
+    up = [node for node in nodes if node.up]
+    gpus: dict[str, int] = {}
+    for node in nodes:
+        for kind, count in node.gpus.items():
+            gpus[kind or "GPU"] = max(count, gpus.get(kind or "GPU", 0))
+    parts = [f"{len(up)} of {len(nodes)} nodes up"]
+    if nodes:
+        parts += [f"up to {max(n.cpus for n in nodes)} CPUs", f"{max(n.memory_mb for n in nodes) / 1024:.0f} GiB"]
+    parts += [f"{count} {kind}" for kind, count in gpus.items()]
+    parts.append("no time limit" if partition.max_minutes is None else f"{from_minutes(partition.max_minutes)} at most")
+    name = f"partition {partition.name}{' (default)' if partition.default else ''}"
+    level = OK if partition.up and up else WARNING
+    return Finding(level, _SUBJECT, f"{name}: {', '.join(parts)}{'' if partition.up else '; takes no jobs now'}")
+
+
+def _partition_of(profile: ClusterConfig, here: Site) -> str:
+    if profile.partition:
+        return f"partition {profile.partition}"
+    return f"the default partition, {', '.join(p.name for p in here.partitions if p.default)}"
