@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from pwm_torchrl.cluster.fits import Demand, misfit
 from pwm_torchrl.cluster.parse import Partition, Site
 from pwm_torchrl.cluster.query import SlurmError, site
 from pwm_torchrl.cluster.times import from_minutes
 from pwm_torchrl.launch.checks import OK, PROBLEM, WARNING, Finding
+from pwm_torchrl.memory.gpus import gpu_bytes
 from pwm_torchrl.training.config import ClusterConfig
 
 __all__ = ["check_slurm"]
@@ -38,6 +41,9 @@ def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
         )
         findings.append(Finding(OK, _SUBJECT, text))
     if profile.kind in ("slurm", "auto"):
+        findings += [
+            Finding(WARNING, "profile", f"cluster={profile.name}: {doubt}") for doubt in _doubts(profile, here)
+        ]
         reason = misfit(Demand.of(profile), here)
         label = f"cluster={profile.name}"
         if reason is not None:
@@ -45,6 +51,35 @@ def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
         else:
             findings.append(Finding(OK, "profile", f"{label} fits {_partition_of(profile, here)}"))
     return findings
+
+
+def _doubts(profile: ClusterConfig, here: Site) -> list[str]:
+    """Where a profile describes other nodes than its partition has: memory plans would be made for those."""
+    names = profile.partition.split(",") if profile.partition else [p.name for p in here.partitions if p.default]
+    nodes = [node for node in here.nodes if set(names) & set(node.partitions)]
+    if not nodes:
+        return []
+    doubts = []
+    most = max(node.memory_mb for node in nodes) * 2**20 / 1e9
+    if profile.host_gb is not None and profile.host_gb > most:
+        doubts.append(
+            f"cluster.host_gb={profile.host_gb:g} is more than a node has, so that plans may ask for too much; set "
+            f"cluster.host_gb={math.floor(most * 10) / 10:g}"
+        )
+    kinds = sorted({kind for node in nodes for kind in node.gpus if kind})
+    if profile.gpu is not None and kinds and not any(_same_gpu(profile.gpu, kind) for kind in kinds):
+        doubts.append(
+            f"cluster.gpu={profile.gpu} is planned with, but {', '.join(names)} has {', '.join(kinds)}; set cluster.gpu"
+        )
+    return doubts
+
+
+def _same_gpu(name: str, kind: str) -> bool:
+    """Whether a type of ours may be one of SLURM's, of which each site has its own names."""
+    try:
+        return gpu_bytes(name) == gpu_bytes(kind)
+    except ValueError:
+        return name.lower() in kind.lower()
 
 
 def _cluster(here: Site) -> Finding:

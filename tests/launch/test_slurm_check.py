@@ -39,6 +39,25 @@ def test_a_profile_that_does_not_fit():
     assert profile.text.startswith("cluster=mine: 512000 MiB of host memory are more than")
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"host_gb": 2000}, "cluster.host_gb=2000 is more than a node has"),
+        ({"gpu": "v100"}, "cluster.gpu=v100 is planned with, but gpu has l40s, nvidia_h100_80gb_hbm3"),
+    ],
+)
+def test_a_profile_of_other_nodes(changes, sentence):
+    *_, doubt, profile = check_slurm(dataclasses.replace(GPU, **changes), available=True)
+    assert (doubt.level, profile.level) == (WARNING, OK)
+    assert sentence in doubt.text
+
+
+@pytest.mark.parametrize("gpu", ["l40s", "h100", "h100-80gb", "H100"])
+def test_sites_have_names_of_their_own_for_gpus(gpu):
+    levels = [finding.level for finding in check_slurm(dataclasses.replace(GPU, gpu=gpu), available=True)]
+    assert levels.count(WARNING) == 1  # the partition that is down
+
+
 def test_no_profile_of_slurm_is_asked_for():
     findings = check_slurm(ClusterConfig(kind="local"), available=True)
     assert {finding.subject for finding in findings} == {"SLURM"}
