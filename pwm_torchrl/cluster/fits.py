@@ -11,7 +11,7 @@ from pwm_torchrl.cluster.parse import Node, Partition, Site, SlurmConfig, parse_
 from pwm_torchrl.training.config import ClusterConfig
 
 if TYPE_CHECKING:
-    from pwm_torchrl.cluster.request import Request
+    from pwm_torchrl.cluster.resources import Resources
 
 __all__ = ["Demand", "misfit"]
 
@@ -41,20 +41,20 @@ class Demand:
     constraint: str | None = None
 
     @classmethod
-    def of(cls, profile: ClusterConfig, request: Request | None = None) -> Demand:
-        """Of a profile, and of a run's request where there is one, which says what the profile leaves open."""
-        gpus = profile.gpus if request is None else request.gpus
+    def of(cls, profile: ClusterConfig, resources: Resources | None = None) -> Demand:
+        """Of a profile, and of a run's resources where there are any, which say what the profile leaves open."""
+        gpus = profile.gpus if resources is None else resources.gpus
         kinds = parse_gpus(profile.gres) if profile.gres is not None else {"": gpus}
         memory_mb = None if profile.mem_gb is None else round(profile.mem_gb * 1024)
         minutes = [m for m in (profile.time_min, profile.max_time_min) if m is not None]
         return cls(
             partition=profile.partition,
-            nodes=profile.nodes if request is None else request.nodes,
+            nodes=profile.nodes if resources is None else resources.nodes,
             tasks=max(1, gpus),
-            cpus=profile.cpus if request is None else request.cpus,
-            memory_mb=memory_mb if request is None else request.mem_mb,
+            cpus=profile.cpus if resources is None else resources.cpus,
+            memory_mb=memory_mb if resources is None else resources.mem_mb,
             gpus=tuple((kind, count) for kind, count in kinds.items() if count),
-            minutes=min(minutes, default=None) if request is None else request.time_min,
+            minutes=min(minutes, default=None) if resources is None else resources.time_min,
             constraint=profile.constraint,
         )
 

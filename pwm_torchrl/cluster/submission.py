@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pwm_torchrl.cluster.parse import JobState
-from pwm_torchrl.cluster.query import job_states, slurm_config
+from pwm_torchrl.cluster.query import site
 from pwm_torchrl.cluster.record import note_submission, read_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.errors import ConfigurationError
@@ -48,7 +47,7 @@ def submit_runs(
         ConfigurationError: if submitit is not installed or SLURM refuses; nothing of that array is queued then.
     """
     done: list[Submitted] = []
-    limit = slurm_config().max_array_size if len(runs) > 1 else 1
+    limit = site().config.max_array_size if len(runs) > 1 else 1
     for first in range(0, len(runs), limit):
         part = slice(first, first + limit)
         done += _submit(runs[part], configs[first], resources, code, runs_dir)
@@ -132,14 +131,3 @@ def _new_folder(parent: Path) -> Path:
             return folder
         except FileExistsError:
             number += 1
-
-
-def live_job(run_dir: Path) -> JobState | None:
-    """The run's newest job if it is queued or runs.
-
-    Raises:
-        SlurmError: if SLURM does not answer.
-    """
-    ids = read_job(run_dir).get("job_ids", [])[-1:]
-    job = job_states(ids).get(ids[0]) if ids else None
-    return None if job is None or job.ended else job

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pwm_torchrl.cluster.nodes import node_memory_mb, require_fit
-from pwm_torchrl.cluster.query import slurm_available
+from pwm_torchrl.cluster.parse import Site
+from pwm_torchrl.cluster.query import site, slurm_available
 from pwm_torchrl.cluster.resources import Resources, resources_for
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
@@ -100,9 +101,9 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Resources]:
     from pwm_torchrl.memory.plan import make_plan
 
     plans: dict[str, Any] = {}
-    found, resources = [], None
+    found, resources, here = [], None, site()
     for run in runs:
-        ask_for_node_memory(run.config)
+        fill_in_node_memory(run.config, here)
         # A seed changes no memory.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
         if key not in plans:
@@ -111,16 +112,16 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Resources]:
         resources = needed if resources is None else resources.covering(needed)
         found.append(plans[key])
     assert resources is not None
-    require_fit(runs[0].config.cluster, resources)
+    require_fit(runs[0].config.cluster, resources, here)
     return found, resources
 
 
-def ask_for_node_memory(config: Config) -> None:
+def fill_in_node_memory(config: Config, here: Site) -> None:
     """Fill in what nodes have where the profile does not say it, so that a run keeps it for its restarts.
 
     Raises:
-        ConfigurationError: if SLURM does not tell.
+        ConfigurationError: if there are no such nodes.
     """
     cluster = config.cluster
     if cluster.host_gb is None:
-        cluster.host_gb = round(node_memory_mb(cluster.partition) * 2**20 / 1e9, 3)
+        cluster.host_gb = round(node_memory_mb(cluster.partition, here) * 2**20 / 1e9, 3)

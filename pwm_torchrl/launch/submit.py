@@ -101,7 +101,7 @@ def refuse_while_queued(run_dir: Path) -> None:
     Raises:
         ConfigurationError: if a job of the run is queued or runs.
     """
-    from pwm_torchrl.cluster.submission import live_job
+    from pwm_torchrl.cluster.query import live_job
 
     job = live_job(run_dir)
     if job is not None:

@@ -8,7 +8,7 @@ import pytest
 from slurm_texts import SITE
 
 from pwm_torchrl.cluster.fits import Demand, misfit
-from pwm_torchrl.cluster.request import Request
+from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.training.config import ClusterConfig
 
 
@@ -86,7 +86,7 @@ def test_the_demand_of_a_profile():
 
 def test_what_a_run_asks_for_rules():
     profile = ClusterConfig(kind="slurm", partition="gpu", gpus=2, mem_gb=1, cpus=9, constraint="ib")
-    request = Request(mem_mb=9000, cpus=4, gpus=1, nodes=1, time_min=7)
+    request = Resources(mem_mb=9000, cpus=4, gpus=1, nodes=1, time_min=7)
     assert Demand.of(profile, request) == Demand(
         "gpu", cpus=4, memory_mb=9000, gpus=(("", 1),), minutes=7, constraint="ib"
     )
