@@ -16,44 +16,59 @@ USER_CODE = '''
 import os, signal, subprocess, sys, time
 from pathlib import Path
 
-import gymnasium
-import numpy as np
-from gymnasium import spaces
-from torchrl.envs import GymWrapper
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase
 
 WORD = "first"
+HELD = []
 
 
-class Pole(gymnasium.Env):
+class Pole(EnvBase):
     """Observes its step count and last action; ``trouble`` is a file that says what to do at which step."""
 
     def __init__(self, trouble):
-        self.trouble, self.steps = Path(trouble), 0
-        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+        super().__init__(batch_size=[1])
+        self.trouble, self.steps, self.count = trouble, 0, 0
+        self.observation_spec = Composite(observation=Unbounded((1, 3)), shape=[1])
+        self.action_spec = Bounded(-1.0, 1.0, (1, 1))
+        self.reward_spec = Unbounded((1, 1))
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
+    def _set_seed(self, seed):
+        pass
+
+    def _reset(self, tensordict=None, **kwargs):
         self.count = 0
-        return np.zeros(3, np.float32), {}
+        return TensorDict(observation=torch.zeros(1, 3), batch_size=[1])
 
-    def step(self, action):
+    def _step(self, tensordict):
         self.count += 1
         self.steps += 1
-        if self.trouble.exists():
-            what, at, *rest = self.trouble.read_text().split()
+        if Path(self.trouble).exists():
+            what, at, *rest = Path(self.trouble).read_text().split()
             if self.steps >= int(at):
                 getattr(self, what)(*rest)
-        observation = np.array([0.1 * self.count, action[0], 1.0], np.float32)
-        return observation, float(-abs(action[0])), False, False, {}
+        action = tensordict["action"]
+        observation = torch.cat([torch.full((1, 1), 0.1 * self.count), action, torch.ones(1, 1)], -1)
+        done = torch.zeros(1, 1, dtype=torch.bool)
+        return TensorDict(
+            observation=observation, reward=-action.abs(), done=done, terminated=done.clone(), batch_size=[1]
+        )
+
+    def save_state(self):
+        return {"count": self.count, "steps": self.steps}
+
+    def load_state(self, state):
+        self.count, self.steps = state["count"], state["steps"]
 
     def slow(self, seconds):
         time.sleep(float(seconds))
 
     def grow(self, mib):
-        if not hasattr(self, "held"):
-            self.held = bytearray(int(mib) << 20)
-            self.held[::4096] = bytes(len(self.held[::4096]))
+        if not HELD:
+            HELD.append(bytearray(int(mib) << 20))
+            HELD[0][::4096] = bytes(len(HELD[0][::4096]))
 
     def child_grows(self, mib):
         code = f"held = bytearray({int(mib)} << 20); held[::4096] = bytes(len(held[::4096]))"
@@ -69,16 +84,8 @@ class Pole(gymnasium.Env):
         raise KeyError("a bug")
 
 
-class Saved(GymWrapper):
-    def save_state(self):
-        return {"count": self._env.count, "steps": self._env.steps}
-
-    def load_state(self, state):
-        self._env.count, self._env.steps = state["count"], state["steps"]
-
-
-def make(seed, trouble):
-    return Saved(Pole(trouble if seed < 5000 else trouble + ".none"))
+def make(seed, trouble, num_envs=1):
+    return Pole(trouble if seed < 5000 else trouble + ".none")
 
 
 def word():

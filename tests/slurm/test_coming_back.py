@@ -64,7 +64,7 @@ def test_three_different_deaths_and_the_same_result(place, tmp_path, monkeypatch
 
 def test_a_step_killed_for_memory_comes_back_with_more(place, tmp_path, capsys):
     """The environment holds more than was asked for; the answer is the next plan, by the same job."""
-    place.trouble.write_text("grow 20 700")
+    place.trouble.write_text("grow 20 900")
     run_dir, job = place.submit("cluster.mem_gb=1", "memory.stop_at=1")
     ended = place.wait_for(run_dir, "finished", 120)
     (restart,) = events(run_dir, "restart")

@@ -1,0 +1,90 @@
+"""Every way in which a job ends: what it is called, and what is done about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pwm_torchrl.cluster.deaths import Answer, Death, JobRecord, Restart, answer, classify
+from pwm_torchrl.training.stop import NO_STEP_IN_TIME
+
+FINE = {"returncode": 0, "oom_kills": 0, "signals": {}, "preempted": False}
+USR2 = {**FINE, "signals": {"SIGUSR2": 1.0}}
+TERM = {**FINE, "signals": {"SIGTERM": 1.0}}
+KILLED = {**FINE, "returncode": -9}
+STOPPED = {"status": "stopped", "reason": "SIGUSR2"}
+ENDED = {"status": "stopped", "reason": "SIGTERM"}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "evidence", "record", "term", "reason"),
+    [
+        ({"status": "finished"}, [FINE], JobRecord(), False, "finished"),
+        ({"status": "finished"}, [{**FINE, "oom_kills": 1}], JobRecord(), False, "finished"),
+        (STOPPED, [USR2], JobRecord("RUNNING"), False, "timeout"),
+        (STOPPED, [{**USR2, "preempted": True}], JobRecord("RUNNING"), False, "preemption"),
+        (None, [{**USR2, "returncode": NO_STEP_IN_TIME}], JobRecord("RUNNING"), False, "timeout"),
+        (None, [{**USR2, "returncode": NO_STEP_IN_TIME, "preempted": True}], JobRecord(), False, "preemption"),
+        (ENDED, [TERM], JobRecord("COMPLETING", "TimeLimit"), True, "timeout"),
+        (None, [], JobRecord("COMPLETING", "TimeLimit"), True, "timeout"),
+        (ENDED, [TERM], JobRecord("COMPLETING", "None", requeued=True), True, "requeue"),
+        (None, [], JobRecord("COMPLETING", "None", requeued=True), True, "requeue"),
+        (ENDED, [TERM], JobRecord("CANCELLED"), True, "stopped"),
+        ({"status": "stopped", "reason": None}, [FINE], JobRecord(), False, "stopped"),
+        ({"status": "memory"}, [{**FINE, "returncode": 1}], JobRecord(), False, "memory"),
+        (None, [{**KILLED, "oom_kills": 1}], JobRecord(), False, "memory"),
+        # A worker was killed, the run saw a broken environment; or it saw nothing at all.
+        ({"status": "failed"}, [{**FINE, "returncode": 1, "oom_kills": 1}], None, False, "memory"),
+        # Of several tasks one was killed, the others lost it.
+        ({"status": "failed"}, [{**FINE, "returncode": 1}, {**KILLED, "oom_kills": 2}], None, False, "memory"),
+        ({"status": "failed"}, [{**FINE, "returncode": 1}, KILLED], None, False, "killed"),
+        # The supervisor died too: SLURM's record of the step is all there is.
+        (None, [], JobRecord(derived_oom=True), False, "memory"),
+        (None, [], JobRecord(), False, "killed"),
+        (None, [KILLED], JobRecord(), False, "killed"),
+        (None, [{**FINE, "returncode": 1}], JobRecord(), False, "start_up"),
+        ({"status": "failed", "error": "KeyError: 'a bug'"}, [{**FINE, "returncode": 1}], JobRecord(), False, "failed"),
+        ({"status": "storage"}, [{**FINE, "returncode": 1}], JobRecord(), False, "storage"),
+        ({"status": "superseded"}, [{**FINE, "returncode": 1}], JobRecord(), False, "superseded"),
+    ],
+)  # fmt: skip
+def test_classified(outcome, evidence, record, term, reason):
+    death = classify(outcome, evidence, term_received=term, record=record)
+    assert death.reason == reason
+    assert death.slurm_requeues == bool(record and record.requeued)
+
+
+def restarts(*reasons: str, progressed: bool = True) -> list[Restart]:
+    return [Restart(reason, progressed) for reason in reasons]
+
+
+@pytest.mark.parametrize(
+    ("death", "progressed", "before", "expected"),
+    [
+        (Death("finished"), True, [], ("end", "finished")),
+        (Death("failed", "KeyError"), True, [], ("end", "failed")),
+        (Death("storage"), True, [], ("end", "storage")),
+        (Death("start_up"), False, [], ("end", "start_up")),
+        (Death("timeout"), True, restarts(*["timeout"] * 50), ("requeue", "")),
+        (Death("preemption", slurm_requeues=True), True, [], ("wait", "")),
+        (Death("killed"), False, [], ("requeue", "")),
+        (Death("killed"), False, restarts("timeout"), ("requeue", "")),
+        (Death("killed"), False, restarts("timeout", progressed=False), ("end", "stalled")),
+        (Death("timeout"), False, restarts("killed", progressed=False), ("end", "stalled")),
+        (Death("timeout"), True, restarts("killed", progressed=False), ("requeue", "")),
+        # More memory is another try, not the same one again.
+        (Death("memory"), False, restarts("memory", "memory", progressed=False), ("resubmit", "")),
+        (Death("memory"), False, restarts("memory", "memory", "memory"), ("end", "memory")),
+        (Death("memory"), True, restarts("memory", "timeout", "memory", "memory"), ("end", "memory")),
+    ],
+)
+def test_answered(death, progressed, before, expected):
+    reply = answer(death, progressed, before, max_memory_restarts=3)
+    assert isinstance(reply, Answer)
+    assert (reply.action, reply.status) == expected
+
+
+def test_an_end_says_why():
+    reply = answer(Death("killed", "a process of the job was killed"), False, restarts("killed", progressed=False), 3)
+    assert reply.why == (
+        "2 attempts in a row ended without progress, the last one because a process of the job was killed"
+    )

@@ -1,0 +1,87 @@
+"""The plan after one that was too small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pwm_torchrl.cluster.memory import apply_plan, next_plan, read_plan
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.training.config import Config
+
+CHOICES = {
+    "model_micro_batch": None,
+    "imagination_micro_batch": 64,
+    "critic_micro_batch": None,
+    "checkpoint_substeps": False,
+    "replay_storage": "memory",
+}
+
+
+def config(host_gb=None, **changes) -> Config:
+    cfg = Config()
+    cfg.cluster.host_gb = host_gb
+    for key, value in changes.items():
+        setattr(cfg.memory, key, value)
+    return cfg
+
+
+def write(run_dir, compute="host", **changes):
+    plan = {"choices": {**CHOICES, **changes}, "prediction": {"compute": compute}}
+    (run_dir / "memory_plan.json").write_text(json.dumps(plan))
+
+
+class TestMoreMemory:
+    def test_comes_first(self, tmp_path):
+        write(tmp_path)
+        plan = next_plan(tmp_path, config(host_gb=64), 8000)
+        assert (plan.mem_mb, plan.choices) == (12000, {})
+        apply_plan(tmp_path, plan)
+        assert read_plan(tmp_path)["choices"] == CHOICES
+
+    def test_ends_at_the_ceiling(self, tmp_path):
+        """64 GB are 61035 MiB."""
+        assert next_plan(tmp_path, config(host_gb=64), 50000).mem_mb == 61035
+
+
+class TestAtTheCeiling:
+    def test_smaller_parts_on_the_host(self, tmp_path):
+        write(tmp_path)
+        plan = next_plan(tmp_path, config(), 8000)
+        assert plan.mem_mb == 8000
+        assert plan.choices == {
+            **CHOICES, "model_micro_batch": 128, "imagination_micro_batch": 32, "critic_micro_batch": 256
+        }  # fmt: skip
+        assert plan.change == "smaller micro-batches: model 128, imagination 32, critic 256"
+        apply_plan(tmp_path, plan)
+        assert read_plan(tmp_path)["choices"] == plan.choices
+        assert read_plan(tmp_path)["prediction"] == {"compute": "host"}
+
+    def test_what_the_configuration_sets_stays(self, tmp_path):
+        write(tmp_path)
+        plan = next_plan(tmp_path, config(model_micro_batch=200, critic_micro_batch=100), 8000)
+        assert plan.choices == {**CHOICES, "imagination_micro_batch": 32}
+
+    @pytest.mark.parametrize("compute", ["device", "host"])
+    def test_then_the_replay_leaves_memory(self, compute, tmp_path):
+        ones = dict.fromkeys(("model_micro_batch", "imagination_micro_batch", "critic_micro_batch"), 1)
+        write(tmp_path, compute, **(ones if compute == "host" else {}))
+        plan = next_plan(tmp_path, config(), 8000)
+        assert plan.choices["replay_storage"] == "disk"
+
+    def test_then_nothing_is_left(self, tmp_path):
+        write(tmp_path, "device", replay_storage="disk")
+        assert next_plan(tmp_path, config(), 8000) is None
+
+    def test_a_fixed_plan_is_respected(self, tmp_path):
+        write(tmp_path)
+        assert next_plan(tmp_path, config(kind="fixed"), 8000) is None
+
+    def test_without_a_plan_there_is_nothing_to_change(self, tmp_path):
+        assert next_plan(tmp_path, config(), 8000) is None
+
+    def test_a_damaged_plan_is_told(self, tmp_path):
+        (tmp_path / "memory_plan.json").write_text("{}")
+        with pytest.raises(ConfigurationError, match=r"memory_plan\.json does not hold a memory plan"):
+            next_plan(tmp_path, config(), 8000)

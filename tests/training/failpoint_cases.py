@@ -1,0 +1,100 @@
+"""Attempts at a small run in processes of their own, which may be killed; forked from one that imported everything."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from training_cases import config
+
+from pwm_torchrl.envs import make_env
+from pwm_torchrl.training import train
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
+from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.failpoints import VARIABLE
+from pwm_torchrl.training.seal import SEAL_FILE
+from pwm_torchrl.training.stop import StopRequest
+
+NETWORKS = (
+    "world_model",
+    "actor",
+    "critics",
+    "optimizer_world_model",
+    "optimizer_actor",
+    "optimizer_critics",
+    "replay",
+)
+
+
+def small() -> Config:
+    """Five epochs of two Pendulums, a checkpoint every two."""
+    changes = {
+        "training.epochs": 5,
+        "training.eval_every": 3,
+        "training.eval_episodes": 1,
+        "training.gradient_profile_every": 0,
+        "training.check_graphs": False,
+        "training.replay_capacity": 40,
+        "env.episode_length": 10,
+        "algorithm.critic_passes": 1,
+    }
+    return config(changes)
+
+
+def attempt(run_dir: str, failpoint: str | None, stop: bool) -> None:
+    """What a process does: start the run or go on with it."""
+    torch.set_num_threads(1)
+    from pwm_torchrl.training import assembly, stepper
+
+    assembly.write_curves = lambda folder: None  # a picture takes longer than the run
+    if failpoint is not None:
+        os.environ[VARIABLE] = failpoint
+    request = StopRequest()
+    if stop:
+        made = stepper.PWMStepper.update_model
+
+        def counting(self: stepper.PWMStepper, row: Any) -> None:
+            made(self, row)
+            if self.epoch == 2:
+                request.ask("test")
+
+        stepper.PWMStepper.update_model = counting
+    folder = Path(run_dir)
+    summary = train(small(), folder, resume=(folder / "summary.json").exists(), stop=request)
+    os._exit(0 if summary["status"] == "finished" else 3)
+
+
+def start(run_dir: Path, failpoint: str | None = None, stop: bool = False) -> multiprocessing.process.BaseProcess:
+    """Start an attempt."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["failpoint_cases"])
+    process = context.Process(target=attempt, args=(str(run_dir), failpoint, stop))
+    process.start()
+    return process
+
+
+def run(run_dir: Path, failpoint: str | None = None, stop: bool = False) -> str:
+    """An attempt to its end: ``finished``, ``stopped`` or ``killed``."""
+    process = start(run_dir, failpoint, stop)
+    process.join(120)
+    assert process.exitcode in (0, 3, -signal.SIGKILL), process.exitcode
+    return {0: "finished", 3: "stopped"}.get(process.exitcode, "killed")
+
+
+def learned(run_dir: Path) -> dict[str, int]:
+    """Checksums of all that training changed, from the newest checkpoint."""
+    newest = CheckpointStore(run_dir).latest()
+    assert newest is not None
+    files = json.loads((newest / SEAL_FILE).read_text())["files"]
+    return {name: facts["crc32"] for name, facts in files.items() if any(f"-{part}/" in name for part in NETWORKS)}
+
+
+if multiprocessing.current_process().name != "MainProcess":
+    make_env(small().env, num_envs=1, seed=0).close()  # imported once, before the forks
