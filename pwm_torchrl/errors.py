@@ -10,6 +10,7 @@ __all__ = [
     "EnvironmentFault",
     "MissingLibraryError",
     "OutOfMemory",
+    "RankFault",
     "StorageFault",
     "Superseded",
     "is_ours",
@@ -36,6 +37,10 @@ class GraphLeak(RuntimeError):
 
 class OutOfMemory(RuntimeError):
     """Memory that an update needs and cannot get, or the limit at which a run saves and stops."""
+
+
+class RankFault(RuntimeError):
+    """Another of the processes that train a run together failed or is gone, or they have drifted apart."""
 
 
 class StorageFault(RuntimeError):

@@ -10,6 +10,7 @@ from pwm_torchrl.launch.help import help_text, wants_help
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir
 from pwm_torchrl.launch.validate import require_runnable
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.ranks import is_replica
 
 __all__ = ["main", "run_in_process"]
 
@@ -25,9 +26,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help(words):
         console.say(help_text("train.py"))
         return console.OK
+    if is_replica():
+        return run_replica()
     config = compose(words)
     require_runnable(config)
     return run_in_process(config, prepare_run_dir(config), words, script="train.py")
+
+
+def run_replica() -> int:
+    """Computes for rank 0, which reads the configuration and says everything there is to say."""
+    from pwm_torchrl.training.distributed import joined
+    from pwm_torchrl.training.replica import serve
+    from pwm_torchrl.training.run import quiet_torchrl
+
+    quiet_torchrl()
+    try:
+        with joined() as ranks:
+            if ranks is not None:
+                serve(ranks)
+    except Exception as failure:
+        if not console.is_ours(failure):
+            raise
+        console.error(str(failure))
+        return console.FAILED
+    return console.OK
 
 
 def run_in_process(config: Config, run: RunDir, words: Sequence[str], *, script: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -25,6 +26,14 @@ from pwm_torchrl.objectives.returns import alive_before, rollout_return, td_lamb
 from pwm_torchrl.objectives.shapes import check_shape
 
 RETURN_EPSILON = 1e-5
+
+
+class Accumulated(NamedTuple):
+    """What the micro-batches of a policy update add up to, before its gradients are divided."""
+
+    gradients: list[Tensor | None]  # of −mean(J), by parameter; None for those that J does not depend on
+    returns: Tensor  # J [B, 1]
+    rollouts: TensorDictBase  # [B, H], detached
 
 
 class PWMActorLoss(LossModule):
@@ -256,9 +265,27 @@ class PWMActorLoss(LossModule):
         Returns:
             tuple: what :meth:`rollout_and_loss` returns, all of it detached.
         """
+        return self.finish(self.accumulate(tensordict, micro_batch))
+
+    def accumulate(
+        self,
+        tensordict: TensorDictBase,
+        micro_batch: int | None = None,
+        noise: Tensor | None = None,
+        count: int | None = None,
+    ) -> Accumulated:
+        """The first half of :meth:`backward`: what adds up over shares of a batch; changes nothing.
+
+        Args:
+            tensordict (TensorDictBase): start latents ``[B]``, or a share of a batch of them.
+            micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
+            noise (Tensor, optional): of these rollouts, as :meth:`draw_noise` draws it. Defaults to ``None``, drawn.
+            count (int, optional): rollouts of the whole batch. Defaults to ``None``, B.
+        """
         start, task = self._start(tensordict)
-        noise = self.draw_noise(start)
-        parameters = [p for p in self.actor_network_params.values(True, True) if p.requires_grad]
+        noise = self.draw_noise(start) if noise is None else noise
+        count = len(start) if count is None else count
+        parameters = self._trained()
         total: list[Tensor | None] = [None] * len(parameters)
         returns, imagined = [], []
         for rows in micro_batches(len(start), micro_batch):
@@ -266,20 +293,26 @@ class PWMActorLoss(LossModule):
                 start[rows], None if task is None else task[rows], None if noise is None else noise[:, rows]
             )
             part = self.returns(rollout, next_value)
-            gradients = torch.autograd.grad(-part.sum() / len(start), parameters, allow_unused=True)
+            gradients = torch.autograd.grad(-part.sum() / count, parameters, allow_unused=True)
             # Not in place: autograd may hand out one tensor as the gradient of two parameters.
             total = [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
             returns.append(part.detach())
             imagined.append(self._detached(rollout, next_value))
             del rollout, next_value, part, gradients  # or they would live beside the next part's
-        whole = torch.cat(returns)
-        divisor = self._divisor(whole)
-        for parameter, gradient in zip(parameters, total, strict=True):
+        return Accumulated(total, torch.cat(returns), imagined[0] if len(imagined) == 1 else torch.cat(imagined))
+
+    def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:
+        """The second half of :meth:`backward`, with what the whole batch accumulated; returns what that returns."""
+        divisor = self._divisor(whole.returns)
+        for parameter, gradient in zip(self._trained(), whole.gradients, strict=True):
             if gradient is not None:
                 gradient = gradient / divisor
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        rollouts = imagined[0] if len(imagined) == 1 else torch.cat(imagined)
-        return self._metrics(-whole.mean() / divisor, whole, rollouts), rollouts
+        loss = -whole.returns.mean() / divisor
+        return self._metrics(loss, whole.returns, whole.rollouts), whole.rollouts
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.actor_network_params.values(True, True) if p.requires_grad]
 
     def _start(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
         keys = self.tensor_keys

@@ -14,13 +14,15 @@ from torch import Tensor
 def micro_batches(count: int, size: int | None = None) -> Iterator[slice]:
     """Consecutive rows of at most ``size``; one slice of all of them if ``size`` is ``None``.
 
+    No rows are one empty slice: a share of a batch may be empty, and its losses are then zeros like any other's.
+
     Raises:
         ValueError: if ``size`` is below 1.
     """
     if size is not None and size < 1:
         raise ValueError(f"A micro-batch of {size} rows is too small; the smallest is 1.")
     step = count if size is None else min(size, count)
-    return (slice(first, min(first + step, count)) for first in range(0, count, max(1, step)))
+    return (slice(first, min(first + step, count)) for first in range(0, max(1, count), max(1, step)))
 
 
 def backward_in_parts(

@@ -211,18 +211,30 @@ class PWMModelLoss(LossModule):
         slices = self.read(tensordict)
         return self.evaluate(slices, self.draw_noise(slices))
 
-    def backward(self, slices: Slices, micro_batch: int | None = None) -> dict[str, Tensor]:
+    def backward(
+        self,
+        slices: Slices,
+        micro_batch: int | None = None,
+        *,
+        noise: FlowNoise | None = None,
+        valid_counts: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Add the gradients of a batch's loss to the parameters, a micro-batch at a time.
 
         Args:
-            slices (Slices): the batch, of :meth:`read`.
+            slices (Slices): the batch, of :meth:`read`, or a share of it.
             micro_batch (int, optional): slices per backward pass. Defaults to ``None``, all at once.
 
+        Keyword Args:
+            noise (FlowNoise, optional): random numbers of these slices. Defaults to ``None``, drawn here.
+            valid_counts (tuple of Tensor, optional): those of the whole batch if ``slices`` are a share of it, so that
+                the shares' gradients and losses add up to the batch's. Defaults to ``None``, counted here.
+
         Returns:
-            dict of Tensor: the losses of the whole batch, detached.
+            dict of Tensor: the losses, detached.
         """
-        noise = self.draw_noise(slices)
-        counts = slices.valid_counts()
+        noise = self.draw_noise(slices) if noise is None else noise
+        counts = slices.valid_counts() if valid_counts is None else valid_counts
 
         def losses(rows: slice) -> TensorDictBase:
             return self.evaluate(slices.rows(rows), None if noise is None else noise.rows(rows), counts)

@@ -78,6 +78,8 @@ def td_lambda_targets(
     check_shape("reward", reward, (None, None, 1))
     check_same_shape("next_value", next_value, "reward", reward)
     check_same_shape("terminated", terminated, "reward", reward)
+    if not reward.numel():  # a share of a batch may be empty, and TorchRL's estimate cannot
+        return reward.detach()
     return td_lambda_return_estimate(
         gamma,
         lmbda,

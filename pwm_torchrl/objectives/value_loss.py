@@ -98,19 +98,32 @@ class PWMValueLoss(LossModule):
             values = self.critics(tensordict.get(self.tensor_keys.latent).detach())
         return ensemble_value_loss(values, tensordict.get(self.tensor_keys.value_target)).mean(0), values
 
-    def backward(self, tensordict: TensorDictBase, micro_batch: int | None = None) -> dict[str, Tensor]:
+    def counted(self, tensordict: TensorDictBase) -> Tensor:
+        """States ``[S]`` that are not masked, at least 1: what the sum of their errors is divided by."""
+        ones = torch.ones_like(tensordict.get(self.tensor_keys.value_target))
+        return self._reduce_loss(ones, tensordict, reduction="sum").clamp_min(1)
+
+    def backward(
+        self,
+        tensordict: TensorDictBase,
+        micro_batch: int | None = None,
+        *,
+        whole: tuple[int, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Add the gradients of a batch's loss to the parameters, a micro-batch at a time.
 
         Args:
-            tensordict (TensorDictBase): states ``[S]``, as :meth:`forward` takes them.
+            tensordict (TensorDictBase): states ``[S]``, as :meth:`forward` takes them, or a share of a batch of them.
             micro_batch (int, optional): states per backward pass. Defaults to ``None``, all at once.
 
+        Keyword Args:
+            whole (tuple, optional): number of states and :meth:`counted` of the whole batch if ``tensordict`` is a
+                share of it, so that the shares' gradients and results add up to the batch's. Defaults to ``None``.
+
         Returns:
-            dict of Tensor: ``loss_value`` and ``value`` of the whole batch, detached.
+            dict of Tensor: ``loss_value`` and ``value``, detached.
         """
-        count = tensordict.shape[0]
-        ones = torch.ones_like(tensordict.get(self.tensor_keys.value_target))
-        counted = self._reduce_loss(ones, tensordict, reduction="sum").clamp_min(1)
+        count, counted = (len(tensordict), self.counted(tensordict)) if whole is None else whole
         values = []
 
         def loss(rows: slice) -> dict[str, Tensor]:
@@ -119,5 +132,5 @@ class PWMValueLoss(LossModule):
             values.append(value.detach().sum())
             return {"loss_value": self._reduce_loss(error, part, reduction="sum") / counted}
 
-        losses = backward_in_parts(count, micro_batch, loss)
+        losses = backward_in_parts(len(tensordict), micro_batch, loss)
         return {**losses, "value": torch.stack(values).sum() / (count * self.critics.num_critics)}

@@ -23,6 +23,7 @@ from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import RunClaim
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.training.evaluation import acting_on, film, play, random_action
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.failpoints import failpoint
@@ -55,6 +56,7 @@ class Run:
         claim (RunClaim): of its directory.
         resume (bool): whether it continues an earlier attempt. Defaults to ``False``.
         stop (StopRequest, optional): asks it to stop at its next step. Defaults to ``None``: nobody does.
+        ranks (Ranks, optional): processes that share its updates. Defaults to ``None``, this one alone.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class Run:
         claim: RunClaim,
         resume: bool = False,
         stop: StopRequest | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.cfg, self.run_dir, self.summary, self.claim = cfg, run_dir, summary, claim
+        self.cfg, self.run_dir, self.summary, self.claim, self.ranks = cfg, run_dir, summary, claim, ranks
         self.stop = stop or StopRequest()
         set_threads(cfg.training.threads)
         self.device = pick_device(cfg.device)
@@ -117,7 +120,16 @@ class Run:
         if first is None:
             first = self.info.episode_length or UNKNOWN_EPISODE_UPDATES
         stepper = PWMStepper(
-            cfg, self.networks, losses, learners, self.replay, self.reward_scale, first, self.micro_batch_halved
+            cfg,
+            self.networks,
+            losses,
+            learners,
+            self.replay,
+            self.reward_scale,
+            first,
+            self.micro_batch_halved,
+            self.ranks,
+            self.info,
         )
         stepper.stop = self.stop
         returns = EpisodeReturns(self.info.num_envs)

@@ -102,7 +102,9 @@ class Observer:
         device = self.run.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # No more rollouts than an update back-propagates at once: that is what memory was planned for.
-            count = self.stepper.micro_batches.size("policy", self.run.cfg.algorithm.imagination_batch)
+            count = self.stepper.micro_batches.size(
+                "policy", self.stepper.share(self.run.cfg.algorithm.imagination_batch)
+            )
             observation = self.run.replay.sample_observations(count)
             row.set(self.stepper.gradient_profile(observation))
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pwm_torchrl.errors import OutOfMemory
+from pwm_torchrl.errors import OutOfMemory, RankFault
 from pwm_torchrl.training.build import Learner
 from pwm_torchrl.training.config import MemoryConfig
 
@@ -39,6 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation was refused, on the host or on a device; also where that is the cause of an error."""
     link: BaseException | None = error
     while link is not None:
+        if isinstance(link, RankFault):  # whatever its cause, there is nobody left to repeat the update with
+            return False
         if isinstance(link, (MemoryError, torch.OutOfMemoryError)):
             return True
         if isinstance(link, OSError) and link.errno == errno.ENOMEM:
@@ -120,6 +122,11 @@ class MicroBatches:
             for update, size in state_dict["reduced"].items()
             if state_dict["sizes"][update] == self.sizes[update]
         }
+
+
+def undo_of(learners: Mapping[str, Learner], return_statistics: nn.Module) -> dict[str, Undo]:
+    """What takes an update of each network back; the policy's changes the return statistics, too."""
+    return {name: Undo(learner, [return_statistics] if name == "actor" else []) for name, learner in learners.items()}
 
 
 class Undo:

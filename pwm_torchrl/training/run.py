@@ -14,10 +14,12 @@ from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import RunClaim, claimed
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
+from pwm_torchrl.training.distributed import Ranks, joined
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.faults import named
 from pwm_torchrl.training.progress import warn
+from pwm_torchrl.training.replica import check_device, serve
 from pwm_torchrl.training.stop import StopRequest
 from pwm_torchrl.training.summary import RunSummary
 
@@ -35,7 +37,8 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
 
     Returns:
         dict: the summary that ``summary.json`` holds too. SIGINT ends the run after the epoch, a stop request after the
-        step, with status ``stopped`` and a checkpoint.
+        step, with status ``stopped`` and a checkpoint. Where a launcher started several processes, each of which calls
+        this, only rank 0 does any of that; the others compute shares of its updates and return ``rank`` and ``status``.
 
     Raises:
         ConfigurationError: for a configuration that cannot work.
@@ -43,6 +46,7 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
         DivergenceError: if a loss is not finite; the last checkpoint stays the newest.
         OutOfMemory: if an update does not fit into memory even in parts of 1, or memory is about to run out, after a
             checkpoint; if memory runs out elsewhere, with the last checkpoint as the newest. Status ``memory``.
+        RankFault: if another of several processes fails or is gone; the last checkpoint stays the newest.
         StorageFault: if the disk is full, over its quota or broken; the last checkpoint stays the newest. Status
             ``storage``.
         Superseded: if another attempt has taken the run over; it is left to that one.
@@ -50,9 +54,17 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
     run_dir = Path(run_dir)
     quiet_torchrl()
     try:
-        with claimed(run_dir, CheckpointStore(run_dir).names()) as claim:
-            failpoint("start.claimed")
-            return _train(cfg, run_dir, claim, resume, stop)
+        with joined() as ranks:
+            if ranks is not None and not ranks.leads:
+                if stop is not None:
+                    stop.reached.set()  # its signals are for rank 0 to answer: no step of this process ends on them
+                return {"rank": ranks.rank, "status": serve(ranks)}
+            with claimed(run_dir, CheckpointStore(run_dir).names()) as claim:
+                failpoint("start.claimed")
+                result = _train(cfg, run_dir, claim, resume, stop, ranks)
+            if ranks is not None:
+                ranks.status = result["status"]
+            return result
     except OSError as error:  # of the claim; all others have their names
         fault = named(error, run_dir)
         if fault is error:
@@ -60,7 +72,9 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
         raise fault from error
 
 
-def _train(cfg: Config, run_dir: Path, claim: RunClaim, resume: bool, stop: StopRequest | None) -> dict[str, Any]:
+def _train(
+    cfg: Config, run_dir: Path, claim: RunClaim, resume: bool, stop: StopRequest | None, ranks: Ranks | None
+) -> dict[str, Any]:
     summary: RunSummary | None = None
     reserve = Reserve(run_dir)
     try:
@@ -68,7 +82,9 @@ def _train(cfg: Config, run_dir: Path, claim: RunClaim, resume: bool, stop: Stop
         if not (run_dir / CONFIG_FILE).exists():
             save_config(cfg, run_dir)
         summary = RunSummary.start(cfg, run_dir, resume)
-        run = Run(cfg, run_dir, summary, claim, resume, stop)
+        if ranks is not None:
+            check_device(cfg.device, ranks)
+        run = Run(cfg, run_dir, summary, claim, resume, stop, ranks)
         with run.memory_plan.compared():
             status = run.execute(resume)
         claim.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torchrl.trainers.trainers import OptimizationStepper, Trainer
 
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.modules import RewardScale
-from pwm_torchrl.training.build import Learner, Losses, Networks
+from pwm_torchrl.training.build import EnvFacts, Learner, Losses, Networks
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.training.metrics import MetricRow
-from pwm_torchrl.training.recovery import MicroBatches, Undo
+from pwm_torchrl.training.recovery import MicroBatches, undo_of
+from pwm_torchrl.training.replica import start_replicas
+from pwm_torchrl.training.shared_updates import SharedUpdates
 from pwm_torchrl.training.stop import StopRequest
 
 POLICY_STARTS = ("replay", "current")
@@ -74,6 +78,10 @@ class PWMStepper(OptimizationStepper):
         first_model_updates (int): world-model updates of the first training epoch.
         on_reduction (callable): told of every micro-batch that was halved because memory ran out; see
             :class:`~pwm_torchrl.training.recovery.MicroBatches`.
+        ranks (Ranks, optional): processes among which every update's batch is shared out. Defaults to ``None``: this
+            one has all of it.
+        facts (EnvFacts, optional): the environment's dimensions, which the other ranks are told; needed with ``ranks``.
+            Defaults to ``None``.
     """
 
     def __init__(
@@ -86,6 +94,8 @@ class PWMStepper(OptimizationStepper):
         reward_scale: RewardScale | None,
         first_model_updates: int,
         on_reduction: Callable[[str, int, int, str], None],
+        ranks: Ranks | None = None,
+        facts: EnvFacts | None = None,
     ) -> None:
         self.cfg = cfg
         self.networks = networks
@@ -95,10 +105,11 @@ class PWMStepper(OptimizationStepper):
         self.reward_scale = reward_scale
         self.first_model_updates = first_model_updates
         self.micro_batches = MicroBatches.configured(cfg.memory, on_reduction)
-        self.undo = {
-            name: Undo(learner, [losses.actor.return_statistics] if name == "actor" else [])
-            for name, learner in learners.items()
-        }
+        self.undo = undo_of(learners, losses.actor.return_statistics)
+        self.shared: SharedUpdates | None = None
+        if ranks is not None and facts is not None:
+            start = partial(start_replicas, cfg, facts)
+            self.shared = SharedUpdates(networks, losses, learners, self.undo, ranks, start)
         self.epoch = 0  # training epochs done
         self.updated = False  # whether the world model has had its first updates
         self.work: EpochWork | None = None  # of an epoch in progress
@@ -168,11 +179,14 @@ class PWMStepper(OptimizationStepper):
         undo = self.undo["world_model"]
 
         def attempt(size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-            slices = self.losses.model.read(self.sample_slices(batch))
+            data = self.sample_slices(batch)
+            if self.shared is not None:
+                return self.shared.model(data, size)
+            slices = self.losses.model.read(data)
             losses = self.losses.model.backward(slices, size)
             return losses, slices.valid.float().mean(), self.learners["world_model"].step(undo.before_step)
 
-        losses, valid, norm = self.micro_batches.run("world-model", batch, undo, attempt)
+        losses, valid, norm = self.micro_batches.run("world-model", self.share(batch), undo, attempt)
         row.mean({"loss/model": torch.stack(list(losses.values())).sum()})
         row.mean({key.replace("loss_", "loss/model_"): value for key, value in losses.items()})
         row.mean({"grad_norm/model": norm, "data/valid_fraction": valid})
@@ -204,10 +218,13 @@ class PWMStepper(OptimizationStepper):
         undo = self.undo["actor"]
 
         def attempt(size: int) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
-            losses, imagined = self.losses.actor.backward(self.encode(observation), size)
+            start = self.encode(observation)
+            if self.shared is not None:
+                return self.shared.policy(start, size)
+            losses, imagined = self.losses.actor.backward(start, size)
             return losses, imagined, self.learners["actor"].step(undo.before_step)
 
-        losses, imagined, norm = self.micro_batches.run("policy", len(observation), undo, attempt)
+        losses, imagined, norm = self.micro_batches.run("policy", self.share(len(observation)), undo, attempt)
         named = {"loss/actor": losses["loss_actor"], "grad_norm/actor": norm}
         for key in ("imagined_return", "imagined_reward", "return_std", "terminated"):
             named[f"imagination/{key.removeprefix('imagined_')}"] = losses[key]
@@ -246,12 +263,18 @@ class PWMStepper(OptimizationStepper):
         undo = self.undo["critics"]
 
         def attempt(size: int) -> tuple[dict[str, Tensor], Tensor]:
+            if self.shared is not None:
+                return self.shared.critic(states[rows], size)
             losses = self.losses.value.backward(states[rows], size)
             return losses, self.learners["critics"].step(undo.before_step)
 
-        losses, norm = self.micro_batches.run("critic", len(rows), undo, attempt)
+        losses, norm = self.micro_batches.run("critic", self.share(len(rows)), undo, attempt)
         row.mean({"loss/value": losses["loss_value"], "grad_norm/value": norm})
         row.set({"critic/value": losses["value"]})
+
+    def share(self, batch: int) -> int:
+        """Rows of a batch of ``batch`` that one process has at most."""
+        return batch if self.shared is None else self.shared.ranks.largest_share(batch)
 
     def gradient_profile(self, observation: Tensor) -> dict[str, float]:
         """Norm of the policy objective's gradient with respect to the action of every horizon step, batch mean."""

@@ -19,7 +19,10 @@ def available_cpus() -> int:
 
 
 def set_threads(threads: int | None) -> int:
-    """Use ``threads`` for tensor operations, or as many as there are CPUs; returns the number."""
-    count = threads or available_cpus()
+    """Use ``threads`` for tensor operations, or as many as there are CPUs; returns the number.
+
+    torchrun starts its ranks with the same CPUs, which they share; SLURM gives each task its own.
+    """
+    count = threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(count)
     return count

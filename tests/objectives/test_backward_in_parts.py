@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pwm_torchrl.modules import CriticEnsemble, value_module, world_model_module
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
+from pwm_torchrl.objectives.actor_loss import Accumulated
 from pwm_torchrl.objectives.micro_batches import backward_in_parts, micro_batches
 
 SIZES = [1, 3, None]
@@ -207,6 +208,78 @@ class TestValueLoss:
             assert_same(expected, found)
 
 
+class TestShares:
+    """What several processes compute of one batch adds up to what one does; a share may be empty."""
+
+    SHARES = (slice(0, 3), slice(3, 3), slice(3, B))
+
+    def test_model_loss(self) -> None:
+        data = slice_data(dtype=torch.float64)
+        data["next", "done"] = torch.rand(B, H, 1) < 0.3
+        network = world_model(False, torch.float64, dynamics=FLOW)
+        loss = PWMModelLoss(network, flow_matching_weight=0.5)
+        slices = loss.read(data)
+
+        def shares() -> list[dict[str, Tensor]]:
+            noise, counts = loss.draw_noise(slices), slices.valid_counts()
+            return [
+                loss.backward(slices.rows(rows), 2, noise=noise.rows(rows), valid_counts=counts) for rows in self.SHARES
+            ]
+
+        expected, whole, generator = after(lambda: loss.backward(slices), network)
+        found, parts, same_generator = after(shares, network)
+        assert_same(expected, found)
+        assert torch.equal(generator, same_generator)
+        for key, value in whole.items():
+            torch.testing.assert_close(sum(part[key] for part in parts), value, **TIGHT)
+            assert parts[1][key] == 0
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_actor_loss(self, deterministic: bool) -> None:
+        """What is accumulated of the shares, put together, ends as the batch does."""
+        networks = Networks(dtype=torch.float64)
+        loss = networks.loss(normalize_returns=True, deterministic=deterministic).double()
+        start = networks.start()
+        before = deepcopy(loss.return_statistics.state_dict())
+
+        def shares() -> tuple[TensorDict, TensorDict]:
+            loss.return_statistics.load_state_dict(before)
+            noise = loss.draw_noise(start["latent"])
+            parts = [
+                loss.accumulate(start[rows], 2, None if noise is None else noise[:, rows], B) for rows in self.SHARES
+            ]
+            assert len(parts[1].returns) == len(parts[1].rollouts) == 0
+            assert loss.return_statistics.count == before["count"]
+            each = zip(*(part.gradients for part in parts), strict=True)
+            gradients = [None if shares[0] is None else sum(shares) for shares in each]
+            returns = torch.cat([part.returns for part in parts])
+            return loss.finish(Accumulated(gradients, returns, torch.cat([part.rollouts for part in parts])))
+
+        expected, whole, generator = after(lambda: loss.backward(start), networks.actor)
+        found, joined, same_generator = after(shares, networks.actor)
+        assert_same(expected, found)
+        assert torch.equal(generator, same_generator)
+        for ours, theirs in zip(joined, whole, strict=True):
+            for key, value in ours.items(True, True):
+                torch.testing.assert_close(value, theirs[key], **TIGHT)
+
+    def test_value_loss(self) -> None:
+        critics = randomized(CriticEnsemble(D, [10]).double())
+        latent, target = torch.rand(B, D, dtype=torch.float64), torch.randn(B, 1, dtype=torch.float64)
+        data = TensorDict(latent=latent, value_target=target, batch_size=[B])
+        data["collector", "mask"] = torch.rand(B, 1) >= 0.4
+        loss = PWMValueLoss(critics)
+
+        def shares() -> list[dict[str, Tensor]]:
+            return [loss.backward(data[rows], 2, whole=(B, loss.counted(data))) for rows in self.SHARES]
+
+        expected, whole, _ = after(lambda: loss.backward(data), critics)
+        found, parts, _ = after(shares, critics)
+        assert_same(expected, found)
+        for key, value in whole.items():
+            torch.testing.assert_close(sum(part[key] for part in parts), value, **TIGHT)
+
+
 class TestSplitting:
     @pytest.mark.parametrize(
         ("count", "size", "expected"),
@@ -215,7 +288,7 @@ class TestSplitting:
             (5, 9, [(0, 5)]),
             (5, 2, [(0, 2), (2, 4), (4, 5)]),
             (3, 1, [(0, 1), (1, 2), (2, 3)]),
-            (0, 4, []),
+            (0, 4, [(0, 0)]),
         ],
     )
     def test_rows(self, count: int, size: int | None, expected: list[tuple[int, int]]) -> None:
