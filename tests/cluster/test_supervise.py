@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,9 +29,12 @@ while True:
 """
 
 
-def start(tmp_path, code, **environ):
+@contextlib.contextmanager
+def supervised(tmp_path, code, **environ):
     command = [sys.executable, "-S", str(SCRIPT), str(tmp_path / "evidence"), sys.executable, "-c", code]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environ})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environ}) as process:
+        yield process
+        process.kill()
 
 
 def evidence(tmp_path, rank=0):
@@ -42,7 +46,8 @@ def evidence(tmp_path, rank=0):
     [("", 0, 0), ("raise SystemExit(7)", 7, 7), ("import os; os.kill(os.getpid(), 9)", -9, 137)],
 )
 def test_ends_as_the_program_did(code, returncode, expected, tmp_path):
-    assert start(tmp_path, code, SLURM_PROCID="3").wait(20) == expected
+    with supervised(tmp_path, code, SLURM_PROCID="3") as process:
+        assert process.wait(20) == expected
     told = evidence(tmp_path, 3)
     assert (told["returncode"], told["signals"], told["preempted"]) == (returncode, {}, False)
     assert told["oom_kills"] in (0, None)
@@ -50,13 +55,13 @@ def test_ends_as_the_program_did(code, returncode, expected, tmp_path):
 
 
 def test_passes_signals_on(tmp_path):
-    process = start(tmp_path, TELLS_SIGNALS)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGUSR2)
-    assert process.stdout.readline() == "SIGUSR2\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "SIGTERM\n"
-    assert process.wait(20) == 5
+    with supervised(tmp_path, TELLS_SIGNALS) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR2)
+        assert process.stdout.readline() == "SIGUSR2\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "SIGTERM\n"
+        assert process.wait(20) == 5
     assert list(evidence(tmp_path)["signals"]) == ["SIGUSR2", "SIGTERM"]
 
 

@@ -115,7 +115,7 @@ def test_killed_and_then_the_node_fails(place, tmp_path):
 def test_a_directory_has_one_owner(place, capsys):
     """While a job trains, nobody else does, and resume.py leaves it alone; once it is cancelled, it goes on."""
     place.trouble.write_text("slow 1 0.4")
-    run_dir, job = place.submit()
+    run_dir, job = place.submit("training.epochs=60")
     place.wait_for_epoch(run_dir, 1)
     with pytest.raises(ConfigurationError, match=rf"is in use by SLURM job {job}, process \d+ on "):
         train(load_config(run_dir), run_dir, resume=True)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from training_cases import config
 
-from pwm_torchrl.envs import make_env
 from pwm_torchrl.training import train
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.config import Config
@@ -22,6 +22,7 @@ from pwm_torchrl.training.failpoints import VARIABLE
 from pwm_torchrl.training.seal import SEAL_FILE
 from pwm_torchrl.training.stop import StopRequest
 
+_HERE = Path(__file__).resolve().parent
 NETWORKS = (
     "world_model",
     "actor",
@@ -75,6 +76,8 @@ def start(run_dir: Path, failpoint: str | None = None, stop: bool = False) -> mu
     """Start an attempt."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["failpoint_cases"])
+    # The server looks for what it loads there, and silently does without what it does not find.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     process = context.Process(target=attempt, args=(str(run_dir), failpoint, stop))
     process.start()
     return process
@@ -96,5 +99,15 @@ def learned(run_dir: Path) -> dict[str, int]:
     return {name: facts["crc32"] for name, facts in files.items() if any(f"-{part}/" in name for part in NETWORKS)}
 
 
+def _warm_up() -> None:
+    """A whole run before the forks: what it imports, and the traces of its memory plan, are there in each of them."""
+    from pwm_torchrl.training import assembly
+
+    torch.set_num_threads(1)
+    assembly.write_curves = lambda folder: None
+    with tempfile.TemporaryDirectory() as folder:
+        train(small(), Path(folder))
+
+
 if multiprocessing.current_process().name != "MainProcess":
-    make_env(small().env, num_envs=1, seed=0).close()  # imported once, before the forks
+    _warm_up()
