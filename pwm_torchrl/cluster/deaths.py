@@ -28,6 +28,8 @@ from pwm_torchrl.training.stop import NO_STEP_IN_TIME
 #: Restarts in a row without progress after which a run is left alone.
 MOST_WITHOUT_PROGRESS = 2
 _SIGKILL = 9
+#: In the message of a rank whose fellows are gone: the reason is theirs.
+_LOST_RANK = "cannot reach the other"
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ def classify(
         if term_received or "SIGTERM" in signals:
             return Death(REQUEUED, f"SLURM asked the job to end{saved}", record.requeued)
         return Death("stopped", error)
-    if status == "failed" and not _killed(evidence):
+    if status == "failed" and not _killed(evidence) and _LOST_RANK not in error:
         return Death("failed", error)
-    if _killed(evidence) or not evidence:
+    if _killed(evidence) or not evidence or _LOST_RANK in error:
         return Death(KILLED, "a process of the job was killed")
     return Death(START_UP, "the job ended before training began; its log tells why")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pwm_torchrl.data.files import write_durably
 from pwm_torchrl.errors import is_ours, status_of
+from pwm_torchrl.training.ranks import is_replica
 from pwm_torchrl.training.stop import StopRequest, stop_on_signals
 
 LOG_FILE = "log.txt"
@@ -38,7 +39,7 @@ def run_slurm_job(run_dir: str) -> str:
         JobFailed: if it did not end in order.
     """
     run, stop = Path(run_dir), StopRequest()
-    rank = int(os.environ.get("SLURM_PROCID", "0"))
+    rank = int(os.environ.get("SLURM_PROCID", "0"))  # one without several tasks, too
     with (
         output_to(run / (LOG_FILE if rank == 0 else f"log_rank{rank}.txt")),
         stop_on_signals(stop, _deadline(run), ignore_afterwards=True),
@@ -50,7 +51,8 @@ def run_slurm_job(run_dir: str) -> str:
                 traceback.print_exc()
             else:
                 sys.stderr.write(f"error: {failure}\n")
-            _write_error(run, failure)
+            if not is_replica():
+                _write_error(run, failure)
             raise JobFailed(f"{type(failure).__name__}: {failure}") from failure
 
 
@@ -60,7 +62,8 @@ def _train(run: Path, stop: StopRequest) -> str:
     from pwm_torchrl.training.config_file import load_config
     from pwm_torchrl.training.summary_file import was_started
 
-    before_training(run)
+    if not is_replica():
+        before_training(run)
     summary = train(load_config(run), run, resume=was_started(run), stop=stop)
     return str(summary["status"])
 

@@ -76,10 +76,13 @@ def _of_submitit() -> Place | None:
             f"{SUBMITIT} is set, but submitit is not installed: pip install 'pwm-torchrl[launch]'."
         ) from error
     try:
-        tasks = JobEnvironment().num_tasks
+        job = JobEnvironment()
+        tasks = job.num_tasks
     except RuntimeError:  # the variable is left from a job that is none of submitit's here, such as one in-process
         return None
     if tasks == 1:  # the rest asks SLURM for the names of nodes
         return None
     found = TorchDistributedEnvironment()
-    return Place(found.rank, found.world_size, found.local_rank, found.master_addr, found.master_port)
+    # A node's name need not lead anywhere; ranks of one node need none.
+    address = "127.0.0.1" if job.num_nodes == 1 else found.master_addr
+    return Place(found.rank, found.world_size, found.local_rank, address, found.master_port)

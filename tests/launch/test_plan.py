@@ -130,9 +130,10 @@ def test_help():
 
 @pytest.mark.parametrize("command", [submit, train])
 @pytest.mark.parametrize("words", [["cluster=l40s"], ["cluster=cpu"], ["cluster.kind=slurm"]])
-def test_profiles_of_nodes_are_for_planning_only(command, words, capsys):
+def test_profiles_of_nodes_need_a_cluster(command, words, capsys, monkeypatch):
+    monkeypatch.setattr("pwm_torchrl.launch.prepare.slurm_available", lambda: False)
     assert command([*SMALL, *words, "runs_dir=runs"]) == 2
     error = capsys.readouterr().err
-    assert "describes SLURM nodes for launch/plan.py" in error
+    assert "describes SLURM nodes, and " in error
     assert len(error.splitlines()) == 1
     assert list(Path().iterdir()) == []

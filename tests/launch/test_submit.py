@@ -174,9 +174,9 @@ def test_debug_runs_in_this_process(capfd, stub_training, monkeypatch):
 def test_the_job_sees_the_gpus_that_the_user_sees(capfd, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     from pwm_torchrl.launch.job import CUDA_VARIABLE, _restore_cuda
-    from pwm_torchrl.launch.submit import _job_environment
+    from pwm_torchrl.launch.local import _job_environment
 
-    with _job_environment():
+    with _job_environment([]):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what submitit's local executor does
         assert os.environ[CUDA_VARIABLE] == "3"
         _restore_cuda()

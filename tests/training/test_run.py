@@ -24,6 +24,8 @@ from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.training import assembly, train
 from pwm_torchrl.training.assembly import Run, pick_device
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
+from pwm_torchrl.training.claims import claimed
 from pwm_torchrl.training.evaluation import play, random_action
 from pwm_torchrl.training.seeding import evaluation_env_seed
 from pwm_torchrl.training.summary import RunSummary
@@ -256,7 +258,8 @@ class TestOptions:
 
 def fresh_run(cfg, run_dir) -> Run:
     """The parts of a run, nothing restored or trained."""
-    return Run(cfg, run_dir, RunSummary.start(cfg, run_dir, resume=False))
+    with claimed(run_dir, CheckpointStore(run_dir).names()) as claim:
+        return Run(cfg, run_dir, RunSummary.start(cfg, run_dir, resume=False), claim)
 
 
 class TestSharing:
