@@ -103,8 +103,10 @@ def classify(
             return Death(TIMEOUT, f"the time limit was reached{saved}", record.requeued)
         if "SIGUSR2" in signals or (outcome or {}).get("reason") == "SIGUSR2":
             return Death(TIMEOUT, f"the time limit came near{saved}", record.requeued)
-        if term_received or "SIGTERM" in signals:
+        if record.requeued or not record.state:
             return Death(REQUEUED, f"SLURM asked the job to end{saved}", record.requeued)
+        if term_received or "SIGTERM" in signals:
+            return Death("stopped", f"cancelled{saved}")
         return Death("stopped", error)
     if status == "failed" and not _killed(evidence) and _LOST_RANK not in error:
         return Death("failed", error)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from submitit.slurm.slurm import SlurmExecutor
 
-_SUPERVISE = Path(__file__).with_name("supervise.py")
+_SUPERVISE, _START = (Path(__file__).with_name(name) for name in ("supervise.py", "start.py"))
 
 #: ``wait`` returns early when a trap has run, so the loop asks whether the step still exists. Requeueing sends SIGTERM
 #: to the script that asks for it, which then still has to write what it decided.
@@ -30,7 +30,7 @@ term=0
 step=
 trap 'term=1; [ -z "$step" ] || kill -TERM "$step" 2> /dev/null' TERM
 srun --unbuffered --kill-on-bad-exit=1 {srun_args}{python} -u {supervise} "$run/attempts/evidence-$life" \\
-    {python} -u -m submitit.core._submit {folder} &
+    {python} -u {start} submitit.core._submit {folder} &
 step=$!
 wait "$step"
 code=$?
@@ -39,7 +39,7 @@ while kill -0 "$step" 2> /dev/null; do
     code=$?
 done
 trap '' TERM
-exec {python} -u -m pwm_torchrl.cluster.after "$run" --code "$code" --term "$term"
+exec {python} -u {start} pwm_torchrl.cluster.after "$run" --code "$code" --term "$term"
 """
 
 
@@ -65,14 +65,14 @@ class RunExecutor(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        supervise = _in_copy(_SUPERVISE, self.code)
         return _SCRIPT.format(
             path=shlex.quote(":".join(map(str, self.code))) if self.code else "",
             cpus=self.cpus,
             runs=shlex.quote(str(self.runs)),
             srun_args="",
             python=shlex.quote(sys.executable),
-            supervise=shlex.quote(str(supervise)),
+            supervise=shlex.quote(str(_in_copy(_SUPERVISE, self.code))),
+            start=shlex.quote(str(_in_copy(_START, self.code))),
             folder=shlex.quote(str(self.folder)),
         )
 

@@ -15,6 +15,10 @@ def node_memory_mb(partition: str | None, site: Site) -> int:
     Raises:
         ConfigurationError: if there are no such nodes.
     """
+    known = [each.name for each in site.partitions]
+    for name in partition.split(",") if partition else []:
+        if name not in known:
+            raise ConfigurationError(f"cluster.partition={name} does not exist; choose one of {', '.join(known)}")
     names = partition.split(",") if partition else [each.name for each in site.partitions if each.default]
     found = [node.memory_mb for node in site.nodes if set(names) & set(node.partitions)]
     if not found:

@@ -87,6 +87,7 @@ def _job_environment(code: Sequence[Path]) -> Iterator[None]:
     terminal = sys.stdout.isatty()
     changes = {
         "PYTHONPATH": os.pathsep.join([*map(str, code), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONSAFEPATH": "1",  # or the working directory would come before the copy of its code
         PROGRESS_VARIABLE: "bar" if terminal else "lines",
         CUDA_VARIABLE: os.environ.get("CUDA_VISIBLE_DEVICES", "unset"),
     }

@@ -29,7 +29,13 @@ ENDED = {"status": "stopped", "reason": "SIGTERM"}
         (ENDED, [TERM], JobRecord("COMPLETING", "None", requeued=True), True, "requeue"),
         (None, [], JobRecord("COMPLETING", "None", requeued=True), True, "requeue"),
         (ENDED, [TERM], JobRecord("CANCELLED"), True, "stopped"),
-        ({"status": "stopped", "reason": None}, [FINE], JobRecord(), False, "stopped"),
+        # scancel, as SLURM shows it at first: nobody asked for the job to come back.
+        (ENDED, [TERM], JobRecord("COMPLETING", "None"), True, "stopped"),
+        (None, [], JobRecord("COMPLETING", "None"), True, "stopped"),
+        (ENDED, [TERM], JobRecord("RUNNING", "None"), False, "stopped"),
+        # SLURM does not answer: better once too often than never.
+        (ENDED, [TERM], JobRecord(), True, "requeue"),
+        ({"status": "stopped", "reason": None}, [FINE], JobRecord("RUNNING"), False, "stopped"),
         ({"status": "memory"}, [{**FINE, "returncode": 1}], JobRecord(), False, "memory"),
         (None, [{**KILLED, "oom_kills": 1}], JobRecord(), False, "memory"),
         # A worker was killed, the run saw a broken environment; or it saw nothing at all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from pathlib import Path
@@ -191,14 +192,21 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == kind]
 
 
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """Rows of a run's metrics."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def last_row(run_dir: Path) -> dict[str, str]:
+    """The last row of a run's metrics."""
+    return rows(run_dir)[-1]
+
+
 def metrics(run_dir: Path) -> list[str]:
     """Lines of a run's metrics without times and memory."""
-    import csv
-
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     skipped = ("wall_clock_s", "time/epoch_s")
     return [
         str([(k, v) for k, v in sorted(row.items()) if k not in skipped and not k.startswith("memory/")])
-        for row in rows
+        for row in rows(run_dir)
     ]
