@@ -42,7 +42,7 @@ _KEYS = {
     "model.reward_head=two_hot": "scalar or two_hot",
 }
 _ABOUT = {
-    "submit.py": "Train a policy in a learned world model, as a job of its own; its progress is shown here.",
+    "submit.py": "Train policies in learned world models, as jobs: of SLURM where it is found, else here.",
     "train.py": "Train a policy in a learned world model, in this process.",
     "plan.py": "Say what a run will need of memory and disk, why, and what is chosen so that it fits; runs nothing.",
     "check_env.py": "Say what training would see of an environment: specs, scaling, termination, what can be saved.",
@@ -54,7 +54,7 @@ _EXIT_CODES = (
     "130 stopped. After 74, 75 and 130 the same command with run_dir=PATH goes on from the last checkpoint.",
 )
 
-_OPTIONS = {"plan.py": " [--json FILE]"}
+_OPTIONS = {"plan.py": " [--json FILE]", "submit.py": " [--dry-run]"}
 
 
 def wants_help(words: Sequence[str]) -> bool:
@@ -97,6 +97,9 @@ def help_text(script: str) -> str:
     if script == "plan.py":
         examples["model=flow_v3 size=48m env=dflex_ant cluster=l40s"] = "for nodes elsewhere"
         examples["size=48m memory.host_gb=16 --json plan.json"] = "within a budget; also as a file"
+    if script == "submit.py":
+        examples["model=flow_v1,flow_v2 seed=1,2,3"] = "six runs; on SLURM one job array"
+        examples["cluster=l40s --dry-run"] = "what would be submitted, and nothing else"
     lines += ["", "Examples:"]
     lines += [f"  {f'{run} {words}'.strip():<76} # {meaning}" for words, meaning in examples.items()]
     if script in ("submit.py", "train.py"):
