@@ -46,6 +46,7 @@ from benchmarks.learning import hardware  # noqa: E402
 from benchmarks.slope import slope  # noqa: E402
 from pwm_torchrl.launch.compose import compose  # noqa: E402
 from pwm_torchrl.training.assembly import Run  # noqa: E402
+from pwm_torchrl.training.claims import RunClaim, claimed  # noqa: E402
 from pwm_torchrl.training.config import Config  # noqa: E402
 from pwm_torchrl.training.graph_check import live_nodes, live_tensors  # noqa: E402
 from pwm_torchrl.training.run import quiet_torchrl  # noqa: E402
@@ -147,8 +148,14 @@ def configure(epochs: int, cycle: int, run_dir: Path, extra: list[str]) -> Confi
 def drive(cfg: Config, run_dir: Path, readings: Readings, leak: bool, settle: bool) -> int:
     """Train, reading at the end of every epoch; returns the epochs done."""
     quiet_torchrl()
+    with claimed(run_dir) as claim:
+        return drive_claimed(cfg, run_dir, claim, readings, leak, settle)
+
+
+def drive_claimed(cfg: Config, run_dir: Path, claim: RunClaim, readings: Readings, leak: bool, settle: bool) -> int:
+    """The same in a directory that this process owns."""
     summary = RunSummary.start(cfg, run_dir, resume=False)
-    run = Run(cfg, run_dir, summary)
+    run = Run(cfg, run_dir, summary, claim)
     save, history = run.trainer.save_trainer, []
 
     def save_and_read(force_save: bool = False) -> None:  # the last thing that an epoch does

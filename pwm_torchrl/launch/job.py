@@ -13,10 +13,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from pwm_torchrl.cluster.job import LOG_FILE, output_to
 
 __all__ = [
     "CUDA_VARIABLE",
@@ -28,7 +29,6 @@ __all__ = [
     "run_job",
 ]
 
-LOG_FILE = "log.txt"
 OUTCOME_FILE = "outcome.json"
 PID_FILE = "pid"
 PROGRESS_VARIABLE = "PWM_TORCHRL_PROGRESS"  # bar | lines: what the terminal that follows a job can show
@@ -56,7 +56,7 @@ def run_job(run_dir: str) -> dict[str, Any]:
     _own_session(attempt)
     _restore_cuda()
     _stop_on_signals()
-    with _output_to(Path(run_dir) / LOG_FILE):
+    with output_to(Path(run_dir) / LOG_FILE):
         outcome = _train(Path(run_dir), attempt)
     if "error" in outcome:
         raise JobFailed(outcome["error"])
@@ -155,25 +155,3 @@ def _stop_on_signals() -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, stop)
-
-
-@contextlib.contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Sends stdout and stderr to ``log``, at the level of file descriptors: libraries written in
-    C print too.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for source, target in zip(kept, (1, 2), strict=True):
-            os.dup2(source, target)
-            os.close(source)
