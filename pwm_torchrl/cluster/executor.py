@@ -19,7 +19,8 @@ from submitit.slurm.slurm import SlurmExecutor
 _SUPERVISE, _START = (Path(__file__).with_name(name) for name in ("supervise.py", "start.py"))
 
 #: ``wait`` returns early when a trap has run, so the loop asks whether the step still exists. Requeueing sends SIGTERM
-#: to the script that asks for it, which then still has to write what it decided.
+#: to the script that asks for it, which then still has to write what it decided. Since SLURM 22.05 srun does not take
+#: the number of CPUs from the job.
 _SCRIPT = """\
 export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}
 export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-{cpus}}}
@@ -29,8 +30,8 @@ life=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY
 term=0
 step=
 trap 'term=1; [ -z "$step" ] || kill -TERM "$step" 2> /dev/null' TERM
-srun --unbuffered --kill-on-bad-exit=1 {srun_args}{python} -u {supervise} "$run/attempts/evidence-$life" \\
-    {python} -u {start} submitit.core._submit {folder} &
+srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" \\
+    {python} -u {supervise} "$run/attempts/evidence-$life" {python} -u {start} submitit.core._submit {folder} &
 step=$!
 wait "$step"
 code=$?
@@ -69,7 +70,6 @@ class RunExecutor(SlurmExecutor):
             path=shlex.quote(":".join(map(str, self.code))) if self.code else "",
             cpus=self.cpus,
             runs=shlex.quote(str(self.runs)),
-            srun_args="",
             python=shlex.quote(sys.executable),
             supervise=shlex.quote(str(_in_copy(_SUPERVISE, self.code))),
             start=shlex.quote(str(_in_copy(_START, self.code))),

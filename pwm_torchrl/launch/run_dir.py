@@ -38,6 +38,7 @@ IGNORED = (
     "training.video",
     "training.threads",
     "training.checkpoint_every",
+    "training.checkpoint_minutes",
     "training.keep_checkpoints",
     "training.replay_storage",
     "training.check_graphs",

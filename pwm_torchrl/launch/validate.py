@@ -61,6 +61,7 @@ _AT_LEAST: dict[str, float] = {
     "training.eval_every": 0,
     "training.eval_episodes": 1,
     "training.checkpoint_every": 0,
+    "training.checkpoint_minutes": 0,
     "training.keep_checkpoints": 1,
     "training.replay_capacity": 1,
     "training.gradient_profile_every": 0,

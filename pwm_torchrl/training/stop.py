@@ -85,9 +85,12 @@ def stop_on_signals(
         stop.reached.set()
         closing.set()
         waiter.join()
-        for each, handler in handlers.items():
-            signal.signal(each, signal.SIG_IGN if ignore_afterwards else handler)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)  # one that still waits is forgotten: it has been answered
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for each, handler in handlers.items():
+            if not ignore_afterwards:
+                signal.signal(each, handler)
 
 
 def _wait_for_signals(stop: StopRequest, closing: threading.Event, deadline_s: float | None) -> None:

@@ -164,6 +164,7 @@ class PWMTrainer(Trainer):
         self.finish_epoch(self.epoch, self.finishing)
         self.finishing = None
         if self.stop.reason is not None:
+            self.stop.reached.set()
             self.request_stop(self.stop.reason)
         failpoint("epoch.logged")
         if self.graph_check is not None:
