@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,24 @@ class TestExactResume:
             k: v for k, v in straight.items() if k not in volatile
         }
         assert (last["status"], last["restarts"], last["resume_exact"]) == ("finished", 2, True)
+
+    def test_another_micro_batch_equals_a_run_that_switched_there(self, tmp_path, monkeypatch):
+        """A job that comes back with a thriftier plan: from that epoch on it computes as one that has it."""
+        cfg = config({"training.epochs": 6})
+        smaller = {"world-model": 3, "policy": 5, "critic": 7}
+
+        def switch(run):
+            if run.trainer.epoch == 3:
+                run.observer.stepper.micro_batches.sizes.update(smaller)
+
+        _, whole = run_with(monkeypatch, cfg, tmp_path / "switched", during_epoch=switch)
+        run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(3))
+        cfg.memory.model_micro_batch, cfg.memory.imagination_micro_batch, cfg.memory.critic_micro_batch = (
+            smaller.values()
+        )
+        last, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
+        assert (last["status"], last["resume_exact"]) == ("finished", True)
+        assert_equal(weights_of(parts), weights_of(whole))
 
     def test_sigint_ends_after_the_epoch(self, tmp_path, monkeypatch):
         """What Ctrl-C does: the epoch is finished, evaluated and saved, and the run continues as if undisturbed."""
@@ -169,6 +188,14 @@ class TestCheckpoints:
     def test_every(self, every, expected, tmp_path):
         train(config({"training.checkpoint_every": every, "training.eval_every": 0}), tmp_path)
         assert list(checkpoints(tmp_path)) == expected
+
+    def test_by_minutes(self, tmp_path, monkeypatch):
+        """However rare checkpoints are by epochs; minutes are counted from the last one."""
+        changes = {"training.checkpoint_every": 0, "training.eval_every": 0, "training.epochs": 6}
+        clock = iter(range(0, 10_000, 40))  # seconds; looked at once when an epoch ends and once after each checkpoint
+        monkeypatch.setattr("pwm_torchrl.training.trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        train(config({**changes, "training.checkpoint_minutes": 1.5, "training.keep_checkpoints": 9}), tmp_path)
+        assert list(checkpoints(tmp_path)) == [3, 6]
 
     def test_keep(self, tmp_path):
         changes = {"training.checkpoint_every": 1, "training.keep_checkpoints": 3, "training.eval_every": 0}
