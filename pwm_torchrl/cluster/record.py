@@ -33,7 +33,8 @@ def note_submission(run_dir: Path, job_id: str, **request: Any) -> None:
     """A job for this run is queued."""
     jobs = [*read_job(run_dir).get("job_ids", []), job_id]
     write_job(run_dir, job_ids=jobs, **request)
-    write_event(run_dir, "submit", job_id=job_id, **request)
+    asked = {key: value for key, value in request.items() if key != "code"}
+    write_event(run_dir, "submit", job_id=job_id, **asked)
 
 
 def note_restart(run_dir: Path, attempt: int, restart: Restart, action: str, detail: str, job_id: str | None) -> None:
