@@ -157,9 +157,9 @@ class TestWatch:
         monkeypatch.setattr(run_module.Run, "draw", note)
         play = run_module.Run.play
 
-        def look(run: Run, act: Any) -> Any:
+        def look(run: Run, act: Any, *between: Any) -> Any:
             note()
-            return play(run, act)
+            return play(run, act, *between)
 
         monkeypatch.setattr(run_module.Run, "play", look)
         run_with(monkeypatch, config(), tmp_path)
