@@ -118,6 +118,8 @@ class PWMTrainer(Trainer):
 
     def _finish_epoch_begun(self) -> bool:
         """The rest of an epoch that was stopped inside; whether the run is over then."""
+        if self.graph_check is not None:
+            self.graph_check.start()
         if self.batch is not None:
             batch = self.batch
             self.optim_steps(batch)

@@ -43,7 +43,7 @@ def test_nodes_partitions_and_settings(on_cluster):
     assert query.slurm_available()
     site = query.site()
     config, partitions = site.config, site.partitions
-    assert (config.max_array_size, config.requeue_hold_s, config.kill_wait_s) == (11, 5, 3)
+    assert (config.max_array_size, config.requeue_hold_s, config.kill_wait_s) == (11, 5, 8)
     assert not config.accounting
     assert [partition.name for partition in partitions] == ["main", "low", "high"]
     assert partitions[0] == Partition("main", default=True, max_minutes=1440)
