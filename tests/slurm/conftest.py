@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def _one_cluster() -> Iterator[Cluster]:
     reason = reason_to_skip()
     if reason is not None:
         pytest.skip(reason)
+    # Before any test points this process at the cluster: whatever carries its address is killed with it at the end.
+    resource_tracker.ensure_running()
     with running_cluster() as cluster:
         _RUNNING.append(cluster)
         yield cluster

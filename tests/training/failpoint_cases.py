@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
@@ -77,9 +78,10 @@ def start(run_dir: Path, failpoint: str | None = None, stop: bool = False) -> mu
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["failpoint_cases"])
     # The server looks for what it loads there, and silently does without what it does not find.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(_HERE), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     process = context.Process(target=attempt, args=(str(run_dir), failpoint, stop))
-    process.start()
+    with patch.dict(os.environ, PYTHONPATH=path):
+        process.start()
     return process
 
 
