@@ -77,19 +77,13 @@ def _deadline(run: Path) -> float | None:
 
 def _write_error(run: Path, failure: BaseException) -> None:
     """For the batch script, in case the attempt could not say itself how it ended."""
-    place = evidence_file(run, os.environ).with_suffix(".error")
+    from pwm_torchrl.cluster.restarts import Life
+
+    place = Life.here().error_file(run)
     content: dict[str, Any] = {"status": status_of(failure), "error": f"{type(failure).__name__}: {failure}"}
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         write_durably(place, json.dumps(content))
-
-
-def evidence_file(run: Path, environ: Any) -> Path:
-    """Where this life of the job leaves its evidence, without the task's number."""
-    from pwm_torchrl.training.owners import slurm_job_id
-
-    restart = environ.get("SLURM_RESTART_COUNT", "0")
-    return run / "attempts" / f"evidence-{slurm_job_id(environ)}-{restart}"
 
 
 @contextlib.contextmanager

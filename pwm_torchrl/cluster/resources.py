@@ -88,7 +88,7 @@ def resources_for(cfg: Config, plan: Plan) -> Resources:
 
 
 def sbatch_parameters(cfg: Config, resources: Resources, name: str) -> dict[str, Any]:
-    """Parameters of submitit's executor for a resources."""
+    """Parameters of submitit's executor for a job with these resources."""
     profile = cfg.cluster
     extra: dict[str, Any] = {"requeue": True}
     parameters: dict[str, Any] = {

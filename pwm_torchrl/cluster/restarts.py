@@ -40,10 +40,19 @@ class Life:
             raise ConfigurationError("This is not a SLURM job: SLURM_JOB_ID is not set.")
         return cls(job_id, int(environ.get("SLURM_RESTART_COUNT", "0") or 0))
 
+    def error_file(self, run: Path) -> Path:
+        """Where the job's function tells of an error, in case its attempt could not."""
+        return run / "attempts" / f"{self._evidence}.error"
+
+    @property
+    def _evidence(self) -> str:
+        """How the names of its files begin; the batch script names them too."""
+        return f"evidence-{self.job_id}-{self.restart_count}"
+
     def evidence(self, run: Path) -> list[dict[str, Any]]:
         """What the supervisors of its tasks wrote."""
         found = []
-        for file in sorted((run / "attempts").glob(f"evidence-{self.job_id}-{self.restart_count}-*.json")):
+        for file in sorted((run / "attempts").glob(f"{self._evidence}-*.json")):
             try:
                 found.append(json.loads(file.read_text(encoding="utf-8")))
             except (OSError, ValueError):
@@ -65,8 +74,7 @@ class Life:
         if said:
             return said
         try:
-            file = run / "attempts" / f"evidence-{self.job_id}-{self.restart_count}.error"
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(self.error_file(run).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return content

@@ -108,10 +108,10 @@ class CheckpointStore:
         adopted = {self.run_dir / name for name in newest.adopted} - self._abandoned
         return [each for each in everything if each.attempt >= newest.attempt or each.path in adopted]
 
-    def abandon_after(self, restored: Path | None) -> None:
+    def abandon_after(self, restored: Path) -> None:
         """Later ones than the one that was restored do not count any more: they could not be read."""
         paths = self.paths()
-        self._abandoned.update(paths if restored is None else paths[paths.index(restored) + 1 :])
+        self._abandoned.update(paths[paths.index(restored) + 1 :])
 
     def names(self) -> list[str]:
         """The countable ones, relative to the run."""
