@@ -14,10 +14,11 @@ from training_cases import CLOCKWORK, assert_equal, config, rows_of, run_with, s
 
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
+from pwm_torchrl.memory.guard import MemoryGuard
 from pwm_torchrl.memory.limits import budgets
 from pwm_torchrl.memory.plan import make_plan
 from pwm_torchrl.memory.predict import HOST
-from pwm_torchrl.training import memory_plan, train
+from pwm_torchrl.training import memory_plan, run_memory, train
 from pwm_torchrl.training.memory_plan import RunPlan, saved_choices
 
 AUTO = {"memory.kind": "auto", "training.replay_storage": "auto"}
@@ -77,6 +78,8 @@ def test_planning_changes_no_random_numbers(tmp_path):
 
 def test_a_budget_that_needs_parts_trains_in_parts(monkeypatch, tmp_path):
     """And learns the same, up to rounding."""
+    # What earlier tests left in this process is no part of the run: its guard, tested elsewhere, keeps out of it.
+    monkeypatch.setattr(run_memory, "MemoryGuard", lambda stop_at, limit: MemoryGuard(stop_at))
     cfg = config(LARGE)
     whole = make_plan(cfg, environment_facts(cfg.env), budgets(cfg, None))
     (update,) = (item.bytes for item in whole.prediction.items if item.what == "world-model update")
