@@ -50,20 +50,20 @@ _DM_CONTROL = (
     ("pendulum-spin", "pendulum", "spin", 3, 1, _CUSTOM),
 )
 
-_METAWORLD_TASKS = (
+_METAWORLD_NAMES = (
     "assembly basketball button-press-topdown button-press-topdown-wall button-press button-press-wall coffee-button "
     "coffee-pull coffee-push dial-turn disassemble door-open door-close drawer-close drawer-open faucet-open "
     "faucet-close hammer handle-press-side handle-press handle-pull-side handle-pull lever-pull peg-insert-side "
     "peg-unplug-side pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side plate-slide-back "
     "plate-slide-back-side push-back push push-wall reach reach-wall shelf-place soccer stick-push stick-pull "
     "sweep-into sweep window-open window-close bin-picking box-close door-lock door-unlock hand-insert"
-).split()  # noqa: SIM905 - fifty strings would fill fifty lines
+).split()
 
 for _name, _domain, _task, _observation, _action, _maker in _DM_CONTROL:
     _arguments = MappingProxyType({"domain": _domain, "task": _task})
     register_task(TaskInfo(_name, _observation, _action, _DM_CONTROL_STEPS, _maker, _arguments))
 
-for _task in _METAWORLD_TASKS:
+for _task in _METAWORLD_NAMES.split():
     register_task(
         TaskInfo(
             f"mw-{_task}",
@@ -79,4 +79,4 @@ for _task in _METAWORLD_TASKS:
     )
 
 MT30: tuple[str, ...] = tuple(row[0] for row in _DM_CONTROL)
-MT80: tuple[str, ...] = (*MT30, *(f"mw-{_task}" for _task in _METAWORLD_TASKS))
+MT80: tuple[str, ...] = (*MT30, *(f"mw-{_task}" for _task in _METAWORLD_NAMES.split()))
