@@ -57,7 +57,7 @@ _METAWORLD_NAMES = (
     "peg-unplug-side pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side plate-slide-back "
     "plate-slide-back-side push-back push push-wall reach reach-wall shelf-place soccer stick-push stick-pull "
     "sweep-into sweep window-open window-close bin-picking box-close door-lock door-unlock hand-insert"
-).split()
+)
 
 for _name, _domain, _task, _observation, _action, _maker in _DM_CONTROL:
     _arguments = MappingProxyType({"domain": _domain, "task": _task})
