@@ -45,6 +45,20 @@ def test_the_package_is_light():
     assert not loaded_by("import pwm_torchrl, pwm_torchrl.training.config, pwm_torchrl.errors") & HEAVY
 
 
+def test_the_registry_of_tasks_is_light():
+    assert not loaded_by("import pwm_torchrl.envs, pwm_torchrl.envs.tasks as t; t.task_set('mt80')") & HEAVY
+
+
+def test_the_environments_names_are_those_of_their_modules():
+    """One that a submodule shares would be the function or the module, depending on what was imported before."""
+    from pwm_torchrl import envs
+
+    modules = {path.stem for path in (ROOT / "envs").iterdir()}
+    assert not modules & set(envs.__all__)
+    assert set(envs._HOME) | {"EnvironmentFault"} == set(envs.__all__) <= set(dir(envs))
+    assert all(getattr(envs, name).__name__ == name for name in envs.__all__)
+
+
 def test_the_command_line_starts_without_torch():
     loaded = loaded_by("import pwm_torchrl.launch.compose, pwm_torchrl.launch.report")
     assert not loaded & {"torch", "torchrl", "gymnasium", "dm_control", "mujoco", "matplotlib", "wandb"}

@@ -1,21 +1,28 @@
-"""Real environments behind one interface: makers for gymnasium, dm_control and dflex, state saving, rendering.
+"""Real environments behind one interface: makers for gymnasium, dm_control, Meta-World and dflex, the tasks of MT30 and
+MT80, state saving, rendering.
 
-May import from ``modules`` and ``objectives``; environment libraries are loaded by the maker that needs them.
+May import from ``modules`` and ``objectives``; environment libraries are loaded by the maker that needs them. Names are
+loaded on first use: the registry of tasks needs no torch.
 """
 
 from __future__ import annotations
 
-from pwm_torchrl.envs.dflex import DFlexEnv
-from pwm_torchrl.envs.dflex_maker import make_dflex_env
-from pwm_torchrl.envs.dm_control_env import make_dm_control_env
-from pwm_torchrl.envs.factory import make_env
-from pwm_torchrl.envs.gym_env import make_gymnasium_env
-from pwm_torchrl.envs.info import EnvInfo, env_info
-from pwm_torchrl.envs.rendering import render_frame
-from pwm_torchrl.envs.report import report_env
-from pwm_torchrl.envs.standardize import standardize
-from pwm_torchrl.envs.state import env_state_support, load_env_state, save_env_state
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pwm_torchrl.errors import EnvironmentFault
+
+if TYPE_CHECKING:
+    from pwm_torchrl.envs.dflex import DFlexEnv
+    from pwm_torchrl.envs.dflex_maker import make_dflex_env
+    from pwm_torchrl.envs.dm_control_env import make_dm_control_env
+    from pwm_torchrl.envs.factory import make_env
+    from pwm_torchrl.envs.gym_env import make_gymnasium_env
+    from pwm_torchrl.envs.info import EnvInfo, env_info
+    from pwm_torchrl.envs.rendering import render_frame
+    from pwm_torchrl.envs.report import report_env
+    from pwm_torchrl.envs.standard import standardize
+    from pwm_torchrl.envs.state import env_state_support, load_env_state, save_env_state
 
 __all__ = [
     "DFlexEnv",
@@ -33,3 +40,29 @@ __all__ = [
     "save_env_state",
     "standardize",
 ]
+
+_HOME = {
+    "DFlexEnv": "dflex",
+    "EnvInfo": "info",
+    "env_info": "info",
+    "env_state_support": "state",
+    "load_env_state": "state",
+    "make_dflex_env": "dflex_maker",
+    "make_dm_control_env": "dm_control_env",
+    "make_env": "factory",
+    "make_gymnasium_env": "gym_env",
+    "render_frame": "rendering",
+    "report_env": "report",
+    "save_env_state": "state",
+    "standardize": "standard",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ from torchrl.envs import EnvBase, SerialEnv
 
 from pwm_torchrl.envs.arguments import check_maker_arguments
 from pwm_torchrl.envs.info import env_layers
-from pwm_torchrl.envs.standardize import check_usable, standardize
+from pwm_torchrl.envs.standard import check_usable, standardize
 from pwm_torchrl.envs.transforms import GuardedEnv
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, nearest
 
@@ -115,7 +115,7 @@ def _locate(target: str) -> Callable[..., Any]:
             raise ConfigurationError(f"env._target_={target!r}: there is no module {error.name!r}") from error
         raise MissingLibraryError(f"env._target_={target!r} needs {error.name}, which is not installed") from error
     if not hasattr(module, attribute):
-        near = nearest(attribute, vars(module))
+        near = nearest(attribute, dir(module))
         raise ConfigurationError(
             f"env._target_={target!r}: {module_name} has no {attribute!r}" + (f", did you mean {near}?" if near else "")
         )
