@@ -77,13 +77,16 @@ def amount(count: int) -> str:
 
 
 @contextlib.contextmanager
-def storage_faults(path: Path, doing: str, needed: int | None = None) -> Iterator[None]:
+def storage_faults(
+    path: Path, doing: str, needed: int | None = None, remedy: str = "resume the run from its last checkpoint"
+) -> Iterator[None]:
     """Turn an error of the file system into a :class:`~pwm_torchrl.errors.StorageFault` of one sentence.
 
     Args:
         path (Path): what is worked on.
         doing (str): what is done to it, as in "could not <doing>".
         needed (int, optional): bytes that it takes. Defaults to ``None``: unknown.
+        remedy (str): what to do once the disk is well again. Defaults to what a run does.
     """
     try:
         yield
@@ -98,8 +101,7 @@ def storage_faults(path: Path, doing: str, needed: int | None = None) -> Iterato
         else:
             advice = "check the disk or the file server"
         raise StorageFault(
-            f"Could not {doing} {path}: {error.strerror or error} ({room}); {advice}, then resume the run from its "
-            "last checkpoint."
+            f"Could not {doing} {path}: {error.strerror or error} ({room}); {advice}, then {remedy}."
         ) from error
 
 

@@ -1,0 +1,302 @@
+"""Writing an episode store, so that a kill at any moment loses only the source that was being read.
+
+A source's rows are appended behind what the manifest counts. Committing it waits for the data, then replaces the
+tables of episodes, then the manifest: whatever lies behind the manifest's counts was never committed and is cut off
+when the import goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pwm_torchrl.data.episodes import layout
+from pwm_torchrl.data.episodes.lock import Busy, locked
+from pwm_torchrl.data.episodes.rows import EpisodeRows
+from pwm_torchrl.data.files import amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
+from pwm_torchrl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pwm_torchrl.envs.tasks import TaskSet
+
+__all__ = ["EpisodeRows", "StoreWriter"]
+
+LOCK_FILE = ".lock"
+#: Quantiles of the returns that the manifest lists.
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
+    """Makes a store, or goes on with one that is not finished. Use it as a context manager: it holds the lock.
+
+    Args:
+        path (str or Path): the folder; made if needed.
+        tasks (TaskSet): the tasks, in the order of their indices.
+
+    Attributes:
+        manifest (dict): what is committed so far.
+
+    Raises:
+        ConfigurationError: on entering, if another process writes the store, the folder holds something else, or an
+            import for other tasks.
+    """
+
+    def __init__(self, path: str | Path, tasks: TaskSet) -> None:
+        self.path = Path(path)
+        self.tasks = tasks
+        self.manifest: dict[str, Any] = {}
+        self._files: dict[str, int] = {}
+        self._stack = contextlib.ExitStack()
+        self._table: list[npt.NDArray[np.int64]] = []
+        self._returns: list[npt.NDArray[np.float64]] = []
+        self._rows = self._episodes = 0
+        self._terminated = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the store is finished already."""
+        return self.manifest["state"] == layout.FINISHED
+
+    def __enter__(self) -> StoreWriter:
+        with contextlib.ExitStack() as stack:
+            self._begin_folder()
+            try:
+                stack.enter_context(locked(self.path / LOCK_FILE))
+            except Busy as busy:
+                raise ConfigurationError(
+                    f"{busy} is importing into the episode store {self.path}; wait until it is done"
+                ) from busy
+            self._begin(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def append(self, rows: EpisodeRows) -> None:
+        """Write episodes behind the others; they count once they are committed.
+
+        Raises:
+            StorageFault: if the disk is full or broken.
+        """
+        first = self._rows + rows.first
+        with self._faults(f"write {amount(rows.observation.nbytes + rows.action.nbytes)} to"):
+            for name, values in (
+                (layout.OBSERVATION, rows.observation),
+                (layout.ACTION, rows.action),
+                (layout.REWARD, rows.reward),
+            ):
+                data = np.ascontiguousarray(values, dtype="<f4")
+                width = data.nbytes // max(1, len(data))
+                write_all(self._files[name], data.data.cast("B"), self._rows * width)
+            if rows.terminated is not None and rows.terminated.any():
+                flags = np.zeros(len(rows.reward), np.uint8)
+                flags[(rows.first + rows.length)[rows.terminated]] = 1
+                write_all(self._files[layout.TERMINATED], flags.data, self._rows)
+                self._terminated = True
+        self._table.append(np.stack([first, rows.length, rows.task], 1))
+        self._returns.append(rows.returns())
+        self._rows += len(rows.reward)
+        self._episodes += len(rows.length)
+
+    def mark(self) -> tuple[int, int, bool]:
+        """The present end, for :meth:`roll_back`."""
+        return self._episodes, self._rows, self._terminated
+
+    def commit(self, sources: Sequence[Mapping[str, Any]]) -> None:
+        """Make what was appended part of the store.
+
+        Args:
+            sources (sequence of Mapping): the manifest's records of where it came from.
+
+        Raises:
+            StorageFault: if the disk is full or broken.
+        """
+        self._save_data()
+        self._write_manifest(
+            episodes=self._episodes,
+            transitions=self._rows - self._episodes,
+            has_terminated=self._terminated,
+            sources=[*self.manifest["sources"], *sources],
+        )
+
+    def roll_back(self, mark: tuple[int, int, bool] | None = None) -> None:
+        """Forget what was appended since a mark.
+
+        Args:
+            mark (tuple, optional): of :meth:`mark`. Defaults to ``None``: the last commit.
+        """
+        if mark is None:
+            episodes, transitions = self.manifest["episodes"], self.manifest["transitions"]
+            mark = episodes, episodes + transitions, self.manifest["has_terminated"]
+        self._episodes, self._rows, self._terminated = mark
+        self._table = [self._whole_table()[: self._episodes]]
+        self._returns = [np.concatenate([np.empty(0), *self._returns])[: self._episodes]]
+        widths = layout.bytes_per_row(self.tasks.observation_dim, self.tasks.action_dim)
+        for name, descriptor in self._files.items():
+            keep = self._rows if name != layout.TERMINATED or self._terminated else 0
+            os.ftruncate(descriptor, keep * widths[name])
+
+    def finish(self, **facts: Any) -> None:
+        """Open the store to readers.
+
+        Args:
+            **facts: more entries of the manifest.
+
+        Raises:
+            StorageFault: if the disk is full or broken.
+        """
+        self.roll_back()
+        self._save_data()
+        table, returns = self._table[0], self._returns[0]
+        tasks = [
+            {**task, **_task_facts(table[table[:, 2] == index], returns[table[:, 2] == index])}
+            for index, task in enumerate(self.manifest["tasks"])
+        ]
+        absent = [task["name"] for task in tasks if not task["episodes"]]
+        self._write_manifest(state=layout.FINISHED, tasks=tasks, tasks_without_data=absent, **facts)
+        if not self._terminated:
+            (self.path / layout.TERMINATED).unlink()
+
+    def require_room(self, rows: int) -> None:
+        """Refuse to begin what the disk has no room for.
+
+        Raises:
+            ConfigurationError: if it has not.
+        """
+        widths = layout.bytes_per_row(self.tasks.observation_dim, self.tasks.action_dim)
+        needed, free = rows * sum(widths.values()), free_bytes(self.path)
+        if needed > free:
+            raise ConfigurationError(
+                f"the episode store {self.path} needs {amount(needed)} more, and {amount(free)} are free there; free "
+                "space or choose another folder, then run the same import again"
+            )
+
+    def _save_data(self) -> None:
+        """Wait until all rows and the tables of episodes are on the disk."""
+        self._table = [self._whole_table()]
+        self._returns = [np.concatenate([np.empty(0), *self._returns])]
+        with self._faults("write to"):
+            if self._terminated:
+                os.ftruncate(self._files[layout.TERMINATED], self._rows)  # zeros where nothing was written
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+            _save_durably(self.path / layout.EPISODES, self._table[0])
+            _save_durably(self.path / layout.RETURNS, self._returns[0])
+            sync_folder(self.path)
+
+    def _whole_table(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([np.empty((0, 3), np.int64), *self._table])
+
+    def _faults(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return storage_faults(self.path, doing, remedy="run the same import again: it goes on where it was")
+
+    def _begin_folder(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            others = {entry.name for entry in self.path.iterdir()} - {LOCK_FILE}
+        except OSError as error:
+            raise ConfigurationError(
+                f"the folder {self.path} of an episode store cannot be made: {error.strerror}"
+            ) from error
+        # A draft of the first manifest is what a kill in the first moment leaves.
+        if others - {f".{layout.MANIFEST}.new"} and layout.MANIFEST not in others:
+            raise ConfigurationError(
+                f"the folder {self.path} holds {min(others)} and is no episode store; choose an empty or new folder"
+            )
+
+    def _begin(self, stack: contextlib.ExitStack) -> None:
+        if (self.path / layout.MANIFEST).exists():
+            self.manifest = layout.read_manifest(self.path)
+            self._check_tasks()
+        else:
+            self._write_manifest(**_empty_manifest(self.tasks))
+        if self.finished:
+            return
+        for name in layout.bytes_per_row(1, 1):
+            descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            stack.callback(os.close, descriptor)
+            self._files[name] = descriptor
+        sync_folder(self.path)
+        if self.manifest["episodes"]:
+            self._table = [np.load(self.path / layout.EPISODES, allow_pickle=False)]
+            self._returns = [np.load(self.path / layout.RETURNS, allow_pickle=False)]
+        self._check_sizes()
+        self.roll_back()
+
+    def _check_tasks(self) -> None:
+        found = [(task["name"], task["observation_dim"], task["action_dim"]) for task in self.manifest["tasks"]]
+        if found != [(task.name, task.observation_dim, task.action_dim) for task in self.tasks.tasks]:
+            raise ConfigurationError(
+                f"the episode store {self.path} was begun with other tasks ({_shortened([row[0] for row in found])}) "
+                f"than --tasks={self.tasks.name} gives; name the same tasks or choose another folder"
+            )
+
+    def _check_sizes(self) -> None:
+        """Committed rows were on the disk before the manifest counted them."""
+        for name, size in layout.file_sizes(self.manifest).items():
+            if os.fstat(self._files[name]).st_size < size:
+                raise ConfigurationError(
+                    f"the unfinished episode store {self.path} is damaged: {name} is shorter than the {size:,} bytes "
+                    "that were written; delete the folder and import again"
+                )
+
+    def _write_manifest(self, **entries: Any) -> None:
+        self.manifest = {**self.manifest, **entries}
+        with self._faults("write the manifest of"):
+            write_durably(self.path / layout.MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+
+
+def _empty_manifest(tasks: TaskSet) -> dict[str, Any]:
+    return {
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
+        "state": layout.IMPORTING,
+        "task_set": tasks.name,
+        "observation_dim": tasks.observation_dim,
+        "action_dim": tasks.action_dim,
+        "episodes": 0,
+        "transitions": 0,
+        "has_terminated": False,
+        "tasks": [
+            {"name": task.name, "observation_dim": task.observation_dim, "action_dim": task.action_dim}
+            for task in tasks.tasks
+        ],
+        "sources": [],
+    }
+
+
+def _task_facts(table: npt.NDArray[np.int64], returns: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """The manifest's numbers of one task."""
+    if not len(table):
+        return {"episodes": 0, "transitions": 0}
+    return {
+        "episodes": len(table),
+        "transitions": int(table[:, 1].sum()),
+        "lengths": [int(table[:, 1].min()), int(table[:, 1].max())],
+        "mean_return": float(returns.mean()),
+        "return_quantiles": {str(q): float(v) for q, v in zip(QUANTILES, np.quantile(returns, QUANTILES))},
+    }
+
+
+def _save_durably(path: Path, array: npt.NDArray[Any]) -> None:
+    draft = path.with_name(f".{path.name}.new")
+    with draft.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
