@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torchrl.envs import EnvBase
@@ -13,7 +14,7 @@ from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["make_dm_control_env"]
+__all__ = ["batch_dm_control", "check_dm_control_task", "make_dm_control_env"]
 
 
 def make_dm_control_env(
@@ -56,25 +57,45 @@ def make_dm_control_env(
     """
     check_maker_arguments(num_envs, action_repeat, episode_length)
     suite = import_mujoco_library("dm_control.suite", "dm_control")
-    _check_task(suite, domain, task)
+    check_dm_control_task(domain, task, suite.TASKS_BY_DOMAIN, "dm_control's suite")
+
+    def load(**task_kwargs: Any) -> Any:
+        return suite.load(domain, task, task_kwargs=task_kwargs)
+
+    return batch_dm_control(f"{domain}-{task}", load, num_envs, seed, device, action_repeat, episode_length)
+
+
+def batch_dm_control(
+    name: str,
+    load: Callable[..., Any],
+    num_envs: int,
+    seed: int,
+    device: torch.device | str,
+    action_repeat: int,
+    episode_length: int | None,
+) -> EnvBase:
+    """N dm_control environments from wherever as one; arguments and result as :func:`make_dm_control_env`.
+
+    Args:
+        name (str): label for messages.
+        load (callable): makes a ``dm_control.rl.control.Environment``; called with ``random``, a seed, and, where a
+            limit in agent steps replaces the task's own in simulated seconds, ``time_limit``.
+        num_envs (int): N.
+        seed (int): of sub-environment 0.
+        device (torch.device or str): where the tensors go.
+        action_repeat (int): environment steps per agent step.
+        episode_length (int, optional): agent steps per episode.
+    """
     try:
         from pwm_torchrl.envs.dm_sub_env import DMControlSubEnv
         from pwm_torchrl.envs.vector import batch_sub_envs
     except ModuleNotFoundError as error:
         raise MissingLibraryError(f"{error.name} is not installed: pip install 'pwm-torchrl[dm_control]'") from error
 
-    # A limit in agent steps replaces the task's own, in simulated seconds. A few tasks draw their model when loaded.
+    # A few tasks draw their model when loaded, so the seed is needed here already.
     limit: dict[str, Any] = {} if episode_length is None else {"time_limit": float("inf")}
-    name = f"{domain}-{task}"
     sub_envs = [
-        DMControlSubEnv(
-            name,
-            suite.load(domain, task, task_kwargs={**limit, "random": seed + i}),
-            action_repeat,
-            episode_length,
-            i,
-        )
-        for i in range(num_envs)
+        DMControlSubEnv(name, load(**limit, random=seed + i), action_repeat, episode_length, i) for i in range(num_envs)
     ]
     first = sub_envs[0]
     return batch_sub_envs(
@@ -88,14 +109,12 @@ def make_dm_control_env(
     )
 
 
-def _check_task(suite: Any, domain: str, task: str) -> None:
-    tasks_of: dict[str, list[str]] = {}
-    for known_domain, known_task in suite.ALL_TASKS:
-        tasks_of.setdefault(known_domain, []).append(known_task)
+def check_dm_control_task(domain: str, task: str, tasks_of: Mapping[str, Collection[str]], where: str) -> None:
+    """Raise ConfigurationError unless ``tasks_of`` has the domain and the task."""
     if domain not in tasks_of:
         near = nearest(str(domain), tasks_of)
         hint = f"did you mean {near}?" if near else f"known are {', '.join(sorted(tasks_of))}"
-        raise ConfigurationError(f"env.domain={domain!r} is not in dm_control's suite: {hint}")
+        raise ConfigurationError(f"env.domain={domain!r} is not in {where}: {hint}")
     if task not in tasks_of[domain]:
         raise ConfigurationError(
             f"env.task={task!r} is not a task of {domain}: choose {' or '.join(sorted(tasks_of[domain]))}"

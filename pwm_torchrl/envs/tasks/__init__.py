@@ -1,13 +1,20 @@
 """The task registry: MT30, MT80 and users' own tasks, with their dimensions, lengths and scores.
 
-Light: importing it loads no simulator and no torch, so that data and command lines can ask it.
+Light: importing it loads no simulator and no torch, so that data and command lines can ask it. Makers are loaded on
+first use.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pwm_torchrl.envs.tasks.info import TaskInfo, known_tasks, register_task, task_info
 from pwm_torchrl.envs.tasks.published import MT30, MT80
 from pwm_torchrl.envs.tasks.sets import PUBLISHED_SETS, TaskSet, task_set
+
+if TYPE_CHECKING:
+    from pwm_torchrl.envs.tasks.custom.maker import make_custom_dm_control_env
 
 __all__ = [
     "MT30",
@@ -16,7 +23,20 @@ __all__ = [
     "TaskInfo",
     "TaskSet",
     "known_tasks",
+    "make_custom_dm_control_env",
     "register_task",
     "task_info",
     "task_set",
 ]
+
+_HOME = {"make_custom_dm_control_env": "custom.maker"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
