@@ -24,6 +24,8 @@ class EnvInfo:
         num_envs: size of the batch.
         terminates: whether an episode can end by termination, that is otherwise than by its time limit.
         seed: seed of sub-environment 0; sub-environment i has ``seed + i``.
+        action_dims: length of the action in each of several tasks whose observations and actions are padded to the
+            widest; empty for a single task.
     """
 
     name: str
@@ -34,6 +36,7 @@ class EnvInfo:
     num_envs: int
     terminates: bool
     seed: int = 0
+    action_dims: tuple[int, ...] = ()
 
 
 def env_layers(env: Any) -> Iterator[Any]:

@@ -31,6 +31,7 @@ from pwm_torchrl.launch.groups import (
     user_configs_dir,
     user_profiles,
 )
+from pwm_torchrl.launch.modes import apply_mode, check_stored
 from pwm_torchrl.launch.validate import validate
 from pwm_torchrl.launch.validate_cluster import read_time
 from pwm_torchrl.training.config import MISSING, Config
@@ -40,6 +41,9 @@ __all__ = ["compose", "make_cwd_importable"]
 SCHEMA = "pwm_config_schema"  # TorchRL owns the plain names in the shared ConfigStore
 
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+
+#: Keys whose values are paths: text, whatever Hydra's grammar makes of their blanks, brackets, commas and equal signs.
+PATHS = ("run_dir", "runs_dir", "world_model", "data.path", "data.scratch_dir")
 
 _SYSTEMS = {"heun_k2": "flow_v1", "heun_k4": "flow_v2", "euler_k8": "flow_v3"}
 
@@ -70,9 +74,19 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     words = [*_profile_words(parsed), *_env_words(parsed)]
     resolved = _to_config(_compose(words, parsed))
     _label_honestly(resolved, parsed)
+    apply_mode(resolved, parsed)
     read_time(resolved.cluster)
     validate(resolved)
+    check_stored(resolved)
     return resolved
+
+
+def compose_unchecked(overrides: Sequence[str]) -> Config:
+    """The configuration of some words without checks of what they mean together, to find out what a sweep is over."""
+    make_cwd_importable()
+    parsed = [_parse(word) for word in overrides]
+    _check_names(parsed)
+    return _to_config(_compose([*_profile_words(parsed), *_env_words(parsed)], parsed))
 
 
 def make_cwd_importable() -> None:
@@ -89,8 +103,9 @@ def _parse(word: str) -> Override:
             f"unknown option {word}; the only option is --help, and settings are written key=value"
         )
     key, equal, value = word.partition("=")
-    if key in ("run_dir", "runs_dir") and value and value[0] not in "'\"" and value != "null":
-        # A path is text, whatever Hydra's grammar makes of its blanks, brackets and equal signs.
+    if key == "tasks" and "," in value and value[0] not in "'\"[":
+        word = f"{key}={_quoted(value)}"  # a list of names is one set of tasks, not a sweep
+    if key in PATHS and value and value[0] not in "'\"" and value != "null":
         word = f"{key}={_quoted(value)}"
     if not equal and not word.startswith("~"):
         raise ConfigurationError(f"{word!r} is not a setting; write key=value, for example model=flow_v2 or seed=1")

@@ -94,6 +94,8 @@ def summary_line(summary: Mapping[str, Any], run_dir: str | Path) -> str:
                 returns += f", random {summary['random_return']:.1f}"
             returns += ")"
         parts.append(returns)
+    if _is_number(summary.get("validation_loss")):
+        parts.append(f"validation loss {summary['validation_loss']:.4g} (best {summary['best_validation_loss']:.4g})")
     if "epochs_done" in summary:
         parts.append(f"epochs {summary['epochs_done']}/{summary.get('epochs_planned', '?')}")
     if _is_number(summary.get("wall_clock_s")):

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from omegaconf import OmegaConf
 
 from pwm_torchrl.cluster.resources import sbatch_parameters
-from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.prepare import SLURM, Prepared, plan_for_slurm
+from pwm_torchrl.training.offline import run_facts
 
 __all__ = ["dry_run"]
 
@@ -24,7 +24,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     from pwm_torchrl.memory.limits import budgets
     from pwm_torchrl.memory.plan import make_plan
     from pwm_torchrl.memory.table import plan_table
-    from pwm_torchrl.training.assembly import pick_device
+    from pwm_torchrl.training.devices import pick_device
 
     first = runs[0].config
     console.say("# configuration" + ("" if len(runs) == 1 else f" of the first of {len(runs)} runs"))
@@ -34,7 +34,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     else:
         device = pick_device(first.device)
         limits = budgets(first, str(device) if device.type == "cuda" else None)
-        plans = [make_plan(first, environment_facts(first.env), limits)]
+        plans = [make_plan(first, run_facts(first), limits)]
     shown: list[str] = []
     for run, plan in zip(runs, plans, strict=False):
         table = plan_table(plan)

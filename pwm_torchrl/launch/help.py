@@ -40,10 +40,13 @@ _KEYS = {
     "algorithm.model_batch=256": "slices per world-model update",
     "model.dynamics.substeps=4": "K, solver substeps of a flow",
     "model.reward_head=two_hot": "scalar or two_hot",
+    "data.path=STORE": "stored episodes (launch/data.py import), for pre-training and extraction",
+    "world_model=PATH": "pre-trained world model, for extraction (experiment=extract task=NAME or all)",
 }
 _ABOUT = {
     "submit.py": "Train policies in learned world models, as jobs: of SLURM where it is found, else here.",
     "train.py": "Train a policy in a learned world model, in this process.",
+    "pretrain.py": "Train a world model on stored episodes of one or many tasks, in this process.",
     "plan.py": "Say what a run will need of memory and disk, why, and what is chosen so that it fits; runs nothing.",
     "check_env.py": "Say what training would see of an environment: specs, scaling, termination, what can be saved.",
 }
@@ -94,6 +97,13 @@ def help_text(script: str) -> str:
         "env._target_=my_pkg.make_env": "your own environment, nothing to edit",
         "experiment=dflex_ant_48m_flow_v2": "a preset: dflex Ant at 48M",
     }
+    if script == "pretrain.py":
+        examples = {
+            "data.path=STORE": "all tasks of a store",
+            "tasks=mt30 model=flow_v2 size=48m data.path=STORE": "a published set of tasks",
+            "tasks=cup-catch,walker-walk data.path=STORE": "some of them",
+            "experiment=mt30_pretrain data.path=STORE": "a preset: MT30 at 48M",
+        }
     if script == "plan.py":
         examples["model=flow_v3 size=48m env=dflex_ant cluster=l40s"] = "for nodes elsewhere"
         examples["size=48m memory.host_gb=16 --json plan.json"] = "within a budget; also as a file"
@@ -102,6 +112,6 @@ def help_text(script: str) -> str:
         examples["cluster=l40s --dry-run"] = "what would be submitted"
     lines += ["", "Examples:"]
     lines += [f"  {f'{run} {words}'.strip():<76} # {meaning}" for words, meaning in examples.items()]
-    if script in ("submit.py", "train.py"):
+    if script in ("submit.py", "train.py", "pretrain.py"):
         lines += ["", *_EXIT_CODES]
     return "\n".join(lines)

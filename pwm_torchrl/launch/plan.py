@@ -28,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return console.OK
     file = _json_file(words)
     config = compose(words)
-    from pwm_torchrl.envs.facts import environment_facts
     from pwm_torchrl.memory.limits import budgets, profile_budgets
     from pwm_torchrl.memory.plan import make_plan
     from pwm_torchrl.memory.table import plan_table
-    from pwm_torchrl.training.assembly import pick_device
+    from pwm_torchrl.training.devices import pick_device
+    from pwm_torchrl.training.offline import run_facts
 
-    facts = environment_facts(config.env)
+    facts = run_facts(config)
     if config.cluster.kind == "slurm":
         limits = profile_budgets(config)
     else:

@@ -96,9 +96,9 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Resources]:
     Raises:
         ConfigurationError: if a run cannot fit the nodes of its profile.
     """
-    from pwm_torchrl.envs.facts import environment_facts
     from pwm_torchrl.memory.limits import profile_budgets
     from pwm_torchrl.memory.plan import make_plan
+    from pwm_torchrl.training.offline import run_facts
 
     plans: dict[str, Any] = {}
     found, resources, here = [], None, site()
@@ -107,7 +107,7 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Resources]:
         # A seed changes no memory.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
         if key not in plans:
-            plans[key] = make_plan(run.config, environment_facts(run.config.env), profile_budgets(run.config))
+            plans[key] = make_plan(run.config, run_facts(run.config), profile_budgets(run.config))
         needed = resources_for(run.config, plans[key])
         resources = needed if resources is None else resources.covering(needed)
         found.append(plans[key])

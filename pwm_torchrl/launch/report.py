@@ -17,6 +17,7 @@ from pwm_torchrl.launch.reporting.compare import Comparison, compare
 from pwm_torchrl.launch.reporting.compare_files import compare_csv, compare_table, compare_tex, curves_csv
 from pwm_torchrl.launch.reporting.page import Section, render
 from pwm_torchrl.launch.reporting.pairing import pair_runs
+from pwm_torchrl.launch.reporting.scores import SCORE_TEXT, score_table
 from pwm_torchrl.launch.reporting.tables import group_table, memory_table, run_table
 from pwm_torchrl.launch.run_dir import CONFIG_FILE
 
@@ -124,6 +125,9 @@ def _print_tables(runs: Sequence[RunReport], groups: Sequence[Group], comparison
         blocks.append("\n".join(["last errors:", *(f"  {line}" for line in errors)]))
     if len(groups) < len(runs):
         blocks.append(group_table(groups).text())
+    scores = score_table(runs)
+    if scores is not None:
+        blocks.append(f"normalised scores, 0 to 100:\n{scores.text()}")
     if comparison is not None:
         blocks.append("\n".join([compare_table(comparison).text(), *(f"note: {note}" for note in comparison.notes)]))
     console.say("\n\n".join(blocks) + "\n")
@@ -183,6 +187,9 @@ def _page(
         text = f"Baseline: {comparison.key}={comparison.arms[0]}. {_COMPARISON}"
         table, notes = compare_table(comparison), comparison.notes
         sections.append(Section(f"Comparison of {comparison.key}", text, table, those("compare"), notes))
+    scores = score_table(runs)
+    if scores is not None:
+        sections.append(Section("Scores", SCORE_TEXT, scores))
     sections.append(Section("Learning curves", _CURVES, pictures=those("report_returns")))
     sections.append(Section("Losses", _LOSSES, pictures=those("report_losses")))
     sections.append(Section("Memory against plan", _MEMORY, memory_table(runs), those("report_memory")))

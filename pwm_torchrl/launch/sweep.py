@@ -9,6 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch.compose import PATHS, compose_unchecked
+from pwm_torchrl.launch.modes import tasks_to_extract
 
 __all__ = ["expand"]
 
@@ -27,7 +29,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigurationError: for a sweep without discrete values, or too many runs.
     """
-    options = [_values(word) for word in words]
+    options = [_tasks(words) if word == "task=all" else _values(word) for word in words]
     count = 1
     for values in options:
         count *= len(values)
@@ -36,10 +38,16 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     return [list(chosen) for chosen in itertools.product(*options)]
 
 
+def _tasks(words: Sequence[str]) -> list[str]:
+    """A word for every task that ``task=all`` means."""
+    first = [_values(word)[0] for word in words if word != "task=all"]  # what else is swept has no tasks of its own
+    return [f"task={name}" for name in tasks_to_extract(compose_unchecked(first))]
+
+
 def _values(word: str) -> list[str]:
     key = word.partition("=")[0]
-    if "=" not in word or key in ("run_dir", "runs_dir"):
-        return [word]  # a path is text, whatever Hydra's grammar makes of its commas
+    if "=" not in word or key in (*PATHS, "tasks"):
+        return [word]  # a path is text, whatever Hydra's grammar makes of its commas; tasks are one set
     try:
         override = OverridesParser.create().parse_overrides([word])[0]
     except HydraException:

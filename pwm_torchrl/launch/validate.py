@@ -16,6 +16,8 @@ from pwm_torchrl.training.config import Config
 __all__ = ["CHOICES", "require_runnable", "validate"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("online", "pretrain", "extract"),
+    "data.stage": ("none", "scratch"),
     "model.dynamics.kind": ("mlp", "residual", "flow"),
     "model.dynamics.parameterization": ("residual_endpoint", "tangent", "simnorm_velocity"),
     "model.dynamics.solver": ("euler", "heun"),
@@ -59,7 +61,8 @@ _AT_LEAST: dict[str, float] = {
     "algorithm.critic_minibatches": 1,
     "training.epochs": 1,
     "training.eval_every": 0,
-    "training.eval_episodes": 1,
+    "training.eval_episodes": 0,
+    "data.validation_slices": 1,
     "training.checkpoint_every": 0,
     "training.checkpoint_minutes": 0,
     "training.keep_checkpoints": 1,
@@ -122,6 +125,11 @@ def validate(config: Config) -> None:
     _require(config, "algorithm.lmbda", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
     for key in ("memory.host_gb", "memory.device_gb", "cluster.host_gb", "cluster.mem_gb"):
         _require(config, key, lambda v: v is None or (v > 0 and math.isfinite(v)), "must be above 0")
+    _require(config, "data.validation_fraction", lambda v: 0 <= v < 1, "must lie in [0, 1)")
+    if config.mode != "extract":
+        _require(config, "training.eval_episodes", lambda v: v >= 1, "is too small; it must be at least 1")
+    if config.mode == "pretrain":
+        _require(config, "algorithm.model_updates", lambda v: v >= 1, "is too small; it must be at least 1")
     _require(config, "memory.margin", lambda v: 0 <= v < 1, "must lie in [0, 1)")
     _require(config, "memory.stop_at", lambda v: 0 < v <= 1, "must lie in (0, 1]")
     for key in ("algorithm.policy_betas", "algorithm.model_betas"):
@@ -227,7 +235,9 @@ def _check_combinations(config: Config) -> None:
 
 def training_slices_overflow(config: Config) -> bool:
     """Whether the replay buffer is too small to hold a single slice of each environment."""
-    return config.training.replay_capacity < config.env["num_envs"] * (config.algorithm.horizon + 1)
+    return config.mode == "online" and config.training.replay_capacity < config.env["num_envs"] * (
+        config.algorithm.horizon + 1
+    )
 
 
 def _require(config: Config, key: str, accepts: Callable[[Any], bool], rule: str) -> None:

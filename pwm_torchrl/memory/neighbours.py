@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from pwm_torchrl.memory.predict import Choices
 from pwm_torchrl.memory.space import EFFICIENT, PlanSpace
-from pwm_torchrl.memory.updates import UPDATES
 
 _WHERE = {"device": "the replay on the GPU", "memory": "the replay in host memory", "disk": "the replay on disk"}
 
@@ -36,7 +35,7 @@ def cheaper_plan(space: PlanSpace, choices: Choices) -> Alternative | None:
 
 def _larger(space: PlanSpace, choices: Choices) -> Iterator[tuple[Choices, str]]:
     """The update that is split the most in larger parts, then substeps kept, then a nearer replay."""
-    sizes = {update: choices.micro_batch(update) for update in UPDATES if space.free(update)}
+    sizes = {update: choices.micro_batch(update) for update in space.updates if space.free(update)}
     split = {update: size for update, size in sizes.items() if size is not None and size < space.batch(update)}
     for update in sorted(split, key=lambda update: -space.batch(update) / split[update]):
         size = split[update]
@@ -55,7 +54,7 @@ def _cheaper(space: PlanSpace, choices: Choices) -> Iterator[tuple[Choices, str]
     """A replay farther away, the update at the peak in smaller parts, recomputed substeps, still smaller parts."""
     for storage in space.storages[_place(space, choices) + 1 :]:
         yield replace(choices, replay_storage=storage), _WHERE[storage]
-    update = max(UPDATES, key=lambda update: space.taken(update, choices).peak)
+    update = max(space.updates, key=lambda update: space.taken(update, choices).peak)
     size = min(choices.micro_batch(update) or space.batch(update), space.batch(update))
     half = -(-size // 2)
     smaller = choices.split(update, half), f"the {update} update in micro-batches of {half}"

@@ -13,7 +13,6 @@ from pwm_torchrl.memory.neighbours import Alternative, cheaper_plan, larger_plan
 from pwm_torchrl.memory.predict import DEVICE, FIELDS, HOST, Choices, Prediction
 from pwm_torchrl.memory.space import EFFICIENT, PlanSpace, halvings
 from pwm_torchrl.memory.units import MIB, format_bytes
-from pwm_torchrl.memory.updates import UPDATES
 from pwm_torchrl.training.config import Config
 
 #: By how much host memory two processes of the same run may differ before they build anything.
@@ -133,13 +132,13 @@ class _Planner:
         """From fast to small: large micro-batches, then recomputed substeps, then small micro-batches."""
         for recompute in self.space.recomputes:
             yield from self.sized(recompute, EFFICIENT)
-        yield from self.sized(self.space.recomputes[-1], dict.fromkeys(UPDATES, 1))
+        yield from self.sized(self.space.recomputes[-1], dict.fromkeys(self.space.updates, 1))
 
     def sized(self, recompute: bool, smallest: dict[str, int]) -> Iterator[Choices]:
         """The largest micro-batches that fit, none below ``smallest``, if there are such."""
         chosen = replace(self.space.written, checkpoint_substeps=recompute)
         limit = self.limit(chosen)
-        for update in UPDATES:
+        for update in self.space.updates:
             if not self.space.free(update):
                 continue
             size = self.largest(chosen, update, limit, smallest[update])

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pwm_torchrl.data import replay_bytes, replay_disk_bytes, steps_since_checkpoint
+from pwm_torchrl.data.episodes.sizes import store_bytes
 from pwm_torchrl.data.sizes import record_bytes
 from pwm_torchrl.memory.allocator import WORTHWHILE
 from pwm_torchrl.memory.processes import read_process
 from pwm_torchrl.memory.units import GIB, MIB, format_bytes
-from pwm_torchrl.memory.updates import UPDATES, Transient, UpdateTracer
+from pwm_torchrl.memory.updates import Transient, UpdateTracer
+from pwm_torchrl.training.build import trained_networks
 from pwm_torchrl.training.config import Config
 
 HOST, DEVICE, CACHE, DISK = "host", "device", "page cache", "disk"
@@ -93,7 +95,7 @@ class Prediction:
         """Whether updates on the host are so large that the C library should give freed blocks back."""
         # Recomputing leaves more holes: it allocates and frees most of what it needs many times in an update.
         enough = WORTHWHILE // 8 if self.recomputes else WORTHWHILE
-        updates = [item for item in self.items if item.what in (f"{name} update" for name in UPDATES)]
+        updates = [item for item in self.items if item.what in (f"{name} update" for name in FIELDS)]
         return self.compute == HOST and any(item.bytes > enough for item in updates)
 
     def as_dict(self) -> dict[str, Any]:
@@ -142,20 +144,20 @@ def predict(
     kept = tracer.persistent
     items = [
         Item("Python and libraries", base, HOST, known),
-        Item("parameters", kept.parameters, compute, "world model, actor, critics"),
+        Item("parameters", kept.parameters, compute, _networks(cfg)),
         Item("optimizer state", kept.optimizer, compute, "Adam's two moments"),
         Item(
             "undo copies", kept.undo, compute, "weights and optimizer state, to repeat an update that ran out of memory"
         ),
     ]
-    updates = {name: tracer.transient(name, choices.micro_batch(name)) for name in UPDATES}
+    updates = {name: tracer.transient(name, choices.micro_batch(name)) for name in tracer.updates}
     for name, update in updates.items():
         items.append(Item(f"{name} update", update.peak, compute, _why(update, name, choices, tracer), shared=True))
     if compute == HOST:
         items.append(Item("library buffers", LIBRARY_BYTES, HOST, "math libraries and allocator (estimate)"))
     else:
         items.append(Item("CUDA libraries", CUDA_HOST_BYTES, HOST, "kernels and context on the host (estimate)"))
-        if choices.replay_storage != "device":
+        if choices.replay_storage != "device" and "world-model" in updates:
             sampled = updates["world-model"].data
             items.append(
                 Item("pinned buffer", 2 * sampled, HOST, "the sampled batch, and its copy for the GPU to read")
@@ -182,8 +184,17 @@ def _why(update: Transient, name: str, choices: Choices, tracer: UpdateTracer) -
     )
 
 
+def _networks(cfg: Config) -> str:
+    if cfg.mode == "pretrain":
+        return "world model"
+    return "world model" + ("" if "world_model" in trained_networks(cfg) else " (frozen)") + ", actor, critics"
+
+
 def _environments(cfg: Config, facts: Any) -> list[Item]:
     a = cfg.algorithm
+    if cfg.mode != "online":
+        count = cfg.training.eval_episodes if cfg.mode == "extract" else 0
+        return [Item("environments", count * ENVIRONMENT_BYTES, HOST, f"{count} in this process (estimate)")]
     count = facts.num_envs + max(1, cfg.training.eval_episodes)
     steps = a.collect_steps or a.horizon
     batch = 3 * facts.num_envs * steps * record_bytes(facts.observation_dim, facts.action_dim)
@@ -197,6 +208,8 @@ def _environments(cfg: Config, facts: Any) -> list[Item]:
 
 def _replay(cfg: Config, facts: Any, choices: Choices, compute: str) -> list[Item]:
     a, t = cfg.algorithm, cfg.training
+    if cfg.mode != "online":
+        return _stored_episodes(cfg)
     size = replay_bytes(facts.observation_dim, facts.action_dim, t.replay_capacity, facts.num_envs)
     what = f"{t.replay_capacity:,} transitions"
     if choices.replay_storage == "disk":
@@ -211,4 +224,13 @@ def _replay(cfg: Config, facts: Any, choices: Choices, compute: str) -> list[Ite
         Item("replay", size, place, what),
         Item("copy of the replay", size, HOST, "while a checkpoint is written", shared=True),
         Item("replay in checkpoints", (t.keep_checkpoints + 2) * size, DISK, "each checkpoint holds a copy"),
+    ]
+
+
+def _stored_episodes(cfg: Config) -> list[Item]:
+    assert cfg.data.path is not None
+    files, index = store_bytes(cfg.data.path)
+    return [
+        Item("stored episodes", files, CACHE, "pages that the kernel takes back when others need them"),
+        Item("index of episodes", index, HOST, "where each begins, its length and task"),
     ]

@@ -9,6 +9,7 @@ from typing import Any
 from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.memory.predict import DEVICE, FIELDS, Choices, Prediction, framework_bytes, predict
 from pwm_torchrl.memory.updates import Transient, UpdateTracer
+from pwm_torchrl.training.build import updates_of
 from pwm_torchrl.training.config import Config
 
 #: Rows below which a micro-batch costs more time than recomputing a flow's substeps does.
@@ -34,6 +35,11 @@ class PlanSpace:
         """What the configuration says; the fastest way of the rest."""
         return self._choices(self.recomputes[0], self.storages[0], self._said)
 
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """Names of the updates that the run makes."""
+        return updates_of(self.cfg)
+
     def free(self, update: str) -> bool:
         """Whether an update's micro-batch is open."""
         return self._said(update) is None
@@ -44,7 +50,7 @@ class PlanSpace:
 
     def _choices(self, recompute: bool, storage: str, size: Callable[[str], int | None]) -> Choices:
         choices = Choices(checkpoint_substeps=recompute, replay_storage=storage)
-        for update in FIELDS:
+        for update in self.updates:
             choices = choices.split(update, size(update))
         return choices
 
@@ -62,6 +68,8 @@ class PlanSpace:
     def storages(self) -> list[str]:
         """Where the replay may lie, the faster first; one that is large goes to disk."""
         t = self.cfg.training
+        if self.cfg.mode != "online":
+            return ["disk"]  # stored episodes are read where they lie
         if t.replay_storage != "auto":
             return [t.replay_storage]
         size = replay_bytes(self.facts.observation_dim, self.facts.action_dim, t.replay_capacity, self.facts.num_envs)

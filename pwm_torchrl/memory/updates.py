@@ -1,4 +1,4 @@
-"""What the three updates of an epoch need, traced without allocating.
+"""What the updates of an epoch need, traced without allocating.
 
 The traced calls are those of training: the losses' ``backward``, clipping, the copy that an update is taken back with,
 the optimizer's step. Of a batch in micro-batches the last one is run, beside what those before it leave behind.
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from pwm_torchrl.memory.trace import FakeTensors, StorageCounter
 from pwm_torchrl.objectives.imagination import Imagined
 from pwm_torchrl.objectives.slices import Slices
-from pwm_torchrl.training.build import EnvFacts, build_learners, build_losses, build_networks
+from pwm_torchrl.training.build import UPDATE_OF, EnvFacts, Losses, build_parts, updates_of
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.recovery import Undo
 
-#: The updates of an epoch, as :class:`~pwm_torchrl.training.recovery.MicroBatches` calls them.
-UPDATES = ("world-model", "policy", "critic")
+#: All updates that there are; a run of one mode or another makes some of them.
+UPDATES = tuple(UPDATE_OF.values())
 #: Horizons that are traced in place of a longer one: a phase's peak is a line in the horizon (a test compares), but for
 #: short ones, from which lines were up to 11 % low. The usual horizon of 16 is traced as it is.
 SHORT = (15, 16)
@@ -84,8 +84,11 @@ class UpdateTracer:
     def __init__(self, cfg: Config, facts: EnvFacts) -> None:
         self.cfg = replace(cfg, algorithm=replace(cfg.algorithm, compile=False))
         self.facts = facts
-        dimensions = (facts.observation_dim, facts.action_dim, facts.terminates)
-        self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, dimensions))
+        dimensions = (facts.observation_dim, facts.action_dim, facts.terminates, facts.action_dims)
+        mode = (cfg.mode, cfg.finetune, cfg.world_model, cfg.world_model_sha256, cfg.task)
+        self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, dimensions, mode))
+        #: The updates of an epoch, as :class:`~pwm_torchrl.training.recovery.MicroBatches` calls them.
+        self.updates = updates_of(cfg)
         self._fake = FakeTensors()
         self._made: _Updates | None = None
 
@@ -100,11 +103,12 @@ class UpdateTracer:
         """Rows of each update's batch."""
         a = self.cfg.algorithm
         states = a.imagination_batch * a.horizon
-        return {
+        batches = {
             "world-model": a.model_batch,
             "policy": a.imagination_batch,
             "critic": -(-states // a.critic_minibatches),
         }
+        return {update: batches[update] for update in self.updates}
 
     @property
     def persistent(self) -> Persistent:
@@ -138,10 +142,9 @@ class _Updates:
 
     def __init__(self, cfg: Config, facts: EnvFacts, counter: StorageCounter) -> None:
         self.cfg, self.facts, self.counter = cfg, facts, counter
-        self.networks = build_networks(cfg, facts)
-        parameters = counter.live
-        self.losses = build_losses(cfg, self.networks)
-        self.learners = build_learners(cfg, self.networks)
+        parts = build_parts(cfg, facts)
+        self.networks, self.model_losses, self.learners = parts.networks, parts.losses, parts.learners
+        parameters = counter.live  # and a few numbers of the objectives
         self.undo = {name: Undo(learner) for name, learner in self.learners.items()}
         for name, learner in self.learners.items():
             for _ in range(2):  # the first makes the optimizer's state, the second the copies of it
@@ -157,8 +160,15 @@ class _Updates:
         )
         self.persistent = Persistent(parameters, optimizer, counter.live - parameters - optimizer)
         # Phases are told apart where memory begins to grow with the horizon in another way.
-        self.losses.actor.value_network.module.register_forward_pre_hook(self._values_begin)
+        if isinstance(self.model_losses, Losses):
+            self.losses.actor.value_network.module.register_forward_pre_hook(self._values_begin)
         self.networks.world_model.encoder.register_forward_hook(self._encoded)
+
+    @property
+    def losses(self) -> Losses:
+        """The objectives of a run that has a policy."""
+        assert isinstance(self.model_losses, Losses)
+        return self.model_losses
 
     def _values_begin(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """A rollout is complete; later, its values are differentiated and its steps follow."""
@@ -219,11 +229,13 @@ class _Updates:
             next=TensorDict(step, batch_size=shape),
             batch_size=shape,
         )
-        slices: Slices = self.losses.model.read(sampled)
+        if facts.action_dims:
+            sampled["task"] = torch.zeros(*shape, dtype=torch.int64)
+        slices: Slices = self.model_losses.model.read(sampled)
         data = self.counter.live - before
         if size < batch:
             self._accumulate("world_model")
-        self.losses.model.backward(slices.rows(slice(0, size)))
+        self.model_losses.model.backward(slices.rows(slice(0, size)))
         self._finish("world_model")
         return self._transient("world_model", before, data)
 

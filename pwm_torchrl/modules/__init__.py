@@ -30,8 +30,10 @@ from pwm_torchrl.modules.heads import (
     TwoHotRewardHead,
 )
 from pwm_torchrl.modules.layers import NormedLinear, SimNorm
+from pwm_torchrl.modules.model_files import WorldModelFacts, read_world_model, save_world_model, world_model_facts
 from pwm_torchrl.modules.statistics import RewardScale, RunningStatistics
 from pwm_torchrl.modules.task import TaskEmbedding
+from pwm_torchrl.modules.task_model import TaskWorldModel
 from pwm_torchrl.modules.tensordict_modules import (
     actor_module,
     encoder_module,
@@ -63,10 +65,12 @@ __all__ = [
     "Size",
     "TangentFlow",
     "TaskEmbedding",
+    "TaskWorldModel",
     "TerminationHead",
     "TwoHotCodec",
     "TwoHotRewardHead",
     "WorldModel",
+    "WorldModelFacts",
     "WorldModelSpec",
     "actor_module",
     "count_parameters",
@@ -76,8 +80,11 @@ __all__ = [
     "make_dynamics",
     "make_world_model",
     "policy_module",
+    "read_world_model",
+    "save_world_model",
     "symexp",
     "symlog",
     "value_module",
+    "world_model_facts",
     "world_model_module",
 ]

@@ -12,11 +12,13 @@ from torch import nn
 from pwm_torchrl.modules import (
     Actor,
     CriticEnsemble,
+    TaskWorldModel,
     WorldModel,
     WorldModelSpec,
     actor_module,
     make_world_model,
     value_module,
+    world_model_facts,
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
@@ -34,35 +36,85 @@ class EnvFacts(Protocol):
     def action_dim(self) -> int: ...
     @property
     def terminates(self) -> bool: ...
+    @property
+    def action_dims(self) -> tuple[int, ...]: ...
 
 
 @dataclass
-class Networks:
-    """The modules that training changes; every other object refers to these."""
+class ModelNetworks:
+    """The modules of a run; pre-training has a world model alone."""
 
     world_model: WorldModel
-    actor: Actor
-    critics: CriticEnsemble
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) pairs, as checkpoints name them."""
         yield "world_model", self.world_model
+
+
+@dataclass
+class Networks(ModelNetworks):
+    """The modules of a run that has a policy; every other object refers to these."""
+
+    actor: Actor
+    critics: CriticEnsemble
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().items()
         yield "actor", self.actor
         yield "critics", self.critics
 
 
 @dataclass
-class Losses:
-    """The three objectives around one set of networks."""
+class ModelLosses:
+    """The objective around a world model."""
 
     model: PWMModelLoss
+
+    @property
+    def return_statistics(self) -> nn.Module | None:
+        """Running statistics of imagined returns, of a policy's objective."""
+        return None
+
+
+@dataclass
+class Losses(ModelLosses):
+    """The three objectives around one set of networks."""
+
     actor: PWMActorLoss
     value: PWMValueLoss
 
+    @property
+    def return_statistics(self) -> nn.Module | None:
+        return self.actor.return_statistics
+
+
+#: Updates by the network that they train.
+UPDATE_OF = {"world_model": "world-model", "actor": "policy", "critics": "critic"}
+
+
+def trained_networks(cfg: Config) -> tuple[str, ...]:
+    """Names of the networks that a run trains."""
+    if cfg.mode == "pretrain":
+        return ("world_model",)
+    if cfg.mode == "extract" and not cfg.finetune:
+        return ("actor", "critics")
+    return ("world_model", "actor", "critics")
+
+
+def updates_of(cfg: Config) -> tuple[str, ...]:
+    """Names of the updates that a run makes."""
+    return tuple(UPDATE_OF[name] for name in trained_networks(cfg))
+
 
 def world_model_spec(cfg: Config, facts: EnvFacts) -> WorldModelSpec:
-    """Architecture of the world model."""
+    """Architecture of the world model; a pre-trained one's is that of its file."""
     model, size = cfg.model, cfg.size
+    if cfg.mode == "extract":
+        spec = world_model_facts(str(cfg.world_model)).spec
+        spec.reward_space = model.reward_space
+        if spec.dynamics["kind"] == "flow":
+            spec.dynamics["checkpoint_substeps"] = bool(model.dynamics.checkpoint_substeps)
+        return spec
     return WorldModelSpec(
         observation_dim=facts.observation_dim,
         action_dim=facts.action_dim,
@@ -78,6 +130,9 @@ def world_model_spec(cfg: Config, facts: EnvFacts) -> WorldModelSpec:
         reward_space=model.reward_space,
         termination=facts.terminates if model.termination_head is None else model.termination_head,
         normalize_observations=cfg.algorithm.normalize_observations,
+        num_tasks=len(facts.action_dims),
+        task_dim=size.task_dim if facts.action_dims else 0,
+        action_dims=list(facts.action_dims),
     )
 
 
@@ -88,6 +143,23 @@ def dynamics_options(model: ModelConfig) -> dict[str, Any]:
     if options["kind"] != "flow":
         return {"kind": options["kind"]}
     return options
+
+
+def build_world_model(cfg: Config, facts: EnvFacts) -> WorldModel:
+    """The world model, not yet trained; of a policy extraction the view of its task, frozen unless it is fine-tuned."""
+    spec = world_model_spec(cfg, facts)
+    model = make_world_model(spec)
+    if cfg.mode != "extract":
+        return model
+    names = world_model_facts(str(cfg.world_model)).task_names
+    task = names.index(str(cfg.task)) if names else 0
+    bound = TaskWorldModel(model, spec, task, facts.observation_dim, facts.action_dim)
+    return bound if cfg.finetune else bound.requires_grad_(False)
+
+
+def build_model_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> ModelNetworks:
+    """Build what pre-training trains, on ``device``."""
+    return ModelNetworks(on(build_world_model(cfg, facts), device))
 
 
 def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
@@ -101,10 +173,28 @@ def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "c
         algorithm.log_std_min,
     )
     return Networks(
-        on(make_world_model(world_model_spec(cfg, facts)), device),
+        on(build_world_model(cfg, facts), device),
         on(actor, device),
         on(CriticEnsemble(size.latent_dim, list(size.critic_units), size.num_critics), device),
     )
+
+
+@dataclass
+class Parts:
+    """What a run computes with."""
+
+    networks: ModelNetworks
+    losses: ModelLosses
+    learners: dict[str, Learner]
+
+
+def build_parts(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Parts:
+    """Networks, objectives and optimizers of a run of any mode."""
+    if cfg.mode == "pretrain":
+        alone = build_model_networks(cfg, facts, device)
+        return Parts(alone, ModelLosses(build_model_loss(cfg, alone.world_model)), build_learners(cfg, alone))
+    networks = build_networks(cfg, facts, device)
+    return Parts(networks, build_losses(cfg, networks), build_learners(cfg, networks))
 
 
 def on(module: AnyModule, device: torch.device | str) -> AnyModule:
@@ -113,24 +203,30 @@ def on(module: AnyModule, device: torch.device | str) -> AnyModule:
     return module if there else module.to(device)
 
 
+def build_model_loss(cfg: Config, world_model: WorldModel) -> PWMModelLoss:
+    """Build the world model's objective."""
+    terms = cfg.model.loss
+    return PWMModelLoss(
+        world_model,
+        form=terms.form,
+        gamma=cfg.algorithm.gamma,
+        rho=terms.rho,
+        dynamics_coef=terms.dynamics_coef,
+        reward_coef=terms.reward_coef,
+        termination_coef=terms.termination_coef,
+        rollout_weight=terms.rollout_weight,
+        flow_matching_weight=terms.flow_matching_weight,
+        flow_matching_source=terms.flow_matching_source,
+        self_consistency_weight=terms.self_consistency_weight,
+        compile=cfg.algorithm.compile,
+    )
+
+
 def build_losses(cfg: Config, networks: Networks) -> Losses:
     """Build the objectives; they share the networks' parameters."""
-    algorithm, terms = cfg.algorithm, cfg.model.loss
+    algorithm = cfg.algorithm
     losses = Losses(
-        PWMModelLoss(
-            networks.world_model,
-            form=terms.form,
-            gamma=algorithm.gamma,
-            rho=terms.rho,
-            dynamics_coef=terms.dynamics_coef,
-            reward_coef=terms.reward_coef,
-            termination_coef=terms.termination_coef,
-            rollout_weight=terms.rollout_weight,
-            flow_matching_weight=terms.flow_matching_weight,
-            flow_matching_source=terms.flow_matching_source,
-            self_consistency_weight=terms.self_consistency_weight,
-            compile=algorithm.compile,
-        ),
+        build_model_loss(cfg, networks.world_model),
         PWMActorLoss(
             actor_module(networks.actor),
             world_model_module(networks.world_model),
@@ -177,8 +273,8 @@ class Learner:
         return norm.detach()
 
 
-def build_learners(cfg: Config, networks: Networks) -> dict[str, Learner]:
-    """Adam for each network, by the networks' names."""
+def build_learners(cfg: Config, networks: ModelNetworks) -> dict[str, Learner]:
+    """Adam for each network that is trained, by the networks' names."""
     a = cfg.algorithm
     settings = {
         "world_model": (a.model_lr, a.model_betas, a.model_grad_norm),
@@ -187,6 +283,8 @@ def build_learners(cfg: Config, networks: Networks) -> dict[str, Learner]:
     }
     learners = {}
     for name, module in networks.items():
+        if name not in trained_networks(cfg):
+            continue
         lr, betas, max_norm = settings[name]
         parameters = list(module.parameters())
         optimizer = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), fused=True)

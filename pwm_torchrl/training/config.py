@@ -185,9 +185,28 @@ class MemoryConfig:
 
 
 @dataclass
+class DataConfig:
+    """Stored episodes (see :class:`pwm_torchrl.data.episodes.EpisodeStore`)."""
+
+    path: Optional[str] = None  # a store that launch/data.py import wrote
+    stage: str = "none"  # none | scratch: read from a copy on the node's own disk, made once per node
+    scratch_dir: Optional[str] = None  # where that copy goes; None: SLURM_TMPDIR or TMPDIR
+    balanced: bool = False  # draw tasks with equal probability; else every slice
+    validation_fraction: float = 0.02  # share of each task's episodes that training never sees
+    validation_slices: int = 256  # slices per task in a validation
+
+
+@dataclass
 class Config:
     """A whole run."""
 
+    mode: str = "online"  # online: collect, learn a world model and a policy | pretrain: a world model from stored
+    # episodes of many tasks | extract: a policy for one task in a pre-trained world model
+    tasks: Optional[str] = None  # pretrain: mt30 | mt80 | names with commas between | a YAML list of names
+    task: Optional[str] = None  # extract: a task of the world model
+    world_model: Optional[str] = None  # extract: directory of a pre-training run, or one with world_model.json
+    world_model_sha256: Optional[str] = None  # extract: its weights' hash, filled in when the run is composed
+    finetune: bool = False  # extract: go on training the world model on the task's stored episodes
     model: ModelConfig = field(default_factory=ModelConfig)
     size: SizeConfig = field(default_factory=SizeConfig)
     env: dict[str, Any] = field(default_factory=dict)  # _target_: maker; the rest are its arguments
@@ -196,6 +215,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0  # one seed determines a run on the CPU
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     runs_dir: str = "runs"  # where new run directories are created

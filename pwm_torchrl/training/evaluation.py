@@ -135,23 +135,55 @@ def open_loop_errors(
     reward = windows(episodes.reward)
     if reward_scale is not None:
         reward = reward * reward_scale
-    action, target = windows(episodes.action), model.encode(windows(episodes.next_observation))
-    z = model.encode(windows(episodes.observation)[0])
-    latent_error, reward_error = [], []
-    raw = getattr(model.reward, "codec", None)
-    for t in range(horizon):
-        z, logits, _ = model.predict(z, action[t])
-        predicted = logits if raw is None else raw.decode(logits)
-        latent_error.append((z - target[t]).square().mean())
-        reward_error.append((predicted - reward[t]).square().mean())
-    variance = reward.var().clamp_min(1e-8)
-    latent, nmse = torch.stack(latent_error), torch.stack(reward_error) / variance
+    latent, squared = rollout_errors(
+        model,
+        windows(episodes.observation)[0],
+        windows(episodes.action),
+        windows(episodes.next_observation),
+        reward,
+    )
+    nmse = squared / reward.var().clamp_min(1e-8)
     return {
         "latent_mse": latent.mean().item(),
         "latent_mse_last": latent[-1].item(),
         "reward_nmse": nmse.mean().item(),
         "reward_nmse_last": nmse[-1].item(),
     }
+
+
+@torch.no_grad()
+def rollout_errors(
+    model: WorldModel,
+    observation: Tensor,
+    action: Tensor,
+    next_observation: Tensor,
+    reward: Tensor,
+    task: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Open-loop errors of the model at every step of a rollout, means over the batch.
+
+    Args:
+        model (WorldModel): the model.
+        observation (Tensor): first observations ``[B, O]``.
+        action (Tensor): ``[H, B, A]``.
+        next_observation (Tensor): ``[H, B, O]``.
+        reward (Tensor): ``[H, B, 1]``, as the model was trained on it.
+        task (Tensor, optional): index ``[B]``, for multi-task models.
+
+    Returns:
+        tuple: squared error of the latent and of the raw reward, each ``[H]``.
+    """
+    tasks = () if task is None else (task,)
+    target = model.encode(next_observation, *tasks)
+    z = model.encode(observation, *tasks)
+    latent_error, reward_error = [], []
+    raw = getattr(model.reward, "codec", None)
+    for t in range(len(action)):
+        z, logits, _ = model.predict(z, action[t], *tasks)
+        predicted = logits if raw is None else raw.decode(logits)
+        latent_error.append((z - target[t]).square().mean())
+        reward_error.append((predicted - reward[t]).square().mean())
+    return torch.stack(latent_error), torch.stack(reward_error)
 
 
 def film(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Iterator[np.ndarray]:

@@ -14,8 +14,8 @@ from torchrl.modules import WorldModel as TorchRLWorldModel
 
 from pwm_torchrl.envs import env_info, make_env
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.modules import WorldModel, encoder_module, policy_module
-from pwm_torchrl.training.build import Networks, build_networks
+from pwm_torchrl.modules import TaskWorldModel, WorldModel, encoder_module, policy_module, read_world_model
+from pwm_torchrl.training.build import EnvFacts, Networks, build_networks, trained_networks
 from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_metadata, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.config import Config
@@ -33,6 +33,7 @@ class Facts:
     observation_dim: int
     action_dim: int
     terminates: bool
+    action_dims: tuple[int, ...] = ()  # of every task of a multi-task world model
 
 
 def load_networks(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> tuple[Config, Networks]:
@@ -58,11 +59,28 @@ def load_networks(run: str | Path, which: str = "best", device: str | torch.devi
     metadata = checkpoint_metadata(path)
     if "facts" not in metadata:
         raise CheckpointFault(f"The checkpoint {path} does not say what environment it is for.")
-    networks = build_networks(cfg, Facts(**metadata["facts"]))
-    load_checkpoint(path, dict(networks.items()))
+    if cfg.mode == "pretrain":
+        raise ConfigurationError(f"{run} pre-trained a world model and has no policy; extract one: mode=extract.")
+    facts = metadata["facts"]
+    networks = build_networks(cfg, Facts(**{**facts, "action_dims": tuple(facts.get("action_dims", ()))}))
+    if cfg.mode == "extract":
+        load_pretrained(cfg, networks.world_model)
+    trained = trained_networks(cfg)
+    load_checkpoint(path, {name: network for name, network in networks.items() if name in trained})
     for _, network in networks.items():
         network.requires_grad_(False).eval().to(device)
     return cfg, networks
+
+
+def load_pretrained(cfg: Config, world_model: WorldModel) -> None:
+    """Put the weights of ``cfg.world_model`` into the view of one of its tasks.
+
+    Raises:
+        ConfigurationError: if they are not there, damaged, or not those that the run began with.
+    """
+    assert isinstance(world_model, TaskWorldModel)
+    pretrained, _ = read_world_model(str(cfg.world_model), cfg.world_model_sha256)
+    world_model.load_multi_task(pretrained)
 
 
 def load_policy(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> TensorDictSequential:
@@ -154,6 +172,6 @@ def evaluate_run(
     }
 
 
-def facts_of(observation_dim: int, action_dim: int, terminates: bool) -> dict[str, Any]:
+def facts_of(facts: EnvFacts) -> dict[str, Any]:
     """Facts as checkpoint metadata."""
-    return asdict(Facts(observation_dim, action_dim, terminates))
+    return asdict(Facts(facts.observation_dim, facts.action_dim, facts.terminates, tuple(facts.action_dims)))

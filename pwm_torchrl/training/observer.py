@@ -6,44 +6,51 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-import torch
 from tensordict import TensorDictBase
 from torchrl.record.loggers.common import Logger
 
 from pwm_torchrl.errors import DivergenceError
 from pwm_torchrl.memory.guard import Alarm
-from pwm_torchrl.training.collector import EpisodeReturns
-from pwm_torchrl.training.evaluation import open_loop_errors, play
 from pwm_torchrl.training.metrics import CsvMetrics, MetricRow
+from pwm_torchrl.training.model_stepper import ModelStepper
 from pwm_torchrl.training.progress import Progress
 from pwm_torchrl.training.run_memory import RunMemory
-from pwm_torchrl.training.seeding import evaluation_env_seed
-from pwm_torchrl.training.stepper import PWMStepper
 
 if TYPE_CHECKING:
-    from pwm_torchrl.training.assembly import Run
+    from pwm_torchrl.training.base_run import BaseRun
     from pwm_torchrl.training.trainer import PWMTrainer
 
 
 class Observer:
-    """Hooks of a run.
+    """Logs what every run has; subclasses receive data and evaluate.
 
     Args:
-        run (Run): the run's parts.
-        stepper (PWMStepper): its updates.
+        run (BaseRun): the run's parts.
+        stepper (ModelStepper): its updates.
     """
 
     trainer: PWMTrainer
-    returns: EpisodeReturns
     progress: Progress
 
-    def __init__(self, run: Run, stepper: PWMStepper) -> None:
+    def __init__(self, run: BaseRun, stepper: ModelStepper) -> None:
         self.run, self.stepper = run, stepper
         self.csv = CsvMetrics(run.run_dir / "metrics.csv")
         self.logger: Logger | None = None
         self.memory = RunMemory(run.cfg.memory, run.memory_unwatched)
         self.alarm: Alarm | None = None  # memory is short: the run stops after this epoch
         self.epoch_started = time.monotonic()
+
+    def receive(self, batch: TensorDictBase) -> TensorDictBase:
+        """What the trainer's source gave."""
+        self.run.claim.check()  # before anything is written to files that a successor may own
+        return batch
+
+    def evaluate(self, row: MetricRow) -> None:
+        """Measure what has been learned, into ``row`` and the summary."""
+        raise NotImplementedError
+
+    def profile(self, row: MetricRow) -> None:
+        """Measure gradients, into ``row``."""
 
     def open(self, restored: bool) -> None:
         """Drop metric rows that the run will write again, and start the progress display."""
@@ -53,21 +60,6 @@ class Observer:
         steps = self.trainer.collector.requested_frames_per_batch
         self.progress = Progress(t.epochs, self.trainer.logged_epoch, steps, t.progress)
         self.epoch_started = time.monotonic()
-
-    def receive(self, batch: TensorDictBase) -> TensorDictBase:
-        """A collected batch ``[N, T]``: into replay and the running statistics."""
-        finished = self.returns.update(batch)
-        if len(finished):
-            self.trainer.row.set({"train/return": finished.mean(), "train/episodes": len(finished)})
-        if self.run.reward_scale is not None:
-            step = batch["next"].to(self.run.device)
-            self.run.reward_scale.update(step["reward"], step["done"])
-        statistics = self.run.networks.world_model.observation_statistics
-        if statistics is not None:
-            statistics.update(batch["observation"].to(statistics.mean.device))
-        self.run.claim.check()  # before anything is written to files that a successor may own
-        self.run.replay.extend(batch)
-        return batch
 
     def finish_epoch(self, epoch: int, row: MetricRow) -> None:
         """Evaluate if it is due, then log the epoch."""
@@ -97,39 +89,6 @@ class Observer:
             self.alarm = alarm
             self.trainer.request_stop("memory")
 
-    def profile(self, row: MetricRow) -> None:
-        """Gradient norm per horizon step; its random numbers are taken from nobody, so that logging changes nothing."""
-        device = self.run.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # No more rollouts than an update back-propagates at once: that is what memory was planned for.
-            count = self.stepper.micro_batches.size(
-                "policy", self.stepper.share(self.run.cfg.algorithm.imagination_batch)
-            )
-            observation = self.run.replay.sample_observations(count)
-            row.set(self.stepper.gradient_profile(observation))
-
-    def evaluate(self, row: MetricRow) -> None:
-        """Deterministic episodes in the evaluation environments, and the model's open-loop errors on them."""
-        run = self.run
-        episodes = play(run.eval_env, run.act, evaluation_env_seed(run.cfg.seed), self.trainer.stop.check)
-        returns = episodes.returns
-        mean, std = returns.mean().item(), returns.std(unbiased=False).item()
-        row.set(
-            {
-                "eval/return_mean": mean,
-                "eval/return_std": std,
-                "eval/return_min": returns.min(),
-                "eval/return_max": returns.max(),
-            }
-        )
-        scale = None
-        if run.reward_scale is not None:
-            scale = run.reward_scale(torch.ones(1, device=run.device))
-        errors = open_loop_errors(run.networks.world_model, episodes, run.cfg.algorithm.horizon, scale)
-        row.set({f"eval/{key}": value for key, value in errors.items()})
-        run.summary.evaluated(mean, std)
-        self.trainer.evaluated = mean
-
     def log(self, epoch: int, numbers: dict[str, float]) -> None:
         """Write the epoch everywhere; raise if the training diverged.
 
@@ -148,7 +107,7 @@ class Observer:
         self.csv.write({**heads, **numbers})
         if self.logger is not None:
             for name, value in {**heads, **numbers}.items():
-                self.logger.log_scalar(name, value, step=self.trainer.env_steps)
+                self.logger.log_scalar(name, value, step=self.trainer.log_step)
         shown = {
             "return": numbers.get("eval/return_mean", numbers.get("train/return")),
             "model": numbers.get("loss/model"),

@@ -124,9 +124,10 @@ class MicroBatches:
         }
 
 
-def undo_of(learners: Mapping[str, Learner], return_statistics: nn.Module) -> dict[str, Undo]:
+def undo_of(learners: Mapping[str, Learner], return_statistics: nn.Module | None) -> dict[str, Undo]:
     """What takes an update of each network back; the policy's changes the return statistics, too."""
-    return {name: Undo(learner, [return_statistics] if name == "actor" else []) for name, learner in learners.items()}
+    changed = [] if return_statistics is None else [return_statistics]
+    return {name: Undo(learner, changed if name == "actor" else []) for name, learner in learners.items()}
 
 
 class Undo:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pwm_torchrl.errors import ConfigurationError, RankFault
-from pwm_torchrl.training.build import EnvFacts, build_learners, build_losses, build_networks
+from pwm_torchrl.training.build import EnvFacts, build_parts
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.distributed import Ranks, Refused
 from pwm_torchrl.training.load import Facts, facts_of
@@ -46,8 +46,8 @@ def start_replicas(cfg: Config, facts: EnvFacts, shared: SharedUpdates) -> None:
         RankFault: if one of them cannot; smaller micro-batches would not help it.
     """
     ranks = shared.ranks
-    device = next(shared.networks.actor.parameters()).device
-    known = facts_of(facts.observation_dim, facts.action_dim, facts.terminates)
+    device = next(shared.networks.world_model.parameters()).device
+    known = facts_of(facts)
     ranks.idle = False
     # Only rank 0 has environments, and their settings may be anything.
     ranks.say({"start": asdict(replace(cfg, env={})), "facts": known, "device": device.type})
@@ -70,10 +70,9 @@ def follow_start(command: Mapping[str, Any], ranks: Ranks) -> SharedUpdates:
     device = own_device(command["device"], ranks.local_rank)
     ranks.use(device)
     with ranks.agreeing():
-        networks = build_networks(cfg, Facts(**command["facts"]), device)
-        losses = build_losses(cfg, networks)
-        learners = build_learners(cfg, networks)
-        shared = SharedUpdates(networks, losses, learners, undo_of(learners, losses.actor.return_statistics), ranks)
+        parts = build_parts(cfg, Facts(**command["facts"]), device)
+        undo = undo_of(parts.learners, parts.losses.return_statistics)
+        shared = SharedUpdates(parts.networks, parts.losses, parts.learners, undo, ranks)
     share_state(shared)
     ranks.idle = True
     return shared
@@ -82,8 +81,10 @@ def follow_start(command: Mapping[str, Any], ranks: Ranks) -> SharedUpdates:
 def share_state(shared: SharedUpdates) -> None:
     """Make networks, optimizers and return statistics those of rank 0."""
     ranks = shared.ranks
-    modules = {**dict(shared.networks.items()), "return_statistics": shared.losses.actor.return_statistics}
-    for module in modules.values():
+    modules = [module for _, module in shared.networks.items()]
+    if shared.losses.return_statistics is not None:
+        modules.append(shared.losses.return_statistics)
+    for module in modules:
         state = ranks.copy(module.state_dict() if ranks.leads else None)
         with ranks.agreeing():
             if not ranks.leads:

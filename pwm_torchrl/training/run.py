@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.data.files import Reserve
-from pwm_torchrl.errors import status_of
+from pwm_torchrl.errors import ConfigurationError, status_of
 from pwm_torchrl.training.assembly import Run
+from pwm_torchrl.training.base_run import BaseRun
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import RunClaim, claimed
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
 from pwm_torchrl.training.distributed import Ranks, joined
 from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.extraction import ExtractRun
 from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.faults import named
+from pwm_torchrl.training.pretraining import PretrainRun
 from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.replica import check_device, serve
 from pwm_torchrl.training.stop import StopRequest
@@ -25,7 +28,7 @@ from pwm_torchrl.training.summary import RunSummary
 
 
 def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Train a policy to the end of its configuration, or to a stop.
+    """Train what a configuration describes to its end, or to a stop.
 
     Args:
         cfg (Config): the whole run.
@@ -84,7 +87,7 @@ def _train(
         summary = RunSummary.start(cfg, run_dir, resume)
         if ranks is not None:
             check_device(cfg.device, ranks)
-        run = Run(cfg, run_dir, summary, claim, resume, stop, ranks)
+        run = kind_of_run(cfg)(cfg, run_dir, summary, claim, resume, stop, ranks)
         with run.memory_plan.compared():
             status = run.execute(resume)
         claim.check()
@@ -106,6 +109,18 @@ def _train(
         reserve.free()
     failpoint("finish.outcome")
     return result
+
+
+def kind_of_run(cfg: Config) -> type[BaseRun]:
+    """The class of a configuration's mode.
+
+    Raises:
+        ConfigurationError: for an unknown one.
+    """
+    kinds: dict[str, type[BaseRun]] = {"online": Run, "pretrain": PretrainRun, "extract": ExtractRun}
+    if cfg.mode not in kinds:
+        raise ConfigurationError(f"mode={cfg.mode!r} is not one of {', '.join(kinds)}.")
+    return kinds[cfg.mode]
 
 
 def _record_end(run_dir: Path, claim: RunClaim, summary: RunSummary | None, error: BaseException) -> None:

@@ -17,14 +17,16 @@ from torch import Tensor
 from pwm_torchrl.objectives.actor_loss import Accumulated
 from pwm_torchrl.objectives.model_loss import MASK_KEY
 from pwm_torchrl.objectives.slices import FlowNoise
-from pwm_torchrl.training.build import Learner, Losses, Networks
+from pwm_torchrl.training.build import UPDATE_OF, Learner, Losses, ModelLosses, ModelNetworks
 from pwm_torchrl.training.collectives import Gathering, Total
 from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.training.recovery import Undo, is_out_of_memory
 
 #: Network that each update trains.
-NETWORKS = {"world-model": "world_model", "policy": "actor", "critic": "critics"}
+NETWORKS = {update: network for network, update in UPDATE_OF.items()}
 NOISE = "noise"
+#: World-model updates between comparisons of the ranks, where no policy update makes one.
+COMPARE_EVERY = 50
 #: Whole numbers as large as the tensors' elements, to add up their bits.
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,8 +35,8 @@ class SharedUpdates:
     """One rank's part in the updates.
 
     Args:
-        networks (Networks): what is trained, the same on every rank.
-        losses (Losses): the objectives around them.
+        networks (ModelNetworks): what is trained, the same on every rank.
+        losses (ModelLosses): the objectives around them.
         learners (dict of Learner): their optimizers.
         undo (dict of Undo): by network.
         ranks (Ranks): the processes.
@@ -44,8 +46,8 @@ class SharedUpdates:
 
     def __init__(
         self,
-        networks: Networks,
-        losses: Losses,
+        networks: ModelNetworks,
+        losses: ModelLosses,
         learners: Mapping[str, Learner],
         undo: Mapping[str, Undo],
         ranks: Ranks,
@@ -54,6 +56,13 @@ class SharedUpdates:
         self.networks, self.losses, self.learners, self.undo = networks, losses, learners, undo
         self.ranks = ranks
         self._start = start
+        self._models = 0  # world-model updates
+
+    @property
+    def with_policy(self) -> Losses:
+        """The objectives of a run that has a policy."""
+        assert isinstance(self.losses, Losses)
+        return self.losses
 
     def model(self, data: TensorDictBase, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """World-model update on slices ``[B, H]``, in micro-batches of ``size`` on every rank; rank 0 only.
@@ -80,7 +89,7 @@ class SharedUpdates:
         Returns:
             tuple: losses, rollouts ``[B, H]`` and gradient norm.
         """
-        loss = self.losses.actor
+        loss = self.with_policy.actor
         rows = start.select(*loss.in_keys)
         noise = loss.draw_noise(start.get(loss.tensor_keys.latent))
         if noise is not None:
@@ -93,7 +102,7 @@ class SharedUpdates:
         Returns:
             tuple: losses and gradient norm.
         """
-        common = TensorDict(counted=self.losses.value.counted(states))
+        common = TensorDict(counted=self.with_policy.value.counted(states))
         return self._critic(size, self._send("critic", size, states, common), len(states))
 
     def follow(self, command: Mapping[str, Any]) -> None:
@@ -141,10 +150,16 @@ class SharedUpdates:
                 valid_counts=(common["per_step"], common["overall"]),
             )
             total = Total(ranks, [*(p.grad for p in learner.parameters), *losses.values()])
-        return self._finish("world_model", total, losses)
+        finished = self._finish("world_model", total, losses)
+        self._models += 1
+        if self._models % COMPARE_EVERY == 0 and not isinstance(self.losses, Losses):
+            ranks.idle = False
+            self._compare()
+            ranks.idle = True
+        return finished
 
     def _policy(self, size: int, parcel: TensorDictBase, count: int) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
-        loss, ranks = self.losses.actor, self.ranks
+        loss, ranks = self.with_policy.actor, self.ranks
         with ranks.agreeing():
             rows = parcel["rows"].auto_batch_size_(1)
             noise = rows.get(NOISE, None)
@@ -160,17 +175,21 @@ class SharedUpdates:
             assert whole is not None
             losses, imagined = loss.finish(Accumulated(gradients, whole, rollouts.whole()))
             norm = self.learners["actor"].step(self.undo["actor"].before_step)
-            checked = self.checksums()
-        # Once an epoch, usually: ranks that drifted apart would train on, and each look healthy.
-        ranks.compare(list(checked), torch.stack(list(checked.values())))
+        self._compare()  # once an epoch, usually
         ranks.idle = True
         return losses, imagined, norm
+
+    def _compare(self) -> None:
+        """Ranks that drifted apart would train on, and each look healthy."""
+        with self.ranks.agreeing():
+            checked = self.checksums()
+        self.ranks.compare(list(checked), torch.stack(list(checked.values())))
 
     def _critic(self, size: int, parcel: TensorDictBase, count: int) -> tuple[dict[str, Tensor], Tensor]:
         learner, ranks = self.learners["critics"], self.ranks
         with ranks.agreeing():
             states = parcel["rows"].auto_batch_size_(1)
-            losses = self.losses.value.backward(states, size, whole=(count, parcel["common", "counted"]))
+            losses = self.with_policy.value.backward(states, size, whole=(count, parcel["common", "counted"]))
             total = Total(ranks, [*(p.grad for p in learner.parameters), *losses.values()])
         return self._finish("critics", total, losses)
 
@@ -192,11 +211,14 @@ class SharedUpdates:
         """Of each network, with its optimizer, and of the return statistics: the sum of the bits as whole numbers."""
         sums = {}
         for name, network in self.networks.items():
+            if name not in self.learners:
+                continue
             state = self.learners[name].optimizer.state
             moments = [x for p in self.learners[name].parameters for x in state.get(p, {}).values()]
             # Buffers are left out: those of observations are rank 0's until the next world-model update.
             sums[name] = bits([*network.parameters(), *(x for x in moments if isinstance(x, Tensor))])
-        sums["return_statistics"] = bits(list(self.losses.actor.return_statistics.buffers()))
+        if self.losses.return_statistics is not None:
+            sums["return_statistics"] = bits(list(self.losses.return_statistics.buffers()))
         return sums
 
 

@@ -17,7 +17,8 @@ from pwm_torchrl.training.config import Config
 
 #: What training adds to, by the keys of ``summary.json``.
 PROGRESS = (
-    "epochs_done", "agent_steps", "env_steps", "peak_return", "final_return", "final_return_std", "resume_exact"
+    "epochs_done", "agent_steps", "env_steps", "peak_return", "final_return", "final_return_std", "validation_loss",
+    "best_validation_loss", "resume_exact"
 )  # fmt: skip
 
 
@@ -34,6 +35,8 @@ class RunSummary:
     final_return: float | None = None
     final_return_std: float | None = None
     random_return: float | None = None
+    validation_loss: float | None = None  # of pre-training
+    best_validation_loss: float | None = None
     resume_exact: bool = True
     restarts: int = 0
     earlier_s: float = 0.0
@@ -83,6 +86,11 @@ class RunSummary:
         self.final_return, self.final_return_std = mean, std
         self.peak_return = mean if self.peak_return is None else max(self.peak_return, mean)
 
+    def validated(self, loss: float) -> None:
+        """Enter a validation."""
+        self.validation_loss = loss
+        self.best_validation_loss = min(loss, loss if self.best_validation_loss is None else self.best_validation_loss)
+
     @property
     def wall_clock_s(self) -> float:
         """Seconds of this attempt and of those before, up to the checkpoints they were resumed from."""
@@ -105,6 +113,7 @@ class RunSummary:
             "final_return": self.final_return,
             "final_return_std": self.final_return_std,
             "random_return": self.random_return,
+            **self._validation(),
             "wall_clock_s": round(self.wall_clock_s, 1),
             "peak_host_bytes": max(self.earlier_host_bytes, peak_host_bytes()),
             "peak_own_bytes": max(self.earlier_own_bytes, self.own_bytes),
@@ -112,6 +121,11 @@ class RunSummary:
             "restarts": self.restarts,
             "resume_exact": self.resume_exact,
         }
+
+    def _validation(self) -> dict[str, float | None]:
+        if self.validation_loss is None:
+            return {}
+        return {"validation_loss": self.validation_loss, "best_validation_loss": self.best_validation_loss}
 
     def write(self) -> dict[str, Any]:
         """Write ``summary.json``."""

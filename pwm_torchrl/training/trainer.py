@@ -12,6 +12,7 @@ from torchrl.checkpoint import Checkpoint
 from torchrl.record.loggers.common import Logger
 from torchrl.trainers.trainers import Trainer
 
+from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.data.files import storage_faults
 from pwm_torchrl.training.checkpoint import SCHEMA_VERSION, kept_replay_steps
 from pwm_torchrl.training.checkpoint_store import METRIC, CheckpointStore
@@ -19,7 +20,8 @@ from pwm_torchrl.training.collector import ResumableCollector
 from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.graph_check import GraphCheck
 from pwm_torchrl.training.metrics import MetricRow
-from pwm_torchrl.training.stepper import PWMStepper
+from pwm_torchrl.training.model_stepper import ModelStepper
+from pwm_torchrl.training.stored import StoredEpochs
 
 #: Metric of a checkpoint whose policy was not evaluated: it is never the best.
 NOT_EVALUATED = -1e30
@@ -35,8 +37,8 @@ class PWMTrainer(Trainer):
     go on from there.
 
     Args:
-        collector (ResumableCollector): its batches are the epochs.
-        stepper (PWMStepper): updates of an epoch.
+        collector (ResumableCollector or StoredEpochs): its batches are the epochs.
+        stepper (ModelStepper): updates of an epoch.
         epochs (int): epochs of the whole run.
         action_repeat (int): environment steps per agent step.
         finish_epoch (callable): called after each epoch's updates with the epoch and its metrics; evaluates and logs.
@@ -51,8 +53,8 @@ class PWMTrainer(Trainer):
     def __init__(
         self,
         *,
-        collector: ResumableCollector,
-        stepper: PWMStepper,
+        collector: ResumableCollector | StoredEpochs,
+        stepper: ModelStepper,
         epochs: int,
         action_repeat: int,
         finish_epoch: Callable[[int, MetricRow], None],
@@ -89,20 +91,25 @@ class PWMTrainer(Trainer):
         self.evaluated: float | None = None  # mean evaluation return of the present epoch
         self.best_evaluated = NOT_EVALUATED
         self.saved_epoch: int | None = None  # of the newest checkpoint
-        self.replay = stepper.replay
+        self.replay = stepper.replay if isinstance(stepper.replay, TrajectoryReplay) else None
         self.stop = stepper.stop
         self.graph_check = GraphCheck() if stepper.cfg.training.check_graphs else None
         self.register_op("post_optim_complete_log", self._take_metrics)
 
     @property
     def env_steps(self) -> int:
-        """Environment steps so far; agent steps times the action repeat."""
-        return self.collected_frames
+        """Environment steps so far, agent steps times the action repeat; 0 where nothing is collected."""
+        return self.collected_frames if isinstance(self.collector, ResumableCollector) else 0
 
     @property
     def agent_steps(self) -> int:
         """Decisions of the policy so far, all environments together."""
-        return self.collected_frames // self.frame_skip
+        return self.env_steps // self.frame_skip
+
+    @property
+    def log_step(self) -> int:
+        """What loggers count: environment steps, or epochs where there are none."""
+        return self.env_steps if isinstance(self.collector, ResumableCollector) else self.epoch
 
     def train(self) -> None:
         """Train to the end or to a stop.
@@ -184,7 +191,7 @@ class PWMTrainer(Trainer):
             "schema_version": SCHEMA_VERSION,
             "epoch": self.epoch,
             "facts": self.facts,
-            "replay_steps": self.replay.steps,
+            "replay_steps": 0 if self.replay is None else self.replay.steps,
             METRIC: NOT_EVALUATED if self.evaluated is None else self.evaluated,
         }
 
@@ -222,7 +229,8 @@ class PWMTrainer(Trainer):
             self.store.save(self.checkpoint, self.logged_epoch, self._checkpoint_manifest_metadata(), inside=inside)
         self.saved_epoch = None if inside else self.epoch
         self.saved_at = time.monotonic()
-        self.replay.release(kept_replay_steps(self.store))
+        if self.replay is not None:
+            self.replay.release(kept_replay_steps(self.store))
 
     @property
     def logged_epoch(self) -> int:

@@ -12,7 +12,7 @@ from training_cases import assert_equal, config, rows_of, run_with, weights_of
 
 from pwm_torchrl.data.files import Reserve, allocate, free_bytes
 from pwm_torchrl.errors import StorageFault
-from pwm_torchrl.training import assembly, train
+from pwm_torchrl.training import base_run, train
 from pwm_torchrl.training.append import append_text
 from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.events import write_event
@@ -26,7 +26,7 @@ ERRNOS = ["ENOSPC", "EDQUOT", "EIO", "EFBIG", "EROFS"]
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "write_curves", lambda run_dir: None)
+    monkeypatch.setattr(base_run, "write_curves", lambda run_dir: None)
 
 
 def fill(disk: Path) -> None:

@@ -53,9 +53,9 @@ def small() -> Config:
 def attempt(run_dir: str, failpoint: str | None, stop: bool) -> None:
     """What a process does: start the run or go on with it."""
     torch.set_num_threads(1)
-    from pwm_torchrl.training import assembly, stepper
+    from pwm_torchrl.training import base_run, stepper
 
-    assembly.write_curves = lambda folder: None  # a picture takes longer than the run
+    base_run.write_curves = lambda folder: None  # a picture takes longer than the run
     if failpoint is not None:
         os.environ[VARIABLE] = failpoint
     request = StopRequest()
@@ -103,10 +103,10 @@ def learned(run_dir: Path) -> dict[str, int]:
 
 def _warm_up() -> None:
     """A whole run before the forks: what it imports, and the traces of its memory plan, are there in each of them."""
-    from pwm_torchrl.training import assembly
+    from pwm_torchrl.training import base_run
 
     torch.set_num_threads(1)
-    assembly.write_curves = lambda folder: None
+    base_run.write_curves = lambda folder: None
     with tempfile.TemporaryDirectory() as folder:
         train(small(), Path(folder))
 

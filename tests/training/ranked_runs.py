@@ -28,7 +28,7 @@ from pwm_torchrl.envs import make_gymnasium_env
 from pwm_torchrl.launch.train import main as train_command
 from pwm_torchrl.memory.updates import Persistent, Transient, UpdateTracer
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.training import assembly, replica
+from pwm_torchrl.training import base_run, replica
 from pwm_torchrl.training.build import Learner
 from pwm_torchrl.training.run import train
 from pwm_torchrl.training.stop import StopRequest, stop_on_signals
@@ -190,7 +190,7 @@ def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
     """In a process of its own: train; rank 0 saves its weights."""
     with pytest.MonkeyPatch.context() as patch:
         # Pictures and memory plans take longer than these runs.
-        patch.setattr(assembly, "write_curves", lambda run_dir: None)
+        patch.setattr(base_run, "write_curves", lambda run_dir: None)
         patch.setattr(UpdateTracer, "transient", lambda self, update, micro_batch=None: Transient((1,), 0, 0))
         patch.setattr(UpdateTracer, "persistent", Persistent(1, 1, 1))
         if case.by_command:

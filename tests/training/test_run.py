@@ -22,10 +22,11 @@ from training_cases import (
 
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
-from pwm_torchrl.training import assembly, train
-from pwm_torchrl.training.assembly import Run, pick_device
+from pwm_torchrl.training import assembly, base_run, train
+from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import claimed
+from pwm_torchrl.training.devices import pick_device
 from pwm_torchrl.training.evaluation import play, random_action
 from pwm_torchrl.training.seeding import evaluation_env_seed
 from pwm_torchrl.training.summary import RunSummary
@@ -125,7 +126,7 @@ def test_a_machine_that_cannot_draw_finishes_all_the_same(tmp_path, monkeypatch,
     def absent(*args):
         raise MissingLibraryError("curves.png needs matplotlib")
 
-    monkeypatch.setattr(assembly, "write_curves", absent)
+    monkeypatch.setattr(base_run, "write_curves", absent)
     monkeypatch.setattr(assembly, "write_video", absent)
     assert train(config({"training.epochs": 1, "training.video": True}), tmp_path)["status"] == "finished"
     shown = "".join(capsys.readouterr())

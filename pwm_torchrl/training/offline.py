@@ -1,0 +1,174 @@
+"""What runs on stored episodes know of them, before anything is built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pwm_torchrl.data.episodes import EpisodeStore, split_episodes
+from pwm_torchrl.envs import EnvInfo
+from pwm_torchrl.envs.facts import environment_facts
+from pwm_torchrl.envs.tasks import TaskSet, task_info, task_set
+from pwm_torchrl.errors import ConfigurationError, nearest
+from pwm_torchrl.modules import world_model_facts
+from pwm_torchrl.training.config import Config
+
+#: Splits a store; the same for every run, so that no run trains on what another validates with.
+SPLIT_SEED = 0
+#: Where SLURM and others put a node's own disk, the first that is set.
+SCRATCH_VARIABLES = ("SLURM_TMPDIR", "TMPDIR")
+
+
+def run_facts(cfg: Config) -> EnvInfo:
+    """Dimensions of what a run of any mode learns from: of its environment, or of its tasks as the registry knows them.
+
+    Raises:
+        ConfigurationError: if environment or data are not there, or disagree with the registry.
+    """
+    if cfg.mode == "pretrain":
+        return pretraining_facts(cfg, open_store(cfg))
+    if cfg.mode == "extract":
+        return extraction_facts(cfg)
+    return environment_facts(cfg.env)
+
+
+def open_store(cfg: Config, staged: bool = False) -> EpisodeStore:
+    """The stored episodes of a run.
+
+    Args:
+        cfg (Config): ``data``.
+        staged (bool): whether to copy them to the node's own disk first, if ``data.stage`` says so. Defaults to
+            ``False``.
+
+    Raises:
+        ConfigurationError: if there are none, or there is no place to copy them to.
+    """
+    if cfg.data.path is None:
+        raise ConfigurationError(f"mode={cfg.mode} learns from stored episodes; set data.path=STORE")
+    path = Path(cfg.data.path).expanduser()
+    if staged and cfg.data.stage == "scratch":
+        from pwm_torchrl.data.episodes import stage_store
+
+        path = stage_store(path, scratch_directory(cfg))
+    return EpisodeStore.open(path)
+
+
+def scratch_directory(cfg: Config) -> Path:
+    """The node's own disk.
+
+    Raises:
+        ConfigurationError: if nothing says where it is.
+    """
+    given = [cfg.data.scratch_dir, *(os.environ.get(name) for name in SCRATCH_VARIABLES)]
+    found = next((each for each in given if each), None)
+    if found is None:
+        raise ConfigurationError(
+            f"data.stage=scratch needs a directory on the node's own disk: none of {', '.join(SCRATCH_VARIABLES)} is "
+            "set; set data.scratch_dir=..."
+        )
+    return Path(found).expanduser()
+
+
+def pretraining_tasks(cfg: Config, store: EpisodeStore) -> TaskSet:
+    """The tasks of a pre-training, all of the store's unless the configuration names some.
+
+    Raises:
+        ConfigurationError: if the store lacks one, or has other dimensions for it than the registry.
+    """
+    tasks = task_set(cfg.tasks if cfg.tasks is not None else list(store.task_names))
+    numbers = {name: store.task_names.index(name) for name in tasks.names if name in store.task_names}
+    without = [name for name in tasks.names if name not in numbers or not np.any(store.task == numbers[name])]
+    if without:
+        raise ConfigurationError(
+            f"data.path={store.path} has no episodes of {', '.join(without)}; import them, or name the tasks that it "
+            "has, tasks=A,B"
+        )
+    for task in tasks.tasks:
+        check_task(store, task.name)
+    return tasks
+
+
+def check_task(store: EpisodeStore, name: str) -> int:
+    """The store's number of a task, whose dimensions are those of the registry.
+
+    Raises:
+        ConfigurationError: if it has no data of the task, or other dimensions.
+    """
+    if name not in store.task_names:
+        near = nearest(name, store.task_names)
+        raise ConfigurationError(
+            f"data.path={store.path} has no data of task {name!r}" + (f"; did you mean {near}?" if near else "")
+        )
+    number = store.task_names.index(name)
+    if not np.any(store.task == number):
+        raise ConfigurationError(f"data.path={store.path} has no episodes of task {name!r}")
+    info = task_info(name)
+    found = (store.observation_dims[number], store.action_dims[number])
+    if found != (info.observation_dim, info.action_dim):
+        raise ConfigurationError(
+            f"task {name!r} has {found[0]} observation and {found[1]} action dimensions in data.path={store.path}, and "
+            f"{info.observation_dim} and {info.action_dim} in the task registry"
+        )
+    return number
+
+
+def pretraining_facts(cfg: Config, store: EpisodeStore) -> EnvInfo:
+    """Widths of a pre-training's padded observations and actions."""
+    tasks = pretraining_tasks(cfg, store)
+    return EnvInfo(
+        name=tasks.name,
+        observation_dim=tasks.observation_dim,
+        action_dim=tasks.action_dim,
+        episode_length=int(store.length.max()),
+        action_repeat=1,
+        num_envs=0,
+        terminates=False,
+        action_dims=tasks.action_dims,
+    )
+
+
+def extraction_facts(cfg: Config) -> EnvInfo:
+    """Dimensions of the task of a policy extraction, which the world model and the store have to know.
+
+    Raises:
+        ConfigurationError: if one of them does not.
+    """
+    if cfg.world_model is None:
+        raise ConfigurationError(
+            "mode=extract needs a pre-trained world model; set world_model=DIRECTORY, that of a run of "
+            "launch/pretrain.py or of launch/world_model.py import"
+        )
+    if cfg.task is None:
+        raise ConfigurationError("mode=extract needs a task; set task=NAME, or task=all for one run per task")
+    model, info = world_model_facts(cfg.world_model), task_info(cfg.task)
+    if model.task_names and info.name not in model.task_names:
+        near = nearest(info.name, model.task_names)
+        hint = f"did you mean {near}?" if near else f"it has {', '.join(model.task_names)}"
+        raise ConfigurationError(f"world_model={cfg.world_model} was not trained on task {info.name!r}: {hint}")
+    number = model.task_names.index(info.name) if model.task_names else 0
+    trained = model.observation_dims[number] if model.observation_dims else info.observation_dim
+    actions = model.spec.action_dims[number] if model.spec.num_tasks else model.spec.action_dim
+    if (trained, actions) != (info.observation_dim, info.action_dim):
+        raise ConfigurationError(
+            f"world_model={cfg.world_model} has {trained} observation and {actions} action dimensions for task "
+            f"{info.name!r}, the task registry {info.observation_dim} and {info.action_dim}"
+        )
+    check_task(open_store(cfg), info.name)
+    return EnvInfo(
+        name=info.name,
+        observation_dim=info.observation_dim,
+        action_dim=info.action_dim,
+        episode_length=info.episode_length,
+        action_repeat=info.action_repeat,
+        num_envs=0,
+        terminates=model.spec.termination,
+    )
+
+
+def training_split(cfg: Config, store: EpisodeStore) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the episodes for training and of those for validation, none of them if the share is 0."""
+    if not cfg.data.validation_fraction:
+        return np.arange(store.num_episodes), np.empty(0, np.int64)
+    return split_episodes(store, cfg.data.validation_fraction, SPLIT_SEED)

@@ -1,0 +1,217 @@
+"""Policies for single tasks in a pre-trained world model."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from stored_cases import write_store
+from tensordict import TensorDict
+from training_cases import assert_equal, config, rows_of, stop_after, weights_of
+
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.launch.reporting.collect import read_run
+from pwm_torchrl.launch.reporting.scores import score_table
+from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
+from pwm_torchrl.training import extraction, load_policy, train
+from pwm_torchrl.training import run as run_module
+from pwm_torchrl.training.build import trained_networks
+from pwm_torchrl.training.extraction import LatentVariance
+from pwm_torchrl.training.load import load_networks
+from pwm_torchrl.training.offline import run_facts
+
+TASKS = ("pendulum-swingup", "cup-catch")
+SPEC = {"num_tasks": 2, "task_dim": 4, "action_dims": (1, 2), "reward_head": "two_hot", "reward_space": "symlog"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture(scope="module")
+def world_model(tmp_path_factory):
+    """Its reward is not zero, as a new one's would be."""
+    torch.manual_seed(0)
+    spec = WorldModelSpec(8, 2, 16, [16], [16], **SPEC)
+    model = make_world_model(spec)
+    torch.nn.init.normal_(model.reward.net[-1].weight)
+    folder = tmp_path_factory.mktemp("model") / "world_model"
+    save_world_model(folder, model, spec, task_names=TASKS, observation_dims=(3, 8))
+    return folder
+
+
+def extraction_config(store, world_model, changes=None):
+    return config(
+        {
+            "mode": "extract",
+            "task": "cup-catch",
+            "data.path": str(store),
+            "world_model": str(world_model),
+            "world_model_sha256": read_world_model(world_model)[1].sha256,
+            "model.reward_head": "two_hot",
+            "model.reward_space": "symlog",
+            "model.dynamics.kind": "mlp",
+            "training.eval_episodes": 0,
+            **(changes or {}),
+        }
+    )
+
+
+def trained(monkeypatch, cfg, run_dir, *, resume=False, after_epoch=None):
+    made = []
+
+    class Hooked(extraction.ExtractRun):
+        def assemble(self):
+            super().assemble()
+            made.append(self)
+            if after_epoch is not None:
+                finish_epoch = self.trainer.finish_epoch
+
+                def finish(epoch, row):
+                    finish_epoch(epoch, row)
+                    after_epoch(self)
+
+                self.trainer.finish_epoch = finish
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "ExtractRun", Hooked)
+        run_dir.mkdir(exist_ok=True)
+        summary = train(cfg, run_dir, resume=resume)
+    return summary, made[0]
+
+
+def test_policy_and_critics_learn_in_a_frozen_world_model(monkeypatch, store, world_model, tmp_path):
+    summary, run = trained(monkeypatch, extraction_config(store, world_model), tmp_path)
+    assert summary["status"] == "finished"
+    saved, _ = read_world_model(world_model)
+    bound = run.networks.world_model
+    assert isinstance(bound, TaskWorldModel)
+    assert torch.equal(bound.encoder.net[0].weight, saved.encoder.net[0].weight)
+    assert run.observer.stepper.learners.keys() == {"actor", "critics"}
+    assert run.networks.actor.action_dim == 2
+    checkpoint = run.store.latest()
+    names = {path.name.partition("-")[2] for path in checkpoint.rglob("*") if path.is_dir()}
+    assert not any("world_model" in name for name in names)
+
+
+def test_policy_comes_back_from_its_run(monkeypatch, store, world_model, tmp_path):
+    _, run = trained(monkeypatch, extraction_config(store, world_model), tmp_path)
+    policy = load_policy(tmp_path, "latest")
+    assert policy(TensorDict(observation=torch.randn(5, 8), batch_size=[5]))["action"].shape == (5, 2)
+    _, networks = load_networks(tmp_path, "latest")
+    observation = torch.randn(5, 8)
+    assert torch.equal(networks.world_model.encode(observation), run.networks.world_model.encode(observation))
+    assert_equal(networks.actor.state_dict(), run.networks.actor.state_dict())
+
+
+def test_resumes_to_the_bit(monkeypatch, store, world_model, tmp_path):
+    cfg = extraction_config(store, world_model, {"finetune": True})
+    _, whole = trained(monkeypatch, cfg, tmp_path / "whole")
+    trained(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(2))
+    _, second = trained(monkeypatch, cfg, tmp_path / "parts", resume=True)
+    assert_equal(weights_of(whole), weights_of(second))
+
+
+def test_another_world_model_than_at_the_beginning(monkeypatch, store, world_model, tmp_path):
+    cfg = extraction_config(store, world_model, {"world_model_sha256": "0" * 64})
+    with pytest.raises(ConfigurationError, match="not the one that the run began with"):
+        trained(monkeypatch, cfg, tmp_path)
+
+
+class TestFineTuning:
+    def test_trains_the_world_model_on_the_task(self, monkeypatch, store, world_model, tmp_path):
+        cfg = extraction_config(store, world_model, {"finetune": True})
+        _, run = trained(monkeypatch, cfg, tmp_path)
+        saved, _ = read_world_model(world_model)
+        assert not torch.equal(run.networks.world_model.encoder.net[0].weight, saved.encoder.net[0].weight)
+        rows = rows_of(tmp_path)
+        assert all(float(row["loss/model_reward"]) > 0 for row in rows)
+        assert all(float(row["finetune/latent_variance"]) > 0 for row in rows)
+
+    def test_tells_when_the_latents_collapse(self, monkeypatch, store, world_model, tmp_path, capsys):
+        cfg = extraction_config(store, world_model, {"finetune": True})
+        variances = iter([1.0, 0.5, 0.05, 0.01])
+        monkeypatch.setattr(extraction, "latent_variance", lambda stepper: next(variances))
+        trained(monkeypatch, cfg, tmp_path)
+        events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+        (event,) = [event for event in events if event["event"] == "latent_collapse"]
+        assert (event["first"], event["now"]) == (1.0, 0.05)
+        assert "collapsed the latents" in capsys.readouterr().err
+
+    def test_the_alarm_is_kept_by_a_resumed_run(self):
+        watch = LatentVariance()
+        assert [watch.enter(v) for v in (1.0, 0.05)] == [False, True]
+        again = LatentVariance()
+        again.load_state_dict(watch.state_dict())
+        assert not again.enter(0.04)
+
+
+def test_what_is_trained(store, world_model):
+    cfg = extraction_config(store, world_model)
+    assert trained_networks(cfg) == ("actor", "critics")
+    cfg.finetune = True
+    assert trained_networks(cfg) == ("world_model", "actor", "critics")
+    cfg.mode = "pretrain"
+    assert trained_networks(cfg) == ("world_model",)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"task": "walker-walk"}, "was not trained on task 'walker-walk'"),
+            ({"task": "cup-cach"}, "did you mean cup-catch"),
+            ({"task": None}, "set task=NAME"),
+            ({"world_model": None}, "needs a pre-trained world model"),
+            ({"data.path": None}, r"set data\.path"),
+        ],
+    )
+    def test_one_sentence(self, store, world_model, changes, match):
+        with pytest.raises(ConfigurationError, match=match):
+            run_facts(extraction_config(store, world_model, changes))
+
+    def test_dimensions_that_disagree(self, store, world_model, tmp_path):
+        spec = WorldModelSpec(8, 2, 16, [16], [16], **{**SPEC, "action_dims": (1, 1)})
+        save_world_model(tmp_path, make_world_model(spec), spec, task_names=TASKS, observation_dims=(3, 8))
+        with pytest.raises(ConfigurationError, match=r"8 observation and 1 action dimensions for task 'cup-catch'"):
+            run_facts(extraction_config(store, tmp_path))
+
+    def test_a_task_without_data(self, world_model, tmp_path):
+        store = write_store(tmp_path / "other", ["pendulum-swingup"])
+        with pytest.raises(ConfigurationError, match="no data of task 'cup-catch'"):
+            run_facts(extraction_config(store, world_model))
+
+
+class TestScores:
+    @pytest.fixture
+    def runs(self, store, world_model, tmp_path):
+        """Files of runs that were never made: two tasks, two seeds."""
+        from pwm_torchrl.training.config_file import save_config
+
+        reports = []
+        for seed in (0, 1):
+            for task, score in (("cup-catch", 0.8), ("pendulum-swingup", 0.5)):
+                folder = tmp_path / f"{task}{seed}"
+                folder.mkdir()
+                cfg = copy.deepcopy(extraction_config(store, world_model, {"task": task, "seed": seed}))
+                save_config(cfg, folder)
+                (folder / "metrics.csv").write_text(f"epoch,eval/score,eval/return_mean\n1,{score + 0.1 * seed},7\n")
+                reports.append(read_run(folder))
+        return reports
+
+    def test_a_row_per_task_and_their_mean(self, runs):
+        table = score_table(runs)
+        rows = dict(table.rows)
+        assert rows["pendulum-swingup"].startswith("55.0 ± 5.0")
+        assert rows["cup-catch"].startswith("85.0 ± 5.0")
+        assert rows["mean of 2 tasks"].startswith("70.0 [65.0, 75.0]")
+
+    def test_one_seed_is_drawn_over_tasks(self, runs):
+        rows = dict(score_table(runs[:2]).rows)
+        assert rows["mean of 2 tasks"] == "65.0 [50.0, 80.0]"
+
+    def test_nothing_without_extracted_policies(self):
+        assert score_table([]) is None

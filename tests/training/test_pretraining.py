@@ -1,0 +1,204 @@
+"""Pre-training on stored episodes of several tasks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stored_cases import write_store
+from training_cases import assert_equal, config, rows_of, stop_after, weights_of
+
+from pwm_torchrl.data.episodes import EpisodeStore
+from pwm_torchrl.envs.tasks import task_set
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules import read_world_model
+from pwm_torchrl.training import pretraining, train
+from pwm_torchrl.training import run as run_module
+from pwm_torchrl.training.offline import open_store, pretraining_tasks, run_facts, scratch_directory, training_split
+from pwm_torchrl.training.stored import StoredSamples
+from pwm_torchrl.training.validation import Validation
+
+TASKS = ("pendulum-swingup", "cup-catch")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("data") / "store")
+
+
+def pretraining_config(store, changes=None):
+    return config(
+        {
+            "mode": "pretrain",
+            "data.path": str(store),
+            "data.validation_fraction": 0.3,
+            "model.reward_head": "two_hot",
+            "model.loss.form": "tdmpc2",
+            "model.loss.rho": 0.99,
+            "algorithm.horizon": 4,
+            "algorithm.model_batch": 16,
+            "algorithm.model_updates": 4,
+            "training.epochs": 4,
+            "training.eval_every": 2,
+            **(changes or {}),
+        }
+    )
+
+
+def trained(monkeypatch, cfg, run_dir, *, resume=False, after_epoch=None):
+    """``train`` with a hook after each epoch; also gives the run."""
+    made = []
+
+    class Hooked(pretraining.PretrainRun):
+        def assemble(self):
+            super().assemble()
+            made.append(self)
+            if after_epoch is not None:
+                finish_epoch = self.trainer.finish_epoch
+
+                def finish(epoch, row):
+                    finish_epoch(epoch, row)
+                    after_epoch(self)
+
+                self.trainer.finish_epoch = finish
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "PretrainRun", Hooked)
+        run_dir.mkdir(exist_ok=True)
+        summary = train(cfg, run_dir, resume=resume)
+    return summary, made[0]
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        cfg = pretraining_config(store, {"training.epochs": 12, "algorithm.model_updates": 8})
+        return *trained(patch, cfg, folder), folder
+
+
+class TestRun:
+    def test_learns(self, run):
+        summary, _, folder = run
+        rows = rows_of(folder)
+        assert summary["status"] == "finished"
+        first, last = float(rows[0]["loss/model"]), float(rows[-1]["loss/model"])
+        assert last < 0.9 * first
+        assert summary["best_validation_loss"] <= float(rows[1]["validation/loss"])
+        assert summary["agent_steps"] == 0
+
+    def test_validates_every_task(self, run):
+        _, _, folder = run
+        row = rows_of(folder)[-1]
+        for name in TASKS:
+            assert float(row[f"validation/latent_mse/{name}"]) > 0
+            assert float(row[f"validation/reward_nmse/{name}"]) > 0
+        mean = sum(float(row[f"validation/reward_nmse/{name}"]) for name in TASKS) / 2
+        assert float(row["validation/reward_nmse"]) == pytest.approx(mean)
+
+    def test_leaves_a_world_model(self, run):
+        summary, made, folder = run
+        model, facts = read_world_model(folder)
+        assert facts.task_names == TASKS
+        assert facts.observation_dims == (3, 8)
+        assert tuple(facts.spec.action_dims) == (1, 2)
+        assert facts.labels["validation_loss"] == summary["best_validation_loss"]
+        validation = made.observer.validation
+        assert type(model.reward) is type(made.networks.world_model.reward)
+        assert facts.spec.num_tasks == 2
+        assert validation.rows.keys() == set(TASKS)
+
+    def test_every_parameter_learned(self, run):
+        """The task embedding too: it was in no optimizer elsewhere."""
+        _, made, _ = run
+        names = dict(made.networks.world_model.named_parameters())
+        optimizer = made.observer.stepper.learners["world_model"].optimizer
+        for name, parameter in names.items():
+            assert optimizer.state[parameter]["exp_avg_sq"].abs().sum() > 0, name
+
+
+def test_resumes_to_the_bit(monkeypatch, store, tmp_path):
+    cfg = pretraining_config(store)
+    _, whole = trained(monkeypatch, cfg, tmp_path / "whole")
+    _, first = trained(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(2))
+    assert first.trainer.epoch == 2
+    summary, second = trained(monkeypatch, cfg, tmp_path / "parts", resume=True)
+    assert summary["restarts"] == 1
+    assert_equal(weights_of(whole), weights_of(second))
+    ours, theirs = rows_of(tmp_path / "parts"), rows_of(tmp_path / "whole")
+    for row, other in zip(ours, theirs, strict=True):
+        for key in (key for key in row if key.startswith(("loss/", "validation/"))):
+            assert row[key] == other[key]
+
+
+def test_the_best_by_validation_is_kept(monkeypatch, store, tmp_path):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(Validation, "run", lambda self, *args: {"validation/loss": next(losses)})
+    cfg = pretraining_config(store, {"training.eval_every": 1, "training.epochs": 3})
+    summary, run = trained(monkeypatch, cfg, tmp_path)
+    _, facts = read_world_model(tmp_path)
+    assert facts.labels["epoch"] == 2
+    assert summary["best_validation_loss"] == 1.0
+    assert run.store.best().name.endswith("000002")
+
+
+def test_training_never_sees_what_validation_does(store):
+    episodes = EpisodeStore.open(store)
+    training, held_out = training_split(pretraining_config(store), episodes)
+    assert len(training) + len(held_out) == episodes.num_episodes
+    samples = StoredSamples(episodes, TASKS, 4, 8, 2, episodes=training)
+    drawn = samples.index.sample(2000)
+    assert not set(episodes.episode_of(drawn)) & set(held_out)
+
+
+class TestSamples:
+    def test_in_the_order_and_width_of_the_model(self, store):
+        episodes = EpisodeStore.open(store)
+        samples = StoredSamples(episodes, ["cup-catch", "pendulum-swingup"], 4, 8, 2)
+        data = samples.sample_slices(64)
+        # The model's first task is the store's second, which alone has a second action.
+        assert set(data["task"].unique().tolist()) == {0, 1}
+        second = data["action"][..., 1].abs().sum(1) > 0
+        assert torch.equal(second, data["task"][:, 0] == 0)
+
+    def test_one_task_alone(self, store):
+        samples = StoredSamples(EpisodeStore.open(store), ["pendulum-swingup"], 4, 3, 1, labelled=False)
+        data = samples.sample_slices(8)
+        assert "task" not in data
+        assert data["observation"].shape == (8, 4, 3)
+        assert data["action"].shape == (8, 4, 1)
+        assert samples.sample_observations(5).shape == (5, 3)
+
+
+class TestBadInput:
+    def test_tasks_without_data(self, store):
+        cfg = pretraining_config(store, {"tasks": "cup-catch,walker-walk"})
+        with pytest.raises(ConfigurationError, match=r"no episodes of walker-walk"):
+            run_facts(cfg)
+
+    def test_dimensions_that_disagree(self, store):
+        episodes = EpisodeStore.open(store)
+        episodes.action_dims = (1, 3)
+        with pytest.raises(ConfigurationError, match="'cup-catch' has 8 observation and 3 action dimensions"):
+            pretraining_tasks(pretraining_config(store), episodes)
+
+    def test_no_data(self, tmp_path):
+        with pytest.raises(ConfigurationError, match=r"set data\.path"):
+            open_store(pretraining_config(tmp_path, {"data.path": None}))
+        with pytest.raises(ConfigurationError, match="not an episode store"):
+            open_store(pretraining_config(tmp_path))
+
+    def test_no_scratch_directory(self, store, monkeypatch):
+        for name in ("SLURM_TMPDIR", "TMPDIR"):
+            monkeypatch.delenv(name, raising=False)
+        cfg = pretraining_config(store, {"data.stage": "scratch"})
+        with pytest.raises(ConfigurationError, match=r"data\.scratch_dir"):
+            scratch_directory(cfg)
+        monkeypatch.setenv("TMPDIR", "/somewhere")
+        assert str(scratch_directory(cfg)) == "/somewhere"
+
+
+def test_a_subset_has_the_widths_of_its_own_tasks(store):
+    cfg = pretraining_config(store, {"tasks": "pendulum-swingup"})
+    facts = run_facts(cfg)
+    assert (facts.observation_dim, facts.action_dim, facts.action_dims) == (3, 1, (1,))
+    assert task_set("pendulum-swingup").observation_dim == 3
