@@ -115,9 +115,10 @@ def run_with(
     during_epoch: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], Run]:
     """``train`` with hooks: before the end of an epoch, while it is logged, and after it. Also gives the Run."""
-    made: list[Run] = []
+    made: list[Any] = []
+    kind = run_module.kind_of_run(cfg)
 
-    class Hooked(Run):
+    class Hooked(kind):  # type: ignore[misc, valid-type]
         def assemble(self) -> None:
             super().assemble()
             made.append(self)
@@ -133,7 +134,7 @@ def run_with(
                 self.trainer.finish_epoch = finish
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Run", Hooked)
+        patch.setattr(run_module, kind.__name__, Hooked)
         run_dir.mkdir(exist_ok=True)
         summary = run_module.train(cfg, run_dir, resume=resume)
     return summary, made[0]

@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+from stored_cases import write_store
+from tensordict import TensorDictBase
 from torchrl.envs import DTypeCastTransform, EnvBase, TransformedEnv
 from training_cases import config, run_with, stop_after, weights_of
 
@@ -28,10 +30,11 @@ from pwm_torchrl.envs import make_gymnasium_env
 from pwm_torchrl.launch.train import main as train_command
 from pwm_torchrl.memory.updates import Persistent, Transient, UpdateTracer
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.training import base_run, replica
+from pwm_torchrl.training import base_run, replica, shared_updates
 from pwm_torchrl.training.build import Learner
 from pwm_torchrl.training.run import train
 from pwm_torchrl.training.stop import StopRequest, stop_on_signals
+from pwm_torchrl.training.stored import StoredSamples
 
 TIMEOUT_S = 60.0  # of one case; then its processes are killed, and the tests fail
 
@@ -66,6 +69,15 @@ STATISTICS = {
     "model.loss.flow_matching_source": "attached",
 }
 
+PRETRAIN = {
+    "mode": "pretrain",
+    "algorithm.model_updates": 4,
+    "model.reward_head": "two_hot",
+    "model.loss.form": "tdmpc2",
+    "training.eval_every": 1,
+    "data.validation_fraction": 0.3,
+}
+
 Fault = Callable[[pytest.MonkeyPatch, int], None]
 
 
@@ -79,6 +91,7 @@ class Case:
     stop_after: int | None = None  # then resumed
     fault: Fault | None = None
     by_command: bool = False
+    stored: bool = False  # pre-training, on a store beside the run
 
 
 def nth(call: int, function: Callable[..., Any], then: Callable[[], Any], after: bool = False) -> Callable[..., Any]:
@@ -117,7 +130,7 @@ def refusals(patch: pytest.MonkeyPatch, rank: int) -> None:
 def refused_start(patch: pytest.MonkeyPatch, rank: int) -> None:
     """Rank 1 has no memory for the networks."""
     if rank == 1:
-        patch.setattr(replica, "build_losses", lambda cfg, networks: refuse())
+        patch.setattr(replica, "build_parts", lambda cfg, facts, device: refuse())
 
 
 def die(rank: int) -> Fault:
@@ -170,6 +183,7 @@ CASES = {
     "mlp_micro": Case({**MLP, **UNEVEN, **MICRO, "algorithm.imagination_batch": 2}, size=3, stop_after=2),
     "flow_v2": Case({**FLOW_V2, **UNEVEN, "algorithm.policy_starts": "current"}),
     "flow_v2_micro": Case({**FLOW_V2, **MICRO, **STATISTICS}),
+    "pretrain": Case({**FLOW_V2, **PRETRAIN, "algorithm.model_batch": 9}, stop_after=2, stored=True),
     "refused": Case({**FLOW_V2, **UNEVEN, "algorithm.policy_starts": "current"}, alone=False, fault=refusals),
     "replica_killed": Case(alone=False, fault=die(1)),
     "leader_killed": Case(alone=False, fault=die(0)),
@@ -198,6 +212,11 @@ def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
         torch.set_default_dtype(torch.float64)
         torch.set_num_threads(1)
         cfg = config({**FEW, **case.changes}, env=ENV)
+        if case.stored:
+            cfg.data.path = str(folder.with_name("store"))
+            moved = StoredSamples._moved
+            patch.setattr(StoredSamples, "_moved", lambda self, slices: in_double(moved(self, slices)))
+            patch.setattr(shared_updates, "COMPARE_EVERY", 2)
         if case.fault is not None and size > 1:
             case.fault(patch, rank)
         if rank:
@@ -217,6 +236,11 @@ def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
             _, run = run_with(patch, cfg, folder, resume=True)
     torch.save(weights_of(run), folder / "weights.pt")
     return 0
+
+
+def in_double(slices: TensorDictBase) -> TensorDictBase:
+    """Slices in float64; a store has float32."""
+    return slices.apply(lambda x: x.double() if x.is_floating_point() else x)
 
 
 def free_ports(count: int) -> list[int]:
@@ -274,6 +298,7 @@ def wait_for(children: dict[int, int]) -> list[int | str]:
 def main(out: Path, names: list[str]) -> None:
     gc.freeze()  # or a child's first collection would copy all memory that it shares with this process
     ends: dict[str, list[int | str]] = {}
+    write_store(out / "store")
     for name in names or CASES:
         case = CASES[name]
         for size in (1, case.size) if case.alone else (case.size,):

@@ -9,14 +9,13 @@ import pytest
 import torch
 from stored_cases import write_store
 from tensordict import TensorDict
-from training_cases import assert_equal, config, rows_of, stop_after, weights_of
+from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.reporting.collect import read_run
 from pwm_torchrl.launch.reporting.scores import score_table
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
-from pwm_torchrl.training import extraction, load_policy, train
-from pwm_torchrl.training import run as run_module
+from pwm_torchrl.training import extraction, load_policy
 from pwm_torchrl.training.build import trained_networks
 from pwm_torchrl.training.extraction import LatentVariance
 from pwm_torchrl.training.load import load_networks
@@ -60,31 +59,8 @@ def extraction_config(store, world_model, changes=None):
     )
 
 
-def trained(monkeypatch, cfg, run_dir, *, resume=False, after_epoch=None):
-    made = []
-
-    class Hooked(extraction.ExtractRun):
-        def assemble(self):
-            super().assemble()
-            made.append(self)
-            if after_epoch is not None:
-                finish_epoch = self.trainer.finish_epoch
-
-                def finish(epoch, row):
-                    finish_epoch(epoch, row)
-                    after_epoch(self)
-
-                self.trainer.finish_epoch = finish
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "ExtractRun", Hooked)
-        run_dir.mkdir(exist_ok=True)
-        summary = train(cfg, run_dir, resume=resume)
-    return summary, made[0]
-
-
 def test_policy_and_critics_learn_in_a_frozen_world_model(monkeypatch, store, world_model, tmp_path):
-    summary, run = trained(monkeypatch, extraction_config(store, world_model), tmp_path)
+    summary, run = run_with(monkeypatch, extraction_config(store, world_model), tmp_path)
     assert summary["status"] == "finished"
     saved, _ = read_world_model(world_model)
     bound = run.networks.world_model
@@ -98,7 +74,7 @@ def test_policy_and_critics_learn_in_a_frozen_world_model(monkeypatch, store, wo
 
 
 def test_policy_comes_back_from_its_run(monkeypatch, store, world_model, tmp_path):
-    _, run = trained(monkeypatch, extraction_config(store, world_model), tmp_path)
+    _, run = run_with(monkeypatch, extraction_config(store, world_model), tmp_path)
     policy = load_policy(tmp_path, "latest")
     assert policy(TensorDict(observation=torch.randn(5, 8), batch_size=[5]))["action"].shape == (5, 2)
     _, networks = load_networks(tmp_path, "latest")
@@ -109,22 +85,22 @@ def test_policy_comes_back_from_its_run(monkeypatch, store, world_model, tmp_pat
 
 def test_resumes_to_the_bit(monkeypatch, store, world_model, tmp_path):
     cfg = extraction_config(store, world_model, {"finetune": True})
-    _, whole = trained(monkeypatch, cfg, tmp_path / "whole")
-    trained(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(2))
-    _, second = trained(monkeypatch, cfg, tmp_path / "parts", resume=True)
+    _, whole = run_with(monkeypatch, cfg, tmp_path / "whole")
+    run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(2))
+    _, second = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
     assert_equal(weights_of(whole), weights_of(second))
 
 
 def test_another_world_model_than_at_the_beginning(monkeypatch, store, world_model, tmp_path):
     cfg = extraction_config(store, world_model, {"world_model_sha256": "0" * 64})
     with pytest.raises(ConfigurationError, match="not the one that the run began with"):
-        trained(monkeypatch, cfg, tmp_path)
+        run_with(monkeypatch, cfg, tmp_path)
 
 
 class TestFineTuning:
     def test_trains_the_world_model_on_the_task(self, monkeypatch, store, world_model, tmp_path):
         cfg = extraction_config(store, world_model, {"finetune": True})
-        _, run = trained(monkeypatch, cfg, tmp_path)
+        _, run = run_with(monkeypatch, cfg, tmp_path)
         saved, _ = read_world_model(world_model)
         assert not torch.equal(run.networks.world_model.encoder.net[0].weight, saved.encoder.net[0].weight)
         rows = rows_of(tmp_path)
@@ -135,7 +111,7 @@ class TestFineTuning:
         cfg = extraction_config(store, world_model, {"finetune": True})
         variances = iter([1.0, 0.5, 0.05, 0.01])
         monkeypatch.setattr(extraction, "latent_variance", lambda stepper: next(variances))
-        trained(monkeypatch, cfg, tmp_path)
+        run_with(monkeypatch, cfg, tmp_path)
         events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
         (event,) = [event for event in events if event["event"] == "latent_collapse"]
         assert (event["first"], event["now"]) == (1.0, 0.05)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from stored_cases import write_store
-from training_cases import assert_equal, config, rows_of, stop_after, weights_of
+from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
 from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.envs.tasks import task_set
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import read_world_model
-from pwm_torchrl.training import pretraining, train
-from pwm_torchrl.training import run as run_module
 from pwm_torchrl.training.offline import open_store, pretraining_tasks, run_facts, scratch_directory, training_split
 from pwm_torchrl.training.stored import StoredSamples
 from pwm_torchrl.training.validation import Validation
@@ -44,36 +42,12 @@ def pretraining_config(store, changes=None):
     )
 
 
-def trained(monkeypatch, cfg, run_dir, *, resume=False, after_epoch=None):
-    """``train`` with a hook after each epoch; also gives the run."""
-    made = []
-
-    class Hooked(pretraining.PretrainRun):
-        def assemble(self):
-            super().assemble()
-            made.append(self)
-            if after_epoch is not None:
-                finish_epoch = self.trainer.finish_epoch
-
-                def finish(epoch, row):
-                    finish_epoch(epoch, row)
-                    after_epoch(self)
-
-                self.trainer.finish_epoch = finish
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "PretrainRun", Hooked)
-        run_dir.mkdir(exist_ok=True)
-        summary = train(cfg, run_dir, resume=resume)
-    return summary, made[0]
-
-
 @pytest.fixture(scope="module")
 def run(store, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("runs") / "run"
         cfg = pretraining_config(store, {"training.epochs": 12, "algorithm.model_updates": 8})
-        return *trained(patch, cfg, folder), folder
+        return *run_with(patch, cfg, folder), folder
 
 
 class TestRun:
@@ -118,10 +92,10 @@ class TestRun:
 
 def test_resumes_to_the_bit(monkeypatch, store, tmp_path):
     cfg = pretraining_config(store)
-    _, whole = trained(monkeypatch, cfg, tmp_path / "whole")
-    _, first = trained(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(2))
+    _, whole = run_with(monkeypatch, cfg, tmp_path / "whole")
+    _, first = run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(2))
     assert first.trainer.epoch == 2
-    summary, second = trained(monkeypatch, cfg, tmp_path / "parts", resume=True)
+    summary, second = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
     assert summary["restarts"] == 1
     assert_equal(weights_of(whole), weights_of(second))
     ours, theirs = rows_of(tmp_path / "parts"), rows_of(tmp_path / "whole")
@@ -134,7 +108,7 @@ def test_the_best_by_validation_is_kept(monkeypatch, store, tmp_path):
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(Validation, "run", lambda self, *args: {"validation/loss": next(losses)})
     cfg = pretraining_config(store, {"training.eval_every": 1, "training.epochs": 3})
-    summary, run = trained(monkeypatch, cfg, tmp_path)
+    summary, run = run_with(monkeypatch, cfg, tmp_path)
     _, facts = read_world_model(tmp_path)
     assert facts.labels["epoch"] == 2
     assert summary["best_validation_loss"] == 1.0
