@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pwm_torchrl.envs.report import report_env
     from pwm_torchrl.envs.standard import standardize
     from pwm_torchrl.envs.state import env_state_support, load_env_state, save_env_state
+    from pwm_torchrl.envs.tasks.info import register_task
+    from pwm_torchrl.envs.tasks.maker import make_task_env
 
 __all__ = [
     "DFlexEnv",
@@ -35,6 +37,8 @@ __all__ = [
     "make_dm_control_env",
     "make_env",
     "make_gymnasium_env",
+    "make_task_env",
+    "register_task",
     "render_frame",
     "report_env",
     "save_env_state",
@@ -51,6 +55,8 @@ _HOME = {
     "make_dm_control_env": "dm_control_env",
     "make_env": "factory",
     "make_gymnasium_env": "gym_env",
+    "make_task_env": "tasks.maker",
+    "register_task": "tasks.info",
     "render_frame": "rendering",
     "report_env": "report",
     "save_env_state": "state",

@@ -8,6 +8,7 @@ from typing import Any
 
 from pwm_torchrl.envs.factory import make_env
 from pwm_torchrl.envs.info import EnvInfo, env_info
+from pwm_torchrl.envs.tasks.info import task_info
 from pwm_torchrl.errors import MissingLibraryError
 
 #: Observation and action dimensions of dflex's tasks, which a login node need not have installed.
@@ -18,6 +19,9 @@ DFLEX_DIMENSIONS = {
     "dflex_humanoid": (76, 21),
     "dflex_snu_humanoid": (53, 152),
 }
+
+#: Maker of the task registry's environments, which knows their facts.
+TASK_MAKER = "pwm_torchrl.envs.make_task_env"
 
 
 def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
@@ -33,14 +37,26 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
         ConfigurationError: if the environment cannot be made, also because another library is missing.
     """
     num_envs = int(env_cfg.get("num_envs") or 1)
+    if env_cfg.get("_target_") == TASK_MAKER and env_cfg.get("task"):
+        task = task_info(str(env_cfg["task"]))
+        length = int(env_cfg.get("episode_length") or task.episode_length)
+        return EnvInfo(
+            str(env_cfg.get("name") or task.name),
+            task.observation_dim,
+            task.action_dim,
+            length,
+            task.action_repeat,
+            num_envs,
+            terminates=task.terminates,
+        )
     try:
         env = make_env(env_cfg, num_envs=1, seed=0)
     except MissingLibraryError:
         name = str(env_cfg.get("name"))
-        task = f"dflex_{name.removeprefix('dflex_')}"
-        if task not in DFLEX_DIMENSIONS or not str(env_cfg.get("_target_")).endswith(".make_dflex_env"):
+        known = f"dflex_{name.removeprefix('dflex_')}"
+        if known not in DFLEX_DIMENSIONS or not str(env_cfg.get("_target_")).endswith(".make_dflex_env"):
             raise
-        observation_dim, action_dim = DFLEX_DIMENSIONS[task]
+        observation_dim, action_dim = DFLEX_DIMENSIONS[known]
         length = int(env_cfg.get("episode_length") or 1000)
         terminates = bool(env_cfg.get("early_termination", True))
         return EnvInfo(name, observation_dim, action_dim, length, 1, num_envs, terminates)

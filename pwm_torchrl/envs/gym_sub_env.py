@@ -14,10 +14,10 @@ from pwm_torchrl.envs.physics_state import PhysicsState
 from pwm_torchrl.envs.sub_env import RawStep, SubEnv
 from pwm_torchrl.errors import ConfigurationError
 
-__all__ = ["GymnasiumSubEnv"]
+__all__ = ["PRESENTATION", "GymnasiumSubEnv", "instability_warnings"]
 
-# How an environment is shown is not part of where it is.
-_PRESENTATION = (
+#: How an environment is shown is not part of where it is.
+PRESENTATION = (
     "render_mode",
     "screen",
     "clock",
@@ -58,7 +58,7 @@ class GymnasiumSubEnv(SubEnv):
         self._action_dtype = env.action_space.dtype
         self._mujoco = _is_mujoco(env)
         self._physics = PhysicsState(env.unwrapped.model) if self._mujoco else None
-        self._unstable = _instability_warnings() if self._mujoco else []
+        self._unstable = instability_warnings() if self._mujoco else []
 
     def own_episode_length(self) -> int | None:
         """The registered time limit in agent steps."""
@@ -98,7 +98,7 @@ class GymnasiumSubEnv(SubEnv):
     def save_simulator(self) -> dict[str, Any]:
         core = self.simulator.unwrapped
         state = {
-            "attributes": save_attributes(core, skip=_PRESENTATION),
+            "attributes": save_attributes(core, skip=PRESENTATION),
             "random": save_random(core.np_random),
             "wrappers": [_bookkeeping(layer) for layer in _wrappers(self.simulator)],
         }
@@ -125,7 +125,7 @@ class GymnasiumSubEnv(SubEnv):
         self.simulator.close()
 
 
-def _instability_warnings() -> list[int]:
+def instability_warnings() -> list[int]:
     """Indices of MuJoCo's warnings about values that are not finite or huge."""
     import mujoco
 

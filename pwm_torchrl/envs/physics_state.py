@@ -26,6 +26,10 @@ class PhysicsState:
     def __init__(self, model: Any) -> None:
         self._built = {name: _digest(array) for name, array in _arrays(model).items()}
 
+    def shares_memory(self, data: Any, array: np.ndarray) -> bool:
+        """Whether an array is a window into the physics rather than a copy of its values."""
+        return any(np.may_share_memory(array, own) for own in _arrays(data).values())
+
     def save(self, model: Any, data: Any) -> dict[str, Any]:
         """Arrays of ``data``, its clock, and the arrays of ``model`` that differ from the built ones."""
         changed = {

@@ -55,6 +55,8 @@ class SubEnv(gymnasium.Env, abc.ABC):
         self.last_seed: int | None = None
         self.pending_seed: int | None = None
         self.agent_steps = 0
+        #: Whether the task is solved at this step; ``None`` where the simulator does not say.
+        self.success: bool | None = None
 
     @abc.abstractmethod
     def _raw_reset(self, seed: int | None) -> np.ndarray:

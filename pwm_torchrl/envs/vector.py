@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Categorical
 from torchrl.envs.libs.gym import GymWrapper
 
 from pwm_torchrl.envs.info import EnvInfo
@@ -78,6 +79,10 @@ class BatchedEnv(GymWrapper):
         self.pwm_info = info
         self.state_support = state_support
         self.can_save_state = can_save
+        self._tells_success = vector.envs[0].success is not None
+        if self._tells_success:
+            batch = self.batch_size
+            self.observation_spec["success"] = Categorical(2, (*batch, 1), dtype=torch.bool, device=self.device)
         self._set_seed(info.seed)
 
     def _set_seed(self, seed: int | None) -> None:
@@ -95,7 +100,16 @@ class BatchedEnv(GymWrapper):
                 kwargs["options"] = {"reset_mask": rows}
         observation, _ = self._env.reset(**kwargs)
         source = self.read_obs(observation)
-        return TensorDict(source, batch_size=self.batch_size).to(self.device)
+        return self._with_success(TensorDict(source, batch_size=self.batch_size).to(self.device))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self._with_success(super()._step(tensordict))
+
+    def _with_success(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if self._tells_success:
+            flags = torch.tensor([[env.success] for env in self._env.envs], device=self.device)
+            tensordict.set("success", flags)
+        return tensordict
 
     def save_state(self) -> dict[str, Any]:
         """State of all sub-environments: tensors, numbers, strings, lists and dicts of them."""

@@ -29,6 +29,7 @@ class Episodes:
     next_observation: Tensor  # [T, N, O]
     reward: Tensor  # [T, N, 1]
     valid: Tensor  # bool [T, N, 1]
+    success: Tensor | None = None  # bool [N], whether the task was solved at the end, where an environment says so
 
     @property
     def returns(self) -> Tensor:
@@ -57,6 +58,7 @@ def play(
     limit = env_info(env).episode_length or MAX_AGENT_STEPS
     state = env.reset()
     running = torch.ones(*env.batch_size, 1, dtype=torch.bool)
+    solved: Tensor | None = None
     columns: dict[str, list[Tensor]] = {
         key: [] for key in ("observation", "action", "next_observation", "reward", "valid")
     }
@@ -74,11 +76,15 @@ def play(
                 ("valid", running),
             ):
                 columns[key].append(value.cpu().clone())
+            if "success" in step.keys():
+                now = step["success"].cpu()
+                solved = now.clone() if solved is None else torch.where(running, now, solved)
             running = running & ~step["done"].cpu()
             if not running.any():
                 break
             state = following
-    return Episodes(**{key: torch.stack(values) for key, values in columns.items()})
+    success = None if solved is None else solved.squeeze(-1)
+    return Episodes(**{key: torch.stack(values) for key, values in columns.items()}, success=success)
 
 
 def acting_on(

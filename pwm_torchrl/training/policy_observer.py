@@ -56,6 +56,8 @@ class PolicyObserver(Observer):
                 "eval/return_max": returns.max(),
             }
         )
+        if episodes.success is not None:
+            row.set({"eval/success": episodes.success.float().mean()})
         scale = None
         if self.stepper.reward_scale is not None:
             scale = self.stepper.reward_scale(torch.ones(1, device=run.device))

@@ -15,6 +15,8 @@ from pwm_torchrl.envs.tasks.sets import PUBLISHED_SETS, TaskSet, task_set
 
 if TYPE_CHECKING:
     from pwm_torchrl.envs.tasks.custom.maker import make_custom_dm_control_env
+    from pwm_torchrl.envs.tasks.maker import make_task_env
+    from pwm_torchrl.envs.tasks.metaworld_env import make_metaworld_env
 
 __all__ = [
     "MT30",
@@ -24,12 +26,18 @@ __all__ = [
     "TaskSet",
     "known_tasks",
     "make_custom_dm_control_env",
+    "make_metaworld_env",
+    "make_task_env",
     "register_task",
     "task_info",
     "task_set",
 ]
 
-_HOME = {"make_custom_dm_control_env": "custom.maker"}
+_HOME = {
+    "make_custom_dm_control_env": "custom.maker",
+    "make_metaworld_env": "metaworld_env",
+    "make_task_env": "maker",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,9 @@ class TaskInfo:
             Defaults to ``"return"``.
         score_range (tuple of float): the value that counts 0 and the one that counts 1 when scores of several tasks
             are averaged. Defaults to ``(0.0, 1000.0)``.
-        extra (str): the package's extra that installs its simulator. Defaults to ``"dm_control"``.
+        extra (str): the package's extra that installs its simulator, named like the library; empty if it needs none.
+            Defaults to ``"dm_control"``.
+        terminates (bool): whether an episode can end otherwise than by its length. Defaults to ``False``.
     """
 
     name: str
@@ -42,6 +44,7 @@ class TaskInfo:
     score: str = "return"
     score_range: tuple[float, float] = (0.0, 1000.0)
     extra: str = "dm_control"
+    terminates: bool = False
 
     def normalized(self, value: float) -> float:
         """A return, or a success rate, on the scale of :attr:`score_range`; not clipped."""
