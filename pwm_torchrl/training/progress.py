@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 #: Set by a launcher that shows a job's output: ``bar`` if it has a terminal, else ``lines``.
 VARIABLE = "PWM_TORCHRL_PROGRESS"
@@ -66,6 +67,22 @@ class Progress:
         speed = (self.done - self.first) * self.steps_per_epoch / elapsed
         shown = [f"{name} {value:.4g}" for name, value in self.values.items()]
         return ", ".join([*shown, f"{speed:.0f} steps/s"])
+
+
+@contextlib.contextmanager
+def counting(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for work of a known size, if there is a terminal; gives a function to advance it."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit=unit, dynamic_ncols=True) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
 
 
 def say(text: str) -> None:
