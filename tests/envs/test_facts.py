@@ -12,6 +12,8 @@ pytest.importorskip("hydra")
 from pwm_torchrl.envs import dflex_stand_in, env_info, facts, make_env
 from pwm_torchrl.envs.dflex_maker import CLASSES
 from pwm_torchrl.envs.facts import DFLEX_DIMENSIONS, environment_facts
+from pwm_torchrl.envs.tasks import TaskInfo, register_task
+from pwm_torchrl.envs.tasks import info as registry
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.groups import group_choices
@@ -73,6 +75,19 @@ class TestDflexWithoutDflex:
     def test_a_task_that_does_not_exist(self):
         with pytest.raises(ConfigurationError, match="dflex_snake"):
             environment_facts({**compose(["env=dflex_ant"]).env, "name": "dflex_snake"})
+
+
+@pytest.mark.parametrize("terminates", [False, True])
+def test_a_task_of_the_users_own_is_what_it_is_registered_as(terminates, monkeypatch):
+    """Also where its maker's environment does not say whether it terminates."""
+    monkeypatch.setattr(registry, "_TASKS", {})
+    maker, arguments = "torchrl.envs.GymEnv", {"env_name": "Pendulum-v1"}
+    mine = TaskInfo("my-pendulum", 3, 1, 50, maker, arguments, action_repeat=1, terminates=terminates)
+    cfg = {**register_task(mine).env_config(), "num_envs": 2}
+    env = make_env(cfg, num_envs=2, seed=0)
+    assert environment_facts(cfg) == env_info(env)
+    assert env_info(env).terminates is terminates
+    env.close()
 
 
 def test_another_library_that_is_missing_is_an_error(monkeypatch):

@@ -42,6 +42,23 @@ def test_frame(cfg):
     assert frame.std() > 1
 
 
+def test_metaworlds_picture_stands_upright():
+    """Its best camera is mounted upside down."""
+    pytest.importorskip("metaworld")
+    env = make_env({"_target_": "pwm_torchrl.envs.tasks.make_metaworld_env", "task": "reach"}, num_envs=1, seed=0,
+                   render=True)  # fmt: skip
+    env.reset()
+    simulator = env._env.envs[0].simulator
+    try:
+        picture = render_frame(env)
+    except ConfigurationError as error:
+        pytest.skip(str(error))
+    up = simulator.data.camera("corner2").xmat.reshape(3, 3)[2, 1]
+    assert up < 0
+    assert np.array_equal(picture, simulator.render()[::-1, ::-1])
+    env.close()
+
+
 def test_environment_made_without_render_says_so():
     env = make_env({"_target_": GYM, "id": "Pendulum-v1"}, num_envs=1, seed=0)
     env.reset()

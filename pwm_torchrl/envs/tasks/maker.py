@@ -53,6 +53,7 @@ def make_task_env(
         "name": info.name,
         "episode_length": episode_length or info.episode_length,
         "action_repeat": info.action_repeat,
+        "terminates": info.terminates,
     }
     env = make_env(cfg, num_envs=num_envs, seed=seed, device=device, render=render)
     try:

@@ -96,7 +96,7 @@ class MetaWorldSubEnv(SubEnv):
     def draw(self) -> np.ndarray:
         if not self._rendered:
             raise ConfigurationError(f"{self.name} was made without render=True")
-        return self.simulator.render()
+        return self.simulator.render()[::-1, ::-1]  # the camera hangs upside down
 
     def close(self) -> None:
         self.simulator.close()
