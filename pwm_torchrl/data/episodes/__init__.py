@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pwm_torchrl.data.episodes.importing import import_chunks, import_sources
     from pwm_torchrl.data.episodes.index import SliceIndex, split_episodes
     from pwm_torchrl.data.episodes.store import EpisodeStore
     from pwm_torchrl.data.episodes.writer import EpisodeRows, StoreWriter
@@ -18,6 +19,8 @@ __all__ = [
     "EpisodeStore",
     "SliceIndex",
     "StoreWriter",
+    "import_chunks",
+    "import_sources",
     "split_episodes",
 ]
 
@@ -26,6 +29,8 @@ _HOME = {
     "EpisodeStore": "store",
     "SliceIndex": "index",
     "StoreWriter": "writer",
+    "import_chunks": "importing",
+    "import_sources": "importing",
     "split_episodes": "index",
 }
 

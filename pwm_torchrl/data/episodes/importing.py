@@ -1,0 +1,186 @@
+"""Importing sources into a store: each once, in one step, and those that are wrong named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pwm_torchrl.data.episodes.chunks import ChunkFile
+from pwm_torchrl.data.episodes.progress import ByteProgress
+from pwm_torchrl.data.episodes.rows import BadEpisodes
+from pwm_torchrl.data.episodes.sources import Source, find_files
+from pwm_torchrl.data.episodes.store import EpisodeStore
+from pwm_torchrl.data.episodes.writer import StoreWriter
+from pwm_torchrl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pwm_torchrl.envs.tasks import TaskSet
+
+__all__ = ["import_chunks", "import_sources"]
+
+IMPORTED, LEFT_OUT = "imported", "left out"
+#: Small sources are committed together: a commit waits for the disk.
+_COMMIT_BYTES = 64 << 20
+_CHECKS = (
+    "widths, padding and task indices agree with the task registry",
+    "values are finite and actions lie in [-1, 1]",
+    "no source has the same content as another",
+    "checksums inside .pt files agree",
+)
+
+
+def import_chunks(
+    source: str | Path, store: str | Path, tasks: TaskSet, *, keep_good: bool = False, progress: bool = False
+) -> EpisodeStore:
+    """Import TD-MPC2's chunks, ``*.pt``, into a store.
+
+    Memory does not grow with the size of a chunk. A killed import goes on with the first chunk that was not finished
+    when it is started again.
+
+    Args:
+        source (str or Path): folder of the chunks, or one of them.
+        store (str or Path): folder of the store; new, or one whose import is not finished.
+        tasks (TaskSet): the tasks that the chunks' indices number.
+
+    Keyword Args:
+        keep_good (bool): finish the store without the chunks that are wrong. Defaults to ``False``.
+        progress (bool): show it on stderr. Defaults to ``False``.
+
+    Returns:
+        EpisodeStore: the finished store.
+
+    Raises:
+        ConfigurationError: naming each chunk that is corrupt, cut short, of another shape or wrongly labelled, and
+            what is wrong with it, unless ``keep_good``; if another import is running; if the disk has no room.
+        StorageFault: if the disk fills up or breaks.
+    """
+    files = [ChunkFile(path) for path in find_files(Path(source), (".pt",), "chunks of TD-MPC2")]
+    return import_sources(files, store, tasks, keep_good=keep_good, progress=progress)
+
+
+def import_sources(
+    sources: Sequence[Source], store: str | Path, tasks: TaskSet, *, keep_good: bool = False, progress: bool = False
+) -> EpisodeStore:
+    """Import whatever gives episodes; arguments and errors are those of :func:`import_chunks`."""
+    with StoreWriter(store, tasks) as writer:
+        if writer.finished:
+            _check_same(writer, sources)
+        else:
+            with ByteProgress(2 * sum(source.size for source in sources), progress) as shown:
+                _Import(writer, shown).run(sources, keep_good)
+    return EpisodeStore.open(store)
+
+
+class _Import:
+    """One pass over all sources."""
+
+    def __init__(self, writer: StoreWriter, shown: ByteProgress) -> None:
+        self.writer = writer
+        self.shown = shown
+        self.problems: dict[str, str] = {}
+        self.pending: list[dict[str, Any]] = []
+        self.pending_bytes = 0
+        self.known = {record["name"]: record for record in writer.manifest["sources"]}
+        self.digests = {record["sha256"]: record["name"] for record in writer.manifest["sources"]}
+
+    def run(self, sources: Sequence[Source], keep_good: bool) -> None:
+        wanted, rows = [], 0
+        for source in sources:
+            record = self.known.get(source.name)
+            if record is not None:
+                self._check_unchanged(source, record)
+                self.shown.advance(2 * source.size)
+                continue
+            try:
+                rows += source.check(self.writer.tasks)
+                wanted.append(source)
+            except BadEpisodes as bad:
+                self._leave_out(source, bad)
+        self.writer.require_room(rows)
+        for source in wanted:
+            self._take(source)
+        self._commit()
+        self._end(sources, keep_good)
+
+    def _take(self, source: Source) -> None:
+        mark = self.writer.mark()
+        try:
+            self.shown.describe(f"{source.name}: checksum")
+            digest = source.digest(self.shown.advance)
+            if digest in self.digests:
+                raise BadEpisodes(f"has the same content as {self.digests[digest]}, which has been imported")
+            self.shown.describe(source.name)
+            counts = self._copy(source)
+        except BadEpisodes as bad:
+            self.writer.roll_back(mark)
+            self._leave_out(source, bad)
+            return
+        self.digests[digest] = source.name
+        self.pending.append({"name": source.name, "bytes": source.size, "sha256": digest, "state": IMPORTED, **counts})
+        self.pending_bytes += source.size
+        if self.pending_bytes >= _COMMIT_BYTES:
+            self._commit()
+
+    def _copy(self, source: Source) -> dict[str, int]:
+        episodes = transitions = shown = 0
+        for rows in source.blocks(self.writer.tasks):
+            self.writer.append(rows)
+            episodes += len(rows.length)
+            transitions += int(rows.length.sum())
+            step = min(source.size - shown, rows.observation.nbytes + rows.action.nbytes + 2 * rows.reward.nbytes)
+            self.shown.advance(step)
+            shown += step
+        if not episodes:
+            raise BadEpisodes("holds no episode")
+        self.shown.advance(source.size - shown)
+        return {"episodes": episodes, "transitions": transitions}
+
+    def _commit(self) -> None:
+        if self.pending:
+            self.writer.commit(self.pending)
+            self.pending, self.pending_bytes = [], 0
+
+    def _leave_out(self, source: Source, bad: BadEpisodes) -> None:
+        self.problems[source.name] = str(bad)
+        self.shown.say(f"{source.name}: {bad}")
+
+    def _check_unchanged(self, source: Source, record: dict[str, Any]) -> None:
+        if record["bytes"] != source.size:
+            raise ConfigurationError(
+                f"{source.name} has {source.size:,} bytes now and had {record['bytes']:,} when it was imported into "
+                f"the unfinished episode store {self.writer.path}; delete the store and import again"
+            )
+
+    def _end(self, sources: Sequence[Source], keep_good: bool) -> None:
+        """Finish the store, or say why not."""
+        good = len(self.writer.manifest["sources"])
+        listed = "; ".join(f"{name}: {problem}" for name, problem in self.problems.items())
+        if self.problems and not (keep_good and good):
+            rest = (
+                f"the {good} good ones are kept for when you run the same import again, with the others repaired or "
+                "removed, or with --keep-good to do without them"
+                if good
+                else "there is no good one"
+            )
+            raise ConfigurationError(
+                f"{len(self.problems)} of {len(sources)} sources cannot be imported into {self.writer.path} ({rest}): "
+                f"{listed}"
+            )
+        sizes = {source.name: source.size for source in sources}
+        left_out = [
+            {"name": name, "bytes": sizes[name], "state": LEFT_OUT, "problem": problem}
+            for name, problem in self.problems.items()
+        ]
+        self.writer.finish(sources=[*self.writer.manifest["sources"], *left_out], checks=list(_CHECKS))
+
+
+def _check_same(writer: StoreWriter, sources: Sequence[Source]) -> None:
+    """A finished store stays as it is: runs have divided and indexed its episodes."""
+    known = {record["name"]: record["bytes"] for record in writer.manifest["sources"]}
+    new = [source.name for source in sources if known.get(source.name) != source.size]
+    if new:
+        raise ConfigurationError(
+            f"the episode store {writer.path} is finished and does not have {new[0]} as it is now; import into "
+            "another folder"
+        )
