@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pwm_torchrl.data.episodes.importing import import_chunks, import_sources
+    from pwm_torchrl.data.episodes.importing import import_chunks, import_episodes, import_sources
     from pwm_torchrl.data.episodes.index import SliceIndex, split_episodes
     from pwm_torchrl.data.episodes.store import EpisodeStore
     from pwm_torchrl.data.episodes.writer import EpisodeRows, StoreWriter
@@ -20,6 +20,7 @@ __all__ = [
     "SliceIndex",
     "StoreWriter",
     "import_chunks",
+    "import_episodes",
     "import_sources",
     "split_episodes",
 ]
@@ -30,6 +31,7 @@ _HOME = {
     "SliceIndex": "index",
     "StoreWriter": "writer",
     "import_chunks": "importing",
+    "import_episodes": "importing",
     "import_sources": "importing",
     "split_episodes": "index",
 }

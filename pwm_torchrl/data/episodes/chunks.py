@@ -55,11 +55,12 @@ class ChunkFile:
 
     Args:
         path (Path): the file.
+        name (str, optional): of the source. Defaults to ``None``, the file's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
-        self.name = path.name
+        self.name = name or path.name
         self.size = path.stat().st_size
 
     def check(self, tasks: TaskSet) -> int:

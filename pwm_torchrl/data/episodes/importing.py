@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pwm_torchrl.data.episodes.chunks import ChunkFile
+from pwm_torchrl.data.episodes.open_sources import CHUNK_SUFFIXES, open_sources
 from pwm_torchrl.data.episodes.progress import ByteProgress
 from pwm_torchrl.data.episodes.rows import BadEpisodes
-from pwm_torchrl.data.episodes.sources import Source, find_files
+from pwm_torchrl.data.episodes.sources import Source
 from pwm_torchrl.data.episodes.store import EpisodeStore
 from pwm_torchrl.data.episodes.writer import StoreWriter
 from pwm_torchrl.errors import ConfigurationError
@@ -17,7 +17,7 @@ from pwm_torchrl.errors import ConfigurationError
 if TYPE_CHECKING:
     from pwm_torchrl.envs.tasks import TaskSet
 
-__all__ = ["import_chunks", "import_sources"]
+__all__ = ["import_chunks", "import_episodes", "import_sources"]
 
 IMPORTED, LEFT_OUT = "imported", "left out"
 #: Small sources are committed together: a commit waits for the disk.
@@ -55,8 +55,45 @@ def import_chunks(
             what is wrong with it, unless ``keep_good``; if another import is running; if the disk has no room.
         StorageFault: if the disk fills up or breaks.
     """
-    files = [ChunkFile(path) for path in find_files(Path(source), (".pt",), "chunks of TD-MPC2")]
-    return import_sources(files, store, tasks, keep_good=keep_good, progress=progress)
+    chunks = open_sources([source], suffixes=CHUNK_SUFFIXES)
+    return import_sources(chunks, store, tasks, keep_good=keep_good, progress=progress)
+
+
+def import_episodes(
+    sources: str | Path | Sequence[str | Path],
+    store: str | Path,
+    tasks: TaskSet,
+    *,
+    task: str | None = None,
+    keep_good: bool = False,
+    progress: bool = False,
+) -> EpisodeStore:
+    """Import a user's own episodes into a store.
+
+    Args:
+        sources (str, Path or sequence of them): folders or files of episodes (``*.npz``, ``*.h5``, ``*.hdf5``, laid out
+            as :mod:`~pwm_torchrl.data.episodes.own_files` says, and TD-MPC2's ``*.pt``), ``"minari:ID"`` or
+            ``"minari:ID=TASK"``.
+        store (str or Path): folder of the store; new, or one whose import is not finished.
+        tasks (TaskSet): the tasks of the store.
+
+    Keyword Args:
+        task (str, optional): name of the task of episodes that name none. Defaults to ``None``.
+        keep_good (bool): finish the store without the sources that are wrong. Defaults to ``False``.
+        progress (bool): show it on stderr. Defaults to ``False``.
+
+    Returns:
+        EpisodeStore: the finished store.
+
+    Raises:
+        ConfigurationError: as :func:`import_chunks` does.
+        MissingLibraryError: if a library that reads a source is not installed.
+        StorageFault: if the disk fills up or breaks.
+    """
+    given = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if task is not None:
+        tasks.index(task)
+    return import_sources(open_sources(given, task), store, tasks, keep_good=keep_good, progress=progress)
 
 
 def import_sources(

@@ -55,13 +55,18 @@ class EpisodeRows:
         return np.add.reduceat(self.reward.astype(np.float64), self.first) if len(self.length) else np.empty(0)
 
 
-def check_rows(rows: EpisodeRows, tasks: TaskSet, first_episode: int = 0) -> None:
+def check_rows(rows: EpisodeRows, tasks: TaskSet, first_episode: int | None = None, *, labels: bool = True) -> None:
     """Compare episodes with the registry, and zero the filler of their first rows.
 
     Args:
         rows (EpisodeRows): the episodes.
         tasks (TaskSet): the set whose indices they use.
-        first_episode (int): number of the first in its file, for messages. Defaults to ``0``.
+        first_episode (int, optional): number of the first in its file, for messages. Defaults to ``None``: there is
+            one, and messages need not say which.
+
+    Keyword Args:
+        labels (bool): compare the columns in use with the labels; off for episodes that come with their own widths.
+            Defaults to ``True``.
 
     Raises:
         BadEpisodes: for task indices out of range, values that are not finite, actions outside [−1, 1] and dimensions
@@ -70,7 +75,7 @@ def check_rows(rows: EpisodeRows, tasks: TaskSet, first_episode: int = 0) -> Non
     wrong = np.flatnonzero((rows.task < 0) | (rows.task >= len(tasks)))
     if len(wrong):
         raise BadEpisodes(
-            f"episode {first_episode + wrong[0]} has task index {rows.task[wrong[0]]}, but the task set {tasks.name} "
+            f"{_label(first_episode, wrong[0])}task index {rows.task[wrong[0]]}, but the task set {tasks.name} "
             f"numbers its tasks 0 to {len(tasks) - 1}"
         )
     first = rows.first
@@ -81,18 +86,23 @@ def check_rows(rows: EpisodeRows, tasks: TaskSet, first_episode: int = 0) -> Non
     if (extreme > 1 + ACTION_TOLERANCE).any():
         episode, step = _place(rows, int(extreme.argmax()))
         raise BadEpisodes(
-            f"episode {first_episode + episode} has an action of size {extreme.max():.4g} at index {step}; actions "
-            "must lie in [-1, 1]"
+            f"{_label(first_episode, episode)}action of size {extreme.max():.4g} at index {step}; actions must lie in "
+            "[-1, 1]"
         )
-    _check_dimensions(rows, tasks, first_episode)
+    if labels:
+        _check_dimensions(rows, tasks, first_episode)
 
 
-def _check_finite(name: str, values: Floats, rows: EpisodeRows, first_episode: int) -> None:
+def _check_finite(name: str, values: Floats, rows: EpisodeRows, first_episode: int | None) -> None:
     finite = np.isfinite(values)
     if not finite.all():
         row = int(np.argmin(finite if finite.ndim == 1 else finite.all(1)))
         episode, step = _place(rows, row)
-        raise BadEpisodes(f"episode {first_episode + episode}: {name} is not finite at index {step}")
+        raise BadEpisodes(f"{_label(first_episode, episode)}{name} is not finite at index {step}")
+
+
+def _label(first_episode: int | None, episode: int) -> str:
+    return "" if first_episode is None else f"episode {first_episode + episode}: "
 
 
 def _place(rows: EpisodeRows, row: int) -> tuple[int, int]:
@@ -102,7 +112,7 @@ def _place(rows: EpisodeRows, row: int) -> tuple[int, int]:
     return episode, row - int(first[episode])
 
 
-def _check_dimensions(rows: EpisodeRows, tasks: TaskSet, first_episode: int) -> None:
+def _check_dimensions(rows: EpisodeRows, tasks: TaskSet, first_episode: int | None) -> None:
     """Columns beyond a task's own are padding and must be zero; those within should be in use.
 
     A feature may rest at zero for a whole episode (a touch sensor, a goal's height), so a label is only called wrong
@@ -120,7 +130,7 @@ def _check_dimensions(rows: EpisodeRows, tasks: TaskSet, first_episode: int) -> 
             episode = int(wrong[0])
             more = f", and {len(wrong) - 1} more episodes" if len(wrong) > 1 else ""
             raise BadEpisodes(
-                f"episode {first_episode + episode} is labelled task {tasks.names[rows.task[episode]]!r}, but its "
+                f"{_label(first_episode, episode)}labelled task {tasks.names[rows.task[episode]]!r}, but its "
                 f"{name}s use {used[episode]} dimensions where the registry says {dims[episode]}: wrong task index, or "
                 f"dimensions that disagree with the registry{more}"
             )

@@ -56,20 +56,22 @@ class Source(Protocol):
         """
 
 
-def find_files(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
+def find_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Files of a folder, or the one file given, in the order of their names; numbers in names count as numbers.
 
     Raises:
         ConfigurationError: if there is none.
     """
-    if folder.is_file() and folder.suffix in suffixes:
+    wanted = ", ".join(f"*{suffix}" for suffix in suffixes)
+    if folder.is_file():
+        if folder.suffix not in suffixes:
+            raise ConfigurationError(f"{folder} is no file of episodes; {wanted} are read")
         return [folder]
     if not folder.is_dir():
-        raise ConfigurationError(f"there is no folder {folder} to read {what} from")
+        raise ConfigurationError(f"there is no folder or file {folder} to read episodes from")
     found = [path for path in folder.iterdir() if path.suffix in suffixes and not path.name.startswith(".")]
     if not found:
-        wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
-        raise ConfigurationError(f"the folder {folder} has no {wanted} file to read {what} from")
+        raise ConfigurationError(f"the folder {folder} has no file of episodes ({wanted})")
     return sorted(found, key=lambda path: _natural(path.name))
 
 

@@ -194,7 +194,7 @@ def test_bad_chunks_are_named_and_the_rest_kept_on_request(tmp_path, source):
     with pytest.raises(ConfigurationError, match=r"2 of 4 sources .*the 2 good ones are kept") as caught:
         import_chunks(source, tmp_path / "store", tasks())
     assert "chunk_1.pt: is not a whole file of torch.save" in str(caught.value)
-    assert "chunk_3.pt: episode 2 has an action of size 1.5 at index 3" in str(caught.value)
+    assert "chunk_3.pt: episode 2: action of size 1.5 at index 3" in str(caught.value)
     with pytest.raises(ConfigurationError, match="is not finished"):
         EpisodeStore.open(tmp_path / "store")
     store = import_chunks(source, tmp_path / "store", tasks(), keep_good=True)
@@ -231,7 +231,7 @@ def test_other_tasks_and_other_folders_are_refused(tmp_path, source):
         import_chunks(source, source, tasks())
     with pytest.raises(ConfigurationError, match="there is no folder"):
         import_chunks(tmp_path / "nowhere", tmp_path / "other", tasks())
-    with pytest.raises(ConfigurationError, match=r"has no \*.pt file"):
+    with pytest.raises(ConfigurationError, match=r"has no file of episodes \(\*.pt\)"):
         import_chunks(tmp_path / "store", tmp_path / "other", tasks())
 
 

@@ -1,0 +1,222 @@
+"""A user's own episodes: files with one or more episodes each.
+
+An episode of L transitions is
+
+- ``observation`` ``[L + 1, O]``: the last one is that after the last transition,
+- ``action`` ``[L, A]`` in [−1, 1] and ``reward`` ``[L]``: of the transition from observation t to t + 1,
+- ``terminated``, optional: whether it ended by termination; false if it is not there,
+- ``task``, optional: the task's name; needed if the set has several and none is given for all.
+
+O and A are the task's own, without padding. In ``*.npz`` these are the arrays' names, or ``NAME/observation`` and so on
+for several episodes; in ``*.h5`` and ``*.hdf5`` datasets of the file, or of one group per episode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pwm_torchrl.data.episodes.rows import BadEpisodes, EpisodeRows, check_rows
+from pwm_torchrl.data.episodes.sources import Advance, hash_file
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+
+if TYPE_CHECKING:
+    from pwm_torchrl.envs.tasks import TaskSet
+
+__all__ = ["EpisodeFile", "episode_rows"]
+
+SUFFIXES = (".npz", ".h5", ".hdf5")
+_NEEDED = ("observation", "action", "reward")
+_KNOWN = (*_NEEDED, "terminated", "task")
+
+#: Reads one of an episode's arrays.
+Get = Callable[[str], Any]
+
+
+class EpisodeFile:
+    """One file.
+
+    Args:
+        path (Path): the file.
+        task (str, optional): name of the task of episodes that name none. Defaults to ``None``.
+        name (str, optional): of the source. Defaults to ``None``, the file's.
+    """
+
+    def __init__(self, path: Path, task: str | None = None, name: str | None = None) -> None:
+        self.path = path
+        self.task = task
+        self.name = name or path.name
+        self.size = path.stat().st_size
+
+    def check(self, tasks: TaskSet) -> int:
+        """That it can be opened and has the arrays.
+
+        Raises:
+            BadEpisodes: if not.
+        """
+        with self._opened() as episodes:
+            if not episodes:
+                raise BadEpisodes("holds no episode")
+            for label, (keys, _) in episodes.items():
+                missing = [key for key in _NEEDED if key not in keys]
+                if missing:
+                    raise BadEpisodes(
+                        f"{_of(label)}has no {', '.join(missing)}; it has {', '.join(sorted(keys)) or 'nothing'}"
+                    )
+        return self.size // (4 * (tasks.observation_dim + tasks.action_dim + 1))
+
+    def digest(self, advance: Advance) -> str:
+        """SHA-256 of the file.
+
+        Raises:
+            BadEpisodes: if it cannot be read.
+        """
+        return hash_file(self.path, advance)
+
+    def blocks(self, tasks: TaskSet) -> Iterator[EpisodeRows]:
+        """Its episodes, one at a time.
+
+        Raises:
+            BadEpisodes: at the first that cannot go into a store.
+        """
+        with self._opened() as episodes:
+            for label, (keys, get) in episodes.items():
+                try:
+                    values = {key: np.asarray(get(key)) for key in _KNOWN if key in keys}
+                except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, EOFError) as error:
+                    raise BadEpisodes(f"{_of(label)}cannot be read: {' '.join(str(error).split())}") from error
+                try:
+                    yield episode_rows(values, tasks, self.task)
+                except BadEpisodes as bad:
+                    raise BadEpisodes(f"{_of(label)}{bad}") from bad
+
+    def _opened(self) -> contextlib.AbstractContextManager[Mapping[str, tuple[set[str], Get]]]:
+        return _npz(self.path) if self.path.suffix == ".npz" else _hdf5(self.path)
+
+
+def _of(label: str) -> str:
+    return f"episode {label!r}: " if label else ""
+
+
+@contextlib.contextmanager
+def _npz(path: Path) -> Iterator[Mapping[str, tuple[set[str], Get]]]:
+    """Episodes by label, each with its keys and a way to read one."""
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BadEpisodes("is no whole npz file") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise BadEpisodes("is no npz file")
+    with archive:
+        found: dict[str, tuple[set[str], Get]] = {}
+        for full in archive.files:
+            label, _, key = full.rpartition("/")
+            found.setdefault(label, (set(), _getter(archive, f"{label}/" if label else "")))[0].add(key)
+        yield found
+
+
+def _getter(container: Any, prefix: str) -> Get:
+    return lambda key: container[prefix + key]
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path) -> Iterator[Mapping[str, tuple[set[str], Get]]]:
+    try:
+        import h5py
+    except ImportError as error:
+        raise MissingLibraryError(f"reading {path.name} needs h5py: pip install 'pwm-torchrl[hdf5]'") from error
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise BadEpisodes("is no whole HDF5 file") from error
+    with file:
+        groups = {name: item for name, item in file.items() if isinstance(item, h5py.Group)}
+        found = {name: (set(group), _dataset_getter(group)) for name, group in groups.items()}
+        if not groups:
+            found = {"": (set(file), _dataset_getter(file))}
+        yield found
+
+
+def _dataset_getter(group: Any) -> Get:
+    return lambda key: group[key][()]
+
+
+def episode_rows(values: Mapping[str, Any], tasks: TaskSet, task: str | None = None) -> EpisodeRows:
+    """One episode as rows of a store, padded and checked.
+
+    Args:
+        values (Mapping): the arrays that the module describes.
+        tasks (TaskSet): the set.
+        task (str, optional): the task's name where ``values`` have none. Defaults to ``None``.
+
+    Raises:
+        BadEpisodes: if it has other shapes, a task that the set does not have, or values that cannot be.
+    """
+    index = _task_index(values.get("task"), tasks, task)
+    observation_dim, action_dim = tasks.observation_dims[index], tasks.action_dims[index]
+    arrays = {key: _as_float(key, values[key]) for key in _NEEDED}
+    length = len(arrays["reward"]) if arrays["reward"].ndim else 0
+    if arrays["reward"].shape == (length, 1):
+        arrays["reward"] = arrays["reward"][:, 0]
+    wanted = {
+        "reward": (length,),
+        "observation": (length + 1, observation_dim),
+        "action": (length, action_dim),
+    }
+    for key, shape in wanted.items():
+        if arrays[key].shape != shape or not length:
+            raise BadEpisodes(
+                f"{key} has shape {list(arrays[key].shape)}; for task {tasks.names[index]!r} and {length} rewards "
+                f"{list(shape)} is needed, of at least 1 transition"
+            )
+    rows = EpisodeRows(
+        np.zeros((length + 1, tasks.observation_dim), np.float32),
+        np.zeros((length + 1, tasks.action_dim), np.float32),
+        np.zeros(length + 1, np.float32),
+        np.array([length]),
+        np.array([index]),
+        np.array([_flag(values.get("terminated", False))]),
+    )
+    rows.observation[:, :observation_dim] = arrays["observation"]
+    rows.action[1:, :action_dim] = arrays["action"]
+    rows.reward[1:] = arrays["reward"]
+    check_rows(rows, tasks, labels=False)
+    return rows
+
+
+def _as_float(key: str, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise BadEpisodes(f"{key} is {array.dtype}; numbers are needed")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        return array.astype(np.float32)
+
+
+def _flag(value: Any) -> bool:
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "bui":
+        raise BadEpisodes(f"terminated has shape {list(array.shape)} and type {array.dtype}; one bool is needed")
+    return bool(array.reshape(()))
+
+
+def _task_index(value: Any, tasks: TaskSet, default: str | None) -> int:
+    if value is not None:
+        if np.size(value) != 1:
+            raise BadEpisodes(f"task has shape {list(np.shape(value))}; one name is needed")
+        value = np.asarray(value).reshape(-1)[0]
+        name = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    elif default is not None:
+        name = default
+    elif len(tasks) == 1:
+        return 0
+    else:
+        raise BadEpisodes(f"has no task, and the set {tasks.name} has {len(tasks)}; add it, or give --task NAME")
+    try:
+        return tasks.index(name)
+    except ConfigurationError as error:
+        raise BadEpisodes(str(error)) from error

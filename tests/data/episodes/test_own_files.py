@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from episode_cases import NAMES, tasks, write_chunks
+
+from pwm_torchrl.data.episodes import import_episodes
+from pwm_torchrl.envs.tasks import task_set
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+
+
+def episode(task, length, seed=0, **more):
+    rng = np.random.RandomState(seed)
+    index = NAMES.index(task)
+    return {
+        "observation": rng.randn(length + 1, tasks().observation_dims[index]),
+        "action": rng.uniform(-1, 1, (length, tasks().action_dims[index])).astype(np.float32),
+        "reward": rng.rand(length),
+        "task": task,
+        **more,
+    }
+
+
+def check(store, number, given, task):
+    length = len(given["reward"])
+    one = store.slices(store.first_row[number : number + 1], length)[0]
+    observation, action = given["observation"].astype(np.float32), given["action"]
+    assert store.length[number] == length
+    assert store.task_names[store.task[number]] == task
+    o, a = observation.shape[1], action.shape[1]
+    np.testing.assert_array_equal(one["observation"][:, :o], observation[:-1])
+    np.testing.assert_array_equal(one["next", "observation"][:, :o], observation[1:])
+    np.testing.assert_array_equal(one["action"][:, :a], action)
+    assert not one["observation"][:, o:].any()
+    assert not one["action"][:, a:].any()
+    np.testing.assert_array_equal(one["next", "reward"].squeeze(-1), given["reward"].astype(np.float32))
+
+
+def test_npz_with_one_episode_and_with_several(tmp_path):
+    first = episode("cup-catch", 4, terminated=True)
+    second, third = episode("pendulum-swingup", 7, 1), episode("cartpole-swingup", 2, 2, terminated=np.array(False))
+    np.savez(tmp_path / "a.npz", **first)
+    several = {f"{name}/{key}": value for name, e in (("x", second), ("y", third)) for key, value in e.items()}
+    np.savez_compressed(tmp_path / "b.npz", **several)
+    store = import_episodes(tmp_path, tmp_path / "store", tasks())
+    for number, given in enumerate((first, second, third)):
+        check(store, number, given, given["task"])
+    assert [record["episodes"] for record in store.manifest["sources"]] == [1, 2]
+    ends = store.first_row + store.length - 1
+    assert store.slices(ends, 1)["next", "terminated"].flatten().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_hdf5(tmp_path, grouped):
+    h5py = pytest.importorskip("h5py")
+    given = [episode("pendulum-swingup", 7, 1), episode("cartpole-swingup", 2, 2)][: 2 if grouped else 1]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for number, each in enumerate(given):
+            group = file.create_group(f"episode_{number}") if grouped else file
+            for key, value in each.items():
+                group[key] = value
+    store = import_episodes(tmp_path, tmp_path / "store", tasks())
+    for number, each in enumerate(given):
+        check(store, number, each, each["task"])
+    (tmp_path / "a.h5").write_bytes((tmp_path / "a.h5").read_bytes()[:1000])
+    with pytest.raises(ConfigurationError, match=r"a.h5: is no whole HDF5 file"):
+        import_episodes(tmp_path, tmp_path / "other", tasks())
+
+
+def test_hdf5_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (tmp_path / "a.h5").touch()
+    with pytest.raises(MissingLibraryError, match=r"pip install 'pwm-torchrl\[hdf5\]'"):
+        import_episodes(tmp_path, tmp_path / "store", tasks())
+
+
+def test_episodes_without_a_task(tmp_path):
+    given = episode("cup-catch", 4)
+    del given["task"]
+    np.savez(tmp_path / "a.npz", **given)
+    with pytest.raises(ConfigurationError, match=r"a.npz: has no task, and the set .* has 3; add it, or give --task"):
+        import_episodes(tmp_path, tmp_path / "store", tasks())
+    check(import_episodes(tmp_path, tmp_path / "store", tasks(), task="cup-catch"), 0, given, "cup-catch")
+    check(import_episodes(tmp_path, tmp_path / "one", task_set("cup-catch")), 0, given, "cup-catch")
+    with pytest.raises(ConfigurationError, match="did you mean cup-catch"):
+        import_episodes(tmp_path, tmp_path / "two", tasks(), task="cup-cach")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"observation": np.zeros((4, 8))}, r"observation has shape \[4, 8\]; .*'cup-catch' and 4 rewards \[5, 8\]"),
+        ({"observation": np.zeros((5, 3))}, r"observation has shape \[5, 3\]"),
+        ({"action": np.zeros((5, 2))}, r"action has shape \[5, 2\]"),
+        ({"action": np.full((4, 2), 1.1)}, "action of size 1.1 at index 1"),
+        ({"reward": np.array([0, 1, np.nan, 0])}, "reward is not finite at index 3"),
+        ({"reward": np.array([0, 1, 1e300, 0])}, "reward is not finite"),
+        ({"reward": np.zeros((0,))}, ".*of at least 1 transition"),
+        ({"reward": np.array(["a"] * 4)}, "reward is <U1; numbers are needed"),
+        ({"terminated": np.zeros(4, bool)}, r"terminated has shape \[4\]"),
+        ({"task": "walker-walk"}, "task 'walker-walk' is not in the task set"),
+        ({"task": np.array(["cup-catch"] * 2)}, r"task has shape \[2\]"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, change, message):
+    np.savez(tmp_path / "a.npz", **{f"x/{k}": v for k, v in {**episode("cup-catch", 4), **change}.items()})
+    with pytest.raises(ConfigurationError, match="a.npz: episode 'x': " + message):
+        import_episodes(tmp_path, tmp_path / "store", tasks())
+
+
+def test_files_that_are_none(tmp_path):
+    np.savez(tmp_path / "a.npz", observation=np.zeros(3))
+    (tmp_path / "b.npz").write_bytes(b"no zip")
+    np.savez(tmp_path / "c.npz")
+    np.savez(tmp_path / "d.npz", **{**episode("cup-catch", 4), "reward": np.array([object()] * 4)})
+    with pytest.raises(ConfigurationError, match="4 of 4 sources") as caught:
+        import_episodes(tmp_path, tmp_path / "store", tasks())
+    message = str(caught.value)
+    assert "a.npz: has no action, reward; it has observation" in message
+    assert "b.npz: is no whole npz file" in message
+    assert "c.npz: holds no episode" in message
+    assert "d.npz: cannot be read: Object arrays cannot be loaded" in message
+
+
+def test_several_sources_and_kinds_make_one_store(tmp_path):
+    write_chunks(tmp_path / "chunks", 1)
+    (tmp_path / "own").mkdir()
+    np.savez(tmp_path / "own" / "a.npz", **episode("cup-catch", 4))
+    given = [tmp_path / "chunks", tmp_path / "own" / "a.npz"]
+    store = import_episodes(given, tmp_path / "store", tasks())
+    assert [record["name"] for record in store.manifest["sources"]] == ["chunks/chunk_0.pt", "own/a.npz"]
+    with pytest.raises(ConfigurationError, match=r"have own/a.npz more than once"):
+        import_episodes([given[1]] * 2, tmp_path / "other", tasks())
+    with pytest.raises(ConfigurationError, match="is no file of episodes"):
+        import_episodes(store.path / "reward.f32", tmp_path / "other", tasks())
+    assert torch.isfinite(store.observations(np.arange(store.num_rows))).all()
