@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pwm_torchrl.data.episodes.importing import import_chunks, import_episodes, import_sources
     from pwm_torchrl.data.episodes.index import SliceIndex, split_episodes
+    from pwm_torchrl.data.episodes.inspection import Inspection, TaskReport, inspect_source, inspect_store
+    from pwm_torchrl.data.episodes.staging import stage_store
     from pwm_torchrl.data.episodes.store import EpisodeStore
     from pwm_torchrl.data.episodes.writer import EpisodeRows, StoreWriter
 
 __all__ = [
     "EpisodeRows",
     "EpisodeStore",
+    "Inspection",
     "SliceIndex",
     "StoreWriter",
+    "TaskReport",
     "import_chunks",
     "import_episodes",
     "import_sources",
+    "inspect_source",
+    "inspect_store",
     "split_episodes",
+    "stage_store",
 ]
 
 _HOME = {
@@ -33,7 +40,12 @@ _HOME = {
     "import_chunks": "importing",
     "import_episodes": "importing",
     "import_sources": "importing",
+    "Inspection": "inspection",
+    "TaskReport": "inspection",
+    "inspect_source": "inspection",
+    "inspect_store": "inspection",
     "split_episodes": "index",
+    "stage_store": "staging",
 }
 
 

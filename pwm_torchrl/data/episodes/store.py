@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from pwm_torchrl.data.episodes import layout
+from pwm_torchrl.data.episodes.rows import EpisodeRows
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = ["EpisodeStore"]
@@ -156,6 +157,26 @@ class EpisodeStore:
     def observations(self, rows: Ints | Tensor) -> Tensor:
         """Observations ``[B, O]`` of rows ``[B]``."""
         return torch.from_numpy(self._observation[self._rows(rows)])
+
+    def episode_rows(self, episode: int, most: int | None = None) -> EpisodeRows:
+        """Copy of an episode's rows, without padding.
+
+        Args:
+            episode (int): its number.
+            most (int, optional): rows from its beginning. Defaults to ``None``, all.
+        """
+        task, first, length = int(self.task[episode]), int(self.first_row[episode]), int(self.length[episode])
+        count = length + 1 if most is None else min(length + 1, most)
+        part = slice(first, first + count)
+        ended = self._terminated is not None and bool(self._terminated[first + length]) and count == length + 1
+        return EpisodeRows(
+            self._observation[part, : self.observation_dims[task]].copy(),
+            self._action[part, : self.action_dims[task]].copy(),
+            self._reward[part].copy(),
+            np.array([count - 1]),
+            np.array([task]),
+            np.array([ended]),
+        )
 
     def _rows(self, rows: Ints | Tensor) -> Ints:
         """As an array, checked: numpy would count negative ones from the end."""

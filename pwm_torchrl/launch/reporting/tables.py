@@ -28,7 +28,7 @@ _HOW = ("status", "restarts", "time", "host", "GPU")
 _NUMBERS = frozenset(
     [
         *("seed", "peak", "final", "random", "epochs", "time", "host", "GPU", "steps", "hours", "GPU-hours"),
-        *("finished", "failed", "open"),
+        *("finished", "failed", "open", "episodes", "transitions", "length", "O", "A", "mean return"),
     ]
 )
 

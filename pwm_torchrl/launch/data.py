@@ -1,0 +1,172 @@
+"""``launch/data.py``: offline data into a store, a look at what they hold, and data of one's own making."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.launch import console
+from pwm_torchrl.launch.compose import make_cwd_importable
+from pwm_torchrl.launch.evaluate import ArgumentParser
+from pwm_torchrl.launch.reporting.tables import Table
+
+if TYPE_CHECKING:
+    from pwm_torchrl.data.episodes import EpisodeStore, Inspection
+
+__all__ = ["main"]
+
+_USAGE = """\
+usage: python launch/data.py COMMAND ...
+
+  import SOURCE... STORE --tasks TASKS   TD-MPC2's chunks, one's own episodes or Minari's, into a store
+  inspect SOURCE|STORE [--tasks TASKS]   what is in it, and whether actions or rewards lie in the wrong rows
+  generate ...                           episodes of random or trained policies, in the format of TD-MPC2
+
+Each of them explains itself: python launch/data.py COMMAND --help"""
+
+_SOURCES = (
+    "folder or file: *.pt (TD-MPC2's chunks), *.npz, *.h5 or *.hdf5 (one's own episodes); or minari:ID, minari:ID=TASK"
+)
+_TASKS = "mt30, mt80, names separated by commas, or a YAML list of names"
+_TASK = "the task of episodes that do not name theirs"
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one of the commands."""
+    words = list(argv or ())
+    if not words or words[0] in ("-h", "--help"):
+        console.say(_USAGE)
+        return console.OK
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "import": _import,
+        "inspect": _inspect,
+        "generate": _generate,
+    }
+    if words[0] not in commands:
+        raise ConfigurationError(f"{words[0]!r} is not a command of launch/data.py; there are {', '.join(commands)}")
+    make_cwd_importable()
+    try:
+        return commands[words[0]](words[1:])
+    except StorageFault as fault:
+        console.error(str(fault))
+        return console.STORAGE
+
+
+def _import(argv: Sequence[str]) -> int:
+    parser = ArgumentParser(
+        prog="python launch/data.py import",
+        description="Import episodes into a memory-mapped store; the same command goes on with an import that stopped.",
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCES)
+    parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store, new or of an unfinished import")
+    parser.add_argument("--tasks", required=True, help=f"the tasks of the store: {_TASKS}")
+    parser.add_argument("--task", metavar="NAME", help=_TASK)
+    parser.add_argument("--keep-good", action="store_true", help="finish the store without the files that are wrong")
+    args = parser.parse_args(argv)
+    from pwm_torchrl.data.episodes import import_episodes
+    from pwm_torchrl.envs.tasks import task_set
+
+    store = import_episodes(
+        args.sources, args.store, task_set(args.tasks), task=args.task, keep_good=args.keep_good, progress=True
+    )
+    _report_store(store)
+    return console.OK
+
+
+def _report_store(store: EpisodeStore) -> None:
+    manifest = store.manifest
+    rows = [
+        [
+            task["name"],
+            str(task["observation_dim"]),
+            str(task["action_dim"]),
+            f"{task['episodes']:,}",
+            f"{task['transitions']:,}",
+            _span(task["lengths"]),
+            f"{task['mean_return']:.1f}",
+        ]
+        for task in manifest["tasks"]
+        if task["episodes"]
+    ]
+    console.say(Table(["task", "O", "A", "episodes", "transitions", "length", "mean return"], rows).text())
+    if manifest["tasks_without_data"]:
+        console.say(f"no data: {', '.join(manifest['tasks_without_data'])}")
+    for source in manifest["sources"]:
+        if source["state"] != "imported":
+            console.say(f"left out: {source['name']}: {source['problem']}")
+    console.say(f"{store.path}: {store.num_episodes:,} episodes, {store.num_transitions:,} transitions")
+
+
+def _inspect(argv: Sequence[str]) -> int:
+    parser = ArgumentParser(
+        prog="python launch/data.py inspect", description="What a store or a source holds of each task."
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE|STORE", help=f"a store; or a {_SOURCES}")
+    parser.add_argument("--tasks", help=f"the tasks that a source numbers or names; a store knows its own: {_TASKS}")
+    parser.add_argument("--task", metavar="NAME", help=_TASK)
+    args = parser.parse_args(argv)
+    from pwm_torchrl.data.episodes import inspect_source, inspect_store
+    from pwm_torchrl.data.episodes.layout import MANIFEST
+    from pwm_torchrl.envs.tasks import task_set
+
+    if len(args.sources) == 1 and (Path(args.sources[0]) / MANIFEST).exists():
+        found = inspect_store(args.sources[0])
+    elif args.tasks is None:
+        raise ConfigurationError(
+            f"{args.sources[0]} is no store; say which tasks it numbers or names: --tasks {_TASKS}"
+        )
+    else:
+        found = inspect_source(args.sources, task_set(args.tasks), task=args.task, progress=True)
+    return _report_inspection(found)
+
+
+def _report_inspection(found: Inspection) -> int:
+    """Prints what was found.
+
+    Returns:
+        The exit code: a failure if something is wrong with the data.
+    """
+    from pwm_torchrl.data.episodes.inspection import describe_shifts
+
+    head = ["task", "episodes", "transitions", "length", "returns: lowest, quartiles, highest"]
+    rows = [
+        [
+            task.name,
+            f"{task.episodes:,}",
+            f"{task.transitions:,}",
+            _span(task.lengths),
+            " ".join(f"{value:.1f}" for value in task.return_quantiles),
+            f"{task.observation_used}/{task.observation_dim}",
+            f"{task.action_used}/{task.action_dim}",
+            task.action_shift.verdict,
+            task.reward_shift.verdict,
+        ]
+        for task in found.tasks
+    ]
+    if rows:
+        console.say(Table([*head, "O", "A", "actions", "rewards"], rows).text())
+        console.say("O and A: dimensions in use, of the task's; actions, rewards: the rows where they lie")
+    for task in found.tasks:
+        for line in describe_shifts(task):
+            console.say(line)
+    if found.absent:
+        console.say(f"no data: {', '.join(found.absent)}")
+    for name, problem in found.problems.items():
+        console.error(f"{name}: {problem}")
+    shifted = any(s.verdict in ("early", "late") for t in found.tasks for s in (t.action_shift, t.reward_shift))
+    return console.FAILED if found.problems or shifted else console.OK
+
+
+def _span(lengths: Sequence[int]) -> str:
+    low, high = lengths
+    return f"{low}" if low == high else f"{low}-{high}"
+
+
+def _generate(argv: Sequence[str]) -> int:
+    # By name: it loads simulators, which nothing else here needs.
+    generate = importlib.import_module("pwm_torchrl.launch.data_generate")
+    return generate.generate_main(argv)
