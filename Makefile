@@ -23,10 +23,10 @@ PIP = $(PY) -m pip --disable-pip-version-check -qq install
 TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check format bench docs clean
+.PHONY: help run test lint check format bench multitask-demo docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(PY):
 	$(say) "Creating a virtual environment in $(VENV) with $(PYTHON)."
@@ -80,6 +80,10 @@ format: $(VENV)/.dev  ## format the code and repair what the linter can
 bench: $(VENV)/.dev  ## train models x environments x seeds and write the learning table (ARGS=...)
 	$(say) "Running: python benchmarks/learning.py $(ARGS)"
 	@$(PY) benchmarks/learning.py $(ARGS)
+
+multitask-demo: $(VENV)/.dev  ## two tasks: data, one world model, a policy per task (ARGS="--out DIR")
+	$(say) "Running: python benchmarks/multitask.py --demo $(ARGS)"
+	@$(PY) benchmarks/multitask.py --demo $(ARGS)
 
 docs: $(VENV)/.dev  ## write the API pages of the package to build/docs
 	$(say) "Writing the API pages; docs/ has no guide pages yet."

@@ -1,4 +1,5 @@
-"""The option ``--golden-dir`` of this project's tests, known to pytest before it looks for a configuration file.
+"""The options ``--golden-dir`` and ``--tasks-dir`` of this project's tests, known to pytest before it looks for a
+configuration file.
 
 Registered as a pytest plugin of the package: an option of ``tests/conftest.py`` alone is unknown while pytest reads
 ``pytest -m golden --golden-dir DIR``, which would then take a DIR outside the project for the tests to run.
@@ -11,7 +12,7 @@ from typing import Any
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Add the option, in this project's root only: other projects' tests have no use for it."""
+    """Add the options, in this project's root only: other projects' tests have no use for them."""
     if not _in_this_project():
         return
     parser.addoption(
@@ -20,6 +21,13 @@ def pytest_addoption(parser: Any) -> None:
         default=None,
         metavar="DIR",
         help="pwm-torchrl: folder of golden cases that `-m golden` compares against (default: tests/golden)",
+    )
+    parser.addoption(
+        "--tasks-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="pwm-torchrl: folder of recorded transitions that `-m tasks` compares with (default: tests/envs/tasks)",
     )
 
 
