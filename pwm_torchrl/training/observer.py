@@ -57,7 +57,7 @@ class Observer:
         self.csv.truncate(self.trainer.logged_epoch if restored else 0)
         self.run.summary.resume_exact &= self.trainer.collector.resumed_exactly
         t = self.run.cfg.training
-        steps = self.trainer.collector.requested_frames_per_batch
+        steps = self.trainer.steps_per_epoch
         self.progress = Progress(t.epochs, self.trainer.logged_epoch, steps, t.progress)
         self.epoch_started = time.monotonic()
 
@@ -110,6 +110,7 @@ class Observer:
                 self.logger.log_scalar(name, value, step=self.trainer.log_step)
         shown = {
             "return": numbers.get("eval/return_mean", numbers.get("train/return")),
+            "validation": numbers.get("validation/loss"),
             "model": numbers.get("loss/model"),
             "actor": numbers.get("loss/actor"),
             "value": numbers.get("loss/value"),

@@ -19,7 +19,7 @@ class Progress:
     Args:
         total (int): epochs planned.
         done (int): epochs done before.
-        steps_per_epoch (int): agent steps of one epoch.
+        steps_per_epoch (int): agent steps of one epoch, 0 where there are none.
         enabled (bool): whether to show anything.
     """
 
@@ -66,7 +66,7 @@ class Progress:
         elapsed = max(1e-9, time.monotonic() - self.started)
         speed = (self.done - self.first) * self.steps_per_epoch / elapsed
         shown = [f"{name} {value:.4g}" for name, value in self.values.items()]
-        return ", ".join([*shown, f"{speed:.0f} steps/s"])
+        return ", ".join([*shown, *([f"{speed:.0f} steps/s"] if self.steps_per_epoch else [])])
 
 
 @contextlib.contextmanager

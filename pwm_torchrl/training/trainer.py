@@ -107,6 +107,12 @@ class PWMTrainer(Trainer):
         return self.env_steps // self.frame_skip
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Agent steps of an epoch, 0 where nothing is collected."""
+        collects = isinstance(self.collector, ResumableCollector)
+        return self.collector.requested_frames_per_batch if collects else 0
+
+    @property
     def log_step(self) -> int:
         """What loggers count: environment steps, or epochs where there are none."""
         return self.env_steps if isinstance(self.collector, ResumableCollector) else self.epoch
