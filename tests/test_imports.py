@@ -27,7 +27,10 @@ MAY_IMPORT = {
 #: Modules that a folder may import beside whole folders: memory predicts from the configuration, the one construction
 #: site and what an update keeps to be taken back with. They know nothing of memory, so that there is no circle.
 #: Offline data are numbered and checked by the task registry, which is light.
-SINGLE = {"memory": {"training.build", "training.config", "training.recovery"}, "data": {"envs.tasks"}}
+SINGLE = {
+    "memory": {"training.build", "training.config", "training.recovery", "training.updates"},
+    "data": {"envs.tasks"},
+}
 #: What looks at memory while a run trains; it imports nothing of ours.
 WATCHER = ("units", "processes", "cgroups", "gpus", "budget", "readings", "watch", "guard")
 HEAVY = {"torch", "torchrl", "tensordict", "hydra", "omegaconf", "gymnasium", "dm_control", "mujoco", "matplotlib",

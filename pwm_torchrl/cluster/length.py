@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.updates import updates_of
 
 if TYPE_CHECKING:
     from pwm_torchrl.memory.plan import Plan
@@ -34,17 +35,22 @@ def estimated_minutes(cfg: Config, plan: Plan, cpus: int) -> int:
         evaluations = dynamics.substeps if dynamics.solver == "euler" else 2 * dynamics.substeps - 1
     if plan.choices.checkpoint_substeps:
         evaluations += evaluations
+    updates = updates_of(cfg)
+    model_updates = a.model_updates if "world-model" in updates else 0
+    policy_updates = a.policy_updates if "policy" in updates else 0
     # Forward and backward: six operations per parameter and row.
-    rows = a.model_updates * a.model_batch + a.policy_updates * a.imagination_batch
+    rows = model_updates * a.model_batch + policy_updates * a.imagination_batch
     flops = 6 * parameters * rows * a.horizon * evaluations
     on_gpu = plan.prediction.compute == "device"
     arithmetic = flops / (GPU_FLOPS if on_gpu else CPU_FLOPS * cpus)
-    calls = (a.model_updates + a.policy_updates) * a.horizon * (evaluations + 2) * 3
-    critics = a.policy_updates * a.critic_passes * a.critic_minibatches * 6
-    envs = int(cfg.env.get("num_envs", 1))
+    calls = (model_updates + policy_updates) * a.horizon * (evaluations + 2) * 3
+    critics = policy_updates * a.critic_passes * a.critic_minibatches * 6
+    envs = int(cfg.env.get("num_envs", 1)) if cfg.mode == "online" else 0
     collection = envs * (a.collect_steps or a.horizon) / STEPS_PER_S
     epoch_s = arithmetic + (calls + critics) * OVERHEAD_S + collection
     evaluation_s = int(cfg.env.get("episode_length") or 1000) * t.eval_episodes / STEPS_PER_S
+    if cfg.mode == "pretrain":
+        evaluation_s = 0.2 * epoch_s  # held-out slices, without gradients
     evaluated = t.epochs / t.eval_every if t.eval_every else 1
     minutes = SAFETY * (t.epochs * epoch_s + evaluated * evaluation_s) / 60 + START_UP_MIN
     return max(LEAST_MIN, math.ceil(minutes / 15) * 15)

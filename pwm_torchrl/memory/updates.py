@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from pwm_torchrl.memory.trace import FakeTensors, StorageCounter
 from pwm_torchrl.objectives.imagination import Imagined
 from pwm_torchrl.objectives.slices import Slices
-from pwm_torchrl.training.build import UPDATE_OF, EnvFacts, Losses, build_parts, updates_of
+from pwm_torchrl.training.build import EnvFacts, Losses, build_parts
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.recovery import Undo
+from pwm_torchrl.training.updates import UPDATE_OF, updates_of
 
 #: All updates that there are; a run of one mode or another makes some of them.
 UPDATES = tuple(UPDATE_OF.values())

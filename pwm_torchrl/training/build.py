@@ -23,6 +23,7 @@ from pwm_torchrl.modules import (
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
 from pwm_torchrl.training.config import Config, ModelConfig
+from pwm_torchrl.training.updates import trained_networks
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -86,24 +87,6 @@ class Losses(ModelLosses):
     @property
     def return_statistics(self) -> nn.Module | None:
         return self.actor.return_statistics
-
-
-#: Updates by the network that they train.
-UPDATE_OF = {"world_model": "world-model", "actor": "policy", "critics": "critic"}
-
-
-def trained_networks(cfg: Config) -> tuple[str, ...]:
-    """Names of the networks that a run trains."""
-    if cfg.mode == "pretrain":
-        return ("world_model",)
-    if cfg.mode == "extract" and not cfg.finetune:
-        return ("actor", "critics")
-    return ("world_model", "actor", "critics")
-
-
-def updates_of(cfg: Config) -> tuple[str, ...]:
-    """Names of the updates that a run makes."""
-    return tuple(UPDATE_OF[name] for name in trained_networks(cfg))
 
 
 def world_model_spec(cfg: Config, facts: EnvFacts) -> WorldModelSpec:

@@ -17,10 +17,11 @@ from torch import Tensor
 from pwm_torchrl.objectives.actor_loss import Accumulated
 from pwm_torchrl.objectives.model_loss import MASK_KEY
 from pwm_torchrl.objectives.slices import FlowNoise
-from pwm_torchrl.training.build import UPDATE_OF, Learner, Losses, ModelLosses, ModelNetworks
+from pwm_torchrl.training.build import Learner, Losses, ModelLosses, ModelNetworks
 from pwm_torchrl.training.collectives import Gathering, Total
 from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.training.recovery import Undo, is_out_of_memory
+from pwm_torchrl.training.updates import UPDATE_OF
 
 #: Network that each update trains.
 NETWORKS = {update: network for network, update in UPDATE_OF.items()}

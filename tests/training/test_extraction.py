@@ -16,10 +16,10 @@ from pwm_torchrl.launch.reporting.collect import read_run
 from pwm_torchrl.launch.reporting.scores import score_table
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
 from pwm_torchrl.training import extraction, load_policy
-from pwm_torchrl.training.build import trained_networks
 from pwm_torchrl.training.extraction import LatentVariance
 from pwm_torchrl.training.load import load_networks
 from pwm_torchrl.training.offline import run_facts
+from pwm_torchrl.training.updates import trained_networks
 
 TASKS = ("pendulum-swingup", "cup-catch")
 SPEC = {"num_tasks": 2, "task_dim": 4, "action_dims": (1, 2), "reward_head": "two_hot", "reward_space": "symlog"}
