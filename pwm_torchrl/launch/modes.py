@@ -112,9 +112,9 @@ def tasks_to_extract(config: Config) -> list[str]:
     """
     if config.mode != "extract" or config.world_model is None:
         raise ConfigurationError(
-            "task=all extracts a policy for every task of a pre-trained world model; set world_model=DIRECTORY, that of "
-            "a pre-training run (experiment=mt30_pretrain) or of an imported checkpoint, and experiment=extract, mt30 or "
-            "mt80"
+            "task=all extracts a policy for every task of a pre-trained world model; set world_model=DIRECTORY, that "
+            "of a pre-training run (experiment=mt30_pretrain) or of an imported checkpoint, and experiment=extract, "
+            "mt30 or mt80"
         )
     from pwm_torchrl.modules import world_model_facts
 
