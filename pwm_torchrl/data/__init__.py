@@ -1,4 +1,6 @@
-"""Replay of collected trajectories, in RAM, on a device or on disk. Imports nothing of the package but errors.
+"""Replay of collected trajectories, in RAM, on a device or on disk, and offline ``episodes`` in files of their own.
+
+Imports nothing of the package but errors; ``episodes`` knows the task registry's types.
 
 Names are loaded on first use: what only works with files needs no torch.
 """

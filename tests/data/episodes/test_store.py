@@ -77,6 +77,16 @@ def test_no_slice_crosses_an_end(store):
         store.observations(np.array([28]))
 
 
+def test_prefetching_changes_nothing(store):
+    rows = np.array([18, 0, 23, 12])
+    expected = store.slices(rows, 4)
+    store.prefetch(rows, 4)
+    store.prefetch(np.array([27]), 40)  # beyond the end there is nothing to fetch
+    assert (store.slices(rows, 4) == expected).all()
+    with pytest.raises(IndexError):
+        store.prefetch(np.array([28]), 4)
+
+
 def test_slices_feed_the_loss_of_a_multi_task_model(store):
     spec = WorldModelSpec(8, 2, 16, [32], [32], num_tasks=3, action_dims=(1, 1, 2), task_dim=8)
     losses = PWMModelLoss(make_world_model(spec), form="tdmpc2")(store.slices(np.array([0, 5, 12]), 4))
