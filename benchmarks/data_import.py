@@ -1,24 +1,27 @@
-"""Memory while TD-MPC2's chunks are imported: sampled beside the import, against 1.2 times the chunk plus 500 MB.
+"""What memory an import takes: a log of the process's resident memory while chunks of several sizes are imported.
 
-    python benchmarks/data_import.py              # chunks of 100 and 300 MB
-    python benchmarks/data_import.py --quick      # smaller; writes no table
+    python benchmarks/data_import.py                 # chunks of 250 MB, 1 GB and 2 GB
+    python benchmarks/data_import.py --quick         # 100 and 250 MB; writes no table
+    python benchmarks/data_import.py --folder DIR    # where the files go; must be a disk
 
-Each chunk is written on the spot and imported by a process of its own, whose resident memory (``VmRSS``, mapped pages
-of the chunk included) and anonymous memory (``RssAnon``) are read twenty times a second.
+Each import runs in a process of its own, which reads its resident memory every 20 ms from before the import begins: all
+of it, mapped pages of the chunk too. Promised: growth of at most 1.2 times the chunk and 500 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 
@@ -26,129 +29,138 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from benchmarks.learning import hardware  # noqa: E402
-from pwm_torchrl.data.episodes import EpisodeStore, import_chunks  # noqa: E402
+from pwm_torchrl.data.episodes import import_chunks  # noqa: E402
+from pwm_torchrl.data.files import filesystem_type  # noqa: E402
 from pwm_torchrl.envs.tasks import task_set  # noqa: E402
 
-TASKS = task_set("mt30")
-LENGTH = 501
 MB = 10**6
-INTERVAL_S = 0.05
+LENGTH = 501
+NAMES = "walker-walk,fish-swim"
+EVERY_S = 0.02
 
 
-def write_chunk(folder: Path, size: int) -> Path:
-    """A chunk of about ``size`` bytes in TD-MPC2's format, of the widest tasks."""
-    episodes = size // (LENGTH * 4 * (TASKS.observation_dim + TASKS.action_dim + 2))
+def write_chunk(path: Path, size: int) -> None:
+    """A chunk of random episodes of two tasks as wide as MT30's widest."""
+    tasks, rng = task_set(NAMES), np.random.RandomState(0)
+    episodes = size // (LENGTH * 4 * (tasks.observation_dim + tasks.action_dim + 2))
+    task = torch.arange(episodes) % 2
+    action = torch.rand(episodes, LENGTH, tasks.action_dim) * 2 - 1
+    action[task == 1, :, tasks.action_dims[1] :] = 0
+    reward = torch.rand(episodes, LENGTH)
+    action[:, 0], reward[:, 0] = torch.nan, torch.nan
+    obs = torch.from_numpy(rng.standard_normal((episodes, 1, tasks.observation_dim)).astype(np.float32))
     chunk = TensorDict(
-        obs=torch.randn(episodes, LENGTH, TASKS.observation_dim),
-        action=torch.rand(episodes, LENGTH, TASKS.action_dim) * 2 - 1,
-        reward=torch.rand(episodes, LENGTH),
-        task=torch.arange(episodes, dtype=torch.int32).remainder(3).unsqueeze(1).repeat(1, LENGTH),
+        obs=obs + torch.rand(1, LENGTH, 1),
+        action=action,
+        reward=reward,
+        task=task.int().unsqueeze(1).repeat(1, LENGTH),
         batch_size=[episodes, LENGTH],
     )
-    chunk["action"][:, 0] = float("nan")
-    chunk["reward"][:, 0] = float("nan")
-    folder.mkdir(parents=True)
-    torch.save(chunk, folder / "chunk_0.pt")
-    return folder / "chunk_0.pt"
+    torch.save(chunk, path)
 
 
-def importing(source: Path, store: Path, ready: Any, go: Any) -> None:
-    """The process that is watched."""
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmRSS: this benchmark needs Linux.")
+
+
+def imported(source: Path, store: Path) -> dict[str, Any]:
+    """What the process of one import does."""
     torch.set_num_threads(1)
-    ready.set()
-    go.wait()
-    import_chunks(source, store, TASKS)
+    tasks, log, done = task_set(NAMES), [], threading.Event()
+    start, before = time.perf_counter(), resident_bytes()
 
+    def watch() -> None:
+        while not done.is_set():
+            log.append((round(time.perf_counter() - start, 3), resident_bytes()))
+            done.wait(EVERY_S)
 
-def memory(pid: int) -> tuple[int, int] | None:
-    """(VmRSS, RssAnon) in bytes; ``None`` once the process is gone."""
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields = {line.partition(":")[0]: line.split() for line in lines if line.startswith(("VmRSS", "RssAnon"))}
-    if len(fields) < 2:
-        return None
-    return int(fields["VmRSS"][1]) * 1024, int(fields["RssAnon"][1]) * 1024
+        import_chunks(source, store, tasks)
+    finally:
+        done.set()
+        watcher.join()
+    return {"before_bytes": before, "seconds": time.perf_counter() - start, "log": log}
 
 
-def measure(size: int, folder: Path) -> dict[str, Any]:
-    """Import a chunk and log its memory."""
-    writer = multiprocessing.get_context("spawn").Process(target=write_chunk, args=(folder / "chunks", size))
-    writer.start()
-    writer.join()
-    chunk = folder / "chunks" / "chunk_0.pt"
-    context = multiprocessing.get_context("spawn")
-    ready, go = context.Event(), context.Event()
-    process = context.Process(target=importing, args=(folder / "chunks", folder / "store", ready, go))
-    process.start()
-    assert process.pid is not None
-    ready.wait()
-    before = memory(process.pid)
-    assert before is not None
-    go.set()
-    started, log = time.perf_counter(), []
-    while process.is_alive():
-        now = memory(process.pid)
-        if now is not None:
-            log.append((time.perf_counter() - started, now[0] - before[0], now[1] - before[1]))
-        time.sleep(INTERVAL_S)
-    process.join()
-    if process.exitcode:
-        sys.exit(f"the import ended with exit code {process.exitcode}")
-    seconds = time.perf_counter() - started
-    bytes_ = chunk.stat().st_size
-    return {
-        "chunk_bytes": bytes_,
-        "allowed_bytes": int(1.2 * bytes_ + 500 * MB),
-        "rss_growth_bytes": max(rss for _, rss, _ in log),
-        "anonymous_growth_bytes": max(anonymous for _, _, anonymous in log),
-        "seconds": seconds,
-        "transitions": EpisodeStore.open(folder / "store").num_transitions,
-        "log": [log[round(i * (len(log) - 1) / 9)] for i in range(10)],
-    }
+def measure(folder: Path, size: int) -> dict[str, Any]:
+    """One chunk's import, in a process of its own."""
+    source, store = folder / "chunk_0.pt", folder / "store"
+    # The chunk is made in a process too: memory that this one keeps would be the next one's disk cache.
+    subprocess.run([sys.executable, __file__, "--write", str(source), str(size)], check=True)
+    command = [sys.executable, __file__, "--import", str(source), str(store)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    size = source.stat().st_size
+    for file in (source, *store.iterdir()):
+        file.unlink()
+    store.rmdir()
+    growth = max(value for _, value in found["log"]) - found["before_bytes"]
+    return {"chunk_bytes": size, "growth_bytes": growth, "allowed_bytes": int(1.2 * size + 500 * MB), **found}
 
 
-def table(found: dict[str, Any], quick: bool) -> str:
-    """The result for people."""
+def table(found: dict[str, Any]) -> str:
+    """The result for people: growth by chunk size, and the log of the largest."""
+    runs = found["runs"]
     lines = [
-        "# Importing TD-MPC2's chunks",
+        "# Memory of an import",
         "",
-        f"`python benchmarks/data_import.py{' --quick' if quick else ''}`, {found['date']}, {found['hardware']}.",
-        "Growth of a process's memory while it imports one chunk; resident memory counts pages of the chunk that are "
-        "mapped, which the kernel takes back when others need them.",
+        f"`python benchmarks/data_import.py`, {found['date']}, {found['hardware']}, file system {found['filesystem']}.",
+        "Resident memory of a process that imports one chunk of TD-MPC2's format, mapped pages of the chunk included.",
         "",
-        "| chunk, MB | transitions | seconds | resident, peak growth, MB | anonymous, MB | allowed, MB |",
-        "|---|---|---|---|---|---|",
+        "| chunk, MB | growth, MB | allowed (1.2 chunks + 500 MB), MB | seconds |",
+        "|---:|---:|---:|---:|",
     ]
-    for row in found["rows"]:
-        names = ("rss_growth_bytes", "anonymous_growth_bytes", "allowed_bytes")
-        cells = " | ".join(f"{row[name] / MB:.0f}" for name in names)
-        lines.append(f"| {row['chunk_bytes'] / MB:.0f} | {row['transitions']:,} | {row['seconds']:.1f} | {cells} |")
-    lines += ["", "The largest one's log:", "", "| second | resident, MB | anonymous, MB |", "|---|---|---|"]
-    lines += [f"| {s:.2f} | {rss / MB:.0f} | {anon / MB:.0f} |" for s, rss, anon in found["rows"][-1]["log"]]
+    for run in runs:
+        sizes = (run[name] / MB for name in ("chunk_bytes", "growth_bytes", "allowed_bytes"))
+        lines.append(f"| {' | '.join(f'{size:,.0f}' for size in sizes)} | {run['seconds']:.1f} |")
+    last = runs[-1]
+    steps = np.linspace(0, len(last["log"]) - 1, 16).astype(int)
+    lines += [
+        "",
+        f"Over the import of the last: checksums first, then the copy; before it {last['before_bytes'] / MB:.0f} MB.",
+        "",
+        "| second | " + " | ".join(f"{last['log'][step][0]:.1f}" for step in steps) + " |",
+        "|---|" + "---:|" * len(steps),
+        "| MB | " + " | ".join(f"{last['log'][step][1] / MB:.0f}" for step in steps) + " |",
+    ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure and write the table."""
+def main() -> int:
+    """Measure and write the table; 0 if no import took more than is promised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller chunks; writes no table")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result, with the whole log, here")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where the files go (a temporary folder)")
+    parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--import", nargs=2, help=argparse.SUPPRESS, dest="imported")
     args = parser.parse_args()
-    sizes = (20 * MB, 60 * MB) if args.quick else (100 * MB, 300 * MB)
-    with tempfile.TemporaryDirectory() as name:
-        rows = [measure(size, Path(name) / str(size)) for size in sizes]
-    found = {"rows": rows, "date": date.today().isoformat(), "hardware": hardware()}
-    print(table(found, args.quick))
-    text = json.dumps(found, indent=2) + "\n"
+    if args.write:
+        write_chunk(Path(args.write[0]), int(args.write[1]))
+        return 0
+    if args.imported:
+        print(json.dumps(imported(*map(Path, args.imported))))
+        return 0
+    sizes = (100, 250) if args.quick else (250, 1000, 2000)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        found = {
+            "runs": [measure(Path(name), size * MB) for size in sizes],
+            "filesystem": filesystem_type(Path(name)) or "unknown",
+            "date": date.today().isoformat(),
+            "hardware": hardware(),
+        }
+    print(table(found))
     if args.json:
-        args.json.write_text(text, encoding="utf-8")
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if not args.quick:
-        results = ROOT / "benchmarks" / "results"
-        (results / "data_import.json").write_text(text, encoding="utf-8")
-        (results / "data_import.md").write_text(table(found, args.quick), encoding="utf-8")
+        (ROOT / "benchmarks" / "results" / "data_import.md").write_text(table(found), encoding="utf-8")
+    return 0 if all(run["growth_bytes"] <= run["allowed_bytes"] for run in found["runs"]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,14 +1,23 @@
-"""Sampling from a store of episodes: time to draw 1024 slices of 17 observations, whatever the size of the store.
+"""Sampling from an episode store: how long it takes, whether it grows with the store, and what a cold disk costs.
 
-    python benchmarks/data_sampling.py               # 4 million rows warm, 345 million sparse, 8 GiB cold in 1 GiB
-    python benchmarks/data_sampling.py --quick       # smaller; writes no table
-    python benchmarks/data_sampling.py --folder DIR  # where the files go; must be a disk
+    python benchmarks/data_sampling.py                 # a store of 8 GiB read cold, in a memory cgroup of 2 GiB
+    python benchmarks/data_sampling.py --quick         # smaller stores; writes no table
+    python benchmarks/data_sampling.py --folder DIR    # where the files go; must be a disk
 
-*Warm.* MT30's dimensions; indexing, and indexing with reading, from a store whose pages the kernel has cached; in turns
-with TorchRL's ``SliceSampler(cache_values=True)`` over a ``LazyMemmapStorage`` of the same episodes. *Sparse.* Indexing
-alone in a store of as many rows as MT30's published data, whose files have no content. *Cold.* A process in a memory
-cgroup (version 1 or 2) draws from a store eight times larger than the group's limit, so that most rows are read from
-the disk (a virtual one may have a cache of its own). Where no cgroup can be made, the reason is reported instead.
+Observations and actions are as wide as MT30's, episodes have 500 transitions. A batch is 1024 slices of 16 transitions,
+which are 17 observations.
+
+*Warm.* Drawing and reading a batch from a store whose pages are cached, and the same from a TorchRL replay buffer with
+``SliceSampler(cache_values=True)``, set up as TD-MPC2 does, in memory, with the same data; in turns. Medians and their
+ratio.
+
+*Growth.* Drawing alone, from stores of more and more rows up to MT30's 345 million; their files are sparse, so that
+only their tables take room.
+
+*Cold.* Drawing and reading from a real store larger than the page cache it is given, by a memory cgroup of the process
+that reads. Where no cgroup can be made, the store's pages are dropped before each batch instead, and the result says
+so. In turns with and without asking for a batch's pages at once (``EpisodeStore.prefetch``). A virtual disk may have a
+cache of its own.
 """
 
 from __future__ import annotations
@@ -28,220 +37,270 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
-from torchrl.data import LazyMemmapStorage, SliceSampler, TensorDictReplayBuffer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from benchmarks.learning import hardware  # noqa: E402
-from benchmarks.replay_disk import MIB, limited_group  # noqa: E402
-from pwm_torchrl.data.episodes import EpisodeRows, EpisodeStore, SliceIndex, StoreWriter  # noqa: E402
-from pwm_torchrl.data.episodes import layout as store_layout  # noqa: E402
+from benchmarks.replay_disk import limited_group  # noqa: E402
+from pwm_torchrl.data.episodes import EpisodeRows, EpisodeStore, SliceIndex, StoreWriter, layout  # noqa: E402
+from pwm_torchrl.data.files import filesystem_type  # noqa: E402
 from pwm_torchrl.envs.tasks import task_set  # noqa: E402
 from pwm_torchrl.training.run import quiet_torchrl  # noqa: E402
 
-HORIZON, SLICES, LENGTH = 16, 1024, 500
+SLICES, HORIZON, LENGTH = 1024, 16, 500
+MT30_EPISODES = 690_000
+MIB = 2**20
 TASKS = task_set("mt30")
+ROW_BYTES = 4 * (TASKS.observation_dim + TASKS.action_dim + 1)
 
 
-def write_store(folder: Path, rows: int) -> EpisodeStore:
-    """Random episodes of 500 transitions, which no file system can compress."""
-    generator = np.random.default_rng(0)
-    episodes = max(len(TASKS), rows // (LENGTH + 1))
-    with StoreWriter(folder, TASKS) as writer:
-        for begin in range(0, episodes, 1000):
-            count = min(1000, episodes - begin)
-            part = count * (LENGTH + 1)
-            task = (begin + np.arange(count)) % len(TASKS)
-            writer.append(
-                EpisodeRows(
-                    generator.standard_normal((part, TASKS.observation_dim), np.float32),
-                    generator.uniform(-1, 1, (part, TASKS.action_dim)).astype(np.float32),
-                    generator.random(part, np.float32),
-                    np.full(count, LENGTH),
-                    task,
-                )
-            )
-        writer.commit([{"name": "random", "state": "imported"}])
-        writer.finish()
-    return EpisodeStore.open(folder)
-
-
-def sparse_store(folder: Path, rows: int) -> EpisodeStore:
-    """A store whose data files have a size and no content."""
-    small = write_store(folder, 1)
-    episodes = rows // (LENGTH + 1)
-    number = np.arange(episodes)
-    table = np.stack([number * (LENGTH + 1), np.full(episodes, LENGTH), number % len(TASKS)], axis=1)
-    np.save(folder / store_layout.EPISODES, table)
-    np.save(folder / store_layout.RETURNS, np.zeros(episodes))
-    manifest = {**small.manifest, "episodes": episodes, "transitions": episodes * LENGTH}
-    for name, size in store_layout.file_sizes(manifest).items():
-        with (folder / name).open("r+b") as file:
-            file.truncate(size)
-    (folder / store_layout.MANIFEST).write_text(json.dumps(manifest))
-    return EpisodeStore.open(folder)
-
-
-def torchrl_buffer(store: EpisodeStore, folder: Path) -> TensorDictReplayBuffer:
-    """The same episodes as TorchRL would hold them."""
-    rows = store.num_rows
-    episode = np.repeat(np.arange(store.num_episodes), store.length + 1)
-    buffer = TensorDictReplayBuffer(
-        storage=LazyMemmapStorage(rows, scratch_dir=folder),
-        sampler=SliceSampler(slice_len=HORIZON + 1, traj_key="episode", cache_values=True),
-        batch_size=SLICES * (HORIZON + 1),
+def random_rows(episodes: int) -> EpisodeRows:
+    """Random episodes of all tasks; padding plays no part here."""
+    rng, rows = np.random.RandomState(0), episodes * (LENGTH + 1)
+    found = EpisodeRows(
+        rng.standard_normal((rows, TASKS.observation_dim)).astype(np.float32),
+        rng.uniform(-1, 1, (rows, TASKS.action_dim)).astype(np.float32),
+        rng.standard_normal(rows).astype(np.float32),
+        np.full(episodes, LENGTH),
+        np.arange(episodes) % len(TASKS),
     )
-    step = 500_000
-    for begin in range(0, rows, step):
-        part = slice(begin, min(begin + step, rows))
-        buffer.extend(
-            TensorDict(
-                observation=torch.from_numpy(store._observation[part].copy()),
-                action=torch.from_numpy(store._action[part].copy()),
-                reward=torch.from_numpy(store._reward[part].copy()),
-                episode=torch.from_numpy(episode[part]),
-                batch_size=[part.stop - part.start],
-            )
-        )
+    found.action[found.first], found.reward[found.first] = 0, 0
+    return found
+
+
+def real_store(path: Path, episodes: int) -> EpisodeStore:
+    """A store whose bytes are on the disk."""
+    block = random_rows(min(episodes, 1000))
+    with StoreWriter(path, TASKS) as writer:
+        for _ in range(max(1, episodes // 1000)):
+            writer.append(block)
+        writer.commit([])
+        writer.finish()
+    return EpisodeStore.open(path)
+
+
+def sparse_store(path: Path, episodes: int) -> EpisodeStore:
+    """A store whose data files are holes."""
+    with StoreWriter(path, TASKS) as writer:
+        writer.finish()
+    manifest = json.loads((path / layout.MANIFEST).read_text(encoding="utf-8"))
+    manifest |= {"episodes": episodes, "transitions": episodes * LENGTH}
+    (path / layout.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    number = np.arange(episodes)
+    table = np.stack([number * (LENGTH + 1), np.full(episodes, LENGTH), number % len(TASKS)], 1)
+    np.save(path / layout.EPISODES, table)
+    np.save(path / layout.RETURNS, np.zeros(episodes))
+    for name, size in layout.file_sizes(manifest).items():
+        os.truncate(path / name, size)
+    return EpisodeStore.open(path)
+
+
+def torchrl_buffer(store: EpisodeStore) -> Any:
+    """The same data in the replay buffer that TD-MPC2 makes for offline data."""
+    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+    from torchrl.data.replay_buffers.samplers import SliceSampler
+
+    rows = np.arange(store.num_rows)
+    episode = torch.from_numpy(store.episode_of(rows))
+    data = TensorDict(
+        obs=store.observations(rows),
+        action=torch.from_numpy(np.array(store._action)),
+        reward=torch.from_numpy(np.array(store._reward)),
+        task=torch.from_numpy(store.task)[episode],
+        episode=episode,
+        batch_size=[store.num_rows],
+    )
+    sampler = SliceSampler(
+        num_slices=SLICES, end_key=None, traj_key="episode", truncated_key=None, strict_length=True, cache_values=True
+    )
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(store.num_rows), sampler=sampler, batch_size=SLICES * (HORIZON + 1), prefetch=0
+    )
+    buffer.extend(data)
     return buffer
 
 
-def timed(work: Any, repeats: int) -> dict[str, float]:
-    """Milliseconds: median and quartiles."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(1e3 * (time.perf_counter() - start))
-    low, high = np.percentile(times, [25, 75])
-    return {"median": median(times), "low": float(low), "high": float(high)}
+def milliseconds(function: Any) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
 
 
-def warm(rows: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Indexing, reading, and TorchRL's sampler."""
-    store = write_store(folder / "store", rows)
-    index = SliceIndex(store, HORIZON)
-    for name in ("_observation", "_action", "_reward"):
-        getattr(store, name).sum(dtype=np.float64)  # reads every page
-    buffer = torchrl_buffer(store, folder / "torchrl")
-    buffer.sample()  # its sampler looks the episodes up once
-
-    def draw() -> None:
-        store.slices(index.sample(SLICES), HORIZON)
-
-    draw()
-    found = {
-        "rows": store.num_rows,
-        "indexing": timed(lambda: index.sample(SLICES), repeats),
-        "indexing_and_reading": timed(draw, repeats),
-        "torchrl": timed(buffer.sample, max(5, repeats // 5)),
+def warm(folder: Path, episodes: int, repeats: int) -> dict[str, Any]:
+    """Ours and TorchRL's, in turns."""
+    store = real_store(folder / "warm", episodes)
+    index, balanced = SliceIndex(store, HORIZON), SliceIndex(store, HORIZON, balanced=True)
+    buffer = torchrl_buffer(store)
+    for name in (layout.OBSERVATION, layout.ACTION, layout.REWARD):
+        (store.path / name).read_bytes()  # into the page cache
+    calls = {
+        "index": lambda: index.sample(SLICES),
+        "index_balanced": lambda: balanced.sample(SLICES),
+        "index_and_read": lambda: read_batch(store, index, False),
+        "index_and_read_prefetched": lambda: read_batch(store, index, True),
+        "slice_sampler": lambda: buffer.sample(),
     }
-    return {**found, "torchrl_ratio": found["torchrl"]["median"] / found["indexing_and_reading"]["median"]}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 3):
+        for name, call in calls.items():
+            took = milliseconds(call)
+            if repeat >= 3:  # the first touch pages and fill caches
+                times[name].append(took)
+    found = {f"{name}_ms": median(each) for name, each in times.items()}
+    worst = sorted(times["index_and_read"])[int(0.95 * repeats)]
+    ratio = found["slice_sampler_ms"] / found["index_and_read_ms"]
+    return {"rows": store.num_rows, "repeats": repeats, **found, "index_and_read_p95_ms": worst, "ratio": ratio}
 
 
-def sparse(rows: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Indexing in a store as large as MT30's data."""
-    store = sparse_store(folder, rows)
+def growth(folder: Path, sizes: list[int], repeats: int) -> list[dict[str, Any]]:
+    """Drawing from larger and larger stores."""
+    found = []
+    for episodes in sizes:
+        store = sparse_store(folder / f"sparse_{episodes}", episodes)
+        row: dict[str, Any] = {"rows": store.num_rows}
+        for name, balanced in (("index", False), ("index_balanced", True)):
+            made = time.perf_counter()
+            index = SliceIndex(store, HORIZON, balanced=balanced)
+            row[f"{name}_made_ms"] = 1e3 * (time.perf_counter() - made)
+            index.sample(SLICES)
+            row[f"{name}_ms"] = median(milliseconds(lambda index=index: index.sample(SLICES)) for _ in range(repeats))
+        found.append(row)
+    return found
+
+
+def drop_pages(store: Path) -> None:
+    """Ask the kernel to forget a store's pages."""
+    for name in (layout.OBSERVATION, layout.ACTION, layout.REWARD):
+        descriptor = os.open(store / name, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def read_cold(path: Path, repeats: int, drop: bool) -> dict[str, Any]:
+    """Batches from all over a store: in the cgroup, or with its pages dropped before each."""
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {"cold": [], "cold_prefetched": []}
+    drop_pages(path)
+    store = EpisodeStore.open(path)
     index = SliceIndex(store, HORIZON)
-    return {"rows": store.num_rows, "indexing": timed(lambda: index.sample(SLICES), repeats)}
+    for repeat in range(2 * repeats):
+        if drop:
+            # A page that is mapped is not dropped: the mapping has to go first.
+            del store
+            drop_pages(path)
+            store = EpisodeStore.open(path)
+        ahead = repeat % 2 == 1
+        took = milliseconds(lambda store=store, ahead=ahead: read_batch(store, index, ahead))
+        times["cold_prefetched" if ahead else "cold"].append(took)
+    found = {f"{name}_ms": median(each) for name, each in times.items()}
+    return found | {f"{name}_p95_ms": sorted(each)[int(0.95 * repeats)] for name, each in times.items()}
 
 
-def cold(limit: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Draw in a process whose page cache is limited; what it found, or why it could not be run."""
-    store = write_store(folder, 8 * limit // sum(store_layout.bytes_per_row(24, 6).values()))
-    size = sum(store_layout.file_sizes(store.manifest).values())
-    found: dict[str, Any] = {"rows": store.num_rows, "store_bytes": size, "limit_bytes": limit}
+def read_batch(store: EpisodeStore, index: SliceIndex, ahead: bool) -> TensorDict:
+    """Draw and read one batch."""
+    rows = index.sample(SLICES)
+    if ahead:
+        store.prefetch(rows, HORIZON)
+    return store.slices(rows, HORIZON)
+
+
+def cold(folder: Path, episodes: int, limit: int, repeats: int) -> dict[str, Any]:
+    """Run :func:`read_cold` in a cgroup; where none can be made, without, dropping pages."""
+    store = real_store(folder / "cold", episodes)
+    found: dict[str, Any] = {"store_bytes": store.num_rows * ROW_BYTES, "limit_bytes": limit, "repeats": repeats}
+    path, member = store.path, [sys.executable, __file__, "--member", str(store.path), str(repeats)]
     del store
-    subprocess.run(["sync"], check=False)
-    for file in folder.iterdir():  # what writing left in the page cache belongs to this process's group
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     try:
         with limited_group(limit) as group:
-            member = [sys.executable, __file__, "--member", str(folder), str(repeats)]
-            join = 'echo $$ > "$0" && exec "$@"'
-            child = subprocess.run(
-                ["sh", "-c", join, group / "cgroup.procs", *member], capture_output=True, text=True, check=False
-            )
+            join = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")]
+            done = subprocess.run([*join, *member], capture_output=True, text=True, check=True)
     except OSError as error:
-        return {**found, "not_run": str(error)}
-    if child.returncode:
-        return {**found, "not_run": (child.stderr.strip().splitlines() or ["no message"])[-1]}
-    return {**found, **json.loads(child.stdout.splitlines()[-1])}
+        return {**found, "without_cgroup": str(error), **read_cold(path, repeats, drop=True)}
+    return {**found, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def member(folder: Path, repeats: int) -> dict[str, Any]:
-    """What the process in the cgroup does."""
-    torch.set_num_threads(1)
-    store = EpisodeStore.open(folder)
-    index = SliceIndex(store, HORIZON)
-    return {"indexing_and_reading": timed(lambda: store.slices(index.sample(SLICES), HORIZON), repeats)}
-
-
-def table(found: dict[str, Any], quick: bool) -> str:
+def table(found: dict[str, Any]) -> str:
     """The result for people."""
-
-    def ms(times: dict[str, float]) -> str:
-        return f"{times['median']:.2f} ({times['low']:.2f} to {times['high']:.2f})"
-
-    hot, empty, slow = found["warm"], found["sparse"], found["cold"]
+    first, last, cold_found = found["warm"], found["growth"], found["cold"]
+    how = f"page cache limited to {cold_found['limit_bytes'] / MIB:.0f} MiB by a memory cgroup"
+    if "without_cgroup" in cold_found:
+        how = "all its pages dropped with posix_fadvise before each batch"
     rows = {
-        f"indexing, {hot['rows']:,} rows, ms": ms(hot["indexing"]),
-        f"indexing, {empty['rows']:,} rows (sparse), ms": ms(empty["indexing"]),
-        f"indexing and reading, {hot['rows']:,} rows, cached, ms": ms(hot["indexing_and_reading"]),
-        "TorchRL's SliceSampler(cache_values=True), the same rows, ms": ms(hot["torchrl"]),
-        "TorchRL / ours": f"{hot['torchrl_ratio']:.1f}",
+        f"warm, {first['rows']:,} rows: draw and read, ms": f"{first['index_and_read_ms']:.1f} "
+        f"(95th percentile {first['index_and_read_p95_ms']:.1f})",
+        "of that drawing, ms": f"{first['index_ms']:.2f} (balanced over tasks: {first['index_balanced_ms']:.2f})",
+        "TorchRL `SliceSampler(cache_values=True)`, in memory, the same data, ms": f"{first['slice_sampler_ms']:.1f}",
+        "TorchRL / ours": f"{first['ratio']:.1f}",
     }
-    sizes = f"{slow['store_bytes'] / MIB:.0f} MiB, at most {slow['limit_bytes'] / MIB:.0f} of them cached"
-    told = f"not run: {slow['not_run']}" if "not_run" in slow else ms(slow["indexing_and_reading"])
-    rows[f"indexing and reading, {sizes}, ms"] = told
+    for row in last:
+        rows[f"drawing at {row['rows']:,} rows, ms"] = (
+            f"{row['index_ms']:.2f} (balanced: {row['index_balanced_ms']:.2f}); made once in "
+            f"{row['index_made_ms']:.0f} ms"
+        )
+    rows[f"cold, {cold_found['store_bytes'] / MIB:.0f} MiB, {how}: draw and read, ms"] = (
+        f"{cold_found['cold_ms']:.0f} (95th percentile {cold_found['cold_p95_ms']:.0f})"
+    )
+    rows["the same with `prefetch`, ms"] = (
+        f"{cold_found['cold_prefetched_ms']:.0f} (95th percentile {cold_found['cold_prefetched_p95_ms']:.0f})"
+    )
     lines = [
-        "# Sampling from stored episodes",
+        "# Sampling from an episode store",
         "",
-        f"`python benchmarks/data_sampling.py{' --quick' if quick else ''}`, {found['date']}, {found['hardware']}.",
-        f"{SLICES} slices of {HORIZON + 1} observations, MT30's dimensions, one thread; median and quartiles. On a "
-        "machine shared with other work: ratios say more than times.",
+        f"`python benchmarks/data_sampling.py`, {found['date']}, {found['hardware']}.",
+        f"{SLICES} slices of {HORIZON} transitions ({HORIZON + 1} observations), {TASKS.observation_dim} wide "
+        f"observations and {TASKS.action_dim} wide actions, one thread, file system {found['filesystem']}; medians of "
+        f"{first['repeats']}. On a machine shared with other work.",
         "",
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "The larger stores of the rows on drawing are sparse files with MT30's table of episodes.",
     ]
+    if "without_cgroup" in cold_found:
+        lines.append(f"No memory cgroup could be made here: {cold_found['without_cgroup']}.")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main() -> int:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller stores; writes no table")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--folder", type=Path, help="where the files go (a temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where the files go (a temporary folder)")
     parser.add_argument("--member", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.member:
-        print(json.dumps(member(Path(args.member[0]), int(args.member[1]))))
-        return
+        print(json.dumps(read_cold(Path(args.member[0]), int(args.member[1]), drop=False)))
+        return 0
     quiet_torchrl()
     torch.set_num_threads(1)
-    quick = args.quick
+    limit = 512 * MIB if args.quick else 2048 * MIB
+    repeats = 20 if args.quick else 100
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        found: dict[str, Any] = {
-            "sparse": sparse(10_000_000 if quick else 345_000_000, 20 if quick else 200, folder / "sparse"),
-            "warm": warm(100_000 if quick else 4_000_000, 10 if quick else 100, folder / "warm"),
-            "cold": cold(384 * MIB if quick else 1024 * MIB, 3 if quick else 30, folder / "cold"),
+        found = {
+            "warm": warm(folder, 1000 if args.quick else 4000, repeats),
+            "growth": growth(folder, [4000, MT30_EPISODES] if args.quick else [4000, 100_000, MT30_EPISODES], repeats),
+            "cold": cold(folder, 4 * limit // (ROW_BYTES * (LENGTH + 1)) // 1000 * 1000, limit, repeats),
+            "filesystem": filesystem_type(folder) or "unknown",
             "date": date.today().isoformat(),
             "hardware": hardware(),
         }
-    print(table(found, quick))
+    print(table(found))
     text = json.dumps(found, indent=2) + "\n"
     if args.json:
         args.json.write_text(text, encoding="utf-8")
-    if not quick:
+    if not args.quick:
         results = ROOT / "benchmarks" / "results"
         (results / "data_sampling.json").write_text(text, encoding="utf-8")
-        (results / "data_sampling.md").write_text(table(found, quick), encoding="utf-8")
+        (results / "data_sampling.md").write_text(table(found), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,6 +166,6 @@ def _span(lengths: Sequence[int]) -> str:
 
 
 def _generate(argv: Sequence[str]) -> int:
-    # By name: it loads simulators, which nothing else here needs.
-    generate = importlib.import_module("pwm_torchrl.launch.data_generate")
-    return generate.generate_main(argv)
+    from pwm_torchrl.launch.data_generate import generate_main
+
+    return generate_main(argv)
