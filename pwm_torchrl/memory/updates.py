@@ -145,7 +145,8 @@ class _Updates:
         self.cfg, self.facts, self.counter = cfg, facts, counter
         parts = build_parts(cfg, facts)
         self.networks, self.model_losses, self.learners = parts.networks, parts.losses, parts.learners
-        parameters = counter.live  # and a few numbers of the objectives
+        tensors = [t for _, network in self.networks.items() for t in (*network.parameters(), *network.buffers())]
+        parameters = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         self.undo = {name: Undo(learner) for name, learner in self.learners.items()}
         for name, learner in self.learners.items():
             for _ in range(2):  # the first makes the optimizer's state, the second the copies of it

@@ -25,7 +25,14 @@ NEEDED = {
     "dm_control": ["env.domain=walker", "env.task=walk"],
     "custom": ["env._target_=my_pkg.make_env"],
 }
-ALL_CHOICES = [(group, choice) for group, choices in group_choices().items() for choice in choices]
+#: Presets of runs on stored episodes, which have to be there: see test_modes.py.
+STORED = ("pretrain", "extract", "mt30_pretrain", "mt80_pretrain", "mt30", "mt80")
+ALL_CHOICES = [
+    (group, choice)
+    for group, choices in group_choices().items()
+    for choice in choices
+    if not (group == "experiment" and choice in STORED)
+]
 
 
 def error_of(*words: str) -> str:
@@ -141,7 +148,7 @@ def test_paths_are_text():
         (["~model"], ["is not a choice of model"]),
         (["algorithm.horizn=8"], ["unknown key 'algorithm.horizn'", "nearest: algorithm.horizon"]),
         (["horizon=8"], ["unknown key 'horizon'", "algorithm.horizon"]),
-        (["modle=mlp"], ["unknown key 'modle'", "nearest: model"]),
+        (["modle=mlp"], ["unknown key 'modle'", "nearest: mode, model"]),
         (["+algorithm.horizn=8"], ["unknown key 'algorithm.horizn'"]),
         (["env.num_env=8"], ["unknown key 'env.num_env'", "nearest: env.num_envs", "+env.num_env"]),
         (["algorithm.horizon=abc"], ["algorithm.horizon=abc", "'abc' is not an integer"]),

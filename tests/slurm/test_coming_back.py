@@ -6,7 +6,7 @@ import json
 from datetime import datetime, timedelta
 
 import pytest
-from run_cases import Place, events, metrics, summary
+from run_cases import Place, events, last_epoch, metrics, summary
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.resume import main as resume
@@ -47,6 +47,7 @@ def test_three_different_deaths_and_the_same_result(place, tmp_path, monkeypatch
     place.until(lambda: len(events(run_dir, "restart")), lambda n: n >= 2, run_dir, 60)
     place.cluster.wait_state(other, {"COMPLETED"}, 60)
     place.until(lambda: len(list((run_dir / "attempts").glob("00000?.json"))), lambda n: n >= 3, run_dir, 60)
+    place.wait_for_epoch(run_dir, last_epoch(run_dir) + 1)  # or the third attempt would have got no further
 
     end = (datetime.now() + timedelta(seconds=25)).strftime("%Y-%m-%dT%H:%M:%S")
     place.cluster.run(["scontrol", "update", f"JobId={job}", f"EndTime={end}"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 
 import numpy as np
 import pytest
@@ -140,17 +139,32 @@ def test_scores():
     assert task_info("mw-reach").score == "success"
 
 
-def test_facts_need_no_simulator(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dm_control", None)
+@pytest.fixture
+def absent(monkeypatch):
+    """Makes a library look as if it were not installed, without touching what has been loaded of it."""
+
+    def remove(library):
+        load = importlib.import_module
+
+        def imported(name, *args):
+            if name.partition(".")[0] == library:
+                raise ModuleNotFoundError(f"No module named {library!r}", name=library)
+            return load(name, *args)
+
+        monkeypatch.setattr(importlib, "import_module", imported)
+
+    return remove
+
+
+def test_facts_need_no_simulator(absent):
+    absent("dm_control")
     facts = environment_facts({**task_info("fish-swim").env_config(), "num_envs": 7})
     assert (facts.observation_dim, facts.action_dim, facts.episode_length, facts.num_envs) == (24, 5, 500, 7)
 
 
 @pytest.mark.parametrize(("task", "library"), [("cup-catch", "dm_control"), ("mw-reach", "metaworld")])
-def test_without_its_simulator(monkeypatch, task, library):
-    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, library, None)
+def test_without_its_simulator(absent, task, library):
+    absent(library)
     with pytest.raises(MissingLibraryError, match=rf"pwm-torchrl\[{library}\]"):
         make_task_env(task)
 

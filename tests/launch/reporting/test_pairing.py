@@ -117,7 +117,7 @@ def test_runs_that_only_look_like_repeats_are_told_from_them():
     [
         ("seed", "paired by environment and seed"),
         ("env", "paired by environment and seed"),
-        ("modle", "unknown key; nearest: model"),
+        ("modle", "unknown key; nearest: mode, model"),
         ("algorithm.horizn", r"unknown key; nearest: algorithm\.horizon"),
         ("algorithm", r"many keys; name one, such as algorithm\.horizon"),
         ("size", "every run has size=tiny"),
