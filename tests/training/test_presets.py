@@ -18,8 +18,8 @@ MODELS = ("mlp", "residual", "flow_v1", "flow_v2", "flow_v3")
 SMALL = (
     "env.module=pwm_torchrl.envs.dflex_stand_in",
     "env.num_envs=4",
-    "algorithm.model_batch=8",
-    "algorithm.imagination_batch=4",
+    "algorithm.model_batch=4",
+    "algorithm.imagination_batch=2",
     "algorithm.model_updates=1",
     "algorithm.first_model_updates=1",
     "training.epochs=2",
@@ -60,7 +60,7 @@ def test_carries_the_published_settings(size: str, model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("size", SIZES)
 def test_trains_two_epochs_in_micro_batches(size: str, model: str, tmp_path: Path) -> None:
-    cfg = compose([preset(size, model), *SMALL, "memory.model_micro_batch=4", f"run_dir={tmp_path}"])
+    cfg = compose([preset(size, model), *SMALL, "memory.model_micro_batch=2", f"run_dir={tmp_path}"])
     summary = train(cfg, tmp_path)
     assert (summary["status"], summary["epochs_done"]) == ("finished", 2)
     columns = read_metrics(tmp_path / "metrics.csv")
