@@ -74,7 +74,7 @@ def save_world_model(
         spec, tuple(task_names), tuple(observation_dims), hashlib.sha256(content).hexdigest(), labels or {}
     )
     # Weights of another model never lie under the name that the JSON refers to.
-    weights = folder / f"{facts.sha256[:16]}.{WEIGHTS_FILE}"
+    weights = _weights(folder, facts)
     _replace(weights, content)
     text = {"format": FORMAT, "version": VERSION, "weights": weights.name, **asdict(facts)}
     _replace(folder / CONFIG_FILE, (json.dumps(text, indent=2) + "\n").encode())
@@ -136,7 +136,7 @@ def read_world_model(
             f"The world model in {home} is not the one that the run began with: its hash is {facts.sha256[:12]} now, "
             f"it was {sha256[:12]}."
         )
-    weights = home / f"{facts.sha256[:16]}.{WEIGHTS_FILE}"
+    weights = _weights(home, facts)
     try:
         content = weights.read_bytes()
     except OSError as error:
@@ -152,6 +152,11 @@ def read_world_model(
         raise ConfigurationError(f"The weights {weights} do not fit their {CONFIG_FILE}: {', '.join(wrong[:5])}.")
     model.load_state_dict(state)
     return model, facts
+
+
+def _weights(folder: Path, facts: WorldModelFacts) -> Path:
+    """The file of the weights, named by their hash."""
+    return folder / f"{facts.sha256[:16]}.{WEIGHTS_FILE}"
 
 
 def _folder(folder: str | Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -132,8 +131,3 @@ class PretrainObserver(Observer):
         self.trainer.evaluated = -loss
         if -loss > self.trainer.best_evaluated:
             self.run.save_world_model()
-
-
-def saved_world_model(run_dir: str | Path) -> Path:
-    """Where a run leaves its world model."""
-    return Path(run_dir) / WORLD_MODEL

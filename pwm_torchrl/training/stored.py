@@ -35,8 +35,6 @@ class StoredSamples:
     Drawing raises ConfigurationError if one of the tasks has no slice of ``horizon`` steps.
     """
 
-    steps = 0  # nothing is ever added
-
     def __init__(
         self,
         store: EpisodeStore,
