@@ -15,6 +15,7 @@ _METAWORLD = "pwm_torchrl.envs.tasks.make_metaworld_env"
 #: Agent steps per episode: 1000 and 200 environment steps with an action repeat of 2.
 _DM_CONTROL_STEPS = 500
 _METAWORLD_STEPS = 100
+_ACTION_REPEAT = 2
 
 #: (name, domain, task, observation and action dimension, maker)
 _DM_CONTROL = (
@@ -61,7 +62,18 @@ _METAWORLD_NAMES = (
 
 for _name, _domain, _task, _observation, _action, _maker in _DM_CONTROL:
     _arguments = MappingProxyType({"domain": _domain, "task": _task})
-    register_task(TaskInfo(_name, _observation, _action, _DM_CONTROL_STEPS, _maker, _arguments))
+    register_task(
+        TaskInfo(
+            _name,
+            _observation,
+            _action,
+            _DM_CONTROL_STEPS,
+            _maker,
+            _arguments,
+            action_repeat=_ACTION_REPEAT,
+            extra="dm_control",
+        )
+    )
 
 for _task in _METAWORLD_NAMES.split():
     register_task(
@@ -72,6 +84,7 @@ for _task in _METAWORLD_NAMES.split():
             _METAWORLD_STEPS,
             _METAWORLD,
             MappingProxyType({"task": _task}),
+            action_repeat=_ACTION_REPEAT,
             score="success",
             score_range=(0.0, 1.0),
             extra="metaworld",

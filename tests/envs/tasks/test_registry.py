@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
-import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -17,6 +17,8 @@ from pwm_torchrl.envs.tasks import MT30, MT80, TaskInfo, info, known_tasks, regi
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 HAS_METAWORLD = importlib.util.find_spec("metaworld") is not None
+#: Where Meta-World draws the object only.
+FIXED_GOALS = ("mw-hammer", "mw-sweep-into", "mw-bin-picking")
 needs_metaworld = pytest.mark.skipif(not HAS_METAWORLD, reason="Meta-World is not installed")
 
 
@@ -127,10 +129,66 @@ class TestOwnTasks:
         with pytest.raises(ConfigurationError, match="registered already"):
             own_task(score_range=(0.0, 1.0))
 
-    @pytest.mark.parametrize("changes", [{"score_range": (1.0, 1.0)}, {"action_repeat": 0}])
-    def test_numbers_that_cannot_be(self, own_task, changes):
-        with pytest.raises(ConfigurationError, match="my-swing"):
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"score_range": (1.0, 1.0)}, "increasing"),
+            ({"score_range": (0.0, float("nan"))}, "increasing"),
+            ({"action_repeat": 0}, "action_repeat=0 must be an integer"),
+            ({"action_repeat": "2"}, "action_repeat='2' must be an integer"),
+            ({"score": "sucess"}, "must be return or success"),
+        ],
+    )
+    def test_values_that_cannot_be(self, own_task, changes, match):
+        with pytest.raises(ConfigurationError, match=f"my-swing.*{match}"):
             own_task(**changes)
+
+    @pytest.mark.parametrize("name", ["", "a,b", "my task", "up/down"])
+    def test_names_that_cannot_be(self, name):
+        """In lists with commas, in paths."""
+        with pytest.raises(ConfigurationError, match="a task cannot be called"):
+            register_task(TaskInfo(name, 3, 1, 25, "my_package.make"))
+
+    def test_facts_and_a_maker_suffice(self, own_task):
+        """Of a maker that repeats no actions; what it needs is installed."""
+        mine = register_task(TaskInfo("my-own", 3, 1, 25, f"{__name__}.make_swing"))
+        assert env_info(make_env(mine.env_config(), num_envs=1, seed=0)).action_repeat == mine.action_repeat == 1
+        assert task_set("my-own,cup-spin").observation_dims == (3, 8)
+
+    def test_unknown_names_and_their_neighbours(self, own_task):
+        own_task()
+        with pytest.raises(ConfigurationError, match="'my-swnig' is not known: did you mean my-swing"):
+            make_task_env("my-swnig")
+
+
+class TestOwnModules:
+    """Tasks that commands and jobs know, as the modules that register them are named in the environment."""
+
+    @pytest.fixture(autouse=True)
+    def _in_a_folder(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(info, "_TASKS", dict(known_tasks()))
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.chdir(tmp_path)
+        yield
+        sys.modules.pop("my_tasks_for_tests", None)
+
+    def test_are_imported_for_a_name_that_is_not_known(self, monkeypatch, tmp_path):
+        (tmp_path / "my_tasks_for_tests.py").write_text(
+            "from pwm_torchrl.envs import register_task\n"
+            "from pwm_torchrl.envs.tasks import TaskInfo\n"
+            "register_task(TaskInfo('my-hop', 11, 3, 100, 'torchrl.envs.GymEnv', {'env_name': 'Hopper-v5'}))\n"
+        )
+        with pytest.raises(ConfigurationError, match="a module that PWM_TORCHRL_TASKS names has to register"):
+            task_set("my-hop")
+        monkeypatch.setenv("PWM_TORCHRL_TASKS", " my_tasks_for_tests,")
+        assert task_set("my-hop,walker-run").action_dims == (3, 6)
+        assert env_info(make_task_env("my-hop")).observation_dim == 11
+
+    def test_one_that_is_not_there_is_named(self, monkeypatch):
+        monkeypatch.setenv("PWM_TORCHRL_TASKS", "my_tasks_for_tests")
+        assert task_set("cup-spin").names == ("cup-spin",)
+        with pytest.raises(ConfigurationError, match="PWM_TORCHRL_TASKS=my_tasks_for_tests cannot be imported"):
+            task_set("my-hop")
 
 
 def test_scores():
@@ -183,6 +241,12 @@ def test_every_environment(task):
     rollout = env.rollout(3)
     assert torch.isfinite(rollout["next", "reward"]).all()
     assert rollout["observation"].shape == (1, 3, known.observation_dim)
+    assert (known.score == "success") is ("success" in rollout["next"].keys())
+    if known.score == "success":
+        first, second = rollout["observation"][0, 0], env.reset()["observation"][0]
+        assert first[-3:].any(), "the goal is hidden"
+        assert torch.equal(first[-3:], second[-3:]) is (task in FIXED_GOALS)
+        assert not torch.equal(first, second), "nothing is drawn anew"
     env.close()
 
 
@@ -224,35 +288,3 @@ class TestEpisodes:
 def played(env, actions):
     """What follows each action, stacked."""
     return torch.stack([env.step(TensorDict(action=action, batch_size=env.batch_size))["next"] for action in actions])
-
-
-@needs_metaworld
-class TestMetaWorld:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def env(cls):
-        return make_task_env("mw-reach", seed=1)
-
-    def test_the_goal_is_seen_and_drawn_anew(self, env):
-        goals = torch.stack([env.reset()["observation"][0, -3:] for _ in range(4)])
-        assert (goals.abs().sum(1) > 0).all()
-        assert len(torch.unique(goals, dim=0)) == 4
-
-    def test_success_is_told_at_every_step(self, env):
-        rollout = env.rollout(5)
-        assert rollout["next", "success"].dtype == torch.bool
-        assert rollout["next", "success"].shape == (1, 5, 1)
-
-    def test_rewards_are_summed_over_two_steps(self, env):
-        """After one zero action at the beginning."""
-        env.set_seed(11)
-        observation = env.reset()["observation"][0]
-        (sub_env,) = env._env.envs
-        assert sub_env.action_repeat == 2
-        twin = make_env(task_info("mw-reach").env_config(), num_envs=1, seed=11)._env.envs[0]
-        twin.reset(seed=11)
-        action = np.full(4, 0.5, np.float32)
-        steps = [twin.simulator.step(action)[1] for _ in range(2)]
-        _, reward, *_ = sub_env.step(action)
-        assert reward == pytest.approx(sum(steps))
-        assert observation.shape == (39,)
