@@ -174,8 +174,9 @@ def read_tree(pid: int | None = None, *, root: Path = _ROOT) -> TreeMemory | Non
     main = read_process(pid, proportional=bool(workers), root=root)
     if main is None:
         return None
-    readings = (read_process(worker, proportional=True, root=root) for worker in workers)
-    return TreeMemory(main, tuple(reading for reading in readings if reading is not None))
+    readings = [read_process(worker, proportional=True, root=root) for worker in workers]
+    # From a list: a tuple that a generator still fills breaks when another thread asks gc for all objects meanwhile.
+    return TreeMemory(main, tuple([reading for reading in readings if reading is not None]))
 
 
 def read_machine(root: Path = _ROOT) -> MachineMemory | None:

@@ -59,7 +59,7 @@ class Reading:
         """Groups whose limit can be reached: one as large as the machine's RAM is none."""
         most = self.machine.total if self.machine is not None else None
         return tuple(
-            group for group in self.cgroups if group.limit is not None and (most is None or group.limit < most)
+            [group for group in self.cgroups if group.limit is not None and (most is None or group.limit < most)]
         )
 
     def metrics(self) -> dict[str, int]:

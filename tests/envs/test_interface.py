@@ -10,6 +10,7 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import RandomPolicy, check_env_specs
 
 from pwm_torchrl.envs import env_info, make_env
+from pwm_torchrl.envs.rendering import import_mujoco_library
 
 from .conftest import play, random_actions
 
@@ -114,8 +115,7 @@ def test_agrees_with_gymnasium_itself(repeat):
 
 
 def test_agrees_with_dm_control_itself():
-    from dm_control import suite
-
+    suite = import_mujoco_library("dm_control.suite", "dm_control")
     env = make_env(CARTPOLE, num_envs=2, seed=3)
     actions = random_actions(env, 20)
     ours, _ = play(env, env.reset(), actions)

@@ -20,5 +20,5 @@ def test_predictions_are_near_what_runs_take(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 3
+    assert len(rows) == 2
     assert all(row["within"] for row in rows)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pwm_torchrl.data.episodes.shifts import Episode, find_action_shift, find_reward_shift
+from pwm_torchrl.envs.rendering import import_mujoco_library
 
 NAMES = {0: "aligned", 1: "late", -1: "early"}
 
@@ -97,7 +98,8 @@ def test_says_when_it_cannot_tell():
 
 @pytest.mark.tasks
 def test_the_pendulum_of_dm_control():
-    suite = pytest.importorskip("dm_control.suite")
+    pytest.importorskip("dm_control")
+    suite = import_mujoco_library("dm_control.suite", "dm_control")
     env, rng, data = suite.load("pendulum", "swingup", task_kwargs={"random": 0}), np.random.RandomState(0), []
 
     def flat(step):
