@@ -14,6 +14,9 @@ from pwm_torchrl.launch.run_dir import load_config
 
 __all__ = ["ArgumentParser", "main"]
 
+#: What is told beside the return, where it is known.
+TOLD = {"success_rate": "success", "score": "score"}
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, with this project's way of saying what is wrong."""
@@ -45,5 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.error(str(failure))
         return console.FAILED
     mean, spread = (result[f"return_{k}"] for k in ("mean", "std"))
-    console.say(f"{args.run}: return {mean:.1f} ± {spread:.1f} over {result.get('episodes', args.episodes)} episodes")
+    more = "".join(f", {name} {result[key]:.2f}" for key, name in TOLD.items() if key in result)
+    console.say(
+        f"{args.run}: return {mean:.1f} ± {spread:.1f}{more} over {result.get('episodes', args.episodes)} episodes"
+    )
     return console.OK

@@ -13,6 +13,7 @@ from torchrl.data import Bounded
 from torchrl.modules import WorldModel as TorchRLWorldModel
 
 from pwm_torchrl.envs import env_info, make_env
+from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import TaskWorldModel, WorldModel, encoder_module, policy_module, read_world_model
 from pwm_torchrl.training.build import EnvFacts, Networks, build_networks
@@ -156,21 +157,29 @@ def evaluate_run(
         which (str): ``"best"`` or ``"latest"`` checkpoint. Defaults to ``"best"``.
 
     Returns:
-        dict: ``return_mean``, ``return_std``, ``episodes`` and ``returns``.
+        dict: ``return_mean``, ``return_std``, ``episodes`` and ``returns``; where the environment tells it,
+        ``success_rate``; of a policy for one of the registry's tasks, ``score`` on the task's scale from 0 to 1.
     """
     cfg, networks = load_networks(run_dir, which)
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
     env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
     info = env_info(env)
     policy = policy_module(networks.world_model, networks.actor, action_spec=Bounded(-1.0, 1.0, (info.action_dim,)))
-    returns = play(env, policy, seed).returns
+    played = play(env, policy, seed)
     env.close()
-    return {
+    returns = played.returns
+    result: dict[str, Any] = {
         "return_mean": returns.mean().item(),
         "return_std": returns.std(unbiased=False).item(),
         "episodes": len(returns),
         "returns": returns.tolist(),
     }
+    if played.success is not None:
+        result["success_rate"] = played.success.float().mean().item()
+    if cfg.task is not None:
+        task = task_info(str(cfg.task))
+        result["score"] = task.normalized(result["success_rate" if task.score == "success" else "return_mean"])
+    return result
 
 
 def facts_of(facts: EnvFacts) -> dict[str, Any]:

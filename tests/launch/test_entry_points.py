@@ -134,6 +134,14 @@ def test_evaluate(capsys):
     assert capsys.readouterr().out == f"{path}: return -150.0 ± 12.5 over 4 episodes\n"
 
 
+def test_evaluate_tells_success_and_score(capsys, stub_training, monkeypatch):
+    path = prepare_run_dir(compose(["run_dir=run"])).path
+    found = {"return_mean": 3.0, "return_std": 1.0, "episodes": 2, "success_rate": 0.5, "score": 0.25}
+    monkeypatch.setattr(stub_training, "evaluate_run", lambda run, episodes, seed: found)
+    assert evaluate.main([str(path), "--episodes", "2"]) == 0
+    assert capsys.readouterr().out == f"{path}: return 3.0 ± 1.0, success 0.50, score 0.25 over 2 episodes\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [

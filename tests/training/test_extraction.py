@@ -15,7 +15,9 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.reporting.collect import read_run
 from pwm_torchrl.launch.reporting.scores import score_table
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
-from pwm_torchrl.training import extraction, load_policy
+from pwm_torchrl.training import evaluate_run, extraction, load_policy
+from pwm_torchrl.training import load as load_module
+from pwm_torchrl.training.evaluation import Episodes
 from pwm_torchrl.training.extraction import LatentVariance
 from pwm_torchrl.training.load import load_networks
 from pwm_torchrl.training.offline import run_facts
@@ -81,6 +83,17 @@ def test_policy_comes_back_from_its_run(monkeypatch, store, world_model, tmp_pat
     observation = torch.randn(5, 8)
     assert torch.equal(networks.world_model.encode(observation), run.networks.world_model.encode(observation))
     assert_equal(networks.actor.state_dict(), run.networks.actor.state_dict())
+
+
+@pytest.mark.parametrize("success", [None, torch.tensor([True, False, True, True])], ids=["return", "success"])
+def test_is_evaluated_on_the_scale_of_its_task(success, monkeypatch, store, world_model, tmp_path):
+    pytest.importorskip("dm_control")
+    run_with(monkeypatch, extraction_config(store, world_model, {"training.epochs": 1}), tmp_path)
+    played = Episodes(*(torch.full((5, 4, 1), 2.0) for _ in range(4)), torch.ones(5, 4, 1, dtype=torch.bool), success)
+    monkeypatch.setattr(load_module, "play", lambda env, policy, seed: played)
+    result = evaluate_run(tmp_path, 4, which="latest")
+    assert (result["return_mean"], result["score"]) == (10.0, 0.01)
+    assert result.get("success_rate") == (None if success is None else 0.75)
 
 
 def test_resumes_to_the_bit(monkeypatch, store, world_model, tmp_path):
