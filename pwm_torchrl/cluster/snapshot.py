@@ -54,10 +54,10 @@ def snapshot(runs_dir: Path, targets: Iterable[str] = ()) -> list[Path]:
 
 
 def targets_of(tree: Any) -> Iterator[str]:
-    """Every ``_target_`` of a configuration's plain values."""
+    """Every dotted path of a configuration's plain values: of ``_target_``, and of a ``kind`` of dynamics."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            if key == "_target_" and isinstance(value, str):
+            if isinstance(value, str) and (key == "_target_" or (key == "kind" and "." in value)):
                 yield value
             else:
                 yield from targets_of(value)

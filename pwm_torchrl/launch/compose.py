@@ -241,7 +241,7 @@ def _label_honestly(config: Config, parsed: list[Override]) -> None:
             if dynamics.parameterization != "residual_endpoint":
                 config.model.name += f"_{dynamics.parameterization}"
         elif "model.dynamics.kind" in keys:
-            config.model.name = dynamics.kind
+            config.model.name = dynamics.kind.rpartition(".")[2]
     widths = (
         "latent_dim",
         "units",

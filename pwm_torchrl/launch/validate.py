@@ -107,7 +107,11 @@ def validate(config: Config) -> None:
     _check_env(config.env)
     for key, accepted in CHOICES.items():
         value = _get(config, key)
-        if value not in accepted:
+        if key == "model.dynamics.kind" and "." in value:
+            from pwm_torchrl.modules.dynamics.factory import find_dynamics
+
+            find_dynamics(value)  # of the user's own
+        elif value not in accepted:
             raise ConfigurationError(
                 f"{key}={value} is not accepted{nearest_sentence(str(value), accepted)}; "
                 f"choose one of {', '.join(accepted)}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Sequence
 
-from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.errors import ConfigurationError, nearest
 from pwm_torchrl.modules.dynamics.base import Dynamics, matched_units
 from pwm_torchrl.modules.dynamics.endpoint import ResidualDynamics, ResidualEndpointFlow
 from pwm_torchrl.modules.dynamics.mlp import MLPDynamics
@@ -18,6 +21,33 @@ SOLVERS = ("euler", "heun")
 def _choice(key: str, value: str, accepted: Sequence[str]) -> None:
     if value not in accepted:
         raise ConfigurationError(f"model.dynamics.{key}={value!r} is not one of {', '.join(accepted)}.")
+
+
+def find_dynamics(path: str) -> type[Dynamics]:
+    """A class of dynamics by its dotted path; the working directory counts as importable.
+
+    Raises:
+        ConfigurationError: if there is no such class, or it is not a :class:`Dynamics`.
+    """
+    module_name, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"model.dynamics.kind={path!r}: there is no module {error.name!r}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        near = nearest(name, dir(module))
+        raise ConfigurationError(
+            f"model.dynamics.kind={path!r}: {module_name} has no {name!r}" + (f", did you mean {near}?" if near else "")
+        )
+    if not (isinstance(found, type) and issubclass(found, Dynamics)):
+        raise ConfigurationError(
+            f"model.dynamics.kind={path!r} is no subclass of pwm_torchrl.modules.Dynamics, whose forward maps latent, "
+            "action and task embedding to the next latent"
+        )
+    return found
 
 
 def make_dynamics(
@@ -42,7 +72,8 @@ def make_dynamics(
     that a comparison of kinds is one at equal parameters (``simnorm_velocity`` keeps ``units``, as its checkpoints do).
 
     Args:
-        kind (str): ``"mlp"``, ``"residual"`` or ``"flow"``.
+        kind (str): ``"mlp"``, ``"residual"`` or ``"flow"``; or the dotted path of a :class:`Dynamics` of one's own,
+            which is called with ``latent_dim, action_dim, task_dim, units, simnorm_dim``.
         latent_dim (int): D.
         action_dim (int): A.
         task_dim (int): E, 0 without tasks.
@@ -61,6 +92,8 @@ def make_dynamics(
     Raises:
         ConfigurationError: for an unknown name, ``substeps < 1`` or an option that the parameterisation lacks.
     """
+    if "." in kind:
+        return find_dynamics(kind)(latent_dim, action_dim, task_dim, units, simnorm_dim)
     _choice("kind", kind, KINDS)
     base = latent_dim + task_dim + action_dim
     if kind == "mlp":
