@@ -85,11 +85,11 @@ multitask-demo: $(VENV)/.dev  ## two tasks: data, one world model, a policy per 
 	$(say) "Running: python benchmarks/multitask.py --demo $(ARGS)"
 	@$(PY) benchmarks/multitask.py --demo $(ARGS)
 
-docs: $(VENV)/.dev  ## write the API pages of the package to build/docs
-	$(say) "Writing the API pages; docs/ has no guide pages yet."
-	@PDOC_ALLOW_EXEC=1 $(PY) -W ignore -m pdoc pwm_torchrl --docformat google -o build/docs
-	$(say) "Open build/docs/pwm_torchrl.html."
+docs: $(VENV)/.dev  ## build the site, warnings as errors, into build/docs
+	$(say) "Building the site."
+	@$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+	$(say) "Open build/docs/index.html."
 
 clean:  ## remove .venv, caches and builds; runs/ is kept
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist docs/reference/generated .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ from pwm_torchrl.errors import ConfigurationError
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) · log(1 + |x|), elementwise (https://arxiv.org/abs/2301.04104, eq. 9)."""
+    """``sign(x) · log(1 + |x|)``, elementwise (https://arxiv.org/abs/2301.04104, eq. 9)."""
     # The logarithm is taken in double: float32 ones differ by an ulp between math libraries, which a position among 100
     # bins multiplies by as much.
     return x.sign() * (1 + x.abs()).double().log().to(x.dtype)

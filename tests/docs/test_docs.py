@@ -1,0 +1,65 @@
+"""What documentation shows runs: code of its pages and of docstrings; and the site builds without a warning."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pwm_torchrl
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: A block of Python that is not marked as one that cannot run anywhere.
+BLOCK = re.compile(r"^```python$(.*?)^```$", re.MULTILINE | re.DOTALL)
+WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+#: A line that is not skipped for want of a file or a simulator.
+EXAMPLE = re.compile(r"^ *>>> (?!.*\+SKIP)", re.MULTILINE)
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def modules_with_examples() -> list[str]:
+    names = [info.name for info in pkgutil.walk_packages(pwm_torchrl.__path__, "pwm_torchrl.")]
+    files = {name: ROOT.joinpath(*name.split(".")) for name in names}
+    sources = {name: path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+               for name, path in files.items()}  # fmt: skip
+    return [name for name, source in sources.items() if source.exists() and EXAMPLE.search(source.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=[str(page.relative_to(ROOT)) for page in WITH_CODE])
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    text = page.read_text(encoding="utf-8")
+    for block in BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start()) + 1
+        code = "\n" * line + block.group(1).removeprefix("\n")
+        exec(compile(code, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_of_docstrings_run(name):
+    if name.startswith("pwm_torchrl.envs.tasks.custom") or name.endswith(("dm_control_env", "tasks.maker")):
+        pytest.importorskip("dm_control")
+    result = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
+    assert result.failed == 0
+    assert result.attempted > 0
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("sphinx")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", str(tmp_path / "trees")]
+    done = subprocess.run(
+        [*command, str(ROOT / "docs"), str(tmp_path / "site")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PWMActorLoss" in (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
