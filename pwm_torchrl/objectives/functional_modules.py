@@ -28,7 +28,8 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
         yield
         return
     first, *rest = modules
-    with TensorDict.from_module(first).data.to_module(first), frozen(*rest):
+    # As they are: kept as parameters they would be made anew, take gradients again, and break a compiled graph.
+    with TensorDict.from_module(first).data.to_module(first, preserve_module_state=False), frozen(*rest):
         yield
 
 
