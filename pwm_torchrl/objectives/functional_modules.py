@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
+    TensorDictParams,
     TensorDictSequential,
 )
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import Buffer, NestedKey, unravel_key
 from torch import Tensor, nn
+
+from pwm_torchrl.errors import ConfigurationError
 
 
 @contextmanager
@@ -84,6 +88,56 @@ def distribution_parameters(actor: TensorDictModuleBase) -> TensorDictModuleBase
     return actor
 
 
+class Compiled:
+    """A function compiled as one graph; the first call takes minutes. Pickled and copied without what was compiled.
+
+    Args:
+        function (callable): what to compile; importable, if it is to be pickled.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = torch.compile(self.function, fullgraph=True)
+        return self._compiled(*args)
+
+    def __reduce__(self) -> tuple[type[Compiled], tuple[Callable[..., Any]]]:
+        return type(self), (self.function,)
+
+
 def maybe_compiled(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
-    """``function``, compiled as one graph if ``enabled``; the first call then takes minutes."""
-    return torch.compile(function, fullgraph=True) if enabled else function
+    """``function``, or :class:`Compiled` if ``enabled``."""
+    return Compiled(function) if enabled else function
+
+
+def shares_parameters(module: nn.Module, *others: nn.Module) -> bool:
+    """Whether a parameter of ``module`` is one of the others', too."""
+    theirs = {id(p) for other in others for p in other.parameters()}
+    return any(id(p) in theirs for p in module.parameters())
+
+
+def apart(module: nn.Module, *others: nn.Module) -> nn.Module:
+    """``module``, or a copy of it if it shares parameters with ``others``.
+
+    Tensors are swapped in and out of networks while a loss is computed; a layer of two networks could not have one's
+    and the other's at a time.
+    """
+    return deepcopy(module) if shares_parameters(module, *others) else module
+
+
+def delayed(module: nn.Module, *others: nn.Module) -> TensorDictParams:
+    """Buffers that start as copies of the parameters, for a target updater to move.
+
+    Raises:
+        ConfigurationError: if ``others`` share parameters with the module: theirs would be delayed with its own.
+    """
+    if shares_parameters(module, *others):
+        raise ConfigurationError(
+            f"delay_value=True needs a value network of its own, but this {type(module).__name__} shares parameters "
+            "with the world model; accepted are separate networks, or delay_value=False."
+        )
+    live = TensorDict.from_module(module).data
+    return TensorDictParams(live.apply(lambda x: Buffer(x.clone()), filter_empty=False), no_convert=True)

@@ -96,8 +96,8 @@ class TestPWMModelLoss:
         for name in ("observation", "reward", "done", "terminated"):
             nested[("next", *keys[name])] = data["next", name]
         loss.set_keys(**keys)
-        assert loss.in_keys == [("a", "o"), ("a", "b", "act"), ("next", ("a", "o")), ("next", ("r", "x")),
-                                ("next", ("d", "y")), ("next", ("e", "z")), ("i", "task")]  # fmt: skip
+        assert loss.in_keys == [("a", "o"), ("a", "b", "act"), ("next", "a", "o"), ("next", "r", "x"),
+                                ("next", "d", "y"), ("next", "e", "z"), ("i", "task")]  # fmt: skip
         actual = loss(nested)
         assert all(torch.equal(actual[k], expected[k]) for k in expected.keys())
 
