@@ -350,7 +350,7 @@ class PWMActorLoss(ImaginedTargets):
 
     def _start(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
         keys = self.tensor_keys
-        return tensordict.get(keys.latent), None if self.action_mask is None else tensordict.get(keys.task)
+        return tensordict[keys.latent], None if self.action_mask is None else tensordict[keys.task]
 
     def _metrics(self, loss: Tensor, returns: Tensor, imagined: TensorDictBase) -> TensorDictBase:
         keys = self.tensor_keys

@@ -16,7 +16,7 @@ from tensordict.nn import (
     TensorDictParams,
     TensorDictSequential,
 )
-from tensordict.utils import Buffer, NestedKey, unravel_key
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from pwm_torchrl.errors import ConfigurationError
@@ -139,5 +139,4 @@ def delayed(module: nn.Module, *others: nn.Module) -> TensorDictParams:
             f"delay_value=True needs a value network of its own, but this {type(module).__name__} shares parameters "
             "with the world model; accepted are separate networks, or delay_value=False."
         )
-    live = TensorDict.from_module(module).data
-    return TensorDictParams(live.apply(lambda x: Buffer(x.clone()), filter_empty=False), no_convert=True)
+    return TensorDictParams(TensorDict.from_module(module).data.clone(), no_convert=True)

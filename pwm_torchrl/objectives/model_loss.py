@@ -185,12 +185,12 @@ class PWMModelLoss(PWMLoss):
         batch, horizon = tensordict.shape
 
         def get(key: NestedKey, *, nested: bool = True) -> Tensor:
-            value = tensordict.get(("next", key) if nested else key)
+            value = tensordict[unravel_key(("next", key)) if nested else key]
             check_shape(str(key), value, (batch, horizon, *(None,) * (value.ndim - 2)))
             return value.transpose(0, 1)
 
         done = get(keys.done)
-        reward, terminated = get(keys.reward), get(keys.terminated)
+        reward, terminated = get(keys.reward).detach(), get(keys.terminated)
         for name, value in (("reward", reward), ("done", done), ("terminated", terminated)):
             check_shape(name, value, (horizon, batch, 1))
         ended_before = done.cumsum(0) - done.long()
@@ -206,7 +206,7 @@ class PWMModelLoss(PWMLoss):
             reward=reward,
             terminated=terminated,
             valid=valid,
-            task=tensordict.get(keys.task)[:, 0] if self.multi_task else None,
+            task=tensordict[keys.task][:, 0] if self.multi_task else None,
         )
 
     @dispatch

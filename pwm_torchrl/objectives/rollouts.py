@@ -93,6 +93,7 @@ class ImaginedTargets(PWMLoss):
     def _make_known(self, kind: ValueEstimators, hyperparams: dict[str, Any]) -> None:
         if kind == ValueEstimators.TDLambda:
             hyperparams.setdefault("lmbda", self.lmbda)
+            hyperparams.setdefault("vectorized", False)  # TorchRL's vectorised form fails with λ = 0
         supported = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
         hyperparams.setdefault("device", self._default_device)
         dispatch_value_estimator(self, kind, supported=supported, value_network=None, **hyperparams)

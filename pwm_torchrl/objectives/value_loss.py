@@ -100,12 +100,12 @@ class PWMValueLoss(PWMLoss):
         """Squared error ``[*batch, 1]``, mean over members, and values ``[K, *batch, 1]``."""
         with self.critics_params.to_module(self.critics):
             evaluate = self.critics.one_by_one if self.deactivate_vmap else self.critics
-            values = evaluate(tensordict.get(self.tensor_keys.latent).detach())
-        return ensemble_value_loss(values, tensordict.get(self.tensor_keys.value_target)).mean(0), values
+            values = evaluate(tensordict[self.tensor_keys.latent].detach())
+        return ensemble_value_loss(values, tensordict[self.tensor_keys.value_target]).mean(0), values
 
     def counted(self, tensordict: TensorDictBase) -> Tensor:
         """States ``[S]`` that are not masked, at least 1: what the sum of their errors is divided by."""
-        ones = torch.ones_like(tensordict.get(self.tensor_keys.value_target))
+        ones = torch.ones_like(tensordict[self.tensor_keys.value_target])
         return self._reduce_loss(ones, tensordict, reduction="sum").clamp_min(1)
 
     def backward(
