@@ -19,6 +19,7 @@ from pwm_torchrl.objectives.functional_modules import (
     distribution_parameters,
     frozen,
     maybe_compiled,
+    swapped,
     tensor_function,
 )
 from pwm_torchrl.objectives.imagination import Imagined, imagine
@@ -192,7 +193,7 @@ class PWMActorLoss(ImaginedTargets):
         """Standard normal action noise ``[H, B, A]`` for start latents ``[B, D]``; ``None`` if deterministic."""
         if self.deterministic:
             return None
-        with torch.no_grad(), self.actor_network_params.to_module(self.actor_network):
+        with torch.no_grad(), swapped(self.actor_network_params, self.actor_network):
             action_dim = self._policy_parameters()(latent[:1])[0].shape[-1]
         return torch.randn(self.horizon, latent.shape[0], action_dim, dtype=latent.dtype, device=latent.device)
 
@@ -232,8 +233,8 @@ class PWMActorLoss(ImaginedTargets):
         values = self.target_value_network_params  # detached, whether they are delayed or not
         with (
             frozen(self.world_model),
-            values.to_module(self.value_network, preserve_module_state=False),
-            self.actor_network_params.to_module(self.actor_network),
+            swapped(values, self.value_network),
+            swapped(self.actor_network_params, self.actor_network),
         ):
             rollout = self._imagine(
                 lambda latent, action: model(latent, action, *tasks),

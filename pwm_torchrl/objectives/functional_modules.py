@@ -8,7 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
@@ -23,6 +23,22 @@ from pwm_torchrl.errors import ConfigurationError
 
 
 @contextmanager
+def swapped(tensors: TensorDictBase, module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` computes with ``tensors``; afterwards with its own again, after an error, too.
+
+    The context that :meth:`~tensordict.TensorDictBase.to_module` returns leaves the tensors in place when an error
+    ends it: after running out of memory in it, a network would go on without its parameters.
+    """
+    # Kept as parameters they would be made anew, take gradients, and break a compiled graph.
+    context = tensors.to_module(module, preserve_module_state=False)
+    context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+@contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Inside, the modules' parameters are detached views: gradients flow through them, not into them.
 
@@ -32,8 +48,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
         yield
         return
     first, *rest = modules
-    # As they are: kept as parameters they would be made anew, take gradients again, and break a compiled graph.
-    with TensorDict.from_module(first).data.to_module(first, preserve_module_state=False), frozen(*rest):
+    with swapped(TensorDict.from_module(first).data, first), frozen(*rest):
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pwm_torchrl.modules import WorldModel
 from pwm_torchrl.objectives.base import PWMLoss
-from pwm_torchrl.objectives.functional_modules import maybe_compiled
+from pwm_torchrl.objectives.functional_modules import maybe_compiled, swapped
 from pwm_torchrl.objectives.micro_batches import backward_in_parts
 from pwm_torchrl.objectives.shapes import check_shape
 from pwm_torchrl.objectives.slices import (
@@ -264,7 +264,7 @@ class PWMModelLoss(PWMLoss):
     ) -> TensorDictBase:
         """Losses of time-major slices; see :func:`~pwm_torchrl.objectives.slices.slice_losses`."""
         target = self._delayed_target(slices) if self.delay_target else None
-        with self.world_model_params.to_module(self.world_model):
+        with swapped(self.world_model_params, self.world_model):
             losses = self._slice_losses(
                 self.world_model, slices, self.weights, noise, valid_counts, target, self.reduction
             )
@@ -274,5 +274,5 @@ class PWMModelLoss(PWMLoss):
     @torch.no_grad()
     def _delayed_target(self, slices: Slices) -> Tensor:
         """Latents ``[H, B, D]`` of the observations that followed, by the target parameters."""
-        with self.target_world_model_params.to_module(self.world_model, preserve_module_state=False):
+        with swapped(self.target_world_model_params, self.world_model):
             return self.world_model.encode(slices.next_observation, slices.task)

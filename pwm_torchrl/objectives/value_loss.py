@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pwm_torchrl.modules import CriticEnsemble
 from pwm_torchrl.objectives.base import PWMLoss
+from pwm_torchrl.objectives.functional_modules import swapped
 from pwm_torchrl.objectives.micro_batches import backward_in_parts
 from pwm_torchrl.objectives.shapes import check_same_shape, check_shape
 
@@ -98,7 +99,7 @@ class PWMValueLoss(PWMLoss):
 
     def _errors(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Squared error ``[*batch, 1]``, mean over members, and values ``[K, *batch, 1]``."""
-        with self.critics_params.to_module(self.critics):
+        with swapped(self.critics_params, self.critics):
             evaluate = self.critics.one_by_one if self.deactivate_vmap else self.critics
             values = evaluate(tensordict[self.tensor_keys.latent].detach())
         return ensemble_value_loss(values, tensordict[self.tensor_keys.value_target]).mean(0), values
