@@ -160,7 +160,7 @@ def out_keys_exact(case: Case) -> None:
 
 @check
 def reduction(case: Case) -> None:
-    """`reduction`: what `none` leaves has that `sum`, and by its entries that count, that `mean`"""
+    """what `none` leaves has that `sum`, and by the number of entries that count, that `mean`"""
     data = case.data()
     none, mean, summed = (called(case.make(reduction=name), data) for name in ("none", "mean", "sum"))
     assert_equal(called(case.make(), data), mean)
@@ -215,7 +215,7 @@ def vmap(case: Case) -> None:
 
 @check
 def deactivate_vmap(case: Case) -> None:
-    """`deactivate_vmap`, a loop over the ensemble, equals evaluating all members together, gradients alike"""
+    """a loop over the ensemble equals evaluating all members together, gradients alike"""
     results = []
     for deactivated in (False, True):
         loss = case.make(deactivate_vmap=deactivated)
@@ -345,7 +345,7 @@ def writes_targets_of_estimators(case: Case) -> None:
 
 @check
 def state_dict(case: Case) -> None:
-    """`state_dict` round trip, strict, into a loss with other parameters"""
+    """round trip, strict, into a loss with other parameters"""
     first, second, data = case.make(), scrambled(case.make()), case.data()
     called(first, data)  # statistics, where there are some
     state = {key: value.clone() for key, value in first.state_dict().items()}
@@ -357,7 +357,7 @@ def state_dict(case: Case) -> None:
 
 @check
 def reset_parameters_recursive(case: Case) -> None:
-    """`reset_parameters_recursive` initialises its own parameters as they were built, and no others"""
+    """initialises its own parameters anew, targets alike, and no others"""
     options = {name: True for name in ("delay_target", "delay_value") if name in parameters(case.loss)}
     loss = case.make(**options)
     names = {name for name, _ in loss.named_parameters()}
@@ -443,7 +443,7 @@ def moves(case: Case) -> None:
 
 @check
 def devices(case: Case) -> None:
-    """`.to("cuda")`, where there is a GPU: everything goes along (TorchRL moves no loss to `meta`)"""
+    """`.to("cuda")`: everything goes along (`TensorDictParams` cannot be moved to `meta`)"""
     loss = case.make().to("cuda")
     out = called(loss, case.data().to("cuda"))
     assert {value.device.type for value in out.values()} == {"cuda"}

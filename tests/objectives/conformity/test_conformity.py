@@ -18,14 +18,14 @@ PAIRS = pairs()
 EXCEPTIONS = [(key[0], case) for key in NOT_MEANINGFUL for case in CASES if case.loss is key[1]]
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    if name != "devices":
-        return []
-    return [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+MARKS = {
+    "devices": [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    "compiles": [pytest.mark.slow],
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "case"), [pytest.param(name, case, id=f"{case}-{name}", marks=marks(name)) for name, case in PAIRS]
+    ("name", "case"), [pytest.param(name, case, id=f"{case}-{name}", marks=MARKS.get(name, [])) for name, case in PAIRS]
 )
 def test_conforms(name: str, case: Case) -> None:
     CHECKS[name](case)
