@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -23,23 +22,14 @@ from pwm_torchrl.objectives.functional_modules import (
     tensor_function,
 )
 from pwm_torchrl.objectives.imagination import Imagined, imagine
-from pwm_torchrl.objectives.micro_batches import micro_batches
+from pwm_torchrl.objectives.policy_updates import PolicyUpdates
 from pwm_torchrl.objectives.returns import rollout_return
-from pwm_torchrl.objectives.rollouts import ImaginedTargets
 from pwm_torchrl.objectives.shapes import check_shape
 
 RETURN_EPSILON = 1e-5
 
 
-class Accumulated(NamedTuple):
-    """What the micro-batches of a policy update add up to, before its gradients are divided."""
-
-    gradients: list[Tensor | None]  # of −mean(J), by parameter; None for those that J does not depend on
-    returns: Tensor  # J [B, 1]
-    rollouts: TensorDictBase  # [B, H], detached
-
-
-class PWMActorLoss(ImaginedTargets):
+class PWMActorLoss(PolicyUpdates):
     """Negative return of imagined rollouts, differentiated through model and reward.
 
     From start latents z_0 the policy acts for H steps in the model; J = Σ_{t<H} γ^t r_t + γ^H V(z_H), and the loss is
@@ -253,14 +243,9 @@ class PWMActorLoss(ImaginedTargets):
     def objective(self, rollout: Imagined, next_value: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, J ``[B, 1]``); with return normalisation, J enters the running variance first."""
         returns = self.returns(rollout, next_value)
-        return self._reduced(-returns) / self._divisor(returns), returns
+        return self.reduced(-returns) / self.divisor(returns), returns
 
-    def _reduced(self, each: Tensor) -> Tensor:
-        if self.reduction == "none":
-            return each
-        return each.mean() if self.reduction == "mean" else each.sum()
-
-    def _divisor(self, returns: Tensor) -> Tensor | int:
+    def divisor(self, returns: Tensor) -> Tensor | int:
         """What −mean(J) is divided by: H, or the running standard deviation after J has entered it."""
         if not self.normalize_returns:
             return self.horizon
@@ -275,85 +260,18 @@ class PWMActorLoss(ImaginedTargets):
             ``("next", terminated)``, ``("next", state_value)``, ``value_target`` and the mask
             ``("collector", "mask")`` of states before the rollout's end.
         """
-        rollout, next_value = self.imagine(*self._start(tensordict))
+        rollout, next_value = self.imagine(*self.start(tensordict))
         loss, returns = self.objective(rollout, next_value)
         imagined = self.detached(rollout, next_value)
-        return self._metrics(loss, returns, imagined), imagined
+        return self.metrics(loss, returns, imagined), imagined
 
-    def backward(
-        self, tensordict: TensorDictBase, micro_batch: int | None = None
-    ) -> tuple[TensorDictBase, TensorDictBase]:
-        """Add the gradients of the loss to the actor's parameters, a micro-batch of rollouts at a time.
-
-        The noise is drawn for the whole batch, and the gradients are divided by the running standard deviation once all
-        its returns have entered it, so that the arithmetic is that of :meth:`rollout_and_loss` on the whole batch.
-
-        Args:
-            tensordict (TensorDictBase): start latents ``[B]``, as :meth:`forward` takes them.
-            micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
-
-        Returns:
-            tuple: what :meth:`rollout_and_loss` returns, all of it detached.
-
-        Raises:
-            ConfigurationError: for ``reduction="none"``.
-        """
-        return self.finish(self.accumulate(tensordict, micro_batch))
-
-    def accumulate(
-        self,
-        tensordict: TensorDictBase,
-        micro_batch: int | None = None,
-        noise: Tensor | None = None,
-        count: int | None = None,
-    ) -> Accumulated:
-        """The first half of :meth:`backward`: what adds up over shares of a batch; changes nothing.
-
-        Args:
-            tensordict (TensorDictBase): start latents ``[B]``, or a share of a batch of them.
-            micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
-            noise (Tensor, optional): of these rollouts, as :meth:`draw_noise` draws it. Defaults to ``None``, drawn.
-            count (int, optional): rollouts of the whole batch. Defaults to ``None``, B.
-        """
-        self.check_back_propagates()
-        start, task = self._start(tensordict)
-        noise = self.draw_noise(start) if noise is None else noise
-        count = len(start) if count is None else count
-        divisor = count if self.reduction == "mean" else 1
-        parameters = self._trained()
-        total: list[Tensor | None] = [None] * len(parameters)
-        returns, imagined = [], []
-        for rows in micro_batches(len(start), micro_batch):
-            rollout, next_value = self.imagine(
-                start[rows], None if task is None else task[rows], None if noise is None else noise[:, rows]
-            )
-            part = self.returns(rollout, next_value)
-            gradients = torch.autograd.grad(-part.sum() / divisor, parameters, allow_unused=True)
-            # Not in place: autograd may hand out one tensor as the gradient of two parameters.
-            total = [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
-            returns.append(part.detach())
-            imagined.append(self.detached(rollout, next_value))
-            del rollout, next_value, part, gradients  # or they would live beside the next part's
-        return Accumulated(total, torch.cat(returns), imagined[0] if len(imagined) == 1 else torch.cat(imagined))
-
-    def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:
-        """The second half of :meth:`backward`, with what the whole batch accumulated; returns what that returns."""
-        divisor = self._divisor(whole.returns)
-        for parameter, gradient in zip(self._trained(), whole.gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient / divisor
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        loss = self._reduced(-whole.returns) / divisor
-        return self._metrics(loss, whole.returns, whole.rollouts), whole.rollouts
-
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.actor_network_params.values(True, True) if p.requires_grad]
-
-    def _start(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
+    def start(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
+        """Start latents ``[B, D]`` and, for multi-task models, tasks ``[B]``."""
         keys = self.tensor_keys
         return tensordict[keys.latent], None if self.action_mask is None else tensordict[keys.task]
 
-    def _metrics(self, loss: Tensor, returns: Tensor, imagined: TensorDictBase) -> TensorDictBase:
+    def metrics(self, loss: Tensor, returns: Tensor, imagined: TensorDictBase) -> TensorDictBase:
+        """What ``forward`` returns, of returns J ``[B, 1]`` and a detached rollout ``[B, H]``."""
         keys = self.tensor_keys
         return TensorDict(
             loss_actor=loss,
