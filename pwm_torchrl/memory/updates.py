@@ -285,4 +285,4 @@ class _Updates:
             torch.empty(horizon, batch, 1),
             torch.zeros(horizon, batch, 1, dtype=torch.bool),
         )
-        return self.losses.actor._detached(rollout, torch.empty(horizon, batch, 1))
+        return self.losses.actor.detached(rollout, torch.empty(horizon, batch, 1))

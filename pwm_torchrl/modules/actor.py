@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pwm_torchrl.modules.layers import policy_mlp
+from pwm_torchrl.modules.layers import init_policy_weights, policy_mlp
 
 
 class Actor(nn.Module):
@@ -39,8 +39,14 @@ class Actor(nn.Module):
         super().__init__()
         self.action_dim = action_dim
         self.net = policy_mlp(latent_dim, units, action_dim)
-        self.log_std = nn.Parameter(torch.full((action_dim,), float(log_std_init)))
+        self.log_std_init = float(log_std_init)
+        self.log_std = nn.Parameter(torch.full((action_dim,), self.log_std_init))
         self.log_std_min = log_std_min
+
+    def reset_parameters(self) -> None:
+        """Initialise anew."""
+        self.net.apply(init_policy_weights)
+        nn.init.constant_(self.log_std, self.log_std_init)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the Gaussian before tanh, both ``[..., A]``."""

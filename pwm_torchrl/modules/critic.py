@@ -29,18 +29,32 @@ class CriticEnsemble(nn.Module):
 
     def __init__(self, latent_dim: int, units: Sequence[int] = (400, 200), num_critics: int = 3) -> None:
         super().__init__()
-        self.num_critics = num_critics
-        members = [policy_mlp(latent_dim, units, 1) for _ in range(num_critics)]
-        self.params = nn.ParameterList(
-            nn.Parameter(torch.stack([p.detach() for p in stack]))
-            for stack in zip(*(m.parameters() for m in members), strict=True)
-        )
+        self.latent_dim, self.units, self.num_critics = latent_dim, tuple(units), num_critics
+        self.params = nn.ParameterList(nn.Parameter(stack) for stack in self._initial())
+
+    def _initial(self) -> list[Tensor]:
+        members = [policy_mlp(self.latent_dim, self.units, 1) for _ in range(self.num_critics)]
+        return [torch.stack([p.detach() for p in stack]) for stack in zip(*(m.parameters() for m in members))]
+
+    def reset_parameters(self) -> None:
+        """Initialise anew."""
+        with torch.no_grad():
+            for parameter, value in zip(self.params, self._initial(), strict=True):
+                parameter.copy_(value)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Values ``[K, ..., 1]`` of latents ``[..., D]``, one per member."""
-        batch = latent.shape[:-1]
-        x = latent.reshape(-1, latent.shape[-1]).expand(self.num_critics, -1, -1)
+        return self._evaluate(list(self.params), latent)
+
+    def one_by_one(self, latent: Tensor) -> Tensor:
+        """The same values, from a loop over the members instead of batched products."""
         params = list(self.params)
+        return torch.cat([self._evaluate([p[k : k + 1] for p in params], latent) for k in range(self.num_critics)])
+
+    @staticmethod
+    def _evaluate(params: list[Tensor], latent: Tensor) -> Tensor:
+        batch = latent.shape[:-1]
+        x = latent.reshape(-1, latent.shape[-1]).expand(params[0].shape[0], -1, -1)
         while len(params) > 2:
             weight, bias, scale, shift, *params = params
             x = F.mish(torch.baddbmm(bias.unsqueeze(1), x, weight.mT))

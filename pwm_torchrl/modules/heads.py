@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.modules.layers import cat_features, normed_mlp
+from pwm_torchrl.modules.layers import cat_features, init_world_model_weights, normed_mlp
 from pwm_torchrl.modules.two_hot import TwoHotCodec
 
 REWARD_SPACES = ("raw", "symlog")
@@ -28,6 +28,11 @@ class RewardHead(nn.Module):
     def __init__(self, in_features: int, units: Sequence[int], out_features: int) -> None:
         super().__init__()
         self.net = normed_mlp(in_features, units, out_features, head=None)
+        nn.init.zeros_(self.net[-1].weight)  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        """Initialise anew."""
+        self.net.apply(init_world_model_weights)
         nn.init.zeros_(self.net[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:

@@ -86,13 +86,18 @@ def normed_mlp(in_features: int, units: Sequence[int], out_features: int, head: 
 
 
 def init_world_model_weights(module: nn.Module) -> None:
-    """TD-MPC2's initialisation: linear weights truncated normal (std 0.02), biases 0, embeddings uniform ±0.02."""
+    """TD-MPC2's initialisation: linear weights truncated normal (std 0.02), biases 0, embeddings uniform ±0.02.
+
+    Layer norms become the identity, which they are when they are built.
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.uniform_(module.weight, -0.02, 0.02)
+    elif isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
 
 
 def policy_mlp(in_features: int, units: Sequence[int], out_features: int) -> nn.Sequential:
@@ -103,11 +108,16 @@ def policy_mlp(in_features: int, units: Sequence[int], out_features: int) -> nn.
         layers += [nn.Linear(width, unit), nn.Mish(), nn.LayerNorm(unit)]
         width = unit
     layers.append(nn.Linear(width, out_features))
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.orthogonal_(layer.weight, gain=2**0.5)
-            nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers).apply(init_policy_weights)
+
+
+def init_policy_weights(module: nn.Module) -> None:
+    """PWM's initialisation of policies and values: linear weights orthogonal with gain √2, biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.orthogonal_(module.weight, gain=2**0.5)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
 
 
 def cat_features(*parts: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torchrl.modules import ProbabilisticActor, TanhNormal
 
 from pwm_torchrl.modules.actor import Actor
 from pwm_torchrl.modules.critic import CriticEnsemble
+from pwm_torchrl.modules.task import TaskEmbedding
 from pwm_torchrl.modules.world_model import WorldModel
 
 
@@ -26,14 +27,16 @@ class _Encode(nn.Module):
 
 
 class _MaskAction(nn.Module):
-    """``WorldModel.mask_action`` as a module of its own."""
+    """``TaskEmbedding.mask`` at work; a world model in two places of a policy would break functional calls."""
 
-    def __init__(self, world_model: WorldModel) -> None:
+    action_mask: Tensor
+
+    def __init__(self, embedding: TaskEmbedding) -> None:
         super().__init__()
-        self.world_model = world_model
+        self.register_buffer("action_mask", embedding.action_mask, persistent=False)
 
     def forward(self, action: Tensor, task: Tensor) -> Tensor:
-        return self.world_model.mask_action(action, task)
+        return action * self.action_mask[task]
 
 
 class _MinValue(nn.Module):
@@ -80,14 +83,16 @@ def actor_module(
     action_spec: TensorSpec | None = None,
     latent: NestedKey = "latent",
     action: NestedKey = "action",
+    loc: NestedKey = "loc",
+    scale: NestedKey = "scale",
 ) -> ProbabilisticActor:
     """``latent`` -> ``loc``, ``scale`` -> ``action``: a :class:`~torchrl.modules.ProbabilisticActor` over TanhNormal.
 
     Follows TorchRL's exploration type: sampling by default, tanh(loc) under ``ExplorationType.DETERMINISTIC``.
     """
     return ProbabilisticActor(
-        TensorDictModule(actor, in_keys=[latent], out_keys=["loc", "scale"]),
-        in_keys=["loc", "scale"],
+        TensorDictModule(actor, in_keys=[latent], out_keys=[loc, scale]),
+        in_keys={"loc": loc, "scale": scale},
         out_keys=[action],
         spec=action_spec,
         distribution_class=TanhNormal,
@@ -111,17 +116,23 @@ def policy_module(
     *,
     action_spec: TensorSpec | None = None,
     observation: NestedKey = "observation",
+    latent: NestedKey = "latent",
     action: NestedKey = "action",
     task: NestedKey | None = None,
 ) -> TensorDictSequential:
     """``observation`` -> ``latent`` -> ``action``: acts in an environment on encoded observations.
 
     With ``task``, the action's padding dimensions are zeroed.
+
+    Raises:
+        ValueError: if a single-task model gets a ``task``.
     """
+    if task is not None and world_model.task is None:
+        raise ValueError("This world model is single-task and takes no task index.")
     modules = [
-        encoder_module(world_model, observation=observation, task=task),
-        actor_module(actor, action_spec=action_spec, action=action),
+        encoder_module(world_model, observation=observation, latent=latent, task=task),
+        actor_module(actor, action_spec=action_spec, latent=latent, action=action),
     ]
-    if task is not None:
-        modules.append(TensorDictModule(_MaskAction(world_model), in_keys=[action, task], out_keys=[action]))
+    if task is not None and world_model.task is not None:
+        modules.append(TensorDictModule(_MaskAction(world_model.task), in_keys=[action, task], out_keys=[action]))
     return TensorDictSequential(*modules)

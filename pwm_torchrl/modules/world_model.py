@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pwm_torchrl.modules.dynamics import Dynamics
 from pwm_torchrl.modules.encoder import Encoder
 from pwm_torchrl.modules.heads import RewardHead, TerminationHead
+from pwm_torchrl.modules.layers import init_world_model_weights
 from pwm_torchrl.modules.statistics import RunningStatistics
 from pwm_torchrl.modules.task import TaskEmbedding
 
@@ -44,6 +45,11 @@ class WorldModel(nn.Module):
         self.termination = termination
         self.task = task
         self.observation_statistics = observation_statistics
+
+    def reset_parameters(self) -> None:
+        """Initialise every network anew; statistics of observations stay."""
+        self.apply(init_world_model_weights)
+        self.reward.reset_parameters()
 
     def embed(self, task: Tensor | None) -> Tensor | None:
         """Task embedding ``[..., E]``; ``None`` for a single-task model.

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.objectives.common import LossModule
 
 from pwm_torchrl.modules import RunningStatistics
 from pwm_torchrl.objectives.functional_modules import (
+    apart,
+    delayed,
     distribution_parameters,
     frozen,
     maybe_compiled,
+    swapped,
     tensor_function,
 )
 from pwm_torchrl.objectives.imagination import Imagined, imagine
-from pwm_torchrl.objectives.micro_batches import micro_batches
-from pwm_torchrl.objectives.returns import alive_before, rollout_return, td_lambda_targets
+from pwm_torchrl.objectives.policy_updates import PolicyUpdates
+from pwm_torchrl.objectives.returns import rollout_return
 from pwm_torchrl.objectives.shapes import check_shape
 
 RETURN_EPSILON = 1e-5
 
 
-class Accumulated(NamedTuple):
-    """What the micro-batches of a policy update add up to, before its gradients are divided."""
-
-    gradients: list[Tensor | None]  # of −mean(J), by parameter; None for those that J does not depend on
-    returns: Tensor  # J [B, 1]
-    rollouts: TensorDictBase  # [B, H], detached
-
-
-class PWMActorLoss(LossModule):
+class PWMActorLoss(PolicyUpdates):
     """Negative return of imagined rollouts, differentiated through model and reward.
 
     From start latents z_0 the policy acts for H steps in the model; J = Σ_{t<H} γ^t r_t + γ^H V(z_H), and the loss is
@@ -59,6 +52,10 @@ class PWMActorLoss(LossModule):
         deterministic (bool): act with tanh(loc), without noise. Defaults to ``False``.
         action_mask (Tensor, optional): ``[num_tasks, A]`` of 0 and 1, for multi-task models; needs ``task`` in the
             input. Defaults to ``None``.
+        reduction (str): ``"mean"`` or ``"sum"`` over rollouts, or ``"none"``, which leaves ``loss_actor`` ``[B, 1]``.
+            Defaults to ``"mean"``.
+        delay_value (bool): take values from parameters that follow the value network's, moved by a TorchRL target
+            updater such as :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``False``, its own.
         compile (bool): compile the imagined rollout as one graph. Defaults to ``False``.
 
     The input holds ``latent`` ``[B, D]`` (and ``task`` ``[B]``). The output is a TensorDict with ``loss_actor`` and
@@ -114,6 +111,7 @@ class PWMActorLoss(LossModule):
     actor_network: TensorDictModuleBase
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
 
     action_mask: Tensor | None
 
@@ -130,27 +128,42 @@ class PWMActorLoss(LossModule):
         normalize_returns: bool = False,
         deterministic: bool = False,
         action_mask: Tensor | None = None,
+        reduction: str = "mean",
+        delay_value: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(gamma, lmbda, reduction)
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1.")
-        self.convert_to_functional(distribution_parameters(actor_network), "actor_network")
+        actor_network = distribution_parameters(actor_network)
+        self.convert_to_functional(actor_network, "actor_network")
+        # Where layers are shared, the policy's are trained and those of the model and the values are not.
+        self.__dict__["actor_network"] = apart(actor_network, world_model, value_network)
         # Not registered: their parameters are no parameters of this loss (as in TorchRL's DreamerActorLoss).
         self.__dict__["world_model"] = world_model
         self.__dict__["value_network"] = value_network
+        if delay_value:
+            self.target_value_network_params = delayed(value_network, world_model)
+            self._has_update_associated["value_network"] = False
         self._imagine = maybe_compiled(imagine, compile)
         self.horizon = horizon
-        self.gamma = gamma
-        self.lmbda = lmbda
         self.detach = detach
         self.normalize_returns = normalize_returns
         self.deterministic = deterministic
         self.return_statistics = RunningStatistics()
         self.register_buffer("action_mask", action_mask)
 
-    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """TD(λ) on time-major tensors; see :func:`td_lambda_targets`."""
+    @property
+    def value_network_params(self) -> TensorDictBase:
+        """The value network's parameters as they are now; no parameters of this loss."""
+        return TensorDict.from_module(self.value_network)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> PWMActorLoss:
+        # They are no submodules, but the loss computes with them and goes nowhere without.
+        for network in (self.world_model, self.value_network):
+            network._apply(fn)
+        super()._apply(fn)
+        return self
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -158,19 +171,19 @@ class PWMActorLoss(LossModule):
         return [keys.latent] if self.action_mask is None else [keys.latent, keys.task]
 
     @property
-    def out_keys(self) -> list[NestedKey]:
+    def written_keys(self) -> list[NestedKey]:
         return ["loss_actor", "imagined_return", "imagined_reward", "return_std", "terminated"]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Scalar loss and metrics of rollouts from latents ``[B, D]``; updates the return statistics."""
+        """Loss and metrics of rollouts from latents ``[B, D]``; updates the return statistics."""
         return self.rollout_and_loss(tensordict)[0]
 
     def draw_noise(self, latent: Tensor) -> Tensor | None:
         """Standard normal action noise ``[H, B, A]`` for start latents ``[B, D]``; ``None`` if deterministic."""
         if self.deterministic:
             return None
-        with torch.no_grad(), self.actor_network_params.to_module(self.actor_network):
+        with torch.no_grad(), swapped(self.actor_network_params, self.actor_network):
             action_dim = self._policy_parameters()(latent[:1])[0].shape[-1]
         return torch.randn(self.horizon, latent.shape[0], action_dim, dtype=latent.dtype, device=latent.device)
 
@@ -207,9 +220,11 @@ class PWMActorLoss(LossModule):
             action = torch.tanh(loc if noise is None else loc + scale * noise)
             return action if mask is None else action * mask
 
+        values = self.target_value_network_params  # detached, whether they are delayed or not
         with (
-            frozen(self.world_model, self.value_network),
-            self.actor_network_params.to_module(self.actor_network),
+            frozen(self.world_model),
+            swapped(values, self.value_network),
+            swapped(self.actor_network_params, self.actor_network),
         ):
             rollout = self._imagine(
                 lambda latent, action: model(latent, action, *tasks),
@@ -228,9 +243,9 @@ class PWMActorLoss(LossModule):
     def objective(self, rollout: Imagined, next_value: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, J ``[B, 1]``); with return normalisation, J enters the running variance first."""
         returns = self.returns(rollout, next_value)
-        return -returns.mean() / self._divisor(returns), returns
+        return self.reduced(-returns) / self.divisor(returns), returns
 
-    def _divisor(self, returns: Tensor) -> Tensor | int:
+    def divisor(self, returns: Tensor) -> Tensor | int:
         """What −mean(J) is divided by: H, or the running standard deviation after J has entered it."""
         if not self.normalize_returns:
             return self.horizon
@@ -245,80 +260,18 @@ class PWMActorLoss(LossModule):
             ``("next", terminated)``, ``("next", state_value)``, ``value_target`` and the mask
             ``("collector", "mask")`` of states before the rollout's end.
         """
-        rollout, next_value = self.imagine(*self._start(tensordict))
+        rollout, next_value = self.imagine(*self.start(tensordict))
         loss, returns = self.objective(rollout, next_value)
-        imagined = self._detached(rollout, next_value)
-        return self._metrics(loss, returns, imagined), imagined
+        imagined = self.detached(rollout, next_value)
+        return self.metrics(loss, returns, imagined), imagined
 
-    def backward(
-        self, tensordict: TensorDictBase, micro_batch: int | None = None
-    ) -> tuple[TensorDictBase, TensorDictBase]:
-        """Add the gradients of the loss to the actor's parameters, a micro-batch of rollouts at a time.
-
-        The noise is drawn for the whole batch, and the gradients are divided by the running standard deviation once all
-        its returns have entered it, so that the arithmetic is that of :meth:`rollout_and_loss` on the whole batch.
-
-        Args:
-            tensordict (TensorDictBase): start latents ``[B]``, as :meth:`forward` takes them.
-            micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
-
-        Returns:
-            tuple: what :meth:`rollout_and_loss` returns, all of it detached.
-        """
-        return self.finish(self.accumulate(tensordict, micro_batch))
-
-    def accumulate(
-        self,
-        tensordict: TensorDictBase,
-        micro_batch: int | None = None,
-        noise: Tensor | None = None,
-        count: int | None = None,
-    ) -> Accumulated:
-        """The first half of :meth:`backward`: what adds up over shares of a batch; changes nothing.
-
-        Args:
-            tensordict (TensorDictBase): start latents ``[B]``, or a share of a batch of them.
-            micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
-            noise (Tensor, optional): of these rollouts, as :meth:`draw_noise` draws it. Defaults to ``None``, drawn.
-            count (int, optional): rollouts of the whole batch. Defaults to ``None``, B.
-        """
-        start, task = self._start(tensordict)
-        noise = self.draw_noise(start) if noise is None else noise
-        count = len(start) if count is None else count
-        parameters = self._trained()
-        total: list[Tensor | None] = [None] * len(parameters)
-        returns, imagined = [], []
-        for rows in micro_batches(len(start), micro_batch):
-            rollout, next_value = self.imagine(
-                start[rows], None if task is None else task[rows], None if noise is None else noise[:, rows]
-            )
-            part = self.returns(rollout, next_value)
-            gradients = torch.autograd.grad(-part.sum() / count, parameters, allow_unused=True)
-            # Not in place: autograd may hand out one tensor as the gradient of two parameters.
-            total = [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
-            returns.append(part.detach())
-            imagined.append(self._detached(rollout, next_value))
-            del rollout, next_value, part, gradients  # or they would live beside the next part's
-        return Accumulated(total, torch.cat(returns), imagined[0] if len(imagined) == 1 else torch.cat(imagined))
-
-    def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:
-        """The second half of :meth:`backward`, with what the whole batch accumulated; returns what that returns."""
-        divisor = self._divisor(whole.returns)
-        for parameter, gradient in zip(self._trained(), whole.gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient / divisor
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        loss = -whole.returns.mean() / divisor
-        return self._metrics(loss, whole.returns, whole.rollouts), whole.rollouts
-
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.actor_network_params.values(True, True) if p.requires_grad]
-
-    def _start(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
+    def start(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
+        """Start latents ``[B, D]`` and, for multi-task models, tasks ``[B]``."""
         keys = self.tensor_keys
-        return tensordict.get(keys.latent), None if self.action_mask is None else tensordict.get(keys.task)
+        return tensordict[keys.latent], None if self.action_mask is None else tensordict[keys.task]
 
-    def _metrics(self, loss: Tensor, returns: Tensor, imagined: TensorDictBase) -> TensorDictBase:
+    def metrics(self, loss: Tensor, returns: Tensor, imagined: TensorDictBase) -> TensorDictBase:
+        """What ``forward`` returns, of returns J ``[B, 1]`` and a detached rollout ``[B, H]``."""
         keys = self.tensor_keys
         return TensorDict(
             loss_actor=loss,
@@ -327,22 +280,3 @@ class PWMActorLoss(LossModule):
             return_std=returns.detach().std(unbiased=False),
             terminated=imagined.get(("next", keys.terminated)).any(1).float().mean(),
         )
-
-    def _detached(self, rollout: Imagined, next_value: Tensor) -> TensorDictBase:
-        """A rollout without its graph, batch-major, with TD(λ) targets."""
-        keys = self.tensor_keys
-        latent, reward, next_value = (x.detach() for x in (rollout.latent[:-1], rollout.reward, next_value))
-        ended = rollout.terminated
-        target = td_lambda_targets(reward, next_value, ended, self.gamma, self.lmbda)
-        imagined = TensorDict({}, batch_size=[latent.shape[1], self.horizon])
-        for key, value in (
-            (keys.latent, latent),
-            (keys.action, rollout.action.detach()),
-            (("next", keys.reward), reward),
-            (("next", keys.terminated), ended),
-            (("next", keys.state_value), next_value),
-            (keys.value_target, target),
-            (("collector", "mask"), alive_before(ended)[:-1] > 0),
-        ):
-            imagined.set(key, value.transpose(0, 1))
-        return imagined

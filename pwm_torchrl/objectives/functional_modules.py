@@ -4,18 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
+    TensorDictParams,
     TensorDictSequential,
 )
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
+
+from pwm_torchrl.errors import ConfigurationError
+
+
+@contextmanager
+def swapped(tensors: TensorDictBase, module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` computes with ``tensors``; afterwards with its own again, after an error, too.
+
+    The context that :meth:`~tensordict.TensorDictBase.to_module` returns leaves the tensors in place when an error
+    ends it: after running out of memory in it, a network would go on without its parameters.
+    """
+    # Kept as parameters they would be made anew, take gradients, and break a compiled graph.
+    context = tensors.to_module(module, preserve_module_state=False)
+    context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
 
 
 @contextmanager
@@ -28,7 +48,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
         yield
         return
     first, *rest = modules
-    with TensorDict.from_module(first).data.to_module(first), frozen(*rest):
+    with swapped(TensorDict.from_module(first).data, first), frozen(*rest):
         yield
 
 
@@ -83,6 +103,55 @@ def distribution_parameters(actor: TensorDictModuleBase) -> TensorDictModuleBase
     return actor
 
 
+class Compiled:
+    """A function compiled as one graph; the first call takes minutes. Pickled and copied without what was compiled.
+
+    Args:
+        function (callable): what to compile; importable, if it is to be pickled.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = torch.compile(self.function, fullgraph=True)
+        return self._compiled(*args)
+
+    def __reduce__(self) -> tuple[type[Compiled], tuple[Callable[..., Any]]]:
+        return type(self), (self.function,)
+
+
 def maybe_compiled(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
-    """``function``, compiled as one graph if ``enabled``; the first call then takes minutes."""
-    return torch.compile(function, fullgraph=True) if enabled else function
+    """``function``, or :class:`Compiled` if ``enabled``."""
+    return Compiled(function) if enabled else function
+
+
+def shares_parameters(module: nn.Module, *others: nn.Module) -> bool:
+    """Whether a parameter of ``module`` is one of the others', too."""
+    theirs = {id(p) for other in others for p in other.parameters()}
+    return any(id(p) in theirs for p in module.parameters())
+
+
+def apart(module: nn.Module, *others: nn.Module) -> nn.Module:
+    """``module``, or a copy of it if it shares parameters with ``others``.
+
+    Tensors are swapped in and out of networks while a loss is computed; a layer of two networks could not have one's
+    and the other's at a time.
+    """
+    return deepcopy(module) if shares_parameters(module, *others) else module
+
+
+def delayed(module: nn.Module, *others: nn.Module) -> TensorDictParams:
+    """Buffers that start as copies of the parameters, for a target updater to move.
+
+    Raises:
+        ConfigurationError: if ``others`` share parameters with the module: theirs would be delayed with its own.
+    """
+    if shares_parameters(module, *others):
+        raise ConfigurationError(
+            f"delay_value=True needs a value network of its own, but this {type(module).__name__} shares parameters "
+            "with the world model; accepted are separate networks, or delay_value=False."
+        )
+    return TensorDictParams(TensorDict.from_module(module).data.clone(), no_convert=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams, dispatch
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.objectives.common import LossModule
 
 from pwm_torchrl.modules import WorldModel
-from pwm_torchrl.objectives.functional_modules import maybe_compiled
+from pwm_torchrl.objectives.base import PWMLoss
+from pwm_torchrl.objectives.functional_modules import maybe_compiled, swapped
 from pwm_torchrl.objectives.micro_batches import backward_in_parts
 from pwm_torchrl.objectives.shapes import check_shape
 from pwm_torchrl.objectives.slices import (
@@ -25,7 +26,7 @@ from pwm_torchrl.objectives.slices import (
 MASK_KEY = ("collector", "mask")
 
 
-class PWMModelLoss(LossModule):
+class PWMModelLoss(PWMLoss):
     """Loss of PWM's latent world model on slices of trajectories.
 
     The latent is rolled out from the first observation with the slice's actions; it should match the encoding of the
@@ -49,13 +50,18 @@ class PWMModelLoss(LossModule):
         flow_matching_source (str): where the flow starts: ``"teacher"`` (encodings), or the rollout latent
             ``"detached"`` or ``"attached"``. Defaults to ``"teacher"``.
         self_consistency_weight (float): λ_sc. Defaults to ``0.0``.
+        reduction (str): ``"mean"`` over valid steps, ``"sum"``, which is that times their number, or ``"none"``, which
+            leaves ``[B, H, 1]`` per term, 0 at masked steps, with that sum. Defaults to ``"mean"``.
+        delay_target (bool): encode the observations that followed by parameters that follow the model's, moved by a
+            TorchRL target updater such as :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``False``, the model's.
         compile (bool): compile the loss as one graph. Defaults to ``False``.
 
     The input has batch size ``[B, H]``; the output is a TensorDict of scalars: ``loss_dynamics``, ``loss_reward`` and,
     where they apply, ``loss_termination``, ``loss_flow_matching``, ``loss_self_consistency``; their sum is the loss.
 
-    .. note:: ``tensordict`` may hold a mask under ``("collector", "mask")``, as :class:`~torchrl.data.SliceSampler`
-        writes it with ``pad_output=True``; masked steps count as steps after the end.
+    .. note:: ``tensordict`` may hold a mask under :attr:`~torchrl.objectives.LossModule.loss_mask_key`, by default
+        ``("collector", "mask")``, as :class:`~torchrl.data.SliceSampler` writes it with ``pad_output=True``; masked
+        steps count as steps after the end.
 
     Examples:
         >>> import torch
@@ -118,10 +124,13 @@ class PWMModelLoss(LossModule):
         flow_matching_weight: float = 0.0,
         flow_matching_source: str = "teacher",
         self_consistency_weight: float = 0.0,
+        reduction: str = "mean",
+        delay_target: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__()
-        self.convert_to_functional(world_model, "world_model")
+        super().__init__(reduction)
+        self.convert_to_functional(world_model, "world_model", create_target_params=delay_target)
+        self.delay_target = delay_target
         self._slice_losses = maybe_compiled(slice_losses, compile)
         self.multi_task = world_model.task is not None
         self.weights = loss_weights(
@@ -137,24 +146,18 @@ class PWMModelLoss(LossModule):
             self_consistency=self_consistency_weight,
         )
 
-    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """No value estimator."""
-
     @property
     def in_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys
         return [
             keys.observation,
             keys.action,
-            ("next", keys.observation),
-            ("next", keys.reward),
-            ("next", keys.done),
-            ("next", keys.terminated),
+            *(unravel_key(("next", key)) for key in (keys.observation, keys.reward, keys.done, keys.terminated)),
             *([keys.task] if self.multi_task else []),
         ]
 
     @property
-    def out_keys(self) -> list[NestedKey]:
+    def written_keys(self) -> list[NestedKey]:
         names = ["loss_dynamics", "loss_reward"]
         if self.world_model.termination is not None:
             names.append("loss_termination")
@@ -182,19 +185,20 @@ class PWMModelLoss(LossModule):
         batch, horizon = tensordict.shape
 
         def get(key: NestedKey, *, nested: bool = True) -> Tensor:
-            value = tensordict.get(("next", key) if nested else key)
+            value = tensordict[unravel_key(("next", key)) if nested else key]
             check_shape(str(key), value, (batch, horizon, *(None,) * (value.ndim - 2)))
             return value.transpose(0, 1)
 
         done = get(keys.done)
-        reward, terminated = get(keys.reward), get(keys.terminated)
+        reward, terminated = get(keys.reward).detach(), get(keys.terminated)
         for name, value in (("reward", reward), ("done", done), ("terminated", terminated)):
             check_shape(name, value, (horizon, batch, 1))
         ended_before = done.cumsum(0) - done.long()
         valid = ended_before == 0
-        mask = tensordict.get(MASK_KEY, None)
-        if mask is not None:
-            valid = valid & mask.reshape(batch, horizon, 1).transpose(0, 1)
+        for key in self._loss_mask_keys():
+            mask = tensordict.get(key, None)
+            if mask is not None:
+                valid = valid & mask.reshape(batch, horizon, 1).transpose(0, 1)
         return Slices(
             observation=get(keys.observation, nested=False)[0],
             next_observation=get(keys.observation),
@@ -202,12 +206,12 @@ class PWMModelLoss(LossModule):
             reward=reward,
             terminated=terminated,
             valid=valid,
-            task=tensordict.get(keys.task)[:, 0] if self.multi_task else None,
+            task=tensordict[keys.task][:, 0] if self.multi_task else None,
         )
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Scalar losses of slices ``[B, H]``."""
+        """Losses of slices ``[B, H]``."""
         slices = self.read(tensordict)
         return self.evaluate(slices, self.draw_noise(slices))
 
@@ -232,7 +236,11 @@ class PWMModelLoss(LossModule):
 
         Returns:
             dict of Tensor: the losses, detached.
+
+        Raises:
+            ConfigurationError: for ``reduction="none"``.
         """
+        self.check_back_propagates()
         noise = self.draw_noise(slices) if noise is None else noise
         counts = slices.valid_counts() if valid_counts is None else valid_counts
 
@@ -255,7 +263,16 @@ class PWMModelLoss(LossModule):
         valid_counts: tuple[Tensor, Tensor] | None = None,
     ) -> TensorDictBase:
         """Losses of time-major slices; see :func:`~pwm_torchrl.objectives.slices.slice_losses`."""
-        with self.world_model_params.to_module(self.world_model):
-            losses = self._slice_losses(self.world_model, slices, self.weights, noise, valid_counts)
+        target = self._delayed_target(slices) if self.delay_target else None
+        with swapped(self.world_model_params, self.world_model):
+            losses = self._slice_losses(
+                self.world_model, slices, self.weights, noise, valid_counts, target, self.reduction
+            )
         named = {f"loss_{name}": value for name, value in losses._asdict().items()}
-        return TensorDict({key: named[key] for key in self.out_keys}, [])
+        return TensorDict({key: named[key] for key in self.written_keys}, [])
+
+    @torch.no_grad()
+    def _delayed_target(self, slices: Slices) -> Tensor:
+        """Latents ``[H, B, D]`` of the observations that followed, by the target parameters."""
+        with swapped(self.target_world_model_params, self.world_model):
+            return self.world_model.encode(slices.next_observation, slices.task)

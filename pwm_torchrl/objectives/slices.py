@@ -125,6 +125,8 @@ def slice_losses(
     weights: SliceLossWeights,
     noise: FlowNoise | None = None,
     valid_counts: tuple[Tensor, Tensor] | None = None,
+    target: Tensor | None = None,
+    reduction: str = "mean",
 ) -> SliceLosses:
     """World-model loss L = (L_dyn + L_rew) / H, with L_dyn = Σ_t w_t MSE(z_{t+1}, sg h(o_{t+1})).
 
@@ -138,9 +140,12 @@ def slice_losses(
         noise (FlowNoise, optional): needed by the flow terms.
         valid_counts (tuple of Tensor, optional): valid entries per step ``[H, 1, 1]`` and in all, of the *whole* batch
             when ``slices`` is a part of it, so that the parts' losses add up to the batch's.
+        target (Tensor, optional): z̄ ``[H, B, D]``. Defaults to ``None``, the model's encodings.
+        reduction (str): ``"mean"``: L; ``"sum"``: L times the number of valid steps; ``"none"``: ``[B, H, 1]`` with
+            that sum. Defaults to ``"mean"``.
 
     Returns:
-        :class:`SliceLosses` of scalars.
+        :class:`SliceLosses`.
     """
     horizon, batch = slices.action.shape[:2]
     valid = slices.valid.to(slices.reward.dtype)
@@ -150,12 +155,19 @@ def slice_losses(
     by_step = valid * step_weight / per_step.clamp_min(1) / horizon
     by_entry = valid * step_weight / overall.clamp_min(1) / horizon
 
+    def reduced(weighted: Tensor) -> Tensor:
+        if reduction == "mean":
+            return weighted.sum()
+        weighted = weighted * overall
+        return weighted.sum() if reduction == "sum" else weighted.transpose(0, 1)
+
     def mse(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).square().mean(-1, keepdim=True)
 
     task = slices.task
-    with torch.no_grad():
-        target = model.encode(slices.next_observation, task)
+    if target is None:
+        with torch.no_grad():
+            target = model.encode(slices.next_observation, task)
     z = start = model.encode(slices.observation, task)
     latents, logits, ends = [], [], []
     for t in range(horizon):
@@ -166,13 +178,13 @@ def slice_losses(
     latent = torch.stack(latents)
 
     zero = latent.new_zeros(())
-    dynamics = (by_step * mse(latent, target)).sum() * weights.dynamics * weights.rollout
+    dynamics = reduced(by_step * mse(latent, target)) * weights.dynamics * weights.rollout
     by_reward = by_entry if weights.form == "pwm" else by_step
-    reward = (by_reward * model.reward.loss(torch.stack(logits), slices.reward)).sum()
+    reward = reduced(by_reward * model.reward.loss(torch.stack(logits), slices.reward))
     termination = zero
     if model.termination is not None:
         error = model.termination.loss(torch.stack([e for e in ends if e is not None]), slices.terminated)
-        termination = (by_entry * error).sum() * weights.termination
+        termination = reduced(by_entry * error) * weights.termination
 
     matching = consistency = zero
     if weights.flow_matching or weights.self_consistency:
@@ -191,12 +203,12 @@ def slice_losses(
         action, embedding = model.mask_action(slices.action, task), model.embed(task)
         if weights.flow_matching:
             error = flow.flow_matching_error(source, target, action, noise.tau, embedding)
-            matching = (by_step * error).sum() * weights.flow_matching
+            matching = reduced(by_step * error) * weights.flow_matching
         if weights.self_consistency:
             if not isinstance(flow, ResidualEndpointFlow):
                 raise ConfigurationError(
                     "model.loss.self_consistency_weight needs model.dynamics.parameterization=residual_endpoint."
                 )
             error = flow.self_consistency_error(source, target, action, noise.half_step, noise.half_step_tau, embedding)
-            consistency = (by_step * error).sum() * weights.self_consistency
+            consistency = reduced(by_step * error) * weights.self_consistency
     return SliceLosses(dynamics, reward * weights.reward, termination, matching, consistency)

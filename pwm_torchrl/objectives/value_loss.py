@@ -9,9 +9,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.objectives.common import LossModule
 
 from pwm_torchrl.modules import CriticEnsemble
+from pwm_torchrl.objectives.base import PWMLoss
+from pwm_torchrl.objectives.functional_modules import swapped
 from pwm_torchrl.objectives.micro_batches import backward_in_parts
 from pwm_torchrl.objectives.shapes import check_same_shape, check_shape
 
@@ -31,11 +32,17 @@ def ensemble_value_loss(values: Tensor, target: Tensor) -> Tensor:
     return (values - target.detach().unsqueeze(0)).square()
 
 
-class PWMValueLoss(LossModule):
+class PWMValueLoss(PWMLoss):
     """Regression of an ensemble of critics on TD(λ) targets: mean over members and states of (V_k(z) − target)².
 
     Args:
         critics (CriticEnsemble): the value functions; their parameters are those of the loss.
+
+    Keyword Args:
+        reduction (str): ``"mean"`` or ``"sum"`` over states, or ``"none"``, which leaves ``[*batch, 1]``; each is a
+            mean over members. Defaults to ``"mean"``.
+        deactivate_vmap (bool): evaluate the members one after another instead of all in batched products. Defaults to
+            ``False``.
 
     The input holds ``latent`` ``[*batch, D]`` and ``value_target`` ``[*batch, 1]`` as
     :class:`~pwm_torchrl.objectives.PWMActorLoss` writes them; the output ``loss_value``, and detached ``value`` (mean).
@@ -70,37 +77,36 @@ class PWMValueLoss(LossModule):
     critics_params: TensorDictParams
     target_critics_params: TensorDictParams
 
-    def __init__(self, critics: CriticEnsemble) -> None:
-        super().__init__()
+    def __init__(self, critics: CriticEnsemble, *, reduction: str = "mean", deactivate_vmap: bool = False) -> None:
+        super().__init__(reduction)
         self.convert_to_functional(critics, "critics")
-
-    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """Targets come with the data."""
+        self.deactivate_vmap = deactivate_vmap
 
     @property
     def in_keys(self) -> list[NestedKey]:
         return [self.tensor_keys.latent, self.tensor_keys.value_target]
 
     @property
-    def out_keys(self) -> list[NestedKey]:
+    def written_keys(self) -> list[NestedKey]:
         return ["loss_value", "value"]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Scalar losses of latents ``[*batch, D]``."""
+        """Losses of latents ``[*batch, D]``."""
         error, values = self._errors(tensordict)
-        loss = self._reduce_loss(error, tensordict, reduction="mean")
+        loss = self._reduce_loss(error, tensordict)
         return TensorDict(loss_value=loss, value=values.detach().mean())
 
     def _errors(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Squared error ``[*batch, 1]``, mean over members, and values ``[K, *batch, 1]``."""
-        with self.critics_params.to_module(self.critics):
-            values = self.critics(tensordict.get(self.tensor_keys.latent).detach())
-        return ensemble_value_loss(values, tensordict.get(self.tensor_keys.value_target)).mean(0), values
+        with swapped(self.critics_params, self.critics):
+            evaluate = self.critics.one_by_one if self.deactivate_vmap else self.critics
+            values = evaluate(tensordict[self.tensor_keys.latent].detach())
+        return ensemble_value_loss(values, tensordict[self.tensor_keys.value_target]).mean(0), values
 
     def counted(self, tensordict: TensorDictBase) -> Tensor:
         """States ``[S]`` that are not masked, at least 1: what the sum of their errors is divided by."""
-        ones = torch.ones_like(tensordict.get(self.tensor_keys.value_target))
+        ones = torch.ones_like(tensordict[self.tensor_keys.value_target])
         return self._reduce_loss(ones, tensordict, reduction="sum").clamp_min(1)
 
     def backward(
@@ -122,7 +128,11 @@ class PWMValueLoss(LossModule):
 
         Returns:
             dict of Tensor: ``loss_value`` and ``value``, detached.
+
+        Raises:
+            ConfigurationError: for ``reduction="none"``.
         """
+        self.check_back_propagates()
         count, counted = (len(tensordict), self.counted(tensordict)) if whole is None else whole
         values = []
 
@@ -130,7 +140,8 @@ class PWMValueLoss(LossModule):
             part = tensordict[rows]
             error, value = self._errors(part)
             values.append(value.detach().sum())
-            return {"loss_value": self._reduce_loss(error, part, reduction="sum") / counted}
+            total = self._reduce_loss(error, part, reduction="sum")
+            return {"loss_value": total / counted if self.reduction == "mean" else total}
 
         losses = backward_in_parts(len(tensordict), micro_batch, loss)
         return {**losses, "value": torch.stack(values).sum() / (count * self.critics.num_critics)}

@@ -14,8 +14,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from pwm_torchrl.objectives.actor_loss import Accumulated
 from pwm_torchrl.objectives.model_loss import MASK_KEY
+from pwm_torchrl.objectives.policy_updates import Accumulated
 from pwm_torchrl.objectives.slices import FlowNoise
 from pwm_torchrl.training.build import Learner, Losses, ModelLosses, ModelNetworks
 from pwm_torchrl.training.collectives import Gathering, Total

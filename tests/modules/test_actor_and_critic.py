@@ -39,6 +39,19 @@ class TestActor:
         shapes = [tuple(p.shape) for p in Actor(64, 2).net.parameters() if p.ndim == 2]
         assert shapes == [(400, 64), (200, 400), (100, 200), (2, 100)]
 
+    def test_reset_parameters_is_as_built(self) -> None:
+        actor = Actor(8, 3, [16], log_std_init=-0.5)
+        with torch.no_grad():
+            for p in actor.parameters():
+                p.add_(1000)
+        actor.reset_parameters()
+        assert (actor.log_std == -0.5).all()
+        weight, bias, scale, shift, last, last_bias = actor.net.parameters()
+        torch.testing.assert_close(weight.T @ weight, 2 * torch.eye(8))
+        torch.testing.assert_close(last @ last.T, 2 * torch.eye(3))
+        assert (scale == 1).all()
+        assert not any(p.any() for p in (bias, shift, last_bias))
+
 
 class TestCriticEnsemble:
     def members(self, critics: CriticEnsemble, latent_dim: int, units: list[int]) -> list[torch.nn.Module]:
@@ -50,6 +63,24 @@ class TestCriticEnsemble:
                     ours.copy_(theirs[k])
             nets.append(net)
         return nets
+
+    def test_reset_parameters_is_as_built(self) -> None:
+        critics = CriticEnsemble(8, [16], num_critics=2)
+        with torch.no_grad():
+            for p in critics.parameters():
+                p.add_(1000)
+        before = list(critics.parameters())
+        critics.reset_parameters()
+        assert all(a is b for a, b in zip(before, critics.parameters(), strict=True))
+        weight, bias, scale, shift, _, last_bias = critics.params
+        torch.testing.assert_close(weight.mT @ weight, 2 * torch.eye(8).expand(2, 8, 8))
+        assert not torch.equal(weight[0], weight[1])
+        assert (scale == 1).all()
+        assert not any(p.any() for p in (bias, shift, last_bias))
+
+    def test_one_by_one_gives_the_same_values(self) -> None:
+        critics, z = CriticEnsemble(8, [16, 12], num_critics=4), torch.rand(3, 5, 8)
+        torch.testing.assert_close(critics.one_by_one(z), critics(z))
 
     @pytest.mark.parametrize("units", [[], [16], [16, 12]])
     def test_equals_separate_mlps(self, units: list[int]) -> None:

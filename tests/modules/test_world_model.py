@@ -1,26 +1,17 @@
-"""World model, task embedding and the TensorDict modules around them."""
+"""World model and task embedding."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tensordict import TensorDict
 from torch import nn
-from torchrl.envs import ExplorationType, set_exploration_type
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import (
-    Actor,
-    CriticEnsemble,
     TaskEmbedding,
     WorldModel,
     WorldModelSpec,
-    actor_module,
-    encoder_module,
     make_world_model,
-    policy_module,
-    value_module,
-    world_model_module,
 )
 
 OBS, A, D, N, DIMS = 5, 3, 16, 4, (3, 1, 2, 3)
@@ -120,62 +111,21 @@ class TestWorldModel:
         torch.testing.assert_close(in_raw, in_symlog.sign() * in_symlog.abs().expm1())
         assert not torch.equal(in_raw, in_symlog)
 
-
-class TestTensorDictModules:
-    """Each wraps the plain network, with any keys, nested ones too."""
-
-    def test_encoder(self) -> None:
-        model, o, task = world_model(True), torch.randn(2, 4, OBS), torch.tensor([[0, 1, 2, 3]] * 2)
-        module = encoder_module(model, observation=("obs", "vector"), latent=("state", "z"), task=("info", "task"))
-        data = TensorDict({"obs": {"vector": o}, "info": {"task": task}}, [2, 4])
-        assert torch.equal(module(data)["state", "z"], model.encode(o, task))
-
-    def test_world_model(self) -> None:
-        model, z, a = world_model(termination=True), torch.rand(4, D), torch.rand(4, A)
-        default = world_model_module(model)(TensorDict(latent=z, action=a, batch_size=[4]))
-        keys = {
-            "latent": ("s", "z"),
-            "action": ("s", "a"),
-            "next_latent": ("next", "s", "z"),
-            "reward": ("next", "s", "r"),
-        }
-        nested = world_model_module(model, **keys, terminated=("next", "s", "end"))
-        out = nested(TensorDict({"s": {"z": z, "a": a}}, [4]))
-        expected = model(z, a)
-        for key, other, value in zip(("latent", "reward", "terminated"), ("z", "r", "end"), expected, strict=True):
-            assert torch.equal(default["next", key], value)
-            assert torch.equal(out["next", "s", other], value)
-
-    def test_actor_follows_the_exploration_type(self) -> None:
-        actor, z = Actor(D, A, [16]), torch.rand(5, D)
-        module = actor_module(actor, latent=("s", "z"), action=("s", "a"))
-        data = TensorDict({"s": {"z": z}}, [5])
-        with set_exploration_type(ExplorationType.DETERMINISTIC):
-            torch.testing.assert_close(module(data.clone())["s", "a"], actor.act(z))
-        first, second = module(data.clone())["s", "a"], module(data.clone())["s", "a"]
-        assert not torch.equal(first, second), "samples by default"
-        assert first.abs().max() <= 1
-
-    def test_value_is_the_minimum(self) -> None:
-        critics, z = CriticEnsemble(D, [16]), torch.rand(3, 5, D)
-        module = value_module(critics, latent=("s", "z"), state_value=("s", "v"))
-        out = module(TensorDict({"s": {"z": z}}, [3, 5]))
-        assert torch.equal(out["s", "v"], critics(z).min(0).values)
-
-    def test_policy_acts_on_encoded_observations(self) -> None:
-        model, actor, o = world_model(), Actor(D, A, [16]), torch.randn(5, OBS)
-        policy = policy_module(model, actor, observation=("o", "v"), action=("x", "a"))
-        with set_exploration_type(ExplorationType.DETERMINISTIC):
-            out = policy(TensorDict({"o": {"v": o}}, [5]))
-        torch.testing.assert_close(out["x", "a"], actor.act(model.encode(o)))
-
-    def test_policy_masks_padding_actions(self) -> None:
-        model, actor, task = world_model(True), Actor(D, A, [16]), torch.tensor([0, 1, 2, 3])
-        out = policy_module(model, actor, task="task")(
-            TensorDict(observation=torch.randn(4, OBS), task=task, batch_size=[4])
-        )
-        assert torch.equal(out["action"] != 0, model.task.mask(task) > 0)
-
-    def test_modules_share_the_networks_parameters(self) -> None:
-        model = world_model()
-        assert {id(p) for p in world_model_module(model).parameters()} == {id(p) for p in model.parameters()}
+    def test_reset_parameters_is_as_built(self) -> None:
+        model = world_model(True, termination=True, normalize_observations=True, dynamics={"kind": "flow"})
+        model.observation_statistics.update(torch.randn(9, OBS))
+        mean = model.observation_statistics.mean.clone()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1000)
+        model.reset_parameters()
+        for name, p in model.named_parameters():
+            if name.endswith("ln.weight"):
+                assert (p == 1).all(), name
+            elif name.endswith("bias") or name == f"reward.net.{len(model.reward.net) - 1}.weight":
+                assert (p == 0).all(), name
+            elif name == "task.embedding.weight":
+                assert 0.005 < p.abs().max() <= 0.02
+            else:
+                assert 0.01 < p.std() < 0.03, name
+        assert torch.equal(model.observation_statistics.mean, mean), "statistics are no parameters"

@@ -12,10 +12,11 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import CriticEnsemble, value_module, world_model_module
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.objectives.actor_loss import Accumulated
 from pwm_torchrl.objectives.micro_batches import backward_in_parts, micro_batches
+from pwm_torchrl.objectives.policy_updates import Accumulated
 
 SIZES = [1, 3, None]
 TIGHT = {"rtol": 0.0, "atol": 1e-12}
@@ -278,6 +279,45 @@ class TestShares:
         assert_same(expected, found)
         for key, value in whole.items():
             torch.testing.assert_close(sum(part[key] for part in parts), value, **TIGHT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["model", "actor", "value"])
+class TestReductions:
+    @staticmethod
+    def make(kind: str, reduction: str) -> tuple[PWMModelLoss | PWMActorLoss | PWMValueLoss, TensorDict, nn.Module]:
+        networks = Networks(dtype=torch.float64)
+        if kind == "actor":
+            return networks.loss(reduction=reduction, normalize_returns=True).double(), networks.start(), networks.actor
+        if kind == "model":
+            data = slice_data(dtype=torch.float64)
+            data["next", "done"][2, 1] = True
+            return PWMModelLoss(networks.model, reduction=reduction), data, networks.model
+        states = networks.start()
+        states["value_target"] = torch.randn(B, 1, dtype=torch.float64)
+        return PWMValueLoss(networks.critics, reduction=reduction), states, networks.critics
+
+    def test_a_sum_has_the_sums_gradients(self, kind: str, size: int | None) -> None:
+        (loss, data, network), (other, _, same) = self.make(kind, "sum"), self.make(kind, "sum")
+
+        def whole() -> TensorDict:
+            losses = loss(data)
+            sum(v for k, v in losses.items() if k.startswith("loss_")).backward()
+            return losses
+
+        expected, losses, _ = after(whole, network)
+        read = other.read(data) if kind == "model" else data
+        found, parts, _ = after(lambda: other.backward(read, size), same)
+        assert_same(expected, found)
+        parts = parts[0] if kind == "actor" else parts
+        for key in losses.keys():
+            torch.testing.assert_close(parts[key], losses[key].detach(), **TIGHT)
+
+    def test_none_is_refused(self, kind: str, size: int | None) -> None:
+        loss, data, network = self.make(kind, "none")
+        with pytest.raises(ConfigurationError, match="reduction='none' leaves no scalar"):
+            loss.backward(loss.read(data) if kind == "model" else data, size)
+        assert no_gradients(network)
 
 
 class TestSplitting:

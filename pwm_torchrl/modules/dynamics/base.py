@@ -56,7 +56,7 @@ class FlowDynamics(Dynamics):
             return self.integrate(latent, action, task_embedding)
         # The backward pass recomputes with the parameters of *this* call: a loss may have swapped others in since. The
         # tensors are arguments of their own, so that autograd saves them as it saves everything else.
-        parameters = dict(self.named_parameters())
+        parameters = tensors_of(self)
         return checkpoint(self._integrate_with, parameters, latent, action, task_embedding, use_reentrant=False)
 
     def _integrate_with(
@@ -86,6 +86,16 @@ class FlowDynamics(Dynamics):
             task_embedding (Tensor, optional): ``[..., E]``.
         """
         raise NotImplementedError
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """By name, what a call of ``module`` computes with now: its parameters, or the tensors swapped in for them."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, part in module.named_modules()
+        for name, tensor in {**part._parameters, **vars(part)}.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def time_inputs(tau: float | Tensor, like: Tensor, features: int) -> Tensor:
