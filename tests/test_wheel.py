@@ -17,8 +17,16 @@ pytest.importorskip("hatchling", reason="pip install 'pwm-torchrl[dev]' brings h
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("pwm-train", "pwm-submit", "pwm-plan", "pwm-report")
 #: An epoch that does as little as it can.
-SHORT = ("training.epochs=1", "algorithm.first_model_updates=1", "algorithm.model_updates=1", "training.eval_episodes=1",
-         "training.video=false", "training.gradient_profile_every=0", "training.progress=false")  # fmt: skip
+SHORT = (
+    "training.epochs=1",
+    "training.eval_episodes=1",
+    "training.video=false",
+    "training.gradient_profile_every=0",
+    "training.progress=false",
+    "algorithm.first_model_updates=1",
+    "algorithm.model_updates=1",
+)
+
 
 pytestmark = pytest.mark.slow
 
