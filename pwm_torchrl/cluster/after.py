@@ -18,6 +18,7 @@ from pwm_torchrl.cluster.query import SlurmError, job_records
 from pwm_torchrl.cluster.reasons import END, MEMORY, RESUBMIT, WAIT
 from pwm_torchrl.cluster.record import read_job, write_job
 from pwm_torchrl.cluster.restarts import Life, decide, note
+from pwm_torchrl.commands import typed
 from pwm_torchrl.training.config_file import load_config
 
 #: SLURM's record of a step that was killed for memory may come this much later than srun's return.
@@ -57,7 +58,7 @@ def _act(run: Path, life: Life, reply: Answer, plan: NextPlan | None) -> int:
     say("requeued")
     requeued = _scontrol("requeue", life.job_id)
     if requeued is not None:
-        say(f"scontrol requeue failed: {requeued}; python launch/resume.py brings the run back")
+        say(f"scontrol requeue failed: {requeued}; {typed('resume')} brings the run back")
         return 1
     return 0 if plan is None else _ask_for_memory(run, life, plan)
 

@@ -26,6 +26,8 @@ LARGEST_COPY = 64 << 20
 #: What code needs beside modules.
 SUFFIXES = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".txt", ".csv", ".xml", ".npz", ".npy", ".so")
 _SITE = ("site-packages", "dist-packages")
+#: What lies beside the package in a checkout, and a file by which it is told from a folder of that name elsewhere.
+BESIDE = (("configs", "config.yaml"), ("launch", "train.py"))
 
 
 def snapshot(runs_dir: Path, targets: Iterable[str] = ()) -> list[Path]:
@@ -44,8 +46,8 @@ def snapshot(runs_dir: Path, targets: Iterable[str] = ()) -> list[Path]:
     package = Path(pwm_torchrl.__file__).resolve().parent
     copies = []
     if package.parent.name not in _SITE:
-        parts = [package, package.parent / "configs"]
-        files = [file for part in parts if part.is_dir() for file in _code_below(part)]
+        parts = [package, *(package.parent / name for name, sign in BESIDE if (package.parent / name / sign).is_file())]
+        files = [file for part in parts for file in _code_below(part)]
         copies.append(_copy(runs_dir, package.parent, files))
     for root in sorted({root for target in targets if (root := _user_root(target)) is not None}):
         if root != package.parent:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pwm_torchrl.cluster.query import site
 from pwm_torchrl.cluster.record import note_submission, read_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
+from pwm_torchrl.commands import named
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.config import Config
 
@@ -77,7 +78,7 @@ def _submit(
         from pwm_torchrl.cluster.executor import RunExecutor
     except ImportError as error:
         raise ConfigurationError(
-            "submitit is not installed; pip install 'pwm-torchrl[launch]', or use launch/train.py"
+            f"submitit is not installed; pip install 'pwm-torchrl[launch]', or use {named('train')}"
         ) from error
     from pwm_torchrl.cluster.job import run_slurm_job
 

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Composes a configuration, makes its environment and prints the report on it."""
     words = list(argv or ())
     if wants_help(words):
-        console.say(help_text("check_env.py"))
+        console.say(help_text("check_env"))
         return console.OK
     config = compose(words)
     from pwm_torchrl.envs.report import report_env

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from pwm_torchrl.commands import named
 from pwm_torchrl.data.files import MEMORY_FILESYSTEMS, existing, filesystem_type, free_bytes, write_durably
 from pwm_torchrl.training.config import Config
 
@@ -189,7 +190,7 @@ def check_disk(folder: Path, *, elsewhere: bool) -> list[Finding]:
     if free < NO_ROOM_GB * 1e9:
         findings.append(Finding(PROBLEM, "disk", f"{where}: {room}; free space or set runs_dir to another disk"))
     elif free < LITTLE_ROOM_GB * 1e9:
-        text = f"{where}: {room}; a replay on disk may need more, launch/plan.py tells how much"
+        text = f"{where}: {room}; a replay on disk may need more, {named('plan')} tells how much"
         findings.append(Finding(WARNING, "disk", text))
     elif not findings:
         findings.append(Finding(OK, "disk", f"{where}: {room}, quotas apart"))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -187,7 +188,6 @@ def _env_words(parsed: list[Override]) -> list[str]:
 
 
 def _compose(words: list[str], parsed: list[Override]) -> DictConfig:
-    ConfigStore.instance().store(SCHEMA, Config)
     try:
         return _hydra(words)
     except _COMPOSITION_ERRORS as error:
@@ -202,8 +202,25 @@ def _compose(words: list[str], parsed: list[Override]) -> DictConfig:
 
 
 def _hydra(words: list[str]) -> DictConfig:
-    with initialize_config_dir(config_dir=str(configs_dir()), version_base="1.3"):
+    with _own_schema(), initialize_config_dir(config_dir=str(configs_dir()), version_base="1.3"):
         return hydra_compose(config_name="config", overrides=words)
+
+
+@contextmanager
+def _own_schema() -> Iterator[None]:
+    """Inside, the ConfigStore holds Hydra's entries and the schema alone.
+
+    Where TorchRL's configurations are loaded, Hydra would take its ``logger/csv`` for the schema of ours.
+    """
+    store = ConfigStore.instance()
+    everything = store.repo
+    kept = {name: node for name, node in everything.items() if name in ("hydra", "_dummy_empty_config_.yaml")}
+    store.repo = kept
+    store.store(SCHEMA, Config)
+    try:
+        yield
+    finally:
+        store.repo = everything
 
 
 def _to_config(composed: DictConfig) -> Config:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError, is_ours, status_of
 
 __all__ = [
@@ -108,7 +109,7 @@ def resume_hint(script: str, overrides: Sequence[str], run_dir: Path, status: st
     """The command that continues a run, and what it needs first."""
     words = [w for w in overrides if not w.startswith(("run_dir=", "runs_dir="))]
     remedy = f" {_REMEDIES[status]}" if status in _REMEDIES else ""
-    return f"to resume{remedy}: " + shlex.join(["python", f"launch/{script}", *words, f"run_dir={run_dir}"])
+    return f"to resume{remedy}: " + shlex.join([*typed(script).split(), *words, f"run_dir={run_dir}"])
 
 
 def fail(message: str, status: str, script: str, overrides: Sequence[str], run_dir: Path) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import make_cwd_importable
@@ -17,14 +18,17 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_USAGE = """\
-usage: python launch/data.py COMMAND ...
+
+def _usage() -> str:
+    return f"""\
+usage: {typed("data")} COMMAND ...
 
   import SOURCE... STORE --tasks TASKS   TD-MPC2's chunks, one's own episodes or Minari's, into a store
   inspect SOURCE|STORE [--tasks TASKS]   what is in it, and whether actions or rewards lie in the wrong rows
   generate ...                           episodes of random or trained policies, in the format of TD-MPC2
 
-Each of them explains itself: python launch/data.py COMMAND --help"""
+Each of them explains itself: {typed("data")} COMMAND --help"""
+
 
 _SOURCES = (
     "folder or file: *.pt (TD-MPC2's chunks), *.npz, *.h5 or *.hdf5 (one's own episodes); or minari:ID, minari:ID=TASK"
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one of the commands."""
     words = list(argv or ())
     if not words or words[0] in ("-h", "--help"):
-        console.say(_USAGE)
+        console.say(_usage())
         return console.OK
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "import": _import,
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": _generate,
     }
     if words[0] not in commands:
-        raise ConfigurationError(f"{words[0]!r} is not a command of launch/data.py; there are {', '.join(commands)}")
+        raise ConfigurationError(f"{words[0]!r} is not a command of {named('data')}; there are {', '.join(commands)}")
     make_cwd_importable()
     try:
         return commands[words[0]](words[1:])
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import(argv: Sequence[str]) -> int:
     parser = ArgumentParser(
-        prog="python launch/data.py import",
+        prog=f"{typed('data')} import",
         description="Import episodes into a memory-mapped store; the same command goes on with an import that stopped.",
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCES)
@@ -101,9 +105,7 @@ def _report_store(store: EpisodeStore) -> None:
 
 
 def _inspect(argv: Sequence[str]) -> int:
-    parser = ArgumentParser(
-        prog="python launch/data.py inspect", description="What a store or a source holds of each task."
-    )
+    parser = ArgumentParser(prog=f"{typed('data')} inspect", description="What a store or a source holds of each task.")
     parser.add_argument("sources", nargs="+", metavar="SOURCE|STORE", help=f"a store; or a {_SOURCES}")
     parser.add_argument("--tasks", help=f"the tasks that a source numbers or names; a store knows its own: {_TASKS}")
     parser.add_argument("--task", metavar="NAME", help=_TASK)

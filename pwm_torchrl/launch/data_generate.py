@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.envs.tasks import TaskSet, task_set
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
@@ -20,7 +21,7 @@ __all__ = ["generate_main"]
 def generate_main(argv: Sequence[str]) -> int:
     """Plays episodes and writes the chunks; ``launch/data.py import`` reads them."""
     parser = ArgumentParser(
-        prog="python launch/data.py generate",
+        prog=f"{typed('data')} generate",
         description="Play episodes of the registry's tasks and write them in TD-MPC2's format, a chunk per task.",
     )
     parser.add_argument("--tasks", required=True, metavar="SET", help="mt30, mt80, names with commas, or a YAML list")
@@ -49,7 +50,7 @@ def generate_main(argv: Sequence[str]) -> int:
     behaviours = _behaviours(args.policy or ["random"], tasks, args.noise)
     with counting(args.episodes * len(tasks), "episode") as advance:
         files = generate_episodes(args.out, tasks, behaviours, args.episodes, args.seed, advance)
-    following = f"python launch/data.py import {args.out} STORE --tasks {args.tasks}"
+    following = f"{typed('data')} import {args.out} STORE --tasks {args.tasks}"
     console.say(f"{len(files)} chunks in {args.out}; import them: {following}")
     return console.OK
 

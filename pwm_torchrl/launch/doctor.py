@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pwm_torchrl.cluster.query import SlurmError, site, slurm_available
+from pwm_torchrl.commands import typed
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.checks import (
     PROBLEM,
@@ -77,7 +78,7 @@ def _draft(name: str, words: Sequence[str], *, force: bool) -> int:
     text = draft_profile(name, site(), partition)
     write_profile(file, text, force=force)
     console.say(text)
-    console.say(f"written: {file}\ncheck it: python launch/doctor.py cluster={name}")
+    console.say(f"written: {file}\ncheck it: {typed('doctor')} cluster={name}")
     return console.OK
 
 
@@ -103,11 +104,12 @@ def _options(words: list[str]) -> tuple[str | None, bool]:
 
 
 def _help() -> str:
+    doctor = typed("doctor")
     return f"""\
 Say whether this machine is fit for runs: GPU, rendering, disk, SLURM and the cluster profile, W&B; or draft a profile.
 
-usage: python launch/doctor.py [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
-       python launch/doctor.py --draft NAME [cluster.partition=PARTITION] [--force]
+usage: {doctor} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
+       {doctor} --draft NAME [cluster.partition=PARTITION] [--force]
 
 A line per check: ok, warning (works, less well) or problem (does not), and what to do.
 The draft is written to
@@ -115,9 +117,9 @@ The draft is written to
 and is used by cluster=NAME. One that is there is kept without --force.
 
 Examples:
-  python launch/doctor.py                                # this machine
-  python launch/doctor.py cluster=l40s logger=wandb      # does the profile fit SLURM, would W&B work
-  python launch/doctor.py runs_dir=/scratch/me/runs      # is that a good place for runs
-  python launch/doctor.py --draft my_cluster cluster.partition=gpu
+  {doctor:<54} # this machine
+  {doctor + " cluster=l40s logger=wandb":<54} # does the profile fit SLURM, would W&B work
+  {doctor + " runs_dir=/scratch/me/runs":<54} # is that a good place for runs
+  {doctor} --draft my_cluster cluster.partition=gpu
 
 Exit codes: 0 no problem, 1 a problem, 2 bad input."""

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 from pwm_torchrl.cluster.parse import Node, Partition, Site
+from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import configs_dir, user_configs_dir
 from pwm_torchrl.memory.gpus import gpu_bytes
@@ -71,10 +72,10 @@ def draft_profile(name: str, site: Site, partition: str | None, day: date | None
     alike = [node for node in nodes if kind is None or kind in node.gpus]
     others = [p.name for p in site.partitions if p.name != chosen.name]
     lines = [
-        f"# Partition {chosen.name} of cluster {site.config.cluster}, drafted by `launch/doctor.py --draft {name}` on "
+        f"# Partition {chosen.name} of cluster {site.config.cluster}, drafted by `{named('doctor')} --draft {name}` on "
         f"{day or date.today()}",
         f"# from what SLURM {site.config.version} says of {len(alike)} nodes. Change what you know better; then",
-        f"# `python launch/doctor.py cluster={name}` checks it.",
+        f"# `{typed('doctor')} cluster={name}` checks it.",
         *([f"# Other partitions: {', '.join(others)}"] if others else []),
         "kind: slurm",
         f"partition: {chosen.name}",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import make_cwd_importable
@@ -29,7 +30,7 @@ class ArgumentParser(argparse.ArgumentParser):
 @console.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates the best policy of a run on fresh environments and prints mean and spread."""
-    parser = ArgumentParser(prog="python launch/evaluate.py", description="Deterministic return of a trained policy.")
+    parser = ArgumentParser(prog=typed("evaluate"), description="Deterministic return of a trained policy.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--episodes", type=int, default=10, metavar="N", help="episodes (default 10)")
     parser.add_argument("--seed", type=int, default=None, help="seed of the environments (default: from the run's)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from pwm_torchrl.commands import named, typed
 from pwm_torchrl.launch.groups import group_choices, user_configs_dir
 
 __all__ = ["help_text", "wants_help"]
@@ -40,15 +41,15 @@ _KEYS = {
     "algorithm.model_batch=256": "slices per world-model update",
     "model.dynamics.substeps=4": "K, solver substeps of a flow",
     "model.reward_head=two_hot": "scalar or two_hot",
-    "data.path=STORE": "stored episodes (launch/data.py import), for pre-training and extraction",
+    "data.path=STORE": "stored episodes ({data} import), for pre-training and extraction",
     "world_model=PATH": "pre-trained world model, for extraction (experiment=extract task=NAME or all)",
 }
 _ABOUT = {
-    "submit.py": "Train policies in learned world models, as jobs: of SLURM where it is found, else here.",
-    "train.py": "Train a policy in a learned world model, in this process.",
-    "pretrain.py": "Train a world model on stored episodes of one or many tasks, in this process.",
-    "plan.py": "Say what a run will need of memory and disk, why, and what is chosen so that it fits; runs nothing.",
-    "check_env.py": "Say what training would see of an environment: specs, scaling, termination, what can be saved.",
+    "submit": "Train policies in learned world models, as jobs: of SLURM where it is found, else here.",
+    "train": "Train a policy in a learned world model, in this process.",
+    "pretrain": "Train a world model on stored episodes of one or many tasks, in this process.",
+    "plan": "Say what a run will need of memory and disk, why, and what is chosen so that it fits; runs nothing.",
+    "check_env": "Say what training would see of an environment: specs, scaling, termination, what can be saved.",
 }
 
 
@@ -57,7 +58,7 @@ _EXIT_CODES = (
     "130 stopped. After 74, 75 and 130 the same command with run_dir=PATH goes on from the last checkpoint.",
 )
 
-_OPTIONS = {"plan.py": " [--json FILE]", "submit.py": " [--dry-run]"}
+_OPTIONS = {"plan": " [--json FILE]", "submit": " [--dry-run]"}
 
 
 def wants_help(words: Sequence[str]) -> bool:
@@ -67,7 +68,7 @@ def wants_help(words: Sequence[str]) -> bool:
 
 def help_text(script: str) -> str:
     """The help of an entry point that takes a configuration."""
-    run = f"python launch/{script}"
+    run = typed(script)
     lines = [
         _ABOUT[script],
         "",
@@ -84,11 +85,11 @@ def help_text(script: str) -> str:
         "",
         "cluster=NAME is also the file",
         f"  {own}",
-        "of your own; python launch/doctor.py --draft NAME drafts it from what SLURM says.",
+        f"of your own; {typed('doctor')} --draft NAME drafts it from what SLURM says.",
         "",
         "Common keys (all of them, with types and defaults: pwm_torchrl/training/config.py):",
     ]
-    lines += [f"  {key:<28} {meaning}" for key, meaning in _KEYS.items()]
+    lines += [f"  {key:<28} {meaning.format(data=named('data'))}" for key, meaning in _KEYS.items()]
     examples = {
         "": "Flow V2 on Pendulum-v1, a few minutes",
         "model=mlp seed=1": "PWM's own dynamics, another seed",
@@ -97,21 +98,21 @@ def help_text(script: str) -> str:
         "env._target_=my_pkg.make_env": "your own environment, nothing to edit",
         "experiment=dflex_ant_48m_flow_v2": "a preset: dflex Ant at 48M",
     }
-    if script == "pretrain.py":
+    if script == "pretrain":
         examples = {
             "data.path=STORE": "all tasks of a store",
             "tasks=mt30 model=flow_v2 size=48m data.path=STORE": "a published set of tasks",
             "tasks=cup-catch,walker-walk data.path=STORE": "some of them",
             "experiment=mt30_pretrain data.path=STORE": "a preset: MT30 at 48M",
         }
-    if script == "plan.py":
+    if script == "plan":
         examples["model=flow_v3 size=48m env=dflex_ant cluster=l40s"] = "for nodes elsewhere"
         examples["size=48m memory.host_gb=16 --json plan.json"] = "within a budget; also as a file"
-    if script == "submit.py":
+    if script == "submit":
         examples["model=flow_v1,flow_v2 seed=1,2,3"] = "six runs; on SLURM one job array"
         examples["cluster=l40s --dry-run"] = "what would be submitted"
     lines += ["", "Examples:"]
     lines += [f"  {f'{run} {words}'.strip():<76} # {meaning}" for words, meaning in examples.items()]
-    if script in ("submit.py", "train.py", "pretrain.py"):
+    if script in ("submit", "train", "pretrain"):
         lines += ["", *_EXIT_CODES]
     return "\n".join(lines)

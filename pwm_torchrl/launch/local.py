@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.commands import named
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.follow import Follower
 from pwm_torchrl.launch.job import CUDA_VARIABLE, LOG_FILE, OUTCOME_FILE, PID_FILE, PROGRESS_VARIABLE, run_job
@@ -36,7 +37,7 @@ def submit_local(run_dir: Path, code: Sequence[Path]) -> Follower:
         from submitit.local.local import LocalExecutor
     except ImportError as error:
         raise console.ConfigurationError(
-            "submitit is not installed; pip install 'pwm-torchrl[launch]', or use launch/train.py"
+            f"submitit is not installed; pip install 'pwm-torchrl[launch]', or use {named('train')}"
         ) from error
     attempt = _new_attempt(run_dir)
     log = run_dir / LOG_FILE

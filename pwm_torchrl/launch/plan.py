@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(argv or ())
     if wants_help(words):
-        console.say(help_text("plan.py"))
+        console.say(help_text("plan"))
         return console.OK
     file = _json_file(words)
     config = compose(words)

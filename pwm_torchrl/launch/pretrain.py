@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pwm_torchrl.commands import named
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.help import help_text, wants_help
@@ -14,7 +15,7 @@ from pwm_torchrl.training.ranks import is_replica
 
 __all__ = ["main", "with_experiment"]
 
-SCRIPT = "pretrain.py"
+SCRIPT = "pretrain"
 
 
 @console.command
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = compose(with_experiment(words))
     if config.mode != "pretrain":
         raise console.ConfigurationError(
-            f"launch/{SCRIPT} pre-trains world models, and this is mode={config.mode}; use launch/train.py"
+            f"{named(SCRIPT)} pre-trains world models, and this is mode={config.mode}; use {named('train')}"
         )
     require_runnable(config)
     return run_in_process(config, prepare_run_dir(config), words, script=SCRIPT)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python launch/report.py", description="Tables, learning curves and memory of runs, finished or not."
+        prog=typed("report"), description="Tables, learning curves and memory of runs, finished or not."
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
     parser.add_argument(

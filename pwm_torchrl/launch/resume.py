@@ -9,6 +9,7 @@ from pathlib import Path
 from pwm_torchrl.cluster.parse import JobState
 from pwm_torchrl.cluster.query import job_states, slurm_available
 from pwm_torchrl.cluster.record import read_job
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 if a run that should go on could not be submitted.
     """
     parser = ArgumentParser(
-        prog="python launch/resume.py",
+        prog=typed("resume"),
         description="Submit again every run that is unfinished and neither queued nor running.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")

@@ -10,6 +10,7 @@ from pathlib import Path
 from pwm_torchrl.cluster.parse import JobState
 from pwm_torchrl.cluster.query import SlurmError, job_states
 from pwm_torchrl.cluster.record import events_of, read_job
+from pwm_torchrl.commands import typed
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
 from pwm_torchrl.launch.reporting.collect import FAILED, RunReport, find_runs, read_runs
@@ -25,7 +26,7 @@ _COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory
 @console.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; one call of squeue for all runs."""
-    parser = ArgumentParser(prog="python launch/status.py", description="One line per run: state, restarts, progress.")
+    parser = ArgumentParser(prog=typed("status"), description="One line per run: state, restarts, progress.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
     args = parser.parse_args(argv)
     runs = read_runs(find_runs(args.runs))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
+from pwm_torchrl.commands import typed
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.dry_run import dry_run
 from pwm_torchrl.launch.follow import stop_signals_as_interrupt
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(argv or ())
     if wants_help(words):
-        console.say(help_text("submit.py"))
+        console.say(help_text("submit"))
         return console.OK
     dry = DRY_RUN in words
     runs = compose_all([word for word in words if word != DRY_RUN])
@@ -55,7 +56,7 @@ def _one(run: Prepared, place: str) -> int:
         refuse_while_running(Path(config.run_dir).expanduser().absolute())
     prepared = prepare_run_dir(config)
     if place in (DEBUG, HERE):
-        return run_in_process(config, prepared, run.words, script="submit.py")
+        return run_in_process(config, prepared, run.words, script="submit")
     console.say(f"{'resuming' if prepared.resume else 'run'}: {prepared.path}")
     return _follow(config, prepared, run.words)
 
@@ -91,7 +92,7 @@ def _to_slurm(runs: Sequence[Prepared]) -> int:
         console.say(f"job {each.job_id}: {each.run_dir}")
     what = "it" if len(submitted) == 1 else "them"
     where = folders[0] if len(folders) == 1 else parent
-    console.say(f"queued on cluster={configs[0].cluster.name}; watch {what} with: python launch/status.py {where}")
+    console.say(f"queued on cluster={configs[0].cluster.name}; watch {what} with: {typed('status')} {where}")
     return console.OK
 
 
@@ -120,8 +121,8 @@ def _conclude(outcome: dict[str, Any], run_dir: Path, words: Sequence[str]) -> i
         return console.OK
     if status == "stopped":
         console.say(console.summary_line({**summary, "status": "stopped"}, run_dir))
-        console.say(console.resume_hint("submit.py", words, run_dir), err=True)
+        console.say(console.resume_hint("submit", words, run_dir), err=True)
         return console.STOPPED
     message = f"{outcome.get('error', f'the run ended with status {status}')}\nfull log: {run_dir / LOG_FILE}"
-    code = console.fail(message, status, "submit.py", words, run_dir)
+    code = console.fail(message, status, "submit", words, run_dir)
     return console.BAD_INPUT if outcome.get("bad_input") else code

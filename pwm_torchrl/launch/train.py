@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(argv or ())
     if wants_help(words):
-        console.say(help_text("train.py"))
+        console.say(help_text("train"))
         return console.OK
     if is_replica():
         return run_replica()
     config = compose(words)
     require_runnable(config)
-    return run_in_process(config, prepare_run_dir(config), words, script="train.py")
+    return run_in_process(config, prepare_run_dir(config), words, script="train")
 
 
 def run_replica() -> int:

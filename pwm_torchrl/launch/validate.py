@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import nearest_sentence
 from pwm_torchrl.launch.validate_cluster import check_cluster
@@ -168,8 +169,8 @@ def require_runnable(config: Config) -> None:
     """
     if config.cluster.kind == "slurm" and not os.environ.get("SLURM_JOB_ID"):
         raise ConfigurationError(
-            f"cluster={config.cluster.name} describes SLURM nodes, and this process is on none; python "
-            "launch/submit.py queues a job there, cluster=local trains here"
+            f"cluster={config.cluster.name} describes SLURM nodes, and this process is on none; "
+            f"{typed('submit')} queues a job there, cluster=local trains here"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.envs.tasks import TaskSet, task_set
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(prog="python launch/world_model.py", description="World models as files.")
+    parser = ArgumentParser(prog=typed("world_model"), description="World models as files.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
     bring = commands.add_parser(
         "import",

@@ -1,6 +1,7 @@
 """Everything that has parameters: plain ``nn.Module``s over tensors, and their TensorDict shells.
 
-Imports errors of this package and nothing else of it; knows no Hydra, logger, cluster or environment.
+Imports errors and the commands' names of this package and nothing else of it; knows no Hydra, logger, cluster or
+environment.
 """
 
 from pwm_torchrl.modules.actor import Actor

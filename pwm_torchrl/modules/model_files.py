@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.modules.factory import WorldModelSpec, make_world_model
 from pwm_torchrl.modules.world_model import WorldModel
@@ -166,7 +167,8 @@ def _folder(folder: str | Path) -> Path:
         if (candidate / CONFIG_FILE).is_file():
             return candidate
     problem = "holds no world model" if path.exists() else "does not exist"
-    hint = "; import it first: python launch/world_model.py import CHECKPOINT FOLDER" if path.suffix == ".pt" else ""
+    first = f"; import it first: {typed('world_model')} import CHECKPOINT FOLDER"
+    hint = first if path.suffix == ".pt" else ""
     raise ConfigurationError(
         f"world_model={folder} {problem}; give the directory of a pre-training run, or one with {CONFIG_FILE}{hint}"
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.curves import write_curves
@@ -114,11 +115,15 @@ def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
         "",
         "## Use it",
         "",
-        "From the root of the project, with this directory as RUN:",
+        *(
+            ["From the root of the project, with this directory as RUN:"]
+            if typed("report").startswith("python")
+            else ["With this directory as RUN:"]
+        ),
         "",
         "```",
-        "python launch/evaluate.py RUN          # deterministic episodes in the real environment",
-        "python launch/report.py RUN [RUN ...]  # tables and curves of runs",
+        f"{typed('evaluate') + ' RUN':<38} # deterministic episodes in the real environment",
+        f"{typed('report') + ' RUN [RUN ...]':<38} # tables and curves of runs",
     ]
     if cfg.logger.kind == "tensorboard":
         lines.append("tensorboard --logdir RUN/tensorboard")
@@ -162,7 +167,7 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
         files.append(("video.mp4", "one deterministic episode of the trained policy"))
     files.append(("events.jsonl", "what happened to the run, one JSON object per line: starts, resumes, faults, end"))
     files.append(("attempts/", "who trained here and how that ended, one number per attempt; the highest owns the run"))
-    files.append(("log.txt", "the job's output, where it was started by `launch/submit.py`"))
+    files.append(("log.txt", f"the job's output, where it was started by `{named('submit')}`"))
     files.append(("submitit/", "the same: files of the library that ran the job, one folder per attempt"))
     if cfg.training.replay_storage == "disk":
         files.append(("replay/", "the replay buffer; checkpoints refer to it"))

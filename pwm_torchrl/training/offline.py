@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pwm_torchrl.commands import named
 from pwm_torchrl.data.episodes import EpisodeStore, split_episodes
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.facts import environment_facts
@@ -138,7 +139,7 @@ def extraction_facts(cfg: Config) -> EnvInfo:
     if cfg.world_model is None:
         raise ConfigurationError(
             "mode=extract needs a pre-trained world model; set world_model=DIRECTORY, that of a run of "
-            "launch/pretrain.py or of launch/world_model.py import"
+            f"{named('pretrain')} or of {named('world_model')} import"
         )
     if cfg.task is None:
         raise ConfigurationError("mode=extract needs a task; set task=NAME, or task=all for one run per task")

@@ -89,3 +89,10 @@ def test_a_folder_of_data_is_refused(user, tmp_path, monkeypatch):
 def test_targets():
     tree = {"env": {"_target_": "a.b", "x": [{"_target_": "c.d"}]}, "seed": 0, "other": {"_target_": None}}
     assert list(targets_of(tree)) == ["a.b", "c.d"]
+
+
+def test_a_job_from_a_checkout_names_its_scripts(tmp_path):
+    (copy,) = snapshot(tmp_path)
+    assert said_by([copy], "from pwm_torchrl.commands import typed; print(typed('report'))", tmp_path) == (
+        "python launch/report.py"
+    )

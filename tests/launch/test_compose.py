@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("hydra")
 
 import yaml
+from hydra.core.config_store import ConfigStore
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
@@ -311,3 +312,12 @@ def test_sizes_of_the_configs_are_those_of_the_library(name):
     for key in ("units", "encoder_units", "actor_units", "critic_units"):
         assert tuple(getattr(size, key)) == getattr(library, key)
     assert size.latent_dim == library.latent_dim
+
+
+def test_torchrls_entries_are_no_schema_of_ours():
+    """Hydra would validate ``logger/csv`` against TorchRL's entry of that name, and warn."""
+    from torchrl.trainers.algorithms import configs
+
+    assert configs.CSVLoggerConfig is not None
+    assert compose(["logger=csv"]).logger.kind == "csv"
+    assert "csv.yaml" in ConfigStore.instance().repo["logger"]

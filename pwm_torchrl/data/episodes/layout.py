@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 
 FORMAT = "pwm_torchrl.episodes"
@@ -45,7 +46,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         what = f"it has no {MANIFEST}" if path.is_dir() else "there is no such folder"
         raise ConfigurationError(
-            f"{path} is not an episode store: {what}; make one with 'python launch/data.py import SOURCE {path}'"
+            f"{path} is not an episode store: {what}; make one with '{typed('data')} import SOURCE {path}'"
         ) from error
     except OSError as error:
         raise ConfigurationError(f"the episode store {path} cannot be read: {error.strerror}") from error

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.data.episodes import layout
 from pwm_torchrl.data.episodes.rows import EpisodeRows
 from pwm_torchrl.errors import ConfigurationError
@@ -76,7 +77,7 @@ class EpisodeStore:
         if manifest["state"] != layout.FINISHED:
             raise ConfigurationError(
                 f"the import into the episode store {path} is not finished ({manifest['episodes']:,} episodes so far); "
-                "run the same 'python launch/data.py import' again to go on with it"
+                f"run the same '{typed('data')} import' again to go on with it"
             )
         for name, size in layout.file_sizes(manifest).items():
             found = (path / name).stat().st_size if (path / name).exists() else None

@@ -1,0 +1,56 @@
+"""Group ``env``: real environments with actions in [−1, 1] and one observation, as this package's losses read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from omegaconf import MISSING
+from torchrl.trainers.algorithms.configs.envs import EnvConfig
+
+# ``Optional[...]`` instead of ``... | None``: OmegaConf resolves these hints at run time, on Python 3.10 too.
+
+
+@dataclass
+class PWMMultitaskEnvConfig(EnvConfig):
+    """Hydra configuration for :func:`~pwm_torchrl.envs.make_task_env`: a task of MT30, of MT80 or of one's own."""
+
+    task: str = MISSING
+    num_envs: int = 1
+    seed: int = 0
+    device: Any = "cpu"
+    episode_length: Optional[int] = None
+    render: bool = False
+    _target_: str = "pwm_torchrl.envs.make_task_env"
+
+
+@dataclass
+class PWMGymnasiumEnvConfig(EnvConfig):
+    """Hydra configuration for :func:`~pwm_torchrl.envs.make_gymnasium_env`.
+
+    Arguments of the environment itself are added: ``+env.healthy_reward=0``.
+    """
+
+    id: str = MISSING
+    num_envs: int = 1
+    seed: int = 0
+    device: Any = "cpu"
+    action_repeat: int = 1
+    episode_length: Optional[int] = None
+    render: bool = False
+    _target_: str = "pwm_torchrl.envs.make_gymnasium_env"
+
+
+@dataclass
+class PWMDMControlEnvConfig(EnvConfig):
+    """Hydra configuration for :func:`~pwm_torchrl.envs.make_dm_control_env`."""
+
+    domain: str = MISSING
+    task: str = MISSING
+    num_envs: int = 1
+    seed: int = 0
+    device: Any = "cpu"
+    action_repeat: int = 2
+    episode_length: Optional[int] = None
+    render: bool = False
+    _target_: str = "pwm_torchrl.envs.make_dm_control_env"

@@ -1,0 +1,143 @@
+"""PWM in TorchRL's Trainer: one set of networks, updates that learn, and parts that do not fit."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer, SliceSampler
+from torchrl.envs import GymEnv
+from torchrl.trainers.trainers import TrainerHookBase
+
+from pwm_torchrl.envs import make_gymnasium_env
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules import Actor, CriticEnsemble, WorldModelSpec, make_world_model
+from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
+from pwm_torchrl.training import make_torchrl_trainer
+from pwm_torchrl.training.config import AlgorithmConfig
+
+ALGORITHM = {"horizon": 4, "model_batch": 8, "imagination_batch": 8, "model_updates": 2, "critic_passes": 1}
+
+
+def parts(num_envs=1, env=None, frames=32, **changes):
+    """Arguments of a small training, some of them others."""
+    env = make_gymnasium_env("Pendulum-v1", num_envs=num_envs) if env is None else env
+    keys = {"traj_key": ("collector", "traj_ids")} if num_envs > 1 else {}
+    return {
+        "collector": partial(
+            Collector, env, frames_per_batch=frames, total_frames=-1, auto_register_policy_transforms=False
+        ),
+        "total_frames": 3 * frames,
+        "replay_buffer": ReplayBuffer(storage=LazyTensorStorage(500), sampler=SliceSampler(slice_len=4, **keys)),
+        "world_model": make_world_model(WorldModelSpec(3, 1, 16, [32], [32], normalize_observations=True)),
+        "actor": Actor(16, 1, [32]),
+        "critics": CriticEnsemble(16, [32]),
+        "algorithm": ALGORITHM,
+        "progress_bar": False,
+        **changes,
+    }
+
+
+def pointers(module):
+    return {p.data_ptr() for p in module.parameters()}
+
+
+class Rows(TrainerHookBase):
+    """Keeps what is logged of each batch's updates."""
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, optim_steps, losses):
+        self.rows.append(dict(losses.items()))
+
+    def register(self, trainer, name="rows"):
+        trainer.register_op("post_optim_complete_log", self)
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_all_parts_share_one_set_of_networks_and_learn(num_envs):
+    torch.manual_seed(0)
+    rows = Rows()
+    given = parts(
+        num_envs,
+        hooks=[rows],
+        model_loss=partial(PWMModelLoss, rho=0.5),
+        loss_module=partial(PWMActorLoss, horizon=3),
+        value_loss=PWMValueLoss,
+    )
+    trainer = make_torchrl_trainer(**given)
+    updates = trainer.optimization_stepper
+    actor = pointers(given["actor"])
+    assert pointers(trainer.loss_module) == actor <= pointers(trainer.collector.policy)
+    assert {p.data_ptr() for p in updates.losses.model.parameters()} == pointers(given["world_model"])
+    assert trainer.loss_module.horizon == 3
+    before = {k: [p.clone() for p in given[k].parameters()] for k in ("world_model", "actor", "critics")}
+    trainer.train()
+    assert len(rows.rows) == 3
+    assert trainer.collected_frames == 96 == len(given["replay_buffer"])
+    assert {"loss/model", "loss/actor", "loss/value"} <= rows.rows[0].keys()
+    assert rows.rows[-1]["lr/actor"] == pytest.approx(AlgorithmConfig().final_lr)
+    for name, old in before.items():
+        assert any((a != b).any() for a, b in zip(old, given[name].parameters())), name
+    assert given["world_model"].observation_statistics.count >= 96
+
+
+def test_frames_before_the_first_update_are_stored():
+    env = make_gymnasium_env("Pendulum-v1")
+    collector = partial(Collector, env, frames_per_batch=32, total_frames=-1, init_random_frames=64,
+                        auto_register_policy_transforms=False)  # fmt: skip
+    given = parts(env=env, collector=collector)
+    trainer = make_torchrl_trainer(**given)
+    trainer.train()
+    assert trainer._optim_count == 2
+    assert len(given["replay_buffer"]) == 96
+
+
+def test_state_holds_networks_and_optimizers():
+    given = parts()
+    trainer = make_torchrl_trainer(**given)
+    states = []
+    trainer.register_op("post_steps", lambda: states.append(trainer.state_dict()))  # a collector that is shut has none
+    trainer.train()
+    state = states[-1]
+    other = make_torchrl_trainer(**parts())
+    other.load_state_dict(state)
+    for name in ("world_model", "actor", "critics"):
+        ours, theirs = given[name].state_dict(), dict(other.optimization_stepper.networks.items())[name].state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    moments = other.optimization_stepper.learners["actor"].optimizer.state_dict()["state"]
+    assert torch.equal(moments[0]["exp_avg"], state["actor_optimizer"]["state"][0]["exp_avg"])
+    assert other.optimization_stepper.epoch == 3
+
+
+MULTITASK = WorldModelSpec(3, 1, 16, [32], [32], num_tasks=1, task_dim=4, action_dims=[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": {"horizn": 4}}, "algorithm.horizn is not a setting of the algorithm; nearest: horizon"),
+        (
+            {"algorithm": {**ALGORITHM, "random_steps": 5}},
+            "algorithm.random_steps=5 has no effect .* collector.init_random",
+        ),
+        ({"algorithm": {**ALGORITHM, "policy_starts": "x"}}, "policy_starts='x' is not one of replay, current"),
+        ({"algorithm": AlgorithmConfig()}, "slice_len=4 does not give slices of algorithm.horizon=16"),
+        ({"replay_buffer": ReplayBuffer(storage=LazyTensorStorage(9))}, "RandomSampler does not give slices"),
+        ({"world_model": make_world_model(MULTITASK)}, "world_model.num_tasks=1"),
+        ({"value_loss": PWMValueLoss(CriticEnsemble(16, [32]))}, "value_loss is a finished PWMValueLoss.*_partial_"),
+        ({"loss_module": lambda **_: PWMValueLoss(CriticEnsemble(16, [32]))}, "loss_module makes a PWMValueLoss"),
+        ({"collector": "sync"}, "collector is a finished str"),
+    ],
+)
+def test_parts_that_do_not_fit(changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make_torchrl_trainer(**parts(**changes))
+
+
+def test_actions_of_another_range():
+    with pytest.raises(ConfigurationError, match=r"actions are in \[-2, 2\], and PWM acts in \[-1, 1\]"):
+        make_torchrl_trainer(**parts(env=GymEnv("Pendulum-v1")))
