@@ -7,18 +7,17 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Composite, TensorSpec, Unbounded
+from torchrl.data import TensorSpec
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from pwm_torchrl.envs.latent_model import LatentModel
-from pwm_torchrl.envs.latent_specs import STEPS, latent_specs, task_masks
+from pwm_torchrl.envs.latent_specs import STEPS, check_mask, check_task, latent_specs, task_masks
 from pwm_torchrl.envs.latent_starts import Start, StartStates
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModel
-from pwm_torchrl.objectives.shapes import check_shape
 
 __all__ = ["LatentImaginationEnv"]
 
@@ -124,21 +123,13 @@ class LatentImaginationEnv(ModelBasedEnvBase):
         self.horizon = horizon
         self.differentiable = differentiable
         masks = task_masks(stepped)
-        if task is not None and (model.task is None or not 0 <= task < (task + 1 if masks is None else len(masks))):
-            count = 0 if model.task is None or masks is None else len(masks)
-            raise ConfigurationError(f"task={task} is not one of the world_model's {count} tasks.")
+        check_task(model, task, masks)
         self.starts = StartStates(start, model, task)
         mask = masks if action_mask is None else action_mask
-        if mask is not None and mask.ndim == 2 and model.task is None:
-            raise ConfigurationError(
-                f"action_mask of shape {list(mask.shape)} has a row per task, but the world_model reads no task."
-            )
+        check_mask(model, mask)
         self.register_buffer("action_mask", None if mask is None else mask.to(device), persistent=False)
-        if latent_spec is None and start is not None and not isinstance(world_model, WorldModel):
-            drawn = self.starts.draw(1, device).exclude(*([] if model.task is None else [model.task]))
-            latent_spec = Composite(
-                {key: Unbounded(drawn[key].shape[1:], dtype=drawn[key].dtype) for key in model.states}
-            )
+        if latent_spec is None and start is not None and not isinstance(stepped, WorldModel):
+            latent_spec = self.starts.spec(device)
         specs = latent_specs(model, stepped, horizon, action_spec, latent_spec).batched(self.batch_size, device)
         self.observation_spec, self.state_spec = specs.observation, specs.state
         self.full_action_spec, self.reward_spec, self.full_done_spec = specs.action, specs.reward, specs.done
@@ -174,33 +165,25 @@ class LatentImaginationEnv(ModelBasedEnvBase):
         return (self.horizon is not None or self.model.terminates) and super().any_done(tensordict)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        model, stepping = self.model, tensordict.get("_step", None)
-        task = None if model.task is None else tensordict.get(model.task)
-        states = [tensordict.get(key) for key in model.states]
-        action = self.mask_action(tensordict.get(model.action), task)
+        task = None if self.model.task is None else tensordict.get(self.model.task)
+        action = self.mask_action(tensordict.get(self.model.action), task)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            outputs = model.transition()(*states, action, *([] if task is None else [task]))
-        following, reward = outputs[: len(states)], outputs[len(states)]
-        shape = (*tensordict.batch_size, 1)
-        check_shape("reward of the world_model", reward, shape)
-        terminated = outputs[-1] if model.ended is not None else torch.zeros_like(reward, dtype=torch.bool)
-        check_shape("termination of the world_model", terminated, shape)
-        if terminated.dtype != torch.bool:
-            raise ConfigurationError(
-                f"world_model writes {model.ended} as {terminated.dtype}, which is no decision: torch.bool is needed."
-            )
-        out = TensorDict(dict(zip(model.states, following)), batch_size=tensordict.batch_size, device=self.device)
-        if model.task is not None:
-            out.set(model.task, task)
+            out = self.model.predict(tensordict.copy().set(self.model.action, action))
+        if self.model.task is not None:
+            out.set(self.model.task, task)
+        terminated = out.get("terminated")
         truncated = torch.zeros_like(terminated)
         if self.horizon is not None:
             before = tensordict.get(STEPS, None)
             steps = (torch.zeros_like(terminated, dtype=torch.int64) if before is None else before) + 1
             out.set(STEPS, steps)
             truncated = steps >= self.horizon
-        out.update({"reward": reward, "terminated": terminated, "truncated": truncated, "done": terminated | truncated})
-        return (
-            out if stepping is None else torch.where(stepping.view(out.shape), out, self._skip_tensordict(tensordict))
+        out.update({"truncated": truncated, "done": terminated | truncated})
+        stepping = tensordict.get("_step", None)
+        if stepping is None:
+            return out
+        return torch.where(
+            stepping.view(out.shape), out, self._skip_tensordict(tensordict).select(*out.keys(True, True))
         )
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:

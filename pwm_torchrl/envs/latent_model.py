@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor, nn
+from torch import nn
 from torchrl.modules import WorldModel as TorchRLWorldModel
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModel, encoder_module, world_model_module
-from pwm_torchrl.objectives.functional_modules import tensor_function
+from pwm_torchrl.objectives.shapes import check_shape
 
 __all__ = ["LatentModel"]
 
@@ -38,7 +39,7 @@ class LatentModel:
     states: tuple[NestedKey, ...]
     action: NestedKey
     task: NestedKey | None
-    ended: NestedKey | None
+    ended: tuple[str, str] | None
     terminates: bool
 
     @classmethod
@@ -100,14 +101,27 @@ class LatentModel:
         ended = next((key for key in (TERMINATED, DONE) if key in writes), None)
         return cls(step, encoder, states, action, task if task in reads else None, ended, ended is not None)
 
-    @property
-    def inputs(self) -> list[NestedKey]:
-        """Arguments of :meth:`transition`, in order."""
-        return [*self.states, self.action, *([] if self.task is None else [self.task])]
+    def predict(self, inputs: TensorDictBase) -> TensorDictBase:
+        """What one step writes under ``"next"``, from the state, action and task in ``inputs``, which stay as they are.
 
-    def transition(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The step as a function of tensors: :attr:`inputs` -> next states, reward and, if it is told, termination."""
-        following = [unravel_key(("next", key)) for key in self.states]
-        return tensor_function(
-            self.step, self.inputs, [*following, REWARD, *([] if self.ended is None else [self.ended])]
-        )
+        Returns:
+            TensorDictBase: the state's entries, ``"reward"`` ``[..., 1]`` and boolean ``"terminated"`` ``[..., 1]``.
+
+        Raises:
+            ValueError: if reward or termination have another shape, or termination is not boolean.
+        """
+        read = [*self.states, self.action, *([] if self.task is None else [self.task])]
+        following = self.step(inputs.select(*read)).get("next")
+        shape = (*inputs.batch_size, 1)
+        reward = following.get("reward")
+        check_shape("reward of the world_model", reward, shape)
+        if self.ended is None:
+            terminated = torch.zeros_like(reward, dtype=torch.bool)
+        else:
+            terminated = following.get(self.ended[1:])
+            check_shape("termination of the world_model", terminated, shape)
+        if terminated.dtype != torch.bool:
+            raise ConfigurationError(
+                f"world_model writes {self.ended} as {terminated.dtype}, which is no decision: torch.bool is needed."
+            )
+        return following.select(*self.states).update({"reward": reward, "terminated": terminated})

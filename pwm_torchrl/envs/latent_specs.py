@@ -12,7 +12,7 @@ from pwm_torchrl.envs.latent_model import LatentModel
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import TaskWorldModel, WorldModel
 
-__all__ = ["LatentSpecs", "latent_specs", "task_masks"]
+__all__ = ["STEPS", "LatentSpecs", "check_mask", "check_task", "latent_specs", "task_masks"]
 
 #: Steps since the start of a rollout, beside the state: the environment keeps nothing between two steps.
 STEPS = "imagined_steps"
@@ -86,6 +86,26 @@ def latent_specs(
 def task_masks(module: nn.Module) -> Tensor | None:
     """Masks ``[num_tasks, A]`` of the actions of a model of ours with several tasks; ``None`` for any other."""
     return module.task.action_mask if isinstance(module, WorldModel) and module.task is not None else None
+
+
+def check_task(model: LatentModel, task: int | None, masks: Tensor | None) -> None:
+    """Raise ``ConfigurationError`` if there is no such task."""
+    if task is None:
+        return
+    if model.task is None:
+        raise ConfigurationError(f"task={task}, but the world_model reads no task; leave task out.")
+    if task < 0 or (masks is not None and task >= len(masks)):
+        raise ConfigurationError(
+            f"task={task} is not one of the world_model's {'' if masks is None else f'{len(masks)} '}tasks."
+        )
+
+
+def check_mask(model: LatentModel, mask: Tensor | None) -> None:
+    """Raise ``ConfigurationError`` if a mask has rows for tasks that the model does not tell apart."""
+    if mask is not None and (mask.ndim not in (1, 2) or (mask.ndim == 2 and model.task is None)):
+        raise ConfigurationError(
+            f"action_mask of shape {list(mask.shape)} must be [A], or [num_tasks, A] where the world_model has tasks."
+        )
 
 
 def latent_and_action_dims(module: nn.Module) -> tuple[int | None, int | None]:

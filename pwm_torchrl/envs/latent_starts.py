@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer
+from torchrl.data import Composite, ReplayBuffer, Unbounded
 
 from pwm_torchrl.envs.latent_model import LatentModel
 from pwm_torchrl.errors import ConfigurationError
@@ -60,6 +60,12 @@ class StartStates:
             raise ConfigurationError(f"start gave states of batch size {list(drawn.shape)} instead of [{count}].")
         with torch.no_grad():
             return self.complete(drawn.to(device)).detach()
+
+    def spec(self, device: torch.device) -> Composite:
+        """Spec of a state, from one that is drawn."""
+        drawn = self.draw(1, device)
+        entries = {key: drawn.get(key) for key in self.model.states}
+        return Composite({key: Unbounded(value.shape[1:], dtype=value.dtype) for key, value in entries.items()})
 
     def complete(self, drawn: TensorDictBase) -> TensorDictBase:
         """The entries of a state, of observations encoded unless there are states already, in a TensorDict of its own.
