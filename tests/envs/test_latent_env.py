@@ -520,7 +520,9 @@ def test_collectors_and_transforms_take_it() -> None:
     model, actor = model_of(), randomized(Actor(D, A, [10]))
     env = TransformedEnv(LatentImaginationEnv(model, start=latents(20), horizon=4, batch_size=[B]), RewardSum())
     check_env_specs(env)
-    collector = Collector(env, policy_of(actor), frames_per_batch=10 * B, total_frames=20 * B)
+    collector = Collector(
+        env, policy_of(actor), frames_per_batch=10 * B, total_frames=20 * B, auto_register_policy_transforms=False
+    )
     data = torch.cat(list(collector), 1)
     collector.shutdown()
     assert data["next", "done"].squeeze(-1).sum(1).tolist() == [5] * B
