@@ -152,7 +152,7 @@ class LatentImaginationEnv(ModelBasedEnvBase):
     @torch.no_grad()
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
         """States of observations, by the model that is stepped, in a TensorDict of their own."""
-        return self.starts.complete(tensordict)
+        return self.starts.complete(tensordict, self.device)
 
     def mask_action(self, action: Tensor, task: Tensor | None = None) -> Tensor:
         """``action`` with zeros where :attr:`action_mask` has them: what the model sees."""
@@ -189,7 +189,7 @@ class LatentImaginationEnv(ModelBasedEnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         shape = self.batch_size if tensordict is None else tensordict.batch_size
         if tensordict is not None and kwargs.get("set_state"):
-            state = self.starts.complete(tensordict)
+            state = self.starts.complete(tensordict, self.device)
             state = state if self.differentiable else state.detach()
         else:
             state = self.starts.draw(shape.numel(), self.device).reshape(shape)

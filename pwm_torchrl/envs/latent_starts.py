@@ -23,7 +23,7 @@ class Observations(Protocol):
     def sample_observations(self, count: int) -> Tensor: ...
 
 
-Start: TypeAlias = "Tensor | TensorDictBase | Observations | ReplayBuffer | Callable[[int], Tensor | TensorDictBase]"
+Start: TypeAlias = Tensor | TensorDictBase | Observations | ReplayBuffer | Callable[[int], Tensor | TensorDictBase]
 
 
 class StartStates:
@@ -59,7 +59,7 @@ class StartStates:
         if drawn.shape != (count,):
             raise ConfigurationError(f"start gave states of batch size {list(drawn.shape)} instead of [{count}].")
         with torch.no_grad():
-            return self.complete(drawn.to(device)).detach()
+            return self.complete(drawn, device).detach()
 
     def spec(self, device: torch.device) -> Composite:
         """Spec of a state, from one that is drawn."""
@@ -67,15 +67,16 @@ class StartStates:
         entries = {key: drawn.get(key) for key in self.model.states}
         return Composite({key: Unbounded(value.shape[1:], dtype=value.dtype) for key, value in entries.items()})
 
-    def complete(self, drawn: TensorDictBase) -> TensorDictBase:
+    def complete(self, drawn: TensorDictBase, device: torch.device) -> TensorDictBase:
         """The entries of a state, of observations encoded unless there are states already, in a TensorDict of its own.
 
         Raises:
             ConfigurationError: if entries are missing.
         """
         states, task = list(self.model.states), self.model.task
+        drawn = drawn.to(device)
         if task is not None and self.task is not None:
-            drawn = drawn.copy().set(task, torch.full(drawn.batch_size, self.task, device=drawn.device))
+            drawn = drawn.copy().set(task, torch.full(drawn.batch_size, self.task, device=device))
         if task is not None and drawn.get(task, None) is None:
             raise ConfigurationError(
                 f"world_model has several tasks and the start tells none: put {task!r} beside the states, or name one "
