@@ -21,13 +21,22 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.modules import ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.envs import LatentImaginationEnv, env_info, make_env
-from pwm_torchrl.modules import SIZES, Actor, WorldModel, WorldModelSpec, encoder_module, make_world_model
+from pwm_torchrl.modules import (
+    SIZES,
+    Actor,
+    CriticEnsemble,
+    WorldModel,
+    WorldModelSpec,
+    encoder_module,
+    make_world_model,
+    value_module,
+)
 from pwm_torchrl.objectives import PWMModelLoss
 from pwm_torchrl.training.collector import ResumableCollector
 from pwm_torchrl.training.evaluation import play
@@ -36,9 +45,9 @@ from pwm_torchrl.training.seeding import evaluation_env_seed, seed_everything, t
 
 ENV = {"_target_": "pwm_torchrl.envs.make_gymnasium_env", "id": "Pendulum-v1", "episode_length": 200}
 NUM_ENVS, COLLECT_STEPS, GAMMA, LAMBDA, REWARD_SCALE = 8, 16, 0.95, 0.95, 0.1
-MODEL_HORIZON, MODEL_BATCH, MODEL_UPDATES, FIRST_MODEL_UPDATES = 16, 128, 6, 100
-ROLLOUTS, ROLLOUT_LENGTH = 256, 16
-PPO_PASSES, PPO_BATCH = 8, 512
+MODEL_HORIZON, MODEL_BATCH, MODEL_UPDATES, FIRST_MODEL_UPDATES = 8, 128, 12, 200
+ROLLOUTS, ROLLOUT_LENGTH = 512, 8
+PPO_PASSES, PPO_BATCH = 5, 512
 
 
 def make_model(env: EnvBase) -> WorldModel:
@@ -59,7 +68,9 @@ def make_model(env: EnvBase) -> WorldModel:
 def make_ppo(latent_dim: int, action_spec) -> tuple[ProbabilisticActor, ClipPPOLoss, GAE]:
     """Policy, and PPO's loss and advantages, on latents."""
     size = SIZES["tiny"]
-    network = Actor(latent_dim, action_spec.shape[-1], size.actor_units, log_std_init=-0.5, log_std_min=-2.0)
+    network = Actor(latent_dim, action_spec.shape[-1], size.actor_units, log_std_init=0.0, log_std_min=-1.0)
+    with torch.no_grad():
+        network.net[-1].weight.mul_(0.01)  # the first actions are noise around 0, from where PPO can go anywhere
     actor = ProbabilisticActor(
         TensorDictModule(network, in_keys=["latent"], out_keys=["loc", "scale"]),
         in_keys=["loc", "scale"],
@@ -67,9 +78,7 @@ def make_ppo(latent_dim: int, action_spec) -> tuple[ProbabilisticActor, ClipPPOL
         distribution_class=TanhNormal,
         return_log_prob=True,
     )
-    value = ValueOperator(
-        MLP(latent_dim, 1, num_cells=list(size.critic_units), activation_class=torch.nn.Mish), in_keys=["latent"]
-    )
+    value = value_module(CriticEnsemble(latent_dim, size.critic_units, num_critics=1))
     loss = ClipPPOLoss(actor, value, clip_epsilon=0.2, entropy_bonus=False, normalize_advantage=True)
     return actor, loss, GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=value)
 
@@ -94,7 +103,8 @@ def train_policy(
         for rows in torch.randperm(len(rollouts)).split(batch):
             terms = loss(rollouts[rows])
             (terms["loss_objective"] + terms["loss_critic"]).backward()
-            torch.nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
+            for part in (loss.actor_network_params, loss.critic_network_params):
+                torch.nn.utils.clip_grad_norm_(part.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -124,7 +134,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         model, start=replay, horizon=ROLLOUT_LENGTH, snapshot=True, batch_size=[ROLLOUTS]
     )
     actor, ppo, advantage = make_ppo(imagination.observation_spec["latent"].shape[-1], env.action_spec_unbatched)
-    optimizer = torch.optim.Adam(ppo.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.Adam(ppo.parameters(), lr=5e-4, fused=True)
     policy = TensorDictSequential(encoder_module(imagination.stepped_model), actor)  # acts as it is trained
 
     before = play(eval_env, policy, eval_seed).returns

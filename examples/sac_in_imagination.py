@@ -1,6 +1,6 @@
 """TorchRL's SAC on imagined and real transitions (MBPO-style), in a world model that is learned on the way.
 
-    python examples/sac_in_imagination.py --iterations 100
+    python examples/sac_in_imagination.py --iterations 80
 
 Every iteration collects 16 steps in each of 8 environments, trains the world model on slices of all real data, imagines
 short rollouts that branch off from replayed states, and updates SAC on batches of which one part is imagined and the
@@ -113,7 +113,7 @@ def real_transitions(replay: TrajectoryReplay, env: LatentImaginationEnv, count:
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train, and compare deterministic returns in the real environment before and after."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=20, help="real episodes of each evaluation")
     parser.add_argument("--quick", action="store_true", help="short episodes, hardly an update: does it run?")
