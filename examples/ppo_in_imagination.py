@@ -44,10 +44,10 @@ from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.seeding import evaluation_env_seed, seed_everything, training_env_seed
 
 ENV = {"_target_": "pwm_torchrl.envs.make_gymnasium_env", "id": "Pendulum-v1", "episode_length": 200}
-NUM_ENVS, COLLECT_STEPS, GAMMA, LAMBDA, REWARD_SCALE = 8, 16, 0.95, 0.95, 0.1
-MODEL_HORIZON, MODEL_BATCH, MODEL_UPDATES, FIRST_MODEL_UPDATES = 8, 128, 12, 200
-ROLLOUTS, ROLLOUT_LENGTH = 512, 8
-PPO_PASSES, PPO_BATCH = 5, 512
+NUM_ENVS, COLLECT_STEPS, GAMMA, LAMBDA, REWARD_SCALE = 8, 16, 0.9, 0.95, 0.1
+MODEL_HORIZON, MODEL_BATCH, MODEL_UPDATES, FIRST_MODEL_UPDATES = 10, 128, 8, 200
+ROLLOUTS, ROLLOUT_LENGTH = 1024, 10
+PPO_PASSES, PPO_BATCH = 6, 1024
 
 
 def make_model(env: EnvBase) -> WorldModel:
@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     }
     say("before: return {before:.1f} ± {before_std:.1f}, after: return {after:.1f} ± {after_std:.1f}".format(**result))
     if options.json is not None:
-        options.json.write_text(json.dumps({**vars(options), "json": None, **result}, indent=1) + "\n")
+        settings = {key: value for key, value in vars(options).items() if key != "json"}
+        options.json.write_text(json.dumps({**settings, **result}, indent=1) + "\n", encoding="utf-8")
     return result
 
 

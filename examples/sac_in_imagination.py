@@ -174,7 +174,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     }
     say("before: return {before:.1f} ± {before_std:.1f}, after: return {after:.1f} ± {after_std:.1f}".format(**result))
     if options.json is not None:
-        options.json.write_text(json.dumps({**vars(options), "json": None, **result}, indent=1) + "\n")
+        settings = {key: value for key, value in vars(options).items() if key != "json"}
+        options.json.write_text(json.dumps({**settings, **result}, indent=1) + "\n", encoding="utf-8")
     return result
 
 
