@@ -1,5 +1,5 @@
 """Real environments behind one interface: makers for gymnasium, dm_control, Meta-World and dflex, the tasks of MT30 and
-MT80, state saving, rendering.
+MT80, state saving, rendering, planning in models of environments.
 
 May import from ``modules`` and ``objectives``; environment libraries are loaded by the maker that needs them. Names are
 loaded on first use: the registry of tasks needs no torch.
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pwm_torchrl.envs.factory import make_env
     from pwm_torchrl.envs.gym_env import make_gymnasium_env
     from pwm_torchrl.envs.info import EnvInfo, env_info
+    from pwm_torchrl.envs.mppi import PolicySeededMPPI
     from pwm_torchrl.envs.rendering import render_frame
     from pwm_torchrl.envs.report import report_env
     from pwm_torchrl.envs.standard import standardize
@@ -30,6 +31,7 @@ __all__ = [
     "DFlexEnv",
     "EnvInfo",
     "EnvironmentFault",
+    "PolicySeededMPPI",
     "env_info",
     "env_state_support",
     "load_env_state",
@@ -48,6 +50,7 @@ __all__ = [
 _HOME = {
     "DFlexEnv": "dflex",
     "EnvInfo": "info",
+    "PolicySeededMPPI": "mppi",
     "env_info": "info",
     "env_state_support": "state",
     "load_env_state": "state",
