@@ -1,6 +1,6 @@
 """PWMActorLoss in a world model that is not ours: plain MLPs in a TorchRL WorldModel, trained by TorchRL's own loss.
 
-    python examples/foreign_world_model.py --iterations 40 --seed 0
+    python examples/foreign_world_model.py --iterations 30 --seed 0
 
 Every iteration collects an episode from eight pendulums, fits encoder, dynamics, reward head and decoder to all data so
 far with :class:`~torchrl.objectives.WorldModelLoss`, and improves the policy through imagined rollouts. Of this package
@@ -82,13 +82,17 @@ class Learner:
             target_latent="target_latent",
             observation=("next", "observation"),
         )
+        # The same modules without the decoder, which imagination has no use for.
+        model = WorldModel(
+            self.model.encoder, self.model.dynamics, self.model.reward_head, done_head=self.model.done_head
+        )
         self.policy_loss = PWMActorLoss(
-            self.actor, self.model.step_module, value_module(critics), horizon=horizon, normalize_returns=True
+            self.actor, model.step_module, value_module(critics), horizon=horizon, normalize_returns=True
         )
         self.value_loss = PWMValueLoss(critics)
         self.model_optimizer = torch.optim.Adam(self.model_loss.parameters(), lr=1e-3)
-        self.policy_optimizer = torch.optim.Adam(self.policy_loss.parameters(), lr=5e-4)
-        self.value_optimizer = torch.optim.Adam(self.value_loss.parameters(), lr=5e-4)
+        self.policy_optimizer = torch.optim.Adam(self.policy_loss.parameters(), lr=2e-3)
+        self.value_optimizer = torch.optim.Adam(self.value_loss.parameters(), lr=1e-3)
 
     def fit_model(self, batch: TensorDictBase) -> dict[str, float]:
         """One step of TorchRL's loss on transitions ``[B]``; the latent to predict carries no gradient."""
@@ -135,7 +139,7 @@ def train(learner: Learner, env: EnvBase, options: argparse.Namespace) -> None:
     replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000), batch_size=256)
     data, state = collect(env, env.reset(), None, options.steps)
     replay.extend(data)
-    for _ in range(options.model_updates * 4):
+    for _ in range(options.model_updates * 5):
         learner.fit_model(replay.sample())
     for iteration in range(1, options.iterations + 1):
         data, state = collect(env, state, learner.policy, options.steps)
@@ -152,12 +156,12 @@ def train(learner: Learner, env: EnvBase, options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Train, compare and say so; returns what ``--json`` writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50, help="collected in each of 8 environments per iteration")
     parser.add_argument("--horizon", type=int, default=16, help="of imagined rollouts")
-    parser.add_argument("--model-updates", type=int, default=200, help="per iteration")
-    parser.add_argument("--policy-updates", type=int, default=15, help="per iteration")
+    parser.add_argument("--model-updates", type=int, default=60, help="per iteration")
+    parser.add_argument("--policy-updates", type=int, default=12, help="per iteration")
     parser.add_argument("--episodes", type=int, default=32, help="of each evaluation")
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args(argv)
