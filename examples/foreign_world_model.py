@@ -1,6 +1,6 @@
 """PWMActorLoss in a world model that is not ours: plain MLPs in a TorchRL WorldModel, trained by TorchRL's own loss.
 
-    python examples/foreign_world_model.py --iterations 30 --seed 0
+    python examples/foreign_world_model.py --iterations 40 --seed 0
 
 Every iteration collects an episode from eight pendulums, fits encoder, dynamics, reward head and decoder to all data so
 far with :class:`~torchrl.objectives.WorldModelLoss`, and improves the policy through imagined rollouts. Of this package
@@ -91,8 +91,8 @@ class Learner:
         )
         self.value_loss = PWMValueLoss(critics)
         self.model_optimizer = torch.optim.Adam(self.model_loss.parameters(), lr=1e-3)
-        self.policy_optimizer = torch.optim.Adam(self.policy_loss.parameters(), lr=2e-3)
-        self.value_optimizer = torch.optim.Adam(self.value_loss.parameters(), lr=1e-3)
+        self.policy_optimizer = torch.optim.Adam(self.policy_loss.parameters(), lr=5e-4)
+        self.value_optimizer = torch.optim.Adam(self.value_loss.parameters(), lr=5e-4)
 
     def fit_model(self, batch: TensorDictBase) -> dict[str, float]:
         """One step of TorchRL's loss on transitions ``[B]``; the latent to predict carries no gradient."""
@@ -156,12 +156,12 @@ def train(learner: Learner, env: EnvBase, options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Train, compare and say so; returns what ``--json`` writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50, help="collected in each of 8 environments per iteration")
     parser.add_argument("--horizon", type=int, default=16, help="of imagined rollouts")
-    parser.add_argument("--model-updates", type=int, default=60, help="per iteration")
-    parser.add_argument("--policy-updates", type=int, default=12, help="per iteration")
+    parser.add_argument("--model-updates", type=int, default=100, help="per iteration")
+    parser.add_argument("--policy-updates", type=int, default=15, help="per iteration")
     parser.add_argument("--episodes", type=int, default=32, help="of each evaluation")
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args(argv)

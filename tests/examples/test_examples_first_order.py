@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"before: return (-?\d+) ± (\d+), after: return (-?\d+) ± (\d+)")
 #: One iteration, as little as it can be.
 SMALL = {
-    "mppi_planning": ["--episodes", "2", "--candidates", "8", "--rounds", "1"],
+    "mppi_planning": ["--episodes", "2", "--candidates", "8", "--rounds", "1", "--horizon", "2"],
     "shac_on_pendulum": ["--episodes", "8", "--envs", "8", "--horizon", "4"],
     "foreign_world_model": ["--episodes", "2", "--steps", "40", "--model-updates", "2", "--policy-updates", "2"],
 }
