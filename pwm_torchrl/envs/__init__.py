@@ -1,5 +1,5 @@
 """Real environments behind one interface: makers for gymnasium, dm_control, Meta-World and dflex, the tasks of MT30 and
-MT80, state saving, rendering; and imagination as an environment.
+MT80, state saving, rendering; and imagination as an environment, with planning in it.
 
 May import from ``modules`` and ``objectives``; environment libraries are loaded by the maker that needs them. Names are
 loaded on first use: the registry of tasks needs no torch.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pwm_torchrl.envs.gym_env import make_gymnasium_env
     from pwm_torchrl.envs.info import EnvInfo, env_info
     from pwm_torchrl.envs.latent_env import LatentImaginationEnv
+    from pwm_torchrl.envs.mppi import PolicySeededMPPI
     from pwm_torchrl.envs.rendering import render_frame
     from pwm_torchrl.envs.report import report_env
     from pwm_torchrl.envs.standard import standardize
@@ -32,6 +33,7 @@ __all__ = [
     "EnvInfo",
     "EnvironmentFault",
     "LatentImaginationEnv",
+    "PolicySeededMPPI",
     "env_info",
     "env_state_support",
     "load_env_state",
@@ -51,6 +53,7 @@ _HOME = {
     "DFlexEnv": "dflex",
     "EnvInfo": "info",
     "LatentImaginationEnv": "latent_env",
+    "PolicySeededMPPI": "mppi",
     "env_info": "info",
     "env_state_support": "state",
     "load_env_state": "state",
