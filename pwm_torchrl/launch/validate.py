@@ -46,6 +46,7 @@ _AT_LEAST: dict[str, float] = {
     "model.loss.dynamics_coef": 0,
     "model.loss.reward_coef": 0,
     "model.loss.rho": 0,
+    "algorithm.entropy_weight": 0,
     "size.latent_dim": 1,
     "size.simnorm_dim": 1,
     "size.task_dim": 1,

@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from pwm_torchrl.modules import RunningStatistics
+from pwm_torchrl.objectives.entropy import squashed_entropy
 from pwm_torchrl.objectives.functional_modules import (
     apart,
     delayed,
@@ -23,7 +24,7 @@ from pwm_torchrl.objectives.functional_modules import (
 )
 from pwm_torchrl.objectives.imagination import Imagined, imagine
 from pwm_torchrl.objectives.policy_updates import PolicyUpdates
-from pwm_torchrl.objectives.returns import rollout_return
+from pwm_torchrl.objectives.returns import alive_before, rollout_return
 from pwm_torchrl.objectives.shapes import check_shape
 
 RETURN_EPSILON = 1e-5
@@ -50,6 +51,9 @@ class PWMActorLoss(PolicyUpdates):
         detach (bool): stop the gradient at the actor's input. Defaults to ``True``.
         normalize_returns (bool): divide by the running standard deviation of J instead of H. Defaults to ``False``.
         deterministic (bool): act with tanh(loc), without noise. Defaults to ``False``.
+        entropy_weight (float): weight of the policy's entropy, mean over steps, beside the scaled −mean(J); it enters
+            the gradient and not the value of ``loss_actor``. PWM has none. Without it, actions may saturate where they
+            matter and take those with them for which J gives no gradient. Defaults to ``0.0``.
         action_mask (Tensor, optional): ``[num_tasks, A]`` of 0 and 1, for multi-task models; needs ``task`` in the
             input. Defaults to ``None``.
         reduction (str): ``"mean"`` or ``"sum"`` over rollouts, or ``"none"``, which leaves ``loss_actor`` ``[B, 1]``.
@@ -127,6 +131,7 @@ class PWMActorLoss(PolicyUpdates):
         detach: bool = True,
         normalize_returns: bool = False,
         deterministic: bool = False,
+        entropy_weight: float = 0.0,
         action_mask: Tensor | None = None,
         reduction: str = "mean",
         delay_value: bool = False,
@@ -135,6 +140,11 @@ class PWMActorLoss(PolicyUpdates):
         super().__init__(gamma, lmbda, reduction)
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1.")
+        if entropy_weight < 0 or (entropy_weight and deterministic):
+            raise ValueError(
+                f"entropy_weight={entropy_weight} must not be negative, and 0 for a deterministic policy, which has "
+                "no entropy."
+            )
         actor_network = distribution_parameters(actor_network)
         self.convert_to_functional(actor_network, "actor_network")
         # Where layers are shared, the policy's are trained and those of the model and the values are not.
@@ -150,6 +160,7 @@ class PWMActorLoss(PolicyUpdates):
         self.detach = detach
         self.normalize_returns = normalize_returns
         self.deterministic = deterministic
+        self.entropy_weight = entropy_weight
         self.return_statistics = RunningStatistics()
         self.register_buffer("action_mask", action_mask)
 
@@ -240,17 +251,44 @@ class PWMActorLoss(PolicyUpdates):
         """J ``[B, 1]`` of every rollout."""
         return rollout_return(rollout.reward, rollout.terminated, next_value[-1], self.gamma)
 
-    def objective(self, rollout: Imagined, next_value: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(self, rollout: Imagined, next_value: Tensor, bonus: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
         """(loss, J ``[B, 1]``); with return normalisation, J enters the running variance first."""
         returns = self.returns(rollout, next_value)
-        return self.reduced(-returns) / self.divisor(returns), returns
+        return self.reduced(-returns - bonus) / self.divisor(returns), returns
+
+    def entropy_bonus(self, rollout: Imagined, noise: Tensor | None, task: Tensor | None = None) -> Tensor | float:
+        """What is added to J ``[B, 1]``: value 0, and the gradient of the weighted entropy.
+
+        It is in the units of J: times H, or the running standard deviation so far, by which J is divided. States do not
+        change for its sake.
+
+        Args:
+            rollout (Imagined): of :meth:`imagine`.
+            noise (Tensor, optional): what it was imagined with, ``[H, B, A]``.
+            task (Tensor, optional): task index ``[B]``; padded actions have no entropy.
+        """
+        if not self.entropy_weight or noise is None:
+            return 0.0
+        with self.actor_network_params.to_module(self.actor_network):
+            loc, scale = self._policy_parameters()(rollout.latent[:-1].detach())
+        entropy = squashed_entropy(loc, scale, noise)
+        if task is not None and self.action_mask is not None:
+            entropy = entropy * self.action_mask[task]
+        alive = alive_before(rollout.terminated)[:-1]
+        bonus = self.entropy_weight * self._scale() * (entropy.sum(-1, keepdim=True) * alive).mean(0)
+        return bonus - bonus.detach()
+
+    def _scale(self) -> Tensor | int:
+        """What J is divided by, as far as is known before it enters the running variance."""
+        if not self.normalize_returns:
+            return self.horizon
+        return torch.sqrt(self.return_statistics.var + RETURN_EPSILON).squeeze()
 
     def divisor(self, returns: Tensor) -> Tensor | int:
         """What −mean(J) is divided by: H, or the running standard deviation after J has entered it."""
-        if not self.normalize_returns:
-            return self.horizon
-        self.return_statistics.update(returns)
-        return torch.sqrt(self.return_statistics.var + RETURN_EPSILON).squeeze()
+        if self.normalize_returns:
+            self.return_statistics.update(returns)
+        return self._scale()
 
     def rollout_and_loss(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
         """Losses, and the detached rollout ``[B, H]`` for :class:`~pwm_torchrl.objectives.PWMValueLoss`.
@@ -260,15 +298,19 @@ class PWMActorLoss(PolicyUpdates):
             ``("next", terminated)``, ``("next", state_value)``, ``value_target`` and the mask
             ``("collector", "mask")`` of states before the rollout's end.
         """
-        rollout, next_value = self.imagine(*self.start(tensordict))
-        loss, returns = self.objective(rollout, next_value)
+        start, task = self.start(tensordict)
+        noise = self.draw_noise(start)
+        rollout, next_value = self.imagine(start, task, noise)
+        loss, returns = self.objective(rollout, next_value, self.entropy_bonus(rollout, noise, task))
         imagined = self.detached(rollout, next_value)
         return self.metrics(loss, returns, imagined), imagined
 
     def start(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
         """Start latents ``[B, D]`` and, for multi-task models, tasks ``[B]``."""
         keys = self.tensor_keys
-        return tensordict[keys.latent], None if self.action_mask is None else tensordict[keys.task]
+        latent = tensordict[keys.latent]
+        check_shape("latent", latent, (None, None))
+        return latent, None if self.action_mask is None else tensordict[keys.task]
 
     def metrics(self, loss: Tensor, returns: Tensor, imagined: TensorDictBase) -> TensorDictBase:
         """What ``forward`` returns, of returns J ``[B, 1]`` and a detached rollout ``[B, H]``."""

@@ -48,6 +48,10 @@ class PolicyUpdates(ImaginedTargets):
         """J ``[B, 1]`` of every rollout."""
         raise NotImplementedError
 
+    def entropy_bonus(self, rollout: Imagined, noise: Tensor | None, task: Tensor | None = None) -> Tensor | float:
+        """What is added to J ``[B, 1]`` for the sake of the policy's entropy."""
+        raise NotImplementedError
+
     def divisor(self, returns: Tensor) -> Tensor | int:
         """What −J is divided by, once all of the batch's are known."""
         raise NotImplementedError
@@ -106,16 +110,17 @@ class PolicyUpdates(ImaginedTargets):
         total: list[Tensor | None] = [None] * len(parameters)
         returns, imagined = [], []
         for rows in micro_batches(len(start), micro_batch):
-            rollout, next_value = self.imagine(
-                start[rows], None if task is None else task[rows], None if noise is None else noise[:, rows]
-            )
+            tasks = None if task is None else task[rows]
+            drawn = None if noise is None else noise[:, rows]
+            rollout, next_value = self.imagine(start[rows], tasks, drawn)
             part = self.returns(rollout, next_value)
-            gradients = torch.autograd.grad(-part.sum() / divisor, parameters, allow_unused=True)
+            objective = part + self.entropy_bonus(rollout, drawn, tasks)
+            gradients = torch.autograd.grad(-objective.sum() / divisor, parameters, allow_unused=True)
             # Not in place: autograd may hand out one tensor as the gradient of two parameters.
             total = [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
             returns.append(part.detach())
             imagined.append(self.detached(rollout, next_value))
-            del rollout, next_value, part, gradients  # or they would live beside the next part's
+            del rollout, next_value, part, objective, gradients  # or they would live beside the next part's
         return Accumulated(total, torch.cat(returns), imagined[0] if len(imagined) == 1 else torch.cat(imagined))
 
     def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:

@@ -218,6 +218,7 @@ def build_losses(cfg: Config, networks: Networks) -> Losses:
             gamma=algorithm.gamma,
             lmbda=algorithm.lmbda,
             detach=algorithm.detach,
+            entropy_weight=algorithm.entropy_weight,
             normalize_returns=algorithm.normalize_returns,
             compile=algorithm.compile,
         ),

@@ -84,6 +84,7 @@ class AlgorithmConfig:
     gamma: float = 0.99
     lmbda: float = 0.95  # lambda of the TD(lambda) critic targets
     detach: bool = True  # stop the gradient at the actor's input in imagination
+    entropy_weight: float = 0.0  # of the policy's entropy beside the scaled return; keeps actions from saturating
     normalize_returns: bool = True  # divide the actor loss by the running std of the imagined returns
     normalize_observations: bool = False  # running mean and std in front of the encoder
     normalize_rewards: bool = False  # divide rewards by a running scale; never shifts them
