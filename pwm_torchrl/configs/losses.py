@@ -30,6 +30,8 @@ class PWMModelLossConfig(LossConfig):
     flow_matching_weight: float = 0.0
     flow_matching_source: str = "teacher"
     self_consistency_weight: float = 0.0
+    reduction: str = "mean"
+    delay_target: bool = False
     compile: bool = False
     _target_: str = "pwm_torchrl.objectives.PWMModelLoss"
 
@@ -50,7 +52,10 @@ class PWMActorLossConfig(LossConfig):
     detach: bool = True
     normalize_returns: bool = False
     deterministic: bool = False
+    entropy_weight: float = 0.0
     action_mask: Any = None
+    reduction: str = "mean"
+    delay_value: bool = False
     compile: bool = False
     _target_: str = "pwm_torchrl.configs.build.actor_loss"
     _convert_: str = "all"
@@ -61,4 +66,6 @@ class PWMValueLossConfig(LossConfig):
     """Hydra configuration for :class:`~pwm_torchrl.objectives.PWMValueLoss`."""
 
     critics: Any = MISSING
+    deactivate_vmap: bool = False
+    reduction: str = "mean"
     _target_: str = "pwm_torchrl.objectives.PWMValueLoss"

@@ -53,6 +53,8 @@ class PWMActorModelConfig(PWMModelConfig):
     action_spec: Any = None
     latent: Any = "latent"
     action: Any = "action"
+    loc: Any = "loc"
+    scale: Any = "scale"
     _target_: str = "pwm_torchrl.configs.build.actor_model"
 
 
@@ -74,6 +76,7 @@ class PWMPolicyModelConfig(PWMModelConfig):
     actor: Any = MISSING
     action_spec: Any = None
     observation: Any = "observation"
+    latent: Any = "latent"
     action: Any = "action"
     task: Any = None
     _target_: str = "pwm_torchrl.configs.build.policy_model"
