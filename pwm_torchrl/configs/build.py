@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.data import SliceSampler
 from torchrl.modules import ProbabilisticActor
 
+from pwm_torchrl.envs import LatentImaginationEnv
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import (
     WorldModel,
@@ -103,6 +104,14 @@ def actor_loss(*args: Any, action_mask: Any = None, **settings: Any) -> PWMActor
     if isinstance(action_mask, list):
         action_mask = torch.tensor(action_mask, dtype=torch.float32)
     return PWMActorLoss(*args, action_mask=action_mask, **settings)
+
+
+def imagination_env(*, action_mask: Any = None, **settings: Any) -> LatentImaginationEnv:
+    """A :class:`~pwm_torchrl.envs.LatentImaginationEnv` whose mask may be lists."""
+    if isinstance(action_mask, list):
+        action_mask = torch.tensor(action_mask, dtype=torch.float32)
+    keys = {name: settings.pop(name) for name in list(settings) if name.endswith("_key")}
+    return LatentImaginationEnv(action_mask=action_mask, **settings, **_keys(keys))
 
 
 def slice_sampler(**settings: Any) -> SliceSampler:

@@ -19,6 +19,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer, SliceSampler
 
 from pwm_torchrl import configs, modules
 from pwm_torchrl.configs import ENTRIES, build, register
+from pwm_torchrl.envs import LatentImaginationEnv
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.objectives import PWMActorLoss
 
@@ -31,6 +32,7 @@ BEHIND = {
     "value_model": modules.value_module,
     "policy_model": modules.policy_module,
     "actor_loss": PWMActorLoss,
+    "imagination_env": LatentImaginationEnv,
     "slice_sampler": SliceSampler,
 }
 HYDRAS = {"_target_", "_partial_", "_convert_", "_recursive_"}
@@ -231,3 +233,16 @@ def test_environment_of_a_configuration():
     assert env.batch_size == (2,)
     assert env.action_spec.space.high.max() == 1
     env.close()
+
+
+def test_imagination_of_a_configuration():
+    world_model = OmegaConf.to_container(
+        structured("network", "pwm_world_model", observation_dim=5, encoder_units=[32], **SIZES)
+    )
+    mask = {"action_mask": [1, 0], "latent_key": ["agent", "latent"], "batch_size": [3]}
+    env = instantiate(structured("env", "pwm_imagination", world_model=world_model, horizon=4, **mask))
+    assert env.action_mask.tolist() == [1.0, 0.0]
+    states = TensorDict({("agent", "latent"): torch.rand(3, 16)}, batch_size=[3])
+    rollout = env.rollout(10, tensordict=states, set_state=True)
+    assert rollout["next", "agent", "latent"].shape == (3, 4, 16)
+    assert rollout["next", "truncated"][:, -1].all()
