@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "memory": {"modules", "objectives", "data"},
     "cluster": {"modules", "objectives", "envs", "data", "memory", "training"},
     "launch": {"modules", "objectives", "envs", "data", "memory", "training", "cluster"},
-    "configs": {"modules", "objectives", "training"},
+    "configs": {"modules", "objectives", "envs", "training"},
 }
 #: Modules that a folder may import beside whole folders: memory predicts from the configuration, the one construction
 #: site and what an update keeps to be taken back with. They know nothing of memory, so that there is no circle.

@@ -1,8 +1,9 @@
 """This package in TorchRL's configurations: importing it adds entries ``pwm_*`` to groups of TorchRL's ConfigStore.
 
-May import modules, objectives and training; nothing imports it. TorchRL's own entries stay as they are. Scripts need
-not import it: ``hydra_plugins/pwm_torchrl_plugin.py`` does where TorchRL's configurations are in use. The application's
-own configuration (``configs/*.yaml``, :mod:`pwm_torchrl.training.config`) is another one, with groups of its own.
+May import modules, objectives, envs and training; nothing imports it. TorchRL's own entries stay as they are. Scripts
+need not import it: ``hydra_plugins/pwm_torchrl_plugin.py`` does where TorchRL's configurations are in use. The
+application's own configuration (``configs/*.yaml``, :mod:`pwm_torchrl.training.config`) is another one, with groups of
+its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from pwm_torchrl.configs.data import PWMSliceSamplerConfig
-from pwm_torchrl.configs.envs import PWMDMControlEnvConfig, PWMGymnasiumEnvConfig, PWMMultitaskEnvConfig
+from pwm_torchrl.configs.envs import (
+    PWMDMControlEnvConfig,
+    PWMGymnasiumEnvConfig,
+    PWMImaginationEnvConfig,
+    PWMMultitaskEnvConfig,
+)
 from pwm_torchrl.configs.losses import PWMActorLossConfig, PWMModelLossConfig, PWMValueLossConfig
 from pwm_torchrl.configs.models import (
     PWMActorModelConfig,
@@ -45,6 +51,7 @@ __all__ = [
     "PWMDMControlEnvConfig",
     "PWMEncoderModelConfig",
     "PWMGymnasiumEnvConfig",
+    "PWMImaginationEnvConfig",
     "PWMModelLossConfig",
     "PWMMultitaskEnvConfig",
     "PWMPolicyModelConfig",
@@ -83,6 +90,7 @@ ENTRIES: dict[tuple[str, str], Any] = {
     ("loss", "pwm_model"): PWMModelLossConfig,
     ("loss", "pwm_actor"): PWMActorLossConfig,
     ("loss", "pwm_value"): PWMValueLossConfig,
+    ("env", "pwm_imagination"): PWMImaginationEnvConfig,
     ("env", "pwm_multitask"): PWMMultitaskEnvConfig,
     ("env", "pwm_gymnasium"): PWMGymnasiumEnvConfig,
     ("env", "pwm_dm_control"): PWMDMControlEnvConfig,

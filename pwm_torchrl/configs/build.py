@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.data import SliceSampler
 from torchrl.modules import ProbabilisticActor
 
+from pwm_torchrl.envs import LatentImaginationEnv
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import (
     WorldModel,
@@ -103,6 +104,15 @@ def actor_loss(*args: Any, action_mask: Any = None, **settings: Any) -> PWMActor
     if isinstance(action_mask, list):
         action_mask = torch.tensor(action_mask, dtype=torch.float32)
     return PWMActorLoss(*args, action_mask=action_mask, **settings)
+
+
+def imagination_env(world_model: Any, **settings: Any) -> LatentImaginationEnv:
+    """A :class:`~pwm_torchrl.envs.LatentImaginationEnv` whose mask and starts may be lists."""
+    for name in ("action_mask", "start"):
+        if isinstance(settings.get(name), list):
+            settings[name] = torch.tensor(settings[name], dtype=torch.float32)
+    batch_size = settings.pop("batch_size", ())
+    return LatentImaginationEnv(world_model, batch_size=batch_size, **_keys(settings))
 
 
 def slice_sampler(**settings: Any) -> SliceSampler:

@@ -19,6 +19,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer, SliceSampler
 
 from pwm_torchrl import configs, modules
 from pwm_torchrl.configs import ENTRIES, build, register
+from pwm_torchrl.envs import LatentImaginationEnv
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.objectives import PWMActorLoss
 
@@ -32,6 +33,7 @@ BEHIND = {
     "policy_model": modules.policy_module,
     "actor_loss": PWMActorLoss,
     "slice_sampler": SliceSampler,
+    "imagination_env": LatentImaginationEnv,
 }
 HYDRAS = {"_target_", "_partial_", "_convert_", "_recursive_"}
 SIZES = {"latent_dim": 16, "action_dim": 2, "units": [32]}
@@ -231,3 +233,14 @@ def test_environment_of_a_configuration():
     assert env.batch_size == (2,)
     assert env.action_spec.space.high.max() == 1
     env.close()
+
+
+def test_imagination_of_a_configuration():
+    spec = dict(observation_dim=5, encoder_units=[32], **SIZES)
+    world_model = OmegaConf.to_container(structured("network", "pwm_world_model", **spec))
+    start = torch.softmax(torch.randn(3, 2, 8), -1).flatten(1).tolist()
+    values = {"world_model": world_model, "start": start, "horizon": 4, "batch_size": [6], "action_mask": [1, 0]}
+    env = instantiate(structured("env", "pwm_imagination", latent_key=["agent", "latent"], **values))
+    rollout = env.rollout(10)
+    assert rollout["next", "agent", "latent"].shape == (6, 4, 16)
+    assert rollout["next", "truncated"][:, -1].all()
