@@ -106,12 +106,13 @@ def actor_loss(*args: Any, action_mask: Any = None, **settings: Any) -> PWMActor
     return PWMActorLoss(*args, action_mask=action_mask, **settings)
 
 
-def imagination_env(*, action_mask: Any = None, **settings: Any) -> LatentImaginationEnv:
-    """A :class:`~pwm_torchrl.envs.LatentImaginationEnv` whose mask may be lists."""
-    if isinstance(action_mask, list):
-        action_mask = torch.tensor(action_mask, dtype=torch.float32)
-    keys = {name: settings.pop(name) for name in list(settings) if name.endswith("_key")}
-    return LatentImaginationEnv(action_mask=action_mask, **settings, **_keys(keys))
+def imagination_env(world_model: Any, **settings: Any) -> LatentImaginationEnv:
+    """A :class:`~pwm_torchrl.envs.LatentImaginationEnv` whose mask and starts may be lists."""
+    for name in ("action_mask", "start"):
+        if isinstance(settings.get(name), list):
+            settings[name] = torch.tensor(settings[name], dtype=torch.float32)
+    batch_size = settings.pop("batch_size", ())
+    return LatentImaginationEnv(world_model, batch_size=batch_size, **_keys(settings))
 
 
 def slice_sampler(**settings: Any) -> SliceSampler:

@@ -1,4 +1,4 @@
-"""Group ``env``: real environments with actions in [−1, 1] and one observation, and imagination as one."""
+"""Group ``env``: imagination, and real environments with actions in [−1, 1] and one observation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,33 @@ from omegaconf import MISSING
 from torchrl.trainers.algorithms.configs.envs import EnvConfig
 
 # ``Optional[...]`` instead of ``... | None``: OmegaConf resolves these hints at run time, on Python 3.10 too.
+
+
+@dataclass
+class PWMImaginationEnvConfig(EnvConfig):
+    """Hydra configuration for :class:`~pwm_torchrl.envs.LatentImaginationEnv`.
+
+    ``world_model`` is made with the environment, for example ``model@env.world_model: pwm_trained_world_model``; one
+    that is still learning is given in code, since Hydra would make it again.
+    """
+
+    world_model: Any = MISSING
+    start: Any = None
+    horizon: Optional[int] = None
+    task: Optional[int] = None
+    action_mask: Any = None
+    differentiable: bool = False
+    snapshot: bool = False
+    batch_size: list[int] = field(default_factory=list)
+    device: Any = None
+    action_spec: Any = None
+    latent_spec: Any = None
+    observation_key: Any = "observation"
+    latent_key: Any = "latent"
+    action_key: Any = "action"
+    task_key: Any = "task"
+    _target_: str = "pwm_torchrl.configs.build.imagination_env"
+    _convert_: str = "all"
 
 
 @dataclass
@@ -54,29 +81,3 @@ class PWMDMControlEnvConfig(EnvConfig):
     episode_length: Optional[int] = None
     render: bool = False
     _target_: str = "pwm_torchrl.envs.make_dm_control_env"
-
-
-@dataclass
-class PWMImaginationEnvConfig(EnvConfig):
-    """Hydra configuration for :class:`~pwm_torchrl.envs.LatentImaginationEnv`.
-
-    ``world_model`` may be an entry of group ``network`` or ``model``, ``pwm_trained_world_model`` among them.
-    """
-
-    world_model: Any = MISSING
-    start: Any = None
-    horizon: Optional[int] = None
-    task: Optional[int] = None
-    action_mask: Any = None
-    differentiable: bool = False
-    snapshot: bool = False
-    batch_size: list[int] = field(default_factory=list)
-    device: Any = None
-    action_spec: Any = None
-    latent_spec: Any = None
-    observation_key: Any = "observation"
-    latent_key: Any = "latent"
-    action_key: Any = "action"
-    task_key: Any = "task"
-    _target_: str = "pwm_torchrl.configs.build.imagination_env"
-    _convert_: str = "all"

@@ -269,7 +269,7 @@ class PWMActorLoss(PolicyUpdates):
         """
         if not self.entropy_weight or noise is None:
             return 0.0
-        with self.actor_network_params.to_module(self.actor_network):
+        with swapped(self.actor_network_params, self.actor_network):
             loc, scale = self._policy_parameters()(rollout.latent[:-1].detach())
         entropy = squashed_entropy(loc, scale, noise)
         if task is not None and self.action_mask is not None:

@@ -32,8 +32,8 @@ BEHIND = {
     "value_model": modules.value_module,
     "policy_model": modules.policy_module,
     "actor_loss": PWMActorLoss,
-    "imagination_env": LatentImaginationEnv,
     "slice_sampler": SliceSampler,
+    "imagination_env": LatentImaginationEnv,
 }
 HYDRAS = {"_target_", "_partial_", "_convert_", "_recursive_"}
 SIZES = {"latent_dim": 16, "action_dim": 2, "units": [32]}
@@ -236,13 +236,11 @@ def test_environment_of_a_configuration():
 
 
 def test_imagination_of_a_configuration():
-    world_model = OmegaConf.to_container(
-        structured("network", "pwm_world_model", observation_dim=5, encoder_units=[32], **SIZES)
-    )
-    mask = {"action_mask": [1, 0], "latent_key": ["agent", "latent"], "batch_size": [3]}
-    env = instantiate(structured("env", "pwm_imagination", world_model=world_model, horizon=4, **mask))
-    assert env.action_mask.tolist() == [1.0, 0.0]
-    states = TensorDict({("agent", "latent"): torch.rand(3, 16)}, batch_size=[3])
-    rollout = env.rollout(10, tensordict=states, set_state=True)
-    assert rollout["next", "agent", "latent"].shape == (3, 4, 16)
+    spec = dict(observation_dim=5, encoder_units=[32], **SIZES)
+    world_model = OmegaConf.to_container(structured("network", "pwm_world_model", **spec))
+    start = torch.softmax(torch.randn(3, 2, 8), -1).flatten(1).tolist()
+    values = {"world_model": world_model, "start": start, "horizon": 4, "batch_size": [6], "action_mask": [1, 0]}
+    env = instantiate(structured("env", "pwm_imagination", latent_key=["agent", "latent"], **values))
+    rollout = env.rollout(10)
+    assert rollout["next", "agent", "latent"].shape == (6, 4, 16)
     assert rollout["next", "truncated"][:, -1].all()
