@@ -14,7 +14,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, ExplorationType, ModelBasedEnvBase, TransformedEnv, set_exploration_type
 from torchrl.modules.planners import MPCPlannerBase
 
-from pwm_torchrl.envs import PolicySeededMPPI
+from pwm_torchrl.envs import LatentImaginationEnv, PolicySeededMPPI
 from pwm_torchrl.errors import ConfigurationError, DivergenceError
 from pwm_torchrl.modules import (
     Actor,
@@ -23,7 +23,6 @@ from pwm_torchrl.modules import (
     actor_module,
     make_world_model,
     value_module,
-    world_model_module,
 )
 
 D = 2
@@ -278,16 +277,25 @@ class TestActing:
         assert plan.out_keys == ["action", ("next", "plan")]
         assert not plan(state((0.1, 0.2), plan=torch.zeros(1, 3, 1)))["action"].requires_grad
 
-    def test_a_world_model_of_ours(self) -> None:
-        spec = WorldModelSpec(3, 1, 16, [32], [32], termination=True, dynamics={"kind": "flow"})
-        model = make_world_model(spec)
-        names = {"next_latent": "latent", "reward": "reward", "terminated": "terminated"}
-        env = Model()
-        env.world_model = world_model_module(model, **names)
-        env.observation_spec = Composite(latent=Unbounded((16,)))
-        plan = planner(env, actor_module(Actor(16, 1, [32])), value_module(CriticEnsemble(16, [32])))
-        out = plan(TensorDict(latent=model.encode(torch.randn(4, 3)).detach(), batch_size=[4]))
-        assert out["action"].shape == (4, 1)
+    @pytest.mark.parametrize("tasks", [0, 2])
+    def test_a_world_model_of_ours(self, tasks: int) -> None:
+        """Through imagination as an environment, which carries the task of a model of several."""
+        several = {"num_tasks": tasks, "task_dim": 4, "action_dims": [1, 2]} if tasks else {}
+        model = make_world_model(
+            WorldModelSpec(3, 2, 16, [32], [32], termination=True, dynamics={"kind": "flow"}, **several)
+        )
+        task = torch.tensor([0, 1, 1, 0])
+        index = (task,) if tasks else ()
+        data = TensorDict(latent=model.encode(torch.randn(4, 3), *index).detach(), batch_size=[4])
+        if tasks:
+            data.set("task", task)
+        plan = planner(
+            LatentImaginationEnv(model), actor_module(Actor(16, 2, [32])), value_module(CriticEnsemble(16, [32]))
+        )
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert plan(data)["action"].shape == (4, 2)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        assert all(p.grad is None for p in plan.parameters())
 
 
 class TestWarmStart:
