@@ -136,16 +136,16 @@ def collect(env: EnvBase, state: TensorDictBase, policy: TensorDictSequential | 
 
 def train(learner: Learner, env: EnvBase, options: argparse.Namespace) -> None:
     """Alternate between collecting, fitting the model and improving the policy in it."""
-    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000), batch_size=128)
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000))
     data, state = collect(env, env.reset(), None, options.steps)
     replay.extend(data)
     for _ in range(options.model_updates * 5):
-        learner.fit_model(replay.sample())
+        learner.fit_model(replay.sample(128))
     for iteration in range(1, options.iterations + 1):
         data, state = collect(env, state, learner.policy, options.steps)
         replay.extend(data)
         for _ in range(options.model_updates):
-            losses = learner.fit_model(replay.sample())
+            losses = learner.fit_model(replay.sample(128))
         for _ in range(options.policy_updates):
             reward = learner.improve_policy(replay.sample(64))
         if iteration % max(1, options.iterations // 10) == 0:
