@@ -136,18 +136,18 @@ def collect(env: EnvBase, state: TensorDictBase, policy: TensorDictSequential | 
 
 def train(learner: Learner, env: EnvBase, options: argparse.Namespace) -> None:
     """Alternate between collecting, fitting the model and improving the policy in it."""
-    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000), batch_size=256)
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000))
     data, state = collect(env, env.reset(), None, options.steps)
     replay.extend(data)
     for _ in range(options.model_updates * 5):
-        learner.fit_model(replay.sample())
+        learner.fit_model(replay.sample(128))
     for iteration in range(1, options.iterations + 1):
         data, state = collect(env, state, learner.policy, options.steps)
         replay.extend(data)
         for _ in range(options.model_updates):
-            losses = learner.fit_model(replay.sample())
+            losses = learner.fit_model(replay.sample(128))
         for _ in range(options.policy_updates):
-            reward = learner.improve_policy(replay.sample())
+            reward = learner.improve_policy(replay.sample(64))
         if iteration % max(1, options.iterations // 10) == 0:
             text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
             say(f"iteration {iteration}: imagined reward per step {reward / REWARD_SCALE:.2f}, {text}")
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--steps", type=int, default=50, help="collected in each of 8 environments per iteration")
     parser.add_argument("--horizon", type=int, default=16, help="of imagined rollouts")
     parser.add_argument("--model-updates", type=int, default=100, help="per iteration")
-    parser.add_argument("--policy-updates", type=int, default=15, help="per iteration")
+    parser.add_argument("--policy-updates", type=int, default=20, help="per iteration")
     parser.add_argument("--episodes", type=int, default=32, help="of each evaluation")
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args(argv)

@@ -47,7 +47,7 @@ ENV = {"_target_": "pwm_torchrl.envs.make_gymnasium_env", "id": "Pendulum-v1", "
 NUM_ENVS, COLLECT_STEPS, GAMMA, LAMBDA, REWARD_SCALE = 8, 16, 0.9, 0.95, 0.1
 MODEL_HORIZON, MODEL_BATCH, MODEL_UPDATES, FIRST_MODEL_UPDATES = 10, 128, 8, 200
 ROLLOUTS, ROLLOUT_LENGTH = 1024, 10
-PPO_PASSES, PPO_BATCH = 6, 1024
+PPO_PASSES, PPO_BATCH, MAX_KL = 6, 1024, 0.03
 
 
 def make_model(env: EnvBase) -> WorldModel:
@@ -98,10 +98,12 @@ def train_model(
 def train_policy(
     loss: ClipPPOLoss, optimizer: torch.optim.Optimizer, rollouts: TensorDictBase, passes: int, batch: int
 ) -> None:
-    """PPO's passes over imagined transitions ``[N]``."""
+    """PPO passes over imagined transitions ``[N]``, while the policy stays close to the one that imagined them."""
     for _ in range(passes):
         for rows in torch.randperm(len(rollouts)).split(batch):
             terms = loss(rollouts[rows])
+            if terms["kl_approx"] > MAX_KL:
+                return
             (terms["loss_objective"] + terms["loss_critic"]).backward()
             for part in (loss.actor_network_params, loss.critic_network_params):
                 torch.nn.utils.clip_grad_norm_(part.parameters(), 0.5)
@@ -134,7 +136,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         model, start=replay, horizon=ROLLOUT_LENGTH, snapshot=True, batch_size=[ROLLOUTS]
     )
     actor, ppo, advantage = make_ppo(imagination.observation_spec["latent"].shape[-1], env.action_spec_unbatched)
-    optimizer = torch.optim.Adam(ppo.parameters(), lr=5e-4, fused=True)
+    optimizer = torch.optim.Adam(ppo.parameters(), lr=3e-4, fused=True)
     policy = TensorDictSequential(encoder_module(imagination.stepped_model), actor)  # acts as it is trained
 
     before = play(eval_env, policy, eval_seed).returns

@@ -6,87 +6,31 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict import TensorDict
 from torch import Tensor
-from torchrl.collectors import Collector
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase, ExplorationType, ModelBasedEnvBase, TransformedEnv, set_exploration_type
-from torchrl.modules.planners import MPCPlannerBase
 
-from pwm_torchrl.envs import PolicySeededMPPI
-from pwm_torchrl.errors import ConfigurationError, DivergenceError
+from pwm_torchrl.errors import DivergenceError
 from pwm_torchrl.modules import (
     Actor,
-    CriticEnsemble,
-    WorldModelSpec,
     actor_module,
-    make_world_model,
-    value_module,
-    world_model_module,
 )
 
-D = 2
-#: Linear dynamics z' = A z + B a and costs zᵀz + R a².
-A, B, R, GAMMA = torch.tensor([[1.0, 0.3], [0.0, 0.9]]), torch.tensor([[0.0], [0.5]]), 0.1, 0.95
-
-
-def riccati() -> tuple[Tensor, Tensor]:
-    """P and K of the best policy a = −K z, whose value is −zᵀ P z."""
-    p = torch.eye(D)
-    for _ in range(500):
-        gain = GAMMA * torch.linalg.solve(R + GAMMA * B.T @ p @ B, B.T @ p @ A)
-        p = torch.eye(D) + R * gain.T @ gain + GAMMA * (A - B @ gain).T @ p @ (A - B @ gain)
-    return p, gain
-
-
-P, K = riccati()
-
-
-class Model(ModelBasedEnvBase):
-    """A function of tensors as a model: latent ``[..., 2]``, one action, ends when it says so."""
-
-    def __init__(self, step: Any = None, low: float = -1.0, high: float = 1.0, batch: tuple[int, ...] = ()) -> None:
-        module = TensorDictModule(step or linear, ["latent", "action"], ["latent", "reward", "terminated", "done"])
-        super().__init__(module, batch_size=torch.Size(batch))
-        self.observation_spec = Composite(latent=Unbounded((*batch, D)), shape=batch)
-        self.action_spec = Bounded(low, high, (*batch, 1))
-        self.reward_spec = Unbounded((*batch, 1))
-
-    def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
-        shape = self.batch_size if tensordict is None else tensordict.shape
-        return TensorDict(latent=torch.randn(*shape, D), batch_size=shape)
-
-
-def never(like: Tensor) -> Tensor:
-    return torch.zeros(*like.shape[:-1], 1, dtype=torch.bool)
-
-
-def linear(z: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-    cost = z.square().sum(-1, keepdim=True) + R * a.square()
-    return z @ A.T + a @ B.T, -cost, never(z), never(z)
-
-
-def module(function: Any, out: str) -> TensorDictModule:
-    return TensorDictModule(function, ["latent"], [out])
-
-
-ZERO = module(lambda z: 0 * z[..., :1], "action")
-NOTHING = module(lambda z: 0 * z[..., :1], "state_value")
-BEST_VALUE = module(lambda z: -torch.einsum("...i,ij,...j->...", z, P, z).unsqueeze(-1), "state_value")
-BEST_POLICY = module(lambda z: -z @ K.T, "action")
-
-
-def planner(env: EnvBase | None = None, policy: Any = ZERO, value: Any = NOTHING, **changes: Any) -> PolicySeededMPPI:
-    arguments = {"num_candidates": 128, "num_policy_candidates": 4, "top_k": 16, "gamma": GAMMA, "warm_start": False}
-    return PolicySeededMPPI(Model() if env is None else env, policy, value, **(arguments | changes))
-
-
-def state(*rows: tuple[float, float], **entries: Tensor) -> TensorDict:
-    return TensorDict(latent=torch.tensor(rows), **entries, batch_size=[len(rows)])
-
-
-STATES = state((0.4, -0.2), (-0.5, 0.3), (0.1, 0.4))
+from .mppi_cases import (
+    BEST_POLICY,
+    BEST_VALUE,
+    GAMMA,
+    STATES,
+    ZERO,
+    D,
+    K,
+    Model,
+    linear,
+    module,
+    never,
+    planner,
+    seen,
+    state,
+)
 
 
 class TestWhatItFinds:
@@ -134,17 +78,9 @@ class TestWhatItFinds:
 
 
 class TestCandidates:
-    @staticmethod
-    def seen(plan: PolicySeededMPPI, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-        """Candidates of every round."""
-        rounds: list[Tensor] = []
-        returns = plan.candidate_returns
-        monkeypatch.setattr(plan, "candidate_returns", lambda s, c: (rounds.append(c), returns(s, c))[1])
-        return rounds
-
     def test_the_policys_are_among_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         plan = planner(policy=BEST_POLICY, num_policy_candidates=3)
-        rounds = self.seen(plan, monkeypatch)
+        rounds = seen(plan, monkeypatch)
         plan(STATES.clone())
         z, expected = STATES["latent"], []
         for _ in range(3):
@@ -168,7 +104,7 @@ class TestCandidates:
     @pytest.mark.parametrize("count", [0, 1, 128])
     def test_none_or_one_or_all(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         plan = planner(policy=BEST_POLICY, num_policy_candidates=count)
-        rounds = self.seen(plan, monkeypatch)
+        rounds = seen(plan, monkeypatch)
         action = plan(STATES.clone())["action"]
         assert rounds[0].shape[1] == 128
         if count == 128:
@@ -248,125 +184,3 @@ class TestElites:
         candidates = (torch.randn(3, 128, 3, 1) * 2).clamp(-1, 1)
         best = plan.candidate_returns(STATES, candidates).argmax(1)
         torch.testing.assert_close(action, candidates[torch.arange(3), best, 0])
-
-
-class TestActing:
-    def test_exploration(self) -> None:
-        """The mean, which differs between calls by the candidates' noise alone, or one of the elites and noise."""
-        plan = planner(value=BEST_VALUE, temperature=20.0, min_std=0.2, num_candidates=256)
-        with set_exploration_type(ExplorationType.DETERMINISTIC):
-            certain = torch.stack([plan(STATES.clone())["action"] for _ in range(10)])
-        with set_exploration_type(ExplorationType.RANDOM):
-            random = torch.stack([plan(STATES.clone())["action"] for _ in range(10)])
-        assert certain.std(0).max() < 0.05 < 0.1 < random.std(0).min()
-        assert random.abs().max() <= 1
-
-    @pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
-    def test_batches(self, shape: tuple[int, ...]) -> None:
-        data = TensorDict(latent=0.4 * torch.rand(*shape, D), other=torch.zeros(shape), batch_size=shape)
-        plan = planner(value=BEST_VALUE, temperature=20.0, min_std=0.01)
-        out = plan(data)
-        assert out is data
-        assert out["action"].shape == (*shape, 1)
-        torch.testing.assert_close(out["action"], -data["latent"] @ K.T, atol=0.05, rtol=0)
-        assert set(data.keys()) == {"latent", "other", "action"}
-
-    def test_it_is_one_of_torchrls_planners(self) -> None:
-        plan = planner(warm_start=True)
-        assert isinstance(plan, MPCPlannerBase)
-        assert plan.in_keys == ["latent", "plan"]
-        assert plan.out_keys == ["action", ("next", "plan")]
-        assert not plan(state((0.1, 0.2), plan=torch.zeros(1, 3, 1)))["action"].requires_grad
-
-    def test_a_world_model_of_ours(self) -> None:
-        spec = WorldModelSpec(3, 1, 16, [32], [32], termination=True, dynamics={"kind": "flow"})
-        model = make_world_model(spec)
-        names = {"next_latent": "latent", "reward": "reward", "terminated": "terminated"}
-        env = Model()
-        env.world_model = world_model_module(model, **names)
-        env.observation_spec = Composite(latent=Unbounded((16,)))
-        plan = planner(env, actor_module(Actor(16, 1, [32])), value_module(CriticEnsemble(16, [32])))
-        out = plan(TensorDict(latent=model.encode(torch.randn(4, 3)).detach(), batch_size=[4]))
-        assert out["action"].shape == (4, 1)
-
-
-class TestWarmStart:
-    def test_the_plan_of_the_step_before_is_shifted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        plan = planner(warm_start=True, num_policy_candidates=0, max_std=0.06, num_candidates=4096)
-        rounds = TestCandidates.seen(plan, monkeypatch)
-        before = torch.tensor([0.5, -0.5, 0.0]).view(1, 3, 1).expand(3, 3, 1)
-        torch.manual_seed(1)
-        out = plan(STATES.clone().set("plan", before))
-        torch.testing.assert_close(rounds[0].mean(1), before, atol=0.01, rtol=0)
-        torch.manual_seed(1)
-        mean = plan.plan(STATES.clone().set("plan", before))[1]
-        assert (out["next", "plan"][:, 2] == 0).all()
-        torch.testing.assert_close(out["next", "plan"][:, :2], mean[:, 1:])
-
-    @staticmethod
-    def acting(plan: PolicySeededMPPI) -> TransformedEnv:
-        """Two environments, the first of which ends after its second step."""
-        steps = [0]
-
-        def ends(z: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-            steps[0] += 1
-            done = torch.tensor([[steps[0] == 2], [False]])
-            return *linear(z, a)[:2], done, done
-
-        env = Model(ends, batch=(2,))
-        env._batch_locked = True
-        return TransformedEnv(env, plan.make_tensordict_primer())
-
-    def test_it_goes_from_step_to_step_and_ends_with_the_episode(self) -> None:
-        plan = planner(value=BEST_VALUE, warm_start=True)
-        data = self.acting(plan).rollout(4, plan, break_when_any_done=False)
-        carried, written = data["plan"], data["next", "plan"]
-        assert (carried[:, 0] == 0).all()
-        torch.testing.assert_close(carried[1, 1:], written[1, :-1])
-        torch.testing.assert_close(carried[0, 1], written[0, 0])
-        assert (carried[0, 2] == 0).all()
-        assert (written[:, :, :2] != 0).all()
-
-    def test_collectors_make_room_for_it(self) -> None:
-        plan = planner(value=BEST_VALUE, warm_start=True, num_candidates=16, top_k=4)
-        env = Model(batch=(2,))
-        env._batch_locked = True
-        collector = Collector(env, plan, frames_per_batch=6, total_frames=6, auto_register_policy_transforms=True)
-        data = next(iter(collector))
-        torch.testing.assert_close(data["plan"][:, 1:], data["next", "plan"][:, :-1])
-        collector.shutdown()
-
-    def test_without_a_place_for_the_plan(self) -> None:
-        with pytest.raises(ConfigurationError, match=r"'plan': append make_tensordict_primer\(\) .* warm_start=False"):
-            planner(warm_start=True)(STATES.clone())
-
-
-class TestBadArguments:
-    @pytest.mark.parametrize(
-        ("changes", "sentence"),
-        [
-            ({"planning_horizon": 0}, "planning_horizon=0 must be at least 1."),
-            ({"optim_steps": 0}, "optim_steps=0 must be at least 1."),
-            ({"num_policy_candidates": 129}, "num_policy_candidates=129 must be between 0 and num_candidates=128."),
-            ({"num_policy_candidates": -1}, "num_policy_candidates=-1 must be between 0 and num_candidates=128."),
-            ({"top_k": 0}, "top_k=0 must be between 1 and num_candidates=128."),
-            ({"top_k": 129}, "top_k=129 must be between 1 and num_candidates=128."),
-            ({"temperature": -0.1}, "temperature=-0.1 must not be negative."),
-            ({"min_std": 0.0}, "min_std=0.0 must be positive and at most max_std=2.0."),
-            ({"min_std": 3.0}, "min_std=3.0 must be positive and at most max_std=2.0."),
-            ({"gamma": 1.5}, "gamma=1.5 must be above 0 and at most 1."),
-        ],
-    )
-    def test_numbers(self, changes: dict[str, Any], sentence: str) -> None:
-        with pytest.raises(ConfigurationError) as caught:
-            planner(**changes)
-        assert str(caught.value) == sentence
-
-    def test_environments(self) -> None:
-        locked, discrete = Model(), Model()
-        locked._batch_locked = True
-        discrete.action_spec = Categorical(3)
-        with pytest.raises(ConfigurationError, match="batch-locked"):
-            planner(locked)
-        with pytest.raises(ConfigurationError, match=r"Categorical of shape .* a vector of real numbers"):
-            planner(discrete)
