@@ -142,11 +142,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     before = play(eval_env, policy, eval_seed).returns
     collector = ResumableCollector(env, policy, COLLECT_STEPS)
     for iteration, batch in zip(range(options.iterations), collector, strict=False):
-        replay.extend(batch.set(("next", "reward"), REWARD_SCALE * batch["next", "reward"]))
+        replay.extend(batch)
         train_model(model_loss, model_optimizer, replay, updates if iteration else first_updates, MODEL_BATCH)
         imagination.update_snapshot()
         with torch.no_grad():
-            imagined = advantage(imagination.rollout(ROLLOUT_LENGTH, actor))
+            imagined = imagination.rollout(ROLLOUT_LENGTH, actor)
+            # The model learns raw rewards, which shape its latents; values are easier to learn from smaller ones.
+            imagined["next", "reward"] *= REWARD_SCALE
+            advantage(imagined)
         train_policy(ppo, optimizer, imagined.reshape(-1), passes, PPO_BATCH)
         if (iteration + 1) % 10 == 0:
             returns = play(eval_env, policy, eval_seed).returns
