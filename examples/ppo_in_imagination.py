@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss
@@ -77,6 +77,7 @@ def make_ppo(latent_dim: int, action_spec) -> tuple[ProbabilisticActor, ClipPPOL
         spec=action_spec,
         distribution_class=TanhNormal,
         return_log_prob=True,
+        default_interaction_type=InteractionType.RANDOM,  # TorchRL's default is the mode, from which nothing is learned
     )
     value = value_module(CriticEnsemble(latent_dim, size.critic_units, num_critics=1))
     loss = ClipPPOLoss(actor, value, clip_epsilon=0.2, entropy_bonus=False, normalize_advantage=True)
@@ -142,11 +143,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     before = play(eval_env, policy, eval_seed).returns
     collector = ResumableCollector(env, policy, COLLECT_STEPS)
     for iteration, batch in zip(range(options.iterations), collector, strict=False):
-        replay.extend(batch.set(("next", "reward"), REWARD_SCALE * batch["next", "reward"]))
+        replay.extend(batch)
         train_model(model_loss, model_optimizer, replay, updates if iteration else first_updates, MODEL_BATCH)
         imagination.update_snapshot()
         with torch.no_grad():
-            imagined = advantage(imagination.rollout(ROLLOUT_LENGTH, actor))
+            imagined = imagination.rollout(ROLLOUT_LENGTH, actor)
+            # The model learns raw rewards, which shape its latents; values are easier to learn from smaller ones.
+            imagined["next", "reward"] *= REWARD_SCALE
+            advantage(imagined)
         train_policy(ppo, optimizer, imagined.reshape(-1), passes, PPO_BATCH)
         if (iteration + 1) % 10 == 0:
             returns = play(eval_env, policy, eval_seed).returns
