@@ -35,7 +35,7 @@ class TrajectoryReplay:
 
     Args:
         capacity (int): transitions; rounded down to a multiple of ``num_envs``.
-        num_envs (int): N.
+        num_envs (int): ``N``.
         horizon (int): steps per sampled slice.
         storage (str): ``"memory"`` for host RAM, ``"disk"`` for files (:class:`~pwm_torchrl.data.SegmentStore`),
             ``"device"`` for the memory of ``device``. Defaults to ``"memory"``.
@@ -44,7 +44,7 @@ class TrajectoryReplay:
         device (str or torch.device): of the sampled tensors. Defaults to ``"cpu"``.
         observation_dim (int, optional): O; with ``action_dim``, a disk without room is refused now instead of with the
             first batch. Defaults to ``None``.
-        action_dim (int, optional): A. Defaults to ``None``.
+        action_dim (int, optional): ``A``. Defaults to ``None``.
         since_checkpoint_steps (int): most time steps written since the oldest checkpoint kept, for which a disk needs
             room beside the capacity; see :func:`~pwm_torchrl.data.steps_since_checkpoint`. Defaults to ``0``.
 

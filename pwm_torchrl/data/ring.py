@@ -19,7 +19,7 @@ class RingStore:
 
     Args:
         capacity (int): time steps.
-        num_envs (int): N.
+        num_envs (int): ``N``.
         horizon (int): steps per slice.
         device (str or torch.device): of the tensors. Defaults to ``"cpu"``.
     """

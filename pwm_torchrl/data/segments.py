@@ -38,9 +38,9 @@ class SegmentStore:
     Args:
         folder (Path): of the files; made when the first batch comes.
         capacity (int): newest time steps that sampling sees.
-        num_envs (int): N.
+        num_envs (int): ``N``.
         horizon (int): steps per slice.
-        segment_steps (int, optional): S. Defaults to ``None``: by the capacity, see
+        segment_steps (int, optional): ``S``. Defaults to ``None``: by the capacity, see
             :func:`pwm_torchrl.data.sizes.segment_steps`.
         since_checkpoint_steps (int): most time steps written since the oldest checkpoint kept; what room is asked for
             beside the capacity. Defaults to ``0``.

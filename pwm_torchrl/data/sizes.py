@@ -34,10 +34,10 @@ def replay_bytes(
     """Bytes of the transitions that a replay holds; a replay in RAM or on the device takes exactly these.
 
     Args:
-        observation_dim (int): O.
-        action_dim (int): A.
+        observation_dim (int): ``O``.
+        action_dim (int): ``A``.
         capacity (int): transitions.
-        num_envs (int): N.
+        num_envs (int): ``N``.
         since_checkpoint_steps (int): time steps held beside the capacity, only on disk. Defaults to ``0``.
     """
     steps = capacity // num_envs + since_checkpoint_steps
@@ -50,10 +50,10 @@ def replay_disk_bytes(
     """Bytes of the most files that a replay on disk ever has: :func:`replay_bytes` in whole segments.
 
     Args:
-        observation_dim (int): O.
-        action_dim (int): A.
+        observation_dim (int): ``O``.
+        action_dim (int): ``A``.
         capacity (int): transitions.
-        num_envs (int): N.
+        num_envs (int): ``N``.
         since_checkpoint_steps (int): most time steps written since the oldest checkpoint that can be resumed, see
             :func:`steps_since_checkpoint`; at least those of one batch.
     """

@@ -43,7 +43,7 @@ def make_dflex_env(
     Args:
         name (str): ``"hopper"``, ``"ant"``, ``"anymal"``, ``"humanoid"`` or ``"snu_humanoid"``, also with ``dflex_`` in
             front, as tables call them.
-        num_envs (int): N. Defaults to ``64``.
+        num_envs (int): ``N``. Defaults to ``64``.
         seed (int): seed of the whole batch. Defaults to ``0``.
         device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
         episode_length (int): steps per episode. Defaults to ``1000``.

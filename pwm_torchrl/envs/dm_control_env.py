@@ -32,7 +32,7 @@ def make_dm_control_env(
     Args:
         domain (str): domain of the suite, for example ``"cartpole"``.
         task (str): task of the domain, for example ``"swingup"``.
-        num_envs (int): N. Defaults to ``1``.
+        num_envs (int): ``N``. Defaults to ``1``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
         device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
         action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``2``.
@@ -80,7 +80,7 @@ def batch_dm_control(
         name (str): label for messages.
         load (callable): makes a ``dm_control.rl.control.Environment``; called with ``random``, a seed, and, where a
             limit in agent steps replaces the task's own in simulated seconds, ``time_limit``.
-        num_envs (int): N.
+        num_envs (int): ``N``.
         seed (int): of sub-environment 0.
         device (torch.device or str): where the tensors go.
         action_repeat (int): environment steps per agent step.

@@ -49,7 +49,7 @@ def make_env(
         env_cfg (Mapping): the configuration.
 
     Keyword Args:
-        num_envs (int): N.
+        num_envs (int): ``N``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``.
         device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
         render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.

@@ -40,11 +40,11 @@ class PolicySeededMPPI(MPCPlannerBase):
             :func:`~pwm_torchrl.modules.value_module`; for a Q-function, a sequence of the policy and that.
 
     Keyword Args:
-        planning_horizon (int): H. Defaults to ``3``.
+        planning_horizon (int): ``H``. Defaults to ``3``.
         optim_steps (int): rounds. Defaults to ``6``.
         num_candidates (int): N, the policy's among them. Defaults to ``512``.
-        num_policy_candidates (int): P. Defaults to ``24``.
-        top_k (int): K. Defaults to ``64``.
+        num_policy_candidates (int): ``P``. Defaults to ``24``.
+        top_k (int): ``K``. Defaults to ``64``.
         temperature (float): how much better plans outweigh others; 0 weighs the K best equally. Defaults to ``0.5``.
         min_std (float): least standard deviation, in halves of the actions' range. Defaults to ``0.05``.
         max_std (float): largest and first standard deviation, likewise. Defaults to ``2.0``.

@@ -23,7 +23,7 @@ def report_env(env_cfg: Mapping[str, Any], num_envs: int, seed: int = 0) -> str:
 
     Args:
         env_cfg (Mapping): the configuration group ``env``.
-        num_envs (int): N.
+        num_envs (int): ``N``.
         seed (int): seed of sub-environment 0. Defaults to ``0``.
 
     Returns:

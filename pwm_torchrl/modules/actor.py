@@ -16,8 +16,8 @@ class Actor(nn.Module):
     Blocks of Linear -> Mish -> LayerNorm, as PWM's (https://arxiv.org/abs/2407.02466).
 
     Args:
-        latent_dim (int): D.
-        action_dim (int): A.
+        latent_dim (int): ``D``.
+        action_dim (int): ``A``.
         units (sequence of int): hidden widths. Defaults to ``(400, 200, 100)``.
         log_std_init (float): initial log-std. Defaults to ``-1.0``.
         log_std_min (float): floor of the log-std. Defaults to ``-1.427``.

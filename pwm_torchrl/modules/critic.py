@@ -18,9 +18,9 @@ class CriticEnsemble(nn.Module):
     of one MLP in definition order, stacked over the ensemble, so that a batched matrix product serves all members.
 
     Args:
-        latent_dim (int): D.
+        latent_dim (int): ``D``.
         units (sequence of int): hidden widths. Defaults to ``(400, 200)``.
-        num_critics (int): K. Defaults to ``3``.
+        num_critics (int): ``K``. Defaults to ``3``.
 
     Examples:
         >>> CriticEnsemble(16)(torch.zeros(5, 16)).shape

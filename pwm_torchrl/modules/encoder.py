@@ -13,10 +13,10 @@ class Encoder(nn.Module):
     """MLP of :class:`NormedLinear` that ends in SimNorm; inputs concatenated as [o, e].
 
     Args:
-        observation_dim (int): O.
+        observation_dim (int): ``O``.
         task_dim (int): E, 0 without tasks.
         units (sequence of int): hidden widths.
-        latent_dim (int): D.
+        latent_dim (int): ``D``.
         simnorm_dim (int): features per SimNorm group. Defaults to ``8``.
     """
 

@@ -44,9 +44,9 @@ class WorldModelSpec:
     """Everything that determines a world model's architecture; plain values, so that it can be saved beside weights.
 
     Args:
-        observation_dim (int): O.
+        observation_dim (int): ``O``.
         action_dim (int): A, padded to the widest task.
-        latent_dim (int): D.
+        latent_dim (int): ``D``.
         units (sequence of int): hidden widths of dynamics, reward and termination head.
         encoder_units (sequence of int): hidden widths of the encoder.
         simnorm_dim (int): features per SimNorm group. Defaults to ``8``.
@@ -58,7 +58,7 @@ class WorldModelSpec:
         reward_space (str): ``"raw"`` or ``"symlog"``. Defaults to ``"raw"``.
         termination (bool): whether to predict termination. Defaults to ``False``.
         num_tasks (int): 0 for a single-task model. Defaults to ``0``.
-        task_dim (int): E. Defaults to ``0``.
+        task_dim (int): ``E``. Defaults to ``0``.
         action_dims (sequence of int): action dimension per task. Defaults to ``()``.
         normalize_observations (bool): running mean and variance in front of the encoder. Defaults to ``False``.
     """

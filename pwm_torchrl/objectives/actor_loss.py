@@ -45,7 +45,7 @@ class PWMActorLoss(PolicyUpdates):
         value_network (TensorDictModule): ``latent`` -> ``state_value``.
 
     Keyword Args:
-        horizon (int): H. Defaults to ``16``.
+        horizon (int): ``H``. Defaults to ``16``.
         gamma (float): discount. Defaults to ``0.99``.
         lmbda (float): λ of the value targets written to the rollout. Defaults to ``0.95``.
         detach (bool): stop the gradient at the actor's input. Defaults to ``True``.

@@ -46,7 +46,7 @@ def imagine(
         step (callable): any transition function, of a learned model or a differentiable environment.
         policy (callable): action from latent and noise.
         start (Tensor): z_0 ``[B, D]``.
-        horizon (int): H.
+        horizon (int): ``H``.
         noise (Tensor, optional): standard normal ``[H, B, A]``, drawn beforehand so that splitting a batch does not
             change it; ``None`` acts deterministically.
         detach_policy_input (bool): stop the gradient at the policy's input (PWM's choice), so that the policy is

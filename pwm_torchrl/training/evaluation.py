@@ -121,7 +121,7 @@ def open_loop_errors(
     Args:
         model (WorldModel): the model.
         episodes (Episodes): held-out data.
-        horizon (int): H.
+        horizon (int): ``H``.
         reward_scale (Tensor, optional): factor that the model's rewards were trained with.
 
     Returns:

@@ -33,10 +33,10 @@ class EpisodeStore:
         manifest (dict): ``manifest.json``.
         task_names (tuple of str): names, in the order of the tasks' indices.
         observation_dim (int): O, the width of the widest task.
-        action_dim (int): A.
+        action_dim (int): ``A``.
         observation_dims (tuple of int): O of every task.
         action_dims (tuple of int): A of every task.
-        num_episodes (int): E.
+        num_episodes (int): ``E``.
         num_transitions (int): of all episodes.
         first_row (numpy.ndarray): first row of every episode, int64 ``[E]``, increasing.
         length (numpy.ndarray): transitions of every episode, int64 ``[E]``.

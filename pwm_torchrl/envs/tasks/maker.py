@@ -29,7 +29,7 @@ def make_task_env(
 
     Args:
         task (str): its name, for example ``"walker-walk"`` or ``"mw-reach"``.
-        num_envs (int): N. Defaults to ``1``.
+        num_envs (int): ``N``. Defaults to ``1``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
         device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
         episode_length (int, optional): agent steps per episode. Defaults to ``None``: the registry's.

@@ -36,7 +36,7 @@ def make_metaworld_env(
 
     Args:
         task (str): for example ``"reach"``, Meta-World's ``reach-v3``.
-        num_envs (int): N. Defaults to ``1``.
+        num_envs (int): ``N``. Defaults to ``1``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
         device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
         action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``2``.

@@ -34,8 +34,8 @@ class ResidualDynamics(Dynamics):
     """The residual-endpoint parameterisation in one step: z' = softmax_groups(log z + g([z, e, a])).
 
     Args:
-        latent_dim (int): D.
-        action_dim (int): A.
+        latent_dim (int): ``D``.
+        action_dim (int): ``A``.
         task_dim (int): E, 0 without tasks.
         units (sequence of int): hidden widths.
         simnorm_dim (int): features per simplex group. Defaults to ``8``.
@@ -62,8 +62,8 @@ class ResidualEndpointFlow(FlowDynamics):
     """Flow-matching dynamics in the residual-endpoint parameterisation (flow matching: arXiv 2210.02747).
 
     Args:
-        latent_dim (int): D.
-        action_dim (int): A.
+        latent_dim (int): ``D``.
+        action_dim (int): ``A``.
         task_dim (int): E, 0 without tasks.
         units (sequence of int): hidden widths.
         simnorm_dim (int): features per simplex group. Defaults to ``8``.

@@ -74,8 +74,8 @@ def make_dynamics(
     Args:
         kind (str): ``"mlp"``, ``"residual"`` or ``"flow"``; or the dotted path of a :class:`Dynamics` of one's own,
             which is called with ``latent_dim, action_dim, task_dim, units, simnorm_dim``.
-        latent_dim (int): D.
-        action_dim (int): A.
+        latent_dim (int): ``D``.
+        action_dim (int): ``A``.
         task_dim (int): E, 0 without tasks.
         units (sequence of int): hidden widths of the MLP dynamics.
         simnorm_dim (int): features per simplex group. Defaults to ``8``.

@@ -14,8 +14,8 @@ class MLPDynamics(Dynamics):
     """z' = SimNorm(MLP([z, e, a])), as in TD-MPC2 and PWM.
 
     Args:
-        latent_dim (int): D.
-        action_dim (int): A.
+        latent_dim (int): ``D``.
+        action_dim (int): ``A``.
         task_dim (int): E, 0 without tasks.
         units (sequence of int): hidden widths.
         simnorm_dim (int): features per SimNorm group. Defaults to ``8``.

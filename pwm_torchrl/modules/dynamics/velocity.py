@@ -67,8 +67,8 @@ class TangentFlow(VelocityFlow):
     The latent stays on the affine hull of the simplex, but may leave the simplex itself.
 
     Args:
-        latent_dim (int): D.
-        action_dim (int): A.
+        latent_dim (int): ``D``.
+        action_dim (int): ``A``.
         task_dim (int): E, 0 without tasks.
         units (sequence of int): hidden widths.
         simnorm_dim (int): features per simplex group. Defaults to ``8``.
@@ -124,8 +124,8 @@ class SimNormVelocityFlow(VelocityFlow):
     0, is out of reach: rolled out with z_t on the simplex the flow-matching loss has a positive floor.
 
     Args:
-        latent_dim (int): D.
-        action_dim (int): A.
+        latent_dim (int): ``D``.
+        action_dim (int): ``A``.
         task_dim (int): E, 0 without tasks.
         units (sequence of int): hidden widths.
         simnorm_dim (int): features per simplex group. Defaults to ``8``.
