@@ -65,6 +65,9 @@ class LatentImaginationEnv(ModelBasedEnvBase):
     .. note:: At the horizon ``truncated`` and ``done`` are true, and ``terminated`` is what the model says; value
         estimators bootstrap from a truncated state as they should.
 
+    .. note:: ``rollout`` samples actions only of a policy whose ``default_interaction_type`` is ``RANDOM``, or inside
+        ``set_exploration_type``; TorchRL's default is the mode, from which PPO learns nothing.
+
     .. note:: States of one's own go in by ``env.reset(states, set_state=True)`` or ``env.rollout(n, policy,
         tensordict=states, set_state=True)``, which start exactly there.
 
