@@ -18,7 +18,7 @@ MISSING: Any = "???"  # OmegaConf's marker of a mandatory value, written out so 
 class DynamicsConfig:
     """Latent dynamics d(z, a, e) -> z' (see :mod:`pwm_torchrl.modules.dynamics`)."""
 
-    kind: str = "flow"  # mlp | residual | flow | the dotted path of a Dynamics of one's own
+    kind: str = "flow"  # mlp | residual | flow, or the dotted path of a Dynamics of one's own
     parameterization: str = "residual_endpoint"  # residual_endpoint | tangent | simnorm_velocity (flow only)
     solver: str = "heun"  # euler | heun (flow only)
     substeps: int = 4  # K >= 1 solver substeps per transition (flow only)
