@@ -48,7 +48,7 @@ BEHAVIOUR = (
 )
 PRETRAIN = (
     *("size=tiny", "algorithm.horizon=16", "algorithm.model_batch=128", "algorithm.model_updates=50"),
-    *("algorithm.first_model_updates=50", "training.epochs=50", "training.eval_every=10", "data.balanced=true"),
+    *("algorithm.first_model_updates=50", "training.epochs=30", "training.eval_every=10", "data.balanced=true"),
     *("training.checkpoint_every=10", "data.validation_fraction=0.05", "data.validation_slices=128"),
 )
 EXTRACT = (
