@@ -101,9 +101,9 @@ def make_torchrl_trainer(
     Args:
         collector (callable): makes the collector, given ``policy``.
         total_frames (int): environment steps of the whole training.
-        replay_buffer (ReplayBuffer): with a :class:`~torchrl.data.SliceSampler` of ``slice_len=algorithm.horizon``. With
-            several environments, a storage with ``ndim=2`` (and ``dim_extend=1``) keeps their trajectories whole; in
-            one dimension, slices never cross from one batch of the collector to the next.
+        replay_buffer (ReplayBuffer): with a :class:`~torchrl.data.SliceSampler` of ``slice_len=algorithm.horizon``.
+            With several environments, a storage with ``ndim=2`` (and ``dim_extend=1``) keeps their trajectories whole;
+            in one dimension, slices never cross from one batch of the collector to the next.
         world_model (WorldModel): the model, single-task.
         actor (Actor): the policy on latents.
         critics (CriticEnsemble): the values of latents.
