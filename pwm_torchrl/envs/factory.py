@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,7 +14,8 @@ from pwm_torchrl.envs.arguments import check_maker_arguments
 from pwm_torchrl.envs.info import env_layers
 from pwm_torchrl.envs.standard import check_usable, standardize
 from pwm_torchrl.envs.transforms import GuardedEnv
-from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, nearest
+from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, nearest
+from pwm_torchrl.own_code import locate
 
 __all__ = ["make_env"]
 
@@ -102,24 +100,8 @@ def make_env(
 
 
 def _locate(target: str) -> Callable[..., Any]:
-    """The function or class at a dotted path; the working directory counts as importable."""
-    module_name, _, attribute = target.rpartition(".")
-    if not module_name:
-        raise ConfigurationError(f"env._target_={target!r} is not a dotted path like my_package.make_env")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
-            raise ConfigurationError(f"env._target_={target!r}: there is no module {error.name!r}") from error
-        raise MissingLibraryError(f"env._target_={target!r} needs {error.name}, which is not installed") from error
-    if not hasattr(module, attribute):
-        near = nearest(attribute, dir(module))
-        raise ConfigurationError(
-            f"env._target_={target!r}: {module_name} has no {attribute!r}" + (f", did you mean {near}?" if near else "")
-        )
-    maker = getattr(module, attribute)
+    """The function or class at a dotted path."""
+    maker = locate("env._target_", target)
     if not callable(maker):
         raise ConfigurationError(f"env._target_={target!r} is a {type(maker).__name__}, not a function or class")
     return maker

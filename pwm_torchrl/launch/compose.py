@@ -6,8 +6,6 @@ directory.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,9 +33,10 @@ from pwm_torchrl.launch.groups import (
 from pwm_torchrl.launch.modes import apply_mode, check_stored
 from pwm_torchrl.launch.validate import validate
 from pwm_torchrl.launch.validate_cluster import read_time
+from pwm_torchrl.own_code import make_cwd_importable
 from pwm_torchrl.training.config import MISSING, Config
 
-__all__ = ["compose", "make_cwd_importable"]
+__all__ = ["compose"]
 
 SCHEMA = "pwm_config_schema"  # TorchRL owns the plain names in the shared ConfigStore
 
@@ -88,14 +87,6 @@ def compose_unchecked(overrides: Sequence[str]) -> Config:
     parsed = [_parse(word) for word in overrides]
     _check_names(parsed)
     return _to_config(_compose([*_profile_words(parsed), *_env_words(parsed)], parsed))
-
-
-def make_cwd_importable() -> None:
-    """Lets ``env._target_=my_pkg.make_env`` find a package in the current folder, as ``python
-    -m`` would.
-    """
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
 
 
 def _parse(word: str) -> Override:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.launch import console
-from pwm_torchrl.launch.compose import make_cwd_importable
 from pwm_torchrl.launch.evaluate import ArgumentParser
 from pwm_torchrl.launch.reporting.tables import Table
+from pwm_torchrl.own_code import make_cwd_importable
 
 if TYPE_CHECKING:
     from pwm_torchrl.data.episodes import EpisodeStore, Inspection

@@ -10,8 +10,8 @@ from typing import NoReturn
 from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
-from pwm_torchrl.launch.compose import make_cwd_importable
 from pwm_torchrl.launch.run_dir import load_config
+from pwm_torchrl.own_code import make_cwd_importable
 
 __all__ = ["ArgumentParser", "main"]
 

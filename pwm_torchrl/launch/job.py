@@ -67,8 +67,8 @@ def _train(run_dir: Path, attempt: Path) -> dict[str, Any]:
     outcome: dict[str, Any] = {"status": "finished"}
     trace = ""
     try:
-        from pwm_torchrl.launch.compose import make_cwd_importable
         from pwm_torchrl.launch.run_dir import load_config, was_started
+        from pwm_torchrl.own_code import make_cwd_importable
         from pwm_torchrl.training import train
 
         make_cwd_importable()

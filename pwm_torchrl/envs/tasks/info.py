@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from pwm_torchrl.errors import ConfigurationError, nearest
+from pwm_torchrl.own_code import make_cwd_importable
 
 __all__ = ["MODULES_VARIABLE", "TaskInfo", "known_tasks", "register_task", "task_info"]
 
@@ -123,8 +123,8 @@ def task_info(name: str) -> TaskInfo:
 def _import_own_tasks() -> None:
     """Import the modules of :data:`MODULES_VARIABLE`; the working directory counts as importable."""
     modules = [name.strip() for name in os.environ.get(MODULES_VARIABLE, "").split(",") if name.strip()]
-    if modules and os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+    if modules:
+        make_cwd_importable()
     for module in modules:
         try:
             importlib.import_module(module)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Sequence
 
-from pwm_torchrl.errors import ConfigurationError, nearest
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.base import Dynamics, matched_units
 from pwm_torchrl.modules.dynamics.endpoint import ResidualDynamics, ResidualEndpointFlow
 from pwm_torchrl.modules.dynamics.mlp import MLPDynamics
 from pwm_torchrl.modules.dynamics.velocity import SimNormVelocityFlow, TangentFlow
+from pwm_torchrl.own_code import locate
 
 KINDS = ("mlp", "residual", "flow")
 PARAMETERIZATIONS = ("residual_endpoint", "tangent", "simnorm_velocity")
@@ -29,19 +27,7 @@ def find_dynamics(path: str) -> type[Dynamics]:
     Raises:
         ConfigurationError: if there is no such class, or it is not a :class:`Dynamics`.
     """
-    module_name, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(f"model.dynamics.kind={path!r}: there is no module {error.name!r}") from error
-    found = getattr(module, name, None)
-    if found is None:
-        near = nearest(name, dir(module))
-        raise ConfigurationError(
-            f"model.dynamics.kind={path!r}: {module_name} has no {name!r}" + (f", did you mean {near}?" if near else "")
-        )
+    found = locate("model.dynamics.kind", path)
     if not (isinstance(found, type) and issubclass(found, Dynamics)):
         raise ConfigurationError(
             f"model.dynamics.kind={path!r} is no subclass of pwm_torchrl.modules.Dynamics, whose forward maps latent, "

@@ -1,0 +1,49 @@
+"""Finding what a user wrote by its dotted path: environments, dynamics, tasks. Imports errors alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest
+
+__all__ = ["locate", "make_cwd_importable"]
+
+
+def make_cwd_importable() -> None:
+    """Lets ``env._target_=my_pkg.make_env`` find a package in the current folder, as ``python
+    -m`` would.
+    """
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def locate(key: str, path: str) -> Any:
+    """What lies at a dotted path; the working directory counts as importable.
+
+    Args:
+        key (str): the setting that names it, for messages.
+        path (str): such as ``"my_package.make_env"``.
+
+    Raises:
+        ConfigurationError: if there is no such module, or nothing of that name in it.
+        MissingLibraryError: if the module needs a library that is not installed.
+    """
+    module_name, _, attribute = path.rpartition(".")
+    if not module_name:
+        raise ConfigurationError(f"{key}={path!r} is not a dotted path like my_package.make_env")
+    make_cwd_importable()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and module_name.startswith(error.name):
+            raise ConfigurationError(f"{key}={path!r}: there is no module {error.name!r}") from error
+        raise MissingLibraryError(f"{key}={path!r} needs {error.name}, which is not installed") from error
+    if not hasattr(module, attribute):
+        near = nearest(attribute, dir(module))
+        raise ConfigurationError(
+            f"{key}={path!r}: {module_name} has no {attribute!r}" + (f", did you mean {near}?" if near else "")
+        )
+    return getattr(module, attribute)
