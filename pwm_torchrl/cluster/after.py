@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pwm_torchrl.cluster.deaths import Answer, Death, JobRecord
 from pwm_torchrl.cluster.memory import NextPlan, apply_plan, next_plan
-from pwm_torchrl.cluster.query import SlurmError, job_records
+from pwm_torchrl.cluster.query import SlurmError, job_records, scontrol
 from pwm_torchrl.cluster.reasons import END, MEMORY, RESUBMIT, WAIT
 from pwm_torchrl.cluster.record import read_job, write_job
 from pwm_torchrl.cluster.restarts import Life, decide, note
@@ -56,7 +56,7 @@ def _act(run: Path, life: Life, reply: Answer, plan: NextPlan | None) -> int:
         say("SLURM brings the job back")
         return 0
     say("requeued")
-    requeued = _scontrol("requeue", life.job_id)
+    requeued = scontrol("requeue", life.job_id)
     if requeued is not None:
         say(f"scontrol requeue failed: {requeued}; {typed('resume')} brings the run back")
         return 1
@@ -65,23 +65,19 @@ def _act(run: Path, life: Life, reply: Answer, plan: NextPlan | None) -> int:
 
 def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
     """Change the request of this job, which is queued again by now; where a site forbids that, queue a new one."""
-    refused = _scontrol("update", f"JobId={life.job_id}", f"MinMemoryNode={plan.mem_mb}")
+    refused = scontrol("update", f"JobId={life.job_id}", f"MinMemoryNode={plan.mem_mb}")
     if refused is None:
         write_job(run, mem_mb=plan.mem_mb)
         return 0
-    from pwm_torchrl.cluster.submission import resubmit
+    from pwm_torchrl.cluster.submission import move_dependents, resubmit
 
     say(f"SLURM changes no request here ({refused}); a new job takes over")
-    subprocess.run(["scancel", life.job_id], check=False)
     job_id = resubmit(run, load_config(run), plan.mem_mb)
     say(f"job {job_id}")
+    for complaint in move_dependents(run, job_id):  # before the job that they wait for is cancelled, and they with it
+        say(f"a job that waits for this one was not told: {complaint}; {typed('resume')} brings its run back")
+    subprocess.run(["scancel", life.job_id], check=False)
     return _CODES[MEMORY]
-
-
-def _scontrol(*words: str) -> str | None:
-    """Run scontrol; what it complained about, ``None`` if it did what was asked."""
-    done = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=False)
-    return None if done.returncode == 0 else " ".join(done.stderr.split())
 
 
 def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]:

@@ -22,7 +22,7 @@ from pwm_torchrl.cluster.parse import (
 from pwm_torchrl.cluster.record import read_job
 from pwm_torchrl.errors import ConfigurationError
 
-__all__ = ["SlurmError", "ask", "job_records", "job_states", "live_job", "site", "slurm_available"]
+__all__ = ["SlurmError", "ask", "job_records", "job_states", "live_job", "scontrol", "site", "slurm_available"]
 
 TIMEOUT_S = 20.0
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
@@ -125,6 +125,15 @@ def job_records(job_id: str) -> list[dict[str, str]]:
             return []
         raise _failure(command, answer.stderr)
     return records(answer.stdout)
+
+
+def scontrol(*words: str) -> str | None:
+    """Change a job; what SLURM complained about, ``None`` if it did what was asked."""
+    try:
+        answer = _run(["scontrol", *words])
+    except SlurmError as error:
+        return str(error)
+    return None if answer.returncode == 0 else " ".join(answer.stderr.split())
 
 
 def site() -> Site:

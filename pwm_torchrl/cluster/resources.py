@@ -87,10 +87,13 @@ def resources_for(cfg: Config, plan: Plan) -> Resources:
     return Resources(mem_mb, cpus, gpus, profile.nodes, minutes)
 
 
-def sbatch_parameters(cfg: Config, resources: Resources, name: str) -> dict[str, Any]:
-    """Parameters of submitit's executor for a job with these resources."""
+def sbatch_parameters(cfg: Config, resources: Resources, name: str, after: str | None = None) -> dict[str, Any]:
+    """Parameters of submitit's executor for a job; it begins when job ``after`` has succeeded."""
     profile = cfg.cluster
     extra: dict[str, Any] = {"requeue": True}
+    if after is not None:
+        # Without the second, jobs would wait for ever for one that failed.
+        extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
     parameters: dict[str, Any] = {
         "job_name": name,
         "time": resources.time_min,

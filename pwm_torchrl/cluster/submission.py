@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pwm_torchrl.cluster.query import site
-from pwm_torchrl.cluster.record import note_submission, read_job
+from pwm_torchrl.cluster.query import live_job, scontrol, site
+from pwm_torchrl.cluster.record import note_submission, read_job, write_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.commands import named
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.offline import pretraining_run
 
 FOLDER = "submitit"
 ARRAYS = ".jobs"
@@ -30,6 +31,7 @@ class Submitted:
 
     run_dir: Path
     job_id: str
+    after: str | None = None  # the job that has to succeed first
 
 
 def submit_runs(
@@ -88,7 +90,10 @@ def _submit(
         folder, name = _new_folder(runs_dir / ARRAYS), f"{runs[0].name}+{len(runs) - 1}"
     executor = RunExecutor(folder, code, resources.cpus)
     executor.write_runs(runs)
-    executor.update_parameters(**sbatch_parameters(cfg, resources, name))
+    source = pretraining_of(cfg)
+    job = None if source is None else live_job(source)
+    after = None if job is None else job.job_id
+    executor.update_parameters(**sbatch_parameters(cfg, resources, name, after))
     with outside_of_a_job():
         try:
             if len(runs) == 1:
@@ -100,7 +105,33 @@ def _submit(
     facts = {"cluster": cfg.cluster.name, "code": [str(each) for each in code], **resources.as_dict()}
     for run, job in zip(runs, jobs, strict=True):
         note_submission(run, job.job_id, **facts)
-    return [Submitted(run, job.job_id) for run, job in zip(runs, jobs, strict=True)]
+    if source is not None and after is not None:
+        write_job(source, awaited_by=[*read_job(source).get("awaited_by", []), *(job.job_id for job in jobs)])
+    return [Submitted(run, job.job_id, after) for run, job in zip(runs, jobs, strict=True)]
+
+
+def leave_open(cfg: Config) -> None:
+    """Unpin a world model that a job still trains: the policies wait for the one that it ends with."""
+    source = None if cfg.world_model is None else pretraining_run(cfg.world_model)
+    if source is not None and live_job(source) is not None:
+        cfg.world_model_sha256 = None
+
+
+def pretraining_of(cfg: Config) -> Path | None:
+    """The run whose world model the policies of this configuration wait for; ``None`` if they have theirs."""
+    if cfg.world_model is None or cfg.world_model_sha256 is not None:
+        return None
+    return pretraining_run(cfg.world_model)
+
+
+def move_dependents(run_dir: Path, job_id: str) -> list[str]:
+    """Let the jobs that wait for a run wait for another job of it; returns what SLURM complained about."""
+    waiting = [str(each) for each in read_job(run_dir).get("awaited_by", [])]
+    return [
+        refused
+        for each in waiting
+        if (refused := scontrol("update", f"JobId={each}", f"Dependency=afterok:{job_id}")) is not None
+    ]
 
 
 def _refusal(answer: str, cfg: Config) -> str:

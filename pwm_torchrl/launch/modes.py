@@ -31,7 +31,7 @@ def apply_mode(config: Config, parsed: Sequence[Override]) -> None:
     if config.mode not in MODES:
         return  # validation says so
     if config.mode == "online":
-        for key in ("tasks", "task", "world_model", "finetune"):
+        for key in ("tasks", "task", "world_model", "pretraining", "finetune"):
             if getattr(config, key):
                 raise ConfigurationError(
                     f"{key}={getattr(config, key)} belongs to mode=pretrain or mode=extract; choose "
@@ -62,7 +62,7 @@ def _adopt_world_model(config: Config) -> None:
 
     facts = world_model_facts(config.world_model)
     spec, model, size = facts.spec, config.model, config.size
-    config.world_model_sha256 = facts.sha256
+    config.world_model_sha256 = facts.sha256 or None  # a model that is yet to be trained is pinned when runs begin
     recompute = model.dynamics.checkpoint_substeps
     known = {field.name for field in fields(DynamicsConfig)}
     options = {key: value for key, value in spec.dynamics.items() if key in known and key != "checkpoint_substeps"}

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     newest = {run: job_id for run in runs for job_id in read_job(run).get("job_ids", [])[-1:]}
     states = job_states(newest.values()) if newest else {}
     code = console.OK
-    for run in runs:
+    for run in sorted(runs, key=_waits):
         reason = reason_to_leave(run, states.get(newest.get(run, "")), failed=args.failed)
         if reason is not None:
             console.say(f"{run.name}: left alone, {reason}")
@@ -74,6 +74,14 @@ def reason_to_leave(run: Path, job: JobState | None, *, failed: bool) -> str | N
     if status == "failed" and not failed:
         return "failed; --failed tries it again"
     return None
+
+
+def _waits(run: Path) -> bool:
+    """Whether a run may have to wait for another, a pre-training, which is then submitted before it."""
+    try:
+        return load_config(run).world_model is not None
+    except ConfigurationError:
+        return True  # told when it is its turn
 
 
 def _bring_back(run: Path) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
 from pwm_torchrl.commands import typed
 from pwm_torchrl.launch import console
+from pwm_torchrl.launch.chain import Chain, composed, lacks_world_model
 from pwm_torchrl.launch.dry_run import dry_run
 from pwm_torchrl.launch.follow import stop_signals_as_interrupt
 from pwm_torchrl.launch.help import help_text, wants_help
@@ -19,6 +22,9 @@ from pwm_torchrl.launch.prepare import DEBUG, HERE, SLURM, Prepared, compose_all
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir, read_summary
 from pwm_torchrl.launch.train import run_in_process
 from pwm_torchrl.training.config import Config
+
+if TYPE_CHECKING:
+    from pwm_torchrl.cluster.resources import Resources
 
 __all__ = ["main"]
 
@@ -38,15 +44,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.say(help_text("submit"))
         return console.OK
     dry = DRY_RUN in words
-    runs = compose_all([word for word in words if word != DRY_RUN])
+    words = [word for word in words if word != DRY_RUN]
+    if lacks_world_model(words):
+        with composed(words) as chain:
+            return _both_stages(chain, dry)
+    runs = compose_all(words)
     place = place_of(runs[0].config)
     if dry:
         dry_run(runs, place)
         return console.OK
     if place == SLURM:
-        return _to_slurm(runs)
+        return _to_slurm([runs])
     codes = [_one(run, place) for run in runs]
     return max(codes)
+
+
+def _both_stages(chain: Chain, dry: bool) -> int:
+    """A pre-training, then the policies that need its world model."""
+    place = place_of(chain.pretraining.config)
+    console.say(chain.description)
+    if dry:
+        dry_run([chain.pretraining], place)
+        console.say("\n\n# the policies, in the world model of the run above\n")
+        dry_run(chain.policies, place)
+        return console.OK
+    if place == SLURM:
+        return _to_slurm([[chain.pretraining], chain.policies], chain.place)
+    first = _prepare(chain.pretraining.config)
+    chain.place(first.path)
+    code = _here(chain.pretraining, first, place)
+    if code != console.OK:
+        words = " ".join(shlex.quote(word) for word in chain.policies[0].words if not word.startswith("task="))
+        console.say(f"no policy was begun; when that is finished: {typed('submit')} {words} task=all", err=True)
+        return code
+    return max([_one(run, place) for run in chain.policies])
 
 
 def _one(run: Prepared, place: str) -> int:
@@ -54,7 +85,22 @@ def _one(run: Prepared, place: str) -> int:
     config = run.config
     if config.run_dir is not None:
         refuse_while_running(Path(config.run_dir).expanduser().absolute())
+    return _here(run, _prepare(config), place)
+
+
+def _prepare(config: Config) -> RunDir:
+    """The directory of a run; that of a pre-training says at once what its world model will be."""
     prepared = prepare_run_dir(config)
+    if config.mode == "pretrain":
+        from pwm_torchrl.training.pretraining import announce
+
+        announce(config, prepared.path)
+    return prepared
+
+
+def _here(run: Prepared, prepared: RunDir, place: str) -> int:
+    """A run whose directory is there."""
+    config = run.config
     if place in (DEBUG, HERE):
         return run_in_process(config, prepared, run.words, script="submit")
     console.say(f"{'resuming' if prepared.resume else 'run'}: {prepared.path}")
@@ -75,25 +121,41 @@ def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
             console.say(f"memory ran out, so the run goes on with {change}")
 
 
-def _to_slurm(runs: Sequence[Prepared]) -> int:
-    """Queue all runs; nothing is written before everything is checked and planned."""
-    from pwm_torchrl.cluster.submission import submit_runs
+def _to_slurm(stages: Sequence[Sequence[Prepared]], placed: Callable[[Path], None] = lambda run_dir: None) -> int:
+    """Queue all runs, an array for each stage; nothing is written before everything is checked and planned.
 
-    _, resources = plan_for_slurm(runs)
-    for run in runs:
+    Args:
+        stages (sequence of sequences of Prepared): runs.
+        placed (callable): is told the first run's directory, before later stages are queued.
+    """
+    planned = [plan_for_slurm(stage)[1] for stage in stages]
+    for run in itertools.chain(*stages):
         if run.config.run_dir is not None:
             refuse_while_queued(Path(run.config.run_dir).expanduser().absolute())
+    folders: list[Path] = []
+    for stage, resources in zip(stages, planned, strict=True):
+        folders += _queue(stage, resources)
+        placed(folders[0])
+    what = "it" if len(folders) == 1 else "them"
+    where = folders[0] if len(folders) == 1 else folders[0].parent
+    console.say(f"queued on cluster={stages[0][0].config.cluster.name}; watch {what} with: {typed('status')} {where}")
+    return console.OK
+
+
+def _queue(runs: Sequence[Prepared], resources: Resources) -> list[Path]:
+    """Queue runs as one array; returns their directories."""
+    from pwm_torchrl.cluster.submission import leave_open, submit_runs
+
     configs = [run.config for run in runs]
-    folders = [prepare_run_dir(config).path for config in configs]
+    for config in configs:
+        leave_open(config)
+    folders = [_prepare(config).path for config in configs]
     parent = folders[0].parent
     code = snapshot(parent, (name for config in configs for name in targets_of(asdict(config))))
-    submitted = submit_runs(folders, configs, resources, code, parent)
-    for each in submitted:
-        console.say(f"job {each.job_id}: {each.run_dir}")
-    what = "it" if len(submitted) == 1 else "them"
-    where = folders[0] if len(folders) == 1 else parent
-    console.say(f"queued on cluster={configs[0].cluster.name}; watch {what} with: {typed('status')} {where}")
-    return console.OK
+    for each in submit_runs(folders, configs, resources, code, parent):
+        waits = "" if each.after is None else f", when job {each.after} is done"
+        console.say(f"job {each.job_id}: {each.run_dir}{waits}")
+    return folders
 
 
 def refuse_while_queued(run_dir: Path) -> None:

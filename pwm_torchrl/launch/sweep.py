@@ -12,7 +12,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import PATHS, compose_unchecked
 from pwm_torchrl.launch.modes import tasks_to_extract
 
-__all__ = ["expand"]
+__all__ = ["expand", "values_of"]
 
 MOST = 10_000
 
@@ -29,7 +29,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigurationError: for a sweep without discrete values, or too many runs.
     """
-    options = [_tasks(words) if word == "task=all" else _values(word) for word in words]
+    options = [_tasks(words) if word == "task=all" else values_of(word) for word in words]
     count = 1
     for values in options:
         count *= len(values)
@@ -40,11 +40,12 @@ def expand(words: Sequence[str]) -> list[list[str]]:
 
 def _tasks(words: Sequence[str]) -> list[str]:
     """A word for every task that ``task=all`` means."""
-    first = [_values(word)[0] for word in words if word != "task=all"]  # what else is swept has no tasks of its own
+    first = [values_of(word)[0] for word in words if word != "task=all"]  # what else is swept has no tasks of its own
     return [f"task={name}" for name in tasks_to_extract(compose_unchecked(first))]
 
 
-def _values(word: str) -> list[str]:
+def values_of(word: str) -> list[str]:
+    """A word for each of the values that a word gives its key."""
     key = word.partition("=")[0]
     if "=" not in word or key in (*PATHS, "tasks"):
         return [word]  # a path is text, whatever Hydra's grammar makes of its commas; tasks are one set

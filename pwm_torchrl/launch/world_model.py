@@ -107,5 +107,5 @@ def _show(folder: Path) -> int:
     for key, value in asdict(facts.spec).items():
         console.say(f"{key:<24} {value}")
     console.say(f"{'tasks':<24} {', '.join(facts.task_names) or 'a single one'}")
-    console.say(f"{'sha256':<24} {facts.sha256}")
+    console.say(f"{'sha256':<24} {facts.sha256 or 'not trained yet'}")
     return console.OK

@@ -31,7 +31,13 @@ from pwm_torchrl.modules.heads import (
     TwoHotRewardHead,
 )
 from pwm_torchrl.modules.layers import NormedLinear, SimNorm
-from pwm_torchrl.modules.model_files import WorldModelFacts, read_world_model, save_world_model, world_model_facts
+from pwm_torchrl.modules.model_files import (
+    WorldModelFacts,
+    announce_world_model,
+    read_world_model,
+    save_world_model,
+    world_model_facts,
+)
 from pwm_torchrl.modules.statistics import RewardScale, RunningStatistics
 from pwm_torchrl.modules.task import TaskEmbedding
 from pwm_torchrl.modules.task_model import TaskWorldModel
@@ -74,6 +80,7 @@ __all__ = [
     "WorldModelFacts",
     "WorldModelSpec",
     "actor_module",
+    "announce_world_model",
     "count_parameters",
     "encoder_module",
     "load_pwm_world_model",

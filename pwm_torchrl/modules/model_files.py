@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class WorldModelFacts:
         spec (WorldModelSpec): the architecture.
         task_names (tuple of str): tasks by index; empty for a single-task model.
         observation_dims (tuple of int): O of every task.
-        sha256 (str): of the weights file, which pins what was trained on.
+        sha256 (str): of the weights file, which pins what was trained on; empty while there are none.
         labels (dict): names of model and size, epochs, origin; for people.
     """
 
@@ -36,6 +36,24 @@ class WorldModelFacts:
     observation_dims: tuple[int, ...] = ()
     sha256: str = ""
     labels: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> bool:
+        """Whether there are weights."""
+        return bool(self.sha256)
+
+
+def announce_world_model(folder: str | Path, facts: WorldModelFacts) -> None:
+    """Describe a world model that will be trained, so that what is planned with it can be checked; without weights.
+
+    Args:
+        folder (str or Path): where :func:`save_world_model` will write it; created. What is there already stays.
+        facts (WorldModelFacts): what it will be.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG_FILE).exists():
+        _describe(folder, replace(facts, sha256=""), None)
 
 
 def save_world_model(
@@ -77,8 +95,7 @@ def save_world_model(
     # Weights of another model never lie under the name that the JSON refers to.
     weights = _weights(folder, facts)
     _replace(weights, content)
-    text = {"format": FORMAT, "version": VERSION, "weights": weights.name, **asdict(facts)}
-    _replace(folder / CONFIG_FILE, (json.dumps(text, indent=2) + "\n").encode())
+    _describe(folder, facts, weights.name)
     for old in folder.glob(f"*.{WEIGHTS_FILE}"):
         if old != weights:
             old.unlink()
@@ -132,6 +149,8 @@ def read_world_model(
     if reward_space is not None:
         facts.spec.reward_space = reward_space
     home = _folder(folder)
+    if not facts.trained:
+        raise ConfigurationError(f"The world model {home} is announced, and has no weights yet: pre-train it first.")
     if sha256 is not None and sha256 != facts.sha256:
         raise ConfigurationError(
             f"The world model in {home} is not the one that the run began with: its hash is {facts.sha256[:12]} now, "
@@ -153,6 +172,11 @@ def read_world_model(
         raise ConfigurationError(f"The weights {weights} do not fit their {CONFIG_FILE}: {', '.join(wrong[:5])}.")
     model.load_state_dict(state)
     return model, facts
+
+
+def _describe(folder: Path, facts: WorldModelFacts, weights: str | None) -> None:
+    text = {"format": FORMAT, "version": VERSION, "weights": weights, **asdict(facts)}
+    _replace(folder / CONFIG_FILE, (json.dumps(text, indent=2) + "\n").encode())
 
 
 def _weights(folder: Path, facts: WorldModelFacts) -> Path:

@@ -207,6 +207,7 @@ class Config:
     task: Optional[str] = None  # extract: a task of the world model
     world_model: Optional[str] = None  # extract: directory of a pre-training run, or one with world_model.json
     world_model_sha256: Optional[str] = None  # extract: its weights' hash, filled in when the run is composed
+    pretraining: Optional[str] = None  # extract: experiment that task=all begins with where no world_model is given
     finetune: bool = False  # extract: go on training the world model on the task's stored episodes
     model: ModelConfig = field(default_factory=ModelConfig)
     size: SizeConfig = field(default_factory=SizeConfig)

@@ -15,7 +15,7 @@ from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.load import load_pretrained
 from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.model_stepper import ModelStepper
-from pwm_torchrl.training.offline import extraction_facts, open_store
+from pwm_torchrl.training.offline import extraction_facts, open_store, pin_world_model
 from pwm_torchrl.training.policy_observer import PolicyObserver
 from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.stepper import PWMStepper
@@ -30,6 +30,7 @@ class ExtractRun(PolicyRun):
 
     def open(self) -> EnvInfo:
         """Open the store; world model, store and registry have to agree on the task."""
+        pin_world_model(self.cfg, self.run_dir)
         info = extraction_facts(self.cfg)
         self.episodes = open_store(self.cfg, staged=True)
         return info

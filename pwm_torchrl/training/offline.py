@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pwm_torchrl.commands import named
+from pwm_torchrl.commands import named, typed
 from pwm_torchrl.data.episodes import EpisodeStore, split_episodes
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.facts import environment_facts
@@ -15,6 +15,8 @@ from pwm_torchrl.envs.tasks import TaskSet, task_info, task_set
 from pwm_torchrl.errors import ConfigurationError, nearest
 from pwm_torchrl.modules import world_model_facts
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
+from pwm_torchrl.training.summary_file import read_summary
 
 #: Splits a store; the same for every run, so that no run trains on what another validates with.
 SPLIT_SEED = 0
@@ -166,6 +168,32 @@ def extraction_facts(cfg: Config) -> EnvInfo:
         num_envs=0,
         terminates=model.spec.termination,
     )
+
+
+def pretraining_run(world_model: str | Path) -> Path | None:
+    """The run directory of the pre-training that makes a world model; ``None`` for one that came from elsewhere."""
+    path = Path(world_model).expanduser()
+    return next((each for each in (path, path.parent) if (each / CONFIG_FILE).is_file()), None)
+
+
+def pin_world_model(cfg: Config, run_dir: Path) -> None:
+    """Write the hash of the world model into a run that was planned before there was one.
+
+    Raises:
+        ConfigurationError: if its pre-training has not come to an end.
+    """
+    if cfg.world_model is None or cfg.world_model_sha256 is not None:
+        return
+    facts = world_model_facts(cfg.world_model)
+    run = pretraining_run(cfg.world_model)
+    status = "finished" if run is None else read_summary(run).get("status", "not begun")
+    if run is not None and status != "finished":
+        raise ConfigurationError(
+            f"world_model={cfg.world_model} is not there yet, its pre-training is {status}; bring that to its end, "
+            f"{typed('resume')} {run}, then this run"
+        )
+    cfg.world_model_sha256 = facts.sha256
+    save_config(cfg, run_dir)
 
 
 def training_split(cfg: Config, store: EpisodeStore) -> tuple[np.ndarray, np.ndarray]:

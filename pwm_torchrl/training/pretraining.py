@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from pwm_torchrl.envs import EnvInfo
-from pwm_torchrl.modules import WorldModelFacts, save_world_model
+from pwm_torchrl.modules import WorldModelFacts, announce_world_model, save_world_model, world_model_facts
 from pwm_torchrl.training.base_run import BaseRun
 from pwm_torchrl.training.build import (
     ModelLosses,
@@ -16,6 +18,7 @@ from pwm_torchrl.training.build import (
     build_model_networks,
     world_model_spec,
 )
+from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.model_stepper import ModelStepper
 from pwm_torchrl.training.observer import Observer
@@ -25,6 +28,28 @@ from pwm_torchrl.training.validation import Validation
 
 #: Where a run leaves its world model, best by validation, for other runs to read.
 WORLD_MODEL = "world_model"
+
+
+def announce(cfg: Config, folder: Path) -> None:
+    """Describe the world model of a pre-training that has not begun; policies can be planned with it.
+
+    Args:
+        cfg (Config): the pre-training.
+        folder (Path): its run directory, or any that stands for it.
+
+    Raises:
+        ConfigurationError: if its episodes are not there, or lack a task.
+    """
+    store = open_store(cfg)
+    tasks = pretraining_tasks(cfg, store)
+    spec = world_model_spec(cfg, pretraining_facts(cfg, store))
+    facts = WorldModelFacts(spec, tasks.names, tasks.observation_dims, labels=labels_of(cfg))
+    announce_world_model(folder / WORLD_MODEL, facts)
+
+
+def labels_of(cfg: Config) -> dict[str, Any]:
+    """What people want to know of a world model's architecture."""
+    return {"model": asdict(cfg.model), "size": asdict(cfg.size)}
 
 
 class PretrainRun(BaseRun):
@@ -86,8 +111,7 @@ class PretrainRun(BaseRun):
             task_names=self.tasks.names,
             observation_dims=self.tasks.observation_dims,
             labels={
-                "model": asdict(cfg.model),
-                "size": asdict(cfg.size),
+                **labels_of(cfg),
                 "epoch": self.trainer.epoch,
                 "validation_loss": self.summary.validation_loss,
             },
@@ -95,7 +119,8 @@ class PretrainRun(BaseRun):
 
     def draw(self) -> None:
         """Curves, and the world model if no validation has chosen one."""
-        if not (self.run_dir / WORLD_MODEL).is_dir():
+        folder = self.run_dir / WORLD_MODEL
+        if not folder.is_dir() or not world_model_facts(folder).trained:
             self.save_world_model()
         super().draw()
 
