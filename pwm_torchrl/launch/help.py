@@ -110,6 +110,7 @@ def help_text(script: str) -> str:
         examples["size=48m memory.host_gb=16 --json plan.json"] = "within a budget; also as a file"
     if script == "submit":
         examples["model=flow_v1,flow_v2 seed=1,2,3"] = "six runs; on SLURM one job array"
+        examples["experiment=mt30 task=all data.path=STORE"] = "pre-train, then a policy per task"
         examples["cluster=l40s --dry-run"] = "what would be submitted"
     lines += ["", "Examples:"]
     lines += [f"  {f'{run} {words}'.strip():<76} # {meaning}" for words, meaning in examples.items()]
