@@ -12,6 +12,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from pwm_torchrl.data.episodes import EpisodeStore, SliceIndex
+from pwm_torchrl.data.episodes.sizes import store_bytes
+from pwm_torchrl.memory.readings import Reading, read_memory
 
 
 class StoredSamples:
@@ -31,6 +33,8 @@ class StoredSamples:
         balanced (bool): draw tasks with equal probability. Defaults to ``False``.
         labelled (bool): whether slices name their task. Defaults to ``True``.
         device (torch.device): where samples go. Defaults to the CPU.
+        ahead (bool, optional): ask the disk for all pages of a batch at once. Defaults to ``None``: if the store is
+            larger than the memory that could keep it, see :func:`outgrows_memory`.
 
     Drawing raises ConfigurationError if one of the tasks has no slice of ``horizon`` steps.
     """
@@ -47,6 +51,7 @@ class StoredSamples:
         balanced: bool = False,
         labelled: bool = True,
         device: torch.device | str = "cpu",
+        ahead: bool | None = None,
     ) -> None:
         self.store, self.tasks, self.horizon, self.labelled = store, tuple(tasks), horizon, labelled
         self.observation_dim, self.action_dim = observation_dim, action_dim
@@ -54,6 +59,7 @@ class StoredSamples:
         numbers = [store.task_names.index(name) for name in tasks]
         self.episodes = np.arange(store.num_episodes) if episodes is None else episodes
         self._balanced = balanced
+        self._ahead = outgrows_memory(store) if ahead is None else ahead
         #: From the store's task numbers to places in ``tasks``; -1 where a task is not drawn.
         self._place = torch.full((len(store.task_names),), -1)
         self._place[numbers] = torch.arange(len(numbers))
@@ -80,6 +86,8 @@ class StoredSamples:
 
     def slices(self, rows: np.ndarray) -> TensorDictBase:
         """The slices that begin at ``rows``."""
+        if self._ahead:
+            self.store.prefetch(rows, self.horizon)
         slices = self.store.slices(rows, self.horizon)
         slices["observation"] = slices["observation"][..., : self.observation_dim]
         slices["next", "observation"] = slices["next", "observation"][..., : self.observation_dim]
@@ -108,6 +116,21 @@ class StoredSamples:
         if self.device.type != "cuda":
             return slices
         return slices.pin_memory().to(self.device, non_blocking=True)
+
+
+def outgrows_memory(store: EpisodeStore, reading: Reading | None = None) -> bool:
+    """Whether a store is larger than the memory that this process may use, its page cache included.
+
+    Args:
+        store (EpisodeStore): the episodes.
+        reading (Reading, optional): memory. Defaults to ``None``, what there is now.
+    """
+    reading = read_memory() if reading is None else reading
+    most = [group.limit for group in reading.limits if group.limit is not None]
+    if reading.machine is not None:
+        most.append(reading.machine.total)
+    files, _ = store_bytes(store.path)
+    return bool(most) and files > min(most)
 
 
 class StoredEpochs:

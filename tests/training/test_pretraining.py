@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from stored_cases import write_store
@@ -10,9 +12,12 @@ from training_cases import assert_equal, config, rows_of, run_with, stop_after, 
 from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.envs.tasks import task_set
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.memory.cgroups import CgroupMemory
+from pwm_torchrl.memory.processes import MachineMemory
+from pwm_torchrl.memory.readings import Reading
 from pwm_torchrl.modules import read_world_model
 from pwm_torchrl.training.offline import open_store, pretraining_tasks, run_facts, scratch_directory, training_split
-from pwm_torchrl.training.stored import StoredSamples
+from pwm_torchrl.training.stored import StoredSamples, outgrows_memory
 from pwm_torchrl.training.validation import Validation
 
 TASKS = ("pendulum-swingup", "cup-catch")
@@ -176,3 +181,27 @@ def test_a_subset_has_the_widths_of_its_own_tasks(store):
     facts = run_facts(cfg)
     assert (facts.observation_dim, facts.action_dim, facts.action_dims) == (3, 1, (1,))
     assert task_set("pendulum-swingup").observation_dim == 3
+
+
+@pytest.mark.parametrize(
+    ("ram", "limit", "expected"), [(1 << 30, None, False), (1 << 10, None, True), (1 << 30, 1 << 10, True)]
+)
+def test_a_store_that_memory_cannot_keep(store, ram, limit, expected):
+    """A job's limit counts as the machine's memory does."""
+    episodes = EpisodeStore.open(store)
+    groups = () if limit is None else (CgroupMemory("/", Path("/"), 2, limit, "memory.max", 0),)
+    machine = MachineMemory(total=ram, available=ram)
+    assert outgrows_memory(episodes, Reading(0.0, cgroups=groups, machine=machine)) is expected
+    assert not outgrows_memory(episodes, Reading(0.0))  # nothing is known
+
+
+def test_pages_are_asked_for_ahead(store, monkeypatch):
+    asked = []
+    monkeypatch.setattr(EpisodeStore, "prefetch", lambda self, rows, horizon: asked.append((len(rows), horizon)))
+    found = {}
+    for ahead in (True, False):
+        torch.manual_seed(0)
+        samples = StoredSamples(EpisodeStore.open(store), TASKS, 4, 8, 2, ahead=ahead)
+        found[ahead] = samples.sample_slices(5)
+    assert asked == [(5, 4)]
+    assert (found[True] == found[False]).all()
