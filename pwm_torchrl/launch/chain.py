@@ -41,14 +41,11 @@ class Chain:
 
     def place(self, run_dir: Path) -> None:
         """The pre-training has its directory: that is where the policies find their world model."""
-        if self.policies[0].config.world_model == str(run_dir):
-            return
         for each in self.policies:
             each.config.world_model = str(run_dir)
             each.words[:] = [
                 f"world_model={run_dir}" if word.startswith("world_model=") else word for word in each.words
             ]
-        self.folder = run_dir
 
     @property
     def description(self) -> str:

@@ -30,8 +30,8 @@ def generate_main(argv: Sequence[str]) -> int:
         "--policy",
         action="append",
         metavar="[TASK=]RUN",
-        help="what acts: 'random', or a run directory, of TASK alone where it is named; several share a task's "
-        "episodes equally (default: random)",
+        help="what acts: 'random', 'random:N', whose actions are held for 1 to N steps, or a run directory; of TASK "
+        "alone where it is named; several share a task's episodes equally (default: random)",
     )
     parser.add_argument(
         "--noise", type=float, default=0.3, metavar="STD", help="largest noise on a run's actions (default 0.3)"
@@ -57,8 +57,6 @@ def generate_main(argv: Sequence[str]) -> int:
 
 def _behaviours(words: Sequence[str], tasks: TaskSet, noise: float) -> dict[str, list[Behaviour]]:
     """What acts in each task."""
-    from pwm_torchrl.training.generate import RANDOM, Behaviour
-
     found: dict[str, list[Behaviour]] = {name: [] for name in tasks.names}
     for word in words:
         task, equal, run = word.partition("=")
@@ -68,11 +66,26 @@ def _behaviours(words: Sequence[str], tasks: TaskSet, noise: float) -> dict[str,
             if equal and not Path(word).exists():
                 tasks.index(task)  # says which names there are
             chosen, run = list(tasks.names), word
-        if run != RANDOM and not Path(run).is_dir():
-            raise ConfigurationError(f"--policy {word}: {run} is neither 'random' nor a run directory")
+        behaviour = _behaviour(word, run, noise)
         for name in chosen:
-            found[name].append(Behaviour(run, noise))
+            found[name].append(behaviour)
     empty = [name for name, acting in found.items() if not acting]
     if empty:
         raise ConfigurationError(f"nothing acts in {', '.join(empty)}; add --policy random, or --policy TASK=RUN")
     return found
+
+
+def _behaviour(word: str, text: str, noise: float) -> Behaviour:
+    """What a word of ``--policy`` means, without the task that it may begin with."""
+    from pwm_torchrl.training.generate import RANDOM, Behaviour
+
+    kind, colon, steps = text.partition(":")
+    if kind == RANDOM and not colon:
+        return Behaviour(RANDOM, noise)
+    if kind == RANDOM and not Path(text).is_dir():
+        if not steps.isdecimal() or int(steps) < 1:
+            raise ConfigurationError(f"--policy {word}: {text} holds actions for 1 to N steps, N a number from 1 on")
+        return Behaviour(RANDOM, noise, hold=int(steps))
+    if not Path(text).is_dir():
+        raise ConfigurationError(f"--policy {word}: {text} is neither 'random', 'random:N' nor a run directory")
+    return Behaviour(text, noise)

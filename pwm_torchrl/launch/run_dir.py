@@ -31,6 +31,7 @@ __all__ = [
 IGNORED = (
     "run_dir",
     "runs_dir",
+    "pretraining",
     "cluster",
     "logger",
     "memory",

@@ -31,12 +31,15 @@ class Behaviour:
 
     Attributes:
         policy (str): ``"random"``, uniform actions, or the directory of a run.
+        hold (int): most steps that a random action is held; how many, is drawn anew with each, uniformly from 1.
+            Actions that change every step hardly move what is heavy. Defaults to ``1``.
         noise (float): standard deviation of the noise on a run's deterministic actions, drawn anew for each episode
             between 0 and this. Defaults to ``0.3``.
     """
 
     policy: str
     noise: float = 0.3
+    hold: int = 1
 
 
 def generate_episodes(
@@ -108,7 +111,11 @@ def _played(
         env = make_task_env(task, num_envs=size, seed=seed + begin)
         generator = torch.Generator().manual_seed(seed + begin)
         shape = env.action_spec.shape
-        episodes = play(env, _acting(policy, behaviour.noise, shape, generator), seed + begin)
+        if policy is None:
+            act = _random(behaviour.hold, shape, generator)
+        else:
+            act = _noisy(policy, behaviour.noise, shape, generator)
+        episodes = play(env, act, seed + begin)
         env.close()
         if not episodes.valid.all():
             raise ConfigurationError(
@@ -140,13 +147,26 @@ def _policy(run: str, task: str) -> Act:
     return load_policy(run)
 
 
-def _acting(policy: Act | None, noise: float, shape: torch.Size, generator: torch.Generator) -> Act:
-    """Uniform actions, or a policy's with noise."""
+def _random(hold: int, shape: torch.Size, generator: torch.Generator) -> Act:
+    """Uniform actions, each for 1 to ``hold`` steps."""
+    action, left = torch.zeros(shape), torch.zeros(shape[0], 1, dtype=torch.int64)
+
+    def act(state: TensorDictBase) -> TensorDictBase:
+        nonlocal action, left
+        fresh = torch.rand(shape, generator=generator) * 2 - 1
+        steps = torch.randint(1, hold + 1, left.shape, generator=generator) if hold > 1 else torch.ones_like(left)
+        action = torch.where(left == 0, fresh, action)
+        left = torch.where(left == 0, steps, left) - 1
+        return state.set("action", action)
+
+    return act
+
+
+def _noisy(policy: Act, noise: float, shape: torch.Size, generator: torch.Generator) -> Act:
+    """A policy's actions with noise."""
     scale = noise * torch.rand(shape[0], 1, generator=generator)
 
     def act(state: TensorDictBase) -> TensorDictBase:
-        if policy is None:
-            return state.set("action", torch.rand(shape, generator=generator) * 2 - 1)
         action = policy(state.select("observation"))["action"]
         return state.set("action", (action + scale * torch.randn(shape, generator=generator)).clamp(-1.0, 1.0))
 

@@ -96,10 +96,30 @@ def test_a_trained_policy_acts_in_its_share(monkeypatch, tmp_path):
         )
 
 
+def test_random_actions_that_are_held(tmp_path):
+    """For 1 to 5 steps, about equally often, uniform, and never longer."""
+    behaviours = _behaviours(["random:5"], task_set("cup-catch"), 0.3)
+    assert behaviours == {"cup-catch": [Behaviour("random", 0.3, hold=5)]}
+    (file,) = generate_episodes(tmp_path, task_set("cup-catch"), behaviours, 4)
+    action = load(file)["action"][:, 1:]
+    held = []
+    for episode in action:
+        changes = (episode[1:] != episode[:-1]).any(-1).nonzero().flatten()
+        held.append(changes.diff())
+    counts = torch.cat(held).bincount(minlength=6)
+    assert len(counts) == 6
+    assert counts[0] == 0
+    assert (counts[1:] / counts.sum() - 0.2).abs().max() < 0.06
+    assert action.abs().max() <= 1
+    assert action.std() == pytest.approx(3**-0.5, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--policy", "nowhere"], "neither 'random' nor a run directory"),
+        (["--policy", "nowhere"], "neither 'random', 'random:N' nor a run directory"),
+        (["--policy", "random:0"], "random:0 holds actions for 1 to N steps"),
+        (["--policy", "cup-catch=random:x"], "random:x holds actions for 1 to N steps"),
         (["--policy", "cup-cacth=random"], "did you mean cup-catch"),
         (["--policy", "cup-catch=random"], "nothing acts in pendulum-swingup"),
         (["--episodes", "0"], "too small"),
