@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import MissingLibraryError
-from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.curves import write_curves
 
-__all__ = ["swap_in", "write_curves", "write_run_readme", "write_summary", "write_video"]
+__all__ = ["swap_in", "write_curves", "write_summary", "write_video"]
 
 Frame = npt.NDArray[np.uint8]
 
@@ -95,87 +93,6 @@ def write_video(run_dir: str | os.PathLike[str], frames: Iterable[Frame], fps: f
     writer.close()
     os.replace(partial, target)
     return target
-
-
-def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
-    """Writes ``README.md``: what the run is, what each of its files holds, and the commands that use them."""
-    run_dir = Path(run_dir)
-    env = cfg.env.get("name") or cfg.env.get("_target_", "?")
-    rows = [f"| `{name}` | {what} |" for name, what in _files(cfg)]
-    lines = [
-        f"# {env}, {cfg.model.name}, {cfg.size.name}, seed {cfg.seed}",
-        "",
-        f"A run of pwm_torchrl: a policy for **{env}**, trained by back-propagation through a learned world model "
-        f"(`model={cfg.model.name}`, `size={cfg.size.name}`, `seed={cfg.seed}`, {cfg.training.epochs} epochs planned).",
-        "How it ended: `summary.json`.",
-        "",
-        "| file | what it holds |",
-        "|---|---|",
-        *rows,
-        "",
-        "## Use it",
-        "",
-        *(
-            ["From the root of the project, with this directory as RUN:"]
-            if typed("report").startswith("python")
-            else ["With this directory as RUN:"]
-        ),
-        "",
-        "```",
-        f"{typed('evaluate') + ' RUN':<38} # deterministic episodes in the real environment",
-        f"{typed('report') + ' RUN [RUN ...]':<38} # tables and curves of runs",
-    ]
-    if cfg.logger.kind == "tensorboard":
-        lines.append("tensorboard --logdir RUN/tensorboard")
-    if cfg.logger.kind == "wandb":
-        lines.append("wandb sync RUN/wandb/offline-run-*     # upload what was logged offline")
-    lines += [
-        "```",
-        "",
-        "```python",
-        "import pwm_torchrl",
-        "",
-        'policy = pwm_torchrl.load_policy("RUN")            # TensorDictModule: observation -> action',
-        'world_model = pwm_torchrl.load_world_model("RUN")  # TensorDictModule of the world model',
-        "```",
-        "",
-    ]
-    return swap_in(run_dir / "README.md", "\n".join(lines))
-
-
-def _files(cfg: Config) -> list[tuple[str, str]]:
-    repeat = cfg.env.get("action_repeat", 1)
-    files = [
-        ("config.yaml", "the whole configuration; the same one in an unfinished directory resumes the run"),
-        (
-            "metrics.csv",
-            "one row per epoch: returns, losses, gradient norms before clipping, speed. `agent_steps` counts decisions "
-            f"of the policy, `env_steps` steps of the environment ({repeat} per decision). Empty cells were not "
-            "measured in that epoch",
-        ),
-        (
-            "summary.json",
-            "the end result: status (running, finished, failed, stopped, memory: it ran out, storage: a disk is full "
-            "or broken), returns, steps, peak memory",
-        ),
-        ("checkpoints/", "what resuming and loading need; readable with `weights_only=True`"),
-        ("curves.png", "returns with their spread, losses and gradient norms over environment steps"),
-    ]
-    files.append(("memory_plan.txt", "what the run was predicted to need, why, what was chosen, and what was measured"))
-    files.append(("memory_plan.json", "the same for programs"))
-    if cfg.training.video:
-        files.append(("video.mp4", "one deterministic episode of the trained policy"))
-    files.append(("events.jsonl", "what happened to the run, one JSON object per line: starts, resumes, faults, end"))
-    files.append(("attempts/", "who trained here and how that ended, one number per attempt; the highest owns the run"))
-    files.append(("log.txt", f"the job's output, where it was started by `{named('submit')}`"))
-    files.append(("submitit/", "the same: files of the library that ran the job, one folder per attempt"))
-    if cfg.training.replay_storage == "disk":
-        files.append(("replay/", "the replay buffer; checkpoints refer to it"))
-    if cfg.logger.kind == "tensorboard":
-        files.append(("tensorboard/", "the same metrics as TensorBoard events"))
-    if cfg.logger.kind == "wandb":
-        files.append(("wandb/", "W&B's own files; `wandb_id.txt` lets a resumed run continue the same curve there"))
-    return files
 
 
 def _checked(frame: Frame, shape: tuple[int, ...], index: int) -> Frame:

@@ -12,7 +12,7 @@ from torchrl.checkpoint import Checkpoint
 
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, OutOfMemory, StorageFault
-from pwm_torchrl.training.artifacts import write_curves, write_run_readme
+from pwm_torchrl.training.artifacts import write_curves
 from pwm_torchrl.training.build import Learner, ModelNetworks
 from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
@@ -30,6 +30,7 @@ from pwm_torchrl.training.memory_plan import RunPlan
 from pwm_torchrl.training.model_stepper import ModelStepper
 from pwm_torchrl.training.observer import Observer
 from pwm_torchrl.training.progress import say, warn
+from pwm_torchrl.training.run_readme import write_run_readme
 from pwm_torchrl.training.seeding import RunRNGState, seed_everything
 from pwm_torchrl.training.state_files import AllocatedStateAdapter
 from pwm_torchrl.training.stop import StopInEpoch, StopRequest

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.errors import MissingLibraryError
+from pwm_torchrl.training.axis import progress_axis
 from pwm_torchrl.training.metrics import read_metrics
 
 __all__ = ["format_steps", "write_curves"]
@@ -42,6 +43,8 @@ def write_curves(run_dir: str | os.PathLike[str]) -> Path:
     """Draws ``curves.png`` from ``metrics.csv``: returns, losses and gradient norms over environment steps.
 
     The evaluation return is drawn with its spread over episodes; columns that are missing leave their panel empty.
+    Curves of a run that takes no environment steps are over epochs, and one that validates a world model shows its
+    errors instead of returns.
 
     Args:
         run_dir: the run's directory.
@@ -67,15 +70,21 @@ def write_curves(run_dir: str | os.PathLike[str]) -> Path:
     with rc_context(STYLE):
         figure = Figure(figsize=(12, 6.6), layout="constrained")
         FigureCanvasAgg(figure)
-        panels: dict[str, Any] = figure.subplot_mosaic([["return", "return", "grad"], ["model", "actor", "value"]])
-        _draw_returns(panels["return"], metrics, summary)
+        errors = [name for name in metrics if name.startswith("validation/") and name != "validation/loss"]
+        below = ["model"] * 3 if errors else ["model", "actor", "value"]
+        panels: dict[str, Any] = figure.subplot_mosaic([["return", "return", "grad"], below])
+        if errors:
+            _draw_lines(panels["return"], metrics, errors, "Errors on held-out episodes, open loop", log=True)
+        else:
+            _draw_returns(panels["return"], metrics, summary)
         losses = [name for name in metrics if name.startswith("loss/")]
         actor = [name for name in losses if name.startswith("loss/actor")]
         value = [name for name in losses if name.startswith(("loss/value", "loss/critic"))]
         model = [name for name in losses if name not in actor + value]
         _draw_lines(panels["model"], metrics, model, "World-model losses", log=True)
-        _draw_lines(panels["actor"], metrics, actor, "Actor loss")
-        _draw_lines(panels["value"], metrics, value, "Value loss", log=True)
+        if not errors:
+            _draw_lines(panels["actor"], metrics, actor, "Actor loss")
+            _draw_lines(panels["value"], metrics, value, "Value loss", log=True)
         norms = [name for name in metrics if name.startswith("grad_norm/")]
         _draw_lines(panels["grad"], metrics, norms, "Gradient norms before clipping", log=True)
         figure.suptitle(_title(run_dir, summary), x=0.01, ha="left", fontsize=12)
@@ -102,7 +111,7 @@ def _draw_returns(axes: Any, metrics: dict[str, list[float]], summary: dict[str,
     random_return = summary.get("random_return")
     if isinstance(random_return, (int, float)) and math.isfinite(random_return):
         axes.axhline(random_return, color="#606060", linestyle=(0, (4, 3)), linewidth=1, label="random policy")
-    _finish(axes, "Return", empty=not axes.lines)
+    _finish(axes, metrics, "Return", empty=not axes.lines)
 
 
 def _draw_lines(axes: Any, metrics: dict[str, list[float]], names: list[str], title: str, *, log: bool = False) -> None:
@@ -119,12 +128,12 @@ def _draw_lines(axes: Any, metrics: dict[str, list[float]], names: list[str], ti
         axes.set_yscale("log")
     if len(drawn) > MAX_LINES:
         title += f" (first {MAX_LINES} of {len(drawn)})"
-    _finish(axes, title, empty=not drawn)
+    _finish(axes, metrics, title, empty=not drawn)
 
 
-def _finish(axes: Any, title: str, *, empty: bool) -> None:
+def _finish(axes: Any, metrics: dict[str, list[float]], title: str, *, empty: bool) -> None:
     axes.set_title(title)
-    axes.set_xlabel("environment steps")
+    axes.set_xlabel(progress_axis([metrics])[1])
     if empty:
         axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", color="#909090", transform=axes.transAxes)
         axes.set_xticks([])
@@ -144,8 +153,8 @@ def format_steps(value: float, _position: int | None = None) -> str:
 
 
 def _series(metrics: dict[str, list[float]], name: str) -> Series:
-    """Environment steps and values of a column, where both are finite."""
-    steps = metrics.get("env_steps", [])
+    """Environment steps, or epochs, and values of a column, where both are finite."""
+    steps = metrics.get(progress_axis([metrics])[0], [])
     points = [(s, v) for s, v in zip(steps, metrics.get(name, [])) if math.isfinite(s) and math.isfinite(v)]
     return [s for s, _ in points], [v for _, v in points]
 

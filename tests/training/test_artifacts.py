@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from pwm_torchrl.errors import MissingLibraryError
-from pwm_torchrl.training.artifacts import write_curves, write_run_readme, write_summary, write_video
+from pwm_torchrl.training.artifacts import write_curves, write_summary, write_video
 from pwm_torchrl.training.config import Config, LoggerConfig, ModelConfig, SizeConfig, TrainingConfig
 from pwm_torchrl.training.metrics import CsvMetrics
+from pwm_torchrl.training.run_readme import write_run_readme
 
 
 def config(**changes):
@@ -57,6 +58,26 @@ class TestCurves:
         assert picture.shape[1] > 1000
         assert picture[..., :3].std() > 0.02
         assert not list(tmp_path.glob("*tmp*"))
+
+    @pytest.mark.parametrize("validates", [True, False])
+    def test_a_run_on_stored_episodes(self, tmp_path, monkeypatch, validates):
+        """Over epochs; a pre-training shows its errors, and no panels of a policy that it does not have."""
+        figure = pytest.importorskip("matplotlib.figure")
+        drawn = []
+        monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **words: drawn.append(self) or path.touch())
+        with CsvMetrics(tmp_path / "metrics.csv") as metrics:
+            for epoch in range(1, 5):
+                row = {"epoch": epoch, "env_steps": 0, "loss/model": 1 / epoch, "validation/loss": 0.5}
+                more = {"validation/reward_nmse/walk": 0.1} if validates else {"loss/actor": 1.0}
+                metrics.write({**row, **more})
+        write_curves(tmp_path)
+        (picture,) = drawn
+        titles = [axis.get_title(loc="left") for axis in picture.axes]
+        assert ("Actor loss" in titles) is not validates
+        assert ("Errors on held-out episodes, open loop" in titles) is validates
+        assert {axis.get_xlabel() for axis in picture.axes} == {"epochs"}
+        model = picture.axes[titles.index("World-model losses")]
+        assert model.lines[0].get_xdata().tolist() == [1, 2, 3, 4]
 
     def test_copes_with_missing_columns_and_values(self, tmp_path):
         pytest.importorskip("matplotlib")
@@ -138,3 +159,18 @@ class TestRunReadme:
         assert "`replay/`" in text
         assert "video.mp4" not in text
         assert "wandb sync" in write_run_readme(tmp_path, config(logger=LoggerConfig(kind="wandb"))).read_text()
+
+    def test_of_a_pretraining(self, tmp_path):
+        """It has no policy: nothing here asks for one."""
+        text = write_run_readme(tmp_path, config(mode="pretrain")).read_text()
+        assert "a world model of **pendulum**, trained on stored episodes" in text
+        assert "experiment=extract task=all world_model=RUN" in text
+        assert 'read_world_model("RUN")' in text
+        for other in ("load_policy", "launch/evaluate.py", "video.mp4", "env_steps", "returns with"):
+            assert other not in text
+
+    def test_of_an_extraction(self, tmp_path):
+        text = write_run_readme(tmp_path, config(mode="extract")).read_text()
+        assert "through a world model of stored episodes" in text
+        assert 'load_policy("RUN")' in text
+        assert "gradient norms over epochs" in text

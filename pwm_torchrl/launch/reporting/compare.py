@@ -18,13 +18,14 @@ from pwm_torchrl.launch.reporting.aggregate import (
 from pwm_torchrl.launch.reporting.collect import FAILED, RunReport
 from pwm_torchrl.launch.reporting.pairing import Pairs
 from pwm_torchrl.launch.reporting.statistics import Estimate, curve_interval, estimate
+from pwm_torchrl.training.axis import progress_axis
 
 __all__ = ["ALL_TASKS", "AXES", "CompareCurve", "Comparison", "Row", "compare"]
 
 ALL_TASKS = "all tasks"
 
 #: What a return is drawn over: its name and the column's unit.
-AXES = {"env_steps": "environment steps", "hours": "wall-clock hours", "gpu_hours": "GPU-hours"}
+AXES = {"env_steps": "environment steps", "epoch": "epochs", "hours": "wall-clock hours", "gpu_hours": "GPU-hours"}
 
 _POINTS = 200
 
@@ -135,10 +136,11 @@ def _difference(done: Mapping[int, RunReport], base: Mapping[int, RunReport]) ->
 
 
 def _curves(env: str, arm: str, runs: Sequence[RunReport]) -> list[CompareCurve]:
-    returns = [curve(run.metrics, "eval/return_mean") for run in runs]
+    over, _ = progress_axis(run.metrics for run in runs if run.metrics)
+    returns = [curve(run.metrics, "eval/return_mean", over) for run in runs]
     clocks = [curve(run.metrics, "eval/return_mean", "wall_clock_s") for run in runs]
     found: dict[str, list[Curve]] = {
-        "env_steps": returns,
+        over: returns,
         "hours": [(x / 3600, y) for x, y in clocks],
         "gpu_hours": [(x / 3600 * run.gpus, y) for run, (x, y) in zip(runs, clocks) if run.gpus],
     }

@@ -24,6 +24,7 @@ from pwm_torchrl.launch.reporting.aggregate import (
 from pwm_torchrl.launch.reporting.collect import natural
 from pwm_torchrl.launch.reporting.compare import AXES, Comparison
 from pwm_torchrl.memory.units import GIB
+from pwm_torchrl.training.axis import progress_axis
 from pwm_torchrl.training.curves import COLORS, STYLE, format_steps
 
 __all__ = [
@@ -56,6 +57,8 @@ def require_matplotlib() -> None:
 def returns_figures(groups: Sequence[Group]) -> list[bytes]:
     """Return over environment steps, one panel per environment and one line per group: the mean over its seeds.
 
+    Where a run takes no environment steps, over epochs.
+
     The band is the standard deviation over seeds. A line is thin where not all seeds reach, and a single seed has no
     band. Evaluations are drawn where a run of the environment has some, else returns while collecting.
 
@@ -65,19 +68,20 @@ def returns_figures(groups: Sequence[Group]) -> list[bytes]:
     panels = []
     for env in dict.fromkeys(group.env for group in groups):
         here = [group for group in groups if group.env == env]
+        over = _over(here)
         for column, what in (("eval/return_mean", "evaluation return"), ("train/return", "return while collecting")):
-            drawn = [(group, found) for group in here if (found := _curves(group, column))]
+            drawn = [(group, found) for group in here if (found := _curves(group, column, over[0]))]
             if drawn:
-                panels.append((env, what, drawn))
+                panels.append((env, what, over[1], drawn))
                 break
     style, pictures = _Styles([group.label for group in groups]), []
     for start in range(0, len(panels), MOST_PICTURES):
         page = panels[start : start + MOST_PICTURES]
         with _figure(len(page), _COLUMNS) as (figure, axes):
-            for axis, (env, what, drawn) in zip(axes, page):
+            for axis, (env, what, steps, drawn) in zip(axes, page):
                 for group, curves in drawn:
                     _band(axis, curves, len(group.runs), **style[group.label])
-                axis.set(title=_short(str(env)), xlabel="environment steps", ylabel=what)
+                axis.set(title=_short(str(env)), xlabel=steps, ylabel=what)
                 _steps(axis)
             _legend(figure, axes)
             pictures.append(_png(figure))
@@ -90,8 +94,9 @@ def losses_figures(groups: Sequence[Group]) -> dict[str, bytes]:
     pictures = {}
     for env in list(dict.fromkeys(group.env for group in groups))[:MOST_PICTURES]:
         here = [group for group in groups if group.env == env]
+        over = _over(here)
         names = dict.fromkeys(n for g in here for run in g.runs for n in run.metrics if n.startswith("loss/"))
-        panels = [(name, [(g, c) for g in here if (c := _curves(g, name))]) for name in names]
+        panels = [(name, [(g, c) for g in here if (c := _curves(g, name, over[0]))]) for name in names]
         panels = [(name, drawn) for name, drawn in panels if drawn]
         if not panels:
             continue
@@ -102,7 +107,7 @@ def losses_figures(groups: Sequence[Group]) -> dict[str, bytes]:
                 values = np.concatenate([y for _, curves in drawn for _, y in curves])
                 if values.min() > 0 and values.max() > 10 * values.min():
                     axis.set_yscale("log")
-                axis.set(title=_short(name.removeprefix("loss/")), xlabel="environment steps")
+                axis.set(title=_short(name.removeprefix("loss/")), xlabel=over[1])
                 _steps(axis)
             _head(figure, str(env))
             _legend(figure, axes)
@@ -156,7 +161,7 @@ def comparison_figures(comparison: Comparison) -> dict[str, bytes]:
                 for c in (c for c in here if c.axis == axis):
                     _line(panel, c.x, c.mean, c.low, c.high, c.count == c.count.max(), **style[c.arm])
                 panel.set(xlabel=AXES[axis], ylabel="return, IQM over seeds")
-                if axis == "env_steps":
+                if axis in ("env_steps", "epoch"):
                     _steps(panel)
             _head(figure, env)
             _legend(figure, axes)
@@ -176,8 +181,13 @@ class _Styles:
         return {"color": COLORS[index % len(COLORS)], "linestyle": dash, "label": label}
 
 
-def _curves(group: Group, column: str) -> list[Curve]:
-    found = (curve(run.metrics, column) for run in group.runs)
+def _over(groups: Sequence[Group]) -> tuple[str, str]:
+    """Column and name of what the curves of these groups are drawn over."""
+    return progress_axis(run.metrics for group in groups for run in group.runs if run.metrics)
+
+
+def _curves(group: Group, column: str, over: str) -> list[Curve]:
+    found = (curve(run.metrics, column, over) for run in group.runs)
     return [thin(points) for points in found if len(points[0])]
 
 

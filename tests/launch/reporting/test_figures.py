@@ -55,6 +55,20 @@ def bands(axis):
     return len(axis.collections)
 
 
+def test_runs_without_environment_steps_are_drawn_over_epochs(drawn):
+    """Pre-training and extraction learn from stored episodes: over environment steps they would be a single point."""
+    offline = [run(f"model={model}", "seed=0") for model in ("mlp", "residual")]
+    for each in offline:
+        each.metrics |= {"epoch": [10.0, 20.0, 30.0, 40.0, 50.0], "env_steps": [0.0] * 5}
+    figures.returns_figures(group_runs(offline))
+    figures.losses_figures(group_runs(offline))
+    figures.comparison_figures(compare(pair_runs(offline, "model")))
+    returns, losses, comparison = drawn
+    for axis in (returns.axes[0], losses.axes[0], comparison.axes[0]):
+        assert axis.get_xlabel() == "epochs"
+        assert axis.lines[0].get_xdata().tolist() == [10, 20, 30, 40, 50]
+
+
 def test_a_line_per_model_and_a_panel_per_environment(drawn):
     runs = [run("model=mlp", "seed=0"), run("model=mlp", "seed=2", upto=3), run("model=residual", "seed=0")]
     runs.append(run("model=mlp", "env=hopper", "seed=0"))
