@@ -129,10 +129,7 @@ class Study:
                 f"world model {model}",
                 self.folder / "pretrain" / model,
                 "pretrain.py",
-                (
-                    *(f"model={model}", f"tasks={self.set}", f"data.path={self.store}", *PRETRAIN),
-                    *self.extra("pretrain"),
-                ),
+                (f"model={model}", f"tasks={self.set}", f"data.path={self.store}", *PRETRAIN, *self.extra("pretrain")),
             )
             for model in self.models
         ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose, compose_unchecked
-from pwm_torchrl.launch.modes import OPEN_IN_EXTRACTION, OPEN_SIZES
+from pwm_torchrl.launch.modes import of_world_model
 from pwm_torchrl.launch.prepare import Prepared, compose_all
 from pwm_torchrl.launch.sweep import values_of
 from pwm_torchrl.training.config import Config
@@ -19,7 +19,6 @@ __all__ = ["Chain", "composed", "lacks_world_model"]
 
 #: What concerns both stages; what belongs to a world model goes to its pre-training, the rest to the policies.
 SHARED = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
-OF_WORLD_MODEL = ("model", "size")
 EVERY_TASK = "task=all"
 #: Begins a word that is for the pre-training alone.
 PREFIX = "pretraining."
@@ -80,7 +79,7 @@ def composed(words: Sequence[str]) -> Iterator[Chain]:
     with tempfile.TemporaryDirectory(prefix="pwm_torchrl_") as name:
         folder = Path(name) / "world_model_to_come"
         announce(pretraining.config, folder)
-        rest = [word for word in words if not word.startswith(PREFIX) and not _only_of_world_model(word)]
+        rest = [word for word in words if not word.startswith(PREFIX) and not of_world_model(_key(word))]
         yield Chain(pretraining, compose_all([*rest, f"world_model={folder}"]), folder)
 
 
@@ -95,7 +94,8 @@ def _of_pretraining(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigurationError: if one of them has several values: there is one pre-training.
     """
-    chosen = [word for word in words if _section(word) in SHARED or _only_of_world_model(word)]
+    keys = {word: _key(word) for word in words}
+    chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED or of_world_model(key)]
     chosen += [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
     for word in chosen:
         if len(values_of(word)) > 1:
@@ -106,10 +106,5 @@ def _of_pretraining(words: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _section(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~").partition(".")[0]
-
-
-def _only_of_world_model(word: str) -> bool:
-    key = word.partition("=")[0]
-    return _section(word) in OF_WORLD_MODEL and not key.startswith(OPEN_IN_EXTRACTION + OPEN_SIZES)
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")

@@ -82,10 +82,10 @@ def _behaviour(word: str, text: str, noise: float) -> Behaviour:
     kind, colon, steps = text.partition(":")
     if kind == RANDOM and not colon:
         return Behaviour(RANDOM, noise)
-    if kind == RANDOM and not Path(text).is_dir():
-        if not steps.isdecimal() or int(steps) < 1:
-            raise ConfigurationError(f"--policy {word}: {text} holds actions for 1 to N steps, N a number from 1 on")
-        return Behaviour(RANDOM, noise, hold=int(steps))
-    if not Path(text).is_dir():
+    if Path(text).is_dir():
+        return Behaviour(text, noise)
+    if kind != RANDOM:
         raise ConfigurationError(f"--policy {word}: {text} is neither 'random', 'random:N' nor a run directory")
-    return Behaviour(text, noise)
+    if not steps.isdecimal() or int(steps) < 1:
+        raise ConfigurationError(f"--policy {word}: {text} holds actions for 1 to N steps, N a number from 1 on")
+    return Behaviour(RANDOM, noise, hold=int(steps))

@@ -12,13 +12,18 @@ from pwm_torchrl.envs.tasks import TaskInfo, task_info, task_set
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.training.config import Config, DynamicsConfig
 
-__all__ = ["MODES", "apply_mode", "check_stored", "tasks_to_extract"]
+__all__ = ["MODES", "apply_mode", "check_stored", "of_world_model", "tasks_to_extract"]
 
 MODES = ("online", "pretrain", "extract")
 
 #: What of ``model`` and ``size`` is no part of a pre-trained world model.
 OPEN_IN_EXTRACTION = ("model.reward_space", "model.loss.", "model.dynamics.checkpoint_substeps", "model.name")
 OPEN_SIZES = ("size.actor_units", "size.critic_units", "size.num_critics", "size.name")
+
+
+def of_world_model(key: str) -> bool:
+    """Whether a key of the command line is a part of a pre-trained world model, which an extraction takes as it is."""
+    return key.partition(".")[0] in ("model", "size") and not key.startswith(OPEN_IN_EXTRACTION + OPEN_SIZES)
 
 
 def apply_mode(config: Config, parsed: Sequence[Override]) -> None:
@@ -46,8 +51,7 @@ def apply_mode(config: Config, parsed: Sequence[Override]) -> None:
         config.env = {"name": label, "_target_": "pwm_torchrl.envs.make_task_env", "num_envs": 1}
         return
     for key in keys:
-        of_model = key in ("model", "size") or key.startswith(("model.", "size."))
-        if of_model and not key.startswith(OPEN_IN_EXTRACTION + OPEN_SIZES):
+        if of_world_model(key):
             raise ConfigurationError(f"{key} is a part of the pre-trained world_model; leave it out")
     _adopt_world_model(config)
     if config.task is not None:
