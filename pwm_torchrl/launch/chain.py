@@ -12,14 +12,13 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose, compose_unchecked
 from pwm_torchrl.launch.modes import of_world_model
 from pwm_torchrl.launch.prepare import Prepared, compose_all
-from pwm_torchrl.launch.sweep import values_of
+from pwm_torchrl.launch.sweep import EVERY_TASK, values_of
 from pwm_torchrl.training.config import Config
 
 __all__ = ["Chain", "composed", "lacks_world_model"]
 
 #: What concerns both stages; what belongs to a world model goes to its pre-training, the rest to the policies.
 SHARED = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
-EVERY_TASK = "task=all"
 #: Begins a word that is for the pre-training alone.
 PREFIX = "pretraining."
 

@@ -12,8 +12,10 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import PATHS, compose_unchecked
 from pwm_torchrl.launch.modes import tasks_to_extract
 
-__all__ = ["expand", "values_of"]
+__all__ = ["EVERY_TASK", "expand", "values_of"]
 
+#: A run for each task.
+EVERY_TASK = "task=all"
 MOST = 10_000
 
 
@@ -29,7 +31,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigurationError: for a sweep without discrete values, or too many runs.
     """
-    options = [_tasks(words) if word == "task=all" else values_of(word) for word in words]
+    options = [_tasks(words) if word == EVERY_TASK else values_of(word) for word in words]
     count = 1
     for values in options:
         count *= len(values)
@@ -40,7 +42,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
 
 def _tasks(words: Sequence[str]) -> list[str]:
     """A word for every task that ``task=all`` means."""
-    first = [values_of(word)[0] for word in words if word != "task=all"]  # what else is swept has no tasks of its own
+    first = [values_of(word)[0] for word in words if word != EVERY_TASK]  # what else is swept has no tasks of its own
     return [f"task={name}" for name in tasks_to_extract(compose_unchecked(first))]
 
 
