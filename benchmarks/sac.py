@@ -25,7 +25,7 @@ from pwm_torchrl.data.replay import STORED_KEYS
 from pwm_torchrl.envs import env_info, make_env
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import save_config
 from pwm_torchrl.training.evaluation import play, random_action
 from pwm_torchrl.training.metrics import CsvMetrics

@@ -47,7 +47,7 @@ from benchmarks.slope import slope  # noqa: E402
 from pwm_torchrl.launch.compose import compose  # noqa: E402
 from pwm_torchrl.training.assembly import Run  # noqa: E402
 from pwm_torchrl.training.claims import RunClaim, claimed  # noqa: E402
-from pwm_torchrl.training.config import Config  # noqa: E402
+from pwm_torchrl.config import Config  # noqa: E402
 from pwm_torchrl.training.graph_check import live_nodes, live_tensors  # noqa: E402
 from pwm_torchrl.training.run import quiet_torchrl  # noqa: E402
 from pwm_torchrl.training.summary import RunSummary  # noqa: E402

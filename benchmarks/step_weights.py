@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 from pwm_torchrl.data import TrajectoryReplay  # noqa: E402
 from pwm_torchrl.envs import env_info, make_env  # noqa: E402
 from pwm_torchrl.launch.compose import compose  # noqa: E402
-from pwm_torchrl.training.build import build_learners, build_losses, build_networks  # noqa: E402
+from pwm_torchrl.algorithm.build import build_learners, build_losses, build_networks  # noqa: E402
 from pwm_torchrl.training.evaluation import open_loop_errors, play, random_action  # noqa: E402
 from pwm_torchrl.training.seeding import seed_everything  # noqa: E402
 

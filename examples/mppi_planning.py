@@ -27,7 +27,7 @@ from pwm_torchrl.envs import LatentImaginationEnv, PolicySeededMPPI, env_info, m
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.modules import actor_module, encoder_module, policy_module, value_module
 from pwm_torchrl.training import train
-from pwm_torchrl.training.build import Networks
+from pwm_torchrl.algorithm.build import Networks
 from pwm_torchrl.training.evaluation import play
 from pwm_torchrl.training.load import load_networks
 from pwm_torchrl.training.progress import say

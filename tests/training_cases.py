@@ -18,8 +18,8 @@ from torchrl.envs import EnvBase, GymWrapper
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.training import run as run_module
 from pwm_torchrl.training.assembly import Run
-from pwm_torchrl.training.build import build_learners, build_losses, build_networks
-from pwm_torchrl.training.config import (
+from pwm_torchrl.algorithm.build import build_learners, build_losses, build_networks
+from pwm_torchrl.config import (
     AlgorithmConfig,
     Config,
     DynamicsConfig,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pwm_torchrl.cluster.parse import Node, Partition, Site, SlurmConfig, parse_gpus
-from pwm_torchrl.training.config import ClusterConfig
+from pwm_torchrl.config import ClusterConfig
 
 if TYPE_CHECKING:
     from pwm_torchrl.cluster.resources import Resources

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.updates import updates_of
 
 if TYPE_CHECKING:

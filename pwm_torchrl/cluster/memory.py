@@ -10,7 +10,7 @@ from typing import Any
 
 from pwm_torchrl.data.files import write_durably
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 PLAN_FILE = "memory_plan.json"
 #: Factor of each larger request.

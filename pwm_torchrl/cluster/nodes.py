@@ -6,7 +6,7 @@ from pwm_torchrl.cluster.fits import Demand, misfit
 from pwm_torchrl.cluster.parse import Site
 from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training.config import ClusterConfig
+from pwm_torchrl.config import ClusterConfig
 
 
 def node_memory_mb(partition: str | None, site: Site) -> int:

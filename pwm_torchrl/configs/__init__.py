@@ -2,7 +2,7 @@
 
 May import modules, objectives, envs and training; nothing imports it. TorchRL's own entries stay as they are. Scripts
 need not import it: ``hydra_plugins/pwm_torchrl_plugin.py`` does where TorchRL's configurations are in use. The
-application's own configuration (``configs/*.yaml``, :mod:`pwm_torchrl.training.config`) is another one, with groups of
+application's own configuration (``configs/*.yaml``, :mod:`pwm_torchrl.config`) is another one, with groups of
 its own.
 """
 

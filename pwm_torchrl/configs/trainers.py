@@ -17,7 +17,7 @@ class PWMTrainerConfig(TrainerConfig):
 
     World model, actor and critics are described here, once; collector and losses have ``_partial_: true`` and get them
     from the trainer, so that all parts share one set of networks. ``algorithm`` holds keys of
-    :class:`~pwm_torchrl.training.config.AlgorithmConfig`.
+    :class:`~pwm_torchrl.config.AlgorithmConfig`.
     """
 
     collector: Any = MISSING

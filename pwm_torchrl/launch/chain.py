@@ -13,7 +13,7 @@ from pwm_torchrl.launch.compose import compose, compose_unchecked
 from pwm_torchrl.launch.modes import of_world_model
 from pwm_torchrl.launch.prepare import Prepared, compose_all
 from pwm_torchrl.launch.sweep import EVERY_TASK, values_of
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 __all__ = ["Chain", "composed", "lacks_world_model"]
 

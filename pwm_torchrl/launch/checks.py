@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pwm_torchrl.commands import named
 from pwm_torchrl.data.files import MEMORY_FILESYSTEMS, existing, filesystem_type, free_bytes, write_durably
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 __all__ = [
     "OK",

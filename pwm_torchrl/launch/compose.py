@@ -1,4 +1,4 @@
-"""From the command line's words to a checked :class:`~pwm_torchrl.training.config.Config`.
+"""From the command line's words to a checked :class:`~pwm_torchrl.config.Config`.
 
 Hydra composes; nothing of its runtime is used, so there are no output folders and no change of
 directory.
@@ -34,7 +34,7 @@ from pwm_torchrl.launch.modes import apply_mode, check_stored
 from pwm_torchrl.launch.validate import validate
 from pwm_torchrl.launch.validate_cluster import read_time
 from pwm_torchrl.own_code import make_cwd_importable
-from pwm_torchrl.training.config import MISSING, Config
+from pwm_torchrl.config import MISSING, Config
 
 __all__ = ["compose"]
 

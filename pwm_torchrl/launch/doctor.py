@@ -22,7 +22,7 @@ from pwm_torchrl.launch.draft import draft_profile, profile_file, write_profile
 from pwm_torchrl.launch.groups import user_configs_dir
 from pwm_torchrl.launch.help import wants_help
 from pwm_torchrl.launch.slurm_check import check_slurm
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 __all__ = ["main"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pwm_torchrl
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 __all__ = [
     "configs_dir",

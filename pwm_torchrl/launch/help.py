@@ -87,7 +87,7 @@ def help_text(script: str) -> str:
         f"  {own}",
         f"of your own; {typed('doctor')} --draft NAME drafts it from what SLURM says.",
         "",
-        "Common keys (all of them, with types and defaults: pwm_torchrl/training/config.py):",
+        "Common keys (all of them, with types and defaults: pwm_torchrl/config.py):",
     ]
     lines += [f"  {key:<28} {meaning.format(data=named('data'))}" for key, meaning in _KEYS.items()]
     examples = {

@@ -16,7 +16,7 @@ from pwm_torchrl.cluster.resources import Resources, resources_for
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.sweep import expand
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 __all__ = ["Prepared", "compose_all", "place_of", "plan_for_slurm", "require_logging"]
 

@@ -21,7 +21,7 @@ from pwm_torchrl.launch.local import refuse_while_running, submit_local
 from pwm_torchrl.launch.prepare import DEBUG, HERE, SLURM, Prepared, compose_all, place_of, plan_for_slurm
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir, read_summary
 from pwm_torchrl.launch.train import run_in_process
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 if TYPE_CHECKING:
     from pwm_torchrl.cluster.resources import Resources

@@ -9,7 +9,7 @@ from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.help import help_text, wants_help
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir
 from pwm_torchrl.launch.validate import require_runnable
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.ranks import is_replica
 
 __all__ = ["main", "run_in_process"]

@@ -12,7 +12,7 @@ from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import nearest_sentence
 from pwm_torchrl.launch.validate_cluster import check_cluster
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 __all__ = ["CHOICES", "require_runnable", "validate"]
 

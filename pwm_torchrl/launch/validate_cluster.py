@@ -7,7 +7,7 @@ import re
 
 from pwm_torchrl.cluster.times import to_minutes
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training.config import ClusterConfig
+from pwm_torchrl.config import ClusterConfig
 
 __all__ = ["check_cluster", "read_time"]
 

@@ -13,7 +13,7 @@ from pwm_torchrl.memory.neighbours import Alternative, cheaper_plan, larger_plan
 from pwm_torchrl.memory.predict import DEVICE, FIELDS, HOST, Choices, Prediction
 from pwm_torchrl.memory.space import EFFICIENT, PlanSpace, halvings
 from pwm_torchrl.memory.units import MIB, format_bytes
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 #: By how much host memory two processes of the same run may differ before they build anything.
 SPREAD = 16 * MIB

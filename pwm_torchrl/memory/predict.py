@@ -13,7 +13,7 @@ from pwm_torchrl.memory.allocator import WORTHWHILE
 from pwm_torchrl.memory.processes import read_process
 from pwm_torchrl.memory.units import GIB, MIB, format_bytes
 from pwm_torchrl.memory.updates import Transient, UpdateTracer
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.updates import trained_networks
 
 HOST, DEVICE, CACHE, DISK = "host", "device", "page cache", "disk"

@@ -9,7 +9,7 @@ from typing import Any
 from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.memory.predict import DEVICE, FIELDS, Choices, Prediction, framework_bytes, predict
 from pwm_torchrl.memory.updates import Transient, UpdateTracer
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.updates import updates_of
 
 #: Rows below which a micro-batch costs more time than recomputing a flow's substeps does.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pwm_torchrl.memory.trace import FakeTensors, StorageCounter
 from pwm_torchrl.objectives.imagination import Imagined
 from pwm_torchrl.objectives.slices import Slices
-from pwm_torchrl.training.build import EnvFacts, Losses, build_parts
-from pwm_torchrl.training.config import Config
-from pwm_torchrl.training.recovery import Undo
+from pwm_torchrl.algorithm.build import EnvFacts, Losses, build_parts
+from pwm_torchrl.config import Config
+from pwm_torchrl.algorithm.updates import Undo
 from pwm_torchrl.training.updates import UPDATE_OF, updates_of
 
 #: All updates that there are; a run of one mode or another makes some of them.
@@ -88,7 +88,7 @@ class UpdateTracer:
         dimensions = (facts.observation_dim, facts.action_dim, facts.terminates, facts.action_dims)
         mode = (cfg.mode, cfg.finetune, cfg.world_model, cfg.world_model_sha256, cfg.task)
         self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, dimensions, mode))
-        #: The updates of an epoch, as :class:`~pwm_torchrl.training.recovery.MicroBatches` calls them.
+        #: The updates of an epoch, as :class:`~pwm_torchrl.algorithm.updates.MicroBatches` calls them.
         self.updates = updates_of(cfg)
         self._fake = FakeTensors()
         self._made: _Updates | None = None

@@ -15,9 +15,9 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale, policy_module
 from pwm_torchrl.training.artifacts import write_video
 from pwm_torchrl.training.base_run import BaseRun
-from pwm_torchrl.training.build import Networks, build_learners, build_losses, build_networks
+from pwm_torchrl.algorithm.build import Networks, build_learners, build_losses, build_networks
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.devices import pick_device
 from pwm_torchrl.training.evaluation import acting_on, film, play, random_action
 from pwm_torchrl.training.policy_observer import OnlineObserver

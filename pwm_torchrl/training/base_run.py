@@ -13,11 +13,11 @@ from torchrl.checkpoint import Checkpoint
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, OutOfMemory, StorageFault
 from pwm_torchrl.training.artifacts import write_curves
-from pwm_torchrl.training.build import Learner, ModelNetworks
+from pwm_torchrl.algorithm.build import Learner, ModelNetworks
 from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import RunClaim
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.devices import pick_device
 from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.training.events import write_event

@@ -14,7 +14,7 @@ from torchrl.checkpoint import Checkpoint
 
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.training.recovery import is_out_of_memory
+from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.training.seal import BrokenSeal, check_seal
 
 #: Raised when the set of components or their meaning changes.

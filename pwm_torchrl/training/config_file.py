@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 CONFIG_FILE = "config.yaml"
 

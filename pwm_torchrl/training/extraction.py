@@ -9,7 +9,7 @@ from torch import Tensor
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.training.assembly import PolicyRun
-from pwm_torchrl.training.build import build_learners, build_losses
+from pwm_torchrl.algorithm.build import build_learners, build_losses
 from pwm_torchrl.training.devices import pick_device
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.load import load_pretrained

@@ -16,10 +16,10 @@ from pwm_torchrl.envs import env_info, make_env
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import TaskWorldModel, WorldModel, encoder_module, policy_module, read_world_model
-from pwm_torchrl.training.build import EnvFacts, Networks, build_networks
+from pwm_torchrl.algorithm.build import EnvFacts, Networks, build_networks
 from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_metadata, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import load_config
 from pwm_torchrl.training.evaluation import play
 from pwm_torchrl.training.seeding import fresh_env_seed

@@ -13,11 +13,11 @@ from torch import Tensor
 from torchrl.trainers.trainers import OptimizationStepper, Trainer
 
 from pwm_torchrl.modules import RewardScale
-from pwm_torchrl.training.build import EnvFacts, Learner, ModelLosses, ModelNetworks
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.algorithm.build import EnvFacts, Learner, ModelLosses, ModelNetworks
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.training.metrics import MetricRow
-from pwm_torchrl.training.recovery import MicroBatches, undo_of
+from pwm_torchrl.algorithm.updates import MicroBatches, undo_of
 from pwm_torchrl.training.replica import start_replicas
 from pwm_torchrl.training.shared_updates import SharedUpdates
 from pwm_torchrl.training.stop import StopRequest
@@ -86,7 +86,7 @@ class ModelStepper(OptimizationStepper):
         reward_scale (RewardScale, optional): divides rewards before the model sees them.
         first_model_updates (int): world-model updates of the first training epoch.
         on_reduction (callable): told of every micro-batch that was halved because memory ran out; see
-            :class:`~pwm_torchrl.training.recovery.MicroBatches`.
+            :class:`~pwm_torchrl.algorithm.updates.MicroBatches`.
         ranks (Ranks, optional): processes among which every update's batch is shared out. Defaults to ``None``: this
             one has all of it.
         facts (EnvFacts, optional): the environment's dimensions, which the other ranks are told; needed with ``ranks``.

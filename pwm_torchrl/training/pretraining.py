@@ -11,14 +11,14 @@ import torch
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.modules import WorldModelFacts, announce_world_model, save_world_model, world_model_facts
 from pwm_torchrl.training.base_run import BaseRun
-from pwm_torchrl.training.build import (
+from pwm_torchrl.algorithm.build import (
     ModelLosses,
     build_learners,
     build_model_loss,
     build_model_networks,
     world_model_spec,
 )
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.model_stepper import ModelStepper
 from pwm_torchrl.training.observer import Observer

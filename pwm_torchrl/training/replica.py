@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pwm_torchrl.errors import ConfigurationError, RankFault
-from pwm_torchrl.training.build import EnvFacts, build_parts
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.algorithm.build import EnvFacts, build_parts
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.distributed import Ranks, Refused
 from pwm_torchrl.training.load import Facts, facts_of
-from pwm_torchrl.training.recovery import undo_of
+from pwm_torchrl.algorithm.updates import undo_of
 from pwm_torchrl.training.shared_updates import SharedUpdates
 from pwm_torchrl.training.threads import set_threads
 

@@ -13,7 +13,7 @@ from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.base_run import BaseRun
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import RunClaim, claimed
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
 from pwm_torchrl.training.distributed import Ranks, joined
 from pwm_torchrl.training.events import write_event

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from pwm_torchrl.memory.guard import Alarm, MemoryGuard
 from pwm_torchrl.memory.watch import MemoryWatch
-from pwm_torchrl.training.config import MemoryConfig
+from pwm_torchrl.config import MemoryConfig
 
 INTERVAL_S = 1.0
 

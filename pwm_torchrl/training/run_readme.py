@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.training.artifacts import swap_in
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 __all__ = ["write_run_readme"]
 

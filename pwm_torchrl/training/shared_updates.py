@@ -17,10 +17,10 @@ from torch import Tensor
 from pwm_torchrl.objectives.model_loss import MASK_KEY
 from pwm_torchrl.objectives.policy_updates import Accumulated
 from pwm_torchrl.objectives.slices import FlowNoise
-from pwm_torchrl.training.build import Learner, Losses, ModelLosses, ModelNetworks
+from pwm_torchrl.algorithm.build import Learner, Losses, ModelLosses, ModelNetworks
 from pwm_torchrl.training.collectives import Gathering, Total
 from pwm_torchrl.training.distributed import Ranks
-from pwm_torchrl.training.recovery import Undo, is_out_of_memory
+from pwm_torchrl.algorithm.updates import Undo, is_out_of_memory
 from pwm_torchrl.training.updates import UPDATE_OF
 
 #: Network that each update trains.

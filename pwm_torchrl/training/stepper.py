@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from pwm_torchrl.training.build import Losses, Networks
+from pwm_torchrl.algorithm.build import Losses, Networks
 from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.model_stepper import EpochWork, ModelStepper
 

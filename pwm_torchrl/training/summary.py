@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pwm_torchrl.training.artifacts import write_summary
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 #: What training adds to, by the keys of ``summary.json``.
 PROGRESS = (

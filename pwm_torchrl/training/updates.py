@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 #: Updates by the network that they train.
 UPDATE_OF = {"world_model": "world-model", "actor": "policy", "critics": "critic"}

@@ -10,7 +10,7 @@ from pwm_torchrl.cluster.parse import JobState
 from pwm_torchrl.cluster.record import write_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.cluster.restarts import Life
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import save_config
 
 

@@ -9,7 +9,7 @@ from slurm_texts import SITE
 
 from pwm_torchrl.cluster.fits import Demand, misfit
 from pwm_torchrl.cluster.resources import Resources
-from pwm_torchrl.training.config import ClusterConfig
+from pwm_torchrl.config import ClusterConfig
 
 
 def l40s(count: int) -> tuple[tuple[str, int], ...]:

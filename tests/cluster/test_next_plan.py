@@ -8,7 +8,7 @@ import pytest
 
 from pwm_torchrl.cluster.memory import apply_plan, next_plan, read_plan
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 CHOICES = {
     "model_micro_batch": None,

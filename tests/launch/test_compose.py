@@ -19,7 +19,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.groups import configs_dir, group_choices, schema_keys, user_configs_dir
 from pwm_torchrl.launch.validate import CHOICES
-from pwm_torchrl.training import config as schema
+from pwm_torchrl import config as schema
 
 NEEDED = {
     "gymnasium": ["env.id=Walker2d-v5"],

@@ -10,7 +10,7 @@ from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.memory.budget import Budget, Candidate
 from pwm_torchrl.memory.plan import Plan, make_plan
 from pwm_torchrl.memory.predict import Choices
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 
 FACTS = EnvInfo("test", 3, 1, 30, 1, 2, False)
 PLENTY = 2**45

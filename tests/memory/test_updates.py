@@ -10,7 +10,7 @@ from training_cases import config
 
 from pwm_torchrl.memory import updates
 from pwm_torchrl.memory.updates import UPDATES, Transient, UpdateTracer
-from pwm_torchrl.training.build import build_learners, build_losses, build_networks
+from pwm_torchrl.algorithm.build import build_learners, build_losses, build_networks
 from pwm_torchrl.training.load import Facts
 
 FACTS = Facts(5, 2, terminates=True)

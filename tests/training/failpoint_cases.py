@@ -18,7 +18,7 @@ from training_cases import config
 
 from pwm_torchrl.training import train
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.failpoints import VARIABLE
 from pwm_torchrl.training.seal import SEAL_FILE
 from pwm_torchrl.training.stop import StopRequest

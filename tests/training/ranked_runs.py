@@ -31,7 +31,7 @@ from pwm_torchrl.launch.train import main as train_command
 from pwm_torchrl.memory.updates import Persistent, Transient, UpdateTracer
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
 from pwm_torchrl.training import base_run, replica, shared_updates
-from pwm_torchrl.training.build import Learner
+from pwm_torchrl.algorithm.build import Learner
 from pwm_torchrl.training.run import train
 from pwm_torchrl.training.stop import StopRequest, stop_on_signals
 from pwm_torchrl.training.stored import StoredSamples

@@ -13,7 +13,7 @@ import torch
 
 from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.training.artifacts import write_curves, write_summary, write_video
-from pwm_torchrl.training.config import Config, LoggerConfig, ModelConfig, SizeConfig, TrainingConfig
+from pwm_torchrl.config import Config, LoggerConfig, ModelConfig, SizeConfig, TrainingConfig
 from pwm_torchrl.training.metrics import CsvMetrics
 from pwm_torchrl.training.run_readme import write_run_readme
 

@@ -10,7 +10,7 @@ from training_cases import CARTPOLE, CLOCKWORK, PENDULUM, Bench, config
 
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.modules import policy_module
-from pwm_torchrl.training.build import build_networks
+from pwm_torchrl.algorithm.build import build_networks
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.load import Facts
 

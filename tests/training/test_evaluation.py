@@ -13,8 +13,8 @@ from training_cases import CARTPOLE, CLOCKWORK, DFLEX, PENDULUM, Clockwork, conf
 
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.modules import policy_module
-from pwm_torchrl.training.build import build_networks
-from pwm_torchrl.training.config import TrainingConfig
+from pwm_torchrl.algorithm.build import build_networks
+from pwm_torchrl.config import TrainingConfig
 from pwm_torchrl.training.evaluation import Episodes, film, open_loop_errors, play, random_action
 from pwm_torchrl.training.load import Facts
 

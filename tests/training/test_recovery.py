@@ -15,9 +15,9 @@ from recovery_cases import BATCH, ERRORS, LEARNERS, PLACES, Fault, assert_same_r
 from training_cases import Bench, assert_equal, trajectories
 
 from pwm_torchrl.errors import OutOfMemory
-from pwm_torchrl.training.config import MemoryConfig
+from pwm_torchrl.config import MemoryConfig
 from pwm_torchrl.training.graph_check import live_nodes, live_tensors
-from pwm_torchrl.training.recovery import MicroBatches, is_out_of_memory
+from pwm_torchrl.algorithm.updates import MicroBatches, is_out_of_memory
 
 ROOT = Path(__file__).parents[2]
 WHERE = [(update, place) for update in LEARNERS for place in PLACES if place != "sampling" or update == "world-model"]

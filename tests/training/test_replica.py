@@ -11,9 +11,9 @@ import torch
 from training_cases import Bench, config
 
 from pwm_torchrl.errors import ConfigurationError, RankFault
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.distributed import Ranks
-from pwm_torchrl.training.recovery import is_out_of_memory
+from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.training.replica import check_device, made_of, own_device
 from pwm_torchrl.training.shared_updates import SharedUpdates, bits
 

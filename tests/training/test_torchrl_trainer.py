@@ -16,7 +16,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import Actor, CriticEnsemble, WorldModelSpec, make_world_model
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
 from pwm_torchrl.training import make_torchrl_trainer
-from pwm_torchrl.training.config import AlgorithmConfig
+from pwm_torchrl.config import AlgorithmConfig
 
 ALGORITHM = {"horizon": 4, "model_batch": 8, "imagination_batch": 8, "model_updates": 2, "critic_passes": 1}
 

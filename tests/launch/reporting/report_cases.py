@@ -10,7 +10,7 @@ from typing import Any
 
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.reporting.collect import RunReport
-from pwm_torchrl.training.config import Config
+from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import save_config
 
 

@@ -22,7 +22,7 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.training.config import Config, ModelConfig
+from pwm_torchrl.config import Config, ModelConfig
 from pwm_torchrl.training.updates import trained_networks
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pwm_torchrl.errors import OutOfMemory, RankFault
-from pwm_torchrl.training.build import Learner
-from pwm_torchrl.training.config import MemoryConfig
+from pwm_torchrl.algorithm.build import Learner
+from pwm_torchrl.config import MemoryConfig
 
 Result = TypeVar("Result")
 
-#: The key of :class:`~pwm_torchrl.training.config.MemoryConfig` that sets each update's micro-batch.
+#: The key of :class:`~pwm_torchrl.config.MemoryConfig` that sets each update's micro-batch.
 MICRO_BATCH_KEYS = {
     "world-model": "model_micro_batch",
     "policy": "imagination_micro_batch",
