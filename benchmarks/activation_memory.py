@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from benchmarks.learning import hardware  # noqa: E402
-from pwm_torchrl.launch.compose import compose  # noqa: E402
 from pwm_torchrl.algorithm.build import Losses, Networks, build_losses, build_networks  # noqa: E402
+from pwm_torchrl.launch.compose import compose  # noqa: E402
 from pwm_torchrl.training.load import Facts  # noqa: E402
 
 MODELS = ("mlp", "residual", "flow_v1", "flow_v2", "flow_v3")
@@ -89,7 +89,7 @@ def slices(batch: int) -> TensorDict:
 
 def of_dynamics(networks: Networks, latent_dim: int, batch: int = BATCH) -> float:
     """Bytes per sample and step of the dynamics, rolled out."""
-    dynamics = networks.world_model.dynamics
+    dynamics = networks.model.dynamics
     start = torch.randn(batch, latent_dim // 8, 8).softmax(-1).flatten(-2)
     actions = 2 * torch.rand(HORIZON, batch, ACTION_DIM) - 1
 
@@ -105,7 +105,7 @@ def of_dynamics(networks: Networks, latent_dim: int, batch: int = BATCH) -> floa
 def of_loss(networks: Networks, losses: Losses, batch: int = BATCH) -> float:
     """Bytes per sample and step of the whole world-model loss."""
     data = slices(batch)
-    given = [*tensors_of(networks.world_model), *data.values(include_nested=True, leaves_only=True)]
+    given = [*tensors_of(networks.model), *data.values(include_nested=True, leaves_only=True)]
     return saved_bytes(lambda: losses.model(data), given) / (batch * HORIZON)
 
 
@@ -120,7 +120,7 @@ def rows(size: str) -> Iterator[dict[str, Any]]:
             yield {
                 "model": model,
                 "checkpoint_substeps": checkpoint,
-                "evaluations": networks.world_model.dynamics.evaluations,
+                "evaluations": networks.model.dynamics.evaluations,
                 **{f"{place}_bytes_per_sample_step": value for place, value in found.items()},
                 **{f"{place}_ratio_to_mlp": value / base[place] for place, value in found.items()},
             }

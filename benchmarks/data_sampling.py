@@ -46,7 +46,7 @@ from benchmarks.replay_disk import limited_group  # noqa: E402
 from pwm_torchrl.data.episodes import EpisodeRows, EpisodeStore, SliceIndex, StoreWriter, layout  # noqa: E402
 from pwm_torchrl.data.files import filesystem_type  # noqa: E402
 from pwm_torchrl.envs.tasks import task_set  # noqa: E402
-from pwm_torchrl.training.run import quiet_torchrl  # noqa: E402
+from pwm_torchrl.run.train import quiet_torchrl  # noqa: E402
 
 SLICES, HORIZON, LENGTH = 1024, 16, 500
 MT30_EPISODES = 690_000

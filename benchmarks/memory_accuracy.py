@@ -36,7 +36,7 @@ SHORT = [
     "algorithm.random_steps=0",
     "algorithm.first_model_updates=2",
     "algorithm.model_updates=2",
-    "algorithm.policy_updates=1",
+    "algorithm.actor_updates=1",
     "algorithm.critic_passes=1",
 ]
 RECOMPUTE = "model.dynamics.checkpoint_substeps=true"
@@ -45,7 +45,7 @@ CONFIGS = [
     ["model=flow_v2", "size=tiny"],
     ["model=flow_v3", "size=tiny", "algorithm.model_batch=512"],
     ["model=flow_v2", "size=tiny", "algorithm.model_batch=1024", RECOMPUTE],
-    ["model=residual", "size=tiny", "algorithm.model_batch=1024", "algorithm.imagination_batch=512"],
+    ["model=residual", "size=tiny", "algorithm.model_batch=1024", "algorithm.actor_batch=512"],
     ["model=mlp", "size=5m"],
     ["model=residual", "size=5m", "algorithm.model_batch=512"],
     ["model=flow_v1", "size=5m"],
@@ -53,7 +53,7 @@ CONFIGS = [
     ["model=flow_v2", "size=5m", RECOMPUTE],
     ["model=flow_v2", "size=5m", "algorithm.model_batch=512", "memory.model_micro_batch=128"],
     ["model=flow_v3", "size=5m", RECOMPUTE, "algorithm.model_batch=512"],
-    ["model=flow_v3", "size=5m", "memory.model_micro_batch=64", "memory.imagination_micro_batch=32"],
+    ["model=flow_v3", "size=5m", "memory.model_micro_batch=64", "memory.actor_micro_batch=32"],
     ["model=mlp", "size=5m", "model.reward_head=two_hot", "algorithm.model_batch=1024"],
 ]
 QUICK = [CONFIGS[0], CONFIGS[3]]

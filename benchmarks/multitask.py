@@ -59,7 +59,7 @@ EXTRACT = (
     # rewards are rare nothing outweighs that. As many steps as the world models foresee rewards. And a little entropy:
     # a policy that has learned from spinning data to push one way for ever is saturated, and gets no gradient any more.
     *("size.num_critics=1", "algorithm.horizon=8", "algorithm.entropy_weight=0.01", "algorithm.gamma=0.98"),
-    *("algorithm.imagination_batch=64", "algorithm.actor_lr=1e-3", "algorithm.critic_lr=1e-3"),
+    *("algorithm.actor_batch=64", "algorithm.actor_lr=1e-3", "algorithm.critic_lr=1e-3"),
     *("training.epochs=400", "training.eval_every=50", "training.checkpoint_every=50", "training.eval_episodes=10"),
     "training.video=false",
 )
@@ -237,7 +237,7 @@ def cached(file: Path, compute: Any) -> list[float]:
 def random_returns(task: str) -> list[float]:
     """Of uniform actions, as many episodes as policies play."""
     from pwm_torchrl.envs import make_task_env
-    from pwm_torchrl.training.evaluation import play, random_action
+    from pwm_torchrl.run.evaluation import play, random_action
 
     env = make_task_env(task, num_envs=EVALUATION_EPISODES, seed=RANDOM_SEED)
     returns = play(env, random_action(env), RANDOM_SEED).returns.tolist()

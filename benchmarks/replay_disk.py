@@ -39,7 +39,7 @@ from benchmarks.learning import hardware  # noqa: E402
 from pwm_torchrl.data import TrajectoryReplay, replay_bytes  # noqa: E402
 from pwm_torchrl.data.files import filesystem_type  # noqa: E402
 from pwm_torchrl.memory.cgroups import memory_cgroups  # noqa: E402
-from pwm_torchrl.training.run import quiet_torchrl  # noqa: E402
+from pwm_torchrl.run.train import quiet_torchrl  # noqa: E402
 
 OBSERVATION_DIM, ACTION_DIM, ENVS, HORIZON = 37, 8, 128, 16
 SLICES = 1024

@@ -44,12 +44,11 @@ sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from benchmarks.learning import hardware  # noqa: E402
 from benchmarks.slope import slope  # noqa: E402
-from pwm_torchrl.launch.compose import compose  # noqa: E402
-from pwm_torchrl.training.assembly import Run  # noqa: E402
-from pwm_torchrl.training.claims import RunClaim, claimed  # noqa: E402
 from pwm_torchrl.config import Config  # noqa: E402
+from pwm_torchrl.launch.compose import compose  # noqa: E402
+from pwm_torchrl.run.train import Run, quiet_torchrl  # noqa: E402
+from pwm_torchrl.training.claims import RunClaim, claimed  # noqa: E402
 from pwm_torchrl.training.graph_check import live_nodes, live_tensors  # noqa: E402
-from pwm_torchrl.training.run import quiet_torchrl  # noqa: E402
 from pwm_torchrl.training.summary import RunSummary  # noqa: E402
 
 LIMIT = 4 * 1024  # bytes per epoch; the smallest real leak was 1.8 MB per epoch
@@ -61,7 +60,7 @@ SETTINGS = (
     "model=flow_v2", "size=tiny", "env=pendulum", "env.episode_length=40", "training.eval_episodes=2",
     "training.replay_capacity=1280", "training.replay_storage=memory",  # full after 10 epochs
     "algorithm.random_steps=0", "algorithm.first_model_updates=4", "algorithm.model_updates=2",
-    "algorithm.model_batch=16", "algorithm.imagination_batch=16", "algorithm.policy_updates=1",
+    "algorithm.model_batch=16", "algorithm.actor_batch=16", "algorithm.actor_updates=1",
     "algorithm.critic_passes=1", "algorithm.critic_minibatches=2",
     "training.video=false", "training.progress=false",
 )  # fmt: skip
@@ -160,7 +159,7 @@ def drive_claimed(cfg: Config, run_dir: Path, claim: RunClaim, readings: Reading
 
     def save_and_read(force_save: bool = False) -> None:  # the last thing that an epoch does
         save(force_save)
-        epoch = run.trainer.epoch
+        epoch = run.loop.epoch
         if settle and epoch == readings.warm_up:
             settle_interned_strings()
         readings.take(epoch)
@@ -168,14 +167,14 @@ def drive_claimed(cfg: Config, run_dir: Path, claim: RunClaim, readings: Reading
             print(f"epoch {epoch}: {rss_anon() / 2**20:.1f} MiB anonymous", flush=True)
 
     def keep_graph(batch: Any) -> None:
-        history.append(sum(run.observer.stepper.losses.model(run.replay.sample_slices(16)).values()))
+        history.append(sum(run.algorithm.losses.model(run.replay.sample_slices(16)).values()))
 
     run.trainer.save_trainer = save_and_read
     if leak:
         run.trainer.register_op("pre_steps_log", keep_graph)
     summary.finish(run.execute(resume=False))
     run.close()
-    return run.trainer.epoch
+    return run.loop.epoch
 
 
 def result(readings: Readings, epochs: int, asked: int, limit: int, settled: bool) -> dict[str, Any]:

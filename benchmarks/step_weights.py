@@ -20,11 +20,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
+from pwm_torchrl.algorithm.build import build_losses, build_networks, build_optimizers  # noqa: E402
 from pwm_torchrl.data import TrajectoryReplay  # noqa: E402
 from pwm_torchrl.envs import env_info, make_env  # noqa: E402
 from pwm_torchrl.launch.compose import compose  # noqa: E402
-from pwm_torchrl.algorithm.build import build_learners, build_losses, build_networks  # noqa: E402
-from pwm_torchrl.training.evaluation import open_loop_errors, play, random_action  # noqa: E402
+from pwm_torchrl.run.evaluation import open_loop_errors, play, random_action  # noqa: E402
 from pwm_torchrl.training.seeding import seed_everything  # noqa: E402
 
 
@@ -39,13 +39,13 @@ def fit(model: str, rho: float | None, updates: int, every: int) -> list[float]:
     replay.extend(env.rollout(400, break_when_any_done=False))
     held_out = play(env, random_action(env), seed=5000)
     networks = build_networks(cfg, env_info(env))
-    loss, learner = build_losses(cfg, networks).model, build_learners(cfg, networks)["world_model"]
+    loss, learner = build_losses(cfg, networks).model, build_optimizers(cfg, networks)["world_model"]
     errors = []
     for update in range(1, updates + 1):
         sum(loss(replay.sample_slices(cfg.algorithm.model_batch)).values()).backward()
         learner.step()
         if update % every == 0:
-            found = open_loop_errors(networks.world_model, held_out, cfg.algorithm.horizon)
+            found = open_loop_errors(networks.model, held_out, cfg.algorithm.horizon)
             errors.append(found["reward_nmse"])
     return errors
 

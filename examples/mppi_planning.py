@@ -23,12 +23,12 @@ from tensordict.nn import TensorDictSequential
 from torch import Tensor
 from torchrl.data import Bounded
 
+from pwm_torchrl.algorithm.build import Networks
 from pwm_torchrl.envs import LatentImaginationEnv, PolicySeededMPPI, env_info, make_env
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.modules import actor_module, encoder_module, policy_module, value_module
+from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.training import train
-from pwm_torchrl.algorithm.build import Networks
-from pwm_torchrl.training.evaluation import play
 from pwm_torchrl.training.load import load_networks
 from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.seeding import fresh_env_seed
@@ -38,9 +38,9 @@ def make_planner(networks: Networks, options: argparse.Namespace) -> PolicySeede
     """The planner of a run's networks; acts on latents."""
     spec = Bounded(-1.0, 1.0, (networks.actor.action_dim,))
     return PolicySeededMPPI(
-        LatentImaginationEnv(networks.world_model),
+        LatentImaginationEnv(networks.model),
         actor_module(networks.actor, action_spec=spec),
-        value_module(networks.critics),
+        value_module(networks.critic),
         planning_horizon=options.horizon,
         num_candidates=options.candidates,
         num_policy_candidates=max(1, options.candidates // 16),
@@ -65,11 +65,11 @@ def compare(run: Path, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     seed = fresh_env_seed(cfg.seed)
     env = make_env(cfg.env, num_envs=options.episodes, seed=seed)
     spec = Bounded(-1.0, 1.0, (env_info(env).action_dim,))
-    alone = play(env, policy_module(networks.world_model, networks.actor, action_spec=spec), seed).returns
+    alone = play(env, policy_module(networks.model, networks.actor, action_spec=spec), seed).returns
     torch.manual_seed(options.seed)  # the candidates' noise: the same whether the run was trained here or before
     planner = make_planner(networks, options)
     env = env.append_transform(planner.make_tensordict_primer())  # the plan travels from step to step in the data
-    planned = play(env, TensorDictSequential(encoder_module(networks.world_model), planner), seed).returns
+    planned = play(env, TensorDictSequential(encoder_module(networks.model), planner), seed).returns
     env.close()
     return alone, planned
 

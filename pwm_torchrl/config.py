@@ -6,6 +6,7 @@ One field, one meaning: the comment beside it is its documentation. Defaults are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -76,7 +77,7 @@ class SizeConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """PWM: what one epoch does (see :mod:`pwm_torchrl.training.stepper`)."""
+    """PWM: what one epoch does (see :mod:`pwm_torchrl.algorithm.pwm`)."""
 
     horizon: int = 16  # H of imagination and of the model's training slices, agent steps
     collect_steps: Optional[int] = None  # agent steps per environment and epoch; None: horizon
@@ -88,20 +89,21 @@ class AlgorithmConfig:
     normalize_returns: bool = True  # divide the actor loss by the running std of the imagined returns
     normalize_observations: bool = False  # running mean and std in front of the encoder
     normalize_rewards: bool = False  # divide rewards by a running scale; never shifts them
-    policy_starts: str = "replay"  # replay | current: where imagination starts
-    imagination_batch: int = 128  # imagined rollouts per policy update
-    policy_updates: int = 1  # per epoch
-    model_batch: int = 256  # slices per world-model update
+    actor_starts: str = "replay"  # replay | current: where imagination starts
+    actor_batch: int = 128  # imagined rollouts per actor update
+    actor_updates: int = 1  # per epoch
+    model_batch: int = 256  # slices per model update
     model_updates: int = 8  # per epoch
     first_model_updates: Optional[int] = None  # in the first training epoch; None: an episode's length
-    critic_passes: int = 8  # passes over the imagined rollouts per epoch
+    critic_passes: int = 8  # passes over the rollouts of each actor update
     critic_minibatches: int = 4  # minibatches per pass
     model_lr: float = 3e-4
     actor_lr: float = 5e-4
     critic_lr: float = 5e-4
     final_lr: float = 1e-5  # every learning rate falls linearly to this one
-    policy_betas: list[float] = field(default_factory=lambda: [0.7, 0.95])  # Adam, actor and critic
-    model_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # Adam, world model
+    model_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of Adam
+    actor_betas: list[float] = field(default_factory=lambda: [0.7, 0.95])  # of Adam
+    critic_betas: list[float] = field(default_factory=lambda: [0.7, 0.95])  # of Adam
     model_grad_norm: float = 20.0  # gradient-norm clip
     actor_grad_norm: float = 1.0
     critic_grad_norm: float = 100.0
@@ -175,8 +177,8 @@ class MemoryConfig:
     """How a run fits into memory; GB are 10^9 bytes (see :mod:`pwm_torchrl.memory`)."""
 
     kind: str = "auto"  # auto: what is null here, and more, is planned | fixed: only what is written
-    model_micro_batch: Optional[int] = None  # slices per backward pass of a world-model update; None: planned, or all
-    imagination_micro_batch: Optional[int] = None  # rollouts per backward pass of a policy update; None: likewise
+    model_micro_batch: Optional[int] = None  # slices per backward pass of a model update; None: planned, or all
+    actor_micro_batch: Optional[int] = None  # rollouts per backward pass of an actor update; None: likewise
     critic_micro_batch: Optional[int] = None  # states per backward pass of a critic update; None: likewise
     host_gb: Optional[float] = None  # budget of host memory; None: what the machine, its cgroup or SLURM gives
     device_gb: Optional[float] = None  # budget of GPU memory; None: what is free on the GPU
@@ -222,3 +224,47 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     runs_dir: str = "runs"  # where new run directories are created
     run_dir: Optional[str] = None  # this run's directory; None: a new one under runs_dir
+
+
+@dataclass(frozen=True)
+class Update:
+    """One of an epoch's updates, under the name of the network that it trains.
+
+    That name is the one word for it everywhere: keys ``algorithm.{name}_lr`` and ``memory.{name}_micro_batch``, losses,
+    optimizers, metrics ``loss/{name}``, checkpoints and messages.
+    """
+
+    name: str
+    rows: str  # what a batch consists of
+    batch: Callable[[AlgorithmConfig], int]  # rows of a batch
+    per_epoch: Callable[[AlgorithmConfig], int]  # updates in an epoch
+
+    @property
+    def micro_batch_key(self) -> str:
+        """The field of :class:`MemoryConfig` that sets its micro-batch."""
+        return f"{self.name}_micro_batch"
+
+
+#: The updates in the order in which an epoch makes them.
+UPDATES = {
+    update.name: update
+    for update in (
+        Update("model", "slices", lambda a: a.model_batch, lambda a: a.model_updates),
+        Update("actor", "rollouts", lambda a: a.actor_batch, lambda a: a.actor_updates),
+        Update(
+            "critic",
+            "states",
+            lambda a: -(-a.actor_batch * a.horizon // a.critic_minibatches),
+            lambda a: a.actor_updates * a.critic_passes * a.critic_minibatches,
+        ),
+    )
+}
+
+
+def trained_networks(cfg: Config) -> tuple[str, ...]:
+    """Names of the networks that a run trains, which are those of its updates."""
+    if cfg.mode == "pretrain":
+        return ("model",)
+    if cfg.mode == "extract" and not cfg.finetune:
+        return ("actor", "critic")
+    return tuple(UPDATES)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from training_cases import PENDULUM, config, live_graphs, rows_of, run_with
 
+from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.training import evaluate_run
 from pwm_torchrl.training.config_file import save_config
 from pwm_torchrl.training.graph_check import live_tensors
-from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.seeding import evaluation_env_seed
 
 
@@ -48,7 +48,7 @@ class TestEvaluationThatSummedImaginedRewards:
         run.observer.evaluate(row)
         honest = row.numbers()
         with torch.no_grad():
-            for part in (run.networks.world_model.reward, run.networks.world_model.dynamics):
+            for part in (run.networks.model.reward, run.networks.model.dynamics):
                 for p in part.parameters():
                     p.fill_(1.0)
         row = MetricRow()

@@ -83,7 +83,7 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 
 
-@pytest.mark.parametrize("module", ["pwm_torchrl.objectives", "pwm_torchrl.training.run"])
+@pytest.mark.parametrize("module", ["pwm_torchrl.objectives", "pwm_torchrl.run.train"])
 def test_optional_libraries_are_optional(module):
     """A loss needs torch, tensordict and torchrl; the rest load what is optional where it is used."""
     names = HEAVY - {"torch", "torchrl", "tensordict", "numpy"} | {"yaml", "psutil", "imageio", "imageio_ffmpeg"}

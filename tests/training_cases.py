@@ -15,10 +15,11 @@ from gymnasium import spaces
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase, GymWrapper
 
-from pwm_torchrl.data import TrajectoryReplay
-from pwm_torchrl.training import run as run_module
-from pwm_torchrl.training.assembly import Run
-from pwm_torchrl.algorithm.build import build_learners, build_losses, build_networks
+import pwm_torchrl.run.train as run_module
+from pwm_torchrl.algorithm.build import build_losses, build_networks, build_optimizers
+from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.pwm import PWM, EpochWork
+from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import (
     AlgorithmConfig,
     Config,
@@ -28,10 +29,11 @@ from pwm_torchrl.config import (
     SizeConfig,
     TrainingConfig,
 )
+from pwm_torchrl.data import TrajectoryReplay
+from pwm_torchrl.run.loop import Loop
+from pwm_torchrl.run.train import Run
 from pwm_torchrl.training.graph_check import live_nodes
 from pwm_torchrl.training.load import Facts
-from pwm_torchrl.training.metrics import MetricRow
-from pwm_torchrl.training.stepper import PWMStepper
 
 PENDULUM = {
     "_target_": "pwm_torchrl.envs.make_gymnasium_env",
@@ -69,7 +71,7 @@ def config(changes: dict[str, Any] | None = None, env: dict[str, Any] | None = N
         env=dict(PENDULUM if env is None else env),
         algorithm=AlgorithmConfig(
             horizon=4,
-            imagination_batch=8,
+            actor_batch=8,
             model_batch=8,
             model_updates=2,
             first_model_updates=3,
@@ -114,27 +116,28 @@ def run_with(
     after_epoch: Callable[[Run], None] | None = None,
     during_epoch: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], Run]:
-    """``train`` with hooks: before the end of an epoch, while it is logged, and after it. Also gives the Run."""
-    made: list[Any] = []
-    kind = run_module.kind_of_run(cfg)
+    """``train`` with hooks: between an epoch's collection and its updates, and after it. Also gives the Run."""
+    made: list[Run] = []
 
-    class Hooked(kind):  # type: ignore[misc, valid-type]
-        def assemble(self) -> None:
-            super().assemble()
-            made.append(self)
+    class HookedLoop(Loop):
+        def update(self) -> None:
             if during_epoch is not None:
-                self.trainer.register_op("pre_steps_log", lambda batch: during_epoch(self))
+                during_epoch(made[0])
+            super().update()
+
+        def finish(self) -> None:
+            super().finish()
             if after_epoch is not None:
-                finish_epoch = self.trainer.finish_epoch
+                after_epoch(made[0])
 
-                def finish(epoch: int, row: MetricRow) -> None:
-                    finish_epoch(epoch, row)
-                    after_epoch(self)
-
-                self.trainer.finish_epoch = finish
+    class Kept(Run):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, kind.__name__, Hooked)
+        patch.setattr(run_module, "Loop", HookedLoop)
+        patch.setattr(run_module, "Run", Kept)
         run_dir.mkdir(exist_ok=True)
         summary = run_module.train(cfg, run_dir, resume=resume)
     return summary, made[0]
@@ -144,8 +147,8 @@ def stop_after(epoch: int) -> Callable[[Run], None]:
     """A hook that asks for a stop after ``epoch``."""
 
     def stop(run: Run) -> None:
-        if run.trainer.epoch == epoch:
-            run.trainer.request_stop("test")
+        if run.loop.epoch == epoch:
+            run.stop.ask("test")
 
     return stop
 
@@ -212,11 +215,28 @@ class Bench:
                 network.double()
         self.losses = build_losses(cfg, self.networks)
         self.losses.actor.return_statistics.to(self.data["observation"].dtype)
-        self.learners = build_learners(cfg, self.networks)
+        self.optimizers = build_optimizers(cfg, self.networks)
         self.replay = TrajectoryReplay(1000, self.data.shape[0], cfg.algorithm.horizon)
         self.replay.extend(self.data)
         self.reduced: list[tuple[str, int, int]] = []
-        self.stepper = PWMStepper(cfg, self.networks, self.losses, self.learners, self.replay, None, 3, self.reductions)
+        updates = Updates(LocalExecutor(self.losses, self.optimizers), cfg.memory, self.reductions)
+        self.algorithm = PWM(
+            cfg.algorithm, self.networks, self.losses, self.optimizers, self.replay, updates, first_model_updates=3
+        )
+        self.epochs, self.epoch = cfg.training.epochs, 0
+
+    def step(self) -> dict[str, float]:
+        """One epoch's updates; their metrics."""
+        row = self.algorithm.epoch(self.data, self.epoch / max(1, self.epochs - 1))
+        self.epoch += 1
+        return row.numbers()
+
+    def update_critic(self, rollout: TensorDictBase, row: MetricRow) -> None:
+        """All passes over a rollout ``[B, H]``."""
+        keys = self.losses.critic.tensor_keys
+        states = rollout.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
+        passes = self.algorithm.cfg.critic_passes
+        self.algorithm.update_critic(EpochWork(0, 0, states=states, passes=passes, row=row))
 
     def reductions(self, update: str, refused: int, size: int, message: str) -> None:
         self.reduced.append((update, refused, size))

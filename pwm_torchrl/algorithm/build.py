@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from pwm_torchrl.config import Config, ModelConfig, trained_networks
 from pwm_torchrl.modules import (
     Actor,
     CriticEnsemble,
@@ -22,8 +23,6 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.config import Config, ModelConfig
-from pwm_torchrl.training.updates import trained_networks
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -42,51 +41,39 @@ class EnvFacts(Protocol):
 
 
 @dataclass
-class ModelNetworks:
-    """The modules of a run; pre-training has a world model alone."""
+class Networks:
+    """The modules of a run, by the names that losses, optimizers, updates and checkpoints share.
 
-    world_model: WorldModel
+    Attributes:
+        model (WorldModel, optional): ``None`` where the policy is trained in a differentiable environment.
+        actor (Actor, optional): ``None`` in pre-training.
+        critic (CriticEnsemble, optional): ``None`` in pre-training.
+    """
+
+    model: WorldModel | None = None
+    actor: Actor | None = None
+    critic: CriticEnsemble | None = None
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) pairs, as checkpoints name them."""
-        yield "world_model", self.world_model
+        """(name, module) of those that are there."""
+        for field in fields(self):
+            module = getattr(self, field.name)
+            if module is not None:
+                yield field.name, module
 
 
 @dataclass
-class Networks(ModelNetworks):
-    """The modules of a run that has a policy; every other object refers to these."""
+class Losses:
+    """The objectives around one set of networks, under the networks' names."""
 
-    actor: Actor
-    critics: CriticEnsemble
-
-    def items(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from super().items()
-        yield "actor", self.actor
-        yield "critics", self.critics
-
-
-@dataclass
-class ModelLosses:
-    """The objective around a world model."""
-
-    model: PWMModelLoss
+    model: PWMModelLoss | None = None
+    actor: PWMActorLoss | None = None
+    critic: PWMValueLoss | None = None
 
     @property
     def return_statistics(self) -> nn.Module | None:
-        """Running statistics of imagined returns, of a policy's objective."""
-        return None
-
-
-@dataclass
-class Losses(ModelLosses):
-    """The three objectives around one set of networks."""
-
-    actor: PWMActorLoss
-    value: PWMValueLoss
-
-    @property
-    def return_statistics(self) -> nn.Module | None:
-        return self.actor.return_statistics
+        """Running statistics of imagined returns; ``None`` without an actor."""
+        return None if self.actor is None else self.actor.return_statistics
 
 
 def world_model_spec(cfg: Config, facts: EnvFacts) -> WorldModelSpec:
@@ -140,13 +127,11 @@ def build_world_model(cfg: Config, facts: EnvFacts) -> WorldModel:
     return bound if cfg.finetune else bound.requires_grad_(False)
 
 
-def build_model_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> ModelNetworks:
-    """Build what pre-training trains, on ``device``."""
-    return ModelNetworks(on(build_world_model(cfg, facts), device))
-
-
 def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
-    """Build world model, actor and critics on ``device``."""
+    """The networks of a run of any mode, on ``device``."""
+    networks = Networks(model=on(build_world_model(cfg, facts), device))
+    if cfg.mode == "pretrain":
+        return networks
     algorithm, size = cfg.algorithm, cfg.size
     actor = Actor(
         size.latent_dim,
@@ -155,33 +140,28 @@ def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "c
         algorithm.log_std_init,
         algorithm.log_std_min,
     )
-    return Networks(
-        on(build_world_model(cfg, facts), device),
-        on(actor, device),
-        on(CriticEnsemble(size.latent_dim, list(size.critic_units), size.num_critics), device),
-    )
+    networks.actor = on(actor, device)
+    networks.critic = on(CriticEnsemble(size.latent_dim, list(size.critic_units), size.num_critics), device)
+    return networks
 
 
 @dataclass
 class Parts:
     """What a run computes with."""
 
-    networks: ModelNetworks
-    losses: ModelLosses
-    learners: dict[str, Learner]
+    networks: Networks
+    losses: Losses
+    optimizers: dict[str, NetworkOptimizer]
 
 
 def build_parts(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Parts:
-    """Networks, objectives and optimizers of a run of any mode."""
-    if cfg.mode == "pretrain":
-        alone = build_model_networks(cfg, facts, device)
-        return Parts(alone, ModelLosses(build_model_loss(cfg, alone.world_model)), build_learners(cfg, alone))
+    """Networks, losses and optimizers of a run of any mode."""
     networks = build_networks(cfg, facts, device)
-    return Parts(networks, build_losses(cfg, networks), build_learners(cfg, networks))
+    return Parts(networks, build_losses(cfg, networks), build_optimizers(cfg, networks))
 
 
 def on(module: AnyModule, device: torch.device | str) -> AnyModule:
-    """``module`` on ``device``; left alone if it is there, since tensors without data cannot be moved at all."""
+    """``module`` on ``device``; no-op if it is there already, since meta tensors cannot be moved."""
     there = all(tensor.device == torch.device(device) for tensor in module.state_dict().values())
     return module if there else module.to(device)
 
@@ -206,31 +186,33 @@ def build_model_loss(cfg: Config, world_model: WorldModel) -> PWMModelLoss:
 
 
 def build_losses(cfg: Config, networks: Networks) -> Losses:
-    """Build the objectives; they share the networks' parameters."""
+    """The losses of the networks that are there; they share the networks' parameters."""
+    losses = Losses()
+    if networks.model is not None:
+        losses.model = build_model_loss(cfg, networks.model)
+    if networks.actor is None or networks.critic is None:
+        return losses
     algorithm = cfg.algorithm
-    losses = Losses(
-        build_model_loss(cfg, networks.world_model),
-        PWMActorLoss(
-            actor_module(networks.actor),
-            world_model_module(networks.world_model),
-            value_module(networks.critics),
-            horizon=algorithm.horizon,
-            gamma=algorithm.gamma,
-            lmbda=algorithm.lmbda,
-            detach=algorithm.detach,
-            entropy_weight=algorithm.entropy_weight,
-            normalize_returns=algorithm.normalize_returns,
-            compile=algorithm.compile,
-        ),
-        PWMValueLoss(networks.critics),
+    losses.actor = PWMActorLoss(
+        actor_module(networks.actor),
+        world_model_module(networks.model),
+        value_module(networks.critic),
+        horizon=algorithm.horizon,
+        gamma=algorithm.gamma,
+        lmbda=algorithm.lmbda,
+        detach=algorithm.detach,
+        entropy_weight=algorithm.entropy_weight,
+        normalize_returns=algorithm.normalize_returns,
+        compile=algorithm.compile,
     )
     on(losses.actor.return_statistics, next(networks.actor.parameters()).device)
+    losses.critic = PWMValueLoss(networks.critic)
     return losses
 
 
 @dataclass
-class Learner:
-    """One network's optimizer, its gradient-norm limit and its learning-rate schedule."""
+class NetworkOptimizer:
+    """Adam for one network, its gradient-norm limit and its learning-rate schedule."""
 
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Adam
@@ -238,11 +220,12 @@ class Learner:
     lr: float
     final_lr: float
 
-    def set_progress(self, fraction: float) -> None:
-        """Learning rate, linear from ``lr`` at 0 to ``final_lr`` at 1."""
+    def set_progress(self, fraction: float) -> float:
+        """Set and return the learning rate, linear from ``lr`` at 0 to ``final_lr`` at 1."""
         value = self.lr + (self.final_lr - self.lr) * min(max(fraction, 0.0), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = value
+        return value
 
     def step(self, before: Callable[[], None] | None = None) -> torch.Tensor:
         """Clip, step, clear; returns the gradient norm before clipping, a detached scalar.
@@ -257,20 +240,15 @@ class Learner:
         return norm.detach()
 
 
-def build_learners(cfg: Config, networks: ModelNetworks) -> dict[str, Learner]:
+def build_optimizers(cfg: Config, networks: Networks) -> dict[str, NetworkOptimizer]:
     """Adam for each network that is trained, by the networks' names."""
-    a = cfg.algorithm
-    settings = {
-        "world_model": (a.model_lr, a.model_betas, a.model_grad_norm),
-        "actor": (a.actor_lr, a.policy_betas, a.actor_grad_norm),
-        "critics": (a.critic_lr, a.policy_betas, a.critic_grad_norm),
-    }
-    learners = {}
+    optimizers = {}
+    trained = trained_networks(cfg)
     for name, module in networks.items():
-        if name not in trained_networks(cfg):
+        if name not in trained:
             continue
-        lr, betas, max_norm = settings[name]
+        lr, betas, max_norm = (getattr(cfg.algorithm, f"{name}_{setting}") for setting in ("lr", "betas", "grad_norm"))
         parameters = list(module.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), fused=True)
-        learners[name] = Learner(parameters, optimizer, max_norm, lr, a.final_lr)
-    return learners
+        adam = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), fused=True)
+        optimizers[name] = NetworkOptimizer(parameters, adam, max_norm, lr, cfg.algorithm.final_lr)
+    return optimizers

@@ -1,27 +1,26 @@
-"""Running out of memory inside an update: take the update back, halve its micro-batch, repeat it."""
+"""How one update is carried out: in micro-batches, and again in smaller ones where memory runs out.
+
+An update that runs out of memory is undone, to the bit, and repeated with half the micro-batch. What an algorithm hands
+in is a function that makes the update's batch, so that a repetition draws the same numbers again.
+"""
 
 from __future__ import annotations
 
 import errno
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from pwm_torchrl.algorithm.build import Losses, NetworkOptimizer
+from pwm_torchrl.config import UPDATES, MemoryConfig
 from pwm_torchrl.errors import OutOfMemory, RankFault
-from pwm_torchrl.algorithm.build import Learner
-from pwm_torchrl.config import MemoryConfig
 
 Result = TypeVar("Result")
-
-#: The key of :class:`~pwm_torchrl.config.MemoryConfig` that sets each update's micro-batch.
-MICRO_BATCH_KEYS = {
-    "world-model": "model_micro_batch",
-    "policy": "imagination_micro_batch",
-    "critic": "critic_micro_batch",
-}
+Metrics = dict[str, Tensor]
 
 #: Parts of the messages of errors by which PyTorch and its libraries tell that an allocation was refused.
 REFUSALS = (
@@ -39,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation was refused, on the host or on a device; also where that is the cause of an error."""
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, RankFault):  # whatever its cause, there is nobody left to repeat the update with
+        if isinstance(link, RankFault):  # another process died, so the update cannot be retried
             return False
         if isinstance(link, (MemoryError, torch.OutOfMemoryError)):
             return True
@@ -51,31 +50,105 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-class MicroBatches:
-    """Sizes of the micro-batches of the updates; while a run lasts, they only ever become smaller.
+class Executor(Protocol):
+    """Makes one update with a batch: back-propagates it in micro-batches of ``size`` rows, and steps."""
+
+    losses: Losses
+    optimizers: Mapping[str, NetworkOptimizer]
+    undo: Mapping[str, Undo]
+
+    def largest_share(self, batch: int) -> int:
+        """Rows of a batch that one process has at most."""
+
+    def model(self, slices: TensorDictBase, size: int) -> tuple[Metrics, Tensor, Tensor]:
+        """Model update on slices ``[B, H]``: losses, fraction of valid steps, gradient norm."""
+
+    def actor(self, start: TensorDictBase, size: int) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
+        """Actor update from start latents ``[B]``: losses, detached rollouts ``[B, H]``, gradient norm."""
+
+    def critic(self, states: TensorDictBase, size: int) -> tuple[Metrics, Tensor]:
+        """Critic update on states ``[S]``: losses, gradient norm."""
+
+
+class LocalExecutor:
+    """Makes updates in this process alone.
 
     Args:
-        sizes (dict): rows per backward pass by the update's name; ``None``: all at once.
-        report (callable): called with (update, refused size, next size, error message) after each reduction.
+        losses (Losses): the objectives.
+        optimizers (dict of NetworkOptimizer): of the networks that are trained, by their names.
     """
 
-    def __init__(self, sizes: Mapping[str, int | None], report: Callable[[str, int, int, str], None]) -> None:
-        self.sizes = dict(sizes)
+    def __init__(self, losses: Losses, optimizers: Mapping[str, NetworkOptimizer]) -> None:
+        self.losses, self.optimizers = losses, optimizers
+        self.undo = undo_of(optimizers, losses.return_statistics)
+
+    def largest_share(self, batch: int) -> int:
+        """All of it."""
+        return batch
+
+    def model(self, slices: TensorDictBase, size: int) -> tuple[Metrics, Tensor, Tensor]:
+        """Model update on slices ``[B, H]``: losses, fraction of valid steps, gradient norm."""
+        read = self.losses.model.read(slices)
+        losses = self.losses.model.backward(read, size)
+        return losses, read.valid.float().mean(), self._step("model")
+
+    def actor(self, start: TensorDictBase, size: int) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
+        """Actor update from start latents ``[B]``: losses, detached rollouts ``[B, H]``, gradient norm."""
+        losses, rollouts = self.losses.actor.backward(start, size)
+        return losses, rollouts, self._step("actor")
+
+    def critic(self, states: TensorDictBase, size: int) -> tuple[Metrics, Tensor]:
+        """Critic update on states ``[S]``: losses, gradient norm."""
+        losses = self.losses.critic.backward(states, size)
+        return losses, self._step("critic")
+
+    def _step(self, name: str) -> Tensor:
+        return self.optimizers[name].step(self.undo[name].before_step)
+
+
+class Updates:
+    """Carries out updates; their micro-batches only ever become smaller while a run lasts.
+
+    Args:
+        executor (Executor): makes an update with a batch.
+        memory (MemoryConfig): the micro-batches to begin with; ``None``: whole batches.
+        on_reduction (callable): called with (update, refused size, next size, error message) after each reduction.
+
+    Attributes:
+        made (int): updates so far, in this process's life.
+    """
+
+    def __init__(
+        self, executor: Executor, memory: MemoryConfig, on_reduction: Callable[[str, int, int, str], None]
+    ) -> None:
+        self.executor = executor
+        self.sizes: dict[str, int | None] = {
+            name: getattr(memory, update.micro_batch_key) for name, update in UPDATES.items()
+        }
         self.reduced: dict[str, int] = {}
         self.used: dict[str, int] = {}  # by each update's last success
-        self.report = report
+        self.on_reduction = on_reduction
+        self.made = 0
 
-    @classmethod
-    def configured(cls, memory: MemoryConfig, report: Callable[[str, int, int, str], None]) -> MicroBatches:
-        """Those of a configuration."""
-        return cls({update: getattr(memory, key) for update, key in MICRO_BATCH_KEYS.items()}, report)
+    def model(self, slices: Callable[[], TensorDictBase], rows: int) -> tuple[Metrics, Tensor, Tensor]:
+        """Model update on ``rows`` slices; see :class:`Executor`."""
+        return self.run("model", rows, lambda size: self.executor.model(slices(), size))
 
-    def size(self, update: str, batch: int) -> int:
-        """Rows per backward pass of an update on ``batch`` rows."""
-        limits = (self.sizes[update], self.reduced.get(update), batch)
+    def actor(self, start: Callable[[], TensorDictBase], rows: int) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
+        """Actor update from ``rows`` start latents; see :class:`Executor`."""
+        return self.run("actor", rows, lambda size: self.executor.actor(start(), size))
+
+    def critic(self, states: Callable[[], TensorDictBase], rows: int) -> tuple[Metrics, Tensor]:
+        """Critic update on ``rows`` states; see :class:`Executor`."""
+        return self.run("critic", rows, lambda size: self.executor.critic(states(), size))
+
+    def size(self, update: str, rows: int) -> int:
+        """Rows per backward pass of an update on a batch of ``rows``."""
+        share = self.executor.largest_share(rows)
+        limits = (self.sizes[update], self.reduced.get(update), share)
         return max(1, min(limit for limit in limits if limit is not None))
 
-    def run(self, update: str, batch: int, undo: Undo, attempt: Callable[[int], Result]) -> Result:
+    def run(self, update: str, rows: int, attempt: Callable[[int], Result]) -> Result:
         """Call ``attempt`` with the update's micro-batch, again with half of it each time memory is refused.
 
         A smaller size is kept once an update has succeeded with it.
@@ -83,7 +156,8 @@ class MicroBatches:
         Raises:
             OutOfMemory: if memory is refused at micro-batch 1; everything is as it was before the update.
         """
-        first = size = self.size(update, batch)
+        undo = self.executor.undo[update]
+        first = size = self.size(update, rows)
         while True:
             undo.note()
             try:
@@ -96,6 +170,7 @@ class MicroBatches:
                 self.used[update] = size
                 if size < first:
                     self.reduced[update] = size
+                self.made += 1
                 return result
             # Out of the handler: the error's traceback no longer holds the frames with the update's tensors.
             undo.restore()
@@ -105,11 +180,11 @@ class MicroBatches:
                     "run more memory, a smaller model (size=...) or model.dynamics.checkpoint_substeps=true."
                 )
             refused, size = size, -(-size // 2)
-            self.report(update, refused, size, message)
+            self.on_reduction(update, refused, size, message)
 
     def metrics(self) -> dict[str, int]:
         """The sizes in use, under the names of their keys."""
-        return {f"memory/{MICRO_BATCH_KEYS[update]}": size for update, size in self.used.items()}
+        return {f"memory/{UPDATES[update].micro_batch_key}": size for update, size in self.used.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The reduced sizes, and those from which they were reduced."""
@@ -124,26 +199,26 @@ class MicroBatches:
         }
 
 
-def undo_of(learners: Mapping[str, Learner], return_statistics: nn.Module | None) -> dict[str, Undo]:
-    """What takes an update of each network back; the policy's changes the return statistics, too."""
+def undo_of(optimizers: Mapping[str, NetworkOptimizer], return_statistics: nn.Module | None) -> dict[str, Undo]:
+    """Undoes an update of each network; the actor's changes the return statistics, too."""
     changed = [] if return_statistics is None else [return_statistics]
-    return {name: Undo(learner, changed if name == "actor" else []) for name, learner in learners.items()}
+    return {name: Undo(optimizer, changed if name == "actor" else []) for name, optimizer in optimizers.items()}
 
 
 class Undo:
-    """Takes an unfinished update back: weights, optimizer state, generators and running statistics.
+    """Undoes an unfinished update: weights, optimizer state, generators and running statistics.
 
     Gradient accumulation changes none of the weights, so their copy is taken by :meth:`before_step`, just before the
     optimizer changes them; into buffers that stay, since this is done at every update. They are as large as the weights
     and the optimizer's state.
 
     Args:
-        learner (Learner): whose parameters and optimizer the update changes.
+        optimizer (NetworkOptimizer): whose parameters and state the update changes.
         statistics (sequence of nn.Module): modules whose buffers the update changes.
     """
 
-    def __init__(self, learner: Learner, statistics: Sequence[nn.Module] = ()) -> None:
-        self.learner = learner
+    def __init__(self, optimizer: NetworkOptimizer, statistics: Sequence[nn.Module] = ()) -> None:
+        self.optimizer = optimizer
         self.statistics = statistics
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -151,16 +226,16 @@ class Undo:
         self._stepping = False
         self._host_generator: Tensor | None = None
         self._generators: list[tuple[torch.device, Tensor]] = []
-        self._devices = {p.device for p in learner.parameters if p.device.type == "cuda"}
+        self._devices = {p.device for p in optimizer.parameters if p.device.type == "cuda"}
 
     def _live_buffers(self) -> list[Tensor]:
         return [buffer for module in self.statistics for buffer in module.buffers()]
 
     def _changed_by_step(self) -> list[Tensor]:
         """Weights, and the optimizer's tensors of those that have any."""
-        state = self.learner.optimizer.state
-        tensors: list[Tensor] = [p.data for p in self.learner.parameters]
-        for parameter in self.learner.parameters:
+        state = self.optimizer.optimizer.state
+        tensors: list[Tensor] = [p.data for p in self.optimizer.parameters]
+        for parameter in self.optimizer.parameters:
             tensors += [value for value in state.get(parameter, {}).values() if isinstance(value, Tensor)]
         return tensors
 
@@ -178,19 +253,19 @@ class Undo:
         if len(self._copies) != len(tensors):  # the optimizer makes its state in its first step
             self._copies = [torch.empty_like(tensor) for tensor in tensors]
         torch._foreach_copy_(self._copies, tensors)
-        self._with_state = {p for p in self.learner.parameters if p in self.learner.optimizer.state}
+        self._with_state = {p for p in self.optimizer.parameters if p in self.optimizer.optimizer.state}
         self._stepping = True
 
     @torch.no_grad()
     def restore(self) -> None:
         """Everything is as it was when the update began, gradients cleared, and unused memory is given back."""
-        optimizer = self.learner.optimizer
+        optimizer = self.optimizer.optimizer
         optimizer.zero_grad(set_to_none=True)
         # Autograd holds on to the rest of a backward pass that failed until the thread's next one begins.
         torch.zeros((), requires_grad=True).backward()
         gc.collect()
         if self._stepping:
-            for parameter in self.learner.parameters:
+            for parameter in self.optimizer.parameters:
                 if parameter not in self._with_state:  # its state was begun by the failed step, whole or in part
                     optimizer.state.pop(parameter, None)
             torch._foreach_copy_(self._changed_by_step(), self._copies)

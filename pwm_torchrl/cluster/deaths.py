@@ -23,7 +23,7 @@ from pwm_torchrl.cluster.reasons import (
     TIMEOUT,
     WAIT,
 )
-from pwm_torchrl.training.stop import NO_STEP_IN_TIME
+from pwm_torchrl.run.stop import NO_STEP_IN_TIME
 
 #: Restarts in a row without progress after which a run is left alone.
 MOST_WITHOUT_PROGRESS = 2

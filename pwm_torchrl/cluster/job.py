@@ -13,8 +13,8 @@ from typing import Any
 
 from pwm_torchrl.data.files import write_durably
 from pwm_torchrl.errors import is_ours, status_of
+from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 from pwm_torchrl.training.ranks import is_replica
-from pwm_torchrl.training.stop import StopRequest, stop_on_signals
 
 LOG_FILE = "log.txt"
 

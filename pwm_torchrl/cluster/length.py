@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pwm_torchrl.config import Config
-from pwm_torchrl.training.updates import updates_of
+from pwm_torchrl.config import UPDATES, Config, trained_networks
 
 if TYPE_CHECKING:
     from pwm_torchrl.memory.plan import Plan
@@ -35,16 +34,15 @@ def estimated_minutes(cfg: Config, plan: Plan, cpus: int) -> int:
         evaluations = dynamics.substeps if dynamics.solver == "euler" else 2 * dynamics.substeps - 1
     if plan.choices.checkpoint_substeps:
         evaluations += evaluations
-    updates = updates_of(cfg)
-    model_updates = a.model_updates if "world-model" in updates else 0
-    policy_updates = a.policy_updates if "policy" in updates else 0
+    made = {name: UPDATES[name].per_epoch(a) for name in trained_networks(cfg)}
+    unrolled = {name: made[name] for name in made if name != "critic"}
     # Forward and backward: six operations per parameter and row.
-    rows = model_updates * a.model_batch + policy_updates * a.imagination_batch
+    rows = sum(count * UPDATES[name].batch(a) for name, count in unrolled.items())
     flops = 6 * parameters * rows * a.horizon * evaluations
     on_gpu = plan.prediction.compute == "device"
     arithmetic = flops / (GPU_FLOPS if on_gpu else CPU_FLOPS * cpus)
-    calls = (model_updates + policy_updates) * a.horizon * (evaluations + 2) * 3
-    critics = policy_updates * a.critic_passes * a.critic_minibatches * 6
+    calls = sum(unrolled.values()) * a.horizon * (evaluations + 2) * 3
+    critics = made.get("critic", 0) * 6
     envs = int(cfg.env.get("num_envs", 1)) if cfg.mode == "online" else 0
     collection = envs * (a.collect_steps or a.horizon) / STEPS_PER_S
     epoch_s = arithmetic + (calls + critics) * OVERHEAD_S + collection

@@ -10,8 +10,8 @@ from pwm_torchrl.cluster.deaths import Restart
 from pwm_torchrl.cluster.memory import apply_plan, next_plan
 from pwm_torchrl.cluster.reasons import MEMORY, REQUEUE
 from pwm_torchrl.cluster.record import note_restart, restarts_of
-from pwm_torchrl.training.claims import newest_claim
 from pwm_torchrl.config import Config
+from pwm_torchrl.training.claims import newest_claim
 
 
 def thriftier_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) -> str | None:

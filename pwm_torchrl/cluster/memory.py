@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.data.files import write_durably
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.config import Config
 
 PLAN_FILE = "memory_plan.json"
 #: Factor of each larger request.
@@ -89,10 +89,10 @@ def read_plan(run_dir: Path) -> dict[str, Any] | None:
 def batches(cfg: Config) -> dict[str, int]:
     """Rows of each update's batch, by the key of its micro-batch."""
     a = cfg.algorithm
-    states = a.imagination_batch * a.horizon
+    states = a.actor_batch * a.horizon
     return {
         "model_micro_batch": a.model_batch,
-        "imagination_micro_batch": a.imagination_batch,
+        "actor_micro_batch": a.actor_batch,
         "critic_micro_batch": -(-states // a.critic_minibatches),
     }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pwm_torchrl.cluster.fits import Demand, misfit
 from pwm_torchrl.cluster.parse import Site
 from pwm_torchrl.cluster.resources import Resources
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.config import ClusterConfig
+from pwm_torchrl.errors import ConfigurationError
 
 
 def node_memory_mb(partition: str | None, site: Site) -> int:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.length import estimated_minutes
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pwm_torchrl.memory.plan import Plan

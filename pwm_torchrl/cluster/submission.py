@@ -14,8 +14,8 @@ from pwm_torchrl.cluster.query import live_job, scontrol, site
 from pwm_torchrl.cluster.record import note_submission, read_job, write_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.commands import named
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.offline import pretraining_run
 
 FOLDER = "submitit"

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose, compose_unchecked
 from pwm_torchrl.launch.modes import of_world_model
 from pwm_torchrl.launch.prepare import Prepared, compose_all
 from pwm_torchrl.launch.sweep import EVERY_TASK, values_of
-from pwm_torchrl.config import Config
 
 __all__ = ["Chain", "composed", "lacks_world_model"]
 
@@ -68,7 +68,7 @@ def composed(words: Sequence[str]) -> Iterator[Chain]:
     Raises:
         ConfigurationError: for whatever cannot work in either.
     """
-    from pwm_torchrl.training.pretraining import announce
+    from pwm_torchrl.run.validation import announce
 
     own = [f"experiment={_first(words).pretraining}", *_of_pretraining(words)]
     try:

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pwm_torchrl.commands import named
-from pwm_torchrl.data.files import MEMORY_FILESYSTEMS, existing, filesystem_type, free_bytes, write_durably
 from pwm_torchrl.config import Config
+from pwm_torchrl.data.files import MEMORY_FILESYSTEMS, existing, filesystem_type, free_bytes, write_durably
 
 __all__ = [
     "OK",

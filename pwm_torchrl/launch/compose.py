@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from pwm_torchrl.config import MISSING, Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.explain import explain
 from pwm_torchrl.launch.groups import (
@@ -34,7 +35,6 @@ from pwm_torchrl.launch.modes import apply_mode, check_stored
 from pwm_torchrl.launch.validate import validate
 from pwm_torchrl.launch.validate_cluster import read_time
 from pwm_torchrl.own_code import make_cwd_importable
-from pwm_torchrl.config import MISSING, Config
 
 __all__ = ["compose"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pwm_torchrl.cluster.query import SlurmError, site, slurm_available
 from pwm_torchrl.commands import typed
+from pwm_torchrl.config import Config
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.checks import (
     PROBLEM,
@@ -22,7 +23,6 @@ from pwm_torchrl.launch.draft import draft_profile, profile_file, write_profile
 from pwm_torchrl.launch.groups import user_configs_dir
 from pwm_torchrl.launch.help import wants_help
 from pwm_torchrl.launch.slurm_check import check_slurm
-from pwm_torchrl.config import Config
 
 __all__ = ["main"]
 

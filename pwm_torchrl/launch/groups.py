@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pwm_torchrl
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
     "configs_dir",

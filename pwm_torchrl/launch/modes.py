@@ -8,9 +8,9 @@ from dataclasses import fields
 
 from hydra.core.override_parser.types import Override
 
+from pwm_torchrl.config import Config, DynamicsConfig
 from pwm_torchrl.envs.tasks import TaskInfo, task_info, task_set
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
-from pwm_torchrl.config import Config, DynamicsConfig
 
 __all__ = ["MODES", "apply_mode", "check_stored", "of_world_model", "tasks_to_extract"]
 

@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return console.OK
     file = _json_file(words)
     config = compose(words)
+    from pwm_torchrl.devices import pick_device
     from pwm_torchrl.memory.limits import budgets, profile_budgets
     from pwm_torchrl.memory.plan import make_plan
     from pwm_torchrl.memory.table import plan_table
-    from pwm_torchrl.training.devices import pick_device
     from pwm_torchrl.training.offline import run_facts
 
     facts = run_facts(config)

@@ -13,10 +13,10 @@ from pwm_torchrl.cluster.nodes import node_memory_mb, require_fit
 from pwm_torchrl.cluster.parse import Site
 from pwm_torchrl.cluster.query import site, slurm_available
 from pwm_torchrl.cluster.resources import Resources, resources_for
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.sweep import expand
-from pwm_torchrl.config import Config
 
 __all__ = ["Prepared", "compose_all", "place_of", "plan_for_slurm", "require_logging"]
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.config_file import CONFIG_FILE, load_config, save_config
 from pwm_torchrl.training.summary_file import read_summary, set_status, was_started
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
 from pwm_torchrl.commands import typed
+from pwm_torchrl.config import Config
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.chain import Chain, composed, lacks_world_model
 from pwm_torchrl.launch.dry_run import dry_run
@@ -21,7 +22,6 @@ from pwm_torchrl.launch.local import refuse_while_running, submit_local
 from pwm_torchrl.launch.prepare import DEBUG, HERE, SLURM, Prepared, compose_all, place_of, plan_for_slurm
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir, read_summary
 from pwm_torchrl.launch.train import run_in_process
-from pwm_torchrl.config import Config
 
 if TYPE_CHECKING:
     from pwm_torchrl.cluster.resources import Resources
@@ -92,7 +92,7 @@ def _prepare(config: Config) -> RunDir:
     """The directory of a run; that of a pre-training says at once what its world model will be."""
     prepared = prepare_run_dir(config)
     if config.mode == "pretrain":
-        from pwm_torchrl.training.pretraining import announce
+        from pwm_torchrl.run.validation import announce
 
         announce(config, prepared.path)
     return prepared

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.help import help_text, wants_help
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir
 from pwm_torchrl.launch.validate import require_runnable
-from pwm_torchrl.config import Config
 from pwm_torchrl.training.ranks import is_replica
 
 __all__ = ["main", "run_in_process"]
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_replica() -> int:
     """Computes for rank 0, which reads the configuration and says everything there is to say."""
+    from pwm_torchrl.run.train import quiet_torchrl
     from pwm_torchrl.training.distributed import joined
     from pwm_torchrl.training.replica import serve
-    from pwm_torchrl.training.run import quiet_torchrl
 
     quiet_torchrl()
     try:

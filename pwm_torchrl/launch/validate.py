@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from pwm_torchrl.commands import typed
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import nearest_sentence
 from pwm_torchrl.launch.validate_cluster import check_cluster
-from pwm_torchrl.config import Config
 
 __all__ = ["CHOICES", "require_runnable", "validate"]
 
@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.loss.flow_matching_source": ("teacher", "detached", "attached"),
     "model.reward_head": ("scalar", "two_hot"),
     "model.reward_space": ("raw", "symlog"),
-    "algorithm.policy_starts": ("replay", "current"),
+    "algorithm.actor_starts": ("replay", "current"),
     "training.replay_storage": ("auto", "memory", "device", "disk"),
     "logger.kind": ("csv", "tensorboard", "wandb"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
@@ -54,8 +54,8 @@ _AT_LEAST: dict[str, float] = {
     "algorithm.horizon": 1,
     "algorithm.collect_steps": 1,
     "algorithm.random_steps": 0,
-    "algorithm.imagination_batch": 1,
-    "algorithm.policy_updates": 1,
+    "algorithm.actor_batch": 1,
+    "algorithm.actor_updates": 1,
     "algorithm.model_batch": 1,
     "algorithm.model_updates": 0,
     "algorithm.first_model_updates": 0,
@@ -72,7 +72,7 @@ _AT_LEAST: dict[str, float] = {
     "training.gradient_profile_every": 0,
     "training.threads": 1,
     "memory.model_micro_batch": 1,
-    "memory.imagination_micro_batch": 1,
+    "memory.actor_micro_batch": 1,
     "memory.critic_micro_batch": 1,
     "memory.disk_above_gb": 0,
     "cluster.gpus": 0,
@@ -138,7 +138,7 @@ def validate(config: Config) -> None:
         _require(config, "algorithm.model_updates", lambda v: v >= 1, "is too small; it must be at least 1")
     _require(config, "memory.margin", lambda v: 0 <= v < 1, "must lie in [0, 1)")
     _require(config, "memory.stop_at", lambda v: 0 < v <= 1, "must lie in (0, 1]")
-    for key in ("algorithm.policy_betas", "algorithm.model_betas"):
+    for key in ("algorithm.actor_betas", "algorithm.model_betas"):
         _require(
             config,
             key,

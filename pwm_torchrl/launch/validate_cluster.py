@@ -6,8 +6,8 @@ import math
 import re
 
 from pwm_torchrl.cluster.times import to_minutes
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.config import ClusterConfig
+from pwm_torchrl.errors import ConfigurationError
 
 __all__ = ["check_cluster", "read_time"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.budget import Budget, Candidate, device_budget, host_budget
 from pwm_torchrl.memory.predict import DEVICE, HOST
-from pwm_torchrl.config import Config
 
 
 def budgets(cfg: Config, device: str | None) -> dict[str, Budget]:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pwm_torchrl.config import UPDATES, Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.budget import Budget
 from pwm_torchrl.memory.neighbours import Alternative, cheaper_plan, larger_plan
-from pwm_torchrl.memory.predict import DEVICE, FIELDS, HOST, Choices, Prediction
+from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, Prediction
 from pwm_torchrl.memory.space import EFFICIENT, PlanSpace, halvings
 from pwm_torchrl.memory.units import MIB, format_bytes
-from pwm_torchrl.config import Config
 
 #: By how much host memory two processes of the same run may differ before they build anything.
 SPREAD = 16 * MIB
@@ -67,7 +67,7 @@ class Plan:
     def applied(self, cfg: Config) -> Config:
         """A copy of the configuration with the choices written in."""
         cfg = copy.deepcopy(cfg)
-        for name in FIELDS.values():
+        for name in (update.micro_batch_key for update in UPDATES.values()):
             setattr(cfg.memory, name, getattr(self.choices, name))
         cfg.model.dynamics.checkpoint_substeps = self.choices.checkpoint_substeps
         cfg.training.replay_storage = self.choices.replay_storage

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.data import replay_bytes, replay_disk_bytes, steps_since_checkpoint
 from pwm_torchrl.data.episodes.sizes import store_bytes
 from pwm_torchrl.data.sizes import record_bytes
@@ -13,8 +14,6 @@ from pwm_torchrl.memory.allocator import WORTHWHILE
 from pwm_torchrl.memory.processes import read_process
 from pwm_torchrl.memory.units import GIB, MIB, format_bytes
 from pwm_torchrl.memory.updates import Transient, UpdateTracer
-from pwm_torchrl.config import Config
-from pwm_torchrl.training.updates import trained_networks
 
 HOST, DEVICE, CACHE, DISK = "host", "device", "page cache", "disk"
 
@@ -25,28 +24,24 @@ LIBRARY_BYTES = 40 * MIB  # buffers of the math libraries, and what the C librar
 ENVIRONMENT_BYTES = MIB // 2  # a simulator's state and model
 
 
-#: Names of the micro-batches, here and in the configuration, by update.
-FIELDS = {"world-model": "model_micro_batch", "policy": "imagination_micro_batch", "critic": "critic_micro_batch"}
-
-
 @dataclass(frozen=True)
 class Choices:
     """What a plan decides; none of it changes what a run computes, up to rounding."""
 
     model_micro_batch: int | None = None
-    imagination_micro_batch: int | None = None
+    actor_micro_batch: int | None = None
     critic_micro_batch: int | None = None
     checkpoint_substeps: bool = False
     replay_storage: str = "memory"
 
     def micro_batch(self, update: str) -> int | None:
         """Rows per backward pass of an update; ``None``: all at once."""
-        size: int | None = getattr(self, FIELDS[update])
+        size: int | None = getattr(self, UPDATES[update].micro_batch_key)
         return size
 
     def split(self, update: str, size: int | None) -> Choices:
         """The same with other micro-batches in one update."""
-        changed: dict[str, Any] = {FIELDS[update]: size}
+        changed: dict[str, Any] = {UPDATES[update].micro_batch_key: size}
         return replace(self, **changed)
 
 
@@ -95,7 +90,7 @@ class Prediction:
         """Whether updates on the host are so large that the C library should give freed blocks back."""
         # Recomputing leaves more holes: it allocates and frees most of what it needs many times in an update.
         enough = WORTHWHILE // 8 if self.recomputes else WORTHWHILE
-        updates = [item for item in self.items if item.what in (f"{name} update" for name in FIELDS)]
+        updates = [item for item in self.items if item.what in (f"{name} update" for name in UPDATES)]
         return self.compute == HOST and any(item.bytes > enough for item in updates)
 
     def as_dict(self) -> dict[str, Any]:
@@ -157,8 +152,8 @@ def predict(
         items.append(Item("library buffers", LIBRARY_BYTES, HOST, "math libraries and allocator (estimate)"))
     else:
         items.append(Item("CUDA libraries", CUDA_HOST_BYTES, HOST, "kernels and context on the host (estimate)"))
-        if choices.replay_storage != "device" and "world-model" in updates:
-            sampled = updates["world-model"].data
+        if choices.replay_storage != "device" and "model" in updates:
+            sampled = updates["model"].data
             items.append(
                 Item("pinned buffer", 2 * sampled, HOST, "the sampled batch, and its copy for the GPU to read")
             )
@@ -175,8 +170,7 @@ def predict(
 def _why(update: Transient, name: str, choices: Choices, tracer: UpdateTracer) -> str:
     batch = tracer.batches[name]
     size = choices.micro_batch(name) or batch
-    rows = {"world-model": "slices", "policy": "rollouts", "critic": "states"}[name]
-    split = f"{batch} {rows}" + (f" in micro-batches of {size}" if size < batch else " at once")
+    split = f"{batch} {UPDATES[name].rows}" + (f" in micro-batches of {size}" if size < batch else " at once")
     recomputed = ", substeps recomputed" if choices.checkpoint_substeps and name != "critic" else ""
     return (
         f"{split}{recomputed}: activations {format_bytes(update.activations)}, gradients "
@@ -187,7 +181,7 @@ def _why(update: Transient, name: str, choices: Choices, tracer: UpdateTracer) -
 def _networks(cfg: Config) -> str:
     if cfg.mode == "pretrain":
         return "world model"
-    return "world model" + ("" if "world_model" in trained_networks(cfg) else " (frozen)") + ", actor, critics"
+    return "world model" + ("" if "model" in trained_networks(cfg) else " (frozen)") + ", actor, critic"
 
 
 def _environments(cfg: Config, facts: Any) -> list[Item]:

@@ -6,14 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.data import replay_bytes
-from pwm_torchrl.memory.predict import DEVICE, FIELDS, Choices, Prediction, framework_bytes, predict
+from pwm_torchrl.memory.predict import DEVICE, Choices, Prediction, framework_bytes, predict
 from pwm_torchrl.memory.updates import Transient, UpdateTracer
-from pwm_torchrl.config import Config
-from pwm_torchrl.training.updates import updates_of
 
 #: Rows below which a micro-batch costs more time than recomputing a flow's substeps does.
-EFFICIENT = {"world-model": 64, "policy": 32, "critic": 256}
+EFFICIENT = {"model": 64, "actor": 32, "critic": 256}
 
 
 class PlanSpace:
@@ -38,14 +37,14 @@ class PlanSpace:
     @property
     def updates(self) -> tuple[str, ...]:
         """Names of the updates that the run makes."""
-        return updates_of(self.cfg)
+        return trained_networks(self.cfg)
 
     def free(self, update: str) -> bool:
         """Whether an update's micro-batch is open."""
         return self._said(update) is None
 
     def _said(self, update: str) -> int | None:
-        size: int | None = getattr(self.cfg.memory, FIELDS[update])
+        size: int | None = getattr(self.cfg.memory, UPDATES[update].micro_batch_key)
         return size
 
     def _choices(self, recompute: bool, storage: str, size: Callable[[str], int | None]) -> Choices:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
+from pwm_torchrl.config import UPDATES
 from pwm_torchrl.memory.neighbours import Alternative
 from pwm_torchrl.memory.plan import Plan
-from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, FIELDS, HOST
+from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST
 from pwm_torchrl.memory.units import format_bytes
 
 TITLES = {HOST: "host memory", DEVICE: "GPU memory", CACHE: "page cache", DISK: "disk"}
@@ -68,7 +69,7 @@ def _choices(plan: Plan) -> list[str]:
     """The choices as words of the command line."""
     choices = plan.choices
     lines = ["choices" if plan.automatic else "choices, as written (memory=fixed)"]
-    for field in FIELDS.values():
+    for field in (update.micro_batch_key for update in UPDATES.values()):
         size = getattr(choices, field)
         word = f"  memory.{field}={'null' if size is None else size}"
         lines.append(f"{word:<{_NAME + _AMOUNT + 6}}{'# the whole batch at once' if size is None else ''}".rstrip())

@@ -14,16 +14,13 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from pwm_torchrl.algorithm.build import EnvFacts, Losses, build_parts
+from pwm_torchrl.algorithm.updates import Undo
+from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.memory.trace import FakeTensors, StorageCounter
 from pwm_torchrl.objectives.imagination import Imagined
 from pwm_torchrl.objectives.slices import Slices
-from pwm_torchrl.algorithm.build import EnvFacts, Losses, build_parts
-from pwm_torchrl.config import Config
-from pwm_torchrl.algorithm.updates import Undo
-from pwm_torchrl.training.updates import UPDATE_OF, updates_of
 
-#: All updates that there are; a run of one mode or another makes some of them.
-UPDATES = tuple(UPDATE_OF.values())
 #: Horizons that are traced in place of a longer one: a phase's peak is a line in the horizon (a test compares), but for
 #: short ones, from which lines were up to 11 % low. The usual horizon of 16 is traced as it is.
 SHORT = (15, 16)
@@ -88,8 +85,8 @@ class UpdateTracer:
         dimensions = (facts.observation_dim, facts.action_dim, facts.terminates, facts.action_dims)
         mode = (cfg.mode, cfg.finetune, cfg.world_model, cfg.world_model_sha256, cfg.task)
         self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, dimensions, mode))
-        #: The updates of an epoch, as :class:`~pwm_torchrl.algorithm.updates.MicroBatches` calls them.
-        self.updates = updates_of(cfg)
+        #: Names of the updates of an epoch.
+        self.updates = trained_networks(cfg)
         self._fake = FakeTensors()
         self._made: _Updates | None = None
 
@@ -102,14 +99,7 @@ class UpdateTracer:
     @property
     def batches(self) -> dict[str, int]:
         """Rows of each update's batch."""
-        a = self.cfg.algorithm
-        states = a.imagination_batch * a.horizon
-        batches = {
-            "world-model": a.model_batch,
-            "policy": a.imagination_batch,
-            "critic": -(-states // a.critic_minibatches),
-        }
-        return {update: batches[update] for update in self.updates}
+        return {name: UPDATES[name].batch(self.cfg.algorithm) for name in self.updates}
 
     @property
     def persistent(self) -> Persistent:
@@ -144,19 +134,19 @@ class _Updates:
     def __init__(self, cfg: Config, facts: EnvFacts, counter: StorageCounter) -> None:
         self.cfg, self.facts, self.counter = cfg, facts, counter
         parts = build_parts(cfg, facts)
-        self.networks, self.model_losses, self.learners = parts.networks, parts.losses, parts.learners
+        self.networks, self.model_losses, self.optimizers = parts.networks, parts.losses, parts.optimizers
         tensors = [t for _, network in self.networks.items() for t in (*network.parameters(), *network.buffers())]
         parameters = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        self.undo = {name: Undo(learner) for name, learner in self.learners.items()}
-        for name, learner in self.learners.items():
+        self.undo = {name: Undo(optimizer) for name, optimizer in self.optimizers.items()}
+        for name, optimizer in self.optimizers.items():
             for _ in range(2):  # the first makes the optimizer's state, the second the copies of it
-                for parameter in learner.parameters:
+                for parameter in optimizer.parameters:
                     parameter.grad = torch.zeros_like(parameter)
-                learner.step(self.undo[name].before_step)
+                optimizer.step(self.undo[name].before_step)
         optimizer = sum(
             value.untyped_storage().nbytes()
-            for learner in self.learners.values()
-            for state in learner.optimizer.state.values()
+            for optimizer in self.optimizers.values()
+            for state in optimizer.optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor)
         )
@@ -164,7 +154,7 @@ class _Updates:
         # Phases are told apart where memory begins to grow with the horizon in another way.
         if isinstance(self.model_losses, Losses):
             self.losses.actor.value_network.module.register_forward_pre_hook(self._values_begin)
-        self.networks.world_model.encoder.register_forward_hook(self._encoded)
+        self.networks.model.encoder.register_forward_hook(self._encoded)
 
     @property
     def losses(self) -> Losses:
@@ -191,8 +181,8 @@ class _Updates:
     def measure(self, update: str, batch: int, size: int, horizon: int) -> Transient:
         """Run the last micro-batch of ``size`` out of ``batch`` rows of an update of ``horizon`` steps."""
         run: dict[str, Callable[[int, int, int], Transient]] = {
-            "world-model": self.model,
-            "policy": self.policy,
+            "model": self.model,
+            "actor": self.actor,
             "critic": self.critic,
         }
         return run[update](batch, size, horizon)
@@ -200,19 +190,19 @@ class _Updates:
     def _finish(self, name: str) -> None:
         """The optimizer's step."""
         self.counter.next_phase()
-        self.learners[name].step(self.undo[name].before_step)
+        self.optimizers[name].step(self.undo[name].before_step)
         self.counter.next_phase()
 
     def _transient(self, name: str, before: int, data: int) -> Transient:
-        gradients = sum(p.untyped_storage().nbytes() for p in self.learners[name].parameters)
+        gradients = sum(p.untyped_storage().nbytes() for p in self.optimizers[name].parameters)
         return Transient(tuple(peak - before for peak in self.counter.peaks), gradients, data)
 
     def _accumulated(self, name: str) -> list[Tensor]:
         """Gradients of earlier micro-batches."""
-        return [torch.empty_like(p) for p in self.learners[name].parameters]
+        return [torch.empty_like(p) for p in self.optimizers[name].parameters]
 
     def _accumulate(self, name: str) -> None:
-        for parameter, gradient in zip(self.learners[name].parameters, self._accumulated(name), strict=True):
+        for parameter, gradient in zip(self.optimizers[name].parameters, self._accumulated(name), strict=True):
             parameter.grad = gradient
 
     def model(self, batch: int, size: int, horizon: int) -> Transient:
@@ -236,16 +226,16 @@ class _Updates:
         slices: Slices = self.model_losses.model.read(sampled)
         data = self.counter.live - before
         if size < batch:
-            self._accumulate("world_model")
+            self._accumulate("model")
         self.model_losses.model.backward(slices.rows(slice(0, size)))
-        self._finish("world_model")
-        return self._transient("world_model", before, data)
+        self._finish("model")
+        return self._transient("model", before, data)
 
-    def policy(self, batch: int, size: int, horizon: int) -> Transient:
+    def actor(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
         observation = torch.empty(batch, self.facts.observation_dim)
         with torch.no_grad():
-            latent = self.networks.world_model.encode(observation)
+            latent = self.networks.model.encode(observation)
         start = TensorDict(latent=latent, batch_size=[batch])
         given = self.counter.live
         earlier: Any = self._accumulated("actor") if size < batch else None
@@ -264,17 +254,17 @@ class _Updates:
 
     def critic(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
-        a, keys = self.cfg.algorithm, self.losses.value.tensor_keys
+        a, keys = self.cfg.algorithm, self.losses.critic.tensor_keys
         # The rollout of the policy update lives on while the critics learn from its states.
-        imagined = self._rollout(a.imagination_batch, horizon)
+        imagined = self._rollout(a.actor_batch, horizon)
         states = imagined.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
         minibatch = states[torch.randperm(len(states))[:batch]]
         data = self.counter.live - before
         if size < batch:
-            self._accumulate("critics")
-        self.losses.value.backward(minibatch[:size])
-        self._finish("critics")
-        return self._transient("critics", before, data)
+            self._accumulate("critic")
+        self.losses.critic.backward(minibatch[:size])
+        self._finish("critic")
+        return self._transient("critic", before, data)
 
     def _rollout(self, batch: int, horizon: int) -> TensorDictBase:
         """A detached rollout as the policy loss leaves it, without the work."""

@@ -11,15 +11,15 @@ from typing import Any
 __all__ = ["evaluate_run", "load_policy", "load_world_model", "make_torchrl_trainer", "train"]
 
 _HOME = {
-    "train": "run",
-    "evaluate_run": "load",
-    "load_policy": "load",
-    "load_world_model": "load",
-    "make_torchrl_trainer": "torchrl_trainer",
+    "train": "pwm_torchrl.run.train",
+    "evaluate_run": "pwm_torchrl.training.load",
+    "load_policy": "pwm_torchrl.training.load",
+    "load_world_model": "pwm_torchrl.training.load",
+    "make_torchrl_trainer": "pwm_torchrl.training.torchrl_trainer",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

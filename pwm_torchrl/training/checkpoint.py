@@ -12,13 +12,15 @@ from typing import Any
 
 from torchrl.checkpoint import Checkpoint
 
+from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.training.seal import BrokenSeal, check_seal
 
 #: Raised when the set of components or their meaning changes.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+#: Names of networks in checkpoints of earlier versions, whose networks can be read and whose runs cannot be resumed.
+EARLIER_NETWORKS = {2: {"model": "world_model", "critic": "critics"}}
 #: Parts of the messages of PyTorch and TorchRL that tell a checkpoint of other shapes or components.
 MISFITS = ("size mismatch", "Missing key", "Unexpected key", "doesn't match the size", "missing=[", "unexpected=[")
 
@@ -48,11 +50,20 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
         dict: its metadata.
 
     Raises:
-        CheckpointFault: if it is incomplete, damaged or of another schema version.
+        CheckpointFault: if it is incomplete, damaged, or of a schema version that lacks one of the components.
         ConfigurationError: if its tensors do not fit the live objects.
         StorageFault: if the replay on disk that it refers to is not there.
     """
     metadata = checkpoint_metadata(path)
+    version = metadata["schema_version"]
+    if version != SCHEMA_VERSION:
+        beside = sorted(components.keys() - {"model", "actor", "critic"})
+        if beside:
+            raise CheckpointFault(
+                f"The checkpoint {path} has schema version {version}, from which this release of pwm_torchrl can load "
+                "the networks and evaluate, but not resume; begin a new run."
+            )
+        components = {EARLIER_NETWORKS[version].get(name, name): each for name, each in components.items()}
     try:
         check_seal(path)
         Checkpoint(**components).load(path, components=list(components), map_location="cpu")
@@ -88,7 +99,7 @@ def checkpoint_metadata(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointFault(f"{path} is not a readable checkpoint ({' '.join(str(error).split())[:200]}).") from error
     version = metadata.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION and version not in EARLIER_NETWORKS:
         raise CheckpointFault(
             f"The checkpoint {path} has schema version {json.dumps(version)}; this release of pwm_torchrl reads "
             f"version {SCHEMA_VERSION}."

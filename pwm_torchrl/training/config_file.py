@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 CONFIG_FILE = "config.yaml"
 

@@ -79,7 +79,7 @@ def write_curves(run_dir: str | os.PathLike[str]) -> Path:
             _draw_returns(panels["return"], metrics, summary)
         losses = [name for name in metrics if name.startswith("loss/")]
         actor = [name for name in losses if name.startswith("loss/actor")]
-        value = [name for name in losses if name.startswith(("loss/value", "loss/critic"))]
+        value = [name for name in losses if name.startswith(("loss/critic", "loss/critic"))]
         model = [name for name in losses if name not in actor + value]
         _draw_lines(panels["model"], metrics, model, "World-model losses", log=True)
         if not errors:

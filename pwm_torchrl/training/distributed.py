@@ -18,11 +18,11 @@ import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.errors import RankFault, status_of
 from pwm_torchrl.training.parcels import COMMON, ROWS, Layout
 from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.ranks import Place, find_place
-from pwm_torchrl.algorithm.updates import is_out_of_memory
 
 #: How long a rank waits for the others within an update; compiling is the longest that keeps one of them busy.
 WORK_TIMEOUT = timedelta(minutes=30)

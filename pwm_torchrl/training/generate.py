@@ -15,7 +15,7 @@ from pwm_torchrl.data.files import storage_faults
 from pwm_torchrl.envs import make_task_env
 from pwm_torchrl.envs.tasks import TaskSet
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training.evaluation import play
+from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.training.load import load_networks, load_policy
 
 #: Episodes that are played side by side.
@@ -138,7 +138,7 @@ def _policy(run: str, task: str) -> Act:
     env = make_task_env(task)
     wanted = env.action_spec.shape[-1], env.observation_spec["observation"].shape[-1]
     env.close()
-    first = next(iter(networks.world_model.encoder.parameters()))
+    first = next(iter(networks.model.encoder.parameters()))
     if networks.actor.action_dim != wanted[0] or (cfg.mode == "online" and first.shape[-1] != wanted[1]):
         raise ConfigurationError(
             f"the policy of {run} acts with {networks.actor.action_dim} dimensions on other observations than task "

@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from torchrl.data import Bounded
 from torchrl.modules import WorldModel as TorchRLWorldModel
 
+from pwm_torchrl.algorithm.build import EnvFacts, Networks, build_networks
+from pwm_torchrl.config import Config, trained_networks
 from pwm_torchrl.envs import env_info, make_env
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import TaskWorldModel, WorldModel, encoder_module, policy_module, read_world_model
-from pwm_torchrl.algorithm.build import EnvFacts, Networks, build_networks
+from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_metadata, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import load_config
-from pwm_torchrl.training.evaluation import play
 from pwm_torchrl.training.seeding import fresh_env_seed
-from pwm_torchrl.training.updates import trained_networks
 
 WHICH = ("best", "latest")
 
@@ -66,7 +65,7 @@ def load_networks(run: str | Path, which: str = "best", device: str | torch.devi
     facts = metadata["facts"]
     networks = build_networks(cfg, Facts(**{**facts, "action_dims": tuple(facts.get("action_dims", ()))}))
     if cfg.mode == "extract":
-        load_pretrained(cfg, networks.world_model)
+        load_pretrained(cfg, networks.model)
     trained = trained_networks(cfg)
     load_checkpoint(path, {name: network for name, network in networks.items() if name in trained})
     for _, network in networks.items():
@@ -97,7 +96,7 @@ def load_policy(run: str | Path, which: str = "best", device: str | torch.device
     """
     _, networks = load_networks(run, which, device)
     spec = Bounded(-1.0, 1.0, (networks.actor.action_dim,), device=device)
-    return policy_module(networks.world_model, networks.actor, action_spec=spec)
+    return policy_module(networks.model, networks.actor, action_spec=spec)
 
 
 class _Part(nn.Module):
@@ -164,7 +163,7 @@ def evaluate_run(
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
     env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
     info = env_info(env)
-    policy = policy_module(networks.world_model, networks.actor, action_spec=Bounded(-1.0, 1.0, (info.action_dim,)))
+    policy = policy_module(networks.model, networks.actor, action_spec=Bounded(-1.0, 1.0, (info.action_dim,)))
     played = play(env, policy, seed)
     env.close()
     returns = played.returns

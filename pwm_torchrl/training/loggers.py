@@ -22,8 +22,8 @@ from torchrl.record.loggers.common import Logger
 from torchrl.record.loggers.tensorboard import TensorboardLogger
 from torchrl.record.loggers.wandb import WandbLogger
 
-from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.config import LoggerConfig
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 __all__ = ["RunWandbLogger", "close_logger", "has_wandb_key", "make_logger", "offline_reason"]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.allocator import return_freed_memory
@@ -21,7 +22,6 @@ from pwm_torchrl.memory.processes import read_process
 from pwm_torchrl.memory.table import plan_table
 from pwm_torchrl.memory.units import format_bytes
 from pwm_torchrl.training.artifacts import swap_in
-from pwm_torchrl.config import Config
 from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.summary import peak_device_bytes
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from pwm_torchrl.commands import named, typed
+from pwm_torchrl.config import Config
 from pwm_torchrl.data.episodes import EpisodeStore, split_episodes
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.envs.tasks import TaskSet, task_info, task_set
 from pwm_torchrl.errors import ConfigurationError, nearest
 from pwm_torchrl.modules import world_model_facts
-from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
 from pwm_torchrl.training.summary_file import read_summary
 

@@ -12,13 +12,12 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from pwm_torchrl.errors import ConfigurationError, RankFault
 from pwm_torchrl.algorithm.build import EnvFacts, build_parts
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError, RankFault
 from pwm_torchrl.training.distributed import Ranks, Refused
 from pwm_torchrl.training.load import Facts, facts_of
-from pwm_torchrl.algorithm.updates import undo_of
-from pwm_torchrl.training.shared_updates import SharedUpdates
+from pwm_torchrl.training.shared_updates import SharedExecutor
 from pwm_torchrl.training.threads import set_threads
 
 AnyDataclass = TypeVar("AnyDataclass")
@@ -39,14 +38,14 @@ def check_device(device: str, ranks: Ranks) -> None:
         )
 
 
-def start_replicas(cfg: Config, facts: EnvFacts, shared: SharedUpdates) -> None:
+def start_replicas(cfg: Config, facts: EnvFacts, shared: SharedExecutor) -> None:
     """Have the others build what rank 0 has, and give them its state.
 
     Raises:
         RankFault: if one of them cannot; smaller micro-batches would not help it.
     """
     ranks = shared.ranks
-    device = next(shared.networks.world_model.parameters()).device
+    device = next(shared.networks.model.parameters()).device
     known = facts_of(facts)
     ranks.idle = False
     # Only rank 0 has environments, and their settings may be anything.
@@ -62,7 +61,7 @@ def start_replicas(cfg: Config, facts: EnvFacts, shared: SharedUpdates) -> None:
     ranks.idle = True
 
 
-def follow_start(command: Mapping[str, Any], ranks: Ranks) -> SharedUpdates:
+def follow_start(command: Mapping[str, Any], ranks: Ranks) -> SharedExecutor:
     """The counterpart of :func:`start_replicas`."""
     ranks.idle = False
     cfg = made_of(Config, command["start"])
@@ -71,14 +70,13 @@ def follow_start(command: Mapping[str, Any], ranks: Ranks) -> SharedUpdates:
     ranks.use(device)
     with ranks.agreeing():
         parts = build_parts(cfg, Facts(**command["facts"]), device)
-        undo = undo_of(parts.learners, parts.losses.return_statistics)
-        shared = SharedUpdates(parts.networks, parts.losses, parts.learners, undo, ranks)
+        shared = SharedExecutor(parts.networks, parts.losses, parts.optimizers, ranks)
     share_state(shared)
     ranks.idle = True
     return shared
 
 
-def share_state(shared: SharedUpdates) -> None:
+def share_state(shared: SharedExecutor) -> None:
     """Make networks, optimizers and return statistics those of rank 0."""
     ranks = shared.ranks
     modules = [module for _, module in shared.networks.items()]
@@ -89,8 +87,8 @@ def share_state(shared: SharedUpdates) -> None:
         with ranks.agreeing():
             if not ranks.leads:
                 module.load_state_dict(state)
-    for learner in shared.learners.values():
-        _share_optimizer(learner.optimizer, ranks)
+    for optimizer in shared.optimizers.values():
+        _share_optimizer(optimizer.optimizer, ranks)
 
 
 def _share_optimizer(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -115,7 +113,7 @@ def serve(ranks: Ranks) -> str:
     Raises:
         RankFault: if it or another rank is gone.
     """
-    shared: SharedUpdates | None = None
+    shared: SharedExecutor | None = None
     with _signals_ignored():
         while ranks.ended is None:
             command = ranks.hear()

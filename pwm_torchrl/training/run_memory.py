@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from pwm_torchrl.config import MemoryConfig
 from pwm_torchrl.memory.guard import Alarm, MemoryGuard
 from pwm_torchrl.memory.watch import MemoryWatch
-from pwm_torchrl.config import MemoryConfig
 
 INTERVAL_S = 1.0
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from pwm_torchrl.commands import named, typed
-from pwm_torchrl.training.artifacts import swap_in
 from pwm_torchrl.config import Config
+from pwm_torchrl.training.artifacts import swap_in
 
 __all__ = ["write_run_readme"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pwm_torchrl.training.artifacts import write_summary
 from pwm_torchrl.config import Config
+from pwm_torchrl.training.artifacts import write_summary
 
 #: What training adds to, by the keys of ``summary.json``.
 PROGRESS = (

@@ -18,8 +18,12 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import Bounded, ReplayBuffer
 from torchrl.objectives.common import LossModule
 from torchrl.record.loggers.common import Logger
-from torchrl.trainers.trainers import LogScalar, Trainer, TrainerHookBase, UpdateWeights
+from torchrl.trainers.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
 
+from pwm_torchrl.algorithm.build import Losses, Networks, build_losses, build_optimizers
+from pwm_torchrl.algorithm.pwm import ACTOR_STARTS, PWM
+from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
+from pwm_torchrl.config import AlgorithmConfig, Config
 from pwm_torchrl.errors import ConfigurationError, nearest
 from pwm_torchrl.modules import (
     Actor,
@@ -31,11 +35,8 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.algorithm.build import Losses, Networks, build_learners, build_losses
-from pwm_torchrl.config import AlgorithmConfig, Config
 from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.replay_slices import ReplaySlices
-from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
 
 __all__ = ["PWMUpdates", "make_torchrl_trainer"]
 
@@ -52,19 +53,39 @@ ELSEWHERE = {
 }
 
 
-class PWMUpdates(PWMStepper):
+class PWMUpdates(OptimizationStepper):
     """PWM's updates after each batch of any TorchRL trainer, whose epochs are counted here.
 
-    Arguments as :class:`~pwm_torchrl.training.stepper.PWMStepper`'s.
+    Args:
+        algorithm (PWM): the updates.
+        epochs (int): batches of the whole training, for the learning rates.
+
+    Attributes:
+        epoch (int): batches so far.
     """
+
+    def __init__(self, algorithm: PWM, epochs: int) -> None:
+        self.algorithm, self.epochs = algorithm, epochs
+        self.epoch = 0
 
     def step(self, trainer: Trainer | None, sub_batch: TensorDictBase) -> TensorDictBase:
         """One epoch's updates; detached scalars."""
-        statistics = self.networks.world_model.observation_statistics
+        statistics = self.algorithm.networks.model.observation_statistics
         if statistics is not None:
             seen = sub_batch.get("observation")
-            statistics.update(seen.reshape(-1, seen.shape[-1]).to(self.replay.device))
-        return super().step(None, sub_batch)
+            statistics.update(seen.reshape(-1, seen.shape[-1]).to(self.algorithm.samples.device))
+        row = self.algorithm.epoch(sub_batch, self.epoch / max(1, self.epochs - 1))
+        self.epoch += 1
+        return TensorDict(row.numbers())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The algorithm's state and the number of batches."""
+        return {"epoch": self.epoch, "algorithm": self.algorithm.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.epoch = int(state_dict["epoch"])
+        self.algorithm.load_state_dict(state_dict["algorithm"])
 
 
 def make_torchrl_trainer(
@@ -133,7 +154,7 @@ def make_torchrl_trainer(
         ConfigurationError: for parts that do not fit together.
     """
     cfg = Config(algorithm=_algorithm(algorithm))
-    networks = Networks(world_model, actor, critics)
+    networks = Networks(model=world_model, actor=actor, critic=critics)
     _check_model(networks)
     device = next(world_model.parameters()).device
     replay = ReplaySlices(replay_buffer, cfg.algorithm.horizon, device)
@@ -144,18 +165,17 @@ def make_torchrl_trainer(
     cfg.training.epochs = max(1, math.ceil(total_frames / per_batch))
 
     losses = _losses(cfg, networks, model_loss, loss_module, value_loss)
-    learners = build_learners(cfg, networks)
-    first = cfg.algorithm.first_model_updates
-    updates = PWMUpdates(
-        cfg,
+    optimizers = build_optimizers(cfg, networks)
+    pwm = PWM(
+        cfg.algorithm,
         networks,
         losses,
-        learners,
+        optimizers,
         replay,
-        None,
-        cfg.algorithm.model_updates if first is None else first,
-        _say_reduction,
+        Updates(LocalExecutor(losses, optimizers), cfg.memory, _say_reduction),
+        first_model_updates=cfg.algorithm.first_model_updates,
     )
+    updates = PWMUpdates(pwm, cfg.training.epochs)
     trainer = Trainer(
         collector=made,
         total_frames=total_frames,
@@ -179,7 +199,7 @@ def make_torchrl_trainer(
     trainer.register_op("post_optim_complete_log", _metrics)
     for name, module in networks.items():
         trainer.register_module(name, module)
-        trainer.register_module(f"{name}_optimizer", learners[name].optimizer)
+        trainer.register_module(f"{name}_optimizer", optimizers[name].optimizer)
     UpdateWeights(made, 1, policy_weights_getter=partial(TensorDict.from_module, policy)).register(trainer)
     if log_rewards:
         LogScalar(("next", "reward"), logname="r_training", log_pbar=True).register(trainer)
@@ -201,15 +221,15 @@ def _algorithm(given: AlgorithmConfig | Mapping[str, Any] | None) -> AlgorithmCo
             raise ConfigurationError(
                 f"algorithm.{key}={value} has no effect in a TorchRL trainer: {ELSEWHERE[key]} has."
             )
-    starts = values.get("policy_starts", POLICY_STARTS[0])
-    if starts not in POLICY_STARTS:
-        raise ConfigurationError(f"algorithm.policy_starts={starts!r} is not one of {', '.join(POLICY_STARTS)}.")
+    starts = values.get("actor_starts", ACTOR_STARTS[0])
+    if starts not in ACTOR_STARTS:
+        raise ConfigurationError(f"algorithm.actor_starts={starts!r} is not one of {', '.join(ACTOR_STARTS)}.")
     return AlgorithmConfig(**values)
 
 
 def _check_model(networks: Networks) -> None:
-    if networks.world_model.task is not None:
-        count = networks.world_model.task.embedding.num_embeddings
+    if networks.model.task is not None:
+        count = networks.model.task.embedding.num_embeddings
         raise ConfigurationError(f"world_model.num_tasks={count} is not 0, and this trainer learns one task.")
 
 
@@ -240,20 +260,20 @@ def _losses(cfg: Config, networks: Networks, model: Any, actor: Any, value: Any)
     """The algorithm's objectives, or those given, around the one set of networks."""
     losses = build_losses(cfg, networks)
     if model is not None:
-        losses.model = _unfinished("model_loss", model, LossModule)(world_model=networks.world_model)
+        losses.model = _unfinished("model_loss", model, LossModule)(world_model=networks.model)
     if actor is not None:
         device = next(networks.actor.parameters()).device
         losses.actor = _unfinished("loss_module", actor, LossModule)(
             actor_network=actor_module(networks.actor),
-            world_model=world_model_module(networks.world_model),
-            value_network=value_module(networks.critics),
+            world_model=world_model_module(networks.model),
+            value_network=value_module(networks.critic),
         ).to(device)
     if value is not None:
-        losses.value = _unfinished("value_loss", value, LossModule)(critics=networks.critics)
+        losses.critic = _unfinished("value_loss", value, LossModule)(critics=networks.critic)
     for key, loss, kind in (
         ("model_loss", losses.model, PWMModelLoss),
         ("loss_module", losses.actor, PWMActorLoss),
-        ("value_loss", losses.value, PWMValueLoss),
+        ("value_loss", losses.critic, PWMValueLoss),
     ):
         if not isinstance(loss, kind):
             raise ConfigurationError(f"{key} makes a {type(loss).__name__}, and trainer=pwm needs a {kind.__name__}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pwm_torchrl.cluster.deaths import Answer, Death, JobRecord, Restart, answer, classify
-from pwm_torchrl.training.stop import NO_STEP_IN_TIME
+from pwm_torchrl.run.stop import NO_STEP_IN_TIME
 
 FINE = {"returncode": 0, "oom_kills": 0, "signals": {}, "preempted": False}
 USR2 = {**FINE, "signals": {"SIGUSR2": 1.0}}

@@ -7,12 +7,12 @@ import json
 import pytest
 
 from pwm_torchrl.cluster.memory import apply_plan, next_plan, read_plan
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
 
 CHOICES = {
     "model_micro_batch": None,
-    "imagination_micro_batch": 64,
+    "actor_micro_batch": 64,
     "critic_micro_batch": None,
     "checkpoint_substeps": False,
     "replay_storage": "memory",
@@ -51,7 +51,7 @@ class TestAtTheCeiling:
         plan = next_plan(tmp_path, config(), 8000)
         assert plan.mem_mb == 8000
         assert plan.choices == {
-            **CHOICES, "model_micro_batch": 128, "imagination_micro_batch": 32, "critic_micro_batch": 256
+            **CHOICES, "model_micro_batch": 128, "actor_micro_batch": 32, "critic_micro_batch": 256
         }  # fmt: skip
         assert plan.change == "smaller micro-batches: model 128, imagination 32, critic 256"
         apply_plan(tmp_path, plan)
@@ -61,11 +61,11 @@ class TestAtTheCeiling:
     def test_what_the_configuration_sets_stays(self, tmp_path):
         write(tmp_path)
         plan = next_plan(tmp_path, config(model_micro_batch=200, critic_micro_batch=100), 8000)
-        assert plan.choices == {**CHOICES, "imagination_micro_batch": 32}
+        assert plan.choices == {**CHOICES, "actor_micro_batch": 32}
 
     @pytest.mark.parametrize("compute", ["device", "host"])
     def test_then_the_replay_leaves_memory(self, compute, tmp_path):
-        ones = dict.fromkeys(("model_micro_batch", "imagination_micro_batch", "critic_micro_batch"), 1)
+        ones = dict.fromkeys(("model_micro_batch", "actor_micro_batch", "critic_micro_batch"), 1)
         write(tmp_path, compute, **(ones if compute == "host" else {}))
         plan = next_plan(tmp_path, config(), 8000)
         assert plan.choices["replay_storage"] == "disk"

@@ -45,18 +45,18 @@ def test_parts_of_a_configuration_are_one_set_of_networks():
     networks = updates.networks
     assert isinstance(trainer.loss_module, PWMActorLoss)
     assert trainer.loss_module.horizon == 4
-    assert isinstance(networks.world_model.dynamics, ResidualEndpointFlow)
-    assert networks.world_model.dynamics.substeps == 2
+    assert isinstance(networks.model.dynamics, ResidualEndpointFlow)
+    assert networks.model.dynamics.substeps == 2
 
     def pointers(module):
         return {p.data_ptr() for p in module.parameters()}
 
     acting = pointers(trainer.collector.policy)
     assert pointers(trainer.loss_module) == pointers(networks.actor)
-    assert pointers(networks.actor) | pointers(networks.world_model) == acting
-    assert pointers(updates.losses.model) == pointers(networks.world_model)
-    assert pointers(updates.losses.value) == pointers(networks.critics)
-    assert pointers(trainer.loss_module.world_model) == pointers(networks.world_model)
+    assert pointers(networks.actor) | pointers(networks.model) == acting
+    assert pointers(updates.losses.model) == pointers(networks.model)
+    assert pointers(updates.losses.critic) == pointers(networks.critic)
+    assert pointers(trainer.loss_module.world_model) == pointers(networks.model)
     trainer.collector.shutdown()
 
 

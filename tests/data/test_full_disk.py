@@ -153,7 +153,7 @@ class TestRun:
         (run_dir / part).symlink_to(small_disk)
 
         def fill(run):
-            if run.trainer.epoch == 5:
+            if run.loop.epoch == 5:
                 occupy(small_disk, leave=0)
 
         with pytest.raises(StorageFault, match=what) as caught:
@@ -176,7 +176,7 @@ class TestRun:
         run_dir.mkdir()
 
         def fill(run):
-            if run.trainer.epoch == 5:
+            if run.loop.epoch == 5:
                 occupy(small_disk, leave)
 
         with pytest.raises(StorageFault, match="No space left on device"):

@@ -12,9 +12,9 @@ from training_cases import assert_equal, config, rows_of, run_with, weights_of
 
 from pwm_torchrl.data.files import Reserve, allocate, free_bytes
 from pwm_torchrl.errors import StorageFault
-from pwm_torchrl.training import base_run, train
+from pwm_torchrl.run.train import Run
+from pwm_torchrl.training import run_module, train
 from pwm_torchrl.training.append import append_text
-from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.metrics import CsvMetrics, read_metrics
 from pwm_torchrl.training.summary import RunSummary
@@ -26,7 +26,7 @@ ERRNOS = ["ENOSPC", "EDQUOT", "EIO", "EFBIG", "EROFS"]
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_run, "write_curves", lambda run_dir: None)
+    monkeypatch.setattr(run_module, "write_curves", lambda run_dir: None)
 
 
 def fill(disk: Path) -> None:
@@ -37,7 +37,7 @@ def fill_after(epoch: int, disk: Path) -> Any:
     """A hook that leaves no room after an epoch."""
 
     def hook(run: Run) -> None:
-        if run.trainer.epoch == epoch:
+        if run.loop.epoch == epoch:
             fill(disk)
 
     return hook
@@ -147,12 +147,12 @@ class TestBrokenDisk:
         number = getattr(errno, name)
 
         def break_(run: Run) -> None:
-            if run.trainer.epoch == 3:
+            if run.loop.epoch == 3:
                 raising = refuse(number, tmp_path / what)
                 if what == "checkpoint":
                     monkeypatch.setattr(run.store, "save", raising)
                 elif what == "metrics":
-                    monkeypatch.setattr(run.observer.csv, "write", raising)
+                    monkeypatch.setattr(run.loop.record.csv, "write", raising)
                 elif what == "summary":
                     once = iter([raising])
                     write = RunSummary.write

@@ -36,7 +36,7 @@ def load(path: Path) -> ModuleType:
 def _short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training before planning takes as few steps as it can, and draws no picture."""
     from pwm_torchrl.launch import compose as module
-    from pwm_torchrl.training import base_run
+    from pwm_torchrl.run import train as run_module
 
     compose = module.compose
     few = [
@@ -48,7 +48,7 @@ def _short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     few += ["algorithm.model_updates=1", "algorithm.model_batch=8", "training.eval_episodes=1"]
     monkeypatch.setattr(module, "compose", lambda words: compose([*words, *few]))
-    monkeypatch.setattr(base_run, "write_curves", lambda run_dir: (run_dir / "curves.png").touch())
+    monkeypatch.setattr(run_module, "write_curves", lambda run_dir: (run_dir / "curves.png").touch())
 
 
 @pytest.mark.usefixtures("_short_runs")

@@ -16,9 +16,9 @@ from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.run_dir import load_config, prepare_run_dir
 from pwm_torchrl.launch.submit import main
 from pwm_torchrl.modules import read_world_model, world_model_facts
+from pwm_torchrl.run.validation import announce
 from pwm_torchrl.training import train
 from pwm_torchrl.training.offline import pin_world_model
-from pwm_torchrl.training.pretraining import announce
 
 TASKS = ("pendulum-swingup", "cup-catch")
 #: Both stages as small as can be.
@@ -27,7 +27,7 @@ SMALL = (
     *(f"pretraining.{word}" for word in ("algorithm.horizon=4", "algorithm.model_batch=8", "training.epochs=2")),
     *(f"pretraining.{word}" for word in ("algorithm.model_updates=2", "algorithm.first_model_updates=2")),
     *("pretraining.training.eval_every=1", "data.validation_fraction=0.2", "data.validation_slices=4"),
-    *("size.actor_units=[8]", "size.critic_units=[8]", "algorithm.horizon=4", "algorithm.imagination_batch=4"),
+    *("size.actor_units=[8]", "size.critic_units=[8]", "algorithm.horizon=4", "algorithm.actor_batch=4"),
     *("training.epochs=2", "training.eval_every=0", "training.eval_episodes=0", "training.video=false"),
 )
 
@@ -46,7 +46,7 @@ def test_words_go_where_they_belong(words):
         assert first.model.loss.form == "tdmpc2"
         assert [(each.task, each.seed) for each in policies] == [(task, seed) for task in TASKS for seed in (1, 2)]
         for each in policies:
-            assert (each.mode, each.size.actor_units, each.algorithm.imagination_batch) == ("extract", [8], 4)
+            assert (each.mode, each.size.actor_units, each.algorithm.actor_batch) == ("extract", [8], 4)
             assert (each.size.units, each.size.latent_dim, each.model.name) == ([16], 16, "mlp")  # the model to come
             assert each.world_model_sha256 is None
         assert not world_model_facts(chain.folder).trained
@@ -71,7 +71,7 @@ def test_when_a_pretraining_comes_first(words, more, expected):
         ("pretraining.algorithm.horizn=3", "in the pre-training: .*nearest: algorithm.horizon"),
         ("pretraining=pretrian", "in the pre-training: .*nearest: pretrain"),
         ("tasks=cup-catch,walker-walk", "in the pre-training: .*no episodes of walker-walk"),
-        ("algorithm.imagination_batch=0", "imagination_batch=0 is too small"),
+        ("algorithm.actor_batch=0", "actor_batch=0 is too small"),
     ],
 )
 def test_bad_input_before_anything_is_written(words, more, sentence, tmp_path):

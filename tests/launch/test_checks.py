@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pwm_torchrl.config import Config, LoggerConfig
 from pwm_torchrl.launch import checks
 from pwm_torchrl.launch.checks import OK, PROBLEM, WARNING
 from pwm_torchrl.training import loggers
-from pwm_torchrl.config import Config, LoggerConfig
 
 
 def only(findings):

@@ -15,11 +15,11 @@ pytest.importorskip("hydra")
 import yaml
 from hydra.core.config_store import ConfigStore
 
+from pwm_torchrl import config as schema
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.groups import configs_dir, group_choices, schema_keys, user_configs_dir
 from pwm_torchrl.launch.validate import CHOICES
-from pwm_torchrl import config as schema
 
 NEEDED = {
     "gymnasium": ["env.id=Walker2d-v5"],
@@ -158,7 +158,7 @@ def test_paths_are_text():
         (["algorithm.gamma=high"], ["'high' is not a number"]),
         (["training.video=maybe"], ["'maybe' is not true or false"]),
         (["size.units=3"], ["size.units=3", "a list of integers"]),
-        (["algorithm.policy_betas=[a]"], ["algorithm.policy_betas", "a list of numbers"]),
+        (["algorithm.actor_betas=[a]"], ["algorithm.actor_betas", "a list of numbers"]),
         (["model.dynamics=5"], ["model.dynamics=5", "section"]),
         (["env.num_envs=many"], ["env.num_envs=many", "is not an integer"]),
         (["size.latent_dim=60"], ["size.latent_dim=60", "size.simnorm_dim=8"]),

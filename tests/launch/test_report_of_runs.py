@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("hydra")
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.report import main
 from pwm_torchrl.launch.run_dir import prepare_run_dir
-from pwm_torchrl.config import Config
 
 pytestmark = pytest.mark.usefixtures("workdir")
 

@@ -8,10 +8,10 @@ import pytest
 from slurm_texts import SITE
 
 from pwm_torchrl.cluster.query import SlurmError
+from pwm_torchrl.config import ClusterConfig
 from pwm_torchrl.launch import slurm_check
 from pwm_torchrl.launch.checks import OK, PROBLEM, WARNING
 from pwm_torchrl.launch.slurm_check import check_slurm
-from pwm_torchrl.config import ClusterConfig
 
 GPU = ClusterConfig(kind="slurm", name="mine", partition="gpu", gpu="l40s", gpus=4)
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from pwm_torchrl.cluster.parse import JobState
+from pwm_torchrl.config import Config
 from pwm_torchrl.launch import resume, status
 from pwm_torchrl.launch.reporting.collect import read_run
 from pwm_torchrl.training import claims
-from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import save_config
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.owners import Identity

@@ -6,11 +6,11 @@ from typing import Any
 
 from training_cases import config
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.memory.budget import Budget, Candidate
 from pwm_torchrl.memory.plan import Plan, make_plan
 from pwm_torchrl.memory.predict import Choices
-from pwm_torchrl.config import Config
 
 FACTS = EnvInfo("test", 3, 1, 30, 1, 2, False)
 PLENTY = 2**45
@@ -20,7 +20,7 @@ AUTO = {
     "memory.kind": "auto",
     "training.replay_storage": "auto",
     "algorithm.model_batch": 16384,
-    "algorithm.imagination_batch": 4096,
+    "algorithm.actor_batch": 4096,
     "algorithm.horizon": 3,
 }
 

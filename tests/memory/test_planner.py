@@ -29,7 +29,7 @@ DEEP = {
     "size.units": [256],
     "model.dynamics.substeps": 8,
     "algorithm.model_batch": 128,
-    "algorithm.imagination_batch": 64,
+    "algorithm.actor_batch": 64,
 }
 
 
@@ -133,7 +133,7 @@ class TestOrderOfPreference:
         assert sizes[1:] == sorted(sizes[1:], reverse=True)
         assert set(sizes[1:]) <= set(halvings(16384))
         found = plan(full * 0.8 / USABLE)
-        twice = found.choices.split("world-model", 2 * found.choices.model_micro_batch)
+        twice = found.choices.split("model", 2 * found.choices.model_micro_batch)
         space = PlanSpace(automatic(), FACTS, HOST)
         assert space.needed(twice) > USABLE * full * 0.8 / USABLE
 
@@ -200,7 +200,7 @@ class TestWhatIsWritten:
     def test_is_kept(self):
         written = {
             "memory.model_micro_batch": 9000,
-            "memory.imagination_micro_batch": 7,
+            "memory.actor_micro_batch": 7,
             "memory.critic_micro_batch": 9,
             "model.dynamics.checkpoint_substeps": True,
             "training.replay_storage": "disk",
@@ -213,9 +213,9 @@ class TestWhatIsWritten:
             plan(need(written) * 0.99 / USABLE, changes=written)
 
     def test_is_kept_where_the_rest_is_planned(self):
-        written = {"memory.imagination_micro_batch": 8, "model.dynamics.checkpoint_substeps": False}
+        written = {"memory.actor_micro_batch": 8, "model.dynamics.checkpoint_substeps": False}
         found = plan(need(written) * 0.85 / USABLE, changes=written)
-        assert found.choices.imagination_micro_batch == 8
+        assert found.choices.actor_micro_batch == 8
         assert found.choices.model_micro_batch < 16384
         assert not found.choices.checkpoint_substeps
 
@@ -297,7 +297,7 @@ def test_applied_changes_nothing_but_the_choices():
     choices = TestAttemptBefore.GIVEN
     applied = plan(given=choices).applied(cfg)
     assert cfg == before
-    memory = (applied.memory.model_micro_batch, applied.memory.imagination_micro_batch)
+    memory = (applied.memory.model_micro_batch, applied.memory.actor_micro_batch)
     assert (*memory, applied.memory.critic_micro_batch) == (64, None, 32)
     assert applied.model.dynamics.checkpoint_substeps is True
     assert applied.training.replay_storage == "disk"

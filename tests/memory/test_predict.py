@@ -67,7 +67,7 @@ class TestPlaces:
     def test_on_a_gpu_the_host_keeps_libraries_and_environments(self):
         host, gpu = (predict(config(), FACTS, Choices(), compute) for compute in (HOST, DEVICE))
         assert (gpu.compute, gpu.verified) == (DEVICE, False)
-        for what in ("parameters", "optimizer state", "undo copies", "world-model update", "policy update"):
+        for what in ("parameters", "optimizer state", "undo copies", "model update", "actor update"):
             assert one(gpu, what).place == DEVICE
             assert one(gpu, what).bytes == one(host, what).bytes
         assert one(gpu, "environments").place == HOST
@@ -77,7 +77,7 @@ class TestPlaces:
 
     def test_samples_are_pinned_unless_they_come_from_the_gpu(self):
         cfg = config()
-        sampled = UpdateTracer(cfg, FACTS).transient("world-model").data
+        sampled = UpdateTracer(cfg, FACTS).transient("model").data
         for storage in ("memory", "disk"):
             pinned = one(predict(cfg, FACTS, Choices(replay_storage=storage), DEVICE), "pinned buffer")
             assert (pinned.place, pinned.bytes) == (HOST, 2 * sampled)
@@ -122,25 +122,25 @@ class TestChoices:
         cfg = config({"model.dynamics.substeps": 4, "algorithm.model_batch": 64})
         assert cfg.model.dynamics.checkpoint_substeps is None
         kept, recomputed = (predict(cfg, FACTS, Choices(checkpoint_substeps=choice)) for choice in (False, True))
-        assert one(recomputed, "world-model update").bytes < 0.7 * one(kept, "world-model update").bytes
-        assert "substeps recomputed" in one(recomputed, "world-model update").why
+        assert one(recomputed, "model update").bytes < 0.7 * one(kept, "model update").bytes
+        assert "substeps recomputed" in one(recomputed, "model update").why
         assert "recomputed" not in one(recomputed, "critic update").why
         assert cfg.model.dynamics.checkpoint_substeps is None
 
     def test_say_how_a_batch_is_split(self):
         found = predict(config({"algorithm.model_batch": 64}), FACTS, Choices(model_micro_batch=16))
-        assert one(found, "world-model update").why.startswith("64 slices in micro-batches of 16: activations ")
-        assert one(found, "policy update").why.startswith("8 rollouts at once: activations ")
+        assert one(found, "model update").why.startswith("64 slices in micro-batches of 16: activations ")
+        assert one(found, "actor update").why.startswith("8 rollouts at once: activations ")
 
     def test_of_one_update_are_split_apart_from_the_others(self):
         choices = Choices(1, 2, 3, True, "disk")
-        assert choices.split("policy", None) == Choices(1, None, 3, True, "disk")
-        assert [choices.micro_batch(update) for update in ("world-model", "policy", "critic")] == [1, 2, 3]
+        assert choices.split("actor", None) == Choices(1, None, 3, True, "disk")
+        assert [choices.micro_batch(update) for update in ("model", "actor", "critic")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("place", "large"), [(HOST, True), (DEVICE, False)])
 def test_freed_memory_is_returned_where_updates_on_the_host_are_large(place, large):
-    update = Item("world-model update", 500 * MIB, place, "", shared=True)
+    update = Item("model update", 500 * MIB, place, "", shared=True)
     assert Prediction((update,), place, True, 0).returns_freed_memory is large
     small = replace(update, bytes=MIB)
     assert not Prediction((small,), place, True, 0).returns_freed_memory

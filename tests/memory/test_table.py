@@ -17,8 +17,8 @@ from pwm_torchrl.memory.units import GIB, MIB
 
 ITEMS = (
     Item("parameters", 3 * MIB, HOST, "world model, actor, critics"),
-    Item("policy update", 90 * MIB, HOST, "128 rollouts at once", shared=True),
-    Item("world-model update", 100 * MIB, HOST, "1024 slices in micro-batches of 64", shared=True),
+    Item("actor update", 90 * MIB, HOST, "128 rollouts at once", shared=True),
+    Item("model update", 100 * MIB, HOST, "1024 slices in micro-batches of 64", shared=True),
     Item("replay", 2 * GIB, DISK, "1,000,000 transitions"),
     Item("replay", 2 * GIB, CACHE, "pages that the kernel takes back"),
 )
@@ -26,9 +26,9 @@ ITEMS = (
 TABLE = """\
 host memory, predicted
   parameters                  3 MiB  world model, actor, critics
-  world-model update        100 MiB  1024 slices in micro-batches of 64
+  model update        100 MiB  1024 slices in micro-batches of 64
   at other times, and less:
-  policy update            (90 MiB)  128 rollouts at once
+  actor update            (90 MiB)  128 rollouts at once
   together                  103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), of which runs stop at 85%, less a margin
                                      of 10%
 
@@ -42,12 +42,12 @@ disk, predicted
 
 choices
   memory.model_micro_batch=64
-  memory.imagination_micro_batch=null  # the whole batch at once
+  memory.actor_micro_batch=null  # the whole batch at once
   memory.critic_micro_batch=null       # the whole batch at once
   model.dynamics.checkpoint_substeps=true
   training.replay_storage=disk
 
-next larger plan: 600 MiB of host memory with the world-model update in micro-batches of 128
+next larger plan: 600 MiB of host memory with the model update in micro-batches of 128
 next cheaper plan: none, nothing that is open would make this one smaller"""
 
 
@@ -60,7 +60,7 @@ def small(**changes) -> Plan:
         margin=0.1,
         stop_at=0.85,
         automatic=True,
-        larger=Alternative("the world-model update in micro-batches of 128", 600 * MIB),
+        larger=Alternative("the model update in micro-batches of 128", 600 * MIB),
     )
     return replace(made, **changes)
 

@@ -161,7 +161,7 @@ def test_nothing_is_allocated():
         tracer = UpdateTracer(cfg, FACTS)
         before = read_process().rss
         assert tracer.persistent.total > 2e9
-        assert tracer.transient("world-model").peak > 4e9
+        assert tracer.transient("model").peak > 4e9
         assert read_process().rss - before < 2**28
         with pytest.raises(RuntimeError, match="memory"):
             torch.zeros(2**28)
@@ -180,7 +180,7 @@ def test_nothing_is_allocated():
 )
 def test_equals_what_real_tensors_take(changes):
     """The same count over the same updates, with data: equal to the byte, phase by phase."""
-    cfg = config({"algorithm.horizon": 3, "algorithm.model_batch": 6, "algorithm.imagination_batch": 6, **changes})
+    cfg = config({"algorithm.horizon": 3, "algorithm.model_batch": 6, "algorithm.actor_batch": 6, **changes})
     tracer = UpdateTracer(cfg, FACTS)
     with StorageCounter() as counter:
         real = _Updates(cfg, FACTS, counter)

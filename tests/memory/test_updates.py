@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from training_cases import config
 
+from pwm_torchrl.algorithm.build import build_losses, build_networks, build_optimizers
 from pwm_torchrl.memory import updates
 from pwm_torchrl.memory.updates import UPDATES, Transient, UpdateTracer
-from pwm_torchrl.algorithm.build import build_learners, build_losses, build_networks
 from pwm_torchrl.training.load import Facts
 
 FACTS = Facts(5, 2, terminates=True)
@@ -27,7 +27,7 @@ MODELS = {
         "model.dynamics.checkpoint_substeps": True,
     },
 }
-BATCHES = {"algorithm.model_batch": 64, "algorithm.imagination_batch": 64, "algorithm.horizon": 6}
+BATCHES = {"algorithm.model_batch": 64, "algorithm.actor_batch": 64, "algorithm.horizon": 6}
 #: Of which a long horizon is traced whole in fast tests, too.
 FAST = ("mlp", "flow_v1_recomputed")
 
@@ -43,7 +43,7 @@ def in_parts(tracer: UpdateTracer, update: str, size: int) -> int:
     batch = tracer.batches[update]
     with tracer._fake:
         made = tracer._updates()
-        losses = {"world-model": made.losses.model, "policy": made.losses.actor, "critic": made.losses.value}[update]
+        losses = {"model": made.losses.model, "actor": made.losses.actor, "critic": made.losses.critic}[update]
         backward = losses.backward
         losses.__dict__["backward"] = lambda data: backward(data, size)
         try:
@@ -64,7 +64,7 @@ class TestShortHorizons:
     def test_stand_for_a_long_one(self, name):
         """Up to 16 steps nothing is left out; beyond, memory is a line in the horizon, to 1 %."""
         tracer = UpdateTracer(config({**BATCHES, "algorithm.horizon": 20, **MODELS[name]}), FACTS)
-        for update in ("world-model", "policy"):
+        for update in ("model", "actor"):
             for size in (16,) if name in FAST else (None, 16):
                 whole = whole_trace(tracer, update, size)
                 assert tracer.transient(update, size).peak == pytest.approx(whole.peak, rel=0.01)
@@ -72,7 +72,7 @@ class TestShortHorizons:
 
     def test_a_short_horizon_is_traced_as_it_is(self):
         tracer = UpdateTracer(config({**BATCHES, "algorithm.horizon": 3}), FACTS)
-        assert tracer.transient("policy") == whole_trace(tracer, "policy")
+        assert tracer.transient("actor") == whole_trace(tracer, "actor")
 
 
 class TestMicroBatches:
@@ -81,7 +81,7 @@ class TestMicroBatches:
         [*((update, name) for update in UPDATES[:2] for name in ("mlp", "flow_v1_recomputed")), ("critic", "mlp")],
     )
     def test_the_last_one_stands_for_all(self, update, name):
-        sizes = {"algorithm.model_batch": 12, "algorithm.imagination_batch": 12, "algorithm.horizon": 3}
+        sizes = {"algorithm.model_batch": 12, "algorithm.actor_batch": 12, "algorithm.horizon": 3}
         tracer = UpdateTracer(config({**sizes, **MODELS[name]}), FACTS)
         batch = tracer.batches[update]
         for size in (3, batch // 2):
@@ -90,7 +90,7 @@ class TestMicroBatches:
             assert peak == pytest.approx(in_parts(tracer, update, size), abs=64 * batch // size + 256)
 
     def test_a_smaller_last_one_is_taken_for_a_full_one(self):
-        sizes = {"algorithm.model_batch": 12, "algorithm.imagination_batch": 12, "algorithm.horizon": 3}
+        sizes = {"algorithm.model_batch": 12, "algorithm.actor_batch": 12, "algorithm.horizon": 3}
         tracer = UpdateTracer(config(sizes), FACTS)
         for update in UPDATES:
             size = tracer.batches[update] * 2 // 3 + 1
@@ -98,13 +98,13 @@ class TestMicroBatches:
 
     def test_need_less_the_smaller_they_are(self):
         tracer = UpdateTracer(config({**BATCHES, "algorithm.model_batch": 512}), FACTS)
-        peaks = [tracer.transient("world-model", size).peak for size in (None, 128, 32, 8)]
+        peaks = [tracer.transient("model", size).peak for size in (None, 128, 32, 8)]
         assert peaks == sorted(peaks, reverse=True)
         assert peaks[-1] < 0.1 * peaks[0]
 
     def test_one_as_large_as_the_batch_is_none(self):
         tracer = UpdateTracer(config(BATCHES), FACTS)
-        assert tracer.transient("policy", 64) == tracer.transient("policy", 1000) == tracer.transient("policy")
+        assert tracer.transient("actor", 64) == tracer.transient("actor", 1000) == tracer.transient("actor")
 
 
 class TestParts:
@@ -115,7 +115,7 @@ class TestParts:
         build_losses(cfg, networks)
         tensors = [t for _, network in networks.items() for t in (*network.parameters(), *network.buffers())]
         assert kept.parameters == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        learned = [p for learner in build_learners(cfg, networks).values() for p in learner.parameters]
+        learned = [p for learner in build_optimizers(cfg, networks).values() for p in learner.parameters]
         weights, steps = sum(p.nbytes for p in learned), 4 * len(learned)
         assert kept.optimizer == 2 * weights + steps
         copies = weights + kept.optimizer
@@ -125,7 +125,7 @@ class TestParts:
     def test_gradients_and_data_are_parts_of_the_peak(self):
         cfg = config(BATCHES)
         tracer, networks = UpdateTracer(cfg, FACTS), dict(build_networks(cfg, FACTS).items())
-        owners = {"world-model": "world_model", "policy": "actor", "critic": "critics"}
+        owners = ("model", "actor", "critic")
         for update, owner in owners.items():
             taken = tracer.transient(update)
             assert taken.gradients == sum(p.nbytes for p in networks[owner].parameters())
@@ -134,10 +134,10 @@ class TestParts:
         a = cfg.algorithm
         step = 4 * (2 * FACTS.observation_dim + FACTS.action_dim + 1) + 2
         # As the loss reads it, with the mask of valid steps.
-        assert tracer.transient("world-model").data >= a.model_batch * a.horizon * (step + 1)
-        assert tracer.transient("world-model").data < a.model_batch * a.horizon * (step + 32)
-        assert tracer.transient("policy").data == a.imagination_batch * 4 * FACTS.observation_dim
-        rollout = a.imagination_batch * a.horizon * 4 * cfg.size.latent_dim
+        assert tracer.transient("model").data >= a.model_batch * a.horizon * (step + 1)
+        assert tracer.transient("model").data < a.model_batch * a.horizon * (step + 32)
+        assert tracer.transient("actor").data == a.actor_batch * 4 * FACTS.observation_dim
+        rollout = a.actor_batch * a.horizon * 4 * cfg.size.latent_dim
         assert rollout < tracer.transient("critic").data < 4 * rollout
 
     def test_activations_are_never_negative(self):
@@ -176,14 +176,14 @@ def test_a_compiled_loss_is_traced_as_the_eager_one():
     cfg = config({"algorithm.horizon": 2})
     compiled = copy.deepcopy(cfg)
     compiled.algorithm.compile = True
-    assert UpdateTracer(compiled, FACTS).transient("policy") == UpdateTracer(cfg, FACTS).transient("policy")
+    assert UpdateTracer(compiled, FACTS).transient("actor") == UpdateTracer(cfg, FACTS).transient("actor")
     assert compiled.algorithm.compile
 
 
 def test_what_was_traced_is_known_to_the_process(monkeypatch):
     cfg = config({"algorithm.horizon": 2, "algorithm.model_batch": 11})
     first = UpdateTracer(cfg, FACTS)
-    known = first.persistent, first.transient("world-model"), first.transient("policy", 2)
+    known = first.persistent, first.transient("model"), first.transient("actor", 2)
     other = replace(FACTS, observation_dim=FACTS.observation_dim + 1)
 
     def refuse(*args):
@@ -191,6 +191,6 @@ def test_what_was_traced_is_known_to_the_process(monkeypatch):
 
     monkeypatch.setattr(updates, "_Updates", refuse)
     again = UpdateTracer(copy.deepcopy(cfg), replace(FACTS))
-    assert (again.persistent, again.transient("world-model"), again.transient("policy", 2)) == known
+    assert (again.persistent, again.transient("model"), again.transient("actor", 2)) == known
     with pytest.raises(AssertionError, match="once more"):
-        UpdateTracer(cfg, other).transient("world-model")
+        UpdateTracer(cfg, other).transient("model")

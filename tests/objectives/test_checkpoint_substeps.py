@@ -98,7 +98,7 @@ def test_training_is_the_same_to_the_bit(system: str) -> None:
         before = bench.snapshots()
         torch.manual_seed(3)
         for _ in range(2):
-            bench.stepper.step(None, bench.data)
+            bench.step()
         assert all(any(moved) for moved in bench.changed(before).values())
         named = [(name, network.state_dict()) for name, network in bench.networks.items()]
         weights.append({f"{name}.{key}": value for name, state in named for key, value in state.items()})

@@ -19,7 +19,7 @@ FIRST = ("algorithm.horizon=4", "algorithm.model_batch=8", "algorithm.model_upda
 SMALL = (
     *("experiment=extract", "task=all", "model=mlp", "size=tiny", "size.latent_dim=16", "size.units=[16]"),
     *("size.encoder_units=[16]", "size.actor_units=[8]", "size.critic_units=[8]", "data.validation_slices=4"),
-    *("data.validation_fraction=0.2", "algorithm.horizon=4", "algorithm.imagination_batch=4", "training.epochs=2"),
+    *("data.validation_fraction=0.2", "algorithm.horizon=4", "algorithm.actor_batch=4", "training.epochs=2"),
     *("training.eval_every=0", "training.eval_episodes=0", "cluster.mem_gb=1.2", "cluster.cpus=1"),
     *("cluster.time_min=5", "device=cpu"),
     *(f"pretraining.{word}" for word in (*FIRST, "algorithm.first_model_updates=2", "training.eval_every=1")),

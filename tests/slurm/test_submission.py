@@ -115,5 +115,5 @@ def test_two_tasks_train_as_one(place, tmp_path):
     straight.mkdir()
     train(cfg, straight)
     ours, theirs = last_row(run_dir), last_row(straight)
-    for key in ("loss/model", "loss/actor", "loss/value", "grad_norm/model"):
+    for key in ("loss/model", "loss/actor", "loss/critic", "grad_norm/model"):
         assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-3)

@@ -16,21 +16,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from training_cases import config
 
+from pwm_torchrl.config import Config
+from pwm_torchrl.run.stop import StopRequest
 from pwm_torchrl.training import train
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.config import Config
 from pwm_torchrl.training.failpoints import VARIABLE
 from pwm_torchrl.training.seal import SEAL_FILE
-from pwm_torchrl.training.stop import StopRequest
 
 _HERE = Path(__file__).resolve().parent
 NETWORKS = (
     "world_model",
     "actor",
     "critics",
-    "optimizer_world_model",
+    "optimizer_model",
     "optimizer_actor",
-    "optimizer_critics",
+    "optimizer_critic",
     "replay",
 )
 
@@ -53,9 +53,9 @@ def small() -> Config:
 def attempt(run_dir: str, failpoint: str | None, stop: bool) -> None:
     """What a process does: start the run or go on with it."""
     torch.set_num_threads(1)
-    from pwm_torchrl.training import base_run, stepper
+    from pwm_torchrl.training import run_module, stepper
 
-    base_run.write_curves = lambda folder: None  # a picture takes longer than the run
+    run_module.write_curves = lambda folder: None  # a picture takes longer than the run
     if failpoint is not None:
         os.environ[VARIABLE] = failpoint
     request = StopRequest()
@@ -103,10 +103,10 @@ def learned(run_dir: Path) -> dict[str, int]:
 
 def _warm_up() -> None:
     """A whole run before the forks: what it imports, and the traces of its memory plan, are there in each of them."""
-    from pwm_torchrl.training import base_run
+    from pwm_torchrl.run import train as run_module
 
     torch.set_num_threads(1)
-    base_run.write_curves = lambda folder: None
+    run_module.write_curves = lambda folder: None
     with tempfile.TemporaryDirectory() as folder:
         train(small(), Path(folder))
 

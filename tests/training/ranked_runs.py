@@ -26,14 +26,14 @@ from tensordict import TensorDictBase
 from torchrl.envs import DTypeCastTransform, EnvBase, TransformedEnv
 from training_cases import config, run_with, stop_after, weights_of
 
+from pwm_torchrl.algorithm.build import NetworkOptimizer
 from pwm_torchrl.envs import make_gymnasium_env
 from pwm_torchrl.launch.train import main as train_command
 from pwm_torchrl.memory.updates import Persistent, Transient, UpdateTracer
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.training import base_run, replica, shared_updates
-from pwm_torchrl.algorithm.build import Learner
-from pwm_torchrl.training.run import train
-from pwm_torchrl.training.stop import StopRequest, stop_on_signals
+from pwm_torchrl.run.stop import StopRequest, stop_on_signals
+from pwm_torchrl.run.train import train
+from pwm_torchrl.training import replica, run_module, shared_updates
 from pwm_torchrl.training.stored import StoredSamples
 
 TIMEOUT_S = 60.0  # of one case; then its processes are killed, and the tests fail
@@ -60,8 +60,8 @@ FEW = {
 MLP = {"model.dynamics.kind": "mlp"}
 FLOW_V2 = {"model.dynamics.substeps": 4, "model.loss.flow_matching_weight": 0.5}
 #: Batches that two ranks cannot halve; of the critics' 28 states in minibatches of 3, the last is one, of rank 0.
-UNEVEN = {"algorithm.model_batch": 9, "algorithm.imagination_batch": 7, "algorithm.critic_minibatches": 10}
-MICRO = {"memory.model_micro_batch": 2, "memory.imagination_micro_batch": 3, "memory.critic_micro_batch": 1}
+UNEVEN = {"algorithm.model_batch": 9, "algorithm.actor_batch": 7, "algorithm.critic_minibatches": 10}
+MICRO = {"memory.model_micro_batch": 2, "memory.actor_micro_batch": 3, "memory.critic_micro_batch": 1}
 STATISTICS = {
     "algorithm.normalize_observations": True,
     "algorithm.normalize_rewards": True,
@@ -119,9 +119,11 @@ def refusals(patch: pytest.MonkeyPatch, rank: int) -> None:
     """Memory runs out on rank 1 in a backward pass and, once both have made it, in a step; and on rank 0 in others."""
     if rank == 1:
         patch.setattr(PWMModelLoss, "backward", nth(2, PWMModelLoss.backward, refuse))
-        step = Learner.step
+        step = NetworkOptimizer.step
         refused = nth(2, step, refuse, after=True)
-        patch.setattr(Learner, "step", lambda self, before: (refused if self.max_norm == 1.0 else step)(self, before))
+        patch.setattr(
+            NetworkOptimizer, "step", lambda self, before: (refused if self.max_norm == 1.0 else step)(self, before)
+        )
     else:
         patch.setattr(PWMActorLoss, "draw_noise", nth(3, PWMActorLoss.draw_noise, refuse, after=True))
         patch.setattr(PWMValueLoss, "backward", nth(3, PWMValueLoss.backward, refuse))
@@ -134,7 +136,7 @@ def refused_start(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 
 def die(rank: int) -> Fault:
-    """A rank is killed in its fourth world-model update."""
+    """A rank is killed in its fourth model update."""
 
     def fault(patch: pytest.MonkeyPatch, mine: int) -> None:
         if mine == rank:
@@ -165,26 +167,26 @@ def bug(patch: pytest.MonkeyPatch, rank: int) -> None:
 def drift(patch: pytest.MonkeyPatch, rank: int) -> None:
     """A weight of rank 1 changes by its last bit."""
     if rank == 1:
-        step = Learner.step
+        step = NetworkOptimizer.step
 
-        def changed(self: Learner, before: Callable[[], None]) -> torch.Tensor:
+        def changed(self: NetworkOptimizer, before: Callable[[], None]) -> torch.Tensor:
             norm = step(self, before)
             if self.max_norm == 20.0:
                 weight = self.parameters[0].data.view(-1)
                 weight[0] = torch.nextafter(weight[0], torch.tensor(2.0, dtype=weight.dtype))
             return norm
 
-        patch.setattr(Learner, "step", changed)
+        patch.setattr(NetworkOptimizer, "step", changed)
 
 
 CASES = {
     "mlp": Case({**MLP, "algorithm.normalize_returns": False, "training.check_graphs": True}),
     # Rank 2 has none of two rollouts, and none of the states that are the last of a pass.
-    "mlp_micro": Case({**MLP, **UNEVEN, **MICRO, "algorithm.imagination_batch": 2}, size=3, stop_after=2),
-    "flow_v2": Case({**FLOW_V2, **UNEVEN, "algorithm.policy_starts": "current"}),
+    "mlp_micro": Case({**MLP, **UNEVEN, **MICRO, "algorithm.actor_batch": 2}, size=3, stop_after=2),
+    "flow_v2": Case({**FLOW_V2, **UNEVEN, "algorithm.actor_starts": "current"}),
     "flow_v2_micro": Case({**FLOW_V2, **MICRO, **STATISTICS}),
     "pretrain": Case({**FLOW_V2, **PRETRAIN, "algorithm.model_batch": 9}, stop_after=2, stored=True),
-    "refused": Case({**FLOW_V2, **UNEVEN, "algorithm.policy_starts": "current"}, alone=False, fault=refusals),
+    "refused": Case({**FLOW_V2, **UNEVEN, "algorithm.actor_starts": "current"}, alone=False, fault=refusals),
     "replica_killed": Case(alone=False, fault=die(1)),
     "leader_killed": Case(alone=False, fault=die(0)),
     "bug": Case(alone=False, fault=bug),
@@ -204,7 +206,7 @@ def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
     """In a process of its own: train; rank 0 saves its weights."""
     with pytest.MonkeyPatch.context() as patch:
         # Pictures and memory plans take longer than these runs.
-        patch.setattr(base_run, "write_curves", lambda run_dir: None)
+        patch.setattr(run_module, "write_curves", lambda run_dir: None)
         patch.setattr(UpdateTracer, "transient", lambda self, update, micro_batch=None: Transient((1,), 0, 0))
         patch.setattr(UpdateTracer, "persistent", Persistent(1, 1, 1))
         if case.by_command:

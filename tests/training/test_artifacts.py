@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from pwm_torchrl.config import Config, LoggerConfig, ModelConfig, SizeConfig, TrainingConfig
 from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.training.artifacts import write_curves, write_summary, write_video
-from pwm_torchrl.config import Config, LoggerConfig, ModelConfig, SizeConfig, TrainingConfig
 from pwm_torchrl.training.metrics import CsvMetrics
 from pwm_torchrl.training.run_readme import write_run_readme
 
@@ -42,7 +42,7 @@ class TestCurves:
         with CsvMetrics(run_dir / "metrics.csv") as metrics:
             for epoch in range(1, epochs + 1):
                 row = {"epoch": epoch, "env_steps": 128 * epoch, "train/return": -1000.0 + epoch}
-                row |= {"loss/model": 1 / epoch, "loss/actor": -0.1 * epoch, "loss/value": 2.0, "grad_norm/actor": 0.5}
+                row |= {"loss/model": 1 / epoch, "loss/actor": -0.1 * epoch, "loss/critic": 2.0, "grad_norm/actor": 0.5}
                 row |= {f"grad_norm/{i}": 1.0 + i for i in range(9)}
                 if epoch % 10 == 0:
                     row |= {"eval/return_mean": -900.0 + epoch, "eval/return_std": 50.0}

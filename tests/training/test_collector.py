@@ -8,9 +8,9 @@ import pytest
 import torch
 from training_cases import CARTPOLE, CLOCKWORK, PENDULUM, Bench, config
 
+from pwm_torchrl.algorithm.build import build_networks
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.modules import policy_module
-from pwm_torchrl.algorithm.build import build_networks
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.load import Facts
 
@@ -20,7 +20,7 @@ def build(env_cfg=PENDULUM, steps=4, seed=0, random_steps=0, num_envs=2, facts=(
     torch.manual_seed(seed)
     env = make_env(env_cfg, num_envs=num_envs, seed=seed)
     networks = build_networks(config(), Facts(*facts, False))
-    policy = policy_module(networks.world_model, networks.actor, action_spec=env.action_spec_unbatched)
+    policy = policy_module(networks.model, networks.actor, action_spec=env.action_spec_unbatched)
     return ResumableCollector(env, policy, steps, random_steps), networks
 
 
@@ -48,7 +48,7 @@ class TestActing:
         collector, networks = build()
         batch = collect(collector, 3)
         with torch.no_grad():
-            latent = networks.world_model.encode(batch["observation"])
+            latent = networks.model.encode(batch["observation"])
             loc, scale = networks.actor(latent)
         torch.testing.assert_close(batch["latent"], latent)
         torch.testing.assert_close(batch["loc"], loc)
@@ -103,7 +103,7 @@ class TestActing:
         optimizer.step()
         batch = next(iterator)
         with torch.no_grad():
-            loc, scale = networks.actor(networks.world_model.encode(batch["observation"]))
+            loc, scale = networks.actor(networks.model.encode(batch["observation"]))
         torch.testing.assert_close(batch["loc"], loc)
         torch.testing.assert_close(batch["scale"], scale)
 

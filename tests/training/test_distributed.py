@@ -98,7 +98,7 @@ class TestTheSameTraining:
     def test_the_networks_did_learn(self, ran):
         """Or equality would say little: every update of every epoch has moved its network."""
         rows = csv_rows(ran.of("flow_v2"))
-        for key in ("grad_norm/model", "grad_norm/actor", "grad_norm/value"):
+        for key in ("grad_norm/model", "grad_norm/actor", "grad_norm/critic"):
             assert all(float(row[key]) > 1e-6 for row in rows)
         assert float(rows[0]["loss/model_flow_matching"]) > 0
 
@@ -113,7 +113,7 @@ class TestTheSameTraining:
         assert ran.codes("refused") == [0, 0]
         told = events(ran.of("refused"), "micro_batch")
         assert [(e["update"], e["refused"], e["size"], e["error"]) for e in told] == [
-            ("world-model", 5, 3, "rank 1: CUDA out of memory."),
+            ("model", 5, 3, "rank 1: CUDA out of memory."),
             ("critic", 2, 1, "CUDA out of memory."),
             ("policy", 4, 2, "rank 1: CUDA out of memory."),
             ("policy", 2, 1, "CUDA out of memory."),

@@ -11,11 +11,11 @@ from torch import nn
 from torchrl.envs import SerialEnv, TransformedEnv
 from training_cases import CARTPOLE, CLOCKWORK, DFLEX, PENDULUM, Clockwork, config
 
-from pwm_torchrl.envs import make_env
-from pwm_torchrl.modules import policy_module
 from pwm_torchrl.algorithm.build import build_networks
 from pwm_torchrl.config import TrainingConfig
-from pwm_torchrl.training.evaluation import Episodes, film, open_loop_errors, play, random_action
+from pwm_torchrl.envs import make_env
+from pwm_torchrl.modules import policy_module
+from pwm_torchrl.run.evaluation import Episodes, film, open_loop_errors, play, random_action
 from pwm_torchrl.training.load import Facts
 
 
@@ -28,7 +28,7 @@ def build(env_cfg=PENDULUM, facts=(3, 1), num_envs=3):
     torch.manual_seed(0)
     env = make_env(env_cfg, num_envs=num_envs, seed=0)
     networks = build_networks(config(), Facts(*facts, False))
-    return env, networks, policy_module(networks.world_model, networks.actor, action_spec=env.action_spec_unbatched)
+    return env, networks, policy_module(networks.model, networks.actor, action_spec=env.action_spec_unbatched)
 
 
 def generators():
@@ -47,7 +47,7 @@ class TestPlay:
             observation, _ = raw.reset(seed=7 + n)
             for _ in range(200):
                 with torch.no_grad():
-                    latent = networks.world_model.encode(torch.as_tensor(observation).unsqueeze(0))
+                    latent = networks.model.encode(torch.as_tensor(observation).unsqueeze(0))
                     action = torch.tanh(networks.actor(latent)[0])[0]
                 observation, reward, *_ = raw.step(2 * action.numpy())
                 total += reward
@@ -57,9 +57,9 @@ class TestPlay:
         env, networks, policy = build()
         before = play(env, policy, seed=3).returns
         with torch.no_grad():
-            for p in networks.world_model.reward.parameters():
+            for p in networks.model.reward.parameters():
                 p.normal_()
-            for p in networks.world_model.dynamics.parameters():
+            for p in networks.model.dynamics.parameters():
                 p.normal_()
         assert torch.equal(play(env, policy, seed=3).returns, before)
 
@@ -76,7 +76,7 @@ class TestPlay:
         env, networks, policy = build()
         episodes = play(env, policy, seed=3)
         with torch.no_grad():
-            expected = torch.tanh(networks.actor(networks.world_model.encode(episodes.observation))[0])
+            expected = torch.tanh(networks.actor(networks.model.encode(episodes.observation))[0])
         torch.testing.assert_close(episodes.action, expected)
 
     def test_counts_the_first_episode_only(self):
@@ -224,7 +224,7 @@ class TestOpenLoopErrors:
         torch.manual_seed(0)
         networks = build_networks(config(changes), Facts(3, 1, False))
         env, _, policy = build()
-        errors = open_loop_errors(networks.world_model, play(env, policy, seed=0), 4)
+        errors = open_loop_errors(networks.model, play(env, policy, seed=0), 4)
         assert set(errors) == ERRORS
         assert all(np.isfinite(list(errors.values())))
 

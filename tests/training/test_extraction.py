@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from pwm_torchrl.training.extraction import LatentVariance
+from pwm_torchrl.training.updates import trained_networks
 from stored_cases import write_store
 from tensordict import TensorDict
 from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
@@ -15,13 +17,11 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.reporting.collect import read_run
 from pwm_torchrl.launch.reporting.scores import score_table
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
+from pwm_torchrl.run.evaluation import Episodes
 from pwm_torchrl.training import evaluate_run, extraction, load_policy
 from pwm_torchrl.training import load as load_module
-from pwm_torchrl.training.evaluation import Episodes
-from pwm_torchrl.training.extraction import LatentVariance
 from pwm_torchrl.training.load import load_networks
 from pwm_torchrl.training.offline import run_facts
-from pwm_torchrl.training.updates import trained_networks
 
 TASKS = ("pendulum-swingup", "cup-catch")
 SPEC = {"num_tasks": 2, "task_dim": 4, "action_dims": (1, 2), "reward_head": "two_hot", "reward_space": "symlog"}
@@ -65,10 +65,10 @@ def test_policy_and_critics_learn_in_a_frozen_world_model(monkeypatch, store, wo
     summary, run = run_with(monkeypatch, extraction_config(store, world_model), tmp_path)
     assert summary["status"] == "finished"
     saved, _ = read_world_model(world_model)
-    bound = run.networks.world_model
+    bound = run.networks.model
     assert isinstance(bound, TaskWorldModel)
     assert torch.equal(bound.encoder.net[0].weight, saved.encoder.net[0].weight)
-    assert run.observer.stepper.learners.keys() == {"actor", "critics"}
+    assert run.algorithm.optimizers.keys() == {"actor", "critic"}
     assert run.networks.actor.action_dim == 2
     checkpoint = run.store.latest()
     names = {path.name.partition("-")[2] for path in checkpoint.rglob("*") if path.is_dir()}
@@ -81,7 +81,7 @@ def test_policy_comes_back_from_its_run(monkeypatch, store, world_model, tmp_pat
     assert policy(TensorDict(observation=torch.randn(5, 8), batch_size=[5]))["action"].shape == (5, 2)
     _, networks = load_networks(tmp_path, "latest")
     observation = torch.randn(5, 8)
-    assert torch.equal(networks.world_model.encode(observation), run.networks.world_model.encode(observation))
+    assert torch.equal(networks.model.encode(observation), run.networks.model.encode(observation))
     assert_equal(networks.actor.state_dict(), run.networks.actor.state_dict())
 
 
@@ -115,7 +115,7 @@ class TestFineTuning:
         cfg = extraction_config(store, world_model, {"finetune": True})
         _, run = run_with(monkeypatch, cfg, tmp_path)
         saved, _ = read_world_model(world_model)
-        assert not torch.equal(run.networks.world_model.encoder.net[0].weight, saved.encoder.net[0].weight)
+        assert not torch.equal(run.networks.model.encoder.net[0].weight, saved.encoder.net[0].weight)
         rows = rows_of(tmp_path)
         assert all(float(row["loss/model_reward"]) > 0 for row in rows)
         assert all(float(row["finetune/latent_variance"]) > 0 for row in rows)
@@ -142,7 +142,7 @@ def test_what_is_trained(store, world_model):
     cfg = extraction_config(store, world_model)
     assert trained_networks(cfg) == ("actor", "critics")
     cfg.finetune = True
-    assert trained_networks(cfg) == ("world_model", "actor", "critics")
+    assert trained_networks(cfg) == ("model", "actor", "critic")
     cfg.mode = "pretrain"
     assert trained_networks(cfg) == ("world_model",)
 

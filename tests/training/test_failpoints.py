@@ -96,8 +96,9 @@ def test_every_file_of_a_checkpoint_that_is_truncated_or_flipped_is_noticed(stra
 
 def test_a_superseded_attempt_stops_and_never_counts(tmp_path, monkeypatch):
     """Its process was thought dead: another attempt took over while it was in its second epoch."""
-    from pwm_torchrl.training import claims
     from pwm_torchrl.training.stepper import PWMStepper
+
+    from pwm_torchrl.training import claims
 
     update = PWMStepper.update_model
     cfg = small()

@@ -62,7 +62,7 @@ class TestDivergence:
         """The fourth epoch evaluates: the policy's NaN must not be blamed on the environment."""
 
         def spoil(run):  # between the collection and the updates of the epoch
-            if run.trainer.epoch == epoch - 1:
+            if run.loop.epoch == epoch - 1:
                 next(getattr(run.networks, network).parameters()).data.fill_(torch.nan)
 
         cfg = config({"training.checkpoint_every": 1, "training.epochs": 6})
@@ -77,13 +77,13 @@ class TestDivergence:
 
     def test_the_last_checkpoint_resumes(self, tmp_path, monkeypatch):
         def spoil(run):
-            if run.trainer.epoch == 2:
-                run.networks.critics.params[0].data.fill_(torch.nan)
+            if run.loop.epoch == 2:
+                run.networks.critic.params[0].data.fill_(torch.nan)
 
         cfg = config({"training.checkpoint_every": 1})
         with pytest.raises(FloatingPointError):
             run_with(monkeypatch, cfg, tmp_path, during_epoch=spoil)
-        assert rows_of(tmp_path)[-1]["loss/value"] == "nan"
+        assert rows_of(tmp_path)[-1]["loss/critic"] == "nan"
         summary, run = run_with(monkeypatch, cfg, tmp_path, resume=True)
         assert (summary["status"], summary["epochs_done"]) == ("finished", 4)
         assert all(p.isfinite().all() for _, network in run.networks.items() for p in network.parameters())

@@ -175,7 +175,7 @@ class TestRun:
         history = []
 
         def keep(run):
-            losses = run.observer.stepper.losses.model(run.replay.sample_slices(4))
+            losses = run.algorithm.losses.model(run.replay.sample_slices(4))
             history.append(losses["loss_reward"])
 
         with pytest.raises(GraphLeak, match=r"^epoch 1 left \d+ more live autograd nodes .* held by a list of 1"):
@@ -187,8 +187,8 @@ class TestRun:
         """As an objective would have it that stored its last rollout."""
 
         def remember(run):
-            if run.trainer.epoch == 1:
-                loss = run.observer.stepper.losses.actor
+            if run.loop.epoch == 1:
+                loss = run.algorithm.losses.actor
                 imagine = loss.imagine
                 loss.imagine = lambda *args: (
                     run.__dict__.setdefault("seen", []).append(found := imagine(*args)) or found
@@ -257,9 +257,9 @@ class TestNothingThatOutlivesAStepOwnsAGraph:
     def test_objectives_return_a_loss_and_detached_metrics(self, kind):
         bench = Bench(config({"model.dynamics.kind": kind}))
         losses = bench.losses
-        start = bench.stepper.encode(bench.replay.sample_observations(4))
+        start = bench.algorithm.encode(bench.replay.sample_observations(4))
         of_actor, imagined = losses.actor.rollout_and_loss(start)
-        outputs = [losses.model(bench.replay.sample_slices(4)), of_actor, losses.value(imagined.flatten())]
+        outputs = [losses.model(bench.replay.sample_slices(4)), of_actor, losses.critic(imagined.flatten())]
         assert not any(value.requires_grad for value in imagined.values(True, True)), "critics learn from the rollout"
         for output in outputs:
             for key, value in output.items():

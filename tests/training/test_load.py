@@ -89,7 +89,7 @@ class TestWorldModel:
         run = trained[1]
         module = pwm_torchrl.load_world_model(run.run_dir, which="latest")
         assert isinstance(module, TorchRLWorldModel)
-        model = run.networks.world_model
+        model = run.networks.model
         data = observations()
         data["action"] = torch.rand(5, 1) * 2 - 1
         out = module(data.clone())

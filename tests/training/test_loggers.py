@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from pwm_torchrl.config import LoggerConfig
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.training import loggers
-from pwm_torchrl.config import LoggerConfig
 from pwm_torchrl.training.loggers import RunWandbLogger, close_logger, make_logger
 
 CONFIG = {"seed": 0, "model": {"name": "mlp"}}

@@ -22,7 +22,7 @@ from pwm_torchrl.training import memory_plan, run_memory, train
 from pwm_torchrl.training.memory_plan import RunPlan, saved_choices
 
 AUTO = {"memory.kind": "auto", "training.replay_storage": "auto"}
-#: One world-model update needs 50 MiB at once.
+#: One model update needs 50 MiB at once.
 LARGE = {**AUTO, "algorithm.model_batch": 2048, "training.epochs": 2, "training.eval_every": 0}
 
 
@@ -82,15 +82,15 @@ def test_a_budget_that_needs_parts_trains_in_parts(monkeypatch, tmp_path):
     monkeypatch.setattr(run_memory, "MemoryGuard", lambda stop_at, limit: MemoryGuard(stop_at))
     cfg = config(LARGE)
     whole = make_plan(cfg, environment_facts(cfg.env), budgets(cfg, None))
-    (update,) = (item.bytes for item in whole.prediction.items if item.what == "world-model update")
+    (update,) = (item.bytes for item in whole.prediction.items if item.what == "model update")
     usable = whole.prediction.total(HOST) - update // 2
     _, split = run_with(
         monkeypatch, config({**LARGE, "memory.host_gb": usable / whole.share(HOST) / 1e9}), tmp_path / "split"
     )
     assert split.cfg.memory.model_micro_batch in (256, 512, 1024)
-    used = split.observer.stepper.micro_batches.used
-    assert used["world-model"] == split.cfg.memory.model_micro_batch
-    assert saved(tmp_path / "split")["larger"]["change"].startswith("the world-model update")
+    used = split.algorithm.updates.used
+    assert used["model"] == split.cfg.memory.model_micro_batch
+    assert saved(tmp_path / "split")["larger"]["change"].startswith("the model update")
     _, at_once = run_with(monkeypatch, config(LARGE), tmp_path / "whole")
     assert at_once.cfg.memory.model_micro_batch is None
     rows, wanted = rows_of(tmp_path / "split"), rows_of(tmp_path / "whole")

@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 
-from pwm_torchrl.training.metrics import CsvMetrics, MetricRow, read_metrics
+from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.training.metrics import CsvMetrics, read_metrics
 
 
 class TestMetricRow:

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from training_cases import Bench, assert_equal, config, rows_of, run_with, trajectories, weights_of
 
-from pwm_torchrl.training.metrics import MetricRow
+from pwm_torchrl.algorithm.metrics import MetricRow
 
 SIZES = [1, 3, 8]
 SHORTCUT = {"model.dynamics.condition_on_step_size": True, "model.loss.self_consistency_weight": 0.5}
@@ -36,7 +36,7 @@ def double_bench(changes: dict[str, Any]) -> Bench:
     data["next", "done"] = torch.rand(data["next", "done"].shape) < 0.2
     data["next", "terminated"] = data["next", "done"] & (torch.rand(data["next", "done"].shape) < 0.5)
     bench = Bench(config(changes), data, terminates=True)
-    head = bench.networks.world_model.termination
+    head = bench.networks.model.termination
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
@@ -50,7 +50,7 @@ def double_bench(changes: dict[str, Any]) -> Bench:
 
 def start(bench: Bench) -> TensorDictBase:
     torch.manual_seed(3)
-    return bench.stepper.encode(bench.replay.sample_observations(8))
+    return bench.algorithm.encode(bench.replay.sample_observations(8))
 
 
 class Watched:
@@ -58,7 +58,7 @@ class Watched:
 
     def __init__(self, bench: Bench, learner: str, update: Callable[[MetricRow], object]) -> None:
         self.gradients: list[list[Tensor]] = []
-        made = bench.learners[learner]
+        made = bench.optimizers[learner]
 
         def step(before: Callable[[], None]) -> Tensor:
             self.gradients.append([p.grad.clone() for p in made.parameters])
@@ -74,7 +74,7 @@ class Watched:
         self.statistics = {
             key: value.clone() for key, value in bench.losses.actor.return_statistics.state_dict().items()
         }
-        self.micro_batches = set(bench.stepper.micro_batches.used.values())
+        self.micro_batches = set(bench.algorithm.updates.used.values())
 
     def assert_equals(self, whole: Watched, size: int) -> None:
         assert self.micro_batches == {size}
@@ -98,7 +98,7 @@ def test_model_update(changes, size):
 
     def update(micro_batch):
         bench = double_bench({**changes, "memory.model_micro_batch": micro_batch})
-        return Watched(bench, "world_model", bench.stepper.update_model)
+        return Watched(bench, "model", bench.algorithm.update_model)
 
     whole = update(None)
     assert 0.3 < whole.logged["data/valid_fraction"] < 0.95
@@ -113,10 +113,10 @@ def test_policy_update(changes, normalize, size):
 
     def update(micro_batch):
         bench = double_bench(
-            {**changes, "algorithm.normalize_returns": normalize, "memory.imagination_micro_batch": micro_batch}
+            {**changes, "algorithm.normalize_returns": normalize, "memory.actor_micro_batch": micro_batch}
         )
         observation = bench.replay.sample_observations(8)
-        return Watched(bench, "actor", lambda row: bench.stepper.update_policy(observation, row))
+        return Watched(bench, "actor", lambda row: bench.algorithm.update_actor(observation, row))
 
     whole, parts = update(None), update(size)
     assert 0 < whole.logged["imagination/terminated"] < 1
@@ -138,8 +138,8 @@ def test_critic_update(size):
         mask = imagined["collector", "mask"]
         assert mask.any()
         assert not mask.all()
-        bench.networks.critics.params[-1].data.normal_(generator=torch.Generator().manual_seed(1))
-        return Watched(bench, "critics", lambda row: bench.stepper.update_critics(imagined, row))
+        bench.networks.critic.params[-1].data.normal_(generator=torch.Generator().manual_seed(1))
+        return Watched(bench, "critic", lambda row: bench.algorithm.update_critics(imagined, row))
 
     whole, parts = update(None), update(size)
     assert len(whole.gradients) == 8
@@ -154,7 +154,7 @@ def test_epochs(size):
         keys = ("model", "imagination", "critic")
         bench = double_bench({f"memory.{key}_micro_batch": micro_batch for key in keys})
         torch.manual_seed(5)
-        rows = [bench.stepper.step(None, bench.data) for _ in range(2)]
+        rows = [bench.step() for _ in range(2)]
         ends.append((bench.snapshots(), rows, torch.get_rng_state()))
         assert [rows[-1][f"memory/{key}_micro_batch"] for key in keys] == [micro_batch or n for n in (8, 8, 16)]
     (whole, logged, generator), (parts, logged_parts, same_generator) = ends

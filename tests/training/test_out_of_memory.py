@@ -11,20 +11,20 @@ from run_files import csv_rows, events, saved_epochs, summary_of, watching_threa
 from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
 from pwm_torchrl.errors import OutOfMemory
+from pwm_torchrl.run.train import Run
 from pwm_torchrl.training import train
-from pwm_torchrl.training.assembly import Run
 
-COLUMNS = {"world-model": "model", "policy": "imagination", "critic": "critic"}
+COLUMNS = {"model": "model", "actor": "imagination", "critic": "critic"}
 
 
 def admits(update: str, rows: int, after: int) -> Callable[[Run], None]:
     """A hook: after some epochs, memory is left for so many rows of an update."""
 
     def shrink(run: Run) -> None:
-        if run.trainer.epoch != after:
+        if run.loop.epoch != after:
             return
-        losses = run.observer.stepper.losses
-        loss = {"world-model": losses.model, "policy": losses.actor, "critic": losses.value}[update]
+        losses = run.algorithm.losses
+        loss = {"model": losses.model, "actor": losses.actor, "critic": losses.critic}[update]
         backward = type(loss).backward
 
         def limited(data: Any, size: int) -> Any:
@@ -86,7 +86,7 @@ class TestGivingUp:
             cfg,
             run_dir,
             resume=True,
-            after_epoch=lambda run: sizes.append(run.observer.stepper.micro_batches.used[update]),
+            after_epoch=lambda run: sizes.append(run.algorithm.updates.used[update]),
         )
         assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 4, True)
         assert sizes == [BATCH[update]] * (4 - after), "what never worked is not kept"
@@ -98,7 +98,7 @@ class TestGivingUp:
         cfg = config({"training.checkpoint_every": 2})
         _, whole = run_with(monkeypatch, cfg, tmp_path / "whole")
         with pytest.raises(OutOfMemory):
-            run_with(monkeypatch, cfg, tmp_path / "parts", during_epoch=admits("policy", 0, after=2))
+            run_with(monkeypatch, cfg, tmp_path / "parts", during_epoch=admits("actor", 0, after=2))
 
         def never(*arguments: Any) -> None:
             raise OutOfMemory("The critic update does not fit")
@@ -116,11 +116,11 @@ class TestGivingUp:
         """The error that ended the run is told, and what was saved before stays."""
 
         def shrink(run: Run) -> None:
-            admits("policy", 0, after=3)(run)
-            if run.trainer.epoch == 3:
+            admits("actor", 0, after=3)(run)
+            if run.loop.epoch == 3:
                 monkeypatch.setattr(run.replay, "state_dict", lambda: bytearray(1 << 62))
 
-        with pytest.raises(OutOfMemory, match=r"^The policy update does not fit"):
+        with pytest.raises(OutOfMemory, match=r"^The actor update does not fit"):
             run_with(monkeypatch, config(), tmp_path, during_epoch=shrink)
         assert summary_of(tmp_path)["status"] == "memory"
         assert summary_of(tmp_path)["resume_exact"]
@@ -134,7 +134,7 @@ class TestGivingUp:
         """In an evaluation, say: no smaller batch would help there."""
 
         def refuse(run: Run) -> None:
-            if run.trainer.epoch == 3:
+            if run.loop.epoch == 3:
                 raise MemoryError
 
         with pytest.raises(OutOfMemory, match=r"^Memory ran out where no smaller micro-batch helps") as caught:

@@ -19,7 +19,7 @@ SMALL = (
     "env.module=pwm_torchrl.envs.dflex_stand_in",
     "env.num_envs=4",
     "algorithm.model_batch=4",
-    "algorithm.imagination_batch=2",
+    "algorithm.actor_batch=2",
     "algorithm.model_updates=1",
     "algorithm.first_model_updates=1",
     "training.epochs=2",
@@ -69,6 +69,6 @@ def test_trains_two_epochs_in_micro_batches(size: str, model: str, tmp_path: Pat
     assert all(math.isfinite(columns[f"loss/{name}"][-1]) for name in ("model", "actor", "value"))
     networks = load_networks(tmp_path)[1]
     expected = {"5m": 1_469_953, "48m": 18_489_089}[size]
-    model_only = networks.world_model
+    model_only = networks.model
     counted = sum(count_parameters(m) for m in (model_only.encoder, model_only.dynamics, model_only.reward))
     assert counted == pytest.approx(expected, rel=0.01)

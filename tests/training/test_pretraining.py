@@ -16,9 +16,9 @@ from pwm_torchrl.memory.cgroups import CgroupMemory
 from pwm_torchrl.memory.processes import MachineMemory
 from pwm_torchrl.memory.readings import Reading
 from pwm_torchrl.modules import read_world_model
+from pwm_torchrl.run.validation import Validation
 from pwm_torchrl.training.offline import open_store, pretraining_tasks, run_facts, scratch_directory, training_split
 from pwm_torchrl.training.stored import StoredSamples, outgrows_memory
-from pwm_torchrl.training.validation import Validation
 
 TASKS = ("pendulum-swingup", "cup-catch")
 
@@ -82,15 +82,15 @@ class TestRun:
         assert tuple(facts.spec.action_dims) == (1, 2)
         assert facts.labels["validation_loss"] == summary["best_validation_loss"]
         validation = made.observer.validation
-        assert type(model.reward) is type(made.networks.world_model.reward)
+        assert type(model.reward) is type(made.networks.model.reward)
         assert facts.spec.num_tasks == 2
         assert validation.rows.keys() == set(TASKS)
 
     def test_every_parameter_learned(self, run):
         """The task embedding too: it was in no optimizer elsewhere."""
         _, made, _ = run
-        names = dict(made.networks.world_model.named_parameters())
-        optimizer = made.observer.stepper.learners["world_model"].optimizer
+        names = dict(made.networks.model.named_parameters())
+        optimizer = made.algorithm.optimizers["world_model"].optimizer
         for name, parameter in names.items():
             assert optimizer.state[parameter]["exp_avg_sq"].abs().sum() > 0, name
 
@@ -99,7 +99,7 @@ def test_resumes_to_the_bit(monkeypatch, store, tmp_path):
     cfg = pretraining_config(store)
     _, whole = run_with(monkeypatch, cfg, tmp_path / "whole")
     _, first = run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(2))
-    assert first.trainer.epoch == 2
+    assert first.loop.epoch == 2
     summary, second = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
     assert summary["restarts"] == 1
     assert_equal(weights_of(whole), weights_of(second))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from training_cases import Bench, config
 
-from pwm_torchrl.errors import ConfigurationError, RankFault
-from pwm_torchrl.config import Config
-from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.algorithm.updates import is_out_of_memory
+from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError, RankFault
+from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.training.replica import check_device, made_of, own_device
 from pwm_torchrl.training.shared_updates import SharedUpdates, bits
 
@@ -60,11 +60,11 @@ def test_shares_are_all_rows_once(count, size):
 
 def test_the_last_bit_counts():
     bench = Bench(config())
-    bench.stepper.step(None, bench.data)
-    shared = SharedUpdates(bench.networks, bench.losses, bench.learners, bench.stepper.undo, SimpleNamespace())
+    bench.step()
+    shared = SharedUpdates(bench.networks, bench.losses, bench.optimizers, bench.algorithm.undo, SimpleNamespace())
     before = shared.checksums()
     assert before == shared.checksums()
-    state = bench.learners["actor"].optimizer.state
+    state = bench.optimizers["actor"].optimizer.state
     moment = next(iter(state.values()))["exp_avg"].view(-1)
     moment[0] = torch.nextafter(moment[0], torch.tensor(1.0))
     changed = {name for name, value in shared.checksums().items() if value != before[name]}

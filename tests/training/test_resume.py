@@ -50,7 +50,7 @@ class TestExactResume:
                     "training.replay_capacity": 24,
                     "algorithm.normalize_rewards": True,
                     "algorithm.normalize_observations": True,
-                    "algorithm.policy_starts": "current",
+                    "algorithm.actor_starts": "current",
                     "memory.model_micro_batch": 3,
                     "model.loss.flow_matching_weight": 0.5,
                 },
@@ -86,17 +86,15 @@ class TestExactResume:
     def test_another_micro_batch_equals_a_run_that_switched_there(self, tmp_path, monkeypatch):
         """A job that comes back with a thriftier plan: from that epoch on it computes as one that has it."""
         cfg = config({"training.epochs": 6})
-        smaller = {"world-model": 3, "policy": 5, "critic": 7}
+        smaller = {"model": 3, "policy": 5, "critic": 7}
 
         def switch(run):
-            if run.trainer.epoch == 3:
-                run.observer.stepper.micro_batches.sizes.update(smaller)
+            if run.loop.epoch == 3:
+                run.algorithm.updates.sizes.update(smaller)
 
         _, whole = run_with(monkeypatch, cfg, tmp_path / "switched", during_epoch=switch)
         run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=stop_after(3))
-        cfg.memory.model_micro_batch, cfg.memory.imagination_micro_batch, cfg.memory.critic_micro_batch = (
-            smaller.values()
-        )
+        cfg.memory.model_micro_batch, cfg.memory.actor_micro_batch, cfg.memory.critic_micro_batch = smaller.values()
         last, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
         assert (last["status"], last["resume_exact"]) == ("finished", True)
         assert_equal(weights_of(parts), weights_of(whole))
@@ -108,7 +106,7 @@ class TestExactResume:
         handler = signal.getsignal(signal.SIGINT)
 
         def interrupt(run):
-            if run.trainer.epoch == 2:
+            if run.loop.epoch == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
         summary, _ = run_with(monkeypatch, cfg, tmp_path / "parts", during_epoch=interrupt)
@@ -210,7 +208,7 @@ class TestCheckpoints:
             pass
 
         def kill(run):
-            if run.trainer.epoch == 3:
+            if run.loop.epoch == 3:
                 raise Killed
 
         # Replay is full after the third epoch.

@@ -44,7 +44,7 @@ class TestExact:
             pass
 
         def kill(run):
-            if run.trainer.epoch == 7:
+            if run.loop.epoch == 7:
                 raise Killed
 
         cfg = config({**DISK, "training.epochs": 9, "training.checkpoint_every": 3, "training.eval_every": 3})

@@ -20,14 +20,14 @@ from training_cases import (
     weights_of,
 )
 
+from pwm_torchrl.devices import pick_device
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
-from pwm_torchrl.training import assembly, base_run, train
-from pwm_torchrl.training.assembly import Run
+from pwm_torchrl.run.evaluation import play, random_action
+from pwm_torchrl.run.train import Run
+from pwm_torchrl.training import assembly, run_module, train
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import claimed
-from pwm_torchrl.training.devices import pick_device
-from pwm_torchrl.training.evaluation import play, random_action
 from pwm_torchrl.training.seeding import evaluation_env_seed
 from pwm_torchrl.training.summary import RunSummary
 
@@ -39,7 +39,7 @@ SUMMARY_KEYS = {
 EXTRA_KEYS = {"agent_steps", "final_return_std", "resume_exact", "peak_own_bytes"}
 COLUMNS = {
     "epoch", "agent_steps", "env_steps", "wall_clock_s", "train/return", "eval/return_mean", "eval/return_std",
-    "loss/model", "loss/actor", "loss/value", "grad_norm/model", "grad_norm/actor", "grad_norm/value",
+    "loss/model", "loss/actor", "loss/critic", "grad_norm/model", "grad_norm/actor", "grad_norm/critic",
     "eval/latent_mse", "eval/reward_nmse", "grad_profile/00", "grad_profile/03", "lr/actor", "time/epoch_s",
 }  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_a_machine_that_cannot_draw_finishes_all_the_same(tmp_path, monkeypatch,
     def absent(*args):
         raise MissingLibraryError("curves.png needs matplotlib")
 
-    monkeypatch.setattr(base_run, "write_curves", absent)
+    monkeypatch.setattr(run_module, "write_curves", absent)
     monkeypatch.setattr(assembly, "write_video", absent)
     assert train(config({"training.epochs": 1, "training.video": True}), tmp_path)["status"] == "finished"
     shown = "".join(capsys.readouterr())
@@ -179,7 +179,7 @@ class TestSeeding:
     def test_evaluating_and_observing_do_not_change_what_is_learned(self, tmp_path, monkeypatch):
         weights = []
         quiet = {"training.eval_every": 0, "training.gradient_profile_every": 0, "training.checkpoint_every": 0}
-        for changes in ({"algorithm.policy_starts": "current"}, {"algorithm.policy_starts": "current", **quiet}):
+        for changes in ({"algorithm.actor_starts": "current"}, {"algorithm.actor_starts": "current", **quiet}):
             run = run_with(monkeypatch, config(changes), tmp_path / str(len(weights)))[1]
             weights.append(weights_of(run))
         assert_equal(*weights)
@@ -199,7 +199,7 @@ class TestOptions:
             {"model.dynamics.kind": "mlp"},
             {"model.dynamics.kind": "residual", "model.reward_head": "two_hot"},
             {"model.loss.flow_matching_weight": 1.0, "memory.model_micro_batch": 3},
-            {"algorithm.policy_starts": "current", "algorithm.detach": False, "algorithm.normalize_returns": False},
+            {"algorithm.actor_starts": "current", "algorithm.detach": False, "algorithm.normalize_returns": False},
             {"model.termination_head": True, "model.dynamics.checkpoint_substeps": True},
             {"training.eval_every": 0, "training.checkpoint_every": 0, "training.gradient_profile_every": 0},
         ],
@@ -214,7 +214,7 @@ class TestOptions:
     def test_terminating_environment(self, tmp_path, monkeypatch):
         summary, run = run_with(monkeypatch, config({"training.epochs": 6}, CLOCKWORK), tmp_path)
         assert summary["status"] == "finished"
-        assert run.networks.world_model.termination is not None
+        assert run.networks.model.termination is not None
         last = rows_of(tmp_path)[-1]
         assert float(last["loss/model_termination"]) > 0
         assert float(last["data/valid_fraction"]) < 1
@@ -222,17 +222,17 @@ class TestOptions:
     def test_normalized_observations(self, tmp_path, monkeypatch):
         changes = {"algorithm.normalize_observations": True}
         _, run = run_with(monkeypatch, config(changes), tmp_path)
-        statistics = run.networks.world_model.observation_statistics
+        statistics = run.networks.model.observation_statistics
         observed = run.replay.buffer.storage.get(slice(0, 16))["observation"].flatten(0, 1)
         torch.testing.assert_close(statistics.mean, observed.mean(0), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(statistics.var, observed.var(0, unbiased=False), atol=1e-3, rtol=1e-3)
         # They stand in front of the encoder, and come back with the checkpoint.
-        latent = run.networks.world_model.encode(observed)
+        latent = run.networks.model.encode(observed)
         statistics.mean.add_(1.0)
-        assert not torch.allclose(run.networks.world_model.encode(observed), latent)
+        assert not torch.allclose(run.networks.model.encode(observed), latent)
         again = fresh_run(run.cfg, tmp_path)
         assert again.restore()
-        assert torch.equal(again.networks.world_model.encode(observed), latent)
+        assert torch.equal(again.networks.model.encode(observed), latent)
 
     def test_normalized_rewards(self, tmp_path, monkeypatch):
         changes = {"algorithm.normalize_rewards": True}
@@ -271,7 +271,7 @@ class TestSharing:
         run = fresh_run(config(changes), tmp_path)
         optimized = [
             id(p)
-            for name in ("world_model", "actor", "critics")
+            for name in ("model", "actor", "critic")
             for group in run.components[f"optimizer_{name}"].param_groups
             for p in group["params"]
         ]
@@ -298,7 +298,7 @@ class TestRefused:
                 {"algorithm.horizon": 31},
                 r"algorithm.horizon=31 is longer than an episode of pendulum \(30 agent steps\)",
             ),
-            ({"algorithm.policy_starts": "past"}, r"algorithm.policy_starts='past' is not one of replay, current"),
+            ({"algorithm.actor_starts": "past"}, r"algorithm.actor_starts='past' is not one of replay, current"),
             ({"device": "tpu9"}, r"device='tpu9' is unknown; choose auto, cpu, cuda or cuda:N"),
             ({"device": "cuda:77"}, r"device='cuda:77' is not there: PyTorch sees \d+ CUDA devices"),
             ({"training.replay_capacity": 4}, r"training.replay_capacity=4 holds less than one slice"),

@@ -16,8 +16,8 @@ from training_cases import assert_equal, config, rows_of, run_with, weights_of
 from pwm_torchrl.errors import OutOfMemory
 from pwm_torchrl.memory import watch as watch_module
 from pwm_torchrl.memory.readings import read_memory
-from pwm_torchrl.training import run as run_module
-from pwm_torchrl.training.assembly import Run
+from pwm_torchrl.run import train as run_module
+from pwm_torchrl.run.train import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ class Leak:
 
     def __call__(self, run: Run) -> None:
         self.held.append(b"x" * self.per_epoch)
-        run.observer.memory.watch.sample()  # or a second would have to pass
+        run.loop.record.memory.watch.sample()  # or a second would have to pass
 
 
 @pytest.mark.skipif(read_memory().processes is None, reason="memory of processes is not told here")
@@ -91,13 +91,13 @@ class TestGuard:
 
     def test_a_run_that_is_over_is_not_stopped(self, tmp_path, monkeypatch):
         summary, run = run_with(monkeypatch, config({"training.epochs": 1}), tmp_path, during_epoch=alarm)
-        assert run.observer.memory.check(warm=True) is not None
+        assert run.loop.record.memory.check(warm=True) is not None
         assert summary["status"] == "finished"
 
     def test_what_a_user_stops_is_stopped(self, tmp_path, monkeypatch):
         def stop(run: Run) -> None:
             alarm(run)
-            run.trainer.request_stop("test")
+            run.stop.ask("test")
 
         summary, _ = run_with(monkeypatch, config(), tmp_path, during_epoch=stop)
         assert (summary["status"], summary["epochs_done"]) == ("stopped", 1)
@@ -105,7 +105,7 @@ class TestGuard:
 
 def alarm(run: Run) -> None:
     """From now on there is too little memory."""
-    run.observer.memory.guard.budget_bytes = 10**6
+    run.loop.record.memory.guard.budget_bytes = 10**6
 
 
 class TestWatch:
@@ -138,8 +138,8 @@ class TestWatch:
 
     def test_if_watching_fails_the_run_goes_on(self, tmp_path, monkeypatch, capsys):
         def fail(run: Run) -> None:
-            if run.trainer.epoch == 1:
-                watch = run.observer.memory.watch
+            if run.loop.epoch == 1:
+                watch = run.loop.record.memory.watch
                 with monkeypatch.context() as patch:
                     patch.setattr(watch_module, "read_memory", lambda pid, root: 1 / 0)
                     watch._run(stopping=Soon())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pwm_torchrl.training.stop import NO_STEP_IN_TIME, SIGNALS, StopInEpoch, StopRequest, stop_on_signals
+from pwm_torchrl.run.stop import NO_STEP_IN_TIME, SIGNALS, StopInEpoch, StopRequest, stop_on_signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ class TestSignals:
         """A handler of Python's would run when the call returns, which may take minutes."""
         done = script("""
 import ctypes, os, signal, threading, time
-from pwm_torchrl.training.stop import StopRequest, stop_on_signals
+from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 stop = StopRequest()
 with stop_on_signals(stop):
     seen = []
@@ -92,7 +92,7 @@ with stop_on_signals(stop):
     def test_without_a_step_in_time_the_process_ends(self):
         done = script("""
 import os, signal, time
-from pwm_torchrl.training.stop import StopRequest, stop_on_signals
+from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 with stop_on_signals(StopRequest(), 0.3):
     os.kill(os.getpid(), signal.SIGUSR2)
     time.sleep(30)
@@ -103,7 +103,7 @@ with stop_on_signals(StopRequest(), 0.3):
     def test_a_step_in_time_has_all_the_time_it_needs_to_save(self):
         done = script("""
 import os, signal, time
-from pwm_torchrl.training.stop import StopInEpoch, StopRequest, stop_on_signals
+from pwm_torchrl.run.stop import StopInEpoch, StopRequest, stop_on_signals
 stop = StopRequest()
 with stop_on_signals(stop, 0.5):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -120,7 +120,7 @@ with stop_on_signals(stop, 0.5):
     def test_afterwards_they_can_be_ignored(self):
         done = script("""
 import os, signal
-from pwm_torchrl.training.stop import SIGNALS, StopRequest, stop_on_signals
+from pwm_torchrl.run.stop import SIGNALS, StopRequest, stop_on_signals
 with stop_on_signals(StopRequest(), ignore_afterwards=True):
     pass
 for each in SIGNALS:

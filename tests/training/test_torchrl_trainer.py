@@ -11,14 +11,14 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer, SliceSampler
 from torchrl.envs import GymEnv
 from torchrl.trainers.trainers import TrainerHookBase
 
+from pwm_torchrl.config import AlgorithmConfig
 from pwm_torchrl.envs import make_gymnasium_env
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import Actor, CriticEnsemble, WorldModelSpec, make_world_model
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
 from pwm_torchrl.training import make_torchrl_trainer
-from pwm_torchrl.config import AlgorithmConfig
 
-ALGORITHM = {"horizon": 4, "model_batch": 8, "imagination_batch": 8, "model_updates": 2, "critic_passes": 1}
+ALGORITHM = {"horizon": 4, "model_batch": 8, "actor_batch": 8, "model_updates": 2, "critic_passes": 1}
 
 
 def parts(num_envs=1, env=None, frames=32, **changes):
@@ -74,11 +74,11 @@ def test_all_parts_share_one_set_of_networks_and_learn(num_envs):
     assert pointers(trainer.loss_module) == actor <= pointers(trainer.collector.policy)
     assert {p.data_ptr() for p in updates.losses.model.parameters()} == pointers(given["world_model"])
     assert trainer.loss_module.horizon == 3
-    before = {k: [p.clone() for p in given[k].parameters()] for k in ("world_model", "actor", "critics")}
+    before = {k: [p.clone() for p in given[k].parameters()] for k in ("model", "actor", "critic")}
     trainer.train()
     assert len(rows.rows) == 3
     assert trainer.collected_frames == 96 == len(given["replay_buffer"])
-    assert {"loss/model", "loss/actor", "loss/value"} <= rows.rows[0].keys()
+    assert {"loss/model", "loss/actor", "loss/critic"} <= rows.rows[0].keys()
     assert rows.rows[-1]["lr/actor"] == pytest.approx(AlgorithmConfig().final_lr)
     for name, old in before.items():
         assert any((a != b).any() for a, b in zip(old, given[name].parameters())), name
@@ -105,10 +105,10 @@ def test_state_holds_networks_and_optimizers():
     state = states[-1]
     other = make_torchrl_trainer(**parts())
     other.load_state_dict(state)
-    for name in ("world_model", "actor", "critics"):
+    for name in ("model", "actor", "critic"):
         ours, theirs = given[name].state_dict(), dict(other.optimization_stepper.networks.items())[name].state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    moments = other.optimization_stepper.learners["actor"].optimizer.state_dict()["state"]
+    moments = other.optimization_stepper.optimizers["actor"].optimizer.state_dict()["state"]
     assert torch.equal(moments[0]["exp_avg"], state["actor_optimizer"]["state"][0]["exp_avg"])
     assert other.optimization_stepper.epoch == 3
 
@@ -124,7 +124,7 @@ MULTITASK = WorldModelSpec(3, 1, 16, [32], [32], num_tasks=1, task_dim=4, action
             {"algorithm": {**ALGORITHM, "random_steps": 5}},
             "algorithm.random_steps=5 has no effect .* collector.init_random",
         ),
-        ({"algorithm": {**ALGORITHM, "policy_starts": "x"}}, "policy_starts='x' is not one of replay, current"),
+        ({"algorithm": {**ALGORITHM, "actor_starts": "x"}}, "actor_starts='x' is not one of replay, current"),
         ({"algorithm": AlgorithmConfig()}, "slice_len=4 does not give slices of algorithm.horizon=16"),
         ({"replay_buffer": ReplayBuffer(storage=LazyTensorStorage(9))}, "RandomSampler does not give slices"),
         ({"world_model": make_world_model(MULTITASK)}, "world_model.num_tasks=1"),

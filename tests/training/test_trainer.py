@@ -23,7 +23,7 @@ def test_what_hooks_log_enters_the_row_of_their_epoch(tmp_path, monkeypatch):
     seen = []
 
     def register(run):
-        if run.trainer.epoch == 1:
+        if run.loop.epoch == 1:
             LogScalar(key=("next", "reward"), logname="hook/reward").register(run.trainer, "hook")
             run.trainer.register_op("pre_steps_log", lambda batch: seen.append(batch["next", "reward"].mean().item()))
 
@@ -38,7 +38,7 @@ def test_late_hooks_log_into_the_same_epoch(tmp_path, monkeypatch):
     seen = []
 
     def register(run):
-        if run.trainer.epoch == 1:
+        if run.loop.epoch == 1:
             run.trainer.register_op("post_steps_log", lambda batch: {"hook/late": seen.append(1) or float(len(seen))})
 
     run_with(monkeypatch, config(), tmp_path, after_epoch=register)
@@ -55,7 +55,7 @@ def test_logged_values_do_not_pile_up(tmp_path, monkeypatch):
         return {"hook/value": value}
 
     def register(run):
-        if run.trainer.epoch == 1:
+        if run.loop.epoch == 1:
             run.trainer.register_op("pre_steps_log", log)
 
     run_with(monkeypatch, config({"training.epochs": 5}), tmp_path, after_epoch=register)
@@ -71,6 +71,6 @@ def test_counters(tmp_path, monkeypatch):
         monkeypatch,
         config({"algorithm.collect_steps": 3}),
         tmp_path,
-        after_epoch=lambda run: counts.append((run.trainer.epoch, run.trainer.agent_steps, run.trainer.env_steps)),
+        after_epoch=lambda run: counts.append((run.loop.epoch, run.trainer.agent_steps, run.trainer.env_steps)),
     )
     assert counts == [(1, 6, 6), (2, 12, 12), (3, 18, 18), (4, 24, 24)]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.run_dir import CONFIG_FILE, load_config, read_summary
-from pwm_torchrl.config import Config
 
 __all__ = ["FAILED", "RunReport", "find_runs", "last", "natural", "number", "read_run", "read_runs", "restart_reasons"]
 

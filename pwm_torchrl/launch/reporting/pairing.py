@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import configs_dir, nearest_sentence, schema_keys
 from pwm_torchrl.launch.reporting.collect import RunReport, natural
 from pwm_torchrl.launch.run_dir import differing_keys
-from pwm_torchrl.config import Config
 
 __all__ = ["Pairs", "covered_keys", "pair_runs", "value_of"]
 

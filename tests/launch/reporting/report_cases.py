@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.reporting.collect import RunReport
-from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import save_config
 
 

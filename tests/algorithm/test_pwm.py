@@ -1,4 +1,4 @@
-"""PWMStepper: what each update changes, on which data, and what it leaves alone."""
+"""PWM: what each update changes, on which data, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from tensordict import TensorDict
 from training_cases import Bench, config, live_graphs, trajectories
 
+from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.modules import RewardScale
+from pwm_torchrl.run.evaluation import gradient_profile
 from pwm_torchrl.training.graph_check import live_tensors
-from pwm_torchrl.training.metrics import MetricRow
 
-NAMES = ("world_model", "actor", "critics")
+NAMES = ("model", "actor", "critic")
 
 
 def rollout(bench: Bench, batch: int = 6, horizon: int = 4) -> TensorDict:
@@ -31,7 +32,7 @@ class TestWhatChanges:
     def test_an_epoch_changes_the_three_networks(self):
         bench = Bench(config())
         before = bench.snapshots()
-        bench.stepper.step(None, bench.data)
+        bench.step()
         changes = bench.changed(before)
         for name in NAMES:
             assert all(changes[name]), name
@@ -39,29 +40,29 @@ class TestWhatChanges:
     def test_model_update(self):
         bench = Bench(config())
         before = bench.snapshots()
-        bench.stepper.update_model(MetricRow())
+        bench.algorithm.update_model(MetricRow())
         changes = bench.changed(before)
-        assert any(changes["world_model"])
-        assert not any(changes["actor"] + changes["critics"])
+        assert any(changes["model"])
+        assert not any(changes["actor"] + changes["critic"])
         self.assert_no_gradient(bench)
 
     def test_policy_update(self):
         bench = Bench(config())
         before = bench.snapshots()
-        bench.stepper.update_policy(bench.replay.sample_observations(8), MetricRow())
+        bench.algorithm.update_actor(bench.replay.sample_observations(8), MetricRow())
         changes = bench.changed(before)
         # The reward head starts at zero, but the critics at the rollout's end give the actor a gradient.
         assert all(changes["actor"])
-        assert not any(changes["world_model"] + changes["critics"])
+        assert not any(changes["model"] + changes["critic"])
         self.assert_no_gradient(bench)
 
     def test_critic_update(self):
         bench = Bench(config())
         before = bench.snapshots()
-        bench.stepper.update_critics(rollout(bench), MetricRow())
+        bench.update_critic(rollout(bench), MetricRow())
         changes = bench.changed(before)
-        assert all(changes["critics"])
-        assert not any(changes["world_model"] + changes["actor"])
+        assert all(changes["critic"])
+        assert not any(changes["model"] + changes["actor"])
         self.assert_no_gradient(bench)
 
     def test_gradient_of_one_update_does_not_reach_the_next(self):
@@ -71,11 +72,11 @@ class TestWhatChanges:
             bench = Bench(config())
             observation = bench.replay.sample_observations(8)
             if garbage:
-                for p in bench.networks.world_model.parameters():
+                for p in bench.networks.model.parameters():
                     p.grad = torch.full_like(p, 1e6)
             torch.manual_seed(1)
             row = MetricRow()
-            bench.stepper.update_policy(observation, row)
+            bench.algorithm.update_actor(observation, row)
             results.append(row.numbers())
         assert results[0] == results[1]
 
@@ -88,7 +89,7 @@ class TestUpdateCounts:
     def count(self, bench: Bench) -> dict[str, int]:
         """Optimizer steps of the next epoch."""
         counts = dict.fromkeys(NAMES, 0)
-        for name, learner in bench.learners.items():
+        for name, learner in bench.optimizers.items():
             step = type(learner).step
 
             def counted(before, name=name, learner=learner, step=step):
@@ -96,23 +97,23 @@ class TestUpdateCounts:
                 return step(learner, before)
 
             learner.step = counted
-        bench.stepper.step(None, bench.data)
-        for learner in bench.learners.values():
+        bench.step()
+        for learner in bench.optimizers.values():
             del learner.step
         return counts
 
     def test_first_and_later_epochs(self):
-        bench = Bench(config({"algorithm.policy_updates": 2}))
+        bench = Bench(config({"algorithm.actor_updates": 2}))
         # 2 policy updates, each followed by 2 passes in 2 minibatches
-        assert self.count(bench) == {"world_model": 3, "actor": 2, "critics": 8}
-        assert self.count(bench) == {"world_model": 2, "actor": 2, "critics": 8}
+        assert self.count(bench) == {"model": 3, "actor": 2, "critic": 8}
+        assert self.count(bench) == {"model": 2, "actor": 2, "critic": 8}
 
     def test_nothing_before_the_random_steps_are_over(self):
         bench = Bench(config({"algorithm.random_steps": 81}))
         assert self.count(bench) == dict.fromkeys(NAMES, 0)
-        assert not bench.stepper.updated
+        assert not bench.algorithm.started
         bench.replay.extend(trajectories(steps=1))
-        assert self.count(bench) == {"world_model": 3, "actor": 1, "critics": 4}
+        assert self.count(bench) == {"model": 3, "actor": 1, "critic": 4}
 
     def test_more_random_steps_than_replay_holds(self):
         bench = Bench(config({"algorithm.random_steps": 1200}))
@@ -130,7 +131,7 @@ class TestModelUpdate:
     def test_logs_the_sum_and_its_parts(self):
         bench = Bench(config())
         row = MetricRow()
-        bench.stepper.update_model(row)
+        bench.algorithm.update_model(row)
         numbers = row.numbers()
         parts = numbers["loss/model_dynamics"] + numbers["loss/model_reward"]
         assert numbers["loss/model"] == pytest.approx(parts)
@@ -144,7 +145,7 @@ class TestModelUpdate:
         losses = []
         for _ in range(150):
             row = MetricRow()
-            bench.stepper.update_model(row)
+            bench.algorithm.update_model(row)
             losses.append(row.numbers()["loss/model_reward"])
         assert sum(losses[-10:]) < 0.1 * sum(losses[:10])
 
@@ -155,7 +156,7 @@ class TestRewardNormalization:
         bench = Bench(config())
         scale = RewardScale(2, 0.99)
         scale.update(bench.data["next", "reward"], bench.data["next", "done"])
-        bench.stepper.reward_scale = scale
+        bench.algorithm.reward_scale = scale
         seen = []
         read = bench.losses.model.read
 
@@ -165,7 +166,7 @@ class TestRewardNormalization:
 
         bench.losses.model.read = spy
         torch.manual_seed(2)
-        bench.stepper.update_model(MetricRow())
+        bench.algorithm.update_model(MetricRow())
         torch.manual_seed(2)
         raw = bench.replay.sample_slices(8)["next", "reward"]
         factor = seen[0] / raw
@@ -203,8 +204,8 @@ class TestCriticUpdate:
             imagined["value_target"] = torch.where(mask, imagined["value_target"], garbage)
             torch.manual_seed(4)
             row = MetricRow()
-            bench.stepper.update_critics(imagined, row)
-            weights.append((bench.snapshots()["critics"], row.numbers()["loss/value"]))
+            bench.update_critic(imagined, row)
+            weights.append((bench.snapshots()["critic"], row.numbers()["loss/critic"]))
         assert weights[0][1] == weights[1][1]
         assert all(map(torch.equal, weights[0][0], weights[1][0]))
 
@@ -214,15 +215,15 @@ class TestCriticUpdate:
         imagined = rollout(bench)
         imagined["collector", "mask"][:, 1:] = False
         row = MetricRow()
-        bench.stepper.update_critics(imagined, row)
-        assert math.isfinite(row.numbers()["loss/value"])
-        assert all(p.isfinite().all() for p in bench.networks.critics.parameters())
+        bench.update_critic(imagined, row)
+        assert math.isfinite(row.numbers()["loss/critic"])
+        assert all(p.isfinite().all() for p in bench.networks.critic.parameters())
 
     def test_every_state_is_visited_once_in_each_pass(self):
         bench = Bench(config({"algorithm.critic_minibatches": 5}))
         imagined = rollout(bench)
         imagined["value_target"] = torch.arange(24.0).view(6, 4, 1)
-        passes, value = [], bench.losses.value
+        passes, value = [], bench.losses.critic
 
         class Spy(torch.nn.Module):
             tensor_keys = value.tensor_keys
@@ -231,8 +232,8 @@ class TestCriticUpdate:
                 passes.append(data["value_target"].flatten().tolist())
                 return value.backward(data, micro_batch)
 
-        bench.losses.value = Spy()
-        bench.stepper.update_critics(imagined, MetricRow())
+        bench.losses.critic = Spy()
+        bench.update_critic(imagined, MetricRow())
         assert [len(p) for p in passes] == [5, 5, 5, 5, 4] * 2
         first, second = list(chain(*passes[:5])), list(chain(*passes[5:]))
         assert sorted(first) == sorted(second) == list(range(24))
@@ -241,8 +242,8 @@ class TestCriticUpdate:
 
 class TestStarts:
     def test_replayed(self):
-        bench = Bench(config({"algorithm.imagination_batch": 300}))
-        starts = bench.stepper.start_observations(trajectories(steps=4))
+        bench = Bench(config({"algorithm.actor_batch": 300}))
+        starts = bench.algorithm.start_observations(trajectories(steps=4))
         stored = bench.data["observation"].flatten(0, 1)
         assert starts.shape == (300, 3)
         found = (starts.unsqueeze(1) == stored).all(-1)
@@ -250,52 +251,52 @@ class TestStarts:
         assert found.any(0).float().mean() > 0.9
 
     def test_current(self):
-        bench = Bench(config({"algorithm.policy_starts": "current", "algorithm.imagination_batch": 6}))
+        bench = Bench(config({"algorithm.actor_starts": "current", "algorithm.actor_batch": 6}))
         batch = trajectories(steps=4)
-        starts = bench.stepper.start_observations(batch)
+        starts = bench.algorithm.start_observations(batch)
         found = (starts.unsqueeze(1) == batch["observation"].flatten(0, 1)).all(-1)
         assert found.sum(1).tolist() == [1] * 6
         assert found.sum(0).max() == 1
-        assert len(bench.stepper.start_observations(trajectories(steps=2))) == 4
+        assert len(bench.algorithm.start_observations(trajectories(steps=2))) == 4
 
     @pytest.mark.parametrize("starts", ["replay", "current"])
     def test_an_epoch_runs_with_either(self, starts):
-        bench = Bench(config({"algorithm.policy_starts": starts}))
-        assert math.isfinite(bench.stepper.step(None, bench.data)["loss/actor"])
+        bench = Bench(config({"algorithm.actor_starts": starts}))
+        assert math.isfinite(bench.step()["loss/actor"])
 
 
 class TestLearningRates:
     def test_fall_linearly_to_the_last(self):
         cfg = config({"training.epochs": 4, "algorithm.critic_lr": 1e-3})
         bench = Bench(cfg)
-        logged = [bench.stepper.step(None, bench.data) for _ in range(4)]
-        for name, first in (("world_model", 3e-4), ("actor", 5e-4), ("critics", 1e-3)):
+        logged = [bench.step() for _ in range(4)]
+        for name, first in (("model", 3e-4), ("actor", 5e-4), ("critic", 1e-3)):
             expected = [first + (1e-5 - first) * epoch / 3 for epoch in range(4)]
-            assert [row[f"lr/{name}"].item() for row in logged] == pytest.approx(expected)
-        learner = bench.learners["actor"]
+            assert [row[f"lr/{name}"] for row in logged] == pytest.approx(expected)
+        learner = bench.optimizers["actor"]
         for fraction in (1.0, 1.5):
             learner.set_progress(fraction)
             assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
 
     def test_the_state_continues_the_schedule(self):
         bench, other = Bench(config()), Bench(config())
-        bench.stepper.step(None, bench.data)
-        other.stepper.load_state_dict(bench.stepper.state_dict())
-        rates = [b.stepper.step(None, b.data)["lr/actor"] for b in (bench, other)]
+        bench.step()
+        other.algorithm.load_state_dict(bench.algorithm.state_dict())
+        rates = [b.step()["lr/actor"] for b in (bench, other)]
         assert rates[0] == rates[1] < 5e-4
-        assert other.stepper.updated
+        assert other.algorithm.updated
 
 
 class TestOptimizers:
     def test_settings(self):
         bench = Bench(config())
-        betas = {name: tuple(learner.optimizer.defaults["betas"]) for name, learner in bench.learners.items()}
-        assert betas == {"world_model": (0.9, 0.999), "actor": (0.7, 0.95), "critics": (0.7, 0.95)}
-        assert [bench.learners[name].max_norm for name in NAMES] == [20.0, 1.0, 100.0]
+        betas = {name: tuple(learner.optimizer.defaults["betas"]) for name, learner in bench.optimizers.items()}
+        assert betas == {"model": (0.9, 0.999), "actor": (0.7, 0.95), "critic": (0.7, 0.95)}
+        assert [bench.optimizers[name].max_norm for name in NAMES] == [20.0, 1.0, 100.0]
 
     def test_norm_is_logged_before_clipping(self):
         bench = Bench(config())
-        learner = bench.learners["actor"]
+        learner = bench.optimizers["actor"]
         for p in learner.parameters:
             p.grad = torch.full_like(p, 10.0)
         expected = 10 * math.sqrt(sum(p.numel() for p in learner.parameters))
@@ -309,19 +310,19 @@ class TestOptimizers:
 class TestDiagnostics:
     def test_gradient_profile_disturbs_nothing(self):
         bench = Bench(config())
-        bench.stepper.step(None, bench.data)
+        bench.step()
         before = bench.snapshots()
         statistics = {k: v.clone() for k, v in bench.losses.actor.return_statistics.state_dict().items()}
         for p in bench.networks.actor.parameters():
             p.grad = torch.full_like(p, 3.0)
-        profile = bench.stepper.gradient_profile(bench.replay.sample_observations(8))
+        profile = gradient_profile(bench.algorithm, bench.replay.sample_observations(8))
         assert list(profile) == [f"grad_profile/{t:02d}" for t in range(4)]
         assert all(type(value) is float and value >= 0 for value in profile.values())
         assert any(value > 0 for value in profile.values())
         for name in NAMES:
             assert not any(bench.changed(before)[name])
         assert all((p.grad == 3.0).all() for p in bench.networks.actor.parameters())
-        others = (bench.networks.world_model, bench.networks.critics)
+        others = (bench.networks.model, bench.networks.critic)
         assert all(p.grad is None for network in others for p in network.parameters())
         after = bench.losses.actor.return_statistics.state_dict()
         assert all(torch.equal(after[key], value) for key, value in statistics.items())
@@ -329,12 +330,12 @@ class TestDiagnostics:
     @pytest.mark.parametrize("kind", ["mlp", "flow"])
     def test_metrics_are_plain(self, kind):
         bench = Bench(config({"model.dynamics.kind": kind}))
-        row = bench.stepper.step(None, bench.data)
+        row = bench.step()
         for key, value in row.items():
             assert not value.requires_grad, key
             assert value.grad_fn is None, key
             assert value.numel() == 1, key
-        expected = {"loss/model", "loss/actor", "loss/value", "grad_norm/model", "grad_norm/actor", "grad_norm/value"}
+        expected = {"loss/model", "loss/actor", "loss/critic", "grad_norm/model", "grad_norm/actor", "grad_norm/critic"}
         assert expected <= set(row.keys())
 
 
@@ -347,8 +348,8 @@ class TestMemory:
         kept, tensors = [], []
         others = live_graphs()  # those of other tests' fixtures in this process
         for _ in range(4):
-            kept.append(bench.stepper.step(None, bench.data))
-            bench.stepper.gradient_profile(bench.replay.sample_observations(8))
+            kept.append(bench.step())
+            gradient_profile(bench.algorithm, bench.replay.sample_observations(8))
             assert live_graphs() == others
             alive = live_tensors()
             tensors.append(sum(x.numel() for x in alive) - sum(v.numel() for row in kept for v in row.values()))

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from training_cases import Bench, assert_equal, config
 
-from pwm_torchrl.training.metrics import MetricRow
+from pwm_torchrl.algorithm.metrics import MetricRow
 
-#: Learner by update.
-LEARNERS = {"world-model": "world_model", "policy": "actor", "critic": "critics"}
+UPDATES = ("model", "actor", "critic")
 #: Rows of each update's batch in ``config()``.
-BATCH = {"world-model": 8, "policy": 8, "critic": 16}
+BATCH = {"model": 8, "actor": 8, "critic": 16}
 ERRORS: dict[str, Callable[[], Exception]] = {
     "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": lambda: RuntimeError(
@@ -27,7 +26,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
     "python": MemoryError,
     "mapping": lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
 }
-#: Where an update may fail; sampling is a part of the world-model update only.
+#: Where an update may fail; sampling is a part of the model update only.
 PLACES = ("sampling", "forward", "backward", "clipping", "copying", "before the step", "in the step")
 
 
@@ -56,8 +55,8 @@ class Fault:
         self.error, self.left, self.seen = error, times, seen
         self.raised = 0
         self.begun = False
-        self.learner = bench.learners[LEARNERS[update]]
-        self.network = dict(bench.networks.items())[LEARNERS[update]]
+        self.learner = bench.optimizers[update]
+        self.network = dict(bench.networks.items())[update]
 
     def fire(self) -> None:
         if self.left and self.begun:
@@ -70,7 +69,7 @@ class Fault:
     @contextmanager
     def armed(self) -> Iterator[None]:
         """Inside, the update fails."""
-        undo = self.bench.stepper.undo[LEARNERS[self.update]]
+        undo = self.bench.algorithm.updates.executor.undo[self.update]
         note = undo.note
 
         def begin() -> None:
@@ -111,7 +110,7 @@ class Fault:
 
     def _copying(self, patch: pytest.MonkeyPatch) -> None:
         """The copy with which the step would be taken back."""
-        undo = self.bench.stepper.undo[LEARNERS[self.update]]
+        undo = self.bench.algorithm.updates.executor.undo[self.update]
         changed = undo._changed_by_step
         patch.setattr(undo, "_changed_by_step", lambda: (self.fire(), changed())[1])
 
@@ -138,23 +137,23 @@ class Fault:
 
 
 def make_bench(changes: dict[str, Any] | None = None, data: Any = None, epochs: int = 0) -> Bench:
-    """A stepper of which every random number is known, after some epochs."""
+    """An algorithm of which every random number is known, after some epochs."""
     few = {"algorithm.first_model_updates": 1, "algorithm.model_updates": 1, "algorithm.critic_passes": 1}
     bench = Bench(config({**few, **(changes or {})}), data)
     torch.manual_seed(11)
     for _ in range(epochs):
-        bench.stepper.step(None, bench.data)
+        bench.step()
     return bench
 
 
 def prepared(bench: Bench, update: str) -> Callable[[MetricRow], object]:
     """An update with its inputs, drawn from fixed random numbers."""
     torch.manual_seed(12)
-    stepper = bench.stepper
-    if update == "world-model":
+    stepper = bench.algorithm
+    if update == "model":
         return stepper.update_model
-    observation = bench.replay.sample_observations(stepper.cfg.algorithm.imagination_batch)
-    if update == "policy":
+    observation = bench.replay.sample_observations(stepper.cfg.algorithm.actor_batch)
+    if update == "actor":
         return lambda row: stepper.update_policy(observation, row)
     imagined = bench.losses.actor.rollout_and_loss(stepper.encode(observation))[1]
     return lambda row: stepper.update_critics(imagined, row)
@@ -175,7 +174,7 @@ def state_of(bench: Bench) -> dict[str, Tensor]:
     out = {"generator": bench.generator}
     for name, network in bench.networks.items():
         out |= {f"{name}.{key}": value.clone() for key, value in network.state_dict().items()}
-    for name, learner in bench.learners.items():
+    for name, learner in bench.optimizers.items():
         for index, state in learner.optimizer.state_dict()["state"].items():
             out |= {f"optimizer_{name}.{index}.{key}": value.clone() for key, value in state.items()}
         assert all(p.grad is None for p in learner.parameters)
@@ -190,7 +189,7 @@ def assert_same_run(ours: Bench, theirs: Bench) -> None:
     for bench, ends in ((ours, first), (theirs, second)):
         ends.append(state_of(bench))
         torch.manual_seed(13)
-        ends.append(dict(bench.stepper.step(None, bench.data).items()))
+        ends.append(dict(bench.step().items()))
         bench.generator = torch.get_rng_state()
         ends.append(state_of(bench))
     for one, other in zip(first, second, strict=True):

@@ -21,18 +21,18 @@ import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from recovery_cases import LEARNERS, do, make_bench, prepared, state_of
+from recovery_cases import UPDATES, do, make_bench, prepared, state_of
 from training_cases import Bench
 
-from pwm_torchrl.training.metrics import MetricRow
+from pwm_torchrl.algorithm.metrics import MetricRow
 
-ROWS = {"world-model": 512, "policy": 512, "critic": 2048}
+ROWS = {"model": 512, "actor": 512, "critic": 2048}
 CHANGES = {
     "size.units": [256, 256],
     "size.latent_dim": 64,
     "size.critic_units": [512, 512],
     "algorithm.model_batch": 512,
-    "algorithm.imagination_batch": 512,
+    "algorithm.actor_batch": 512,
     "algorithm.critic_minibatches": 1,
 }
 
@@ -67,7 +67,7 @@ Call = Callable[[MetricRow], object]
 def update(bench: Bench, name: str, call: Call, size: int | None = None, limit: int | None = None) -> dict[str, Any]:
     """Do an update; how much address space it took, what became of it."""
     if size is not None:
-        bench.stepper.micro_batches.reduced[name] = size
+        bench.algorithm.updates.reduced[name] = size
     before = addresses("VmSize")
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_AS, (before + limit, before + limit))
@@ -86,10 +86,10 @@ def update(bench: Bench, name: str, call: Call, size: int | None = None, limit: 
 def main() -> None:
     torch.set_num_threads(1)
     bench = make_bench({**CHANGES})
-    for name in (*LEARNERS, *LEARNERS):  # libraries and optimizers take what they keep
-        bench.stepper.micro_batches.reduced[name] = 8
+    for name in (*UPDATES, *UPDATES):  # libraries and optimizers take what they keep
+        bench.algorithm.updates.reduced[name] = 8
         do(bench, name)
-    bench.stepper.micro_batches.reduced.clear()
+    bench.algorithm.updates.reduced.clear()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     out = {}

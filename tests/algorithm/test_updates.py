@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from recovery_cases import BATCH, ERRORS, LEARNERS, PLACES, Fault, assert_same_run, do, make_bench, state_of
+from recovery_cases import BATCH, ERRORS, PLACES, UPDATES, Fault, assert_same_run, do, make_bench, state_of
 from training_cases import Bench, assert_equal, trajectories
 
-from pwm_torchrl.errors import OutOfMemory
-from pwm_torchrl.config import MemoryConfig
-from pwm_torchrl.training.graph_check import live_nodes, live_tensors
 from pwm_torchrl.algorithm.updates import MicroBatches, is_out_of_memory
+from pwm_torchrl.config import MemoryConfig
+from pwm_torchrl.errors import OutOfMemory
+from pwm_torchrl.training.graph_check import live_nodes, live_tensors
 
 ROOT = Path(__file__).parents[2]
-WHERE = [(update, place) for update in LEARNERS for place in PLACES if place != "sampling" or update == "world-model"]
+WHERE = [(update, place) for update in UPDATES for place in PLACES if place != "sampling" or update == "model"]
 
 
 def fail(bench: Bench, update: str, place: str, error: str = "cpu", times: int = 1) -> dict[str, float]:
@@ -38,24 +38,24 @@ class TestRepeated:
         """To the bit, wherever memory was refused: weights, optimizers, statistics, generator, log, the next epoch."""
         half = BATCH[update] // 2
         ours, theirs = make_bench(epochs=epochs), make_bench(epochs=epochs)
-        theirs.stepper.micro_batches.reduced[update] = half
+        theirs.algorithm.updates.reduced[update] = half
         logged = fail(ours, update, place)
         assert logged == do(theirs, update)
         assert ours.reduced == [(update, 2 * half, half)]
-        assert ours.stepper.micro_batches.reduced == {update: half}
+        assert ours.algorithm.updates.reduced == {update: half}
         assert_same_run(ours, theirs)
 
     @pytest.mark.parametrize("error", ERRORS)
     @pytest.mark.parametrize("place", ["forward", "in the step"])
-    @pytest.mark.parametrize("update", LEARNERS)
+    @pytest.mark.parametrize("update", UPDATES)
     def test_whoever_refused(self, update, place, error):
         ours, theirs = make_bench(epochs=1), make_bench(epochs=1)
-        theirs.stepper.micro_batches.reduced[update] = BATCH[update] // 2
+        theirs.algorithm.updates.reduced[update] = BATCH[update] // 2
         assert fail(ours, update, place, error) == do(theirs, update)
         assert_equal(state_of(ours), state_of(theirs))
 
     @pytest.mark.parametrize("changes", [{}, {"model.dynamics.checkpoint_substeps": True}], ids=["", "checkpointed"])
-    @pytest.mark.parametrize("update", LEARNERS)
+    @pytest.mark.parametrize("update", UPDATES)
     @pytest.mark.parametrize("place", ["backward", "in the step"])
     def test_equals_the_whole_batch_in_float64(self, place, update, changes):
         """Up to rounding: memory changes no arithmetic."""
@@ -63,7 +63,7 @@ class TestRepeated:
         data["next", "done"] = torch.rand(data["next", "done"].shape) < 0.2
         ours, theirs = make_bench(changes, data), make_bench(changes, data)
         logged, expected = fail(ours, update, place, times=2), do(theirs, update)
-        assert ours.stepper.micro_batches.used[update] == BATCH[update] // 4
+        assert ours.algorithm.updates.used[update] == BATCH[update] // 4
         assert logged.keys() == expected.keys()
         for key, value in expected.items():
             assert logged[key] == pytest.approx(value, rel=1e-10, abs=1e-10), key
@@ -71,13 +71,12 @@ class TestRepeated:
         for key, value in state_of(ours).items():
             torch.testing.assert_close(value, whole[key], rtol=0, atol=1e-10, msg=key)
 
-    @pytest.mark.parametrize("update", LEARNERS)
+    @pytest.mark.parametrize("update", UPDATES)
     def test_again_and_again(self, update):
         """From a configured size that is odd: 7, 4, 2, 1."""
-        key = {"world-model": "model", "policy": "imagination", "critic": "critic"}[update]
-        changes = {f"memory.{key}_micro_batch": 7}
+        changes = {f"memory.{update}_micro_batch": 7}
         ours, theirs = make_bench(changes), make_bench(changes)
-        theirs.stepper.micro_batches.reduced[update] = 1
+        theirs.algorithm.updates.reduced[update] = 1
         assert fail(ours, update, "backward", times=3) == do(theirs, update)
         assert ours.reduced == [(update, 7, 4), (update, 4, 2), (update, 2, 1)]
         assert_same_run(ours, theirs)
@@ -86,17 +85,17 @@ class TestRepeated:
         """The copies that a step is taken back with are those of this step, not of one before."""
         ours, theirs = make_bench(epochs=2), make_bench(epochs=2)
         for size in (4, 2, 1):
-            theirs.stepper.micro_batches.reduced["world-model"] = size
-            assert fail(ours, "world-model", "in the step") == do(theirs, "world-model")
+            theirs.algorithm.updates.reduced["model"] = size
+            assert fail(ours, "model", "in the step") == do(theirs, "model")
         assert_same_run(ours, theirs)
 
     def test_an_optimizer_that_was_loaded_in_between(self):
         """Loading puts other tensors in the place of the state."""
         ours, theirs = make_bench(epochs=1), make_bench(epochs=1)
         for bench in (ours, theirs):
-            for learner in bench.learners.values():
+            for learner in bench.optimizers.values():
                 learner.optimizer.load_state_dict(learner.optimizer.state_dict())
-        theirs.stepper.micro_batches.reduced["critic"] = 8
+        theirs.algorithm.updates.reduced["critic"] = 8
         assert fail(ours, "critic", "in the step") == do(theirs, "critic")
         assert_same_run(ours, theirs)
 
@@ -111,7 +110,7 @@ def test_a_real_one():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == set(LEARNERS)
+    assert set(found) == set(UPDATES)
     for name, of in found.items():
         rows, whole, half, limited = (of[key] for key in ("rows", "whole", "half", "limited"))
         assert half["growth"] < 0.7 * whole["growth"], "a half needs clearly less"
@@ -125,7 +124,7 @@ class TestNothingOfTheFailedUpdateIsLeft:
     def test_no_tensor_and_no_graph(self, update, place):
         """When the update is tried again, what the failed one had made is gone."""
         bench = make_bench(epochs=2)  # the undo's copies of the optimizer's state are made in the second step
-        undo = bench.stepper.undo[LEARNERS[update]]
+        undo = bench.algorithm.updates.executor.undo[update]
         others = live_nodes()
         before: set[int] = set()
         failed: list[weakref.ref[torch.Tensor]] = []
@@ -157,12 +156,12 @@ class TestNothingOfTheFailedUpdateIsLeft:
 
 class TestGivingUp:
     @pytest.mark.parametrize("place", ["forward", "in the step"])
-    @pytest.mark.parametrize("update", LEARNERS)
+    @pytest.mark.parametrize("update", UPDATES)
     def test_at_one_row_everything_is_as_before(self, update, place):
         bench, expected = make_bench(epochs=1), make_bench(epochs=1)
         torch.manual_seed(12)
         # What is drawn before the update itself begins.
-        if update != "world-model":
+        if update != "model":
             observation = expected.replay.sample_observations(8)
         if update == "critic":
             expected.losses.actor.rollout_and_loss(expected.stepper.encode(observation))
@@ -179,14 +178,14 @@ class TestGivingUp:
         assert_equal(state_of(bench), before)
         assert [sizes[1:] for sizes in bench.reduced][-1] == (2, 1)
         # A size with which nothing succeeded is none: with more memory, a resumed run need not keep to it.
-        assert bench.stepper.micro_batches.reduced == {}
+        assert bench.algorithm.updates.reduced == {}
 
     def test_what_succeeded_before_is_kept(self):
         bench = make_bench()
-        fail(bench, "policy", "forward")
-        with Fault(bench, "policy", "forward", ERRORS["cpu"], times=3).armed(), pytest.raises(OutOfMemory):
-            do(bench, "policy")
-        assert bench.stepper.micro_batches.reduced == {"policy": 4}
+        fail(bench, "actor", "forward")
+        with Fault(bench, "actor", "forward", ERRORS["cpu"], times=3).armed(), pytest.raises(OutOfMemory):
+            do(bench, "actor")
+        assert bench.algorithm.updates.reduced == {"actor": 4}
 
 
 class TestOtherErrors:
@@ -200,7 +199,7 @@ class TestOtherErrors:
         ],
         ids=lambda error: type(error).__name__,
     )
-    @pytest.mark.parametrize("update", LEARNERS)
+    @pytest.mark.parametrize("update", UPDATES)
     def test_are_not_swallowed(self, update, error):
         bench = make_bench()
         with Fault(bench, update, "forward", lambda: error).armed(), pytest.raises(type(error)) as caught:
@@ -210,8 +209,8 @@ class TestOtherErrors:
 
     def test_neither_is_an_interrupt(self):
         bench = make_bench()
-        with Fault(bench, "policy", "backward", KeyboardInterrupt).armed(), pytest.raises(KeyboardInterrupt):
-            do(bench, "policy")
+        with Fault(bench, "actor", "backward", KeyboardInterrupt).armed(), pytest.raises(KeyboardInterrupt):
+            do(bench, "actor")
         assert bench.reduced == []
 
     @pytest.mark.parametrize(
@@ -239,31 +238,31 @@ class TestOtherErrors:
 class TestState:
     def test_a_resumed_run_goes_on_with_reduced_sizes(self):
         bench, other = make_bench(), make_bench()
-        fail(bench, "world-model", "forward")
+        fail(bench, "model", "forward")
         fail(bench, "critic", "forward", times=2)
-        other.stepper.load_state_dict(bench.stepper.state_dict())
-        assert other.stepper.micro_batches.reduced == {"world-model": 4, "critic": 4}
+        other.algorithm.load_state_dict(bench.algorithm.state_dict())
+        assert other.algorithm.updates.reduced == {"model": 4, "critic": 4}
         do(other, "critic")
-        assert other.stepper.micro_batches.used == {"critic": 4}
+        assert other.algorithm.updates.used == {"critic": 4}
 
     def test_a_size_that_was_set_anew_counts_instead(self):
         """More memory, or another plan; an update whose size stays as it was keeps its reduction."""
         made, told = [], []
         for memory in (MemoryConfig(model_micro_batch=8), MemoryConfig(model_micro_batch=6)):
             made.append(MicroBatches.configured(memory, lambda *what: told.append(what)))
-        made[0].reduced = {"world-model": 2, "policy": 4}
+        made[0].reduced = {"model": 2, "actor": 4}
         made[1].load_state_dict(made[0].state_dict())
-        assert made[1].reduced == {"policy": 4}
-        assert made[1].size("world-model", 100) == 6
+        assert made[1].reduced == {"actor": 4}
+        assert made[1].size("model", 100) == 6
         assert not told
 
     def test_sizes_are_logged_as_their_keys(self):
         bench = make_bench()
-        with Fault(bench, "policy", "forward", ERRORS["cpu"]).armed():
-            row = bench.stepper.step(None, bench.data)
+        with Fault(bench, "actor", "forward", ERRORS["cpu"]).armed():
+            row = bench.step()
         logged = {key: value.item() for key, value in row.items() if key.startswith("memory/")}
         assert logged == {
             "memory/model_micro_batch": 8,
-            "memory/imagination_micro_batch": 4,
+            "memory/actor_micro_batch": 4,
             "memory/critic_micro_batch": 16,
         }

@@ -1,4 +1,4 @@
-"""Asking a run to stop at its next step, from a signal or from code."""
+"""Stopping a run at its next step, from a signal or from code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from pwm_torchrl.training.progress import warn
+from pwm_torchrl.training.progress import say, warn
 
 #: What SLURM sends before it takes a job's nodes away: SIGUSR2 some time before, SIGTERM right before.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -41,6 +41,44 @@ class StopRequest:
         if self.reason is not None:
             self.reached.set()
             raise StopInEpoch(self.reason)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt(stop: StopRequest) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM ask for a stop; a second SIGINT raises KeyboardInterrupt at once.
+
+    Signals that another part of the program answers are left to it: a handler of SIGTERM that is not the default, both
+    signals outside of the main thread, and SIGINT where it is ignored.
+
+    Args:
+        stop (StopRequest): what is asked.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def ask(signum: int, frame: object) -> None:
+        if os.getpid() != owner:  # a forked worker: end as it would have without us
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if stop.reason is None:
+            stop.ask(signal.Signals(signum).name)
+            again = " (Ctrl-C again stops at once)" if signum == signal.SIGINT else ""
+            say(f"\nstopping: the run saves its state at its next step{again} ...")
+
+    taken = {}
+    for each, free in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(each) == free:
+            taken[each] = signal.signal(each, ask)
+    try:
+        yield
+    finally:
+        for each, handler in taken.items():
+            signal.signal(each, handler)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,420 @@
+"""Evaluation in the real environment: returns of deterministic episodes, and open-loop errors of the model on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.pwm import PWM
+from pwm_torchrl.config import Config
+from pwm_torchrl.devices import pick_device
+from pwm_torchrl.envs import EnvInfo, env_info, make_env, render_frame
+from pwm_torchrl.envs.tasks import task_info
+from pwm_torchrl.envs.workers import OpenEnv
+from pwm_torchrl.modules import WorldModel
+from pwm_torchrl.training.artifacts import write_video
+from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.progress import say, warn
+from pwm_torchrl.training.seeding import evaluation_env_seed, preserved_generators
+from pwm_torchrl.training.summary import RunSummary
+
+#: Stops an evaluation whose episodes neither end nor have a known length.
+MAX_AGENT_STEPS = 10_000
+#: Share of the latent's variance at the beginning below which fine-tuning has collapsed it.
+COLLAPSED = 0.1
+
+
+@dataclass
+class Episodes:
+    """One episode per environment, time-major; rows after an episode's end are not ``valid``."""
+
+    observation: Tensor  # [T, N, O]
+    action: Tensor  # [T, N, A]
+    next_observation: Tensor  # [T, N, O]
+    reward: Tensor  # [T, N, 1]
+    valid: Tensor  # bool [T, N, 1]
+    success: Tensor | None = None  # bool [N], whether the task was solved at the end, where an environment says so
+
+    @property
+    def returns(self) -> Tensor:
+        """Undiscounted sums of the environment's rewards, float64 ``[N]``."""
+        return (self.reward.double() * self.valid).sum(0).squeeze(-1)
+
+
+@preserved_generators()
+@torch.no_grad()
+def play(
+    env: EnvBase,
+    act: Callable[[TensorDictBase], TensorDictBase],
+    seed: int,
+    between: Callable[[], None] | None = None,
+) -> Episodes:
+    """One episode in each environment of ``env``, after seeding them.
+
+    Args:
+        env (EnvBase): environments of batch size ``[N]``.
+        act (callable): sets ``action`` in a TensorDict, such as a policy module.
+        seed (int): of the first environment; the same seed starts the same episodes.
+        between (callable, optional): called before every step; what it raises ends the evaluation. Defaults to
+            ``None``.
+    """
+    env.set_seed(seed)
+    limit = env_info(env).episode_length or MAX_AGENT_STEPS
+    state = env.reset()
+    running = torch.ones(*env.batch_size, 1, dtype=torch.bool)
+    solved: Tensor | None = None
+    columns: dict[str, list[Tensor]] = {
+        key: [] for key in ("observation", "action", "next_observation", "reward", "valid")
+    }
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        for _ in range(limit):
+            if between is not None:
+                between()
+            state, following = env.step_and_maybe_reset(act(state))
+            step = state["next"]
+            for key, value in (
+                ("observation", state["observation"]),
+                ("action", state["action"]),
+                ("next_observation", step["observation"]),
+                ("reward", step["reward"]),
+                ("valid", running),
+            ):
+                columns[key].append(value.cpu().clone())
+            if "success" in step.keys():
+                now = step["success"].cpu()
+                solved = now.clone() if solved is None else torch.where(running, now, solved)
+            running = running & ~step["done"].cpu()
+            if not running.any():
+                break
+            state = following
+    success = None if solved is None else solved.squeeze(-1)
+    return Episodes(**{key: torch.stack(values) for key, values in columns.items()}, success=success)
+
+
+def acting_on(
+    policy: Callable[[TensorDictBase], TensorDictBase], device: torch.device, env_device: torch.device
+) -> Callable[[TensorDictBase], TensorDictBase]:
+    """A policy on ``device`` for environments on ``env_device``."""
+    if device == env_device:
+        return policy
+
+    def act(state: TensorDictBase) -> TensorDictBase:
+        return state.set("action", policy(state.select("observation").to(device))["action"].to(env_device))
+
+    return act
+
+
+def random_action(env: EnvBase) -> Callable[[TensorDictBase], TensorDictBase]:
+    """Uniform actions from a generator of their own, so that evaluating them leaves training's alone."""
+    generator = torch.Generator().manual_seed(0)
+    shape = env.action_spec.shape
+
+    def act(state: TensorDictBase) -> TensorDictBase:
+        action = torch.rand(shape, generator=generator) * 2 - 1
+        return state.set("action", action.to(state.device or "cpu"))
+
+    return act
+
+
+@torch.no_grad()
+def open_loop_errors(
+    model: WorldModel, episodes: Episodes, horizon: int, reward_scale: Tensor | None = None
+) -> dict[str, float]:
+    """Errors of the model rolled out for ``horizon`` steps from every ``horizon``-th observation, without feedback.
+
+    Args:
+        model (WorldModel): the model.
+        episodes (Episodes): held-out data.
+        horizon (int): ``H``.
+        reward_scale (Tensor, optional): factor that the model's rewards were trained with.
+
+    Returns:
+        dict: ``latent_mse`` and ``reward_nmse`` (squared error over the variance of the real rewards), means over the
+        horizon, and the same at its last step (``_last``). Empty if no episode is as long as the horizon.
+    """
+    device = next(model.parameters()).device
+    total = episodes.valid.shape[0]
+    starts = [s for s in range(0, total - horizon + 1, horizon) if episodes.valid[s + horizon - 1].any()]
+    if not starts:
+        return {}
+
+    def windows(x: Tensor) -> Tensor:
+        rows = [x[s : s + horizon, episodes.valid[s + horizon - 1].squeeze(-1)] for s in starts]
+        return torch.cat(rows, 1).to(device)
+
+    reward = windows(episodes.reward)
+    if reward_scale is not None:
+        reward = reward * reward_scale
+    latent, squared = rollout_errors(
+        model,
+        windows(episodes.observation)[0],
+        windows(episodes.action),
+        windows(episodes.next_observation),
+        reward,
+    )
+    nmse = squared / reward.var().clamp_min(1e-8)
+    return {
+        "latent_mse": latent.mean().item(),
+        "latent_mse_last": latent[-1].item(),
+        "reward_nmse": nmse.mean().item(),
+        "reward_nmse_last": nmse[-1].item(),
+    }
+
+
+@torch.no_grad()
+def rollout_errors(
+    model: WorldModel,
+    observation: Tensor,
+    action: Tensor,
+    next_observation: Tensor,
+    reward: Tensor,
+    task: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Open-loop errors of the model at every step of a rollout, means over the batch.
+
+    Args:
+        model (WorldModel): the model.
+        observation (Tensor): first observations ``[B, O]``.
+        action (Tensor): ``[H, B, A]``.
+        next_observation (Tensor): ``[H, B, O]``.
+        reward (Tensor): ``[H, B, 1]``, as the model was trained on it.
+        task (Tensor, optional): index ``[B]``, for multi-task models.
+
+    Returns:
+        tuple: squared error of the latent and of the raw reward, each ``[H]``.
+    """
+    tasks = () if task is None else (task,)
+    target = model.encode(next_observation, *tasks)
+    z = model.encode(observation, *tasks)
+    latent_error, reward_error = [], []
+    raw = getattr(model.reward, "codec", None)
+    for t in range(len(action)):
+        z, logits, _ = model.predict(z, action[t], *tasks)
+        predicted = logits if raw is None else raw.decode(logits)
+        latent_error.append((z - target[t]).square().mean())
+        reward_error.append((predicted - reward[t]).square().mean())
+    return torch.stack(latent_error), torch.stack(reward_error)
+
+
+def film(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Iterator[np.ndarray]:
+    """Pictures of one deterministic episode in a rendering environment of batch size [1]."""
+    env.set_seed(seed)
+    state = env.reset()
+    limit = env_info(env).episode_length or MAX_AGENT_STEPS
+    for _ in range(limit):
+        yield render_frame(env)
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            state, following = env.step_and_maybe_reset(act(state))
+        if state["next", "done"].any():
+            return
+        state = following
+
+
+class Evaluation(Protocol):
+    """Measures what has been learned, in the way of a run's mode."""
+
+    def prelude(self) -> None:
+        """What comes before the first epoch, and again when a run is resumed."""
+
+    def begin_epoch(self, epoch: int, row: MetricRow) -> None:
+        """Look at the networks before an epoch's updates."""
+
+    def measure(self, epoch: int, row: MetricRow) -> float | None:
+        """Measure into ``row`` and the summary; returns the number by which the best checkpoint is kept."""
+
+    def profile(self, row: MetricRow) -> None:
+        """Measure gradients into ``row``."""
+
+    def finish(self) -> None:
+        """The run has finished: leave behind what people look at."""
+
+    def close(self) -> None:
+        """Close what was opened."""
+
+
+class PolicyEvaluation:
+    """Deterministic episodes in environments of its own, and the model's open-loop errors on them.
+
+    Args:
+        cfg (Config): the run's configuration.
+        run_dir (Path): the run's directory.
+        info (EnvInfo): of the environment that is learned.
+        summary (RunSummary): receives returns.
+        between (callable): called between two steps of an episode; what it raises ends the evaluation.
+    """
+
+    def __init__(
+        self, cfg: Config, run_dir: Path, info: EnvInfo, summary: RunSummary, between: Callable[[], None]
+    ) -> None:
+        self.cfg, self.run_dir, self.info, self.summary, self.between = cfg, run_dir, info, summary, between
+        self.seed = evaluation_env_seed(cfg.seed)
+        self.env_device = pick_device(cfg.env.get("device") or "cpu")
+        self.task = None if cfg.task is None else task_info(str(cfg.task))
+        self.latents = LatentVariance()
+        self.components: dict[str, Any] = {"latent_variance": self.latents} if cfg.finetune else {}
+        self.env: EnvBase | None = None
+        self.opened: OpenEnv | None = None
+        if cfg.mode == "online" or cfg.training.eval_episodes > 0:
+            self.env, self.opened = self._open(max(1, cfg.training.eval_episodes))
+
+    def _open(self, count: int, render: bool = False) -> tuple[EnvBase, OpenEnv]:
+        with OpenEnv.opening(self.info.name, self.seed) as opened:
+            env = opened.hold(
+                make_env(self.cfg.env, num_envs=count, seed=self.seed, device=self.env_device, render=render)
+            )
+        return env, opened
+
+    def start(self, algorithm: PWM, policy: Callable[[TensorDictBase], TensorDictBase], device: torch.device) -> None:
+        """Take the policy that is evaluated, and the algorithm whose model and losses are looked at."""
+        self.algorithm, self.device = algorithm, device
+        self.act = acting_on(policy, device, self.env_device)
+
+    def prelude(self) -> None:
+        """The return of random actions, once in the life of a run."""
+        if self.env is not None and self.summary.random_return is None:
+            self.summary.random_return = float(self.play(random_action(self.env)).returns.mean())
+
+    def play(self, act: Callable[[TensorDictBase], TensorDictBase]) -> Episodes:
+        """One episode in each environment."""
+        assert self.env is not None
+        assert self.opened is not None
+        with self.opened.naming_dead_workers():
+            return play(self.env, act, self.seed, self.between)
+
+    def begin_epoch(self, epoch: int, row: MetricRow) -> None:
+        """In fine-tuning, an alarm when the latents collapse: their variance over stored observations."""
+        if not self.cfg.finetune:
+            return
+        variance = latent_variance(self.algorithm)
+        row.set({"finetune/latent_variance": variance})
+        if self.latents.enter(variance):
+            first = self.latents.first
+            write_event(self.run_dir, "latent_collapse", epoch=epoch, first=first, now=variance)
+            warn(
+                f"fine-tuning has collapsed the latents: their variance fell from {first:.3g} to {variance:.3g}; lower "
+                "algorithm.model_lr, or extract with finetune=false"
+            )
+
+    def measure(self, epoch: int, row: MetricRow) -> float | None:
+        """Returns, success, the task's score and the model's errors."""
+        if self.env is None:
+            return None
+        episodes = self.play(self.act)
+        returns = episodes.returns
+        mean, std = returns.mean().item(), returns.std(unbiased=False).item()
+        row.set(
+            {
+                "eval/return_mean": mean,
+                "eval/return_std": std,
+                "eval/return_min": returns.min(),
+                "eval/return_max": returns.max(),
+            }
+        )
+        if episodes.success is not None:
+            row.set({"eval/success": episodes.success.float().mean()})
+        scale = None
+        if self.algorithm.reward_scale is not None:
+            scale = self.algorithm.reward_scale(torch.ones(1, device=self.device))
+        errors = open_loop_errors(self.algorithm.networks.model, episodes, self.cfg.algorithm.horizon, scale)
+        row.set({f"eval/{key}": value for key, value in errors.items()})
+        numbers = row.numbers()
+        if self.task is not None:
+            key = "eval/success" if self.task.score == "success" else "eval/return_mean"
+            if key in numbers:
+                row.set({"eval/score": self.task.normalized(numbers[key])})
+        self.summary.evaluated(mean, std)
+        return mean
+
+    def profile(self, row: MetricRow) -> None:
+        """Gradient norm per horizon step; uses a forked random generator, so that logging does not change training."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # No more rollouts than an update back-propagates at once: that is what memory was planned for.
+            count = self.algorithm.updates.size("actor", self.cfg.algorithm.actor_batch)
+            observation = self.algorithm.samples.sample_observations(count)
+            row.set(gradient_profile(self.algorithm, observation))
+
+    def finish(self) -> None:
+        """A video of one deterministic episode, if it is wanted; a machine that cannot make one says why."""
+        if not self.cfg.training.video or self.env is None:
+            return
+        opened: OpenEnv | None = None
+        try:
+            env, opened = self._open(1, render=True)
+            fps = 30.0 / max(1, self.info.action_repeat)
+            write_video(self.run_dir, film(env, self.act, self.seed), fps)
+        except Exception as error:  # noqa: BLE001 - whatever a renderer or an encoder raises, the run has finished
+            say(f"no video: {' '.join(str(error).split()) or type(error).__name__}")
+        finally:
+            if opened is not None:
+                opened.close()
+
+    def close(self) -> None:
+        """Close the environments."""
+        if self.opened is not None:
+            self.opened.close()
+
+
+def gradient_profile(algorithm: PWM, observation: Tensor) -> dict[str, float]:
+    """Norm of the actor objective's gradient with respect to the action of every horizon step, batch mean.
+
+    Args:
+        algorithm (PWM): its actor loss imagines.
+        observation (Tensor): ``[B, O]`` to imagine from.
+    """
+    loss = algorithm.losses.actor
+    rollout, next_value = loss.imagine(algorithm.encode(observation)["latent"])
+    returns = loss.returns(rollout, next_value)
+    gradient = torch.autograd.grad(returns.mean(), rollout.actions)
+    return {f"grad_profile/{t:02d}": g.norm(dim=-1).sum().item() for t, g in enumerate(gradient)}
+
+
+class LatentVariance:
+    """Watches fine-tuning: a model that predicts itself may do so ever better with latents that say ever less.
+
+    Attributes:
+        first (float, optional): the variance before training.
+        told (bool): whether the alarm was given.
+    """
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.told = False
+
+    def enter(self, variance: float) -> bool:
+        """Take a variance; whether the latents have collapsed, told only once."""
+        if self.first is None:
+            self.first = variance
+        collapsed = variance < COLLAPSED * self.first
+        news, self.told = collapsed and not self.told, self.told or collapsed
+        return news
+
+    def state_dict(self) -> dict[str, float | bool | None]:
+        """Its attributes."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: dict[str, float | bool | None]) -> None:
+        """Take attributes back."""
+        vars(self).update(state_dict)
+
+
+@torch.no_grad()
+def latent_variance(algorithm: PWM, count: int = 512) -> float:
+    """Variance of the model's latents over ``count`` stored observations, mean over features.
+
+    Uses a forked random generator, so that looking does not change training.
+    """
+    device = algorithm.samples.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        observation = algorithm.samples.sample_observations(count)
+    return algorithm.networks.model.encode(observation).var(0).mean().item()

@@ -1,0 +1,350 @@
+"""The loop of every run: collect, update, finish, epoch after epoch.
+
+It is our own and plain rather than TorchRL's Trainer, because a run must be able to stop between any two updates and go
+on there to the bit. Where it is, is saved state: the epoch, its phase, the collected batch and the metrics so far. The
+modes differ by a source of data and an evaluation (:mod:`~pwm_torchrl.run.sources`,
+:mod:`~pwm_torchrl.run.evaluation`), not by loops.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.checkpoint import Checkpoint
+from torchrl.record.loggers.common import Logger
+
+from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.pwm import PWM
+from pwm_torchrl.config import Config
+from pwm_torchrl.data import TrajectoryReplay
+from pwm_torchrl.data.files import storage_faults
+from pwm_torchrl.errors import DivergenceError, EnvironmentFault, OutOfMemory, status_of
+from pwm_torchrl.run.ending import named
+from pwm_torchrl.run.evaluation import Evaluation
+from pwm_torchrl.run.sources import Source
+from pwm_torchrl.run.stop import StopInEpoch, StopRequest
+from pwm_torchrl.training.checkpoint import SCHEMA_VERSION, kept_replay_steps
+from pwm_torchrl.training.checkpoint_store import METRIC, CheckpointStore
+from pwm_torchrl.training.claims import RunClaim
+from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.failpoints import failpoint
+from pwm_torchrl.training.graph_check import GraphCheck
+from pwm_torchrl.training.metrics import CsvMetrics
+from pwm_torchrl.training.progress import Progress, warn
+from pwm_torchrl.training.run_memory import RunMemory
+from pwm_torchrl.training.summary import RunSummary
+
+#: The phases of an epoch.
+COLLECT, UPDATE, FINISH = "collect", "update", "finish"
+#: Metric of a checkpoint whose policy was not evaluated: it is never the best.
+NOT_EVALUATED = -1e30
+
+
+@dataclass
+class Recording:
+    """Where a run writes what happens: checkpoints, metrics, summary and the terminal.
+
+    Attributes:
+        claim (RunClaim): of the run's directory; checked before anything is written.
+        store (CheckpointStore): checkpoints.
+        checkpoint (Checkpoint): the components that are saved.
+        facts (dict): saved in every checkpoint's metadata, for :func:`~pwm_torchrl.load_policy`.
+        summary (RunSummary): ``summary.json``.
+        csv (CsvMetrics): ``metrics.csv``.
+        memory (RunMemory): watches the memory of the run's processes.
+        logger (Logger, optional): TensorBoard or W&B.
+        progress (Progress, optional): the terminal.
+    """
+
+    claim: RunClaim
+    store: CheckpointStore
+    checkpoint: Checkpoint
+    facts: dict[str, Any]
+    summary: RunSummary
+    csv: CsvMetrics
+    memory: RunMemory
+    logger: Logger | None = None
+    progress: Progress | None = None
+
+
+class Loop:
+    """Trains until the last epoch or a stop.
+
+    Args:
+        cfg (Config): the whole run.
+        source (Source): collects the data.
+        algorithm (PWM): updates the networks.
+        evaluation (Evaluation): measures them.
+        record (Recording): where the run writes.
+        stop (StopRequest): asks the run to stop at its next step.
+
+    Attributes:
+        epoch (int): epochs whose updates are done.
+        phase (str): ``collect``, ``update`` or ``finish``, of the epoch in progress.
+    """
+
+    def __init__(
+        self, cfg: Config, source: Source, algorithm: PWM, evaluation: Evaluation, record: Recording, stop: StopRequest
+    ) -> None:
+        self.cfg, self.source, self.algorithm, self.evaluation = cfg, source, algorithm, evaluation
+        self.record, self.stop = record, stop
+        self.epochs = cfg.training.epochs
+        self.epoch = 0
+        self.phase = COLLECT
+        self.batch: TensorDictBase | None = None  # of an epoch whose updates are not done
+        self.row = MetricRow()  # of an epoch that is not logged
+        self.measured: float | None = None  # in this epoch's evaluation
+        self.best = NOT_EVALUATED
+        self.saved_at = time.monotonic()
+        self.epoch_started = time.monotonic()
+        self.alarm: str | None = None  # memory is short: the run stops after this epoch
+        self.graph_check = GraphCheck() if cfg.training.check_graphs else None
+
+    # The loop ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, or until a stop was asked for; what was reached is saved.
+
+        Raises:
+            OutOfMemory: if an update does not fit, or memory is about to run out; after a checkpoint.
+            EnvironmentFault: if an environment fails; after a checkpoint.
+            DivergenceError: if a loss is not finite.
+        """
+        self.epoch_started = time.monotonic()
+        if self.graph_check is not None:
+            self.graph_check.start()
+        try:
+            while not self.over:
+                if self.phase == COLLECT:
+                    self.collect()
+                if self.phase == UPDATE:
+                    self.update()
+                self.finish()
+                self.save_if_due()
+                if self.stop.reason is not None or self.alarm is not None:
+                    self.stop.reached.set()
+                    break
+        except StopInEpoch:
+            failpoint("stop.asked")
+            self.save(inside=True)
+            failpoint("stop.saved")
+        except (EnvironmentFault, OutOfMemory) as fault:
+            self.save_after(fault)
+            raise
+        if self.alarm is not None:
+            raise OutOfMemory(f"Stopped with a checkpoint after epoch {self.epoch}: {self.alarm}.")
+
+    @property
+    def over(self) -> bool:
+        """Whether the last epoch is logged."""
+        return self.phase == COLLECT and self.epoch >= self.epochs
+
+    def collect(self) -> None:
+        """Get the epoch's data."""
+        self.evaluation.begin_epoch(self.epoch, self.row)
+        batch = self.source.collect(self.row)
+        self.record.claim.check()  # before anything is written to files that a successor may own
+        self.source.store(batch)
+        self.batch = batch
+        self.phase = UPDATE
+        failpoint("epoch.collected")
+
+    def update(self) -> None:
+        """Make the epoch's updates."""
+        assert self.batch is not None
+        updated = self.algorithm.epoch(self.batch, self.epoch / max(1, self.epochs - 1))
+        self.row.set(updated.numbers())
+        self.batch = None
+        self.epoch += 1
+        self.phase = FINISH
+        failpoint("epoch.updated")
+
+    def finish(self) -> None:
+        """Evaluate if it is due, then log; begun anew if a stop comes between, since neither has left anything."""
+        self.measured = None
+        # Metrics that a stopped evaluation left are measured again into a copy.
+        row = MetricRow.restored(self.row.state_dict())
+        t = self.cfg.training
+        due = (t.eval_every > 0 and self.epoch % t.eval_every == 0) or self.epoch >= self.epochs
+        # A diverged policy is not evaluated: the environment would be blamed for its actions.
+        healthy = not_finite(row.numbers()) is None
+        if healthy and due:
+            self.measured = self.evaluation.measure(self.epoch, row)
+        profiled = t.gradient_profile_every and self.epoch % t.gradient_profile_every == 0
+        if healthy and profiled and self.algorithm.started:
+            self.evaluation.profile(row)
+        now = time.monotonic()
+        row.set({"time/epoch_s": now - self.epoch_started})
+        self.epoch_started = now
+        row.set(self.record.memory.metrics())
+        self.record.summary.own_bytes = self.record.memory.peak_own
+        self.log(row.numbers())
+        if due:
+            self.record.summary.write()
+        self.row = MetricRow()
+        self.phase = COLLECT
+        alarm = self.record.memory.check(warm=self.algorithm.started)
+        if alarm is not None and self.epoch < self.epochs and self.stop.reason is None:
+            self.alarm = alarm.message
+        failpoint("epoch.logged")
+        if self.graph_check is not None:
+            self.graph_check.compare(f"epoch {self.epoch}")
+
+    # Logging ----------------------------------------------------------------------------------------------------------
+
+    def log(self, numbers: dict[str, float]) -> None:
+        """Write the epoch's numbers everywhere.
+
+        Raises:
+            DivergenceError: if a loss or gradient norm is not finite.
+        """
+        record, summary = self.record, self.record.summary
+        summary.epochs_done = self.epoch
+        summary.agent_steps, summary.env_steps = self.agent_steps, self.env_steps
+        numbers = {
+            "epoch": self.epoch,
+            "agent_steps": self.agent_steps,
+            "env_steps": self.env_steps,
+            "wall_clock_s": round(summary.wall_clock_s, 3),
+            **numbers,
+        }
+        record.csv.write(numbers)
+        if record.logger is not None:
+            for name, value in numbers.items():
+                record.logger.log_scalar(name, value, step=self.log_step)
+        if record.progress is not None:
+            shown = {
+                "return": numbers.get("eval/return_mean", numbers.get("train/return")),
+                "validation": numbers.get("validation/loss"),
+                **{name: numbers.get(f"loss/{name}") for name in ("model", "actor", "critic")},
+            }
+            record.progress.update(self.epoch, {key: value for key, value in shown.items() if value is not None})
+        bad = not_finite(numbers)
+        if bad is not None:
+            raise DivergenceError(
+                f"{bad} became {numbers[bad]} in epoch {self.epoch}; the checkpoint before it is the newest. Lower the "
+                "learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
+            )
+
+    @property
+    def agent_steps(self) -> int:
+        """Decisions of the policy so far, all environments together."""
+        return self.source.agent_steps
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps so far: agent steps times the action repeat."""
+        return self.source.agent_steps * self.source.info.action_repeat
+
+    @property
+    def log_step(self) -> int:
+        """What loggers count: environment steps, or epochs where nothing is collected."""
+        return self.env_steps if self.source.agent_steps_per_epoch else self.epoch
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def save_if_due(self) -> None:
+        """Save a checkpoint if the epoch is due, the last, the one of a stop, or the best so far.
+
+        Raises:
+            StorageFault: if the disk does not take it; those before it stay.
+        """
+        t = self.cfg.training
+        due = self.over or self.stop.reason is not None or self.alarm is not None
+        due |= t.checkpoint_every > 0 and self.epoch % t.checkpoint_every == 0
+        due |= t.checkpoint_minutes > 0 and time.monotonic() - self.saved_at >= 60 * t.checkpoint_minutes
+        if self.measured is not None and self.measured > self.best:
+            self.best = self.measured
+            due = True
+        if due:
+            self.save(inside=False)
+
+    def save(self, *, inside: bool) -> None:
+        """Save where the run is, be it inside an epoch.
+
+        Raises:
+            StorageFault: if the disk does not take it; those before it stay.
+        """
+        store, samples = self.record.store, self.algorithm.samples
+        if inside and self.phase == COLLECT:
+            inside = False
+        replay = samples if isinstance(samples, TrajectoryReplay) else None
+        metadata = {
+            "schema_version": SCHEMA_VERSION,
+            "epoch": self.epoch,
+            "facts": self.record.facts,
+            "replay_steps": 0 if replay is None else replay.steps,
+            METRIC: NOT_EVALUATED if inside or self.measured is None else self.measured,
+        }
+        with storage_faults(store.directory, "save a checkpoint in"):
+            store.save(self.record.checkpoint, self.logged_epoch, metadata, inside=inside)
+        self.saved_at = time.monotonic()
+        if replay is not None:
+            replay.release(kept_replay_steps(store))
+
+    def save_after(self, fault: Exception) -> None:
+        """Save what can be saved after an environment failed or memory ran out.
+
+        An update that ran out of memory was undone, and an evaluation is repeated: the run goes on from there. A fault
+        while collecting leaves the last complete epoch, without the environments' state.
+        """
+        if self.phase != COLLECT:
+            try:
+                self.save(inside=True)
+            except Exception as error:
+                unsaved = named(error, self.record.store.run_dir)
+                if isinstance(fault, EnvironmentFault) or status_of(unsaved) == "failed":
+                    raise
+                # What ended the run is told anyway; without memory or a disk there is no more to do about it.
+                write_event(self.record.store.run_dir, "unsaved", epoch=self.epoch, error=str(unsaved))
+                warn(f"no checkpoint after epoch {self.epoch}, those before it stay: {unsaved}")
+        elif isinstance(fault, EnvironmentFault) and self.epoch > 0:
+            self.source.environment_failed()
+            self.save(inside=False)
+
+    @property
+    def logged_epoch(self) -> int:
+        """The last epoch whose row is written."""
+        return self.epoch - (self.phase == FINISH)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is; everything else is a checkpoint component of its own."""
+        batch = self.batch
+        return {
+            "epoch": self.epoch,
+            "phase": self.phase,
+            "agent_steps": self.source.agent_steps,
+            "best": self.best,
+            "batch": None if batch is None else {"shape": list(batch.shape), "leaves": _leaves(batch)},
+            "row": self.row.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.epoch, self.phase = int(state_dict["epoch"]), str(state_dict["phase"])
+        self.best = float(state_dict["best"])
+        if self.source.agent_steps_per_epoch:
+            self.source.agent_steps = int(state_dict["agent_steps"])
+        batch = state_dict["batch"]
+        self.batch = None if batch is None else _from_leaves(batch["leaves"], batch["shape"])
+        self.row = MetricRow.restored(state_dict["row"])
+
+
+def not_finite(numbers: dict[str, float]) -> str | None:
+    """The first loss or gradient norm that is NaN or infinite."""
+    watched = (name for name in numbers if name.startswith(("loss/", "grad_norm/")))
+    return next((name for name in watched if not math.isfinite(numbers[name])), None)
+
+
+def _leaves(batch: TensorDictBase) -> dict[str, torch.Tensor]:
+    leaves = batch.items(include_nested=True, leaves_only=True)
+    return {"|".join((key,) if isinstance(key, str) else key): value for key, value in leaves}
+
+
+def _from_leaves(leaves: dict[str, torch.Tensor], shape: list[int]) -> TensorDict:
+    return TensorDict({tuple(name.split("|")): value for name, value in leaves.items()}, batch_size=shape)

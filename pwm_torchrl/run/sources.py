@@ -1,0 +1,263 @@
+"""Where a run's data come from: environments that it collects in, or stored episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+
+from pwm_torchrl.algorithm.build import Networks
+from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.pwm import Samples
+from pwm_torchrl.config import Config
+from pwm_torchrl.data import TrajectoryReplay, steps_since_checkpoint
+from pwm_torchrl.devices import pick_device
+from pwm_torchrl.envs import EnvInfo, env_info, make_env
+from pwm_torchrl.envs.workers import OpenEnv
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules import RewardScale
+from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
+from pwm_torchrl.training.offline import (
+    extraction_facts,
+    open_store,
+    pin_world_model,
+    pretraining_facts,
+    pretraining_tasks,
+    training_split,
+)
+from pwm_torchrl.training.seeding import training_env_seed
+from pwm_torchrl.training.stored import StoredSamples
+
+#: Model updates of the first epoch with updates where an episode's length is unknown.
+UNKNOWN_EPISODE_UPDATES = 1000
+
+
+class Source(Protocol):
+    """What a run learns from.
+
+    A source is opened when it is made, since the memory plan needs its facts; :meth:`start` comes after the plan.
+
+    Attributes:
+        info (EnvInfo): dimensions and lengths.
+        samples (Samples): what updates draw from.
+        reward_scale (RewardScale, optional): divides rewards before the model sees them.
+        first_model_updates (int): model updates of the first epoch that has any.
+        agent_steps_per_epoch (int): decisions of the policy in an epoch, all environments together; 0 without any.
+        agent_steps (int): decisions of the policy so far.
+        resumed_exactly (bool): whether a restored source goes on as if it had never stopped.
+        components (dict): what a checkpoint saves of it, by name.
+    """
+
+    info: EnvInfo
+    samples: Samples
+    reward_scale: RewardScale | None
+    first_model_updates: int
+    agent_steps_per_epoch: int
+    agent_steps: int
+    resumed_exactly: bool
+    components: dict[str, Any]
+
+    def start(
+        self, cfg: Config, run_dir: Path, networks: Networks, policy: TensorDictModuleBase | None, device: torch.device
+    ) -> None:
+        """Get ready for :meth:`collect`."""
+
+    def collect(self, row: MetricRow) -> TensorDictBase:
+        """The data of an epoch, ``[N, T]``."""
+
+    def store(self, batch: TensorDictBase) -> None:
+        """Put collected data into ``samples``, which may write files."""
+
+    def restored(self) -> None:
+        """A checkpoint was loaded into ``components``."""
+
+    def environment_failed(self) -> None:
+        """An environment raised in the middle of a batch: its state is worth nothing any more."""
+
+    def close(self) -> None:
+        """Close what was opened."""
+
+
+class OnlineSource:
+    """Collects in environments into a replay.
+
+    Args:
+        cfg (Config): the run's configuration.
+
+    Raises:
+        ConfigurationError: if the environments cannot be made, or settings do not fit them.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self.env_device = pick_device(cfg.env.get("device") or "cpu")  # a simulator may have a GPU of its own
+        seed = training_env_seed(cfg.seed)
+        with OpenEnv.opening(str(cfg.env.get("name") or cfg.env.get("_target_")), seed) as self.opened:
+            self.env = self.opened.hold(
+                make_env(cfg.env, num_envs=int(cfg.env.get("num_envs", 1)), seed=seed, device=self.env_device)
+            )
+        self.info = env_info(self.env)
+        check_against_env(cfg, self.info)
+        first = cfg.algorithm.first_model_updates
+        self.first_model_updates = first if first is not None else self.info.episode_length or UNKNOWN_EPISODE_UPDATES
+        self.agent_steps_per_epoch = (cfg.algorithm.collect_steps or cfg.algorithm.horizon) * self.info.num_envs
+        self.agent_steps = 0
+
+    def start(
+        self, cfg: Config, run_dir: Path, networks: Networks, policy: TensorDictModuleBase | None, device: torch.device
+    ) -> None:
+        """Make collector, replay and running statistics."""
+        assert policy is not None
+        a, t = cfg.algorithm, cfg.training
+        steps = a.collect_steps or a.horizon
+        self.collector = ResumableCollector(self.env, policy, steps, a.random_steps, device, self.env_device)
+        self.samples = TrajectoryReplay(
+            t.replay_capacity,
+            self.info.num_envs,
+            a.horizon,
+            t.replay_storage,
+            run_dir / "replay",
+            device,
+            observation_dim=self.info.observation_dim,
+            action_dim=self.info.action_dim,
+            since_checkpoint_steps=steps_since_checkpoint(t.epochs, steps, t.checkpoint_every, t.keep_checkpoints),
+        )
+        self.reward_scale = RewardScale(self.info.num_envs, a.gamma).to(device) if a.normalize_rewards else None
+        self.observation_statistics = networks.model.observation_statistics
+        self.returns = EpisodeReturns(self.info.num_envs)
+        self.components: dict[str, Any] = {
+            "replay": self.samples,
+            "collector": self.collector,
+            "episode_returns": self.returns,
+            **({} if self.reward_scale is None else {"reward_scale": self.reward_scale}),
+        }
+        self._batches: Iterator[TensorDictBase] | None = None
+
+    @property
+    def resumed_exactly(self) -> bool:
+        """Whether the environments could be put back where they were."""
+        return self.collector.resumed_exactly
+
+    def collect(self, row: MetricRow) -> TensorDictBase:
+        """The next steps of every environment; the running statistics take them in."""
+        if self._batches is None:
+            self._batches = iter(self.collector)
+        with self.opened.naming_dead_workers():
+            batch = next(self._batches)
+        finished = self.returns.update(batch)
+        if len(finished):
+            row.set({"train/return": finished.mean(), "train/episodes": len(finished)})
+        if self.reward_scale is not None:
+            step = batch["next"].to(next(self.reward_scale.buffers()).device)
+            self.reward_scale.update(step["reward"], step["done"])
+        if self.observation_statistics is not None:
+            self.observation_statistics.update(batch["observation"].to(self.observation_statistics.mean.device))
+        self.agent_steps += batch.numel()
+        return batch
+
+    def store(self, batch: TensorDictBase) -> None:
+        """Into the replay."""
+        self.samples.extend(batch)
+
+    def restored(self) -> None:
+        """Where the environments could not be put back, new episodes begin."""
+        if not self.resumed_exactly:
+            self.begin_new_episodes()
+
+    def begin_new_episodes(self) -> None:
+        """End the replay's episodes: what comes next does not continue them."""
+        self.samples.end_episodes()
+        self.returns.running.zero_()
+        if self.reward_scale is not None:
+            self.reward_scale.returns.zero_()
+
+    def environment_failed(self) -> None:
+        """Leave the environments' state out of checkpoints."""
+        self.collector.forget_env_state()
+
+    def close(self) -> None:
+        """Close the environments and end their worker processes."""
+        self.opened.close()
+
+
+class StoredSource:
+    """Stored episodes: there is nothing to collect.
+
+    Args:
+        cfg (Config): the run's configuration; a world model that was planned before it existed is pinned in it.
+        run_dir (Path): the run's directory.
+
+    Raises:
+        ConfigurationError: if store, world model and task registry do not agree.
+    """
+
+    reward_scale = None
+    agent_steps_per_epoch = agent_steps = 0
+    resumed_exactly = True
+
+    def __init__(self, cfg: Config, run_dir: Path) -> None:
+        if cfg.mode == "extract":
+            pin_world_model(cfg, run_dir)
+            self.info = extraction_facts(cfg)
+            self.episodes = open_store(cfg, staged=True)
+            self.tasks = [str(cfg.task)]
+        else:
+            self.episodes = open_store(cfg, staged=True)
+            self.tasks = list(pretraining_tasks(cfg, self.episodes).names)
+            self.info = pretraining_facts(cfg, self.episodes)
+        self.first_model_updates = cfg.algorithm.model_updates
+        self.components: dict[str, Any] = {}
+
+    def start(
+        self, cfg: Config, run_dir: Path, networks: Networks, policy: TensorDictModuleBase | None, device: torch.device
+    ) -> None:
+        """Index the episodes to learn from, and in pre-training those that are held out."""
+        options: dict[str, Any] = {"device": device}
+        if cfg.mode == "extract":
+            self.samples = self._samples(cfg, labelled=False, **options)
+            return
+        training, held_out = training_split(cfg, self.episodes)
+        options["balanced"] = cfg.data.balanced
+        self.samples = self._samples(cfg, episodes=training, **options)
+        self.held_out = self._samples(cfg, episodes=held_out, **options)
+
+    def _samples(self, cfg: Config, **options: Any) -> StoredSamples:
+        widths = self.info.observation_dim, self.info.action_dim
+        return StoredSamples(self.episodes, self.tasks, cfg.algorithm.horizon, *widths, **options)
+
+    def collect(self, row: MetricRow) -> TensorDictBase:
+        """An empty batch."""
+        return TensorDict({}, batch_size=[1])
+
+    def store(self, batch: TensorDictBase) -> None:
+        """Nothing to do: the episodes are stored."""
+
+    def restored(self) -> None:
+        """Nothing to do: the episodes are as they were."""
+
+    def environment_failed(self) -> None:
+        """Nothing to do: no environment is collected in."""
+
+    def close(self) -> None:
+        """Nothing to do: the files are mapped."""
+
+
+def open_source(cfg: Config, run_dir: Path) -> OnlineSource | StoredSource:
+    """The source of a run's mode."""
+    return OnlineSource(cfg) if cfg.mode == "online" else StoredSource(cfg, run_dir)
+
+
+def check_against_env(cfg: Config, info: EnvInfo) -> None:
+    """Check what only the environment can refute.
+
+    Raises:
+        ConfigurationError: if the horizon is longer than an episode.
+    """
+    horizon = cfg.algorithm.horizon
+    if info.episode_length is not None and horizon > info.episode_length:
+        raise ConfigurationError(
+            f"algorithm.horizon={horizon} is longer than an episode of {info.name} ({info.episode_length} agent steps)."
+        )

@@ -1,0 +1,322 @@
+"""A run from its configuration to its summary: claimed, built, trained, recorded and closed, however it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchrl.checkpoint import Checkpoint
+from torchrl.data import Bounded
+
+from pwm_torchrl.algorithm.build import Parts, build_parts
+from pwm_torchrl.algorithm.pwm import PWM
+from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
+from pwm_torchrl.config import Config
+from pwm_torchrl.data.files import Reserve
+from pwm_torchrl.devices import pick_device
+from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.modules import policy_module
+from pwm_torchrl.run.ending import Closing, named, record_end
+from pwm_torchrl.run.evaluation import PolicyEvaluation
+from pwm_torchrl.run.loop import Loop, Recording
+from pwm_torchrl.run.sources import StoredSource, open_source
+from pwm_torchrl.run.stop import StopInEpoch, StopRequest, stop_on_interrupt
+from pwm_torchrl.run.validation import HeldOutValidation
+from pwm_torchrl.training.artifacts import write_curves
+from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
+from pwm_torchrl.training.checkpoint_store import CheckpointStore
+from pwm_torchrl.training.claims import RunClaim, claimed
+from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
+from pwm_torchrl.training.distributed import Ranks, joined
+from pwm_torchrl.training.events import write_event
+from pwm_torchrl.training.failpoints import failpoint
+from pwm_torchrl.training.load import facts_of, load_pretrained
+from pwm_torchrl.training.loggers import close_logger, make_logger
+from pwm_torchrl.training.memory_plan import RunPlan
+from pwm_torchrl.training.metrics import CsvMetrics
+from pwm_torchrl.training.progress import Progress, say, warn
+from pwm_torchrl.training.replica import check_device, serve, start_replicas
+from pwm_torchrl.training.run_memory import RunMemory
+from pwm_torchrl.training.run_readme import write_run_readme
+from pwm_torchrl.training.seeding import RunRNGState, seed_everything
+from pwm_torchrl.training.shared_updates import SharedExecutor
+from pwm_torchrl.training.state_files import AllocatedStateAdapter
+from pwm_torchrl.training.summary import RunSummary
+from pwm_torchrl.training.threads import set_threads
+
+__all__ = ["Run", "train"]
+
+
+def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequest | None = None) -> dict[str, Any]:
+    """Train what a configuration describes to its end, or to a stop.
+
+    SIGINT, SIGTERM and a stop request end the run at its next step, with a checkpoint and the status ``stopped``;
+    environments, worker processes and loggers are closed however it ends. Where a launcher started several processes,
+    each calls this; rank 0 does what is said here, the others compute shares of its updates.
+
+    Args:
+        cfg (Config): the whole run.
+        run_dir (Path): where everything is written; exists.
+        resume (bool): continue from the newest readable checkpoint, or start again if there is none.
+            Defaults to ``False``.
+        stop (StopRequest, optional): asks the run to stop at its next step. Defaults to ``None``.
+
+    Returns:
+        dict: the summary that ``summary.json`` holds too; ``rank`` and ``status`` on ranks other than 0.
+
+    Raises:
+        ConfigurationError: for a configuration that cannot work.
+        EnvironmentFault: if an environment fails, after a checkpoint.
+        DivergenceError: if a loss is not finite; the last checkpoint stays the newest.
+        OutOfMemory: if an update does not fit into memory even in parts of 1, or memory is about to run out, after a
+            checkpoint; if memory runs out elsewhere, with the last checkpoint as the newest. Status ``memory``.
+        RankFault: if another of several processes fails or is gone; the last checkpoint stays the newest.
+        StorageFault: if the disk is full, over its quota or broken; the last checkpoint stays the newest. Status
+            ``storage``.
+        Superseded: if another attempt has taken the run over; it is left to that one.
+    """
+    run_dir, stop = Path(run_dir), stop or StopRequest()
+    quiet_torchrl()
+    try:
+        with joined() as ranks:
+            if ranks is not None and not ranks.leads:
+                stop.reached.set()  # its signals are for rank 0 to answer: no step of this process ends on them
+                return {"rank": ranks.rank, "status": serve(ranks)}
+            with stop_on_interrupt(stop), claimed(run_dir, CheckpointStore(run_dir).names()) as claim:
+                failpoint("start.claimed")
+                result = _train(cfg, run_dir, claim, resume, stop, ranks)
+            if ranks is not None:
+                ranks.status = result["status"]
+            return result
+    except OSError as error:  # of the claim; all others have their names
+        fault = named(error, run_dir)
+        if fault is error:
+            raise
+        raise fault from error
+
+
+def _train(
+    cfg: Config, run_dir: Path, claim: RunClaim, resume: bool, stop: StopRequest, ranks: Ranks | None
+) -> dict[str, Any]:
+    """Train in a claimed directory, and write down how that ended."""
+    summary: RunSummary | None = None
+    reserve = Reserve(run_dir)
+    try:
+        with Closing() as closing:
+            reserve.take()
+            if not (run_dir / CONFIG_FILE).exists():
+                save_config(cfg, run_dir)
+            summary = RunSummary.start(cfg, run_dir, resume)
+            if ranks is not None:
+                check_device(cfg.device, ranks)
+            run = Run(cfg, run_dir, summary, claim, closing, resume=resume, stop=stop, ranks=ranks)
+            with run.memory_plan.compared():
+                status = run.execute(resume)
+            claim.check()
+            failpoint("finish.summary")
+            result = summary.finish(status)
+            made = run.algorithm.updates.made
+            claim.outcome = {"status": status, "epoch": summary.epochs_done, "reason": stop.reason, "updates": made}
+            write_event(run_dir, status, epoch=summary.epochs_done)
+            run.draw(status)
+    except BaseException as error:
+        fault = named(error, run_dir)
+        reserve.free()
+        record_end(run_dir, claim, summary, fault)
+        if fault is error:
+            raise
+        raise fault from error
+    finally:
+        reserve.free()
+    failpoint("finish.outcome")
+    return result
+
+
+class Run:
+    """The parts of a run, put together.
+
+    Args:
+        cfg (Config): the whole run.
+        run_dir (Path): its directory.
+        summary (RunSummary): its result so far.
+        claim (RunClaim): of its directory.
+        closing (Closing): closes what is opened here.
+
+    Keyword Args:
+        resume (bool): whether it continues an earlier attempt. Defaults to ``False``.
+        stop (StopRequest, optional): asks it to stop at its next step. Defaults to ``None``.
+        ranks (Ranks, optional): processes that share its updates. Defaults to ``None``, this one alone.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        run_dir: Path,
+        summary: RunSummary,
+        claim: RunClaim,
+        closing: Closing,
+        *,
+        resume: bool = False,
+        stop: StopRequest | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.run_dir, self.summary, self.claim, self.closing, self.ranks = run_dir, summary, claim, closing, ranks
+        self.stop = stop or StopRequest()
+        set_threads(cfg.training.threads)
+        self.device = pick_device(cfg.device)
+        seed_everything(cfg.seed)
+        self.source = open_source(cfg, run_dir)
+        closing.later("environments", self.source.close)
+        self.memory_plan = RunPlan(cfg, self.source.info, self.device, run_dir, resume)
+        self.cfg = self.memory_plan.plan.applied(cfg)
+        self.evaluation = self._evaluation()
+        closing.later("evaluation environments", self.evaluation.close)
+        self._assemble()
+
+    def _evaluation(self) -> PolicyEvaluation | HeldOutValidation:
+        cfg, between = self.cfg, self.stop.check
+        if isinstance(self.source, StoredSource) and cfg.mode == "pretrain":
+            return HeldOutValidation(cfg, self.run_dir, self.source, self.summary, between, self.claim.check)
+        return PolicyEvaluation(cfg, self.run_dir, self.source.info, self.summary, between)
+
+    def _assemble(self) -> None:
+        """Networks, updates, algorithm, checkpoints and loop around source and evaluation."""
+        cfg, source, t = self.cfg, self.source, self.cfg.training
+        parts = build_parts(cfg, source.info, self.device)
+        self.networks = networks = parts.networks
+        if cfg.mode == "extract":
+            load_pretrained(cfg, networks.model)
+        policy = None
+        if networks.actor is not None:
+            spec = Bounded(-1.0, 1.0, (source.info.action_dim,), device=self.device)
+            policy = policy_module(networks.model, networks.actor, action_spec=spec)
+        source.start(cfg, self.run_dir, networks, policy, self.device)
+        self.algorithm = PWM(
+            cfg.algorithm,
+            networks,
+            parts.losses,
+            parts.optimizers,
+            source.samples,
+            Updates(self._executor(parts), cfg.memory, self._micro_batch_halved),
+            reward_scale=source.reward_scale,
+            first_model_updates=source.first_model_updates,
+            between=self.stop.check,
+        )
+        self.evaluation.start(self.algorithm, policy, self.device)
+        checkpoint = Checkpoint().register_adapter(object, AllocatedStateAdapter())
+        record = Recording(
+            claim=self.claim,
+            store=CheckpointStore(self.run_dir, max(1, t.keep_checkpoints), self.claim),
+            checkpoint=checkpoint,
+            facts=facts_of(source.info),
+            summary=self.summary,
+            csv=CsvMetrics(self.run_dir / "metrics.csv"),
+            memory=RunMemory(cfg.memory, self._memory_unwatched),
+        )
+        self.loop = Loop(cfg, source, self.algorithm, self.evaluation, record, self.stop)
+        statistics = parts.losses.return_statistics
+        self.components: dict[str, Any] = {
+            # What is not trained is not saved: it is where it was read from.
+            **{name: network for name, network in networks.items() if name in parts.optimizers},
+            **{f"optimizer_{name}": each.optimizer for name, each in parts.optimizers.items()},
+            **({} if statistics is None else {"return_statistics": statistics}),
+            "algorithm": self.algorithm,
+            **source.components,
+            **self.evaluation.components,
+            "loop": self.loop,
+            "summary": self.summary,
+            "rng": RunRNGState(),
+        }
+        for name, component in self.components.items():
+            checkpoint.register(name, component)
+
+    def _executor(self, parts: Parts) -> LocalExecutor | SharedExecutor:
+        if self.ranks is None:
+            return LocalExecutor(parts.losses, parts.optimizers)
+        start = partial(start_replicas, self.cfg, self.source.info)
+        return SharedExecutor(parts.networks, parts.losses, parts.optimizers, self.ranks, start)
+
+    def restore(self) -> bool:
+        """Load the newest readable checkpoint; False if there is none at all.
+
+        Raises:
+            CheckpointFault: if there are checkpoints and none can be read.
+            StorageFault: likewise, because the replay on disk that they refer to is not there.
+        """
+        store = self.loop.record.store
+        paths = store.paths()
+        fault: CheckpointFault | StorageFault | None = None
+        while paths:
+            path = paths.pop()
+            failpoint("resume.restoring")
+            try:
+                load_checkpoint(path, self.components)
+            except (CheckpointFault, StorageFault) as error:
+                fault = error
+                if paths:
+                    warnings.warn(f"{error} Trying the one before.", stacklevel=2)
+                continue
+            store.abandon_after(path)
+            self.source.restored()
+            return True
+        if fault is not None:
+            raise fault
+        return False
+
+    def execute(self, resume: bool) -> str:
+        """Train to the end or to a stop; returns the status."""
+        loop, record = self.loop, self.loop.record
+        restored = resume and self.restore()
+        failpoint("resume.restored" if restored else "start.built")
+        write_event(self.run_dir, "resume" if restored else "start", epoch=loop.epoch)
+        if not restored:
+            self.summary.begin_again()
+        record.csv.truncate(loop.logged_epoch if restored else 0)
+        self.closing.later("metrics.csv", record.csv.close)
+        self.summary.resume_exact &= self.source.resumed_exactly
+        write_run_readme(self.run_dir, self.cfg)
+        try:
+            self.evaluation.prelude()
+        except StopInEpoch:
+            return "stopped"
+        self.summary.write()
+        record.logger = make_logger(self.cfg.logger, self.run_dir, asdict(self.cfg), first_step=loop.env_steps)
+        self.closing.later("logger", partial(close_logger, record.logger))
+        t = self.cfg.training
+        record.progress = Progress(t.epochs, loop.logged_epoch, self.source.agent_steps_per_epoch, t.progress)
+        self.closing.later("progress", record.progress.close)
+        try:
+            with record.memory.watching():
+                loop.run()
+        finally:
+            self.summary.own_bytes = record.memory.peak_own
+            record.progress.close()
+        return "finished" if loop.over else "stopped"
+
+    def draw(self, status: str) -> None:
+        """Leave behind what people look at: curves, and of a finished run its video or world model."""
+        try:
+            write_curves(self.run_dir)
+        except ConfigurationError as error:  # a machine that cannot draw gets a sentence, not a failed run
+            say(f"no curves: {error}")
+        if status == "finished":
+            self.evaluation.finish()
+
+    def _micro_batch_halved(self, update: str, refused: int, size: int, message: str) -> None:
+        write_event(self.run_dir, "micro_batch", update=update, refused=refused, size=size, error=message)
+        say(f"out of memory: the {update} update is repeated with micro-batches of {size} instead of {refused}")
+
+    def _memory_unwatched(self, reason: str) -> None:
+        write_event(self.run_dir, "unwatched", error=reason)
+        warn(reason)
+
+
+def quiet_torchrl() -> None:
+    """Keep TorchRL's informational messages out of the progress display, unless RL_LOGGING_LEVEL asks for a level."""
+    if "RL_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("torchrl").setLevel(logging.WARNING)
