@@ -55,7 +55,7 @@ class Fault:
         self.error, self.left, self.seen = error, times, seen
         self.raised = 0
         self.begun = False
-        self.learner = bench.optimizers[update]
+        self.optimizer = bench.optimizers[update]
         self.network = dict(bench.networks.items())[update]
 
     def fire(self) -> None:
@@ -115,12 +115,12 @@ class Fault:
         patch.setattr(undo, "_changed_by_step", lambda: (self.fire(), changed())[1])
 
     def _before_the_step(self, patch: pytest.MonkeyPatch) -> None:
-        step = self.learner.optimizer.step
-        patch.setattr(self.learner.optimizer, "step", lambda: (self.fire(), step())[1])
+        step = self.optimizer.optimizer.step
+        patch.setattr(self.optimizer.optimizer, "step", lambda: (self.fire(), step())[1])
 
     def _in_the_step(self, patch: pytest.MonkeyPatch) -> None:
         """Half of the weights are changed; of one more, the first step has made only a part of the state."""
-        optimizer, step = self.learner.optimizer, self.learner.optimizer.step
+        optimizer, step = self.optimizer.optimizer, self.optimizer.optimizer.step
 
         def half() -> Any:
             if not self.left:  # the update is tried again
@@ -149,14 +149,14 @@ def make_bench(changes: dict[str, Any] | None = None, data: Any = None, epochs: 
 def prepared(bench: Bench, update: str) -> Callable[[MetricRow], object]:
     """An update with its inputs, drawn from fixed random numbers."""
     torch.manual_seed(12)
-    stepper = bench.algorithm
+    algorithm = bench.algorithm
     if update == "model":
-        return stepper.update_model
-    observation = bench.replay.sample_observations(stepper.cfg.algorithm.actor_batch)
+        return algorithm.update_model
+    observation = bench.replay.sample_observations(algorithm.cfg.actor_batch)
     if update == "actor":
-        return lambda row: stepper.update_policy(observation, row)
-    imagined = bench.losses.actor.rollout_and_loss(stepper.encode(observation))[1]
-    return lambda row: stepper.update_critics(imagined, row)
+        return lambda row: algorithm.update_actor(observation, row)
+    imagined = bench.losses.actor.rollout_and_loss(algorithm.encode(observation))[1]
+    return lambda row: bench.update_critic(imagined, row)
 
 
 def do(bench: Bench, update: str) -> dict[str, float]:
@@ -174,10 +174,10 @@ def state_of(bench: Bench) -> dict[str, Tensor]:
     out = {"generator": bench.generator}
     for name, network in bench.networks.items():
         out |= {f"{name}.{key}": value.clone() for key, value in network.state_dict().items()}
-    for name, learner in bench.optimizers.items():
-        for index, state in learner.optimizer.state_dict()["state"].items():
+    for name, optimizer in bench.optimizers.items():
+        for index, state in optimizer.optimizer.state_dict()["state"].items():
             out |= {f"optimizer_{name}.{index}.{key}": value.clone() for key, value in state.items()}
-        assert all(p.grad is None for p in learner.parameters)
+        assert all(p.grad is None for p in optimizer.parameters)
     for key, value in bench.losses.actor.return_statistics.state_dict().items():
         out[f"return_statistics.{key}"] = value.clone()
     return out

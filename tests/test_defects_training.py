@@ -43,17 +43,24 @@ class TestEvaluationThatSummedImaginedRewards:
         """Returns are the environment's own, whatever reward head and dynamics say."""
         cfg = config()
         save_config(cfg, tmp_path)
-        _, run = run_with(monkeypatch, cfg, tmp_path)
-        row = MetricRow()
-        run.observer.evaluate(row)
-        honest = row.numbers()
-        with torch.no_grad():
-            for part in (run.networks.model.reward, run.networks.model.dynamics):
-                for p in part.parameters():
-                    p.fill_(1.0)
-        row = MetricRow()
-        run.observer.evaluate(row)
-        dreaming = row.numbers()
+        rows = []
+
+        def evaluate(run):
+            rows.append(MetricRow())
+            run.evaluation.measure(run.loop.epoch, rows[-1])
+
+        def dream(run):
+            if not run.loop.over:
+                return
+            evaluate(run)
+            with torch.no_grad():
+                for part in (run.networks.model.reward, run.networks.model.dynamics):
+                    for p in part.parameters():
+                        p.fill_(1.0)
+            evaluate(run)
+
+        run_with(monkeypatch, cfg, tmp_path, after_epoch=dream)
+        honest, dreaming = (row.numbers() for row in rows)
         assert dreaming["eval/return_mean"] == honest["eval/return_mean"] < 0
         assert dreaming["eval/reward_nmse"] > honest["eval/reward_nmse"]
 
@@ -73,8 +80,8 @@ def test_one_tensordict_per_environment_and_step(tmp_path, monkeypatch):
     def watch(run):
         if not writes:
             writes.append(None)
-            extend = run.replay.buffer.extend
-            run.replay.buffer.extend = lambda batch: writes.append(batch.shape) or extend(batch)
+            extend = run.source.samples.buffer.extend
+            run.source.samples.buffer.extend = lambda batch: writes.append(batch.shape) or extend(batch)
 
     changes = {"training.epochs": 4, "training.eval_every": 0}
     run_with(monkeypatch, config(changes, {**PENDULUM, "num_envs": 5}), tmp_path, after_epoch=watch)

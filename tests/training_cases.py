@@ -143,6 +143,15 @@ def run_with(
     return summary, made[0]
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a ``conftest.py`` to import: its runs leave no picture, which takes longer than the training itself.
+
+    Module-wide runs are made before this applies and have real ones.
+    """
+    monkeypatch.setattr(run_module, "write_curves", lambda run_dir: (run_dir / "curves.png").touch())
+
+
 def stop_after(epoch: int) -> Callable[[Run], None]:
     """A hook that asks for a stop after ``epoch``."""
 

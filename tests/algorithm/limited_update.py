@@ -1,4 +1,4 @@
-"""Updates under a limit of address space, in processes of their own; prints JSON. Run by test_recovery.py.
+"""Updates under a limit of address space, in processes of their own; prints JSON. Run by test_updates.py.
 
 Each update is first measured, whole and in halves, to find a limit that refuses the one and admits the other.
 """

@@ -46,7 +46,7 @@ class TestWhatChanges:
         assert not any(changes["actor"] + changes["critic"])
         self.assert_no_gradient(bench)
 
-    def test_policy_update(self):
+    def test_actor_update(self):
         bench = Bench(config())
         before = bench.snapshots()
         bench.algorithm.update_actor(bench.replay.sample_observations(8), MetricRow())
@@ -89,22 +89,22 @@ class TestUpdateCounts:
     def count(self, bench: Bench) -> dict[str, int]:
         """Optimizer steps of the next epoch."""
         counts = dict.fromkeys(NAMES, 0)
-        for name, learner in bench.optimizers.items():
-            step = type(learner).step
+        for name, optimizer in bench.optimizers.items():
+            step = type(optimizer).step
 
-            def counted(before, name=name, learner=learner, step=step):
+            def counted(before, name=name, optimizer=optimizer, step=step):
                 counts[name] += 1
-                return step(learner, before)
+                return step(optimizer, before)
 
-            learner.step = counted
+            optimizer.step = counted
         bench.step()
-        for learner in bench.optimizers.values():
-            del learner.step
+        for optimizer in bench.optimizers.values():
+            del optimizer.step
         return counts
 
     def test_first_and_later_epochs(self):
         bench = Bench(config({"algorithm.actor_updates": 2}))
-        # 2 policy updates, each followed by 2 passes in 2 minibatches
+        # 2 actor updates, each followed by 2 passes in 2 minibatches
         assert self.count(bench) == {"model": 3, "actor": 2, "critic": 8}
         assert self.count(bench) == {"model": 2, "actor": 2, "critic": 8}
 
@@ -273,10 +273,10 @@ class TestLearningRates:
         for name, first in (("model", 3e-4), ("actor", 5e-4), ("critic", 1e-3)):
             expected = [first + (1e-5 - first) * epoch / 3 for epoch in range(4)]
             assert [row[f"lr/{name}"] for row in logged] == pytest.approx(expected)
-        learner = bench.optimizers["actor"]
+        made = bench.optimizers["actor"]
         for fraction in (1.0, 1.5):
-            learner.set_progress(fraction)
-            assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+            made.set_progress(fraction)
+            assert made.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
 
     def test_the_state_continues_the_schedule(self):
         bench, other = Bench(config()), Bench(config())
@@ -284,26 +284,26 @@ class TestLearningRates:
         other.algorithm.load_state_dict(bench.algorithm.state_dict())
         rates = [b.step()["lr/actor"] for b in (bench, other)]
         assert rates[0] == rates[1] < 5e-4
-        assert other.algorithm.updated
+        assert other.algorithm.started
 
 
 class TestOptimizers:
     def test_settings(self):
         bench = Bench(config())
-        betas = {name: tuple(learner.optimizer.defaults["betas"]) for name, learner in bench.optimizers.items()}
+        betas = {name: tuple(made.optimizer.defaults["betas"]) for name, made in bench.optimizers.items()}
         assert betas == {"model": (0.9, 0.999), "actor": (0.7, 0.95), "critic": (0.7, 0.95)}
         assert [bench.optimizers[name].max_norm for name in NAMES] == [20.0, 1.0, 100.0]
 
     def test_norm_is_logged_before_clipping(self):
         bench = Bench(config())
-        learner = bench.optimizers["actor"]
-        for p in learner.parameters:
+        made = bench.optimizers["actor"]
+        for p in made.parameters:
             p.grad = torch.full_like(p, 10.0)
-        expected = 10 * math.sqrt(sum(p.numel() for p in learner.parameters))
-        norm = learner.step()
+        expected = 10 * math.sqrt(sum(p.numel() for p in made.parameters))
+        norm = made.step()
         assert norm.item() == pytest.approx(expected)
         # Adam's first moment holds the clipped gradient.
-        moments = [learner.optimizer.state[p]["exp_avg"] / (1 - 0.7) for p in learner.parameters]
+        moments = [made.optimizer.state[p]["exp_avg"] / (1 - 0.7) for p in made.parameters]
         assert torch.cat([m.flatten() for m in moments]).norm().item() == pytest.approx(1.0, rel=1e-4)
 
 
@@ -331,10 +331,7 @@ class TestDiagnostics:
     def test_metrics_are_plain(self, kind):
         bench = Bench(config({"model.dynamics.kind": kind}))
         row = bench.step()
-        for key, value in row.items():
-            assert not value.requires_grad, key
-            assert value.grad_fn is None, key
-            assert value.numel() == 1, key
+        assert {type(value) for value in row.values()} == {int, float}
         expected = {"loss/model", "loss/actor", "loss/critic", "grad_norm/model", "grad_norm/actor", "grad_norm/critic"}
         assert expected <= set(row.keys())
 
@@ -351,8 +348,6 @@ class TestMemory:
             kept.append(bench.step())
             gradient_profile(bench.algorithm, bench.replay.sample_observations(8))
             assert live_graphs() == others
-            alive = live_tensors()
-            tensors.append(sum(x.numel() for x in alive) - sum(v.numel() for row in kept for v in row.values()))
-            del alive
+            tensors.append(sum(x.numel() for x in live_tensors()))
         # Beside the rows kept here, as a metrics history would, nothing piles up.
         assert tensors[1] == tensors[2] == tensors[3]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from recovery_cases import BATCH, ERRORS, PLACES, UPDATES, Fault, assert_same_run, do, make_bench, state_of
-from training_cases import Bench, assert_equal, trajectories
+from training_cases import Bench, assert_equal, config, trajectories
 
-from pwm_torchrl.algorithm.updates import MicroBatches, is_out_of_memory
+from pwm_torchrl.algorithm.updates import Updates, is_out_of_memory
 from pwm_torchrl.config import MemoryConfig
 from pwm_torchrl.errors import OutOfMemory
 from pwm_torchrl.training.graph_check import live_nodes, live_tensors
@@ -93,8 +93,8 @@ class TestRepeated:
         """Loading puts other tensors in the place of the state."""
         ours, theirs = make_bench(epochs=1), make_bench(epochs=1)
         for bench in (ours, theirs):
-            for learner in bench.optimizers.values():
-                learner.optimizer.load_state_dict(learner.optimizer.state_dict())
+            for optimizer in bench.optimizers.values():
+                optimizer.optimizer.load_state_dict(optimizer.optimizer.state_dict())
         theirs.algorithm.updates.reduced["critic"] = 8
         assert fail(ours, "critic", "in the step") == do(theirs, "critic")
         assert_same_run(ours, theirs)
@@ -164,7 +164,7 @@ class TestGivingUp:
         if update != "model":
             observation = expected.replay.sample_observations(8)
         if update == "critic":
-            expected.losses.actor.rollout_and_loss(expected.stepper.encode(observation))
+            expected.losses.actor.rollout_and_loss(expected.algorithm.encode(observation))
             torch.randperm(32)
         expected.generator = torch.get_rng_state()
         before = state_of(expected)
@@ -248,8 +248,9 @@ class TestState:
     def test_a_size_that_was_set_anew_counts_instead(self):
         """More memory, or another plan; an update whose size stays as it was keeps its reduction."""
         made, told = [], []
+        executor = Bench(config()).algorithm.updates.executor
         for memory in (MemoryConfig(model_micro_batch=8), MemoryConfig(model_micro_batch=6)):
-            made.append(MicroBatches.configured(memory, lambda *what: told.append(what)))
+            made.append(Updates(executor, memory, lambda *what: told.append(what)))
         made[0].reduced = {"model": 2, "actor": 4}
         made[1].load_state_dict(made[0].state_dict())
         assert made[1].reduced == {"actor": 4}
@@ -260,7 +261,7 @@ class TestState:
         bench = make_bench()
         with Fault(bench, "actor", "forward", ERRORS["cpu"]).armed():
             row = bench.step()
-        logged = {key: value.item() for key, value in row.items() if key.startswith("memory/")}
+        logged = {key: value for key, value in row.items() if key.startswith("memory/")}
         assert logged == {
             "memory/model_micro_batch": 8,
             "memory/actor_micro_batch": 4,

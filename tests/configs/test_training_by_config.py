@@ -41,8 +41,8 @@ def composed(*words):
 
 def test_parts_of_a_configuration_are_one_set_of_networks():
     trainer = instantiate(composed().trainer)
-    updates = trainer.optimization_stepper
-    networks = updates.networks
+    algorithm = trainer.optimization_stepper.algorithm
+    networks = algorithm.networks
     assert isinstance(trainer.loss_module, PWMActorLoss)
     assert trainer.loss_module.horizon == 4
     assert isinstance(networks.model.dynamics, ResidualEndpointFlow)
@@ -54,8 +54,8 @@ def test_parts_of_a_configuration_are_one_set_of_networks():
     acting = pointers(trainer.collector.policy)
     assert pointers(trainer.loss_module) == pointers(networks.actor)
     assert pointers(networks.actor) | pointers(networks.model) == acting
-    assert pointers(updates.losses.model) == pointers(networks.model)
-    assert pointers(updates.losses.critic) == pointers(networks.critic)
+    assert pointers(algorithm.losses.model) == pointers(networks.model)
+    assert pointers(algorithm.losses.critic) == pointers(networks.critic)
     assert pointers(trainer.loss_module.world_model) == pointers(networks.model)
     trainer.collector.shutdown()
 

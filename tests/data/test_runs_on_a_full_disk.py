@@ -10,10 +10,11 @@ import pytest
 from run_files import events, saved_epochs, summary_of
 from training_cases import assert_equal, config, rows_of, run_with, weights_of
 
+import pwm_torchrl.run.train as run_module
 from pwm_torchrl.data.files import Reserve, allocate, free_bytes
 from pwm_torchrl.errors import StorageFault
 from pwm_torchrl.run.train import Run
-from pwm_torchrl.training import run_module, train
+from pwm_torchrl.training import train
 from pwm_torchrl.training.append import append_text
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.metrics import CsvMetrics, read_metrics
@@ -150,7 +151,7 @@ class TestBrokenDisk:
             if run.loop.epoch == 3:
                 raising = refuse(number, tmp_path / what)
                 if what == "checkpoint":
-                    monkeypatch.setattr(run.store, "save", raising)
+                    monkeypatch.setattr(run.loop.record.store, "save", raising)
                 elif what == "metrics":
                     monkeypatch.setattr(run.loop.record.csv, "write", raising)
                 elif what == "summary":
@@ -158,7 +159,7 @@ class TestBrokenDisk:
                     write = RunSummary.write
                     monkeypatch.setattr(run.summary, "write", lambda: next(once, lambda: write(run.summary))())
                 else:
-                    monkeypatch.setattr(run.replay, "extend", raising)
+                    monkeypatch.setattr(run.source.samples, "extend", raising)
 
         with pytest.raises(StorageFault, match=name) as caught:
             run_with(monkeypatch, CONFIG, tmp_path, after_epoch=break_)

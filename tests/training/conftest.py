@@ -1,13 +1,7 @@
-"""Runs without their picture, which takes longer than the training itself."""
+"""Runs without their picture."""
 
 from __future__ import annotations
 
-import pytest
+from training_cases import no_curves
 
-from pwm_torchrl.run import train as run_module
-
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Module-wide runs are made before this applies and have real ones."""
-    monkeypatch.setattr(run_module, "write_curves", lambda run_dir: (run_dir / "curves.png").touch())
+__all__ = ["no_curves"]

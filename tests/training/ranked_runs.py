@@ -26,6 +26,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import DTypeCastTransform, EnvBase, TransformedEnv
 from training_cases import config, run_with, stop_after, weights_of
 
+import pwm_torchrl.run.train as run_module
 from pwm_torchrl.algorithm.build import NetworkOptimizer
 from pwm_torchrl.envs import make_gymnasium_env
 from pwm_torchrl.launch.train import main as train_command
@@ -33,7 +34,7 @@ from pwm_torchrl.memory.updates import Persistent, Transient, UpdateTracer
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
 from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 from pwm_torchrl.run.train import train
-from pwm_torchrl.training import replica, run_module, shared_updates
+from pwm_torchrl.training import replica, shared_updates
 from pwm_torchrl.training.stored import StoredSamples
 
 TIMEOUT_S = 60.0  # of one case; then its processes are killed, and the tests fail

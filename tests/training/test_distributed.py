@@ -115,8 +115,8 @@ class TestTheSameTraining:
         assert [(e["update"], e["refused"], e["size"], e["error"]) for e in told] == [
             ("model", 5, 3, "rank 1: CUDA out of memory."),
             ("critic", 2, 1, "CUDA out of memory."),
-            ("policy", 4, 2, "rank 1: CUDA out of memory."),
-            ("policy", 2, 1, "CUDA out of memory."),
+            ("actor", 4, 2, "rank 1: CUDA out of memory."),
+            ("actor", 2, 1, "CUDA out of memory."),
         ]
         assert_same_training(ran, ran.of("refused"), ran.folder / "flow_v2_1")
 
@@ -151,7 +151,7 @@ class TestTheEnd:
     def test_weights_that_drift_apart(self, ran):
         assert ran.codes("drift") == [1, 1]
         (event,) = events(ran.of("drift"), "failed")
-        assert event["error"] == "RankFault: Rank 1 of 2 differs from rank 0 in world_model."
+        assert event["error"] == "RankFault: Rank 1 of 2 differs from rank 0 in model."
 
     def test_a_stop_is_for_rank_0_to_decide(self, ran):
         """The others get the same signals."""

@@ -175,7 +175,7 @@ class TestRun:
         history = []
 
         def keep(run):
-            losses = run.algorithm.losses.model(run.replay.sample_slices(4))
+            losses = run.algorithm.losses.model(run.source.samples.sample_slices(4))
             history.append(losses["loss_reward"])
 
         with pytest.raises(GraphLeak, match=r"^epoch 1 left \d+ more live autograd nodes .* held by a list of 1"):
@@ -201,7 +201,7 @@ class TestRun:
         history = []
         changes = {"training.check_graphs": False, "training.epochs": 2}
         summary, run = run_with(monkeypatch, config(changes), tmp_path, after_epoch=lambda run: history.append(graph()))
-        assert run.trainer.graph_check is None
+        assert run.loop.graph_check is None
         assert summary["status"] == "finished"
 
     def test_a_run_may_be_resumed_with_or_without_it(self):
@@ -209,12 +209,12 @@ class TestRun:
 
 
 class TestNothingThatOutlivesAStepOwnsAGraph:
-    def test_a_hook_cannot_log_a_graph(self, tmp_path, monkeypatch):
-        def register(run):
-            run.trainer.register_op("post_steps_log", lambda batch: {"hook/loss": graph()})
+    def test_no_graph_enters_the_row_of_an_epoch(self, tmp_path, monkeypatch):
+        def log(run):
+            run.loop.row.set({"own/loss": graph()})
 
-        with pytest.raises(ValueError, match="'hook/loss' requires grad and would keep its autograd graph alive"):
-            run_with(monkeypatch, config(), tmp_path, after_epoch=register)
+        with pytest.raises(ValueError, match="'own/loss' requires grad and would keep its autograd graph alive"):
+            run_with(monkeypatch, config(), tmp_path, during_epoch=log)
 
     def test_loggers_get_plain_numbers(self, tmp_path, monkeypatch):
         seen = defaultdict(set)
@@ -234,7 +234,7 @@ class TestNothingThatOutlivesAStepOwnsAGraph:
                 return "Recorder()"
 
         def attach(run):
-            run.observer.logger = Recorder()
+            run.loop.record.logger = Recorder()
 
         run_with(monkeypatch, config(), tmp_path, after_epoch=attach)
         assert set(rows_of(tmp_path)[-1]) <= seen.keys()

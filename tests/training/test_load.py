@@ -46,7 +46,7 @@ class TestPolicy:
         policy = pwm_torchrl.load_policy(run.run_dir, which="latest")
         data = observations()
         with set_exploration_type(ExplorationType.DETERMINISTIC):
-            found, expected = policy(data.clone()), run.policy(data.clone())
+            found, expected = policy(data.clone()), run.evaluation.act(data.clone())
         assert torch.equal(found["action"], expected["action"])
         assert torch.equal(found["latent"], expected["latent"])
         assert (policy.in_keys, policy.out_keys[-1]) == (["observation"], "action")

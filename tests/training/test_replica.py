@@ -15,7 +15,7 @@ from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError, RankFault
 from pwm_torchrl.training.distributed import Ranks
 from pwm_torchrl.training.replica import check_device, made_of, own_device
-from pwm_torchrl.training.shared_updates import SharedUpdates, bits
+from pwm_torchrl.training.shared_updates import SharedExecutor, bits
 
 
 def test_configuration_through_json():
@@ -61,7 +61,7 @@ def test_shares_are_all_rows_once(count, size):
 def test_the_last_bit_counts():
     bench = Bench(config())
     bench.step()
-    shared = SharedUpdates(bench.networks, bench.losses, bench.optimizers, bench.algorithm.undo, SimpleNamespace())
+    shared = SharedExecutor(bench.networks, bench.losses, bench.optimizers, SimpleNamespace())
     before = shared.checksums()
     assert before == shared.checksums()
     state = bench.optimizers["actor"].optimizer.state

@@ -91,7 +91,7 @@ class TestExact:
         run_with(monkeypatch, cfg, tmp_path, after_epoch=stop_after(2))
         summary, run = run_with(monkeypatch, cfg, tmp_path, resume=True)
         assert (summary["status"], summary["resume_exact"]) == ("finished", False)
-        stored = run.replay.store.get(torch.tensor([0]), torch.tensor([0]), 16)[0]
+        stored = run.source.samples.store.get(torch.tensor([0]), torch.tensor([0]), 16)[0]
         assert stored["observation"][:, 1].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3, 4, 5, 6, 0]
         assert stored["next", "done"][:, 0].nonzero().flatten().tolist() == [6, 7, 14]
         assert float(rows_of(tmp_path)[-1]["data/valid_fraction"]) < 1
@@ -133,7 +133,7 @@ class TestWhatStays:
             tmp_path,
             after_epoch=lambda run: most.append(held_bytes(tmp_path / "replay")),
         )
-        dims = (run.info.observation_dim, run.info.action_dim, 24, 2)
+        dims = (run.source.info.observation_dim, run.source.info.action_dim, 24, 2)
         assert max(most) <= replay_disk_bytes(*dims, steps_since_checkpoint(epochs, 4, every, keep))
         # Segments of one step; the best checkpoint is not among those that can be resumed.
         oldest = epochs_of(tmp_path)[-keep:][0]

@@ -16,7 +16,7 @@ from training_cases import assert_equal, config, rows_of, run_with, weights_of
 from pwm_torchrl.errors import OutOfMemory
 from pwm_torchrl.memory import watch as watch_module
 from pwm_torchrl.memory.readings import read_memory
-from pwm_torchrl.run import train as run_module
+from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.train import Run
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,8 @@ class TestGuard:
     def test_what_a_user_stops_is_stopped(self, tmp_path, monkeypatch):
         def stop(run: Run) -> None:
             alarm(run)
-            run.stop.ask("test")
+            log = run.loop.log
+            run.loop.log = lambda numbers: (log(numbers), run.stop.ask("test"))  # the epoch's last step
 
         summary, _ = run_with(monkeypatch, config(), tmp_path, during_epoch=stop)
         assert (summary["status"], summary["epochs_done"]) == ("stopped", 1)
@@ -156,14 +157,14 @@ class TestWatch:
         """Where environments may fork, and where a video is made."""
         seen: list[int] = []
         note = lambda *args, **kwargs: seen.append(len(watching_threads()))  # noqa: E731
-        monkeypatch.setattr(run_module.Run, "draw", note)
-        play = run_module.Run.play
+        monkeypatch.setattr(Run, "draw", note)
+        prelude = PolicyEvaluation.prelude
 
-        def look(run: Run, act: Any, *between: Any) -> Any:
+        def look(evaluation: PolicyEvaluation) -> None:
             note()
-            return play(run, act, *between)
+            prelude(evaluation)
 
-        monkeypatch.setattr(run_module.Run, "play", look)
+        monkeypatch.setattr(PolicyEvaluation, "prelude", look)
         run_with(monkeypatch, config(), tmp_path)
         assert seen == [0, 0]
 

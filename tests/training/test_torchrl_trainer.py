@@ -20,6 +20,9 @@ from pwm_torchrl.training import make_torchrl_trainer
 
 ALGORITHM = {"horizon": 4, "model_batch": 8, "actor_batch": 8, "model_updates": 2, "critic_passes": 1}
 
+#: By their names, the arguments that give them.
+NETWORKS = {"model": "world_model", "actor": "actor", "critic": "critics"}
+
 
 def parts(num_envs=1, env=None, frames=32, **changes):
     """Arguments of a small training, some of them others."""
@@ -72,9 +75,9 @@ def test_all_parts_share_one_set_of_networks_and_learn(num_envs):
     updates = trainer.optimization_stepper
     actor = pointers(given["actor"])
     assert pointers(trainer.loss_module) == actor <= pointers(trainer.collector.policy)
-    assert {p.data_ptr() for p in updates.losses.model.parameters()} == pointers(given["world_model"])
+    assert {p.data_ptr() for p in updates.algorithm.losses.model.parameters()} == pointers(given["world_model"])
     assert trainer.loss_module.horizon == 3
-    before = {k: [p.clone() for p in given[k].parameters()] for k in ("model", "actor", "critic")}
+    before = {k: [p.clone() for p in given[k].parameters()] for k in NETWORKS.values()}
     trainer.train()
     assert len(rows.rows) == 3
     assert trainer.collected_frames == 96 == len(given["replay_buffer"])
@@ -105,10 +108,11 @@ def test_state_holds_networks_and_optimizers():
     state = states[-1]
     other = make_torchrl_trainer(**parts())
     other.load_state_dict(state)
-    for name in ("model", "actor", "critic"):
-        ours, theirs = given[name].state_dict(), dict(other.optimization_stepper.networks.items())[name].state_dict()
+    networks = dict(other.optimization_stepper.algorithm.networks.items())
+    for name, key in NETWORKS.items():
+        ours, theirs = given[key].state_dict(), networks[name].state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    moments = other.optimization_stepper.optimizers["actor"].optimizer.state_dict()["state"]
+    moments = other.optimization_stepper.algorithm.optimizers["actor"].optimizer.state_dict()["state"]
     assert torch.equal(moments[0]["exp_avg"], state["actor_optimizer"]["state"][0]["exp_avg"])
     assert other.optimization_stepper.epoch == 3
 

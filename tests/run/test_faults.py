@@ -45,7 +45,7 @@ class TestEnvironment:
         assert (summary["status"], summary["epochs_done"], summary["restarts"]) == ("finished", 4, 1)
         assert not summary["resume_exact"]
         assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "2", "3", "4"]
-        assert len(run.replay) == 32
+        assert len(run.source.samples) == 32
 
     def test_in_the_first_epoch(self, tmp_path):
         """Nothing was learned: there is nothing to save."""
@@ -57,7 +57,7 @@ class TestEnvironment:
 
 class TestDivergence:
     @pytest.mark.parametrize("epoch", [3, 4], ids=["", "evaluated"])
-    @pytest.mark.parametrize("network", ["world_model", "actor", "critics"])
+    @pytest.mark.parametrize("network", ["model", "actor", "critic"])
     def test_a_loss_that_is_not_finite(self, network, epoch, tmp_path, monkeypatch):
         """The fourth epoch evaluates: the policy's NaN must not be blamed on the environment."""
 

@@ -7,18 +7,18 @@ import json
 
 import pytest
 import torch
-from pwm_torchrl.training.extraction import LatentVariance
-from pwm_torchrl.training.updates import trained_networks
 from stored_cases import write_store
 from tensordict import TensorDict
 from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
+from pwm_torchrl.config import trained_networks
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.reporting.collect import read_run
 from pwm_torchrl.launch.reporting.scores import score_table
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
-from pwm_torchrl.run.evaluation import Episodes
-from pwm_torchrl.training import evaluate_run, extraction, load_policy
+from pwm_torchrl.run import evaluation
+from pwm_torchrl.run.evaluation import Episodes, LatentVariance
+from pwm_torchrl.training import evaluate_run, load_policy
 from pwm_torchrl.training import load as load_module
 from pwm_torchrl.training.load import load_networks
 from pwm_torchrl.training.offline import run_facts
@@ -70,9 +70,10 @@ def test_policy_and_critics_learn_in_a_frozen_world_model(monkeypatch, store, wo
     assert torch.equal(bound.encoder.net[0].weight, saved.encoder.net[0].weight)
     assert run.algorithm.optimizers.keys() == {"actor", "critic"}
     assert run.networks.actor.action_dim == 2
-    checkpoint = run.store.latest()
+    checkpoint = run.loop.record.store.latest()
     names = {path.name.partition("-")[2] for path in checkpoint.rglob("*") if path.is_dir()}
-    assert not any("world_model" in name for name in names)
+    assert {"actor", "critic"} <= names
+    assert not any("model" in name for name in names)
 
 
 def test_policy_comes_back_from_its_run(monkeypatch, store, world_model, tmp_path):
@@ -123,7 +124,7 @@ class TestFineTuning:
     def test_tells_when_the_latents_collapse(self, monkeypatch, store, world_model, tmp_path, capsys):
         cfg = extraction_config(store, world_model, {"finetune": True})
         variances = iter([1.0, 0.5, 0.05, 0.01])
-        monkeypatch.setattr(extraction, "latent_variance", lambda stepper: next(variances))
+        monkeypatch.setattr(evaluation, "latent_variance", lambda algorithm: next(variances))
         run_with(monkeypatch, cfg, tmp_path)
         events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
         (event,) = [event for event in events if event["event"] == "latent_collapse"]
@@ -140,11 +141,11 @@ class TestFineTuning:
 
 def test_what_is_trained(store, world_model):
     cfg = extraction_config(store, world_model)
-    assert trained_networks(cfg) == ("actor", "critics")
+    assert trained_networks(cfg) == ("actor", "critic")
     cfg.finetune = True
     assert trained_networks(cfg) == ("model", "actor", "critic")
     cfg.mode = "pretrain"
-    assert trained_networks(cfg) == ("world_model",)
+    assert trained_networks(cfg) == ("model",)
 
 
 class TestBadInput:

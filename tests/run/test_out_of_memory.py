@@ -14,9 +14,6 @@ from pwm_torchrl.errors import OutOfMemory
 from pwm_torchrl.run.train import Run
 from pwm_torchrl.training import train
 
-COLUMNS = {"model": "model", "actor": "imagination", "critic": "critic"}
-
-
 def admits(update: str, rows: int, after: int) -> Callable[[Run], None]:
     """A hook: after some epochs, memory is left for so many rows of an update."""
 
@@ -56,7 +53,7 @@ class TestSmallerParts:
                 (update, 2 * rows, rows),
             ]
             assert "can't allocate memory" in told[0]["error"]
-            column = f"memory/{COLUMNS[update]}_micro_batch"
+            column = f"memory/{update}_micro_batch"
             logged = [row[column] for row in csv_rows(tmp_path / name)]
             assert logged == [str(size) for size in (4 * rows, rows, rows, rows)]
 
@@ -104,7 +101,7 @@ class TestGivingUp:
             raise OutOfMemory("The critic update does not fit")
 
         with monkeypatch.context() as patch:
-            patch.setattr("pwm_torchrl.training.stepper.PWMStepper.update_critics_once", never)
+            patch.setattr("pwm_torchrl.algorithm.updates.Updates.critic", never)
             with pytest.raises(OutOfMemory):
                 train(cfg, tmp_path / "parts", resume=True)
         summary, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
@@ -118,7 +115,7 @@ class TestGivingUp:
         def shrink(run: Run) -> None:
             admits("actor", 0, after=3)(run)
             if run.loop.epoch == 3:
-                monkeypatch.setattr(run.replay, "state_dict", lambda: bytearray(1 << 62))
+                monkeypatch.setattr(run.source.samples, "state_dict", lambda: bytearray(1 << 62))
 
         with pytest.raises(OutOfMemory, match=r"^The actor update does not fit"):
             run_with(monkeypatch, config(), tmp_path, during_epoch=shrink)

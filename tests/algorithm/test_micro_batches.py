@@ -56,9 +56,9 @@ def start(bench: Bench) -> TensorDictBase:
 class Watched:
     """What an update did: its gradients before clipping, its log and the state it leaves behind."""
 
-    def __init__(self, bench: Bench, learner: str, update: Callable[[MetricRow], object]) -> None:
+    def __init__(self, bench: Bench, optimizer: str, update: Callable[[MetricRow], object]) -> None:
         self.gradients: list[list[Tensor]] = []
-        made = bench.optimizers[learner]
+        made = bench.optimizers[optimizer]
 
         def step(before: Callable[[], None]) -> Tensor:
             self.gradients.append([p.grad.clone() for p in made.parameters])
@@ -108,7 +108,7 @@ def test_model_update(changes, size):
 @pytest.mark.parametrize("changes", [{}, MODELS[1], MODELS[5], {"algorithm.detach": False}], ids=name_of)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_policy_update(changes, normalize, size):
+def test_actor_update(changes, normalize, size):
     """The parts' rollouts are put together again, for the critics."""
 
     def update(micro_batch):
@@ -139,7 +139,7 @@ def test_critic_update(size):
         assert mask.any()
         assert not mask.all()
         bench.networks.critic.params[-1].data.normal_(generator=torch.Generator().manual_seed(1))
-        return Watched(bench, "critic", lambda row: bench.algorithm.update_critics(imagined, row))
+        return Watched(bench, "critic", lambda row: bench.update_critic(imagined, row))
 
     whole, parts = update(None), update(size)
     assert len(whole.gradients) == 8
@@ -151,7 +151,7 @@ def test_epochs(size):
     """All updates of two epochs, in parts and whole."""
     ends = []
     for micro_batch in (None, size):
-        keys = ("model", "imagination", "critic")
+        keys = ("model", "actor", "critic")
         bench = double_bench({f"memory.{key}_micro_batch": micro_batch for key in keys})
         torch.manual_seed(5)
         rows = [bench.step() for _ in range(2)]
@@ -170,7 +170,7 @@ def test_epochs(size):
 
 def test_a_size_above_the_batch_is_the_batch(tmp_path, monkeypatch):
     """To the bit, in a run."""
-    keys = ("model", "imagination", "critic")
+    keys = ("model", "actor", "critic")
     _, whole = run_with(monkeypatch, config(), tmp_path / "whole")
     larger = config({f"memory.{key}_micro_batch": 1000 for key in keys})
     _, same = run_with(monkeypatch, larger, tmp_path / "larger")

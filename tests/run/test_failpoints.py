@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 import re
@@ -13,8 +14,10 @@ import pytest
 from failpoint_cases import learned, run, small, start
 from training_cases import rows_of
 
+import pwm_torchrl
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training import train
+from pwm_torchrl.run.loop import Loop
+from pwm_torchrl.training import claims, train
 from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.failpoints import FAILPOINTS
@@ -57,8 +60,12 @@ def test_killed_anywhere(place, times, straight, tmp_path):
 
 
 def test_every_place_is_in_the_code():
-    source = "\n".join(file.read_text() for file in Path(train.__code__.co_filename).parent.glob("*.py"))
-    assert set(re.findall(r'"((?:start|resume|epoch|save|stop|finish)\.\w+)"', source)) == set(FAILPOINTS)
+    found = set()
+    for file in Path(pwm_torchrl.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "failpoint":
+                found |= {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+    assert found == set(FAILPOINTS)
 
 
 def test_twenty_random_kills(straight, tmp_path):
@@ -95,24 +102,20 @@ def test_every_file_of_a_checkpoint_that_is_truncated_or_flipped_is_noticed(stra
 
 
 def test_a_superseded_attempt_stops_and_never_counts(tmp_path, monkeypatch):
-    """Its process was thought dead: another attempt took over while it was in its second epoch."""
-    from pwm_torchrl.training.stepper import PWMStepper
-
-    from pwm_torchrl.training import claims
-
-    update = PWMStepper.update_model
+    """Its process was thought dead: another attempt took over while it was in its third epoch."""
+    update = Loop.update
     cfg = small()
     cfg.training.checkpoint_every = 1
 
-    def overtaken(self, row):
-        update(self, row)
+    def overtaken(self):
         if self.epoch == 2 and not (tmp_path / claims.FOLDER / "000002.json").exists():
             newest = claims.newest_claim(tmp_path)
             names = CheckpointStore(tmp_path).names()
             successor = claims.Claim(2, newest.owner, names)
             (tmp_path / claims.FOLDER / "000002.json").write_text(json.dumps(successor.as_dict()))
+        update(self)
 
-    monkeypatch.setattr(PWMStepper, "update_model", overtaken)
+    monkeypatch.setattr(Loop, "update", overtaken)
     with pytest.raises(RuntimeError, match=r"^Attempt 1 of .* was superseded by attempt 2"):
         train(cfg, tmp_path)
     counted = CheckpointStore(tmp_path).countable()

@@ -34,7 +34,7 @@ def checkpoints(run_dir):
     return {saved.epoch: saved.path for saved in CheckpointStore(run_dir).countable()}
 
 
-def truncate(folder, name="tensor_00000000.memmap", component="world_model"):
+def truncate(folder, name="tensor_00000000.memmap", component="model"):
     file = next(folder.glob(f"components/*-{component}/state/{name}"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -86,7 +86,7 @@ class TestExactResume:
     def test_another_micro_batch_equals_a_run_that_switched_there(self, tmp_path, monkeypatch):
         """A job that comes back with a thriftier plan: from that epoch on it computes as one that has it."""
         cfg = config({"training.epochs": 6})
-        smaller = {"model": 3, "policy": 5, "critic": 7}
+        smaller = {"model": 3, "actor": 5, "critic": 7}
 
         def switch(run):
             if run.loop.epoch == 3:
@@ -171,7 +171,7 @@ class TestExactResume:
         run_with(monkeypatch, cfg, tmp_path, after_epoch=stop_after(2))
         summary, run = run_with(monkeypatch, cfg, tmp_path, resume=True)
         assert (summary["status"], summary["resume_exact"]) == ("finished", False)
-        stored = run.replay.buffer.storage.get(slice(0, 16))
+        stored = run.source.samples.buffer.storage.get(slice(0, 16))
         # Observation 1 counts the steps of the episode: after 8 steps it starts over.
         assert stored["observation"][:, 0, 1].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3, 4, 5, 6, 0]
         assert stored["next", "done"][:, 0, 0].nonzero().flatten().tolist() == [6, 7, 14]
@@ -190,9 +190,14 @@ class TestCheckpoints:
     def test_by_minutes(self, tmp_path, monkeypatch):
         """However rare checkpoints are by epochs; minutes are counted from the last one."""
         changes = {"training.checkpoint_every": 0, "training.eval_every": 0, "training.epochs": 6}
-        clock = iter(range(0, 10_000, 40))  # seconds; looked at once when an epoch ends and once after each checkpoint
-        monkeypatch.setattr("pwm_torchrl.training.trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
-        train(config({**changes, "training.checkpoint_minutes": 1.5, "training.keep_checkpoints": 9}), tmp_path)
+        seconds = [0]
+        monkeypatch.setattr("pwm_torchrl.run.loop.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+
+        def pass_time(run):
+            seconds[0] += 40
+
+        cfg = config({**changes, "training.checkpoint_minutes": 1.5, "training.keep_checkpoints": 9})
+        run_with(monkeypatch, cfg, tmp_path, after_epoch=pass_time)
         assert list(checkpoints(tmp_path)) == [3, 6]
 
     def test_keep(self, tmp_path):
@@ -239,7 +244,7 @@ class TestCheckpoints:
         elif damage == "replay":
             truncate(newest, component="replay")
         elif damage == "missing":
-            next(newest.glob("components/*-critics/state/tensor_00000001.memmap")).unlink()
+            next(newest.glob("components/*-critic/state/tensor_00000001.memmap")).unlink()
         elif damage == "manifest":
             (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:200])
         else:
@@ -310,6 +315,6 @@ class TestCheckpoints:
         content = json.loads(manifest.read_text())
         content["metadata"]["schema_version"] = 999
         manifest.write_text(json.dumps(content))
-        message = r"has schema version 999; this release of pwm_torchrl reads version 2\."
+        message = r"has schema version 999; this release of pwm_torchrl reads version 3\."
         with pytest.raises(CheckpointFault, match=message):
             train(config(), tmp_path, resume=True)

@@ -9,14 +9,15 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from training_cases import config
 
+import pwm_torchrl.run.train as run_module
 from pwm_torchrl.config import Config
+from pwm_torchrl.run.loop import Loop
 from pwm_torchrl.run.stop import StopRequest
 from pwm_torchrl.training import train
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
@@ -25,9 +26,9 @@ from pwm_torchrl.training.seal import SEAL_FILE
 
 _HERE = Path(__file__).resolve().parent
 NETWORKS = (
-    "world_model",
+    "model",
     "actor",
-    "critics",
+    "critic",
     "optimizer_model",
     "optimizer_actor",
     "optimizer_critic",
@@ -53,21 +54,20 @@ def small() -> Config:
 def attempt(run_dir: str, failpoint: str | None, stop: bool) -> None:
     """What a process does: start the run or go on with it."""
     torch.set_num_threads(1)
-    from pwm_torchrl.training import run_module, stepper
-
     run_module.write_curves = lambda folder: None  # a picture takes longer than the run
     if failpoint is not None:
         os.environ[VARIABLE] = failpoint
     request = StopRequest()
     if stop:
-        made = stepper.PWMStepper.update_model
+        update = Loop.update
 
-        def counting(self: stepper.PWMStepper, row: Any) -> None:
-            made(self, row)
+        def stopping(self: Loop) -> None:
             if self.epoch == 2:
-                request.ask("test")
+                made = self.algorithm.update_model
+                self.algorithm.update_model = lambda row: (made(row), request.ask("test"))
+            update(self)
 
-        stepper.PWMStepper.update_model = counting
+        Loop.update = stopping
     folder = Path(run_dir)
     summary = train(small(), folder, resume=(folder / "summary.json").exists(), stop=request)
     os._exit(0 if summary["status"] == "finished" else 3)
@@ -103,8 +103,6 @@ def learned(run_dir: Path) -> dict[str, int]:
 
 def _warm_up() -> None:
     """A whole run before the forks: what it imports, and the traces of its memory plan, are there in each of them."""
-    from pwm_torchrl.run import train as run_module
-
     torch.set_num_threads(1)
     run_module.write_curves = lambda folder: None
     with tempfile.TemporaryDirectory() as folder:

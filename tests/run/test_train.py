@@ -20,12 +20,15 @@ from training_cases import (
     weights_of,
 )
 
+import pwm_torchrl.run.train as run_module
 from pwm_torchrl.devices import pick_device
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.run import evaluation as evaluation_module
+from pwm_torchrl.run.ending import Closing
 from pwm_torchrl.run.evaluation import play, random_action
 from pwm_torchrl.run.train import Run
-from pwm_torchrl.training import assembly, run_module, train
+from pwm_torchrl.training import train
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import claimed
 from pwm_torchrl.training.seeding import evaluation_env_seed
@@ -99,11 +102,11 @@ class TestWhatIsLeft:
 
     def test_checkpoints_are_the_newest_and_the_best(self, finished):
         run = finished[1]
-        steps = [saved.epoch for saved in run.store.countable()]
+        steps = [saved.epoch for saved in run.loop.record.store.countable()]
         assert steps[-2:] == [8, 10]
         means = {int(r["epoch"]): float(r["eval/return_mean"]) for r in rows_of(run.run_dir) if r["eval/return_mean"]}
         best = max(means, key=means.get)
-        assert int(run.store.best().name.rpartition("-")[2]) == best
+        assert int(run.loop.record.store.best().name.rpartition("-")[2]) == best
         assert set(steps) == {8, 10, best}
 
     def test_nothing_but_time_in_the_time_columns(self, finished):
@@ -127,7 +130,7 @@ def test_a_machine_that_cannot_draw_finishes_all_the_same(tmp_path, monkeypatch,
         raise MissingLibraryError("curves.png needs matplotlib")
 
     monkeypatch.setattr(run_module, "write_curves", absent)
-    monkeypatch.setattr(assembly, "write_video", absent)
+    monkeypatch.setattr(evaluation_module, "write_video", absent)
     assert train(config({"training.epochs": 1, "training.video": True}), tmp_path)["status"] == "finished"
     shown = "".join(capsys.readouterr())
     assert "no curves: curves.png needs matplotlib" in shown
@@ -223,7 +226,7 @@ class TestOptions:
         changes = {"algorithm.normalize_observations": True}
         _, run = run_with(monkeypatch, config(changes), tmp_path)
         statistics = run.networks.model.observation_statistics
-        observed = run.replay.buffer.storage.get(slice(0, 16))["observation"].flatten(0, 1)
+        observed = run.source.samples.buffer.storage.get(slice(0, 16))["observation"].flatten(0, 1)
         torch.testing.assert_close(statistics.mean, observed.mean(0), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(statistics.var, observed.var(0, unbiased=False), atol=1e-3, rtol=1e-3)
         # They stand in front of the encoder, and come back with the checkpoint.
@@ -237,16 +240,16 @@ class TestOptions:
     def test_normalized_rewards(self, tmp_path, monkeypatch):
         changes = {"algorithm.normalize_rewards": True}
         summary, run = run_with(monkeypatch, config(changes), tmp_path)
-        assert run.reward_scale(torch.zeros(2)).tolist() == [0.0, 0.0]
-        assert run.reward_scale(torch.tensor(1.0)) > 0
+        assert run.source.reward_scale(torch.zeros(2)).tolist() == [0.0, 0.0]
+        assert run.source.reward_scale(torch.tensor(1.0)) > 0
         # What is reported stays in the environment's own reward, as does what is stored.
         env = make_env(run.cfg.env, num_envs=3, seed=5000)
-        assert summary["final_return"] == pytest.approx(play(env, run.policy, 5000).returns.mean().item())
-        assert run.replay.buffer.storage.get(slice(0, 16))["next", "reward"].min() < -0.1
+        assert summary["final_return"] == pytest.approx(play(env, run.evaluation.act, 5000).returns.mean().item())
+        assert run.source.samples.buffer.storage.get(slice(0, 16))["next", "reward"].min() < -0.1
         again = fresh_run(run.cfg, tmp_path)
         assert again.restore()
-        assert_equal(again.reward_scale.state_dict(), run.reward_scale.state_dict())
-        assert again.reward_scale.statistics.count > 30
+        assert_equal(again.source.reward_scale.state_dict(), run.source.reward_scale.state_dict())
+        assert again.source.reward_scale.statistics.count > 30
 
     def test_running_return_statistics_are_in_the_checkpoint(self, finished):
         run = finished[1]
@@ -260,7 +263,7 @@ class TestOptions:
 def fresh_run(cfg, run_dir) -> Run:
     """The parts of a run, nothing restored or trained."""
     with claimed(run_dir, CheckpointStore(run_dir).names()) as claim:
-        return Run(cfg, run_dir, RunSummary.start(cfg, run_dir, resume=False), claim)
+        return Run(cfg, run_dir, RunSummary.start(cfg, run_dir, resume=False), claim, Closing())
 
 
 class TestSharing:
@@ -283,9 +286,9 @@ class TestSharing:
     def test_losses_and_policy(self, tmp_path):
         run = fresh_run(config(), tmp_path)
         networks = {name: {id(p) for p in network.parameters()} for name, network in run.networks.items()}
-        assert {id(p) for p in run.policy.parameters()} <= networks["world_model"] | networks["actor"]
-        policy = run.trainer.collector.policy
-        assert networks["actor"] <= {id(p) for p in policy.parameters()}
+        evaluated, collecting = run.evaluation.act, run.source.collector.policy
+        assert {id(p) for p in evaluated.parameters()} <= networks["model"] | networks["actor"]
+        assert networks["actor"] <= {id(p) for p in collecting.parameters()}
 
 
 class TestRefused:

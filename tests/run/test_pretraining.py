@@ -81,7 +81,7 @@ class TestRun:
         assert facts.observation_dims == (3, 8)
         assert tuple(facts.spec.action_dims) == (1, 2)
         assert facts.labels["validation_loss"] == summary["best_validation_loss"]
-        validation = made.observer.validation
+        validation = made.evaluation.validation
         assert type(model.reward) is type(made.networks.model.reward)
         assert facts.spec.num_tasks == 2
         assert validation.rows.keys() == set(TASKS)
@@ -90,7 +90,7 @@ class TestRun:
         """The task embedding too: it was in no optimizer elsewhere."""
         _, made, _ = run
         names = dict(made.networks.model.named_parameters())
-        optimizer = made.algorithm.optimizers["world_model"].optimizer
+        optimizer = made.algorithm.optimizers["model"].optimizer
         for name, parameter in names.items():
             assert optimizer.state[parameter]["exp_avg_sq"].abs().sum() > 0, name
 
@@ -117,7 +117,7 @@ def test_the_best_by_validation_is_kept(monkeypatch, store, tmp_path):
     _, facts = read_world_model(tmp_path)
     assert facts.labels["epoch"] == 2
     assert summary["best_validation_loss"] == 1.0
-    assert run.store.best().name.endswith("000002")
+    assert run.loop.record.store.best().name.endswith("000002")
 
 
 def test_training_never_sees_what_validation_does(store):
