@@ -226,6 +226,25 @@ class Config:
     run_dir: Optional[str] = None  # this run's directory; None: a new one under runs_dir
 
 
+#: Keys of earlier versions and those that took their place; command lines and the files of earlier runs may have them.
+RENAMED_KEYS: dict[str, tuple[str, ...]] = {
+    "algorithm.imagination_batch": ("algorithm.actor_batch",),
+    "algorithm.policy_updates": ("algorithm.actor_updates",),
+    "algorithm.policy_starts": ("algorithm.actor_starts",),
+    "algorithm.policy_betas": ("algorithm.actor_betas", "algorithm.critic_betas"),
+    "memory.imagination_micro_batch": ("memory.actor_micro_batch",),
+}
+
+#: Metrics of earlier versions and their present names.
+RENAMED_METRICS = {
+    "loss/value": "loss/critic",
+    "grad_norm/value": "grad_norm/critic",
+    "lr/world_model": "lr/model",
+    "lr/critics": "lr/critic",
+    "memory/imagination_micro_batch": "memory/actor_micro_batch",
+}
+
+
 @dataclass(frozen=True)
 class Update:
     """One of an epoch's updates, under the name of the network that it trains.

@@ -50,9 +50,10 @@ class Networks:
         critic (CriticEnsemble, optional): ``None`` in pre-training.
     """
 
-    model: WorldModel | None = None
-    actor: Actor | None = None
-    critic: CriticEnsemble | None = None
+    # Typed as if they were there: what a mode lacks, it does not use.
+    model: WorldModel = None  # type: ignore[assignment]
+    actor: Actor = None  # type: ignore[assignment]
+    critic: CriticEnsemble = None  # type: ignore[assignment]
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of those that are there."""
@@ -66,9 +67,10 @@ class Networks:
 class Losses:
     """The objectives around one set of networks, under the networks' names."""
 
-    model: PWMModelLoss | None = None
-    actor: PWMActorLoss | None = None
-    critic: PWMValueLoss | None = None
+    # Typed as if they were there, as the networks are.
+    model: PWMModelLoss = None  # type: ignore[assignment]
+    actor: PWMActorLoss = None  # type: ignore[assignment]
+    critic: PWMValueLoss = None  # type: ignore[assignment]
 
     @property
     def return_statistics(self) -> nn.Module | None:

@@ -53,9 +53,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Executor(Protocol):
     """Makes one update with a batch: back-propagates it in micro-batches of ``size`` rows, and steps."""
 
-    losses: Losses
-    optimizers: Mapping[str, NetworkOptimizer]
-    undo: Mapping[str, Undo]
+    @property
+    def undo(self) -> Mapping[str, Undo]:
+        """What undoes an update, by its name."""
 
     def largest_share(self, batch: int) -> int:
         """Rows of a batch that one process has at most."""

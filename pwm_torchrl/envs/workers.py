@@ -78,8 +78,7 @@ class OpenEnv:
             yield
         except Exception as error:
             for index, worker in enumerate(self.workers):
-                worker.join(0.2)  # its exit code may be a moment behind the broken pipe
-                if worker.exitcode is not None:
+                if _has_died(worker):
                     raise EnvironmentFault(
                         self.name,
                         f"its worker process {worker.pid} has ended with exit code {worker.exitcode}",
@@ -96,7 +95,7 @@ class OpenEnv:
                 before, since closing that batch cannot succeed.
         """
         env, self.env = self.env, None
-        dead_before = any(worker.exitcode is not None for worker in self.workers)
+        dead_before = any(_has_died(worker, 0.0) for worker in self.workers)
         failure: list[BaseException] = []
 
         def close() -> None:
@@ -117,13 +116,23 @@ class OpenEnv:
             raise failure[0]
 
     def _end_workers(self) -> None:
-        alive = [worker for worker in self.workers if worker.is_alive()]
+        # A batch that closed in order has closed its process objects too, which then know nothing more.
+        alive = [worker for worker in multiprocessing.active_children() if worker in self.workers]
         for worker in alive:
             worker.kill()  # not SIGTERM, from which they are shielded
         deadline = time.monotonic() + CLOSE_S
         for worker in alive:
             worker.join(max(0.1, deadline - time.monotonic()))
         self.workers = []
+
+
+def _has_died(worker: BaseProcess, patience_s: float = 0.2) -> bool:
+    """Whether a process has ended by itself; its exit code may be a moment behind the pipe that it broke."""
+    try:
+        worker.join(patience_s)
+        return worker.exitcode is not None
+    except ValueError:  # closed, in order
+        return False
 
 
 def start_workers(env: EnvBase) -> None:

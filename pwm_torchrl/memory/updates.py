@@ -134,7 +134,7 @@ class _Updates:
     def __init__(self, cfg: Config, facts: EnvFacts, counter: StorageCounter) -> None:
         self.cfg, self.facts, self.counter = cfg, facts, counter
         parts = build_parts(cfg, facts)
-        self.networks, self.model_losses, self.optimizers = parts.networks, parts.losses, parts.optimizers
+        self.networks, self.losses, self.optimizers = parts.networks, parts.losses, parts.optimizers
         tensors = [t for _, network in self.networks.items() for t in (*network.parameters(), *network.buffers())]
         parameters = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         self.undo = {name: Undo(optimizer) for name, optimizer in self.optimizers.items()}
@@ -143,24 +143,18 @@ class _Updates:
                 for parameter in optimizer.parameters:
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step(self.undo[name].before_step)
-        optimizer = sum(
+        moments = sum(
             value.untyped_storage().nbytes()
             for optimizer in self.optimizers.values()
             for state in optimizer.optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor)
         )
-        self.persistent = Persistent(parameters, optimizer, counter.live - parameters - optimizer)
+        self.persistent = Persistent(parameters, moments, counter.live - parameters - moments)
         # Phases are told apart where memory begins to grow with the horizon in another way.
         if isinstance(self.model_losses, Losses):
             self.losses.actor.value_network.module.register_forward_pre_hook(self._values_begin)
         self.networks.model.encoder.register_forward_hook(self._encoded)
-
-    @property
-    def losses(self) -> Losses:
-        """The objectives of a run that has a policy."""
-        assert isinstance(self.model_losses, Losses)
-        return self.model_losses
 
     def _values_begin(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """A rollout is complete; later, its values are differentiated and its steps follow."""
@@ -223,11 +217,11 @@ class _Updates:
         )
         if facts.action_dims:
             sampled["task"] = torch.zeros(*shape, dtype=torch.int64)
-        slices: Slices = self.model_losses.model.read(sampled)
+        slices: Slices = self.losses.model.read(sampled)
         data = self.counter.live - before
         if size < batch:
             self._accumulate("model")
-        self.model_losses.model.backward(slices.rows(slice(0, size)))
+        self.losses.model.backward(slices.rows(slice(0, size)))
         self._finish("model")
         return self._transient("model", before, data)
 

@@ -52,14 +52,22 @@ class Source(Protocol):
         components (dict): what a checkpoint saves of it, by name.
     """
 
-    info: EnvInfo
-    samples: Samples
-    reward_scale: RewardScale | None
-    first_model_updates: int
-    agent_steps_per_epoch: int
     agent_steps: int
-    resumed_exactly: bool
-    components: dict[str, Any]
+
+    @property
+    def info(self) -> EnvInfo: ...
+    @property
+    def samples(self) -> Samples: ...
+    @property
+    def reward_scale(self) -> RewardScale | None: ...
+    @property
+    def first_model_updates(self) -> int: ...
+    @property
+    def agent_steps_per_epoch(self) -> int: ...
+    @property
+    def resumed_exactly(self) -> bool: ...
+    @property
+    def components(self) -> dict[str, Any]: ...
 
     def start(
         self, cfg: Config, run_dir: Path, networks: Networks, policy: TensorDictModuleBase | None, device: torch.device
@@ -194,7 +202,7 @@ class StoredSource:
         ConfigurationError: if store, world model and task registry do not agree.
     """
 
-    reward_scale = None
+    reward_scale: RewardScale | None = None
     agent_steps_per_epoch = agent_steps = 0
     resumed_exactly = True
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.config import Config
+from pwm_torchrl.config import RENAMED_KEYS, Config
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 CONFIG_FILE = "config.yaml"
@@ -41,10 +41,30 @@ def load_config(run_dir: str | Path) -> Config:
     if not file.is_file():
         raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
     try:
-        stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
+        content = OmegaConf.load(file)
+        rename_keys(content)
+        stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigurationError(f"{file} does not fit this version at {key}: {str(error).splitlines()[0]}") from error
     except YAMLError as error:
         raise ConfigurationError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
     return stored
+
+
+def rename_keys(content: Any) -> None:
+    """Give the keys of a file that an earlier version wrote their present names, in place.
+
+    Args:
+        content (DictConfig): the file.
+    """
+    from omegaconf import OmegaConf
+
+    for old, new in RENAMED_KEYS.items():
+        section, _, leaf = old.rpartition(".")
+        holder = OmegaConf.select(content, section)
+        if holder is None or leaf not in holder:
+            continue
+        for key in new:
+            OmegaConf.update(content, key, holder[leaf], force_add=True)
+        del holder[leaf]

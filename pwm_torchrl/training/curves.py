@@ -71,7 +71,7 @@ def write_curves(run_dir: str | os.PathLike[str]) -> Path:
         figure = Figure(figsize=(12, 6.6), layout="constrained")
         FigureCanvasAgg(figure)
         errors = [name for name in metrics if name.startswith("validation/") and name != "validation/loss"]
-        below = ["model"] * 3 if errors else ["model", "actor", "value"]
+        below = ["model"] * 3 if errors else ["model", "actor", "critic"]
         panels: dict[str, Any] = figure.subplot_mosaic([["return", "return", "grad"], below])
         if errors:
             _draw_lines(panels["return"], metrics, errors, "Errors on held-out episodes, open loop", log=True)
@@ -79,12 +79,12 @@ def write_curves(run_dir: str | os.PathLike[str]) -> Path:
             _draw_returns(panels["return"], metrics, summary)
         losses = [name for name in metrics if name.startswith("loss/")]
         actor = [name for name in losses if name.startswith("loss/actor")]
-        value = [name for name in losses if name.startswith(("loss/critic", "loss/critic"))]
-        model = [name for name in losses if name not in actor + value]
-        _draw_lines(panels["model"], metrics, model, "World-model losses", log=True)
+        critic = [name for name in losses if name.startswith("loss/critic")]
+        model = [name for name in losses if name not in actor + critic]
+        _draw_lines(panels["model"], metrics, model, "Model losses", log=True)
         if not errors:
             _draw_lines(panels["actor"], metrics, actor, "Actor loss")
-            _draw_lines(panels["value"], metrics, value, "Value loss", log=True)
+            _draw_lines(panels["critic"], metrics, critic, "Critic loss", log=True)
         norms = [name for name in metrics if name.startswith("grad_norm/")]
         _draw_lines(panels["grad"], metrics, norms, "Gradient norms before clipping", log=True)
         figure.suptitle(_title(run_dir, summary), x=0.01, ha="left", fontsize=12)

@@ -130,7 +130,7 @@ def load_world_model(run: str | Path, which: str = "best", device: str | torch.d
     Keys: ``observation`` -> ``latent``; ``latent``, ``action`` -> ``("next", "latent")``, ``("next", "reward")`` and,
     with a termination head, ``("next", "done")``. Arguments and errors as :func:`load_networks`.
     """
-    model = load_networks(run, which, device)[1].world_model
+    model = load_networks(run, which, device)[1].model
     step = ["latent", "action"]
     done: TensorDictModuleBase | None = None
     if model.termination is not None:

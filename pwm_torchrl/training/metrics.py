@@ -13,6 +13,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from pwm_torchrl.algorithm.metrics import Number
+from pwm_torchrl.config import RENAMED_METRICS
 from pwm_torchrl.training.append import append_text
 
 __all__ = ["CsvMetrics", "read_metrics"]
@@ -119,7 +120,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]], bool]:
     lines = list(csv.reader(complete.splitlines()))
     if not lines:
         return [], [], not text
-    header = lines[0]
+    header = [RENAMED_METRICS.get(name, name) for name in lines[0]]
     return header, [dict(zip(header, line)) for line in lines[1:] if line], len(complete) == len(text)
 
 

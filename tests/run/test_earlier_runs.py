@@ -53,7 +53,9 @@ def test_it_is_evaluated(run):
 def test_it_is_reported(run, tmp_path, capsys):
     assert report([str(run.parent), "--out", str(tmp_path / "page")]) == 0
     assert "pendulum" in capsys.readouterr().out
-    assert "&lt;" in "&lt;"
+    page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert "finished" in page
+    assert "-126.1" in page.replace("\N{MINUS SIGN}", "-")
 
 
 def test_resuming_it_is_refused_with_the_reason(run, capsys):

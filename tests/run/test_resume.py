@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,10 @@ from training_cases import (
     weights_of,
 )
 
+import pwm_torchrl.run.train as run_module
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.run.evaluation import PolicyEvaluation
+from pwm_torchrl.run.train import Run
 from pwm_torchrl.training import train
 from pwm_torchrl.training.checkpoint import CheckpointFault
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
@@ -99,40 +104,6 @@ class TestExactResume:
         assert (last["status"], last["resume_exact"]) == ("finished", True)
         assert_equal(weights_of(parts), weights_of(whole))
 
-    def test_sigint_ends_after_the_epoch(self, tmp_path, monkeypatch):
-        """What Ctrl-C does: the epoch is finished, evaluated and saved, and the run continues as if undisturbed."""
-        cfg = config({"training.epochs": 6})
-        _, whole = run_with(monkeypatch, cfg, tmp_path / "straight")
-        handler = signal.getsignal(signal.SIGINT)
-
-        def interrupt(run):
-            if run.loop.epoch == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        summary, _ = run_with(monkeypatch, cfg, tmp_path / "parts", during_epoch=interrupt)
-        assert signal.getsignal(signal.SIGINT) is handler
-        assert (summary["status"], summary["epochs_done"]) == ("stopped", 3)
-        assert rows_of(tmp_path / "parts")[-1]["eval/return_mean"]
-        assert 3 in checkpoints(tmp_path / "parts")
-        assert (tmp_path / "parts" / "curves.png").exists()
-        last, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
-        assert last["status"] == "finished"
-        assert_equal(weights_of(parts), weights_of(whole))
-        # The extra evaluation adds to its row and changes nothing else.
-        for ours, theirs in zip(rows_of(tmp_path / "parts"), rows_of(tmp_path / "straight"), strict=True):
-            if ours["epoch"] == "3":
-                ours = {key: "" if key.startswith("eval/") else value for key, value in ours.items()}
-            assert ours == theirs
-
-    def test_a_second_sigint_interrupts_at_once(self, tmp_path, monkeypatch):
-        def interrupt(run):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        with pytest.raises(KeyboardInterrupt):
-            run_with(monkeypatch, config(), tmp_path, during_epoch=interrupt)
-        assert json.loads((tmp_path / "summary.json").read_text())["status"] == "stopped"
-
     def test_a_finished_run_stays_as_it_is(self, tmp_path, monkeypatch):
         first, run = run_with(monkeypatch, config(), tmp_path)
         rows, weights = rows_of(tmp_path), weights_of(run)
@@ -179,6 +150,115 @@ class TestExactResume:
         returns = [float(row["train/return"]) for row in rows_of(tmp_path) if row["train/return"]]
         rewards = stored["next", "reward"].double()
         assert returns == pytest.approx([rewards[a : a + 7].sum(0).mean().item() for a in (0, 8)], rel=1e-6)
+
+
+#: Calls inside the third epoch of a run that evaluates in every third, and how many of them pass undisturbed.
+PLACES = {"collected": 0, "model": 1, "actor": 0, "critic": 2, "evaluation": 5}
+
+
+class Interrupted:
+    """A hook of ``run_with``: from the third epoch on, one call of a kind sends this process a signal."""
+
+    def __init__(self, place: str, signum: signal.Signals = signal.SIGINT, times: int = 1) -> None:
+        self.place, self.signum, self.times = place, signum, times
+        self.left = PLACES[place]
+
+    def __call__(self, run: Run) -> None:
+        if run.loop.epoch != 2:
+            return
+        if self.place == "collected":
+            self.send()
+        elif self.place == "evaluation":
+            run.evaluation.act = self.after(run.evaluation.act)
+        else:
+            setattr(run.algorithm.updates, self.place, self.after(getattr(run.algorithm.updates, self.place)))
+
+    def send(self) -> None:
+        for _ in range(self.times):
+            os.kill(os.getpid(), self.signum)
+
+    def after(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            result = call(*args)
+            self.left -= 1
+            if self.left == -1:
+                self.send()
+            return result
+
+        return counted
+
+
+class TestStoppedInside:
+    """A signal stops a run at its next step: between two updates, or between two steps of an evaluation."""
+
+    CONFIG = config({"training.epochs": 6, "training.eval_every": 3, "algorithm.actor_updates": 2})
+
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "write_curves", lambda run_dir: None)
+            return run_with(patch, self.CONFIG, tmp_path_factory.mktemp("runs") / "whole")[1]
+
+    @pytest.mark.parametrize("place", PLACES)
+    def test_and_goes_on_there_to_the_bit(self, place, whole, tmp_path, monkeypatch):
+        handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+        summary, stopped = run_with(monkeypatch, self.CONFIG, tmp_path, during_epoch=Interrupted(place))
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert (summary["status"], summary["epochs_done"]) == ("stopped", 2)
+        assert len(rows_of(tmp_path)) == 2
+        assert stopped.loop.record.store.latest().name == "checkpoint-000002-inside"
+        assert stopped.loop.phase == ("finish" if place == "evaluation" else "update")
+        work = stopped.algorithm.work
+        left = None if work is None else (work.model_updates, work.actor_updates, work.passes, len(work.minibatches))
+        assert left == {
+            "collected": (2, 2, 0, 0), "model": (0, 2, 0, 0), "actor": (0, 1, 2, 0), "critic": (0, 1, 0, 1),
+            "evaluation": None,
+        }[place]  # fmt: skip
+        assert (tmp_path / "curves.png").exists()
+        torch.manual_seed(1234)  # as in another process
+        last, parts = run_with(monkeypatch, self.CONFIG, tmp_path, resume=True)
+        assert (last["status"], last["restarts"], last["resume_exact"]) == ("finished", 1, True)
+        assert_equal(weights_of(parts), weights_of(whole))
+        assert rows_of(tmp_path) == rows_of(whole.run_dir)
+
+    def test_by_sigterm_too(self, tmp_path, monkeypatch):
+        """A second one changes nothing."""
+        hook = Interrupted("model", signal.SIGTERM, times=2)
+        summary, _ = run_with(monkeypatch, self.CONFIG, tmp_path, during_epoch=hook)
+        assert (summary["status"], summary["epochs_done"]) == ("stopped", 2)
+        assert list(checkpoints(tmp_path)) == [2]
+
+    def test_again_and_again(self, whole, tmp_path, monkeypatch):
+        for attempt, place in enumerate(("collected", "actor", "critic", "evaluation")):
+            hook = Interrupted(place)
+            summary, _ = run_with(monkeypatch, self.CONFIG, tmp_path, resume=attempt > 0, during_epoch=hook)
+            assert (summary["status"], summary["epochs_done"]) == ("stopped", 2), place
+        _, parts = run_with(monkeypatch, self.CONFIG, tmp_path, resume=True)
+        assert_equal(weights_of(parts), weights_of(whole))
+        assert rows_of(tmp_path) == rows_of(whole.run_dir)
+
+    def test_before_the_first_epoch(self, whole, tmp_path, monkeypatch):
+        """While random actions are evaluated: nothing is learned, so nothing is saved."""
+        prelude = PolicyEvaluation.prelude
+
+        def interrupted(evaluation: PolicyEvaluation) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            prelude(evaluation)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PolicyEvaluation, "prelude", interrupted)
+            summary, _ = run_with(patch, self.CONFIG, tmp_path)
+        assert (summary["status"], summary["epochs_done"]) == ("stopped", 0)
+        assert not checkpoints(tmp_path)
+        _, parts = run_with(monkeypatch, self.CONFIG, tmp_path, resume=True)
+        assert_equal(weights_of(parts), weights_of(whole))
+
+    def test_a_second_sigint_interrupts_at_once(self, tmp_path, monkeypatch):
+        with pytest.raises(KeyboardInterrupt):
+            run_with(monkeypatch, self.CONFIG, tmp_path, during_epoch=Interrupted("collected", times=2))
+        assert json.loads((tmp_path / "summary.json").read_text())["status"] == "stopped"
+        assert list(checkpoints(tmp_path)) == [2]
+        assert CheckpointStore(tmp_path).latest().name == "checkpoint-000002"
 
 
 class TestCheckpoints:

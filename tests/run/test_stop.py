@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pwm_torchrl.run.stop import NO_STEP_IN_TIME, SIGNALS, StopInEpoch, StopRequest, stop_on_signals
+from pwm_torchrl.run.stop import NO_STEP_IN_TIME, SIGNALS, StopInEpoch, StopRequest, stop_on_interrupt, stop_on_signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +40,95 @@ class TestRequest:
         with pytest.raises(StopInEpoch, match=r"^SIGUSR2$"):
             stop.check()
         assert stop.reached.is_set()
+
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture
+def free_signals():
+    """SIGINT and SIGTERM as a program that was started from a terminal has them, whatever these tests began with."""
+    before = [
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    ]
+    yield
+    for each, handler in zip(INTERRUPTS, before, strict=True):
+        signal.signal(each, handler)
+
+
+@pytest.mark.usefixtures("free_signals")
+class TestInterrupt:
+    @pytest.mark.parametrize("number", INTERRUPTS)
+    def test_asks_and_says_so(self, number, capsys):
+        before = [signal.getsignal(each) for each in INTERRUPTS]
+        stop = StopRequest()
+        with stop_on_interrupt(stop):
+            os.kill(os.getpid(), number)
+            assert stop.reason == number.name
+        assert [signal.getsignal(each) for each in INTERRUPTS] == before
+        out = capsys.readouterr().out
+        assert "saves its state at its next step" in out
+        assert ("Ctrl-C again stops at once" in out) == (number == signal.SIGINT)
+
+    def test_sigint_again_is_an_interrupt(self):
+        stop = StopRequest()
+        with pytest.raises(KeyboardInterrupt), stop_on_interrupt(stop):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_sigterm_again_is_nothing(self, capsys):
+        stop = StopRequest()
+        with stop_on_interrupt(stop):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert capsys.readouterr().out.count("stopping") == 1
+
+    def test_what_another_part_of_the_program_answers_is_left_to_it(self):
+        """A job answers SIGTERM by itself; a program that was started with SIGINT ignored goes on ignoring it."""
+        taken = []
+        signal.signal(signal.SIGTERM, lambda *_: taken.append("SIGTERM"))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop = StopRequest()
+        with stop_on_interrupt(stop):
+            for number in INTERRUPTS:
+                os.kill(os.getpid(), number)
+        assert taken == ["SIGTERM"]
+        assert stop.reason is None
+
+    def test_outside_of_the_main_thread_nothing_is_taken(self):
+        found = []
+
+        def enter() -> None:
+            with stop_on_interrupt(StopRequest()):
+                found.extend(signal.getsignal(each) for each in INTERRUPTS)
+
+        before = [signal.getsignal(each) for each in INTERRUPTS]
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        assert found == before
+
+    def test_a_fork_ends_as_it_would_have_without_us(self):
+        """In a process of its own: these tests have threads."""
+        done = script("""
+import os, signal, time
+from pwm_torchrl.run.stop import StopRequest, stop_on_interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+stop, ends = StopRequest(), []
+with stop_on_interrupt(stop):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        fork = os.fork()
+        if not fork:
+            time.sleep(30)
+            os._exit(7)
+        os.kill(fork, number)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
+print(ends, stop.reason)
+""")
+        assert done.stdout == "[-2, -15] None\n", done.stderr
 
 
 class TestSignals:

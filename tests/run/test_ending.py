@@ -1,0 +1,92 @@
+"""How a run ends: everything is closed, and the first error is the one that is told."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import nullcontext
+
+import pytest
+from run_files import events
+
+from pwm_torchrl.errors import ConfigurationError, OutOfMemory, StorageFault, Superseded
+from pwm_torchrl.run.ending import Closing, named, record_end
+from pwm_torchrl.training.claims import claimed, read_outcome
+
+
+def failing(text: str):
+    def close() -> None:
+        raise RuntimeError(text)
+
+    return close
+
+
+class TestClosing:
+    @pytest.mark.parametrize("error", [None, KeyError("a bug"), KeyboardInterrupt()], ids=["done", "error", "interrupt"])
+    def test_everything_in_reverse_order_however_it_ended(self, error):
+        closed = []
+        with nullcontext() if error is None else pytest.raises(type(error)), Closing() as closing:
+            for name in ("first", "second", "third"):
+                closing.later(name, lambda name=name: closed.append(name))
+            if error is not None:
+                raise error
+        assert closed == ["third", "second", "first"]
+
+    def test_what_fails_is_a_warning_and_the_rest_is_closed(self, capsys):
+        closed = []
+        with Closing() as closing:
+            closing.later("the environment", lambda: closed.append("environment"))
+            closing.later("the logger", failing("no answer\nfrom the server"))
+            closing.later("the progress bar", lambda: closed.append("bar"))
+            closing.later("metrics.csv", failing(""))
+        assert closed == ["bar", "environment"]
+        assert capsys.readouterr().err.splitlines() == [
+            "closing metrics.csv failed: RuntimeError",
+            "closing the logger failed: no answer from the server",
+        ]
+
+    def test_it_does_not_hide_the_first_error(self, capsys):
+        with pytest.raises(KeyError, match="a bug"), Closing() as closing:
+            closing.later("the environment", failing("a worker is gone"))
+            raise KeyError("a bug")
+        assert "closing the environment failed: a worker is gone" in capsys.readouterr().err
+
+    def test_nothing_is_closed_twice(self):
+        closed = []
+        with Closing() as closing:
+            closing.later("it", lambda: closed.append(1))
+        closing.__exit__()
+        assert closed == [1]
+
+
+class TestNamed:
+    @pytest.mark.parametrize("error", [ConfigurationError("bad"), Superseded("gone"), KeyError("a bug"), OSError("odd")])
+    def test_our_own_and_bugs_stay_what_they_are(self, error, tmp_path):
+        assert named(error, tmp_path) is error
+
+    def test_a_disk(self, tmp_path):
+        fault = named(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x")), tmp_path)
+        assert isinstance(fault, StorageFault)
+        assert str(tmp_path / "x") in str(fault)
+
+    def test_memory(self, tmp_path):
+        fault = named(RuntimeError("CUDA out of\nmemory: out of memory"), tmp_path)
+        assert isinstance(fault, OutOfMemory)
+        for key in ("env.num_envs", "training.replay_storage=disk"):
+            assert key in str(fault)
+        assert "\n" not in str(fault)
+
+    def test_a_cause(self, tmp_path):
+        error = RuntimeError("could not serialize")
+        error.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
+        assert isinstance(named(error, tmp_path), StorageFault)
+        assert str(tmp_path) in str(named(error, tmp_path))
+
+
+def test_the_end_is_written_even_before_there_is_a_summary(tmp_path):
+    with claimed(tmp_path, []) as claim:
+        record_end(tmp_path, claim, None, ConfigurationError("env.id=x is no environment"))
+    assert read_outcome(tmp_path, 1)["status"] == "failed"
+    (event,) = events(tmp_path)
+    assert (event["event"], event["epoch"]) == ("failed", 0)
+    assert "env.id=x" in event["error"]
+    assert not (tmp_path / "summary.json").exists()
