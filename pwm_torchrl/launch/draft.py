@@ -13,7 +13,7 @@ from pwm_torchrl.cluster.parse import Node, Partition, Site
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import configs_dir, user_configs_dir
-from pwm_torchrl.memory.gpus import gpu_bytes
+from pwm_torchrl.memory.readings import gpu_bytes
 
 __all__ = ["draft_profile", "profile_file", "write_profile"]
 

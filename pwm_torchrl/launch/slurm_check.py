@@ -10,7 +10,7 @@ from pwm_torchrl.cluster.query import SlurmError, site
 from pwm_torchrl.cluster.times import from_minutes
 from pwm_torchrl.config import ClusterConfig
 from pwm_torchrl.launch.checks import OK, PROBLEM, WARNING, Finding
-from pwm_torchrl.memory.gpus import gpu_bytes
+from pwm_torchrl.memory.readings import gpu_bytes
 
 __all__ = ["check_slurm"]
 

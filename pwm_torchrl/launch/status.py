@@ -14,7 +14,7 @@ from pwm_torchrl.commands import typed
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
 from pwm_torchrl.launch.reporting.collect import FAILED, RunReport, find_runs, read_runs
-from pwm_torchrl.memory.units import format_bytes
+from pwm_torchrl.memory.readings import format_bytes
 
 __all__ = ["line_of", "main"]
 

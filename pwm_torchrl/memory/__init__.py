@@ -1,5 +1,5 @@
-"""Memory of a run: what it will need, what it may have, and what it holds while it runs.
+"""Memory of a run: what it will need, what it may have, and what it holds while it trains.
 
-Importing this package is light. The watcher (``units``, ``processes``, ``cgroups``, ``budget``, ``gpus``, ``readings``,
-``watch``, ``guard``) imports nothing else of the package, and torch not at all unless GPU memory is asked for.
+Importing this package is light. ``readings``, ``cgroups``, ``budget`` and ``watch`` import torch only where GPU memory
+is asked for; ``trace``, ``predict`` and ``plan`` import modules, objectives and algorithm.
 """

@@ -1,19 +1,139 @@
-"""From a prediction and a budget to choices: the fastest way to run that fits, and what it costs."""
+"""The plan by which a run fits its budget: what may be chosen, what is chosen, and the table that explains it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pwm_torchrl.config import UPDATES, Config
+from pwm_torchrl.config import UPDATES, Config, trained_networks
+from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.memory.budget import Budget
-from pwm_torchrl.memory.neighbours import Alternative, cheaper_plan, larger_plan
-from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, Prediction
-from pwm_torchrl.memory.space import EFFICIENT, PlanSpace, halvings
-from pwm_torchrl.memory.units import MIB, format_bytes
+from pwm_torchrl.memory.budget import Alternative, Budget, cheaper_plan, larger_plan
+from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Prediction, framework_bytes, predict
+from pwm_torchrl.memory.readings import MIB, format_bytes
+from pwm_torchrl.memory.trace import Transient, UpdateTracer
+
+#: Rows below which a micro-batch costs more time than recomputing a flow's substeps does.
+EFFICIENT = {"model": 64, "actor": 32, "critic": 256}
+
+
+class PlanSpace:
+    """The choices that a configuration leaves open.
+
+    Args:
+        cfg (Config): the run's configuration.
+        facts (EnvInfo): its environment's dimensions and number.
+        compute (str): where the networks are, ``"host"`` or ``"device"``.
+    """
+
+    def __init__(self, cfg: Config, facts: Any, compute: str) -> None:
+        self.cfg, self.facts, self.compute = cfg, facts, compute
+        self._tracers: dict[bool, UpdateTracer] = {}
+        self._framework: tuple[int, str] | None = None
+
+    @property
+    def written(self) -> Choices:
+        """What the configuration says; the fastest way of the rest."""
+        return self._choices(self.recomputes[0], self.storages[0], self._said)
+
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """Names of the updates that the run makes."""
+        return trained_networks(self.cfg)
+
+    def free(self, update: str) -> bool:
+        """Whether an update's micro-batch is open."""
+        return self._said(update) is None
+
+    def _said(self, update: str) -> int | None:
+        size: int | None = getattr(self.cfg.memory, UPDATES[update].micro_batch_key)
+        return size
+
+    def _choices(self, recompute: bool, storage: str, size: Callable[[str], int | None]) -> Choices:
+        choices = Choices(checkpoint_substeps=recompute, replay_storage=storage)
+        for update in self.updates:
+            choices = choices.split(update, size(update))
+        return choices
+
+    @property
+    def recomputes(self) -> list[bool]:
+        """Whether to recompute substeps, the faster first; only a flow has any, and the configuration may have said."""
+        said = self.cfg.model.dynamics.checkpoint_substeps
+        if self.cfg.model.dynamics.kind != "flow":
+            return [False]
+        if self.cfg.memory.kind == "fixed":
+            return [bool(said)]
+        return [False, True] if said is None else [said]
+
+    @property
+    def storages(self) -> list[str]:
+        """Where the replay may lie, the faster first; one that is large goes to disk."""
+        t = self.cfg.training
+        if self.cfg.mode != "online":
+            return ["disk"]  # stored episodes are read where they lie
+        if t.replay_storage != "auto":
+            return [t.replay_storage]
+        size = replay_bytes(self.facts.observation_dim, self.facts.action_dim, t.replay_capacity, self.facts.num_envs)
+        if size > self.cfg.memory.disk_above_gb * 1e9:
+            return ["disk"]
+        return [*(["device"] if self.compute == DEVICE else []), "memory", "disk"]
+
+    def tracer(self, recompute: bool) -> UpdateTracer:
+        """Of the configuration with or without recomputed substeps."""
+        if recompute not in self._tracers:
+            cfg = copy.deepcopy(self.cfg)
+            cfg.model.dynamics.checkpoint_substeps = recompute
+            self._tracers[recompute] = UpdateTracer(cfg, self.facts)
+        return self._tracers[recompute]
+
+    def batch(self, update: str) -> int:
+        """Rows of an update's batch."""
+        return self.tracer(self.recomputes[0]).batches[update]
+
+    def taken(self, update: str, choices: Choices) -> Transient:
+        """What an update takes beside what persists."""
+        return self.tracer(choices.checkpoint_substeps).transient(update, choices.micro_batch(update))
+
+    def predict(self, choices: Choices) -> Prediction:
+        """What a run with these choices needs; all predictions of a plan begin from the same base."""
+        if self._framework is None:
+            self.tracer(choices.checkpoint_substeps).persistent  # noqa: B018 - what tracing imports belongs to the base
+            self._framework = framework_bytes()
+        tracer = self.tracer(choices.checkpoint_substeps)
+        return predict(self.cfg, self.facts, choices, self.compute, tracer, self._framework)
+
+    def needed(self, choices: Choices) -> int:
+        """Bytes in all where the networks are."""
+        return self.predict(choices).total(self.compute)
+
+    @property
+    def least(self) -> Choices:
+        """The choices that need the least."""
+        return self._choices(self.recomputes[-1], self.storages[-1], lambda update: self._said(update) or 1)
+
+    def kept(self, given: Choices) -> Choices:
+        """Earlier choices, as far as they are still open."""
+        return self._choices(
+            _one_of(given.checkpoint_substeps, self.recomputes),
+            _one_of(given.replay_storage, self.storages),
+            lambda update: self._said(update) or given.micro_batch(update),
+        )
+
+
+def _one_of(wish: Any, options: list[Any]) -> Any:
+    return wish if wish in options else options[0]
+
+
+def halvings(batch: int) -> list[int]:
+    """A batch, its half, ... down to 1."""
+    sizes = [batch]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
 
 #: By how much host memory two processes of the same run may differ before they build anything.
 SPREAD = 16 * MIB
@@ -196,3 +316,89 @@ class _Planner:
         group = "cluster" if place == HOST and self.budgets[place].source.startswith("cluster=") else "memory"
         gigabytes = -(-least // 1e7) / 100  # rounded up to what the configuration takes
         return f"{place} memory of {format_bytes(least)} ({group}.{place}_gb={gigabytes:g})"
+
+
+TITLES = {HOST: "host memory", DEVICE: "GPU memory", CACHE: "page cache", DISK: "disk"}
+WIDTH = 120
+_NAME, _AMOUNT = 22, 11
+
+
+def plan_table(plan: Plan) -> str:
+    """What the run needs, where, how much, why; then the budgets, the choices and the neighbouring plans.
+
+    Lines have at most :data:`WIDTH` columns.
+    """
+    lines: list[str] = []
+    for place in (DEVICE, HOST, CACHE, DISK):
+        if any(item.place == place for item in plan.prediction.items):
+            lines += [*_place(plan, place), ""]
+    return "\n".join([*lines, *_choices(plan), "", *_neighbours(plan)])
+
+
+def _place(plan: Plan, place: str) -> list[str]:
+    """What is needed in one place, and whether it is there."""
+    prediction = plan.prediction
+    unverified = place == DEVICE and not prediction.verified
+    lines = [f"{TITLES[place]}, predicted" + (", unverified: not measured on such a device" if unverified else "")]
+    items = [item for item in prediction.items if item.place == place]
+    for item in items:
+        if not item.shared:
+            lines += _row(item.what, format_bytes(item.bytes), item.why)
+    shared = sorted((item for item in items if item.shared), key=lambda item: -item.bytes)
+    for item in shared[:1]:
+        lines += _row(item.what, format_bytes(item.bytes), item.why)
+    if shared[1:]:
+        lines.append("  at other times, and less:")
+    for item in shared[1:]:
+        lines += _row(item.what, f"({format_bytes(item.bytes)})", item.why)
+    return lines + _row("together", format_bytes(prediction.total(place)), _verdict(plan, place))
+
+
+def _row(what: str, amount: str, why: str) -> list[str]:
+    head = f"  {what:<{_NAME}}{amount:>{_AMOUNT}}  "
+    rest = " " * len(head)
+    wrapped = textwrap.wrap(why, WIDTH, initial_indent=head, subsequent_indent=rest, break_on_hyphens=False)
+    return wrapped or [head.rstrip()]
+
+
+def _verdict(plan: Plan, place: str) -> str:
+    budget = plan.budgets.get(place)
+    if budget is None:
+        return ""
+    fits = "DOES NOT FIT into" if plan.lacks(place) else "fits into"
+    guard = f", of which runs stop at {plan.stop_at:.0%}" if place == HOST else ""
+    return (
+        f"{fits} {format_bytes(plan.usable(place))}: {format_bytes(budget.bytes)} ({budget.source}){guard}, less a "
+        f"margin of {plan.margin:.0%}"
+    )
+
+
+def _choices(plan: Plan) -> list[str]:
+    """The choices as words of the command line."""
+    choices = plan.choices
+    lines = ["choices" if plan.automatic else "choices, as written (memory=fixed)"]
+    for field in (update.micro_batch_key for update in UPDATES.values()):
+        size = getattr(choices, field)
+        word = f"  memory.{field}={'null' if size is None else size}"
+        lines.append(f"{word:<{_NAME + _AMOUNT + 6}}{'# the whole batch at once' if size is None else ''}".rstrip())
+    lines.append(f"  model.dynamics.checkpoint_substeps={str(choices.checkpoint_substeps).lower()}")
+    lines.append(f"  training.replay_storage={choices.replay_storage}")
+    if plan.prediction.returns_freed_memory:
+        lines.append("  freed memory goes back to the kernel at once: updates are slower and hold what they use")
+    return lines
+
+
+def _neighbours(plan: Plan) -> list[str]:
+    if not plan.automatic:
+        return ["next plans: none was looked for; memory=auto chooses what is open"]
+
+    def line(name: str, other: Alternative | None, end: str) -> str:
+        if other is None:
+            return f"next {name} plan: none, {end}"
+        where = TITLES[plan.prediction.compute]
+        return f"next {name} plan: {format_bytes(other.bytes)} of {where} with {other.change}"
+
+    return [
+        line("larger", plan.larger, "nothing that is open would make this one faster"),
+        line("cheaper", plan.cheaper, "nothing that is open would make this one smaller"),
+    ]

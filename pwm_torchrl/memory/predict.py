@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +11,23 @@ from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.data import replay_bytes, replay_disk_bytes, steps_since_checkpoint
 from pwm_torchrl.data.episodes.sizes import store_bytes
 from pwm_torchrl.data.sizes import record_bytes
-from pwm_torchrl.memory.allocator import WORTHWHILE
-from pwm_torchrl.memory.processes import read_process
-from pwm_torchrl.memory.units import GIB, MIB, format_bytes
-from pwm_torchrl.memory.updates import Transient, UpdateTracer
+from pwm_torchrl.memory.readings import GIB, MIB, format_bytes, read_process
+from pwm_torchrl.memory.trace import Transient, UpdateTracer
+
+#: Blocks of at least so many bytes are given back when they are freed.
+THRESHOLD = 64 * 1024
+#: Below so many bytes alive, holes do not matter and small tensors gain from a heap that stays.
+WORTHWHILE = 128 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def return_freed_memory() -> bool:
+    """Fix the threshold for the rest of this process; False where the C library is not glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, WORTHWHILE))
+
 
 HOST, DEVICE, CACHE, DISK = "host", "device", "page cache", "disk"
 

@@ -1,18 +1,358 @@
-"""One look at all of a run's memory."""
+"""What memory there is and who holds it: of this process and its children, of cgroups, of GPUs; bytes throughout."""
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from pwm_torchrl.memory.cgroups import CgroupMemory, memory_cgroups, tightest
-from pwm_torchrl.memory.processes import MachineMemory, TreeMemory, read_machine, read_tree
 
-__all__ = ["GpuMemory", "Reading", "read_gpu", "read_memory"]
+__all__ = [
+    "GIB",
+    "KIB",
+    "MIB",
+    "TIB",
+    "GpuMemory",
+    "MachineMemory",
+    "ProcessMemory",
+    "Reading",
+    "TreeMemory",
+    "descendants",
+    "format_bytes",
+    "gpu_bytes",
+    "gpu_names",
+    "parse_bytes",
+    "read_gpu",
+    "read_machine",
+    "read_memory",
+    "read_process",
+    "read_tree",
+    "usable_gpu_bytes",
+]
+
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+
+_LETTERS = "KMGTP"
+_QUANTITY = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<letter>[kmgtp]?)(?P<kind>i?b?)\s*", re.IGNORECASE)
+
+
+def format_bytes(count: float) -> str:
+    """Three digits and a binary unit: ``1.5 GiB``, ``400 MiB``, ``12 B``.
+
+    Args:
+        count (float): bytes; a difference may be negative.
+    """
+    value, unit = abs(float(count)), "B"
+    for letter in _LETTERS:
+        # 1023.7 would be shown as 1024.
+        if round(value) < 1024:
+            break
+        value, unit = value / 1024, f"{letter}iB"
+    digits = 0 if value >= 100 or unit == "B" else 1 if value >= 10 else 2
+    text = f"{value:.{digits}f}"
+    if digits:
+        text = text.rstrip("0").rstrip(".")
+    return f"{'-' if count < 0 and text != '0' else ''}{text} {unit}"
+
+
+def parse_bytes(quantity: str | int) -> int:
+    """Bytes of a quantity: ``"1.5 GiB"``, ``"64G"`` (binary), ``"48 GB"`` (decimal), ``"1024"`` or an integer (bytes).
+
+    Args:
+        quantity (str or int): the quantity, not negative.
+
+    Raises:
+        ValueError: if it is not a quantity of memory.
+    """
+    if isinstance(quantity, int) and not isinstance(quantity, bool) and quantity >= 0:
+        return quantity
+    match = _QUANTITY.fullmatch(quantity) if isinstance(quantity, str) else None
+    if match is None:
+        raise ValueError(f"{quantity!r} is not an amount of memory; write bytes, '1.5 GiB', '64G' or '48 GB'")
+    power = " KMGTP".index(match["letter"].upper() or " ")
+    base = 1000 if match["kind"].lower() == "b" else 1024
+    return round(float(match["number"]) * base**power)
+
 
 _ROOT = Path("/")
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Memory of one process, in bytes.
+
+    Attributes:
+        pid: the process.
+        rss: resident memory, the sum of the next three.
+        anon: anonymous memory: heaps and stacks. It can be reclaimed only by swapping.
+        shmem: shared memory: tmpfs, /dev/shm, shared anonymous mappings. As ``anon``.
+        file: mapped files: code, libraries, memory-mapped data. The kernel drops clean pages of it when it needs room.
+        peak: the largest resident size so far, as the kernel noted it; not a share.
+        virtual: size of the address space; not a share.
+        proportional: whether the first four count pages shared between processes by their share.
+    """
+
+    pid: int
+    rss: int
+    anon: int
+    shmem: int
+    file: int
+    peak: int
+    virtual: int
+    proportional: bool = False
+
+    @property
+    def own(self) -> int:
+        """Memory that the kernel cannot take back: anonymous and shared."""
+        return self.anon + self.shmem
+
+
+@dataclass(frozen=True)
+class TreeMemory:
+    """Memory of a process and of its descendants, the workers."""
+
+    main: ProcessMemory
+    workers: tuple[ProcessMemory, ...] = ()
+
+    @property
+    def processes(self) -> tuple[ProcessMemory, ...]:
+        """All of them, the main process first."""
+        return (self.main, *self.workers)
+
+    @property
+    def rss(self) -> int:
+        """Resident memory of all processes, in bytes."""
+        return sum(process.rss for process in self.processes)
+
+    @property
+    def anon(self) -> int:
+        """Anonymous memory of all processes, in bytes."""
+        return sum(process.anon for process in self.processes)
+
+    @property
+    def shmem(self) -> int:
+        """Shared memory of all processes, in bytes."""
+        return sum(process.shmem for process in self.processes)
+
+    @property
+    def file(self) -> int:
+        """Mapped files of all processes, in bytes."""
+        return sum(process.file for process in self.processes)
+
+    @property
+    def own(self) -> int:
+        """Memory that the kernel cannot take back: anonymous and shared, in bytes."""
+        return self.anon + self.shmem
+
+
+@dataclass(frozen=True)
+class MachineMemory:
+    """RAM of the machine in bytes: all of it, and what new allocations can have without swapping (MemAvailable)."""
+
+    total: int
+    available: int
+
+
+def read_process(pid: int | None = None, *, proportional: bool = False, root: Path = _ROOT) -> ProcessMemory | None:
+    """Memory of one process.
+
+    Args:
+        pid (int, optional): the process. Defaults to ``None``, this one.
+        proportional (bool, optional): count shared pages by share. It walks all pages of the process, about 10 ms per
+            GiB, and is exact; the plain numbers cost nothing, and since Linux 6.2 may be off by some pages per CPU.
+            Where the kernel refuses, or is too old to split the shares (Linux < 5.4), the plain numbers are given.
+            Defaults to ``False``.
+        root (Path, optional): where /proc is found. Defaults to ``/``.
+
+    Returns:
+        ProcessMemory | None: ``None`` if the process has ended, or if the system does not tell.
+    """
+    pid = os.getpid() if pid is None else pid
+    directory = root / "proc" / str(pid)
+    status = _kilobytes(_text(directory / "status"))
+    if "RssAnon" not in status:  # ended, a zombie, or no such file here
+        return None
+    plain = {
+        "rss": status["VmRSS"],
+        "anon": status["RssAnon"],
+        "shmem": status["RssShmem"],
+        "file": status["RssFile"],
+    }
+    shares: dict[str, int] = {}
+    if proportional:
+        rollup = _kilobytes(_text(directory / "smaps_rollup"))
+        names = {"rss": "Pss", "anon": "Pss_Anon", "shmem": "Pss_Shmem", "file": "Pss_File"}
+        if all(name in rollup for name in names.values()):
+            shares = {key: rollup[name] for key, name in names.items()}
+    return ProcessMemory(
+        pid, **(shares or plain), peak=status["VmHWM"], virtual=status["VmSize"], proportional=bool(shares)
+    )
+
+
+def descendants(pid: int | None = None, *, root: Path = _ROOT) -> list[int]:
+    """Process ids of the children of a process, of their children, and so on; ascending.
+
+    A process whose parent has ended belongs to init and is not found.
+
+    Args:
+        pid (int, optional): the process. Defaults to ``None``, this one.
+        root (Path, optional): where /proc is found. Defaults to ``/``.
+    """
+    children: dict[int, list[int]] = defaultdict(list)
+    try:
+        names = os.listdir(root / "proc")
+    except FileNotFoundError:
+        return []
+    for name in filter(str.isdigit, names):
+        # The name of the program stands in parentheses and may hold anything, spaces and parentheses too.
+        fields = _text(root / "proc" / name / "stat").rpartition(")")[2].split()
+        if fields:
+            children[int(fields[1])].append(int(name))
+    found: list[int] = []
+    ahead = [os.getpid() if pid is None else pid]
+    while ahead:
+        generation = children.pop(ahead.pop(), [])
+        found += generation
+        ahead += generation
+    return sorted(found)
+
+
+def read_tree(pid: int | None = None, *, root: Path = _ROOT) -> TreeMemory | None:
+    """Memory of a process and its descendants.
+
+    Args:
+        pid (int, optional): the process. Defaults to ``None``, this one.
+        root (Path, optional): where /proc is found. Defaults to ``/``.
+
+    Returns:
+        TreeMemory | None: ``None`` if the process has ended, or if the system does not tell. A worker that ends
+        meanwhile is left out.
+    """
+    workers = descendants(pid, root=root)
+    # One process alone shares nothing within the run, and its plain numbers cost nothing.
+    main = read_process(pid, proportional=bool(workers), root=root)
+    if main is None:
+        return None
+    readings = [read_process(worker, proportional=True, root=root) for worker in workers]
+    # From a list: a tuple that a generator still fills breaks when another thread asks gc for all objects meanwhile.
+    return TreeMemory(main, tuple([reading for reading in readings if reading is not None]))
+
+
+def read_machine(root: Path = _ROOT) -> MachineMemory | None:
+    """RAM of the machine, ``None`` where the system does not tell.
+
+    Args:
+        root (Path, optional): where /proc is found. Defaults to ``/``.
+    """
+    info = _kilobytes(_text(root / "proc" / "meminfo"))
+    if "MemTotal" not in info or "MemAvailable" not in info:
+        return None
+    return MachineMemory(info["MemTotal"], info["MemAvailable"])
+
+
+def _text(path: Path) -> str:
+    """Content of a file in /proc; empty if its process has ended, or is hidden from us and so not ours."""
+    try:
+        # A program's name may be any bytes.
+        return path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return ""
+
+
+def _kilobytes(text: str) -> dict[str, int]:
+    """The lines ``Name:  123 kB``, in bytes."""
+    amounts = {}
+    for line in text.splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if len(words) == 2 and words[1] == "kB":
+            amounts[name] = int(words[0]) * 1024
+    return amounts
+
+
+# Type -> {nominal GB: total in MiB as nvidia-smi reports it}; with several sizes, the smallest comes first. Where
+# the total depends on whether ECC is on, it is the smaller one.
+_GPUS: dict[str, dict[int, int]] = {
+    "a10": {24: 23028},
+    "a10g": {24: 23028},
+    "a40": {48: 46068},
+    "a100": {40: 40960, 80: 81920},
+    "a6000": {48: 49140},
+    "b200": {180: 183359},
+    "gh200": {96: 97871},
+    "h100": {80: 81559, 94: 95830},
+    "h200": {141: 143771},
+    "l4": {24: 23034},
+    "l40": {48: 46068},
+    "l40s": {48: 46068},
+    "t4": {16: 15360},
+    "v100": {16: 16384, 32: 32768},
+    "2080ti": {11: 11264},
+    "3090": {24: 24576},
+    "4090": {24: 24564},
+    "5090": {32: 32607},
+    "6000ada": {48: 46068},
+    "8000": {48: 46080},
+}
+
+# Words that say nothing of the memory: "Tesla V100-SXM2-32GB", "nvidia_h100_80gb_hbm3", "quadro_rtx_8000".
+_NOISE = {"nvidia", "tesla", "geforce", "quadro", "rtx", "gpu", "generation", "pcie", "pcie4", "hbm2", "hbm2e", "hbm3",
+          "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "sxm6", "nvl"}  # fmt: skip
+
+
+def gpu_names() -> list[str]:
+    """Names that :func:`gpu_bytes` knows; types with several sizes with each of them (``a100-40gb``)."""
+    return [f"{name}-{size}gb" if len(sizes) > 1 else name for name, sizes in sorted(_GPUS.items()) for size in sizes]
+
+
+def gpu_bytes(name: str) -> int:
+    """Total memory of a type of GPU, as ``nvidia-smi`` reports it.
+
+    Args:
+        name (str): ``l40s``, ``a100-80gb``, ``rtx4090``, ``NVIDIA H100 80GB HBM3``, ``v100-sxm2-32gb``, ... A type with
+            several sizes, named without one, is taken for its smallest.
+
+    Returns:
+        int: bytes; less is free for a program, see :func:`usable_gpu_bytes`.
+
+    Raises:
+        ValueError: for a name that is not known, with the nearest one that is.
+    """
+    words = [word for word in re.split(r"[\s_\-]+", name.lower()) if word and word not in _NOISE]
+    sizes = [int(match[1]) for word in words if (match := re.fullmatch(r"(\d+)g(?:i?b)?", word))]
+    kind = "".join(word for word in words if not re.fullmatch(r"\d+g(?:i?b)?", word)).removeprefix("rtx")
+    known = _GPUS.get(kind)
+    if known is None or len(sizes) > 1 or (sizes and sizes[0] not in known):
+        named = "-".join([kind, *(f"{size}gb" for size in sizes)])
+        near = difflib.get_close_matches(named, gpu_names(), n=3, cutoff=0.5)
+        hint = f"the nearest known: {', '.join(near)}" if near else f"known: {', '.join(gpu_names())}"
+        raise ValueError(f"unknown GPU type {name!r}; {hint}")
+    return known[sizes[0] if sizes else min(known)] * MIB
+
+
+def usable_gpu_bytes(name: str) -> int:
+    """What PyTorch can have of a type of GPU: its total less what the driver reserves and a CUDA context takes.
+
+    The two together are taken as 3 % of the total, at least 1 GiB; on the types for which PyTorch's own count of the
+    total is known (0.97 to 0.995 of nvidia-smi's), that leaves room for the context.
+
+    Args:
+        name (str): as in :func:`gpu_bytes`.
+
+    Returns:
+        int: bytes.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    total = gpu_bytes(name)
+    return total - max(GIB, total * 3 // 100)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pwm_torchrl.config import Config
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.data.files import storage_faults
 from pwm_torchrl.errors import DivergenceError, EnvironmentFault, OutOfMemory, status_of
+from pwm_torchrl.memory.watch import RunMemory
 from pwm_torchrl.run.ending import named
 from pwm_torchrl.run.evaluation import Evaluation
 from pwm_torchrl.run.sources import Source
@@ -36,7 +37,6 @@ from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.graph_check import GraphCheck
 from pwm_torchrl.training.metrics import CsvMetrics
 from pwm_torchrl.training.progress import Progress, warn
-from pwm_torchrl.training.run_memory import RunMemory
 from pwm_torchrl.training.summary import RunSummary
 
 #: The phases of an epoch.

@@ -20,6 +20,7 @@ from pwm_torchrl.config import Config
 from pwm_torchrl.data.files import Reserve
 from pwm_torchrl.devices import pick_device
 from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.memory.watch import RunMemory
 from pwm_torchrl.modules import policy_module
 from pwm_torchrl.run.ending import Closing, named, record_end
 from pwm_torchrl.run.evaluation import PolicyEvaluation
@@ -41,7 +42,6 @@ from pwm_torchrl.training.memory_plan import RunPlan
 from pwm_torchrl.training.metrics import CsvMetrics
 from pwm_torchrl.training.progress import Progress, say, warn
 from pwm_torchrl.training.replica import check_device, serve, start_replicas
-from pwm_torchrl.training.run_memory import RunMemory
 from pwm_torchrl.training.run_readme import write_run_readme
 from pwm_torchrl.training.seeding import RunRNGState, seed_everything
 from pwm_torchrl.training.shared_updates import SharedExecutor

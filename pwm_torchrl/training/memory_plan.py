@@ -14,13 +14,10 @@ import torch
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.memory.allocator import return_freed_memory
-from pwm_torchrl.memory.limits import budgets
-from pwm_torchrl.memory.plan import Plan, make_plan
-from pwm_torchrl.memory.predict import DEVICE, HOST, Choices
-from pwm_torchrl.memory.processes import read_process
-from pwm_torchrl.memory.table import plan_table
-from pwm_torchrl.memory.units import format_bytes
+from pwm_torchrl.memory.budget import budgets
+from pwm_torchrl.memory.plan import Plan, make_plan, plan_table
+from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
+from pwm_torchrl.memory.readings import format_bytes, read_process
 from pwm_torchrl.training.artifacts import swap_in
 from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.summary import peak_device_bytes

@@ -23,7 +23,7 @@ from pwm_torchrl.launch.reporting.aggregate import (
 )
 from pwm_torchrl.launch.reporting.collect import natural
 from pwm_torchrl.launch.reporting.compare import AXES, Comparison
-from pwm_torchrl.memory.units import GIB
+from pwm_torchrl.memory.readings import GIB
 from pwm_torchrl.training.axis import progress_axis
 from pwm_torchrl.training.curves import COLORS, STYLE, format_steps
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pwm_torchrl.launch.reporting.aggregate import Group, average
 from pwm_torchrl.launch.reporting.collect import RunReport
-from pwm_torchrl.memory.units import format_bytes
+from pwm_torchrl.memory.readings import format_bytes
 
 __all__ = [
     "Table",
