@@ -46,6 +46,7 @@ from benchmarks.learning import hardware  # noqa: E402
 from benchmarks.slope import slope  # noqa: E402
 from pwm_torchrl.config import Config  # noqa: E402
 from pwm_torchrl.launch.compose import compose  # noqa: E402
+from pwm_torchrl.run.ending import Closing  # noqa: E402
 from pwm_torchrl.run.train import Run, quiet_torchrl  # noqa: E402
 from pwm_torchrl.training.claims import RunClaim, claimed  # noqa: E402
 from pwm_torchrl.training.graph_check import live_nodes, live_tensors  # noqa: E402
@@ -154,11 +155,19 @@ def drive(cfg: Config, run_dir: Path, readings: Readings, leak: bool, settle: bo
 def drive_claimed(cfg: Config, run_dir: Path, claim: RunClaim, readings: Readings, leak: bool, settle: bool) -> int:
     """The same in a directory that this process owns."""
     summary = RunSummary.start(cfg, run_dir, resume=False)
-    run = Run(cfg, run_dir, summary, claim)
-    save, history = run.trainer.save_trainer, []
+    with Closing() as closing:
+        run = Run(cfg, run_dir, summary, claim, closing)
+        watch(run, readings, leak, settle)
+        summary.finish(run.execute(resume=False))
+    return run.loop.epoch
 
-    def save_and_read(force_save: bool = False) -> None:  # the last thing that an epoch does
-        save(force_save)
+
+def watch(run: Run, readings: Readings, leak: bool, settle: bool) -> None:
+    """Have every epoch of a run end with a reading, and with a leak on request."""
+    save, update, history = run.loop.save_if_due, run.loop.update, []
+
+    def save_and_read() -> None:  # the last thing that an epoch does
+        save()
         epoch = run.loop.epoch
         if settle and epoch == readings.warm_up:
             settle_interned_strings()
@@ -166,15 +175,13 @@ def drive_claimed(cfg: Config, run_dir: Path, claim: RunClaim, readings: Reading
         if epoch % (10 * readings.cycle) == 0:
             print(f"epoch {epoch}: {rss_anon() / 2**20:.1f} MiB anonymous", flush=True)
 
-    def keep_graph(batch: Any) -> None:
-        history.append(sum(run.algorithm.losses.model(run.replay.sample_slices(16)).values()))
+    def update_and_keep_a_graph() -> None:
+        update()
+        history.append(sum(run.algorithm.losses.model(run.source.samples.sample_slices(16)).values()))
 
-    run.trainer.save_trainer = save_and_read
+    run.loop.save_if_due = save_and_read
     if leak:
-        run.trainer.register_op("pre_steps_log", keep_graph)
-    summary.finish(run.execute(resume=False))
-    run.close()
-    return run.loop.epoch
+        run.loop.update = update_and_keep_a_graph
 
 
 def result(readings: Readings, epochs: int, asked: int, limit: int, settled: bool) -> dict[str, Any]:

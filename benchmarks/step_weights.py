@@ -39,11 +39,11 @@ def fit(model: str, rho: float | None, updates: int, every: int) -> list[float]:
     replay.extend(env.rollout(400, break_when_any_done=False))
     held_out = play(env, random_action(env), seed=5000)
     networks = build_networks(cfg, env_info(env))
-    loss, learner = build_losses(cfg, networks).model, build_optimizers(cfg, networks)["world_model"]
+    loss, optimizer = build_losses(cfg, networks).model, build_optimizers(cfg, networks)["model"]
     errors = []
     for update in range(1, updates + 1):
         sum(loss(replay.sample_slices(cfg.algorithm.model_batch)).values()).backward()
-        learner.step()
+        optimizer.step()
         if update % every == 0:
             found = open_loop_errors(networks.model, held_out, cfg.algorithm.horizon)
             errors.append(found["reward_nmse"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,21 @@ def _temporary_folders_are_disks(monkeypatch: pytest.MonkeyPatch, tmp_path_facto
 def _no_configs_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The cluster profiles of whoever runs the tests are not among the choices."""
     monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(tmp_path_factory.getbasetemp() / "no_configs"))
+
+
+@pytest.fixture
+def free_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM as in a terminal, here and for programs that are started here.
+
+    With nohup and in the background, tests begin with SIGINT ignored, and so do their children.
+    """
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    }
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,7 +20,7 @@ from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.submit import main
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("stub_training", "workdir")
+pytestmark = pytest.mark.usefixtures("stub_training", "workdir", "free_signals")
 
 
 def test_result_is_the_last_line(capfd):

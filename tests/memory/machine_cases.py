@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 
 from pwm_torchrl.memory.cgroups import CgroupMemory
-from pwm_torchrl.memory.processes import MachineMemory, ProcessMemory, TreeMemory
-from pwm_torchrl.memory.readings import Reading
-from pwm_torchrl.memory.units import GIB, MIB
+from pwm_torchrl.memory.readings import GIB, MIB, MachineMemory, ProcessMemory, Reading, TreeMemory
 
 UNLIMITED_V1 = 9223372036854771712
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pwm_torchrl.memory import allocator
+from pwm_torchrl.memory import predict as allocator
 
 ROOT = Path(__file__).resolve().parents[2]
 #: 256 blocks of 512 KiB are written and every second one is freed: holes that only a block of its own can leave.
 PROGRAM = """
 import ctypes, sys
-from pwm_torchrl.memory.allocator import return_freed_memory
-from pwm_torchrl.memory.processes import read_process
+from pwm_torchrl.memory.predict import return_freed_memory
+from pwm_torchrl.memory.readings import read_process
 
 returned = sys.argv[1] == "return" and return_freed_memory()
 library = ctypes.CDLL(None)

@@ -14,8 +14,7 @@ from cgroup_cases import limited_cgroup
 from machine_cases import meminfo, process, v1_group, v2_group, write
 
 from pwm_torchrl.memory.budget import Budget, Candidate, device_budget, host_budget
-from pwm_torchrl.memory.gpus import gpu_bytes, gpu_names, usable_gpu_bytes
-from pwm_torchrl.memory.units import GIB, KIB, MIB
+from pwm_torchrl.memory.readings import GIB, KIB, MIB, gpu_bytes, gpu_names, usable_gpu_bytes
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from cgroup_cases import limited_cgroup
 from machine_cases import UNLIMITED_V1, v1_group, v2_group, write
 
 from pwm_torchrl.memory.cgroups import memory_cgroups, tightest
-from pwm_torchrl.memory.units import GIB, MIB
+from pwm_torchrl.memory.readings import GIB, MIB
 
 V1_MOUNT = "35 31 0:32 {shown} /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory\n"
 V1_CPU_MOUNT = "32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n"

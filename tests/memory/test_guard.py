@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 from machine_cases import reading
 
-from pwm_torchrl.memory.guard import MemoryGuard
-from pwm_torchrl.memory.readings import Reading
-from pwm_torchrl.memory.units import GIB, MIB
+from pwm_torchrl.memory.readings import GIB, MIB, Reading
+from pwm_torchrl.memory.watch import MemoryGuard
 
 
 class TestCgroup:

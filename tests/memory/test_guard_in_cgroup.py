@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cgroup_cases import limited_cgroup
 
-from pwm_torchrl.memory.units import MIB
+from pwm_torchrl.memory.readings import MIB
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 400 * MIB
@@ -21,7 +21,7 @@ JOIN = """
 import json, mmap, os, sys
 from pathlib import Path
 (Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
-from pwm_torchrl.memory.guard import MemoryGuard
+from pwm_torchrl.memory.watch import MemoryGuard
 from pwm_torchrl.memory.watch import MemoryWatch
 watch, guard = MemoryWatch(), MemoryGuard()
 assert guard.check(watch.sample()) is None

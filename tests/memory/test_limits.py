@@ -7,10 +7,10 @@ from training_cases import config
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.memory import limits
+from pwm_torchrl.memory import budget as limits
 from pwm_torchrl.memory.budget import Budget, Candidate
-from pwm_torchrl.memory.gpus import usable_gpu_bytes
 from pwm_torchrl.memory.predict import DEVICE, HOST
+from pwm_torchrl.memory.readings import usable_gpu_bytes
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,12 @@ from plan_cases import FACTS, PLENTY, USABLE, automatic, budgets, plan
 
 from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.memory import plan as space_module
 from pwm_torchrl.memory import predict as predict_module
-from pwm_torchrl.memory import space as space_module
-from pwm_torchrl.memory.plan import make_plan
+from pwm_torchrl.memory.plan import EFFICIENT, PlanSpace, halvings, make_plan
 from pwm_torchrl.memory.predict import DEVICE, DISK, HOST, Choices
-from pwm_torchrl.memory.space import EFFICIENT, PlanSpace, halvings
-from pwm_torchrl.memory.units import GIB, MIB
-from pwm_torchrl.memory.updates import UPDATES
+from pwm_torchrl.memory.readings import GIB, MIB
+from pwm_torchrl.memory.trace import UPDATES
 
 MLP = {"model.dynamics.kind": "mlp"}
 #: Of which steps take much.

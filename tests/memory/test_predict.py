@@ -12,9 +12,8 @@ from pwm_torchrl.data import replay_bytes, replay_disk_bytes, steps_since_checkp
 from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.memory import predict as predict_module
 from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Item, Prediction, predict
-from pwm_torchrl.memory.processes import read_process
-from pwm_torchrl.memory.units import MIB
-from pwm_torchrl.memory.updates import UpdateTracer
+from pwm_torchrl.memory.readings import MIB, read_process
+from pwm_torchrl.memory.trace import UpdateTracer
 
 FACTS = EnvInfo("test", 3, 1, 30, 1, 2, False)
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from machine_cases import meminfo, process, rollup, write
 
-from pwm_torchrl.memory import processes
-from pwm_torchrl.memory.processes import MachineMemory, descendants, read_machine, read_process, read_tree
-from pwm_torchrl.memory.units import MIB
+from pwm_torchrl.memory import readings as processes
+from pwm_torchrl.memory.readings import MIB, MachineMemory, descendants, read_machine, read_process, read_tree
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 ROOT = Path(__file__).parents[2]
@@ -124,7 +123,7 @@ class TestThisMachine:
         readings = """
 import json, mmap, sys
 from multiprocessing.shared_memory import SharedMemory
-from pwm_torchrl.memory.processes import read_tree
+from pwm_torchrl.memory.readings import read_tree
 
 size, block = 64 << 20, bytes(1 << 20)
 def grown(before):
@@ -181,7 +180,7 @@ sum(block[offset] for offset in range(0, len(block), mmap.PAGESIZE))
         """In a process of its own: this one has threads and should not fork."""
         out = run_script("""
 import os
-from pwm_torchrl.memory.processes import read_process, read_tree
+from pwm_torchrl.memory.readings import read_process, read_tree
 block = b"x" * 2**26
 end, go = os.pipe()
 child = os.fork()

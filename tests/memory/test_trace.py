@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 from training_cases import config
 
-from pwm_torchrl.memory.processes import read_process
-from pwm_torchrl.memory.trace import FakeTensors, StorageCounter
-from pwm_torchrl.memory.updates import UPDATES, UpdateTracer, _Updates
+from pwm_torchrl.memory.readings import read_process
+from pwm_torchrl.memory.trace import UPDATES, FakeTensors, StorageCounter, UpdateTracer, _Updates
 from pwm_torchrl.training.load import Facts
 
 FACTS = Facts(3, 1, terminates=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pwm_torchrl.memory.units import GIB, MIB, format_bytes, parse_bytes
+from pwm_torchrl.memory.readings import GIB, MIB, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

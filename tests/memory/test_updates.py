@@ -9,8 +9,8 @@ import pytest
 from training_cases import config
 
 from pwm_torchrl.algorithm.build import build_losses, build_networks, build_optimizers
-from pwm_torchrl.memory import updates
-from pwm_torchrl.memory.updates import UPDATES, Transient, UpdateTracer
+from pwm_torchrl.memory import trace as updates
+from pwm_torchrl.memory.trace import UPDATES, Transient, UpdateTracer
 from pwm_torchrl.training.load import Facts
 
 FACTS = Facts(5, 2, terminates=True)
@@ -78,7 +78,10 @@ class TestShortHorizons:
 class TestMicroBatches:
     @pytest.mark.parametrize(
         ("update", "name"),
-        [*((update, name) for update in ("model", "actor") for name in ("mlp", "flow_v1_recomputed")), ("critic", "mlp")],
+        [
+            *((update, name) for update in ("model", "actor") for name in ("mlp", "flow_v1_recomputed")),
+            ("critic", "mlp"),
+        ],
     )
     def test_the_last_one_stands_for_all(self, update, name):
         sizes = {"algorithm.model_batch": 12, "algorithm.actor_batch": 12, "algorithm.horizon": 3}

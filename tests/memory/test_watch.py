@@ -13,8 +13,7 @@ import torch
 from machine_cases import meminfo, process, reading, v2_group, write
 
 from pwm_torchrl.memory import watch as watch_module
-from pwm_torchrl.memory.readings import Reading, read_memory
-from pwm_torchrl.memory.units import GIB, MIB
+from pwm_torchrl.memory.readings import GIB, MIB, Reading, read_memory
 from pwm_torchrl.memory.watch import MemoryWatch
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
@@ -119,7 +118,7 @@ class TestMetrics:
         code = """
 import sys
 import pwm_torchrl.memory.budget
-from pwm_torchrl.memory.guard import MemoryGuard
+from pwm_torchrl.memory.watch import MemoryGuard
 from pwm_torchrl.memory.watch import MemoryWatch
 with MemoryWatch() as watch:
     print(MemoryGuard(1.0).check(watch.newest), watch.metrics()["memory/rss"] > 0)

@@ -21,7 +21,9 @@ def failing(text: str):
 
 
 class TestClosing:
-    @pytest.mark.parametrize("error", [None, KeyError("a bug"), KeyboardInterrupt()], ids=["done", "error", "interrupt"])
+    @pytest.mark.parametrize(
+        "error", [None, KeyError("a bug"), KeyboardInterrupt()], ids=["done", "error", "interrupt"]
+    )
     def test_everything_in_reverse_order_however_it_ended(self, error):
         closed = []
         with nullcontext() if error is None else pytest.raises(type(error)), Closing() as closing:
@@ -45,8 +47,9 @@ class TestClosing:
         ]
 
     def test_it_does_not_hide_the_first_error(self, capsys):
-        with pytest.raises(KeyError, match="a bug"), Closing() as closing:
-            closing.later("the environment", failing("a worker is gone"))
+        closing = Closing()
+        closing.later("the environment", failing("a worker is gone"))
+        with pytest.raises(KeyError, match="a bug"), closing:
             raise KeyError("a bug")
         assert "closing the environment failed: a worker is gone" in capsys.readouterr().err
 
@@ -59,7 +62,9 @@ class TestClosing:
 
 
 class TestNamed:
-    @pytest.mark.parametrize("error", [ConfigurationError("bad"), Superseded("gone"), KeyError("a bug"), OSError("odd")])
+    @pytest.mark.parametrize(
+        "error", [ConfigurationError("bad"), Superseded("gone"), KeyError("a bug"), OSError("odd")]
+    )
     def test_our_own_and_bugs_stay_what_they_are(self, error, tmp_path):
         assert named(error, tmp_path) is error
 

@@ -14,6 +14,7 @@ from pwm_torchrl.errors import OutOfMemory
 from pwm_torchrl.run.train import Run
 from pwm_torchrl.training import train
 
+
 def admits(update: str, rows: int, after: int) -> Callable[[Run], None]:
     """A hook: after some epochs, memory is left for so many rows of an update."""
 

@@ -13,8 +13,7 @@ from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.envs.tasks import task_set
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.cgroups import CgroupMemory
-from pwm_torchrl.memory.processes import MachineMemory
-from pwm_torchrl.memory.readings import Reading
+from pwm_torchrl.memory.readings import MachineMemory, Reading
 from pwm_torchrl.modules import read_world_model
 from pwm_torchrl.run.validation import Validation
 from pwm_torchrl.training.offline import open_store, pretraining_tasks, run_facts, scratch_directory, training_split

@@ -188,6 +188,7 @@ class Interrupted:
         return counted
 
 
+@pytest.mark.usefixtures("free_signals")
 class TestStoppedInside:
     """A signal stops a run at its next step: between two updates, or between two steps of an evaluation."""
 

@@ -45,18 +45,6 @@ class TestRequest:
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
-@pytest.fixture
-def free_signals():
-    """SIGINT and SIGTERM as a program that was started from a terminal has them, whatever these tests began with."""
-    before = [
-        signal.signal(signal.SIGINT, signal.default_int_handler),
-        signal.signal(signal.SIGTERM, signal.SIG_DFL),
-    ]
-    yield
-    for each, handler in zip(INTERRUPTS, before, strict=True):
-        signal.signal(each, handler)
-
-
 @pytest.mark.usefixtures("free_signals")
 class TestInterrupt:
     @pytest.mark.parametrize("number", INTERRUPTS)
@@ -72,10 +60,10 @@ class TestInterrupt:
         assert ("Ctrl-C again stops at once" in out) == (number == signal.SIGINT)
 
     def test_sigint_again_is_an_interrupt(self):
-        stop = StopRequest()
-        with pytest.raises(KeyboardInterrupt), stop_on_interrupt(stop):
+        with stop_on_interrupt(StopRequest()):
             os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_sigterm_again_is_nothing(self, capsys):

@@ -30,7 +30,7 @@ import pwm_torchrl.run.train as run_module
 from pwm_torchrl.algorithm.build import NetworkOptimizer
 from pwm_torchrl.envs import make_gymnasium_env
 from pwm_torchrl.launch.train import main as train_command
-from pwm_torchrl.memory.updates import Persistent, Transient, UpdateTracer
+from pwm_torchrl.memory.trace import Persistent, Transient, UpdateTracer
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
 from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 from pwm_torchrl.run.train import train
@@ -299,6 +299,9 @@ def wait_for(children: dict[int, int]) -> list[int | str]:
 
 
 def main(out: Path, names: list[str]) -> None:
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # or the tests' own is inherited, which may be to ignore it
     gc.freeze()  # or a child's first collection would copy all memory that it shares with this process
     ends: dict[str, list[int | str]] = {}
     write_store(out / "store")

@@ -14,11 +14,12 @@ from training_cases import CLOCKWORK, assert_equal, config, rows_of, run_with, s
 
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
-from pwm_torchrl.memory.guard import MemoryGuard
-from pwm_torchrl.memory.limits import budgets
+from pwm_torchrl.memory import watch as run_memory
+from pwm_torchrl.memory.budget import budgets
 from pwm_torchrl.memory.plan import make_plan
 from pwm_torchrl.memory.predict import HOST
-from pwm_torchrl.training import memory_plan, run_memory, train
+from pwm_torchrl.memory.watch import MemoryGuard
+from pwm_torchrl.training import memory_plan, train
 from pwm_torchrl.training.memory_plan import RunPlan, saved_choices
 
 AUTO = {"memory.kind": "auto", "training.replay_storage": "auto"}

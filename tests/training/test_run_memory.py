@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from run_files import csv_rows, events, saved_epochs, summary_of, watching_threads

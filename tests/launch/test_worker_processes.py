@@ -1,0 +1,160 @@
+"""``train.py`` with an environment in worker processes: it ends, leaves a checkpoint where it can, and no process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hydra")
+psutil = pytest.importorskip("psutil")
+
+ROOT = Path(__file__).parents[2]
+MAKER = """
+from torchrl.envs import GymEnv, ParallelEnv
+
+def make(num_envs):
+    return ParallelEnv(num_envs, lambda: GymEnv("Pendulum-v1"), mp_start_method={method!r}, shutdown_timeout=1.0)
+"""
+WORDS = [
+    *("size=tiny", "model=mlp", "memory=fixed", "device=cpu", "run_dir=run", "env._target_=par_env.make"),
+    *("env.num_envs=2", "env.episode_length=20", "size.units=[16]", "size.encoder_units=[16]", "size.latent_dim=16"),
+    *("size.actor_units=[16]", "size.critic_units=[16]", "algorithm.horizon=4", "algorithm.random_steps=8"),
+    *("algorithm.first_model_updates=2", "algorithm.model_updates=1", "algorithm.actor_updates=1"),
+    *("algorithm.critic_passes=1", "algorithm.model_batch=8", "algorithm.actor_batch=8"),
+    *("training.replay_capacity=2000", "training.eval_every=0", "training.eval_episodes=2", "training.video=false"),
+    *("training.checkpoint_every=0", "training.progress=false", "training.threads=1"),
+]
+#: A run that only its end ends.
+ENDLESS = "training.epochs=100000"
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and sends signals"),
+    pytest.mark.usefixtures("free_signals"),
+]
+
+
+class Running:
+    """``train.py`` as a terminal starts it: in a process group of its own."""
+
+    def __init__(self, folder: Path, method: str, *words: str) -> None:
+        (folder / "par_env.py").write_text(MAKER.format(method=method))
+        command = [sys.executable, str(ROOT / "launch/train.py"), *WORDS, *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.run_dir = folder / "run"
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def of_its_session(self) -> list[psutil.Process]:
+        """Itself and what it started, as long as that has not ended."""
+        found = []
+        for each in psutil.process_iter():
+            try:
+                if os.getsid(each.pid) == self.process.pid and each.status() != psutil.STATUS_ZOMBIE:
+                    found.append(each)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+        return found
+
+    def workers(self) -> list[int]:
+        """Of the environment that it trains in, which is the first to start any."""
+        children = psutil.Process(self.process.pid).children()
+        made = [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
+        return [each.pid for each in sorted(made, key=lambda each: (each.create_time(), each.pid))][:2]
+
+    def has_trained(self) -> bool:
+        assert self.process.poll() is None, self.process.communicate()
+        metrics = self.run_dir / "metrics.csv"
+        return metrics.exists() and metrics.read_text().count("\n") > 2
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code and output, once the process and everything that it started are gone."""
+        out, err = self.process.communicate(timeout=120)  # ends when the last process that has the pipes does
+        assert "Traceback" not in out + err
+        until(lambda: not self.of_its_session())
+        return self.process.returncode, out, err
+
+    def kill(self) -> None:
+        for each in self.of_its_session():
+            each.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def make(method: str, *words: str) -> Running:
+        started.append(Running(tmp_path, method, *words))
+        return started[-1]
+
+    yield make
+    for each in started:
+        each.kill()
+
+
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def summary(run: Running) -> dict:
+    return json.loads((run.run_dir / "summary.json").read_text())
+
+
+def saved(run: Running) -> list[str]:
+    return [path.name for path in run.run_dir.glob("checkpoints/*/checkpoint-*")]
+
+
+def test_a_run_that_fails_ends(start):
+    run = start("fork", "training.epochs=3", "algorithm.model_lr=1e30")
+    code, _, err = run.end()
+    assert code == 1
+    assert "algorithm.*_lr" in err
+    assert summary(run)["status"] == "failed"
+
+
+def test_a_worker_that_is_killed_is_named_after_a_checkpoint(start):
+    run = start("fork", ENDLESS)
+    until(run.has_trained)
+    worker = run.workers()[1]
+    os.kill(worker, signal.SIGKILL)
+    code, _, err = run.end()
+    assert code == 1
+    assert "error: environment par_env.make, sub-environment 1 (seed 1): " in err
+    assert f"its worker process {worker} has ended with exit code -9" in err
+    found = summary(run)
+    assert found["status"] == "failed"
+    assert len(saved(run)) == 1
+
+
+@pytest.mark.parametrize(
+    ("signum", "method"),
+    [
+        (signal.SIGINT, "fork"),
+        (signal.SIGTERM, "fork"),
+        pytest.param(signal.SIGINT, "spawn", marks=pytest.mark.slow),  # each worker imports everything
+    ],
+)
+def test_a_signal_to_all_processes_stops_the_run(start, signum, method):
+    """As a terminal sends it at Ctrl-C, or a scheduler: the workers go on until the run has saved."""
+    run = start(method, ENDLESS)
+    until(run.has_trained)
+    os.killpg(run.process.pid, signum)
+    code, out, err = run.end()
+    assert code == 130
+    assert "the run saves its state at its next step" in out
+    assert "to resume: python launch/train.py" in err
+    assert summary(run)["status"] == "stopped"
+    assert len(saved(run)) == 1
