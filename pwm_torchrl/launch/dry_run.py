@@ -22,8 +22,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
         ConfigurationError: as submitting would.
     """
     from pwm_torchrl.devices import pick_device
-    from pwm_torchrl.memory.budget import budgets
-    from pwm_torchrl.memory.plan import make_plan, plan_table
+    from pwm_torchrl.memory.plan import budgets, make_plan, plan_table
 
     first = runs[0].config
     console.say("# configuration" + ("" if len(runs) == 1 else f" of the first of {len(runs)} runs"))

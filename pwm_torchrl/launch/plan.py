@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = _json_file(words)
     config = compose(words)
     from pwm_torchrl.devices import pick_device
-    from pwm_torchrl.memory.budget import budgets, profile_budgets
-    from pwm_torchrl.memory.plan import make_plan, plan_table
+    from pwm_torchrl.memory.plan import budgets, make_plan, plan_table, profile_budgets
     from pwm_torchrl.training.offline import run_facts
 
     facts = run_facts(config)

@@ -96,8 +96,7 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Resources]:
     Raises:
         ConfigurationError: if a run cannot fit the nodes of its profile.
     """
-    from pwm_torchrl.memory.budget import profile_budgets
-    from pwm_torchrl.memory.plan import make_plan
+    from pwm_torchrl.memory.plan import make_plan, profile_budgets
     from pwm_torchrl.training.offline import run_facts
 
     plans: dict[str, Any] = {}

@@ -11,10 +11,69 @@ from typing import Any
 from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.memory.budget import Alternative, Budget, cheaper_plan, larger_plan
+from pwm_torchrl.memory.budget import Budget, Candidate, device_budget, host_budget
 from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Prediction, framework_bytes, predict
 from pwm_torchrl.memory.readings import MIB, format_bytes
 from pwm_torchrl.memory.trace import Transient, UpdateTracer
+
+
+def budgets(cfg: Config, device: str | None) -> dict[str, Budget]:
+    """Budgets by place, where the run is about to start.
+
+    Args:
+        cfg (Config): its ``memory.host_gb`` and ``memory.device_gb`` bound what the machine offers.
+        device (str, optional): the CUDA device of the networks, or ``None`` on the CPU.
+
+    Raises:
+        ConfigurationError: if a variable of SLURM that tells memory makes no sense.
+    """
+    try:
+        found = {HOST: host_budget().candidates}
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+    if device is not None:
+        here = device_budget(device=device)
+        found[DEVICE] = () if here is None else here.candidates
+    return {place: _bounded(cfg, place, candidates) for place, candidates in found.items()}
+
+
+def profile_budgets(cfg: Config) -> dict[str, Budget]:
+    """Budgets by place of the nodes that a cluster profile describes, which need not be this machine.
+
+    Raises:
+        ConfigurationError: if the profile does not say what its nodes have, has no GPU that the run asks for, or names
+            an unknown one.
+    """
+    profile = cfg.cluster
+    if cfg.device.startswith("cuda") and profile.gpu is None:
+        raise ConfigurationError(
+            f"device={cfg.device} needs a GPU, and cluster={profile.name} has none; set cluster.gpu, or choose another "
+            "cluster."
+        )
+    if profile.host_gb is None and profile.mem_gb is None and cfg.memory.host_gb is None:
+        raise ConfigurationError(
+            f"cluster={profile.name} does not say how much host memory its nodes have; set cluster.host_gb, "
+            "cluster.mem_gb or memory.host_gb."
+        )
+    host = [] if profile.host_gb is None else [Candidate(int(profile.host_gb * 1e9), f"cluster={profile.name}")]
+    if profile.mem_gb is not None:
+        host.append(Candidate(int(profile.mem_gb * 2**30), "cluster.mem_gb"))
+    found: dict[str, tuple[Candidate, ...]] = {HOST: tuple(host)}
+    if profile.gpu is not None and cfg.device != "cpu":
+        try:
+            gpu = device_budget(profile.gpu)
+        except ValueError as error:
+            raise ConfigurationError(f"cluster.gpu={profile.gpu}: {error}") from error
+        found[DEVICE] = () if gpu is None else gpu.candidates
+    return {place: _bounded(cfg, place, candidates) for place, candidates in found.items()}
+
+
+def _bounded(cfg: Config, place: str, candidates: tuple[Candidate, ...]) -> Budget:
+    given = cfg.memory.host_gb if place == HOST else cfg.memory.device_gb
+    if given is not None:
+        candidates = (*candidates, Candidate(int(given * 1e9), f"memory.{place}_gb"))
+    return Budget(candidates)
+
 
 #: Rows below which a micro-batch costs more time than recomputing a flow's substeps does.
 EFFICIENT = {"model": 64, "actor": 32, "critic": 256}
@@ -133,6 +192,69 @@ def halvings(batch: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
     return sizes
+
+
+_WHERE = {"device": "the replay on the GPU", "memory": "the replay in host memory", "disk": "the replay on disk"}
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another plan: what differs, and what it would need where the networks are."""
+
+    change: str
+    bytes: int
+
+
+def larger_plan(space: PlanSpace, choices: Choices) -> Alternative | None:
+    """One step back towards the fastest way; ``None`` if there is none that needs more."""
+    needed = space.needed(choices)
+    found = (Alternative(change, space.needed(other)) for other, change in _larger(space, choices))
+    return next((other for other in found if other.bytes > needed), None)
+
+
+def cheaper_plan(space: PlanSpace, choices: Choices) -> Alternative | None:
+    """One step further, the fastest of those that need less; ``None`` if there is none."""
+    needed = space.needed(choices)
+    found = (Alternative(change, space.needed(other)) for other, change in _cheaper(space, choices))
+    return next((other for other in found if other.bytes < needed), None)
+
+
+def _larger(space: PlanSpace, choices: Choices) -> Iterator[tuple[Choices, str]]:
+    """The update that is split the most in larger parts, then substeps kept, then a nearer replay."""
+    sizes = {update: choices.micro_batch(update) for update in space.updates if space.free(update)}
+    split = {update: size for update, size in sizes.items() if size is not None and size < space.batch(update)}
+    for update in sorted(split, key=lambda update: -space.batch(update) / split[update]):
+        size = split[update]
+        while size < space.batch(update):
+            size = min(2 * size, space.batch(update))
+            whole = size == space.batch(update)
+            how = "at once" if whole else f"in micro-batches of {size}"
+            yield choices.split(update, None if whole else size), f"the {update} update {how}"
+    if choices.checkpoint_substeps and False in space.recomputes:
+        yield replace(choices, checkpoint_substeps=False), "substeps kept instead of recomputed"
+    for storage in reversed(space.storages[: _place(space, choices)]):
+        yield replace(choices, replay_storage=storage), _WHERE[storage]
+
+
+def _cheaper(space: PlanSpace, choices: Choices) -> Iterator[tuple[Choices, str]]:
+    """A replay farther away, the update at the peak in smaller parts, recomputed substeps, still smaller parts."""
+    for storage in space.storages[_place(space, choices) + 1 :]:
+        yield replace(choices, replay_storage=storage), _WHERE[storage]
+    update = max(space.updates, key=lambda update: space.taken(update, choices).peak)
+    size = min(choices.micro_batch(update) or space.batch(update), space.batch(update))
+    half = -(-size // 2)
+    smaller = choices.split(update, half), f"the {update} update in micro-batches of {half}"
+    can_halve = space.free(update) and size > 1
+    if can_halve and half >= EFFICIENT[update]:
+        yield smaller
+    if not choices.checkpoint_substeps and True in space.recomputes:
+        yield replace(choices, checkpoint_substeps=True), "substeps recomputed in the backward pass"
+    if can_halve:
+        yield smaller
+
+
+def _place(space: PlanSpace, choices: Choices) -> int:
+    return space.storages.index(choices.replay_storage)
 
 
 #: By how much host memory two processes of the same run may differ before they build anything.
@@ -331,11 +453,11 @@ def plan_table(plan: Plan) -> str:
     lines: list[str] = []
     for place in (DEVICE, HOST, CACHE, DISK):
         if any(item.place == place for item in plan.prediction.items):
-            lines += [*_place(plan, place), ""]
+            lines += [*_place_lines(plan, place), ""]
     return "\n".join([*lines, *_choices(plan), "", *_neighbours(plan)])
 
 
-def _place(plan: Plan, place: str) -> list[str]:
+def _place_lines(plan: Plan, place: str) -> list[str]:
     """What is needed in one place, and whether it is there."""
     prediction = plan.prediction
     unverified = place == DEVICE and not prediction.verified

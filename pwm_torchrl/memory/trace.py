@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pwm_torchrl.algorithm.build import EnvFacts, Losses, build_parts
+from pwm_torchrl.algorithm.build import EnvFacts, build_parts
 from pwm_torchrl.algorithm.updates import Undo
 from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.objectives.imagination import Imagined

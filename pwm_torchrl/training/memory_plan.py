@@ -14,8 +14,7 @@ import torch
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.memory.budget import budgets
-from pwm_torchrl.memory.plan import Plan, make_plan, plan_table
+from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
 from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
 from pwm_torchrl.memory.readings import format_bytes, read_process
 from pwm_torchrl.training.artifacts import swap_in

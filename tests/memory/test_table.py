@@ -8,8 +8,8 @@ import pytest
 from plan_cases import FACTS, PLENTY, automatic, budgets, plan
 
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.memory.budget import Alternative, Budget, Candidate
-from pwm_torchrl.memory.plan import WIDTH, Plan, make_plan, plan_table
+from pwm_torchrl.memory.budget import Budget, Candidate
+from pwm_torchrl.memory.plan import WIDTH, Alternative, Plan, make_plan, plan_table
 from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Item, Prediction
 from pwm_torchrl.memory.readings import GIB, MIB
 

@@ -15,8 +15,7 @@ from training_cases import CLOCKWORK, assert_equal, config, rows_of, run_with, s
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 from pwm_torchrl.memory import watch as run_memory
-from pwm_torchrl.memory.budget import budgets
-from pwm_torchrl.memory.plan import make_plan
+from pwm_torchrl.memory.plan import budgets, make_plan
 from pwm_torchrl.memory.predict import HOST
 from pwm_torchrl.memory.watch import MemoryGuard
 from pwm_torchrl.training import memory_plan, train
