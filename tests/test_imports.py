@@ -19,21 +19,24 @@ MAY_IMPORT = {
     "objectives": {"modules"},
     "envs": {"modules", "objectives"},
     "data": {"modules", "objectives"},
-    "training": {"modules", "objectives", "envs", "data", "memory"},
+    "algorithm": {"modules", "objectives"},
     "memory": {"modules", "objectives", "data"},
-    "cluster": {"modules", "objectives", "envs", "data", "memory", "training"},
-    "launch": {"modules", "objectives", "envs", "data", "memory", "training", "cluster"},
+    "training": {"modules", "objectives", "envs", "data", "algorithm", "memory"},
+    "run": {"modules", "objectives", "envs", "data", "algorithm", "memory", "training"},
+    "cluster": {"modules", "objectives", "envs", "data", "algorithm", "memory", "training", "run"},
+    "launch": {"modules", "objectives", "envs", "data", "algorithm", "memory", "training", "run", "cluster"},
     "configs": {"modules", "objectives", "envs", "training"},
 }
-#: Modules that a folder may import beside whole folders: memory predicts from the configuration, the one construction
-#: site and what an update keeps to be taken back with. They know nothing of memory, so that there is no circle.
-#: Offline data are numbered and checked by the task registry, which is light.
+#: Modules that a folder may import beside whole folders: memory predicts from the one construction site and what an
+#: update keeps to be taken back with. They know nothing of memory, so that there is no circle. Offline data are
+#: numbered and checked by the task registry, which is light. What is loaded from a run is evaluated as in a run.
 SINGLE = {
-    "memory": {"training.build", "training.config", "training.recovery", "training.updates"},
+    "memory": {"algorithm.build", "algorithm.updates"},
     "data": {"envs.tasks"},
+    "training": {"run.evaluation"},
 }
 #: What looks at memory while a run trains; it imports nothing of ours.
-WATCHER = ("units", "processes", "cgroups", "gpus", "budget", "readings", "watch", "guard")
+WATCHER = ("cgroups", "readings", "budget", "watch")
 HEAVY = {"torch", "torchrl", "tensordict", "hydra", "omegaconf", "gymnasium", "dm_control", "mujoco", "matplotlib",
          "wandb", "tensorboard", "submitit", "tqdm", "numpy"}  # fmt: skip
 
