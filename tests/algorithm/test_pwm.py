@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 from itertools import chain
 
@@ -263,6 +265,77 @@ class TestStarts:
     def test_an_epoch_runs_with_either(self, starts):
         bench = Bench(config({"algorithm.actor_starts": starts}))
         assert math.isfinite(bench.step()["loss/actor"])
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt:
+    """Raises when it is called for the ``call``-th time, from 0; counts."""
+
+    def __init__(self, call: int) -> None:
+        self.call, self.calls = call, 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls == self.call + 1:
+            raise Stopped
+
+
+class TestBetweenTwoUpdates:
+    """Where an epoch is left, it goes on: in the same process or, with what was saved, in another."""
+
+    CONFIG = config({"algorithm.actor_updates": 2, "memory.model_micro_batch": 3})
+    #: Three model updates; twice an actor update and two passes of two minibatches.
+    PLACES = 3 + 2 * (1 + 2 * 2)
+
+    def whole(self) -> tuple[Bench, list[dict[str, float]], torch.Tensor]:
+        bench = Bench(self.CONFIG)
+        torch.manual_seed(11)
+        return bench, [bench.step(), bench.step()], torch.get_rng_state()
+
+    def left(self, bench: Bench, place: int) -> None:
+        torch.manual_seed(11)
+        bench.algorithm.between = StopAt(place)
+        with pytest.raises(Stopped):
+            bench.step()
+        assert bench.algorithm.updates.made == place
+
+    def test_it_is_asked_before_every_update(self):
+        bench = Bench(self.CONFIG)
+        bench.algorithm.between = asked = StopAt(-1)
+        bench.step()
+        assert asked.calls == self.PLACES == bench.algorithm.updates.made
+
+    @pytest.mark.parametrize("place", range(PLACES))
+    def test_left_there_and_continued(self, place):
+        whole, expected, generator = self.whole()
+        bench = Bench(self.CONFIG)
+        self.left(bench, place)
+        assert [bench.step(), bench.step()] == expected
+        assert torch.equal(torch.get_rng_state(), generator)
+        for name, weights in whole.snapshots().items():
+            assert all(map(torch.equal, bench.snapshots()[name], weights)), name
+
+    @pytest.mark.parametrize("place", range(PLACES))
+    def test_left_there_and_restored(self, place):
+        whole, expected, generator = self.whole()
+        first, second = Bench(self.CONFIG), Bench(self.CONFIG)
+        self.left(first, place)
+        second.losses.actor.return_statistics.load_state_dict(first.losses.actor.return_statistics.state_dict())
+        for (name, ours), (_, theirs) in zip(second.networks.items(), first.networks.items(), strict=True):
+            ours.load_state_dict(theirs.state_dict())
+            adam = first.optimizers[name].optimizer.state_dict()
+            second.optimizers[name].optimizer.load_state_dict(copy.deepcopy(adam))
+        saved = io.BytesIO()
+        torch.save(first.algorithm.state_dict(), saved)
+        saved.seek(0)
+        second.algorithm.load_state_dict(torch.load(saved, weights_only=True))
+        assert [second.step(), second.step()] == expected
+        assert torch.equal(torch.get_rng_state(), generator)
+        for name, weights in whole.snapshots().items():
+            assert all(map(torch.equal, second.snapshots()[name], weights)), name
 
 
 class TestLearningRates:

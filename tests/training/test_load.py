@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.checkpoint import Checkpoint
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import WorldModel as TorchRLWorldModel
 from training_cases import assert_equal, config, rows_of, run_with
@@ -14,9 +15,10 @@ from training_cases import assert_equal, config, rows_of, run_with
 import pwm_torchrl
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training import evaluate_run
-from pwm_torchrl.training.checkpoint import CheckpointFault
-from pwm_torchrl.training.checkpoint_store import CheckpointStore
+from pwm_torchrl.training import evaluate_run, train
+from pwm_torchrl.training.checkpoint import EARLIER_NETWORKS, CheckpointFault
+from pwm_torchrl.training.checkpoint_store import METRIC, CheckpointStore
+from pwm_torchrl.training.claims import claimed
 from pwm_torchrl.training.config_file import load_config, save_config
 from pwm_torchrl.training.load import load_networks
 from pwm_torchrl.training.seeding import evaluation_env_seed
@@ -148,3 +150,39 @@ def test_a_moved_run_still_loads(trained, tmp_path):
     shutil.copytree(trained[1].run_dir, tmp_path / "elsewhere")
     assert pwm_torchrl.load_policy(tmp_path / "elsewhere").out_keys[-1] == "action"
     assert rows_of(tmp_path / "elsewhere") == rows_of(trained[1].run_dir)
+
+
+class TestEarlierVersion:
+    """A checkpoint as version 2 wrote it: the networks had other names, and a run had other parts."""
+
+    @pytest.fixture
+    def earlier(self, trained, tmp_path):
+        run = trained[1]
+        folder = tmp_path / "run"
+        shutil.copytree(run.run_dir, folder, ignore=shutil.ignore_patterns("checkpoints", "claims"))
+        networks = load_networks(run.run_dir, "latest")[1]
+        names = EARLIER_NETWORKS[2]
+        saved = Checkpoint(**{names.get(name, name): network for name, network in networks.items()})
+        facts = Checkpoint.manifest(CheckpointStore(run.run_dir).latest())["metadata"]["facts"]
+        with claimed(folder, []) as claim:
+            CheckpointStore(folder, claim=claim).save(
+                saved, 6, {"schema_version": 2, "epoch": 6, "facts": facts, "replay_steps": 24, METRIC: -1.0}
+            )
+        return folder
+
+    def test_its_networks_are_those_that_it_saved(self, trained, earlier):
+        for which in ("latest", "best"):
+            _, networks = load_networks(earlier, which)
+            for name, network in trained[1].networks.items():
+                assert_equal(dict(networks.items())[name].state_dict(), network.state_dict())
+
+    def test_its_policy_is_evaluated(self, trained, earlier):
+        seed = evaluation_env_seed(trained[1].cfg.seed)
+        result = evaluate_run(earlier, episodes=3, seed=seed)
+        assert result["return_mean"] == pytest.approx(trained[0]["final_return"])
+
+    def test_its_run_is_not_resumed(self, trained, earlier):
+        with pytest.raises(CheckpointFault, match=r"schema version 2, .* not resume; begin a new run") as caught:
+            train(trained[1].cfg, earlier, resume=True)
+        assert "\n" not in str(caught.value)
+        assert "can load the networks and evaluate" in str(caught.value)
