@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pwm_torchrl.cluster.parse import Site, parse_config, parse_nodes, parse_partitions
+from pwm_torchrl.cluster.slurm import Site, parse_config, parse_nodes, parse_partitions
 
 SQUEUE = """\
 33_2|PENDING|0:00||JobArrayTaskLimit

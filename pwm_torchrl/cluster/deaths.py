@@ -1,4 +1,4 @@
-"""Every way in which a job ends, told apart, and what is done about it: pure functions.
+"""Why jobs end, and the record of each attempt that says so.
 
 An attempt says itself how it ended (its outcome), if it can; the supervisor in its step knows what killed it (its
 evidence); SLURM's record tells the rest. What is done depends on the reason and on what the attempts before achieved.
@@ -6,24 +6,35 @@ evidence); SLURM's record tells the rest. What is done depends on the reason and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.cluster.reasons import (
-    END,
-    KILLED,
-    MEMORY,
-    NODE_FAILURE,
-    PREEMPTION,
-    REQUEUE,
-    REQUEUED,
-    RESUBMIT,
-    START_UP,
-    TIMEOUT,
-    WAIT,
-)
+from pwm_torchrl.data.files import write_durably
 from pwm_torchrl.run.stop import NO_STEP_IN_TIME
+from pwm_torchrl.training.events import EVENTS_FILE, write_event
+
+# The words by which deaths and their answers are named in ``events.jsonl``, reports and code --------------------------
+
+
+TIMEOUT = "timeout"  # the time limit came near or was reached
+PREEMPTION = "preemption"  # another job was more important
+REQUEUED = "requeue"  # scontrol requeue, or another end that SLURM asked for
+NODE_FAILURE = "node_failure"  # SLURM restarted the job and nobody had said that it ended
+MEMORY = "memory"  # the kernel killed a process, or the run's own guard stopped it
+KILLED = "killed"  # a process was killed and memory was not the reason
+START_UP = "start_up"  # it ended before training began
+
+REQUEUE = "requeue"  # scontrol requeue, from within
+RESUBMIT = "resubmit"  # the same, with another request
+WAIT = "wait"  # SLURM brings the job back by itself
+END = "end"
+
+
+# Every way in which a job ends, told apart, and what is done about it: pure functions ---------------------------------
+
 
 #: Restarts in a row without progress after which a run is left alone.
 MOST_WITHOUT_PROGRESS = 2
@@ -37,7 +48,7 @@ class Death:
     """How an attempt ended.
 
     Attributes:
-        reason (str): a status of a run that is over, or one of :mod:`~pwm_torchrl.cluster.reasons`.
+        reason (str): a status of a run that is over, or one of :mod:`~pwm_torchrl.cluster.deaths`.
         detail (str): in words, for events and ``launch/status.py``.
         slurm_requeues (bool): whether SLURM brings the job back by itself.
     """
@@ -175,3 +186,69 @@ def answer(death: Death, progressed: bool, before: Sequence[Restart], max_memory
 
 
 COMES_BACK = (TIMEOUT, PREEMPTION, REQUEUED, NODE_FAILURE, MEMORY, KILLED)
+
+
+# What the launcher keeps of a run beside its training -----------------------------------------------------------------
+
+
+JOB_FILE = "job.json"
+
+
+def read_job(run_dir: Path) -> dict[str, Any]:
+    """What was asked for; empty for a run that was never submitted."""
+    try:
+        content = json.loads((run_dir / JOB_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_job(run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Change what was asked for; returns all of it."""
+    content = {**read_job(run_dir), **changes}
+    write_durably(run_dir / JOB_FILE, json.dumps(content, indent=2) + "\n")
+    return content
+
+
+def note_submission(run_dir: Path, job_id: str, **request: Any) -> None:
+    """A job for this run is queued."""
+    jobs = [*read_job(run_dir).get("job_ids", []), job_id]
+    write_job(run_dir, job_ids=jobs, **request)
+    asked = {key: value for key, value in request.items() if key != "code"}
+    write_event(run_dir, "submit", job_id=job_id, **asked)
+
+
+def note_restart(run_dir: Path, attempt: int, restart: Restart, action: str, detail: str, job_id: str | None) -> None:
+    """An attempt died and its run comes back."""
+    write_event(
+        run_dir,
+        "restart",
+        reason=restart.reason,
+        progressed=restart.progressed,
+        attempt=attempt,
+        answer=action,
+        detail=detail,
+        job_id=job_id,
+    )
+
+
+def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """Events of one kind, oldest first; a line that was torn by a full disk is passed over."""
+    try:
+        lines = (run_dir / EVENTS_FILE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("event") == kind:
+            found.append(event)
+    return found
+
+
+def restarts_of(run_dir: Path) -> list[Restart]:
+    """Restarts that happened, oldest first."""
+    return [Restart(each["reason"], bool(each.get("progressed"))) for each in events_of(run_dir, "restart")]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pwm_torchrl.cluster.parse import Node, Partition, Site, SlurmConfig, parse_gpus
+from pwm_torchrl.cluster.slurm import Node, Partition, Site, SlurmConfig, parse_gpus
 from pwm_torchrl.config import ClusterConfig
 
 if TYPE_CHECKING:
-    from pwm_torchrl.cluster.resources import Resources
+    from pwm_torchrl.cluster.submission import Resources
 
 __all__ = ["Demand", "misfit"]
 

@@ -1,23 +1,178 @@
-"""From a death to what is done about it, with the files of a run: by the batch script, or by the next attempt."""
+"""What is done when a job has ended: run it again, with more memory or smaller batches, or leave it.
+
+python -m pwm_torchrl.cluster.restarts RUN_DIR --code N --term 0|1
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.cluster.deaths import Answer, Death, JobRecord, Restart, answer, classify
-from pwm_torchrl.cluster.reasons import END, NODE_FAILURE
-from pwm_torchrl.cluster.record import events_of, note_restart, restarts_of
+from pwm_torchrl.cluster.deaths import (
+    END,
+    MEMORY,
+    NODE_FAILURE,
+    REQUEUE,
+    RESUBMIT,
+    WAIT,
+    Answer,
+    Death,
+    JobRecord,
+    Restart,
+    answer,
+    classify,
+    events_of,
+    note_restart,
+    read_job,
+    restarts_of,
+    write_job,
+)
+from pwm_torchrl.cluster.slurm import SlurmError, job_records, scontrol
+from pwm_torchrl.commands import typed
+from pwm_torchrl.config import Config
+from pwm_torchrl.data.files import write_durably
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.claims import Claim, newest_claim, read_outcome
 from pwm_torchrl.training.config_file import load_config
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.owners import slurm_job_id
 from pwm_torchrl.training.summary_file import set_status
+
+# A job on this machine whose memory ran out: the next plan, as a SLURM job would get it -------------------------------
+
+
+def thriftier_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) -> str | None:
+    """Let the next attempt start from a plan that needs less; there is no more memory to ask for here.
+
+    Args:
+        run_dir (Path): the run's directory.
+        cfg (Config): its configuration.
+        outcome (dict): of the attempt's job.
+
+    Returns:
+        str, optional: what changes, in words; ``None`` if the attempt did not end for memory or nothing is left.
+    """
+    if outcome.get("status") != MEMORY:
+        return None
+    before = restarts_of(run_dir)
+    if sum(each.reason == MEMORY for each in before) >= cfg.cluster.max_memory_restarts:
+        return None
+    plan = next_plan(run_dir, cfg, 0 if cfg.cluster.host_gb is None else int(cfg.cluster.host_gb * 1e9 / 2**20))
+    if plan is None:
+        return None
+    apply_plan(run_dir, plan)
+    claim = newest_claim(run_dir)
+    attempt = 0 if claim is None else claim.attempt
+    note_restart(run_dir, attempt, Restart(MEMORY, progressed=True), REQUEUE, plan.change, None)
+    return plan.change
+
+
+# The next memory plan after one that was too small --------------------------------------------------------------------
+
+
+PLAN_FILE = "memory_plan.json"
+#: Factor of each larger request.
+GROWTH = 1.5
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class NextPlan:
+    """What changes.
+
+    Attributes:
+        mem_mb (int): host memory to ask for, MiB.
+        choices (dict): of the plan that the next attempt starts from; empty if they stay.
+        change (str): in words.
+    """
+
+    mem_mb: int
+    choices: dict[str, Any]
+    change: str
+
+
+def next_plan(run_dir: Path, cfg: Config, mem_mb: int) -> NextPlan | None:
+    """What to try after memory ran out; ``None`` if nothing is left.
+
+    More memory comes first, since it costs no speed. At the ceiling, updates on the host are split further, and then
+    the replay goes to disk. What the configuration sets itself stays.
+
+    Args:
+        run_dir (Path): with the plan of the attempt that died.
+        cfg (Config): the run's configuration.
+        mem_mb (int): host memory that it had, MiB.
+    """
+    ceiling = mem_mb if cfg.cluster.host_gb is None else int(cfg.cluster.host_gb * 1e9 / MIB)
+    if mem_mb < ceiling:
+        more = min(ceiling, math.ceil(mem_mb * GROWTH))
+        return NextPlan(more, {}, f"--mem {mem_mb} -> {more} MiB")
+    plan = read_plan(run_dir)
+    if plan is None or cfg.memory.kind == "fixed":
+        return None
+    choices = dict(plan["choices"])
+    if plan["prediction"]["compute"] == "host":
+        sizes = {key: _half(choices[key], batch) for key, batch in batches(cfg).items() if _open(cfg, key)}
+        if any(size != (choices[key] or batches(cfg)[key]) for key, size in sizes.items()):
+            parts = ", ".join(f"{key.removesuffix('_micro_batch')} {size}" for key, size in sizes.items())
+            return NextPlan(mem_mb, {**choices, **sizes}, f"smaller micro-batches: {parts}")
+    if choices["replay_storage"] == "memory" and cfg.training.replay_storage == "auto":
+        return NextPlan(mem_mb, {**choices, "replay_storage": "disk"}, "the replay goes to disk")
+    return None
+
+
+def apply_plan(run_dir: Path, plan: NextPlan) -> None:
+    """Let the next attempt start from a plan's choices."""
+    if plan.choices:
+        saved = read_plan(run_dir) or {}
+        write_durably(run_dir / PLAN_FILE, json.dumps({**saved, "choices": plan.choices}, indent=2) + "\n")
+
+
+def read_plan(run_dir: Path) -> dict[str, Any] | None:
+    """The last attempt's plan, ``None`` without one.
+
+    Raises:
+        ConfigurationError: if the file is not one that this version wrote.
+    """
+    file = run_dir / PLAN_FILE
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["choices"], content["prediction"]["compute"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{file} does not hold a memory plan of this version ({error}); delete it.") from error
+    return content
+
+
+def batches(cfg: Config) -> dict[str, int]:
+    """Rows of each update's batch, by the key of its micro-batch."""
+    a = cfg.algorithm
+    states = a.actor_batch * a.horizon
+    return {
+        "model_micro_batch": a.model_batch,
+        "actor_micro_batch": a.actor_batch,
+        "critic_micro_batch": -(-states // a.critic_minibatches),
+    }
+
+
+def _open(cfg: Config, key: str) -> bool:
+    return getattr(cfg.memory, key) is None
+
+
+def _half(size: int | None, batch: int) -> int:
+    return max(1, -(-(size or batch) // 2))
+
+
+# From a death to what is done about it, with the files of a run -------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -137,3 +292,117 @@ def before_training(run: Path) -> None:
 
 def _is_noted(run: Path, claim: Claim) -> bool:
     return any(each.get("attempt") == claim.attempt for each in events_of(run, "restart"))
+
+
+# The last words of a job's batch script: why the step ended and what is done about it ---------------------------------
+
+
+#: SLURM's record of a step that was killed for memory may come this much later than srun's return.
+PATIENCE_S = 6.0
+#: Exit codes of the job by the run's status, as on the command line.
+_CODES = {"finished": 0, "stopped": 0, "superseded": 0, "storage": 74, "memory": 75}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Decide and act; returns the batch script's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pwm_torchrl.cluster.restarts")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--code", type=int, required=True, help="exit code of srun")
+    parser.add_argument("--term", type=int, choices=(0, 1), required=True, help="whether SIGTERM was received")
+    args = parser.parse_args(argv)
+    run, life = args.run, Life.here()
+    record = read_record(life)
+    if args.code != 0 and not life.evidence(run) and not record.requeued:
+        record = _wait_for_the_step(life)
+    death, reply = decide(run, life, term_received=bool(args.term), record=record)
+    say(f"{run.name}: {death.reason}" + (f" ({death.detail})" if death.detail else ""))
+    plan: NextPlan | None = None
+    if reply.action == RESUBMIT:
+        reply, plan = _next_memory_plan(run, death)
+        say(reply.why)
+    note(run, life, death, reply, reply.why)
+    return _act(run, life, reply, plan)
+
+
+def _act(run: Path, life: Life, reply: Answer, plan: NextPlan | None) -> int:
+    if reply.action == END:
+        say(f"ends here: {reply.status}" + (f", {reply.why}" if reply.why else ""))
+        return _CODES.get(reply.status, 1)
+    if reply.action == WAIT:
+        say("SLURM brings the job back")
+        return 0
+    say("requeued")
+    requeued = scontrol("requeue", life.job_id)
+    if requeued is not None:
+        say(f"scontrol requeue failed: {requeued}; {typed('resume')} brings the run back")
+        return 1
+    return 0 if plan is None else _ask_for_memory(run, life, plan)
+
+
+def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
+    """Change the request of this job, which is queued again by now; where a site forbids that, queue a new one."""
+    refused = scontrol("update", f"JobId={life.job_id}", f"MinMemoryNode={plan.mem_mb}")
+    if refused is None:
+        write_job(run, mem_mb=plan.mem_mb)
+        return 0
+    from pwm_torchrl.cluster.submission import move_dependents, resubmit
+
+    say(f"SLURM changes no request here ({refused}); a new job takes over")
+    job_id = resubmit(run, load_config(run), plan.mem_mb)
+    say(f"job {job_id}")
+    for complaint in move_dependents(run, job_id):  # before the job that they wait for is cancelled, and they with it
+        say(f"a job that waits for this one was not told: {complaint}; {typed('resume')} brings its run back")
+    subprocess.run(["scancel", life.job_id], check=False)
+    return _CODES[MEMORY]
+
+
+def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]:
+    """The next plan, its choices in place for the next attempt; an end if there is none."""
+    cfg = load_config(run)
+    plan = next_plan(run, cfg, int(read_job(run)["mem_mb"]))
+    if plan is None:
+        why = f"{death.detail}, and there is no larger or thriftier plan (cluster.host_gb, memory.*)"
+        return Answer(END, "memory", why), None
+    apply_plan(run, plan)
+    return Answer(RESUBMIT, why=f"{death.detail}; {plan.change}"), plan
+
+
+def read_record(life: Life) -> JobRecord:
+    """SLURM's record of this job now; an empty one if it does not answer."""
+    try:
+        found = job_records(life.job_id)
+    except SlurmError as error:
+        say(str(error))
+        return JobRecord()
+    return record_of(found[0], life.restart_count) if found else JobRecord()
+
+
+def record_of(facts: Mapping[str, str], restart_count: int) -> JobRecord:
+    """What matters of what ``scontrol show job`` tells."""
+    restarts = facts.get("Restarts", "0")
+    return JobRecord(
+        state=facts.get("JobState", ""),
+        reason=facts.get("Reason", ""),
+        requeued=restarts.isdigit() and int(restarts) > restart_count,
+        derived_oom=facts.get("DerivedExitCode", "").endswith(":125"),
+    )
+
+
+def _wait_for_the_step(life: Life) -> JobRecord:
+    """The record once it tells how the step ended, or after a while."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        record = read_record(life)
+        if record.derived_oom or record.requeued or time.monotonic() > end:
+            return record
+        time.sleep(0.5)
+
+
+def say(text: str) -> None:
+    """A line in the job's output."""
+    sys.stdout.write(f"[pwm_torchrl] {text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

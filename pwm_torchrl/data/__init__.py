@@ -11,9 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pwm_torchrl.data.layout import replay_bytes, replay_disk_bytes, steps_since_checkpoint
     from pwm_torchrl.data.replay import SliceStartSampler, TrajectoryReplay
     from pwm_torchrl.data.segments import SegmentStore
-    from pwm_torchrl.data.sizes import replay_bytes, replay_disk_bytes, steps_since_checkpoint
 
 __all__ = [
     "SegmentStore",
@@ -28,9 +28,9 @@ _HOME = {
     "SegmentStore": "segments",
     "SliceStartSampler": "replay",
     "TrajectoryReplay": "replay",
-    "replay_bytes": "sizes",
-    "replay_disk_bytes": "sizes",
-    "steps_since_checkpoint": "sizes",
+    "replay_bytes": "layout",
+    "replay_disk_bytes": "layout",
+    "steps_since_checkpoint": "layout",
 }
 
 

@@ -1,17 +1,23 @@
-"""What is kept of a step, and how it lies in a record of bytes."""
+"""What a replay keeps of a trajectory, how large that is, and which slices it has."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.storages import Storage
 
 from pwm_torchrl.errors import ConfigurationError
+
+# What is kept of a step, and how it lies in a record of bytes ---------------------------------------------------------
+
 
 #: What is kept of a collected batch.
 STORED_KEYS: tuple[str | tuple[str, ...], ...] = (
@@ -136,3 +142,145 @@ def refuse_other_shape(filled: int, envs: int, steps: int, num_envs: int, capaci
             f"The checkpoint's replay holds {filled} steps of {envs} environments; this configuration has "
             f"env.num_envs={num_envs} and room for {capacity} steps."
         )
+
+
+# How many bytes a replay takes, in RAM and on disk, by arithmetic alone -----------------------------------------------
+
+
+#: Segments that the capacity is divided into.
+SEGMENTS = 16
+#: Bytes of a segment above which there are more of them, ...
+LARGE_SEGMENT = 64 << 20
+#: ... up to this number: each is an open file.
+MOST_SEGMENTS = 64
+
+_FLOAT, _BOOL = 4, 1
+
+
+def record_bytes(observation_dim: int, action_dim: int) -> int:
+    """Bytes of one transition: two observations, an action and a reward in float32, two flags."""
+    return _FLOAT * (2 * observation_dim + action_dim + 1) + _BOOL * 2
+
+
+def segment_steps(capacity_steps: int, step_bytes: int) -> int:
+    """Time steps of a segment.
+
+    Args:
+        capacity_steps (int): capacity in time steps.
+        step_bytes (int): bytes of one time step of all environments.
+    """
+    small = min(-(-capacity_steps // SEGMENTS), max(1, LARGE_SEGMENT // step_bytes))
+    return max(small, -(-capacity_steps // MOST_SEGMENTS))
+
+
+def replay_bytes(
+    observation_dim: int, action_dim: int, capacity: int, num_envs: int, since_checkpoint_steps: int = 0
+) -> int:
+    """Bytes of the transitions that a replay holds; a replay in RAM or on the device takes exactly these.
+
+    Args:
+        observation_dim (int): ``O``.
+        action_dim (int): ``A``.
+        capacity (int): transitions.
+        num_envs (int): ``N``.
+        since_checkpoint_steps (int): time steps held beside the capacity, only on disk. Defaults to ``0``.
+    """
+    steps = capacity // num_envs + since_checkpoint_steps
+    return steps * num_envs * record_bytes(observation_dim, action_dim)
+
+
+def replay_disk_bytes(
+    observation_dim: int, action_dim: int, capacity: int, num_envs: int, since_checkpoint_steps: int
+) -> int:
+    """Bytes of the most files that a replay on disk ever has: :func:`replay_bytes` in whole segments.
+
+    Args:
+        observation_dim (int): ``O``.
+        action_dim (int): ``A``.
+        capacity (int): transitions.
+        num_envs (int): ``N``.
+        since_checkpoint_steps (int): most time steps written since the oldest checkpoint that can be resumed, see
+            :func:`steps_since_checkpoint`; at least those of one batch.
+    """
+    step_bytes = num_envs * record_bytes(observation_dim, action_dim)
+    return disk_bytes(capacity // num_envs, step_bytes, since_checkpoint_steps)
+
+
+def disk_bytes(capacity_steps: int, step_bytes: int, since_checkpoint_steps: int, segment: int | None = None) -> int:
+    """Bytes of the segments that ``capacity_steps + since_checkpoint_steps`` consecutive steps touch at most."""
+    segment = segment or segment_steps(capacity_steps, step_bytes)
+    steps = capacity_steps + since_checkpoint_steps
+    # Steps that begin with the last one of a segment touch the most.
+    return (1 + -(-(steps - 1) // segment)) * segment * step_bytes
+
+
+def steps_since_checkpoint(epochs: int, steps_per_epoch: int, checkpoint_every: int, keep_checkpoints: int) -> int:
+    """Most time steps that are written while the oldest checkpoint that can be resumed stays.
+
+    Args:
+        epochs (int): epochs of the run.
+        steps_per_epoch (int): agent steps per environment and epoch.
+        checkpoint_every (int): epochs between checkpoints; 0 saves at the end and when an evaluation is the best only,
+            so that the whole run may lie between two of them.
+        keep_checkpoints (int): newest ones kept.
+    """
+    kept = checkpoint_every * max(1, keep_checkpoints) or epochs
+    return max(1, min(epochs, kept)) * steps_per_epoch
+
+
+# Which slices are drawn -----------------------------------------------------------------------------------------------
+
+
+def draw_starts(count: int, length: int, filled: int, envs: int) -> tuple[Tensor, Tensor]:
+    """Uniform starts of slices of ``length`` steps: (steps after the oldest, environment), int64 ``[count]`` each.
+
+    Every storage draws here and from the CPU's generator, so that a seed means the same batches on all of them.
+    """
+    return torch.randint(filled - length + 1, (count,)), torch.randint(envs, (count,))
+
+
+class SliceStartSampler(Sampler):
+    """Samples slices of ``horizon`` consecutive steps, uniformly over all starts, from a storage ``[time, env]``.
+
+    Constant time per slice, however large the storage: a start is drawn by arithmetic on the ring buffer's cursor
+    instead of by searching for trajectories, as :class:`~torchrl.data.SliceSampler` does. A slice never spans the
+    cursor, where the newest step lies beside the oldest. It may run past an episode's end; the steps behind the first
+    ``done`` belong to the next episode and are masked by the loss, so short episodes are used and never dropped.
+
+    Args:
+        horizon (int): steps per slice.
+        device (str or torch.device): of the indices. Defaults to ``"cpu"``.
+    """
+
+    def __init__(self, horizon: int, device: str | torch.device = "cpu") -> None:
+        self.horizon = horizon
+        self.device = torch.device(device)
+        self.steps = 0  # time steps ever written
+
+    def indices(self, count: int, length: int, capacity: int, envs: int) -> tuple[Tensor, Tensor]:
+        """Indices (time, env) of slices, ``[count, length]`` each."""
+        filled = min(self.steps, capacity)
+        oldest = self.steps % capacity if filled == capacity else 0
+        age, env = draw_starts(count, length, filled, envs)
+        time = (age.unsqueeze(1) + oldest + torch.arange(length)) % capacity
+        return time.to(self.device), env.unsqueeze(1).expand_as(time).to(self.device)
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """Indices ``[batch_size, horizon]`` of (time, env)."""
+        capacity, envs = storage.shape[:2]
+        return self.indices(batch_size, self.horizon, capacity, envs), {}
+
+    def _empty(self) -> None:
+        self.steps = 0
+
+    def dumps(self, path: str | Path) -> None:
+        """Nothing to write: the replay saves the cursor."""
+
+    def loads(self, path: str | Path) -> None:
+        """Nothing to read: the replay restores the cursor."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps = state_dict["steps"]

@@ -1,28 +1,176 @@
-"""Replay of parallel trajectories, sampled as slices by index arithmetic."""
+"""Replay of trajectories: slices and start states, in memory, on a device or on disk."""
 
 from __future__ import annotations
 
 import tempfile
 import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from pwm_torchrl.data.convert import disk_to_ring, ring_to_disk
 from pwm_torchrl.data.files import refuse_memory
-from pwm_torchrl.data.layout import STORED_KEYS
-from pwm_torchrl.data.ring import RingStore
-from pwm_torchrl.data.sampler import SliceStartSampler
+from pwm_torchrl.data.layout import STORED_KEYS, SliceStartSampler, key_name, record_bytes, refuse_other_shape
 from pwm_torchrl.data.segments import SegmentStore
-from pwm_torchrl.data.sizes import record_bytes
 from pwm_torchrl.errors import ConfigurationError
 
-__all__ = ["STORAGES", "STORED_KEYS", "SliceStartSampler", "TrajectoryReplay"]
+__all__ = [
+    "STORAGES",
+    "STORED_KEYS",
+    "SliceStartSampler",
+    "TrajectoryReplay",
+]
+
+# Replay in RAM or on a device: a ring of the newest steps in a TorchRL buffer -----------------------------------------
+
+
+class RingStore:
+    """Steps of N environments in a :class:`~torchrl.data.ReplayBuffer` over tensors ``[time, env]``.
+
+    Args:
+        capacity (int): time steps.
+        num_envs (int): ``N``.
+        horizon (int): steps per slice.
+        device (str or torch.device): of the tensors. Defaults to ``"cpu"``.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, horizon: int, device: str | torch.device = "cpu") -> None:
+        self.capacity = capacity
+        self.num_envs = num_envs
+        self.device = torch.device(device)
+        self.sampler = SliceStartSampler(horizon, device)
+        storage = LazyTensorStorage(capacity * num_envs, ndim=2, device=device)
+        # Not TensorDictReplayBuffer: its bookkeeping of indices fails on batches of one step.
+        self.buffer = ReplayBuffer(storage=storage, sampler=self.sampler, dim_extend=1)
+
+    @property
+    def steps(self) -> int:
+        """Time steps ever written."""
+        return self.sampler.steps
+
+    @property
+    def filled(self) -> int:
+        """Time steps that can be sampled."""
+        return min(self.steps, self.capacity)
+
+    def extend(self, batch: TensorDictBase) -> None:
+        """Add a batch ``[N, T]``."""
+        self.buffer.extend(batch)
+        self.sampler.steps += batch.shape[1]
+
+    def end_episodes(self) -> None:
+        """Mark the newest step of every environment as the last of its episode."""
+        if self.steps:
+            newest = (self.steps - 1) % self.capacity
+            self.buffer.storage.get(slice(newest, newest + 1))["next", "done"].fill_(True)
+
+    def slices(self, count: int) -> TensorDictBase:
+        """Slices ``[count, horizon]``, uniform over all starts."""
+        return self.buffer.sample(count).exclude("index")
+
+    def observations(self, count: int) -> Tensor:
+        """Observations ``[count, O]``, uniform over all steps."""
+        time, env = self.sampler.indices(count, 1, self.capacity, self.num_envs)
+        return self.buffer.storage.get((time.squeeze(1), env.squeeze(1))).get("observation")
+
+    def release(self, kept: int | None) -> None:
+        """Nothing to delete: a checkpoint holds its own copy of the data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the filled part of the storage on the CPU, first slot first, and the cursor."""
+        data = {}
+        if self.filled:
+            stored = self.buffer.storage.get(slice(0, self.filled))
+            data = {key_name(key): stored.get(key).to("cpu", copy=True) for key in STORED_KEYS}
+        return {"steps": self.steps, "data": data}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, cursor included.
+
+        Raises:
+            ConfigurationError: if the checkpoint has another number of environments or another capacity.
+        """
+        steps, data = state_dict["steps"], state_dict["data"]
+        if data:
+            filled, envs = data["action"].shape[:2]
+            refuse_other_shape(filled, envs, steps, self.num_envs, self.capacity)
+        self.fill(steps, [state_slots(data)] if data else [])
+
+    def fill(self, steps: int, parts: Iterable[TensorDictBase]) -> None:
+        """Replace the content by parts ``[time, env]`` of the slots in order; ``steps`` were ever written."""
+        self.buffer.empty()
+        for part in parts:
+            self.buffer.extend(part.transpose(0, 1))
+        # A full ring is written back as it lay, so the next write must continue at the old cursor.
+        self.buffer.writer._cursor = steps % self.capacity
+        self.sampler.steps = steps
+
+
+def state_slots(data: dict[str, Tensor], start: int = 0, stop: int | None = None) -> TensorDict:
+    """Slots of a state's data as ``[time, env]``."""
+    entries = {key: data[key_name(key)][start:stop] for key in STORED_KEYS}
+    out = TensorDict({}, batch_size=entries["action"].shape[:2])
+    for key, value in entries.items():
+        out.set(key, value)
+    return out
+
+
+# A checkpoint of a replay on disk continued in RAM, and the other way round -------------------------------------------
+
+
+#: Time steps that are moved at once.
+PART = 1024
+
+
+def slot_order(steps: int, capacity: int) -> list[tuple[int, int]]:
+    """The steps that a ring holds, as ranges (first, last + 1) in the order of its slots."""
+    oldest = max(0, steps - capacity)
+    # Step t lies in slot t % capacity; the first step of slot 0 is the seam.
+    seam = -(-oldest // capacity) * capacity
+    return [part for part in ((seam, steps), (oldest, min(seam, steps))) if part[0] < part[1]]
+
+
+def in_parts(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges (first, last + 1) cut into such that hold :data:`PART` steps at most."""
+    for first, last in ranges:
+        for start in range(first, last, PART):
+            yield start, min(start + PART, last)
+
+
+def disk_to_ring(source: SegmentStore, ring: RingStore) -> None:
+    """Fill a ring with what a store on disk holds."""
+    env = torch.arange(source.num_envs)
+
+    def slots() -> Iterator[TensorDictBase]:
+        for first, last in in_parts(slot_order(source.steps, source.capacity)):
+            yield source.get(torch.full_like(env, first), env, last - first).transpose(0, 1).to(ring.device)
+
+    ring.fill(source.steps, slots())
+
+
+def ring_to_disk(state_dict: dict[str, Any], store: SegmentStore) -> None:
+    """Fill a store on disk with the state of a ring.
+
+    Raises:
+        ConfigurationError: if the state has another number of environments or another capacity.
+        StorageFault: if the disk does not take it.
+    """
+    data, steps = state_dict["data"], state_dict["steps"]
+    filled, envs = data["action"].shape[:2] if data else (0, store.num_envs)
+    refuse_other_shape(filled, envs, steps, store.num_envs, store.capacity)
+    store.begin_at(steps - filled)
+    for first, last in in_parts(slot_order(steps, filled)[::-1] if data else []):
+        slot = first % filled
+        store.extend(state_slots(data, slot, slot + last - first).transpose(0, 1))
+
+
+# Replay of parallel trajectories, sampled as slices by index arithmetic -----------------------------------------------
+
 
 STORAGES = ("memory", "disk", "device")
 

@@ -13,7 +13,7 @@ from torchrl.modules import WorldModel as TorchRLWorldModel
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModel, encoder_module, world_model_module
-from pwm_torchrl.objectives.shapes import check_shape
+from pwm_torchrl.objectives.base import check_shape
 
 __all__ = ["LatentModel"]
 

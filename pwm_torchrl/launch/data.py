@@ -111,7 +111,7 @@ def _inspect(argv: Sequence[str]) -> int:
     parser.add_argument("--task", metavar="NAME", help=_TASK)
     args = parser.parse_args(argv)
     from pwm_torchrl.data.episodes import inspect_source, inspect_store
-    from pwm_torchrl.data.episodes.layout import MANIFEST
+    from pwm_torchrl.data.episodes.store import MANIFEST
     from pwm_torchrl.envs.tasks import task_set
 
     if len(args.sources) == 1 and (Path(args.sources[0]) / MANIFEST).exists():

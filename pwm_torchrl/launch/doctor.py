@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pwm_torchrl.cluster.query import SlurmError, site, slurm_available
+from pwm_torchrl.cluster.slurm import SlurmError, site, slurm_available
 from pwm_torchrl.commands import typed
 from pwm_torchrl.config import Config
 from pwm_torchrl.launch import console

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from pwm_torchrl.cluster.parse import Node, Partition, Site
+from pwm_torchrl.cluster.slurm import Node, Partition, Site
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import configs_dir, user_configs_dir

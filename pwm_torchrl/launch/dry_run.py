@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from omegaconf import OmegaConf
 
-from pwm_torchrl.cluster.resources import sbatch_parameters
+from pwm_torchrl.cluster.submission import sbatch_parameters
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.prepare import SLURM, Prepared, plan_for_slurm
 from pwm_torchrl.training.offline import run_facts

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pwm_torchrl.cluster.parse import JobState
-from pwm_torchrl.cluster.query import job_states, slurm_available
-from pwm_torchrl.cluster.record import read_job
+from pwm_torchrl.cluster.deaths import read_job
+from pwm_torchrl.cluster.slurm import JobState, job_states, slurm_available
 from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console

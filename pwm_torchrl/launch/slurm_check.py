@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 from pwm_torchrl.cluster.fits import Demand, misfit
-from pwm_torchrl.cluster.parse import Partition, Site
-from pwm_torchrl.cluster.query import SlurmError, site
-from pwm_torchrl.cluster.times import from_minutes
+from pwm_torchrl.cluster.slurm import Partition, Site, SlurmError, from_minutes, site
 from pwm_torchrl.config import ClusterConfig
 from pwm_torchrl.launch.checks import OK, PROBLEM, WARNING, Finding
 from pwm_torchrl.memory.readings import gpu_bytes

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from pwm_torchrl.cluster.parse import JobState
-from pwm_torchrl.cluster.query import SlurmError, job_states
-from pwm_torchrl.cluster.record import events_of, read_job
+from pwm_torchrl.cluster.deaths import events_of, read_job
+from pwm_torchrl.cluster.slurm import JobState, SlurmError, job_states
 from pwm_torchrl.commands import typed
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser

@@ -24,7 +24,7 @@ from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir, read_summary
 from pwm_torchrl.launch.train import run_in_process
 
 if TYPE_CHECKING:
-    from pwm_torchrl.cluster.resources import Resources
+    from pwm_torchrl.cluster.submission import Resources
 
 __all__ = ["main"]
 
@@ -109,7 +109,7 @@ def _here(run: Prepared, prepared: RunDir, place: str) -> int:
 
 def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
     """A job on this machine, again with a thriftier plan each time its memory ran out."""
-    from pwm_torchrl.cluster.local_restarts import thriftier_plan
+    from pwm_torchrl.cluster.restarts import thriftier_plan
 
     code = snapshot(run.path.parent, targets_of(asdict(config)))
     with stop_signals_as_interrupt():
@@ -164,7 +164,7 @@ def refuse_while_queued(run_dir: Path) -> None:
     Raises:
         ConfigurationError: if a job of the run is queued or runs.
     """
-    from pwm_torchrl.cluster.query import live_job
+    from pwm_torchrl.cluster.slurm import live_job
 
     job = live_job(run_dir)
     if job is not None:

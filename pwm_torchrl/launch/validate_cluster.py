@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from pwm_torchrl.cluster.times import to_minutes
+from pwm_torchrl.cluster.slurm import to_minutes
 from pwm_torchrl.config import ClusterConfig
 from pwm_torchrl.errors import ConfigurationError
 

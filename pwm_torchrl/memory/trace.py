@@ -23,7 +23,7 @@ from pwm_torchrl.algorithm.build import EnvFacts, build_parts
 from pwm_torchrl.algorithm.updates import Undo
 from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.objectives.imagination import Imagined
-from pwm_torchrl.objectives.slices import Slices
+from pwm_torchrl.objectives.model_loss import Slices
 
 _DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default

@@ -4,13 +4,20 @@ Imports errors and the commands' names of this package and nothing else of it; k
 environment.
 """
 
-from pwm_torchrl.modules.actor import Actor
+from pwm_torchrl.modules.actor_critic import (
+    Actor,
+    CriticEnsemble,
+    actor_module,
+    encoder_module,
+    policy_module,
+    value_module,
+    world_model_module,
+)
 from pwm_torchrl.modules.checkpoints import (
     LoadReport,
     load_pwm_world_model,
     load_tdmpc2_world_model,
 )
-from pwm_torchrl.modules.critic import CriticEnsemble
 from pwm_torchrl.modules.dynamics import (
     Dynamics,
     FlowDynamics,
@@ -22,15 +29,17 @@ from pwm_torchrl.modules.dynamics import (
     count_parameters,
     make_dynamics,
 )
-from pwm_torchrl.modules.encoder import Encoder
-from pwm_torchrl.modules.factory import SIZES, Size, WorldModelSpec, make_world_model
 from pwm_torchrl.modules.heads import (
+    Encoder,
     RewardHead,
     ScalarRewardHead,
     TerminationHead,
+    TwoHotCodec,
     TwoHotRewardHead,
+    symexp,
+    symlog,
 )
-from pwm_torchrl.modules.layers import NormedLinear, SimNorm
+from pwm_torchrl.modules.layers import NormedLinear, RewardScale, RunningStatistics, SimNorm
 from pwm_torchrl.modules.model_files import (
     WorldModelFacts,
     announce_world_model,
@@ -38,18 +47,15 @@ from pwm_torchrl.modules.model_files import (
     save_world_model,
     world_model_facts,
 )
-from pwm_torchrl.modules.statistics import RewardScale, RunningStatistics
-from pwm_torchrl.modules.task import TaskEmbedding
-from pwm_torchrl.modules.task_model import TaskWorldModel
-from pwm_torchrl.modules.tensordict_modules import (
-    actor_module,
-    encoder_module,
-    policy_module,
-    value_module,
-    world_model_module,
+from pwm_torchrl.modules.world_model import (
+    SIZES,
+    Size,
+    TaskEmbedding,
+    TaskWorldModel,
+    WorldModel,
+    WorldModelSpec,
+    make_world_model,
 )
-from pwm_torchrl.modules.two_hot import TwoHotCodec, symexp, symlog
-from pwm_torchrl.modules.world_model import WorldModel
 
 __all__ = [
     "SIZES",

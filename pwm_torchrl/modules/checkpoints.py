@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.modules.factory import WorldModelSpec, make_world_model
-from pwm_torchrl.modules.world_model import WorldModel
+from pwm_torchrl.modules.world_model import WorldModel, WorldModelSpec, make_world_model
 
 #: Entries of TD-MPC2's agent that are no part of a world model.
 SKIPPED = re.compile(r"(_pi|_Qs|_target_Qs|_detach_Qs)([._]|$)|log_std_(min|dif)$")

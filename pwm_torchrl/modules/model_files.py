@@ -12,8 +12,7 @@ from typing import Any
 
 from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
-from pwm_torchrl.modules.factory import WorldModelSpec, make_world_model
-from pwm_torchrl.modules.world_model import WorldModel
+from pwm_torchrl.modules.world_model import WorldModel, WorldModelSpec, make_world_model
 
 WEIGHTS_FILE, CONFIG_FILE = "world_model.safetensors", "world_model.json"
 FORMAT, VERSION = "pwm_torchrl.world_model", 1

@@ -1,16 +1,66 @@
-"""The latent world model: encoder, dynamics, reward and termination heads, task conditioning."""
+"""The world model: its architecture as a description, the module, its tasks, and the view of a single task."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pwm_torchrl.modules.dynamics import Dynamics
-from pwm_torchrl.modules.encoder import Encoder
-from pwm_torchrl.modules.heads import RewardHead, TerminationHead
-from pwm_torchrl.modules.layers import init_world_model_weights
-from pwm_torchrl.modules.statistics import RunningStatistics
-from pwm_torchrl.modules.task import TaskEmbedding
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules.dynamics import Dynamics, make_dynamics
+from pwm_torchrl.modules.heads import Encoder, RewardHead, ScalarRewardHead, TerminationHead, TwoHotRewardHead
+from pwm_torchrl.modules.layers import RunningStatistics, check_simnorm, init_world_model_weights
+
+# Task conditioning of multi-task models: embedding and action mask ----------------------------------------------------
+
+
+class TaskEmbedding(nn.Module):
+    """Learned task vectors of norm at most 1, and the mask of each task's real action dimensions.
+
+    Args:
+        num_tasks (int): number of tasks.
+        task_dim (int): embedding width, E.
+        action_dims (sequence of int): action dimension of every task.
+        action_dim (int): width to which actions are padded; at least ``max(action_dims)``.
+
+    Raises:
+        ConfigurationError: if ``action_dims`` does not have one entry in ``[1, action_dim]`` per task.
+    """
+
+    action_mask: Tensor
+
+    def __init__(self, num_tasks: int, task_dim: int, action_dims: Sequence[int], action_dim: int) -> None:
+        super().__init__()
+        if len(action_dims) != num_tasks or not all(1 <= d <= action_dim for d in action_dims):
+            raise ConfigurationError(
+                f"action_dims={list(action_dims)} must have one entry between 1 and {action_dim} for each of the "
+                f"{num_tasks} tasks."
+            )
+        # max_norm is applied out of place in `forward`: nn.Embedding's own renormalises its weight in place, which
+        # changes parameters in evaluation and breaks functional calls and torch.compile.
+        self.embedding = nn.Embedding(num_tasks, task_dim)
+        init_world_model_weights(self.embedding)
+        mask = torch.zeros(num_tasks, action_dim)
+        for task, dim in enumerate(action_dims):
+            mask[task, :dim] = 1.0
+        self.register_buffer("action_mask", mask, persistent=False)
+
+    def forward(self, task: Tensor) -> Tensor:
+        """Embeddings ``[..., E]`` of task indices, int64 ``[...]``."""
+        vector = self.embedding(task)
+        # The rescaling is outside the gradient, as in nn.Embedding, which differentiates the rescaled weight.
+        rescaled = vector.detach() / vector.detach().norm(dim=-1, keepdim=True).clamp_min(1.0)
+        return vector + (rescaled - vector.detach())
+
+    def mask(self, task: Tensor) -> Tensor:
+        """Mask ``[..., A]`` of ones on the action dimensions of each task."""
+        return self.action_mask[task]
+
+
+# The latent world model: encoder, dynamics, reward and termination heads, task conditioning ---------------------------
 
 
 class WorldModel(nn.Module):
@@ -18,7 +68,7 @@ class WorldModel(nn.Module):
 
     Shapes: observation ``[..., O]``, action ``[..., A]`` in [−1, 1], latent ``[..., D]``, task int64 with leading
     dimensions that broadcast against the others'. Knows nothing of TensorDict;
-    see :mod:`pwm_torchrl.modules.tensordict_modules` for the wrapped parts.
+    see :mod:`pwm_torchrl.modules.actor_critic` for the wrapped parts.
 
     Args:
         encoder (Encoder): h(o, e) -> z.
@@ -99,3 +149,184 @@ class WorldModel(nn.Module):
         else:
             terminated = self.termination.terminated(termination)
         return next_latent, reward, terminated
+
+
+# The one construction site of the networks, and the published sizes ---------------------------------------------------
+
+
+REWARD_HEADS = ("scalar", "two_hot")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths: hidden units of dynamics and heads, of the encoder, latent, task embedding and policy side."""
+
+    units: tuple[int, ...]
+    encoder_units: tuple[int, ...]
+    latent_dim: int
+    task_dim: int = 96
+    actor_units: tuple[int, ...] = (400, 200, 100)
+    critic_units: tuple[int, ...] = (400, 200)
+
+
+#: Published sizes (``19m`` has D = 512 in some MT30 checkpoints) and ``tiny``, which learns the quick start.
+SIZES: dict[str, Size] = {
+    "tiny": Size((128, 128), (128,), 64, 16, (128, 64), (128, 64)),
+    "5m": Size((512, 512), (256,), 512),
+    "19m": Size((1024, 1024), (1024, 1024), 768),
+    "48m": Size((1792, 1792), (1792, 1792, 1792), 768),
+    "317m": Size((4096, 4096), (4096, 4096, 4096, 4096), 1376),
+}
+
+
+@dataclass
+class WorldModelSpec:
+    """Everything that determines a world model's architecture; plain values, so that it can be saved beside weights.
+
+    Args:
+        observation_dim (int): ``O``.
+        action_dim (int): A, padded to the widest task.
+        latent_dim (int): ``D``.
+        units (sequence of int): hidden widths of dynamics, reward and termination head.
+        encoder_units (sequence of int): hidden widths of the encoder.
+        simnorm_dim (int): features per SimNorm group. Defaults to ``8``.
+        dynamics (dict): keyword arguments of :func:`make_dynamics`. Defaults to ``{"kind": "mlp"}``.
+        reward_head (str): ``"scalar"`` or ``"two_hot"``. Defaults to ``"scalar"``.
+        num_bins (int): two-hot bins. Defaults to ``101``.
+        vmin (float): lowest bin, symlog space. Defaults to ``-10.0``.
+        vmax (float): highest bin, symlog space. Defaults to ``10.0``.
+        reward_space (str): ``"raw"`` or ``"symlog"``. Defaults to ``"raw"``.
+        termination (bool): whether to predict termination. Defaults to ``False``.
+        num_tasks (int): 0 for a single-task model. Defaults to ``0``.
+        task_dim (int): ``E``. Defaults to ``0``.
+        action_dims (sequence of int): action dimension per task. Defaults to ``()``.
+        normalize_observations (bool): running mean and variance in front of the encoder. Defaults to ``False``.
+    """
+
+    observation_dim: int
+    action_dim: int
+    latent_dim: int
+    units: Sequence[int]
+    encoder_units: Sequence[int]
+    simnorm_dim: int = 8
+    dynamics: dict[str, object] = field(default_factory=lambda: {"kind": "mlp"})
+    reward_head: str = "scalar"
+    num_bins: int = 101
+    vmin: float = -10.0
+    vmax: float = 10.0
+    reward_space: str = "raw"
+    termination: bool = False
+    num_tasks: int = 0
+    task_dim: int = 0
+    action_dims: Sequence[int] = ()
+    normalize_observations: bool = False
+
+
+def make_world_model(spec: WorldModelSpec) -> WorldModel:
+    """Build a world model.
+
+    Raises:
+        ConfigurationError: for sizes or names that do not fit; the sentence names the configuration key.
+    """
+    check_simnorm(spec.latent_dim, spec.simnorm_dim)
+    task_dim = spec.task_dim if spec.num_tasks else 0
+    step_features = spec.latent_dim + task_dim + spec.action_dim
+    reward: RewardHead
+    if spec.reward_head == "scalar":
+        reward = ScalarRewardHead(step_features, spec.units)
+    elif spec.reward_head == "two_hot":
+        reward = TwoHotRewardHead(step_features, spec.units, spec.num_bins, spec.vmin, spec.vmax, spec.reward_space)
+    else:
+        raise ConfigurationError(f"model.reward_head={spec.reward_head!r} is not one of {', '.join(REWARD_HEADS)}.")
+    return WorldModel(
+        encoder=Encoder(spec.observation_dim, task_dim, spec.encoder_units, spec.latent_dim, spec.simnorm_dim),
+        dynamics=make_dynamics(
+            latent_dim=spec.latent_dim,
+            action_dim=spec.action_dim,
+            task_dim=task_dim,
+            units=spec.units,
+            simnorm_dim=spec.simnorm_dim,
+            **spec.dynamics,  # type: ignore[arg-type]
+        ),
+        reward=reward,
+        termination=TerminationHead(spec.latent_dim + task_dim, spec.units) if spec.termination else None,
+        task=TaskEmbedding(spec.num_tasks, task_dim, spec.action_dims, spec.action_dim) if spec.num_tasks else None,
+        observation_statistics=RunningStatistics((spec.observation_dim,)) if spec.normalize_observations else None,
+    )
+
+
+# One task's view of a multi-task world model --------------------------------------------------------------------------
+
+
+class TaskWorldModel(WorldModel):
+    """A multi-task world model bound to one of its tasks: to everything outside, a single-task model.
+
+    Observations and actions have the task's own dimensions here and are padded with zeros inside, which is what the
+    action mask does to the padding of wider ones. Parameters are shared with the multi-task model.
+
+    Args:
+        world_model (WorldModel): multi-task, or single-task for ``task=0``.
+        spec (WorldModelSpec): its architecture.
+        task (int): index of the task.
+        observation_dim (int): O of the task.
+        action_dim (int): A of the task.
+
+    Raises:
+        ConfigurationError: if the model does not have the task, or other dimensions for it.
+
+    Examples:
+        >>> from pwm_torchrl.modules import WorldModelSpec, make_world_model
+        >>> spec = WorldModelSpec(8, 2, 16, [32], [32], num_tasks=2, task_dim=4, action_dims=(1, 2))
+        >>> bound = TaskWorldModel(make_world_model(spec), spec, task=0, observation_dim=3, action_dim=1)
+        >>> bound.encode(torch.zeros(5, 3)).shape
+        torch.Size([5, 16])
+    """
+
+    task_index: Tensor
+
+    def __init__(
+        self, world_model: WorldModel, spec: WorldModelSpec, task: int, observation_dim: int, action_dim: int
+    ) -> None:
+        super().__init__(
+            world_model.encoder,
+            world_model.dynamics,
+            world_model.reward,
+            world_model.termination,
+            observation_statistics=world_model.observation_statistics,
+        )
+        #: Not ``task``, whose presence makes a model ask for a task index.
+        self.bound_task = world_model.task
+        self.model_observation_dim, self.model_action_dim = spec.observation_dim, spec.action_dim
+        self.register_buffer("task_index", torch.tensor(task), persistent=False)
+        count = max(1, spec.num_tasks)
+        if not 0 <= task < count:
+            raise ConfigurationError(f"task={task} is not one of the world model's {count} tasks.")
+        own = spec.action_dims[task] if spec.num_tasks else spec.action_dim
+        if observation_dim > spec.observation_dim or action_dim != own:
+            raise ConfigurationError(
+                f"Task {task} of the world model has {own} action dimensions and at most {spec.observation_dim} of "
+                f"observation, not {action_dim} and {observation_dim}."
+            )
+
+    def load_multi_task(self, world_model: WorldModel) -> None:
+        """Take over the parameters of a multi-task model of the same architecture."""
+        state = world_model.state_dict()
+        self.load_state_dict({_bound_name(name): tensor for name, tensor in state.items()})
+
+    def embed(self, task: Tensor | None = None) -> Tensor | None:
+        """The bound task's embedding ``[E]``; ``None`` for a single-task model."""
+        if task is not None:
+            return super().embed(task)
+        return None if self.bound_task is None else self.bound_task(self.task_index)
+
+    def mask_action(self, action: Tensor, task: Tensor | None = None) -> Tensor:
+        """``action`` ``[..., A]`` padded to the model's width."""
+        return F.pad(action, (0, self.model_action_dim - action.shape[-1]))
+
+    def encode(self, observation: Tensor, task: Tensor | None = None) -> Tensor:
+        """Latent ``[..., D]`` of the task's observations ``[..., O]``."""
+        return super().encode(F.pad(observation, (0, self.model_observation_dim - observation.shape[-1])), task)
+
+
+def _bound_name(name: str) -> str:
+    return f"bound_{name}" if name.startswith("task.") else name

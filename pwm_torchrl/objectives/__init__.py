@@ -4,9 +4,8 @@ Imports modules and errors of this package; knows no Hydra, logger, cluster or e
 """
 
 from pwm_torchrl.objectives.actor_loss import PWMActorLoss
-from pwm_torchrl.objectives.imagination import Imagined, imagine
+from pwm_torchrl.objectives.imagination import Imagined, imagine, rollout_return, td_lambda_targets
 from pwm_torchrl.objectives.model_loss import PWMModelLoss
-from pwm_torchrl.objectives.returns import rollout_return, td_lambda_targets
 from pwm_torchrl.objectives.value_loss import PWMValueLoss, ensemble_value_loss
 
 __all__ = [

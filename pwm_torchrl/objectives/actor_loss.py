@@ -12,8 +12,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from pwm_torchrl.modules import RunningStatistics
-from pwm_torchrl.objectives.entropy import squashed_entropy
-from pwm_torchrl.objectives.functional_modules import (
+from pwm_torchrl.objectives.base import check_shape
+from pwm_torchrl.objectives.functional import (
     apart,
     delayed,
     distribution_parameters,
@@ -22,10 +22,8 @@ from pwm_torchrl.objectives.functional_modules import (
     swapped,
     tensor_function,
 )
-from pwm_torchrl.objectives.imagination import Imagined, imagine
+from pwm_torchrl.objectives.imagination import Imagined, alive_before, imagine, rollout_return, squashed_entropy
 from pwm_torchrl.objectives.policy_updates import PolicyUpdates
-from pwm_torchrl.objectives.returns import alive_before, rollout_return
-from pwm_torchrl.objectives.shapes import check_shape
 
 RETURN_EPSILON = 1e-5
 

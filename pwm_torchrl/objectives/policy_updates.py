@@ -9,8 +9,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor
 
+from pwm_torchrl.objectives.base import micro_batches
 from pwm_torchrl.objectives.imagination import Imagined
-from pwm_torchrl.objectives.micro_batches import micro_batches
 from pwm_torchrl.objectives.rollouts import ImaginedTargets
 
 

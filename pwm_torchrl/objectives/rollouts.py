@@ -12,8 +12,7 @@ from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
 from pwm_torchrl.objectives.base import PWMLoss
-from pwm_torchrl.objectives.imagination import Imagined
-from pwm_torchrl.objectives.returns import alive_before, td_lambda_targets
+from pwm_torchrl.objectives.imagination import Imagined, alive_before, td_lambda_targets
 
 
 class RolloutKeys(Protocol):

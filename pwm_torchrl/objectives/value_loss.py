@@ -11,10 +11,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from pwm_torchrl.modules import CriticEnsemble
-from pwm_torchrl.objectives.base import PWMLoss
-from pwm_torchrl.objectives.functional_modules import swapped
-from pwm_torchrl.objectives.micro_batches import backward_in_parts
-from pwm_torchrl.objectives.shapes import check_same_shape, check_shape
+from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_same_shape, check_shape
+from pwm_torchrl.objectives.functional import swapped
 
 
 def ensemble_value_loss(values: Tensor, target: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from pwm_torchrl.data.episodes import EpisodeStore, SliceIndex
-from pwm_torchrl.data.episodes.sizes import store_bytes
+from pwm_torchrl.data.episodes.index import store_bytes
 from pwm_torchrl.memory.readings import Reading, read_memory
 
 

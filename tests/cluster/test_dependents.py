@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pwm_torchrl.cluster import after, submission
-from pwm_torchrl.cluster.memory import NextPlan
-from pwm_torchrl.cluster.parse import JobState
-from pwm_torchrl.cluster.record import write_job
-from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
-from pwm_torchrl.cluster.restarts import Life
+from pwm_torchrl.cluster import restarts as after
+from pwm_torchrl.cluster import submission
+from pwm_torchrl.cluster.deaths import write_job
+from pwm_torchrl.cluster.restarts import Life, NextPlan
+from pwm_torchrl.cluster.slurm import JobState
+from pwm_torchrl.cluster.submission import Resources, sbatch_parameters
 from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import save_config
 

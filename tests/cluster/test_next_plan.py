@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pwm_torchrl.cluster.memory import apply_plan, next_plan, read_plan
+from pwm_torchrl.cluster.restarts import apply_plan, next_plan, read_plan
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from slurm_texts import CONFIG, JOB, NODES, PARTITIONS, SACCT, SQUEUE
 
-from pwm_torchrl.cluster.parse import (
+from pwm_torchrl.cluster.slurm import (
     JobState,
     Partition,
     parse_config,

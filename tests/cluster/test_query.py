@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from slurm_texts import CONFIG, JOB, NODES, PARTITIONS, SQUEUE
 
-from pwm_torchrl.cluster import query
-from pwm_torchrl.cluster.record import write_job
+from pwm_torchrl.cluster import slurm as query
+from pwm_torchrl.cluster.deaths import write_job
 from pwm_torchrl.errors import ConfigurationError
 
 

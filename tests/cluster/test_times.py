@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pwm_torchrl.cluster.times import from_minutes, to_minutes
+from pwm_torchrl.cluster.slurm import from_minutes, to_minutes
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from replay_cases import H, N, numbered, random_steps
 
 from pwm_torchrl.data import SegmentStore, TrajectoryReplay
-from pwm_torchrl.data.convert import slot_order
 from pwm_torchrl.data.layout import STORED_KEYS
+from pwm_torchrl.data.replay import slot_order
 from pwm_torchrl.errors import ConfigurationError
 
 
@@ -162,7 +162,7 @@ class TestConversion:
     @pytest.mark.parametrize("written", [[], [3], [10], [4, 9], [10, 10], [7, 7, 7, 2]])
     @pytest.mark.parametrize(("before", "after"), [("memory", "disk"), ("disk", "memory"), ("device", "disk")])
     def test_equals_the_one_that_stayed(self, before, after, written, tmp_path, monkeypatch):
-        monkeypatch.setattr("pwm_torchrl.data.convert.PART", 3)
+        monkeypatch.setattr("pwm_torchrl.data.replay.PART", 3)
         replay = TrajectoryReplay(10 * N, N, H, before, tmp_path)
         straight = TrajectoryReplay(10 * N, N, H)
         for steps in written:

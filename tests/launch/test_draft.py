@@ -12,7 +12,7 @@ pytest.importorskip("hydra")
 from slurm_texts import SITE
 
 from pwm_torchrl.cluster.fits import Demand, misfit
-from pwm_torchrl.cluster.parse import Node, Partition
+from pwm_torchrl.cluster.slurm import Node, Partition
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.draft import draft_profile, profile_file, write_profile

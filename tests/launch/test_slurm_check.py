@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from slurm_texts import SITE
 
-from pwm_torchrl.cluster.query import SlurmError
+from pwm_torchrl.cluster.slurm import SlurmError
 from pwm_torchrl.config import ClusterConfig
 from pwm_torchrl.launch import slurm_check
 from pwm_torchrl.launch.checks import OK, PROBLEM, WARNING

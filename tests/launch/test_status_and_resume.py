@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pwm_torchrl.cluster.parse import JobState
+from pwm_torchrl.cluster.slurm import JobState
 from pwm_torchrl.config import Config
 from pwm_torchrl.launch import resume, status
 from pwm_torchrl.launch.reporting.collect import read_run

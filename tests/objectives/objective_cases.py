@@ -17,7 +17,7 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss
-from pwm_torchrl.objectives.slices import Slices
+from pwm_torchrl.objectives.model_loss import Slices
 
 OBS, A, D, H, B = 4, 3, 16, 5, 6
 TASKS, DIMS = 4, (3, 1, 2, 3)

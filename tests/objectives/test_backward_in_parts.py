@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import CriticEnsemble, value_module, world_model_module
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.objectives.micro_batches import backward_in_parts, micro_batches
+from pwm_torchrl.objectives.base import backward_in_parts, micro_batches
 from pwm_torchrl.objectives.policy_updates import Accumulated
 
 SIZES = [1, 3, None]

@@ -7,7 +7,7 @@ import torch
 from objective_cases import Networks, gradients
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from pwm_torchrl.objectives.entropy import squashed_entropy
+from pwm_torchrl.objectives.imagination import squashed_entropy
 
 WEIGHT = 0.1
 

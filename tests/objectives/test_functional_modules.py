@@ -15,7 +15,7 @@ from torch import nn
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import actor_module, world_model_module
 from pwm_torchrl.objectives import PWMActorLoss, imagine
-from pwm_torchrl.objectives.functional_modules import Compiled, apart, frozen, maybe_compiled
+from pwm_torchrl.objectives.functional import Compiled, apart, frozen, maybe_compiled
 
 
 def refuse(*_: object) -> None:

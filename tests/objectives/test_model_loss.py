@@ -8,7 +8,7 @@ from objective_cases import FLOW, OBS, A, B, H, no_gradients, slice_data, time_m
 from tensordict import TensorDict
 
 from pwm_torchrl.objectives import PWMModelLoss
-from pwm_torchrl.objectives.slices import loss_weights, slice_losses
+from pwm_torchrl.objectives.model_loss import loss_weights, slice_losses
 
 SHORTCUT = {**FLOW, "condition_on_step_size": True}
 

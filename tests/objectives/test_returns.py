@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pwm_torchrl.objectives import ensemble_value_loss, rollout_return, td_lambda_targets
-from pwm_torchrl.objectives.returns import alive_before
+from pwm_torchrl.objectives.imagination import alive_before
 
 GAMMA, LMBDA = 0.9, 0.8
 

@@ -9,8 +9,7 @@ from torchrl.objectives import ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TDLambdaEstimator
 
 from pwm_torchrl.modules import CriticEnsemble, value_module
-from pwm_torchrl.objectives.imagination import Imagined
-from pwm_torchrl.objectives.returns import td_lambda_targets
+from pwm_torchrl.objectives.imagination import Imagined, td_lambda_targets
 from pwm_torchrl.objectives.rollouts import estimated_targets
 
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModel, WorldModelSpec, make_world_model
-from pwm_torchrl.objectives.slices import (
+from pwm_torchrl.objectives.model_loss import (
     FlowNoise,
     Slices,
     draw_flow_noise,

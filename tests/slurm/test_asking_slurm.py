@@ -1,12 +1,12 @@
-"""What :mod:`pwm_torchrl.cluster.query` reads from a real SLURM."""
+"""What :mod:`pwm_torchrl.cluster.slurm` reads from a real SLURM."""
 
 from __future__ import annotations
 
 import pytest
 
-from pwm_torchrl.cluster import query
+from pwm_torchrl.cluster import slurm as query
 from pwm_torchrl.cluster.fits import Demand, misfit
-from pwm_torchrl.cluster.parse import Partition
+from pwm_torchrl.cluster.slurm import Partition
 
 
 def test_states_of_jobs(on_cluster, tmp_path):

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "EpisodeRows": "writer",
+    "EpisodeRows": "store",
     "EpisodeStore": "store",
     "SliceIndex": "index",
     "StoreWriter": "writer",

@@ -1,4 +1,4 @@
-"""Importing sources into a store: each once, in one step, and those that are wrong named."""
+"""Importing episodes of all kinds of sources into a store."""
 
 from __future__ import annotations
 
@@ -6,18 +6,64 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pwm_torchrl.data.episodes.open_sources import CHUNK_SUFFIXES, open_sources
-from pwm_torchrl.data.episodes.progress import ByteProgress
-from pwm_torchrl.data.episodes.rows import BadEpisodes
-from pwm_torchrl.data.episodes.sources import Source
-from pwm_torchrl.data.episodes.store import EpisodeStore
-from pwm_torchrl.data.episodes.writer import StoreWriter
+from pwm_torchrl.data.episodes.own_files import PREFIX, EpisodeFile, MinariData
+from pwm_torchrl.data.episodes.own_files import SUFFIXES as OWN_SUFFIXES
+from pwm_torchrl.data.episodes.sources import ChunkFile, Source, find_files
+from pwm_torchrl.data.episodes.store import BadEpisodes, EpisodeStore
+from pwm_torchrl.data.episodes.writer import ByteProgress, StoreWriter
 from pwm_torchrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pwm_torchrl.envs.tasks import TaskSet
 
-__all__ = ["import_chunks", "import_episodes", "import_sources"]
+__all__ = [
+    "CHUNK_SUFFIXES",
+    "import_chunks",
+    "import_episodes",
+    "import_sources",
+    "open_sources",
+]
+
+# What the words of a command line or a script mean as sources of episodes ---------------------------------------------
+
+
+CHUNK_SUFFIXES = (".pt",)
+
+
+def open_sources(
+    given: Sequence[str | Path], task: str | None = None, *, suffixes: Sequence[str] = (*CHUNK_SUFFIXES, *OWN_SUFFIXES)
+) -> list[Source]:
+    """Sources in the order given, files of a folder in the order of their names.
+
+    Args:
+        given (sequence of str or Path): folders, files, ``"minari:ID"`` or ``"minari:ID=TASK"``.
+        task (str, optional): name of the task of episodes that name none. Defaults to ``None``.
+
+    Keyword Args:
+        suffixes (sequence of str): of the files to read. Defaults to all that can be read.
+
+    Raises:
+        ConfigurationError: if one is not there, or two have the same name.
+    """
+    found: list[Source] = []
+    for each in given:
+        if str(each).startswith(PREFIX):
+            dataset_id, _, own_task = str(each)[len(PREFIX) :].partition("=")
+            found.append(MinariData(dataset_id, own_task or task))
+            continue
+        for path in find_files(Path(each), suffixes):
+            # One folder's files are known by their names wherever it lies; of several, the folder tells them apart.
+            name = path.name if len(given) == 1 else f"{path.parent.name}/{path.name}"
+            found.append(ChunkFile(path, name) if path.suffix in CHUNK_SUFFIXES else EpisodeFile(path, task, name))
+    names = [source.name for source in found]
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise ConfigurationError(f"the sources have {repeated[0]} more than once; give each another name")
+    return found
+
+
+# Importing sources into a store: each once, in one step, and those that are wrong named -------------------------------
+
 
 IMPORTED, LEFT_OUT = "imported", "left out"
 #: Small sources are committed together: a commit waits for the disk.

@@ -1,19 +1,42 @@
-"""What episodes are read from: files that are hashed once and give their episodes in blocks."""
+"""What episodes are imported from, and TD-MPC2's chunks as the first of them.
+
+A file is mapped, not read, and copied in blocks whose pages are given back: its size does not matter. Nothing in it is
+executed: the unpickler knows tensors, and a stand-in for TensorDict that only keeps what was stored.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
+import pickle
+import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pwm_torchrl.data.episodes.rows import BadEpisodes, EpisodeRows
+import numpy as np
+import torch
+from torch import Tensor
+
+from pwm_torchrl.data.episodes.store import BadEpisodes, EpisodeRows, check_rows
 from pwm_torchrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pwm_torchrl.envs.tasks import TaskSet
 
-__all__ = ["Advance", "Source", "find_files", "hash_file"]
+__all__ = [
+    "Advance",
+    "ChunkFile",
+    "Source",
+    "find_files",
+    "hash_file",
+]
+
+# What episodes are read from: files that are hashed once and give their episodes in blocks ----------------------------
+
 
 #: Called with the number of bytes read since the last call.
 Advance = Callable[[int], None]
@@ -110,3 +133,207 @@ def hash_file(path: Path, advance: Advance, also: Iterable[Callable[[int, memory
     except OSError as error:
         raise BadEpisodes(f"cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+# TD-MPC2's published data: ``*.pt`` files that hold a TensorDict of episodes ``[N, T]`` -------------------------------
+
+
+_BLOCK_BYTES = 32 << 20
+_KEYS = ("obs", "action", "reward", "task")
+
+
+class _Stored:
+    """Stands in for TensorDict while a file is read: keeps its state, whatever the version that wrote it."""
+
+    def __init__(self, *state: Any) -> None:
+        self.state = state[-1] if state else {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+#: What a file may name beside tensors. TensorDict has lived in several modules and is stored in two ways.
+_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Stored, "tensordict._reductions._make_td"),
+    (_Stored, "tensordict._td.TensorDict"),
+    (_Stored, "tensordict.tensordict.TensorDict"),
+]
+
+
+class ChunkFile:
+    """One chunk.
+
+    Args:
+        path (Path): the file.
+        name (str, optional): of the source. Defaults to ``None``, the file's.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.name = name or path.name
+        self.size = path.stat().st_size
+
+    def check(self, tasks: TaskSet) -> int:
+        """Keys, dtypes, shapes and widths; nothing of the data is read.
+
+        Returns:
+            int: rows.
+
+        Raises:
+            BadEpisodes: if one is not as it must be.
+        """
+        return int(self._open(tasks)["reward"].numel())
+
+    def digest(self, advance: Advance) -> str:
+        """SHA-256 of the file; the archive's own checksums are verified in the same pass.
+
+        Raises:
+            BadEpisodes: if one of those does not agree.
+        """
+        records = [_Record(self.path, info) for info in self._archive()]
+        found = hash_file(self.path, advance, [record.see for record in records])
+        for record in records:
+            if not record.agrees():
+                raise BadEpisodes(f"is corrupt: the checksum of its part {record.name} does not agree")
+        return found
+
+    def blocks(self, tasks: TaskSet) -> Iterator[EpisodeRows]:
+        """Episodes in blocks of some tens of MB.
+
+        Raises:
+            BadEpisodes: at the first that cannot go into a store.
+        """
+        chunk = self._open(tasks)
+        episodes, steps = chunk["reward"].shape
+        row_bytes = 4 * (tasks.observation_dim + tasks.action_dim + 3)
+        count = max(1, _BLOCK_BYTES // (steps * row_bytes))
+        for begin in range(0, episodes, count):
+            part = {key: value[begin : begin + count] for key, value in chunk.items()}
+            rows = _rows(part, begin)
+            check_rows(rows, tasks, begin)
+            for value in part.values():
+                _give_back(value)
+            yield rows
+
+    def _open(self, tasks: TaskSet) -> dict[str, Tensor]:
+        """The four tensors, mapped and checked; the reward without a trailing dimension of 1."""
+        self._archive()
+        try:
+            with torch.serialization.safe_globals(_ALLOWED):
+                content = torch.load(str(self.path), map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError) as error:
+            raise BadEpisodes(f"cannot be loaded: {_first_sentence(error)}") from error
+        except pickle.UnpicklingError as error:
+            raise BadEpisodes("holds something else than a TensorDict of tensors and is not loaded") from error
+        if isinstance(content, _Stored):
+            content = content.state.get("_tensordict") if isinstance(content.state, dict) else None
+        if not isinstance(content, dict):
+            raise BadEpisodes("holds no TensorDict")
+        return _checked(content, tasks)
+
+    def _archive(self) -> list[zipfile.ZipInfo]:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.infolist()
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise BadEpisodes(
+                f"is not a whole file of torch.save ({self.size:,} bytes): it is cut short or something else"
+            ) from error
+        except OSError as error:
+            raise BadEpisodes(f"cannot be read: {error.strerror}") from error
+
+
+def _checked(content: dict[str, Any], tasks: TaskSet) -> dict[str, Tensor]:
+    missing = [key for key in _KEYS if not isinstance(content.get(key), Tensor)]
+    if missing:
+        raise BadEpisodes(f"has no tensor {', '.join(missing)}; it has {', '.join(map(str, content)) or 'nothing'}")
+    chunk = {key: content[key] for key in _KEYS}
+    if chunk["reward"].ndim == 3 and chunk["reward"].shape[-1] == 1:
+        chunk["reward"] = chunk["reward"].squeeze(-1)
+    for key, value in chunk.items():
+        integer = key == "task"
+        if integer and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+            raise BadEpisodes(f"task is {value.dtype}; integers are needed")
+        if not integer and value.dtype != torch.float32:
+            raise BadEpisodes(f"{key} is {value.dtype}; torch.float32 is needed")
+    batch = list(chunk["reward"].shape)
+    if len(batch) != 2 or batch[0] < 1 or batch[1] < 2:
+        raise BadEpisodes(f"reward has shape {batch}; [N, T] with N >= 1 episodes of T >= 2 steps is needed")
+    for key, width in (("obs", tasks.observation_dim), ("action", tasks.action_dim)):
+        found = list(chunk[key].shape)
+        if found[:2] != batch or len(found) != 3:
+            raise BadEpisodes(f"{key} has shape {found} beside a reward of shape {batch}")
+        if found[2] != width:
+            raise BadEpisodes(
+                f"{key} is {found[2]} wide, but the widest task of the set {tasks.name} has {width}: dimensions that "
+                "disagree with the registry, or another set of tasks"
+            )
+    if list(chunk["task"].shape) != batch:
+        raise BadEpisodes(f"task has shape {list(chunk['task'].shape)} beside a reward of shape {batch}")
+    return chunk
+
+
+def _rows(part: dict[str, Tensor], first_episode: int) -> EpisodeRows:
+    """A block as rows of its own."""
+    episodes, steps = part["reward"].shape
+    values = {key: np.array(value.numpy(), order="C") for key, value in part.items()}
+    task = values["task"]
+    mixed = np.flatnonzero((task != task[:, :1]).any(1))
+    if len(mixed):
+        raise BadEpisodes(f"episode {first_episode + mixed[0]} has more than one task index")
+    for key in ("action", "reward"):
+        filler = values[key][:, 0].reshape(episodes, -1)
+        real = np.flatnonzero(~(np.isnan(filler) | (filler == 0)).all(1))
+        if len(real):
+            raise BadEpisodes(
+                f"episode {first_episode + real[0]}: {key} at index 0, which belongs to no transition, is not NaN: are "
+                "actions and rewards shifted by one?"
+            )
+    return EpisodeRows(
+        values["obs"].reshape(episodes * steps, -1),
+        values["action"].reshape(episodes * steps, -1),
+        values["reward"].reshape(-1),
+        np.full(episodes, steps - 1, dtype=np.int64),
+        task[:, 0].astype(np.int64),
+    )
+
+
+class _Record:
+    """A part of the archive, whose CRC-32 is computed while the file is read."""
+
+    def __init__(self, path: Path, info: zipfile.ZipInfo) -> None:
+        self.name = info.filename
+        self.expected = info.CRC
+        with path.open("rb") as file:
+            file.seek(info.header_offset)
+            header = file.read(30)
+        self.begin = info.header_offset + 30 + int.from_bytes(header[26:28], "little")
+        self.begin += int.from_bytes(header[28:30], "little")
+        self.end = self.begin + info.compress_size
+        self.found = 0
+
+    def see(self, offset: int, block: memoryview) -> None:
+        begin, end = max(self.begin, offset), min(self.end, offset + len(block))
+        if begin < end:
+            self.found = zlib.crc32(block[begin - offset : end - offset], self.found)
+
+    def agrees(self) -> bool:
+        # Zero: written with torch.serialization.set_crc32_options(False), without checksums.
+        return self.expected in (0, self.found)
+
+
+def _give_back(tensor: Tensor) -> None:
+    """Take a mapped tensor's pages out of this process; they are read from the file again if they are needed."""
+    if sys.platform != "linux" or not tensor.numel():
+        return
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+    begin = tensor.data_ptr()
+    end = begin + (last + 1) * tensor.element_size()
+    page = mmap.PAGESIZE
+    begin, end = -(-begin // page) * page, end // page * page
+    if begin < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _first_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Writing an episode store, so that a kill at any moment loses only the source that was being read.
+"""Writing a store of episodes: one writer at a time, killed and resumed at any point.
 
 A source's rows are appended behind what the manifest counts. Committing it waits for the data, then replaces the
 tables of episodes, then the manifest: whatever lies behind the manifest's counts was never committed and is cut off
@@ -8,9 +8,12 @@ when the import goes on.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,16 +21,115 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pwm_torchrl.data.episodes import layout
-from pwm_torchrl.data.episodes.lock import Busy, locked
-from pwm_torchrl.data.episodes.rows import EpisodeRows
+from pwm_torchrl.data.episodes import store as layout
+from pwm_torchrl.data.episodes.store import EpisodeRows
 from pwm_torchrl.data.files import amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
-from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 if TYPE_CHECKING:
     from pwm_torchrl.envs.tasks import TaskSet
 
-__all__ = ["EpisodeRows", "StoreWriter"]
+__all__ = [
+    "Busy",
+    "ByteProgress",
+    "EpisodeRows",
+    "StoreWriter",
+    "locked",
+]
+
+# One process at a time ------------------------------------------------------------------------------------------------
+
+
+class Busy(RuntimeError):
+    """Another process holds the lock; the message names it as far as it is known."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock that the kernel gives back when the process ends, however it ends.
+
+    Args:
+        path (Path): the lock's file; it is made if needed, and stays.
+
+    Keyword Args:
+        wait (bool): wait for whoever holds it. Defaults to ``False``.
+
+    Raises:
+        Busy: if another process holds it and ``wait`` is off.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
+            raise Busy(holder or "another process") from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# How far an import has come: a bar on a terminal, lines elsewhere -----------------------------------------------------
+
+
+_LINE_EVERY_S = 10.0
+
+
+class ByteProgress(contextlib.AbstractContextManager["ByteProgress"]):
+    """Shows on stderr how many of the bytes to read have been read.
+
+    Args:
+        total (int): bytes.
+        enabled (bool): whether to show anything.
+    """
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self.total, self.done = total, 0
+        self.shown = time.monotonic()
+        self.enabled = enabled
+        self.bar = None
+        self.what = ""
+        if enabled and sys.stderr.isatty():
+            try:
+                from tqdm.auto import tqdm
+            except ImportError as error:
+                raise MissingLibraryError("the progress bar needs tqdm: pip install 'pwm-torchrl[launch]'") from error
+            self.bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def describe(self, what: str) -> None:
+        """Say what is being read."""
+        self.what = what
+        if self.bar is not None:
+            self.bar.set_description(what)
+
+    def advance(self, count: int) -> None:
+        """So many bytes more."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif self.enabled and time.monotonic() - self.shown >= _LINE_EVERY_S:
+            self.shown = time.monotonic()
+            self.say(f"{self.done / max(1, self.total):.0%} of {self.total / 2**30:.1f} GiB  {self.what}")
+
+    def say(self, line: str) -> None:
+        """A line beside the bar, if anything is shown."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        elif self.enabled:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+
+# Writing an episode store, so that a kill at any moment loses only the source that was being read ---------------------
+
 
 LOCK_FILE = ".lock"
 #: Quantiles of the returns that the manifest lists.

@@ -16,8 +16,8 @@ from episode_cases import NAMES, chunk, tasks
 
 import pwm_torchrl
 from pwm_torchrl.data.episodes import import_chunks
-from pwm_torchrl.data.episodes.chunks import ChunkFile
-from pwm_torchrl.data.episodes.rows import BadEpisodes
+from pwm_torchrl.data.episodes.sources import ChunkFile
+from pwm_torchrl.data.episodes.store import BadEpisodes
 
 ROOT = Path(pwm_torchrl.__file__).parent.parent
 

@@ -126,10 +126,10 @@ def test_a_finished_chunk_is_not_read_again(tmp_path, source, every_chunk_is_lar
     (source / "chunk_1.pt").write_bytes(content)
     read = []
     monkeypatch.setattr(
-        "pwm_torchrl.data.episodes.chunks.hash_file",
+        "pwm_torchrl.data.episodes.sources.hash_file",
         lambda path, *rest: read.append(path.name) or str(len(read)),
     )
-    monkeypatch.setattr("pwm_torchrl.data.episodes.chunks._Record.agrees", lambda record: True)
+    monkeypatch.setattr("pwm_torchrl.data.episodes.sources._Record.agrees", lambda record: True)
     store = import_chunks(source, tmp_path / "store", tasks())
     assert read == ["chunk_1.pt"]
     assert [record["name"] for record in store.manifest["sources"]] == ["chunk_0.pt", "chunk_2.pt", "chunk_1.pt"]
@@ -253,7 +253,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_import_goes_on_later(tmp_p
 
 
 def test_progress_is_told_on_stderr(tmp_path, source, capsys, monkeypatch):
-    monkeypatch.setattr("pwm_torchrl.data.episodes.progress._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("pwm_torchrl.data.episodes.writer._LINE_EVERY_S", 0.0)
     (source / "chunk_1.pt").write_bytes(b"nothing")
     import_chunks(source, tmp_path / "store", tasks(), keep_good=True, progress=True)
     found = capsys.readouterr()

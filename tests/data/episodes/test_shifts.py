@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pwm_torchrl.data.episodes.shifts import Episode, find_action_shift, find_reward_shift
+from pwm_torchrl.data.episodes.inspection import Episode, find_action_shift, find_reward_shift
 from pwm_torchrl.envs.rendering import import_mujoco_library
 
 NAMES = {0: "aligned", 1: "late", -1: "early"}

@@ -1,4 +1,4 @@
-"""TensorDictModules as functions of tensors, and modules whose parameters take no gradient."""
+"""Modules as functions of tensors with parameters of someone's choice: frozen, swapped, delayed, compiled."""
 
 from __future__ import annotations
 
