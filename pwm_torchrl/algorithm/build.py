@@ -131,18 +131,17 @@ def build_world_model(cfg: Config, facts: EnvFacts) -> WorldModel:
 
 def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
     """The networks of a run of any mode, on ``device``."""
-    networks = Networks(model=on(build_world_model(cfg, facts), device))
-    if cfg.mode == "pretrain":
-        return networks
     algorithm, size = cfg.algorithm, cfg.size
-    actor = Actor(
+    if cfg.mode == "pretrain":
+        return Networks(model=on(build_world_model(cfg, facts), device))
+    actor = Actor(  # first: a seed gives the same networks as ever
         size.latent_dim,
         facts.action_dim,
         list(size.actor_units),
         algorithm.log_std_init,
         algorithm.log_std_min,
     )
-    networks.actor = on(actor, device)
+    networks = Networks(model=on(build_world_model(cfg, facts), device), actor=on(actor, device))
     networks.critic = on(CriticEnsemble(size.latent_dim, list(size.critic_units), size.num_critics), device)
     return networks
 
