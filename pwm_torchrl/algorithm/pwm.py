@@ -29,6 +29,7 @@ from pwm_torchrl.algorithm.build import Losses, NetworkOptimizer, Networks
 from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.updates import Updates
 from pwm_torchrl.config import AlgorithmConfig
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale
 
 __all__ = ["ACTOR_STARTS", "PWM", "EpochWork", "Samples"]
@@ -119,6 +120,9 @@ class PWM:
     Attributes:
         work (EpochWork, optional): what is left of an epoch that has begun.
         started (bool): whether the first updates have been made.
+
+    Raises:
+        ConfigurationError: for an unknown place where imagination starts.
     """
 
     def __init__(
@@ -134,6 +138,10 @@ class PWM:
         first_model_updates: int | None = None,
         between: Callable[[], None] | None = None,
     ) -> None:
+        if cfg.actor_starts not in ACTOR_STARTS:
+            raise ConfigurationError(
+                f"algorithm.actor_starts={cfg.actor_starts!r} is not one of {', '.join(ACTOR_STARTS)}."
+            )
         self.cfg, self.networks, self.losses, self.optimizers = cfg, networks, losses, optimizers
         self.samples, self.updates, self.reward_scale = samples, updates, reward_scale
         self.first_model_updates = cfg.model_updates if first_model_updates is None else first_model_updates

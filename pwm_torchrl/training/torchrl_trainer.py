@@ -21,7 +21,7 @@ from torchrl.record.loggers.common import Logger
 from torchrl.trainers.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
 
 from pwm_torchrl.algorithm.build import Losses, Networks, build_losses, build_optimizers
-from pwm_torchrl.algorithm.pwm import ACTOR_STARTS, PWM
+from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import AlgorithmConfig, Config
 from pwm_torchrl.errors import ConfigurationError, nearest
@@ -221,9 +221,6 @@ def _algorithm(given: AlgorithmConfig | Mapping[str, Any] | None) -> AlgorithmCo
             raise ConfigurationError(
                 f"algorithm.{key}={value} has no effect in a TorchRL trainer: {ELSEWHERE[key]} has."
             )
-    starts = values.get("actor_starts", ACTOR_STARTS[0])
-    if starts not in ACTOR_STARTS:
-        raise ConfigurationError(f"algorithm.actor_starts={starts!r} is not one of {', '.join(ACTOR_STARTS)}.")
     return AlgorithmConfig(**values)
 
 
