@@ -1,18 +1,25 @@
-"""Policy loss over TensorDicts: first-order gradients through imagined rollouts."""
+"""Actor loss over TensorDicts: first-order gradients through imagined rollouts.
+
+One subject from the start latents to the gradients: the rollout, its return and the entropy bonus, the value targets
+that critics learn from, and gradients that add up over micro-batches and ranks to those of the whole batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+from torchrl.objectives.value import ValueEstimatorBase
 
 from pwm_torchrl.modules import RunningStatistics
-from pwm_torchrl.objectives.base import check_shape
+from pwm_torchrl.objectives.base import PWMLoss, check_shape, micro_batches
 from pwm_torchrl.objectives.functional import (
     apart,
     delayed,
@@ -22,13 +29,80 @@ from pwm_torchrl.objectives.functional import (
     swapped,
     tensor_function,
 )
-from pwm_torchrl.objectives.imagination import Imagined, alive_before, imagine, rollout_return, squashed_entropy
-from pwm_torchrl.objectives.policy_updates import PolicyUpdates
+from pwm_torchrl.objectives.imagination import (
+    Imagined,
+    alive_before,
+    imagine,
+    rollout_return,
+    squashed_entropy,
+    td_lambda_targets,
+)
 
 RETURN_EPSILON = 1e-5
 
 
-class PWMActorLoss(PolicyUpdates):
+class Accumulated(NamedTuple):
+    """What the micro-batches of an actor update add up to, before its gradients are divided."""
+
+    gradients: list[Tensor | None]  # of −mean(J), by parameter; None for those that J does not depend on
+    returns: Tensor  # J [B, 1]
+    rollouts: TensorDictBase  # [B, H], detached
+
+
+def detached_rollout(
+    rollout: Imagined, next_value: Tensor, targets: Tensor, keys: PWMActorLoss._AcceptedKeys
+) -> TensorDictBase:
+    """A rollout without its graph, batch-major ``[B, H]``.
+
+    Args:
+        rollout (Imagined): time-major.
+        next_value (Tensor): V(z_1) .. V(z_H) ``[H, B, 1]``.
+        targets (Tensor): value targets of z_0 .. z_{H-1} ``[H, B, 1]``.
+        keys (PWMActorLoss._AcceptedKeys): names of the entries.
+    """
+    horizon, batch = rollout.reward.shape[:2]
+    ended = rollout.terminated
+    imagined = TensorDict({}, batch_size=[batch, horizon])
+    for key, value in (
+        (keys.latent, rollout.latent[:-1]),
+        (keys.action, rollout.action),
+        (("next", keys.reward), rollout.reward),
+        (("next", keys.terminated), ended),
+        (("next", keys.state_value), next_value),
+        (keys.value_target, targets),
+        (("collector", "mask"), alive_before(ended)[:-1] > 0),
+    ):
+        imagined.set(key, value.detach().transpose(0, 1))
+    return imagined
+
+
+@torch.no_grad()
+def estimated_targets(
+    estimator: ValueEstimatorBase, rollout: Imagined, next_value: Tensor, latent: NestedKey
+) -> Tensor:
+    """Value targets ``[H, B, 1]`` of one of TorchRL's estimators.
+
+    An estimator that has a value network evaluates the rollout's latents, under ``latent``, by itself.
+    """
+    keys = estimator.tensor_keys
+    if not rollout.reward.numel():  # a share of a batch may be empty, and TorchRL's estimates cannot
+        return rollout.reward.detach()
+    states = rollout.latent.detach().transpose(0, 1)
+    data = TensorDict({}, batch_size=[states.shape[0], states.shape[1] - 1])
+    for key, value in (
+        (latent, states[:, :-1]),
+        (("next", latent), states[:, 1:]),
+        (("next", keys.reward), rollout.reward.detach().transpose(0, 1)),
+        (("next", keys.done), rollout.terminated.transpose(0, 1)),
+        (("next", keys.terminated), rollout.terminated.transpose(0, 1)),
+    ):
+        data.set(key, value)
+    own = estimator.value_network is not None
+    target = estimator.value_estimate(data, next_value=None if own else next_value.detach().transpose(0, 1))
+    return target.transpose(0, 1)
+
+
+class PWMActorLoss(PWMLoss):
     """Negative return of imagined rollouts, differentiated through model and reward.
 
     From start latents z_0 the policy acts for H steps in the model; J = Σ_{t<H} γ^t r_t + γ^H V(z_H), and the loss is
@@ -109,6 +183,7 @@ class PWMActorLoss(PolicyUpdates):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TDLambda
 
     actor_network: TensorDictModuleBase
     actor_network_params: TensorDictParams
@@ -135,7 +210,7 @@ class PWMActorLoss(PolicyUpdates):
         delay_value: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__(gamma, lmbda, reduction)
+        super().__init__(reduction)
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1.")
         if entropy_weight < 0 or (entropy_weight and deterministic):
@@ -154,6 +229,7 @@ class PWMActorLoss(PolicyUpdates):
             self.target_value_network_params = delayed(value_network, world_model)
             self._has_update_associated["value_network"] = False
         self._imagine = maybe_compiled(imagine, compile)
+        self.gamma, self.lmbda = gamma, lmbda
         self.horizon = horizon
         self.detach = detach
         self.normalize_returns = normalize_returns
@@ -320,3 +396,128 @@ class PWMActorLoss(PolicyUpdates):
             return_std=returns.detach().std(unbiased=False),
             terminated=imagined.get(("next", keys.terminated)).any(1).float().mean(),
         )
+
+    # Gradients, a micro-batch or a share of a batch at a time ---------------------------------------------------------
+
+    def reduced(self, each: Tensor) -> Tensor:
+        """``each`` ``[B, 1]`` as ``reduction`` says."""
+        if self.reduction == "none":
+            return each
+        return each.mean() if self.reduction == "mean" else each.sum()
+
+    def backward(
+        self, tensordict: TensorDictBase, micro_batch: int | None = None
+    ) -> tuple[TensorDictBase, TensorDictBase]:
+        """Add the gradients of the loss to the actor's parameters, a micro-batch of rollouts at a time.
+
+        The noise is drawn for the whole batch, and the gradients are divided by the running standard deviation once all
+        its returns have entered it, so that the arithmetic is that of :meth:`rollout_and_loss` on the whole batch.
+
+        Args:
+            tensordict (TensorDictBase): start latents ``[B]``, as :meth:`forward` takes them.
+            micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
+
+        Returns:
+            tuple: what :meth:`rollout_and_loss` returns, all of it detached.
+
+        Raises:
+            ConfigurationError: for ``reduction="none"``.
+        """
+        return self.finish(self.accumulate(tensordict, micro_batch))
+
+    def accumulate(
+        self,
+        tensordict: TensorDictBase,
+        micro_batch: int | None = None,
+        noise: Tensor | None = None,
+        count: int | None = None,
+    ) -> Accumulated:
+        """The first half of :meth:`backward`: what adds up over shares of a batch; changes nothing.
+
+        Args:
+            tensordict (TensorDictBase): start latents ``[B]``, or a share of a batch of them.
+            micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
+            noise (Tensor, optional): of these rollouts, as :meth:`draw_noise` draws it. Defaults to ``None``, drawn.
+            count (int, optional): rollouts of the whole batch. Defaults to ``None``, B.
+        """
+        self.check_back_propagates()
+        start, task = self.start(tensordict)
+        noise = self.draw_noise(start) if noise is None else noise
+        count = len(start) if count is None else count
+        divisor = count if self.reduction == "mean" else 1
+        parameters = self._trained()
+        total: list[Tensor | None] = [None] * len(parameters)
+        returns, imagined = [], []
+        for rows in micro_batches(len(start), micro_batch):
+            tasks = None if task is None else task[rows]
+            drawn = None if noise is None else noise[:, rows]
+            rollout, next_value = self.imagine(start[rows], tasks, drawn)
+            part = self.returns(rollout, next_value)
+            objective = part + self.entropy_bonus(rollout, drawn, tasks)
+            gradients = torch.autograd.grad(-objective.sum() / divisor, parameters, allow_unused=True)
+            # Not in place: autograd may hand out one tensor as the gradient of two parameters.
+            total = [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
+            returns.append(part.detach())
+            imagined.append(self.detached(rollout, next_value))
+            del rollout, next_value, part, objective, gradients  # or they would live beside the next part's
+        return Accumulated(total, torch.cat(returns), imagined[0] if len(imagined) == 1 else torch.cat(imagined))
+
+    def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:
+        """The second half of :meth:`backward`, with what the whole batch accumulated; returns what that returns."""
+        divisor = self.divisor(whole.returns)
+        for parameter, gradient in zip(self._trained(), whole.gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient / divisor
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        loss = self.reduced(-whole.returns) / divisor
+        return self.metrics(loss, whole.returns, whole.rollouts), whole.rollouts
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.actor_network_params.values(True, True) if p.requires_grad]
+
+    # Value targets ----------------------------------------------------------------------------------------------------
+
+    def make_value_estimator(
+        self,
+        value_type: ValueEstimators | ValueEstimatorBase | type[ValueEstimatorBase] | None = None,
+        **hyperparams: Any,
+    ) -> PWMActorLoss:
+        """Choose how the value targets of rollouts are estimated; J stays what it is.
+
+        Args:
+            value_type (ValueEstimators, ValueEstimatorBase or type): ``TD0``, ``TD1`` or ``TDLambda``, or an estimator
+                of your own. Defaults to ``None``, TD(λ).
+            **hyperparams: of the estimator; ``gamma`` and ``lmbda`` default to this loss's.
+        """
+        kind = self.default_value_estimator if value_type is None else value_type
+        if isinstance(kind, (ValueEstimatorBase, type)):
+            super().make_value_estimator(kind, **hyperparams)
+        else:
+            self._make_known(kind, hyperparams)
+        # No submodule: an estimator may have a value network, whose parameters are not this loss's.
+        self.__dict__["_value_estimator"] = self._modules.pop("_value_estimator")
+        self._forward_value_estimator_keys()
+        return self
+
+    def _make_known(self, kind: ValueEstimators, hyperparams: dict[str, Any]) -> None:
+        if kind == ValueEstimators.TDLambda:
+            hyperparams.setdefault("lmbda", self.lmbda)
+            hyperparams.setdefault("vectorized", False)  # TorchRL's vectorised form fails with λ = 0
+        supported = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
+        hyperparams.setdefault("device", self._default_device)
+        dispatch_value_estimator(self, kind, supported=supported, value_network=None, **hyperparams)
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        keys = self.tensor_keys
+        if self._value_estimator is not None:
+            self._value_estimator.set_keys(
+                value=keys.state_value, value_target=keys.value_target, reward=keys.reward, terminated=keys.terminated
+            )
+
+    def detached(self, rollout: Imagined, next_value: Tensor) -> TensorDictBase:
+        """A rollout without its graph, batch-major ``[B, H]``, with value targets."""
+        if self._value_estimator is None:
+            targets = td_lambda_targets(rollout.reward, next_value, rollout.terminated, self.gamma, self.lmbda)
+        else:
+            targets = estimated_targets(self._value_estimator, rollout, next_value, self.tensor_keys.latent)
+        return detached_rollout(rollout, next_value, targets, self.tensor_keys)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pwm_torchrl.algorithm.build import Losses, NetworkOptimizer, Networks
 from pwm_torchrl.algorithm.updates import is_out_of_memory, undo_of
+from pwm_torchrl.objectives.actor_loss import Accumulated
 from pwm_torchrl.objectives.model_loss import MASK_KEY, FlowNoise
-from pwm_torchrl.objectives.policy_updates import Accumulated
 from pwm_torchrl.training.collectives import Gathering, Total
 from pwm_torchrl.training.distributed import Ranks
 

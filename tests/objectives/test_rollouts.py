@@ -9,8 +9,8 @@ from torchrl.objectives import ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TDLambdaEstimator
 
 from pwm_torchrl.modules import CriticEnsemble, value_module
+from pwm_torchrl.objectives.actor_loss import estimated_targets
 from pwm_torchrl.objectives.imagination import Imagined, td_lambda_targets
-from pwm_torchrl.objectives.rollouts import estimated_targets
 
 
 def rollout(batch: int = B) -> tuple[Imagined, torch.Tensor]:
