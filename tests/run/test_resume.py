@@ -188,22 +188,25 @@ class Interrupted:
         return counted
 
 
+CONFIG = config({"training.epochs": 6, "training.eval_every": 3, "algorithm.actor_updates": 2})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of ``CONFIG`` that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "write_curves", lambda run_dir: None)
+        return run_with(patch, CONFIG, tmp_path_factory.mktemp("runs") / "whole")[1]
+
+
 @pytest.mark.usefixtures("free_signals")
 class TestStoppedInside:
     """A signal stops a run at its next step: between two updates, or between two steps of an evaluation."""
 
-    CONFIG = config({"training.epochs": 6, "training.eval_every": 3, "algorithm.actor_updates": 2})
-
-    @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module, "write_curves", lambda run_dir: None)
-            return run_with(patch, self.CONFIG, tmp_path_factory.mktemp("runs") / "whole")[1]
-
     @pytest.mark.parametrize("place", PLACES)
     def test_and_goes_on_there_to_the_bit(self, place, whole, tmp_path, monkeypatch):
         handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-        summary, stopped = run_with(monkeypatch, self.CONFIG, tmp_path, during_epoch=Interrupted(place))
+        summary, stopped = run_with(monkeypatch, CONFIG, tmp_path, during_epoch=Interrupted(place))
         assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert (summary["status"], summary["epochs_done"]) == ("stopped", 2)
         assert len(rows_of(tmp_path)) == 2
@@ -217,7 +220,7 @@ class TestStoppedInside:
         }[place]  # fmt: skip
         assert (tmp_path / "curves.png").exists()
         torch.manual_seed(1234)  # as in another process
-        last, parts = run_with(monkeypatch, self.CONFIG, tmp_path, resume=True)
+        last, parts = run_with(monkeypatch, CONFIG, tmp_path, resume=True)
         assert (last["status"], last["restarts"], last["resume_exact"]) == ("finished", 1, True)
         assert_equal(weights_of(parts), weights_of(whole))
         assert rows_of(tmp_path) == rows_of(whole.run_dir)
@@ -225,16 +228,16 @@ class TestStoppedInside:
     def test_by_sigterm_too(self, tmp_path, monkeypatch):
         """A second one changes nothing."""
         hook = Interrupted("model", signal.SIGTERM, times=2)
-        summary, _ = run_with(monkeypatch, self.CONFIG, tmp_path, during_epoch=hook)
+        summary, _ = run_with(monkeypatch, CONFIG, tmp_path, during_epoch=hook)
         assert (summary["status"], summary["epochs_done"]) == ("stopped", 2)
         assert list(checkpoints(tmp_path)) == [2]
 
     def test_again_and_again(self, whole, tmp_path, monkeypatch):
         for attempt, place in enumerate(("collected", "actor", "critic", "evaluation")):
             hook = Interrupted(place)
-            summary, _ = run_with(monkeypatch, self.CONFIG, tmp_path, resume=attempt > 0, during_epoch=hook)
+            summary, _ = run_with(monkeypatch, CONFIG, tmp_path, resume=attempt > 0, during_epoch=hook)
             assert (summary["status"], summary["epochs_done"]) == ("stopped", 2), place
-        _, parts = run_with(monkeypatch, self.CONFIG, tmp_path, resume=True)
+        _, parts = run_with(monkeypatch, CONFIG, tmp_path, resume=True)
         assert_equal(weights_of(parts), weights_of(whole))
         assert rows_of(tmp_path) == rows_of(whole.run_dir)
 
@@ -248,15 +251,15 @@ class TestStoppedInside:
 
         with monkeypatch.context() as patch:
             patch.setattr(PolicyEvaluation, "prelude", interrupted)
-            summary, _ = run_with(patch, self.CONFIG, tmp_path)
+            summary, _ = run_with(patch, CONFIG, tmp_path)
         assert (summary["status"], summary["epochs_done"]) == ("stopped", 0)
         assert not checkpoints(tmp_path)
-        _, parts = run_with(monkeypatch, self.CONFIG, tmp_path, resume=True)
+        _, parts = run_with(monkeypatch, CONFIG, tmp_path, resume=True)
         assert_equal(weights_of(parts), weights_of(whole))
 
     def test_a_second_sigint_interrupts_at_once(self, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
-            run_with(monkeypatch, self.CONFIG, tmp_path, during_epoch=Interrupted("collected", times=2))
+            run_with(monkeypatch, CONFIG, tmp_path, during_epoch=Interrupted("collected", times=2))
         assert json.loads((tmp_path / "summary.json").read_text())["status"] == "stopped"
         assert list(checkpoints(tmp_path)) == [2]
         assert CheckpointStore(tmp_path).latest().name == "checkpoint-000002"

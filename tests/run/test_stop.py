@@ -108,10 +108,13 @@ signal.signal(signal.SIGTERM, signal.SIG_DFL)
 stop, ends = StopRequest(), []
 with stop_on_interrupt(stop):
     for number in (signal.SIGINT, signal.SIGTERM):
+        reader, writer = os.pipe()
         fork = os.fork()
         if not fork:
+            os.write(writer, b"here")  # a signal before that may be lost
             time.sleep(30)
             os._exit(7)
+        os.read(reader, 4)
         os.kill(fork, number)
         ends.append(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
 print(ends, stop.reason)
