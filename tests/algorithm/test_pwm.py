@@ -356,10 +356,12 @@ class TestLearningRates:
             made.set_progress(fraction)
             assert made.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
 
-    def test_the_state_continues_the_schedule(self):
+    def test_a_restored_algorithm_continues_the_schedule(self):
+        """Which the loop counts; see test_loop.py."""
         bench, other = Bench(config()), Bench(config())
         bench.step()
         other.algorithm.load_state_dict(bench.algorithm.state_dict())
+        other.epoch = bench.epoch
         rates = [b.step()["lr/actor"] for b in (bench, other)]
         assert rates[0] == rates[1] < 5e-4
         assert other.algorithm.started
