@@ -62,10 +62,10 @@ class OpenEnv:
                 if opened.env is not None:
                     start_workers(opened.env)
         except BaseException:
-            opened.workers = [each for each in multiprocessing.active_children() if each not in before]
+            opened.workers = started_since(before)
             opened.close()
             raise
-        opened.workers = [each for each in multiprocessing.active_children() if each not in before]
+        opened.workers = started_since(before)
 
     def hold(self, env: EnvBase) -> EnvBase:
         """Take over an environment: :meth:`close` closes it."""
@@ -140,6 +140,12 @@ def start_workers(env: EnvBase) -> None:
     """Start the processes of a batch that would otherwise begin with its first reset."""
     if getattr(env, "is_closed", False) and hasattr(env, "start"):
         env.start()
+
+
+def started_since(before: list[BaseProcess]) -> list[BaseProcess]:
+    """Processes started since ``before`` was taken, in that order, which is that of the sub-environments."""
+    started = [each for each in multiprocessing.active_children() if each not in before]
+    return sorted(started, key=lambda each: each.pid or 0)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def parallel(method: str) -> EnvBase:
 
 
 def asynchronous() -> EnvBase:
-    return GymWrapper(gymnasium.vector.AsyncVectorEnv([lambda: gymnasium.make("Pendulum-v1")] * 2))
+    make = [lambda: gymnasium.make("Pendulum-v1")] * 2
+    return GymWrapper(gymnasium.vector.AsyncVectorEnv(make, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED))
 
 
 def alive(pid: int) -> bool:
