@@ -53,7 +53,7 @@ class TestAtTheCeiling:
         assert plan.choices == {
             **CHOICES, "model_micro_batch": 128, "actor_micro_batch": 32, "critic_micro_batch": 256
         }  # fmt: skip
-        assert plan.change == "smaller micro-batches: model 128, imagination 32, critic 256"
+        assert plan.change == "smaller micro-batches: model 128, actor 32, critic 256"
         apply_plan(tmp_path, plan)
         assert read_plan(tmp_path)["choices"] == plan.choices
         assert read_plan(tmp_path)["prediction"] == {"compute": "host"}

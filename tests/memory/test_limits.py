@@ -7,7 +7,7 @@ from training_cases import config
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.memory import budget as limits
+from pwm_torchrl.memory import plan as limits
 from pwm_torchrl.memory.budget import Budget, Candidate
 from pwm_torchrl.memory.predict import DEVICE, HOST
 from pwm_torchrl.memory.readings import usable_gpu_bytes

@@ -24,7 +24,7 @@ ITEMS = (
 TABLE = """\
 host memory, predicted
   parameters                  3 MiB  world model, actor, critics
-  model update        100 MiB  1024 slices in micro-batches of 64
+  model update              100 MiB  1024 slices in micro-batches of 64
   at other times, and less:
   actor update            (90 MiB)  128 rollouts at once
   together                  103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), of which runs stop at 85%, less a margin
@@ -40,7 +40,7 @@ disk, predicted
 
 choices
   memory.model_micro_batch=64
-  memory.actor_micro_batch=null  # the whole batch at once
+  memory.actor_micro_batch=null        # the whole batch at once
   memory.critic_micro_batch=null       # the whole batch at once
   model.dynamics.checkpoint_substeps=true
   training.replay_storage=disk
