@@ -76,7 +76,11 @@ class SizeConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """PWM: what one epoch does (see :mod:`pwm_torchrl.training.stepper`)."""
+    """PWM: what one epoch does (see :mod:`pwm_torchrl.training.stepper`).
+
+    An epoch collects ``collect_steps`` agent steps in every environment, then updates world model, policy and critics
+    as often as is said here. In a pre-training or an extraction it consists of its updates alone.
+    """
 
     horizon: int = 16  # H of imagination and of the model's training slices, agent steps
     collect_steps: Optional[int] = None  # agent steps per environment and epoch; None: horizon
@@ -112,9 +116,14 @@ class AlgorithmConfig:
 
 @dataclass
 class TrainingConfig:
-    """Length of a run and what happens on the way."""
+    """Length of a run and what happens on the way.
 
-    epochs: int = 15_000
+    An epoch: ``algorithm.collect_steps`` agent steps in each of ``env.num_envs`` environments, then the updates.
+    """
+
+    epochs: int = 15_000  # of the whole run
+    steps: Optional[int] = None  # the length in environment steps instead (agent steps times action repeat), as it was
+    # asked for: epochs then holds the whole epochs in which at least so many are collected
     eval_every: int = 50  # epochs between evaluations; 0: only at the end
     eval_episodes: int = 10  # deterministic episodes per evaluation, on environments of their own
     checkpoint_every: int = 50  # epochs between checkpoints; 0: only at the end
