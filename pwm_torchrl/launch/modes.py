@@ -190,9 +190,10 @@ def check_stored(config: Config) -> None:
 
 
 def _require_simulator(task: TaskInfo) -> None:
-    if task.extra and importlib.util.find_spec(task.extra) is None:
+    library = task.extra.replace("-", "_")
+    if library and importlib.util.find_spec(library) is None:
         raise MissingLibraryError(
-            f"task={task.name} is evaluated in {task.extra}, which is not installed: pip install "
+            f"task={task.name} is evaluated in {library}, which is not installed: pip install "
             f"'pwm-torchrl[{task.extra}]', or extract without evaluating, training.eval_episodes=0"
         )
 

@@ -136,7 +136,7 @@ class TestExtract:
     def test_without_the_simulator(self, words, monkeypatch):
         monkeypatch.setattr(modes.importlib.util, "find_spec", lambda name: None)
         compose([*words, "task=cup-catch"])  # it evaluates nothing
-        with pytest.raises(MissingLibraryError, match=r"pwm-torchrl\[dm_control\]"):
+        with pytest.raises(MissingLibraryError, match=r"pwm-torchrl\[dm-control\]"):
             compose([*words, "task=cup-catch", "training.eval_episodes=2"])
 
     def test_policy_networks_are_free(self, words):
