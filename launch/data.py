@@ -1,11 +1,10 @@
 """Offline data: python launch/data.py import|inspect|generate ...."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout works without installation
-
-from pwm_torchrl.launch.data import main  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there under python -P
+from _start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("data"))

@@ -1,11 +1,10 @@
 """What a run will need of memory, and why: python launch/plan.py model=flow_v3 size=48m cluster=l40s."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout works without installation
-
-from pwm_torchrl.launch.plan import main  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there under python -P
+from _start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("plan"))

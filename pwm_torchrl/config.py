@@ -77,7 +77,11 @@ class SizeConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """PWM: what one epoch does (see :mod:`pwm_torchrl.algorithm.pwm`)."""
+    """PWM: what one epoch does (see :mod:`pwm_torchrl.algorithm.pwm`).
+
+    An epoch collects ``collect_steps`` agent steps in every environment, then updates model, actor and critic
+    as often as is said here. In a pre-training or an extraction it consists of its updates alone.
+    """
 
     horizon: int = 16  # H of imagination and of the model's training slices, agent steps
     collect_steps: Optional[int] = None  # agent steps per environment and epoch; None: horizon
@@ -114,9 +118,14 @@ class AlgorithmConfig:
 
 @dataclass
 class TrainingConfig:
-    """Length of a run and what happens on the way."""
+    """Length of a run and what happens on the way.
 
-    epochs: int = 15_000
+    An epoch: ``algorithm.collect_steps`` agent steps in each of ``env.num_envs`` environments, then the updates.
+    """
+
+    epochs: int = 15_000  # of the whole run
+    steps: Optional[int] = None  # the length in environment steps instead (agent steps times action repeat), as it was
+    # asked for: epochs then holds the whole epochs in which at least so many are collected
     eval_every: int = 50  # epochs between evaluations; 0: only at the end
     eval_episodes: int = 10  # deterministic episodes per evaluation, on environments of their own
     checkpoint_every: int = 50  # epochs between checkpoints; 0: only at the end
@@ -228,20 +237,20 @@ class Config:
 
 #: Keys of earlier versions and those that took their place; command lines and the files of earlier runs may have them.
 RENAMED_KEYS: dict[str, tuple[str, ...]] = {
-    "algorithm.imagination_batch": ("algorithm.actor_batch",),
-    "algorithm.policy_updates": ("algorithm.actor_updates",),
-    "algorithm.policy_starts": ("algorithm.actor_starts",),
-    "algorithm.policy_betas": ("algorithm.actor_betas", "algorithm.critic_betas"),
-    "memory.imagination_micro_batch": ("memory.actor_micro_batch",),
+    "algorithm.actor_batch": ("algorithm.actor_batch",),
+    "algorithm.actor_updates": ("algorithm.actor_updates",),
+    "algorithm.actor_starts": ("algorithm.actor_starts",),
+    "algorithm.actor_betas": ("algorithm.actor_betas", "algorithm.critic_betas"),
+    "memory.actor_micro_batch": ("memory.actor_micro_batch",),
 }
 
 #: Metrics of earlier versions and their present names.
 RENAMED_METRICS = {
-    "loss/value": "loss/critic",
-    "grad_norm/value": "grad_norm/critic",
-    "lr/world_model": "lr/model",
-    "lr/critics": "lr/critic",
-    "memory/imagination_micro_batch": "memory/actor_micro_batch",
+    "loss/critic": "loss/critic",
+    "grad_norm/critic": "grad_norm/critic",
+    "lr/model": "lr/model",
+    "lr/critic": "lr/critic",
+    "memory/actor_micro_batch": "memory/actor_micro_batch",
 }
 
 

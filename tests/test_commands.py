@@ -33,7 +33,7 @@ def test_every_script_has_a_console_command():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
     with (ROOT / "pyproject.toml").open("rb") as file:
         scripts = tomllib.load(file)["project"]["scripts"]
-    names = {path.stem for path in (ROOT / "launch").glob("*.py")}
+    names = {path.stem for path in (ROOT / "launch").glob("[a-z]*.py")}
     assert scripts == {f"pwm-{n.replace('_', '-')}": f"pwm_torchrl.launch.entry:{n}" for n in names}
     from pwm_torchrl.launch import entry
 

@@ -56,7 +56,7 @@ def make_dm_control_env(
         torch.Size([2, 3, 5])
     """
     check_maker_arguments(num_envs, action_repeat, episode_length)
-    suite = import_mujoco_library("dm_control.suite", "dm_control")
+    suite = import_mujoco_library("dm_control.suite", "dm-control")
     check_dm_control_task(domain, task, suite.TASKS_BY_DOMAIN, "dm_control's suite")
 
     def load(**task_kwargs: Any) -> Any:
@@ -90,7 +90,7 @@ def batch_dm_control(
         from pwm_torchrl.envs.dm_sub_env import DMControlSubEnv
         from pwm_torchrl.envs.vector import batch_sub_envs
     except ModuleNotFoundError as error:
-        raise MissingLibraryError(f"{error.name} is not installed: pip install 'pwm-torchrl[dm_control]'") from error
+        raise MissingLibraryError(f"{error.name} is not installed: pip install 'pwm-torchrl[dm-control]'") from error
 
     # A few tasks draw their model when loaded, so the seed is needed here already.
     limit: dict[str, Any] = {} if episode_length is None else {"time_limit": float("inf")}

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.help import help_text, wants_help
+from pwm_torchrl.launch.help import answered
+from pwm_torchrl.launch.words import read_words
 
 __all__ = ["main"]
 
@@ -15,11 +16,10 @@ __all__ = ["main"]
 @console.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Composes a configuration, makes its environment and prints the report on it."""
-    words = list(argv or ())
-    if wants_help(words):
-        console.say(help_text("check_env"))
+    line = read_words("check_env", argv or ())
+    if answered("check_env", line):
         return console.OK
-    config = compose(words)
+    config = compose(line.settings)
     from pwm_torchrl.envs.report import report_env
 
     try:

@@ -6,8 +6,10 @@ directory.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -22,21 +24,24 @@ from yaml import YAMLError
 
 from pwm_torchrl.config import MISSING, Config
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.launch.explain import explain
+from pwm_torchrl.launch.explain import check_types, explain
 from pwm_torchrl.launch.groups import (
     configs_dir,
+    exact_choice,
     group_choices,
     nearest_sentence,
     schema_keys,
     user_configs_dir,
     user_profiles,
 )
-from pwm_torchrl.launch.modes import apply_mode, check_stored
-from pwm_torchrl.launch.validate import validate
+from pwm_torchrl.launch.meaning import check_meaning
+from pwm_torchrl.launch.modes import apply_mode, apply_steps, check_stored
+from pwm_torchrl.launch.validate import CHOICES, INTEGERS_OF_ENV, validate
 from pwm_torchrl.launch.validate_cluster import read_time
+from pwm_torchrl.launch.words import instead_of_hydras, option_hint, unknown_option
 from pwm_torchrl.own_code import make_cwd_importable
 
-__all__ = ["compose"]
+__all__ = ["as_yaml", "compose", "compose_unchecked"]
 
 SCHEMA = "pwm_config_schema"  # TorchRL owns the plain names in the shared ConfigStore
 
@@ -73,10 +78,13 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     _check_names(parsed)
     words = [*_profile_words(parsed), *_env_words(parsed)]
     resolved = _to_config(_compose(words, parsed))
-    _label_honestly(resolved, parsed)
-    apply_mode(resolved, parsed)
+    typed = _typed(parsed)
+    _label_honestly(resolved, typed)
+    apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
+    check_meaning(resolved, typed)
     validate(resolved)
+    apply_steps(resolved, typed)
     check_stored(resolved)
     return resolved
 
@@ -89,10 +97,60 @@ def compose_unchecked(overrides: Sequence[str]) -> Config:
     return _to_config(_compose([*_profile_words(parsed), *_env_words(parsed)], parsed))
 
 
+def as_yaml(config: Config) -> str:
+    """A configuration as YAML, without a line break at its end."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config))).rstrip()
+
+
+def _typed(parsed: list[Override]) -> dict[str, Any]:
+    """Every key that was typed with its last value; a section, ``model.dynamics={kind:mlp}``, by its keys."""
+    found: dict[str, Any] = {}
+    for o in parsed:
+        found |= _leaves(o.key_or_group, None if o.type == OverrideType.DEL else o.value())
+    return found
+
+
+def _leaves(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {leaf: v for name, below in value.items() for leaf, v in _leaves(f"{key}.{name}", below).items()}
+
+
 def _parse(word: str) -> Override:
-    if word.startswith("-"):
+    """Reads a word; what can be written in several ways is put into one of them.
+
+    Raises:
+        ConfigurationError: for what is no setting, or asks for several runs.
+    """
+    override = _read(word)
+    if override.is_sweep_override():
         raise ConfigurationError(
-            f"unknown option {word}; the only option is --help, and settings are written key=value"
+            f"{word!r} asks for several runs, but one command starts one run; give a single {override.key_or_group}"
+        )
+    if override.type == OverrideType.DEL:
+        return override
+    key, value, accepted = override.key_or_group, override.value(), CHOICES.get(override.key_or_group)
+    if isinstance(value, float) and value.is_integer() and _is_integer(key):
+        return _read(f"{word.partition('=')[0]}={int(value)}")  # 1e6
+    if isinstance(value, str):
+        exact = exact_choice(value, group_choices().get(key, accepted or ()))
+        if exact is not None and exact != value:
+            return _read(f"{word.partition('=')[0]}={exact}")  # size=5M
+    return override
+
+
+def _is_integer(key: str) -> bool:
+    hint = schema_keys().get(key)
+    return key in INTEGERS_OF_ENV or hint is int or set(typing.get_args(hint)) == {int, type(None)}
+
+
+def _read(word: str) -> Override:
+    if word.startswith("-"):
+        raise unknown_option(word)
+    if "${hydra:" in word:
+        raise ConfigurationError(
+            f"{word!r}: ${{hydra:...}} is Hydra's own, which does not run here; refer to a key, ${{seed}}, or to a "
+            "variable of the shell, ${oc.env:HOME}"
         )
     key, equal, value = word.partition("=")
     if key == "tasks" and "," in value and value[0] not in "'\"[":
@@ -107,8 +165,6 @@ def _parse(word: str) -> Override:
         raise ConfigurationError(
             f"cannot read {word!r}; write key=value, and quote a value with special characters: \"{key}='...'\""
         ) from error
-    if override.is_sweep_override():
-        raise ConfigurationError(f"{word!r} asks for several runs, but one command starts one run; give a single {key}")
     return override
 
 
@@ -124,22 +180,35 @@ def _check_names(parsed: list[Override]) -> None:
     groups, schema = group_choices(), schema_keys()
     for o in parsed:
         key, word = o.key_or_group, o.input_line
+        written = f"{key}={(word or '').partition('=')[2]}"
+        if o.package is not None:
+            raise ConfigurationError(
+                f"{word}: every group has its place, and @{o.package} would put {key} elsewhere; write {written}"
+            )
+        if o.type == OverrideType.ADD and (key in groups or key in schema):
+            raise ConfigurationError(f"{word}: + adds a key, and {key} is there already; write {written}")
         if key in groups:
             _check_choice(o, key, groups[key])
         elif key.startswith("env."):
             continue  # the environment's own keys depend on the choice of env
+        elif key.startswith("hydra"):
+            raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {instead_of_hydras(key)}")
         elif o.type == OverrideType.DEL:
             raise ConfigurationError(f"{word!r} deletes a key, but every key of the schema is needed; set a value")
-        elif key.startswith("hydra"):
-            raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; run with --help")
         elif key not in schema:
-            raise ConfigurationError(f"{word}: unknown key {key!r}{nearest_sentence(key, {**schema, **groups})}")
+            near = option_hint(key) or nearest_sentence(key, {**schema, **groups})
+            raise ConfigurationError(f"{word}: unknown key {key!r}{near}")
 
 
 def _check_choice(o: Override, group: str, choices: list[str]) -> None:
     value = None if o.type == OverrideType.DEL else o.value()
     if group == "experiment" and value is None:
         return
+    if o.type == OverrideType.DEL:
+        raise ConfigurationError(
+            f"{o.input_line!r} takes out a group that every run needs; write {group}=CHOICE, with one of "
+            f"{', '.join(choices)}"
+        )
     if not isinstance(value, str) or value not in choices:
         written = value if isinstance(value, str) else o.input_line.partition("=")[2]
         raise ConfigurationError(
@@ -223,6 +292,7 @@ def _to_config(composed: DictConfig) -> Config:
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
     except OmegaConfBaseException as error:
         raise explain(error, [], []) from error
+    check_types(config)
     return config
 
 
@@ -235,12 +305,12 @@ def _missing_keys(tree: Any, prefix: str = "") -> list[str]:
     return [prefix[:-1]] if tree == MISSING else []
 
 
-def _label_honestly(config: Config, parsed: list[Override]) -> None:
+def _label_honestly(config: Config, typed: dict[str, Any]) -> None:
     """A model or size changed by single keys does not keep the name of the choice it started from.
 
     A flow used at K = 1, above all, must never be reported as Flow V2.
     """
-    keys = {o.key_or_group for o in parsed}
+    keys = typed.keys()
     dynamics = config.model.dynamics
     if "model.name" not in keys and any(k.startswith("model.dynamics.") for k in keys):
         if dynamics.kind == "flow":

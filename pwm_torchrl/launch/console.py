@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "say",
     "status_of",
     "summary_line",
+    "width",
 ]
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
@@ -76,6 +78,11 @@ def say(message: str, *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     stream.write(message + "\n")
     stream.flush()
+
+
+def width() -> int:
+    """Columns for tables: those of the terminal, 60 to 120 of them; 80 where there is none."""
+    return min(120, max(60, shutil.get_terminal_size((80, 24)).columns))
 
 
 def error(message: str) -> None:

@@ -11,6 +11,7 @@ from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
 from pwm_torchrl.launch.reporting.tables import Table
+from pwm_torchrl.launch.words import HELP
 from pwm_torchrl.own_code import make_cwd_importable
 
 if TYPE_CHECKING:
@@ -41,14 +42,14 @@ _TASK = "the task of episodes that do not name theirs"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one of the commands."""
     words = list(argv or ())
-    if not words or words[0] in ("-h", "--help"):
-        console.say(_usage())
-        return console.OK
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "import": _import,
         "inspect": _inspect,
         "generate": _generate,
     }
+    if not words or (words[0] not in commands and not HELP.isdisjoint(words)):
+        console.say(_usage())
+        return console.OK
     if words[0] not in commands:
         raise ConfigurationError(f"{words[0]!r} is not a command of {named('data')}; there are {', '.join(commands)}")
     make_cwd_importable()

@@ -21,12 +21,11 @@ from pwm_torchrl.launch.checks import (
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.draft import draft_profile, profile_file, write_profile
 from pwm_torchrl.launch.groups import user_configs_dir
-from pwm_torchrl.launch.help import wants_help
+from pwm_torchrl.launch.help import answered
 from pwm_torchrl.launch.slurm_check import check_slurm
+from pwm_torchrl.launch.words import DRAFT, FORCE, read_words
 
 __all__ = ["main"]
-
-_DRAFT, _FORCE = "--draft", "--force"
 
 
 @console.command
@@ -36,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 if there is a problem, 2 for bad input.
     """
-    words = list(argv or ())
-    if wants_help(words):
-        console.say(_help())
+    line = read_words("doctor", argv or ())
+    if answered("doctor", line, _help):
         return console.OK
-    name, force = _options(words)
-    if name is not None:
-        return _draft(name, words, force=force)
-    found = _check(compose(words))
+    force = FORCE in line.options
+    if DRAFT in line.options:
+        return _draft(line.options[DRAFT], line.settings, force=force)
+    if force:
+        raise console.ConfigurationError(f"{FORCE} writes over a draft; give {DRAFT} NAME too")
+    found = _check(compose(line.settings))
     problems = sum(finding.level == PROBLEM for finding in found)
     if problems:
         console.error(f"{problems} problem{'s' * (problems > 1)}, see above")
@@ -74,33 +74,12 @@ def _draft(name: str, words: Sequence[str], *, force: bool) -> int:
     file = profile_file(name)
     partition = compose(words).cluster.partition
     if not slurm_available():
-        raise SlurmError(f"{_DRAFT} {name} asks SLURM, and this machine belongs to no cluster; run it on a login node")
+        raise SlurmError(f"{DRAFT} {name} asks SLURM, and this machine belongs to no cluster; run it on a login node")
     text = draft_profile(name, site(), partition)
     write_profile(file, text, force=force)
     console.say(text)
     console.say(f"written: {file}\ncheck it: {typed('doctor')} cluster={name}")
     return console.OK
-
-
-def _options(words: list[str]) -> tuple[str | None, bool]:
-    """Takes ``--draft NAME`` and ``--force`` out of the words.
-
-    Raises:
-        ConfigurationError: if the name is missing, or there is nothing to force.
-    """
-    force = _FORCE in words
-    if force:
-        words.remove(_FORCE)
-    if _DRAFT not in words:
-        if force:
-            raise console.ConfigurationError(f"{_FORCE} writes over a draft; give {_DRAFT} NAME too")
-        return None, False
-    place = words.index(_DRAFT)
-    if place + 1 >= len(words):
-        raise console.ConfigurationError(f"{_DRAFT} needs a name for the profile, as in {_DRAFT} my_cluster")
-    name = words[place + 1]
-    del words[place : place + 2]
-    return name, force
 
 
 def _help() -> str:

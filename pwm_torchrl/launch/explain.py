@@ -4,6 +4,7 @@ accepted.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import typing
 from typing import Any
@@ -17,10 +18,11 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.groups import nearest_sentence, schema_keys, user_profiles
 
-__all__ = ["explain", "type_words"]
+__all__ = ["check_types", "explain", "type_words"]
 
 
 def explain(error: Exception, words: list[str], env_keys: list[str]) -> ConfigurationError:
@@ -59,6 +61,29 @@ def type_words(hint: Any) -> str:
     return names.get(hint, "a section with keys of its own")
 
 
+def check_types(config: Config) -> None:
+    """Lists and sections are what the schema says: OmegaConf does not look behind an interpolation that stands for one.
+
+    Raises:
+        ConfigurationError: for the first that is something else.
+    """
+    for key, hint in schema_keys().items():
+        section = hint if dataclasses.is_dataclass(hint) else typing.get_origin(hint)
+        if section not in (list, dict) and not dataclasses.is_dataclass(section):
+            continue
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        fits = isinstance(value, typing.cast(type, section))
+        if fits and section is list:
+            element = typing.get_args(hint)[0]
+            accepted = (int, float) if element is float else (element,)
+            fits = all(isinstance(each, accepted) and not isinstance(each, bool) for each in value)
+        if not fits:
+            shown = value if isinstance(value, (str, int, float, list)) else type(value).__name__
+            raise ConfigurationError(f"{key}={shown}: {str(shown)!r} is not {type_words(hint)}")
+
+
 def _file(group: str, choice: str) -> str:
     own = user_profiles().get(choice) if group == "cluster" else None
     return str(own) if own is not None else f"configs/{group}/{choice}.yaml"
@@ -86,11 +111,14 @@ def _unknown_key(key: str, env_keys: list[str]) -> str:
 def _wrong_type(key: str, root: ValidationError, words: list[str]) -> str:
     key = re.sub(r"\[\d+\]$", "", key)
     hint = schema_keys().get(key)
-    word = next((w for w in words if w.lstrip("+").partition("=")[0] == key), None)
+    quoted = re.search(r"Value '(.*?)'", str(root))
+    given = [w for w in words if w.lstrip("+").partition("=")[0] == key]
+    # A key may be given twice; the error is about one of its values.
+    word = next((w for w in given if quoted and w.partition("=")[2].strip("'\"") == quoted.group(1)), None)
+    word = word or next(iter(given), None)
     if word is not None:
         value = repr(word.partition("=")[2])
     else:
-        quoted = re.search(r"Value '(.*?)'", str(root))
         value = repr(quoted.group(1)) if quoted else "its value"
     accepted = f"is not {type_words(hint)}" if hint is not None else f"does not fit ({_first_line(root)})"
     return f"{key}={value.strip(chr(39))}: {value} {accepted}" if word else f"{key}: {value} {accepted}"

@@ -10,12 +10,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import pwm_torchrl
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
+    "choice_file",
     "configs_dir",
+    "default_choices",
+    "exact_choice",
     "group_choices",
     "nearest",
     "nearest_sentence",
@@ -68,6 +73,32 @@ def group_choices() -> dict[str, list[str]]:
     return {g: sorted(found, key=_by_number) for g, found in choices.items()}
 
 
+def choice_file(group: str, choice: str) -> Path:
+    """The file of a choice."""
+    own = user_profiles().get(choice) if group == "cluster" else None
+    return own if own is not None else configs_dir() / group / f"{choice}.yaml"
+
+
+def default_choices() -> dict[str, str]:
+    """The choice of every group that a run without words makes, as ``config.yaml`` lists them."""
+    listed = yaml.safe_load((configs_dir() / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    pairs = [pair for entry in listed if isinstance(entry, dict) for pair in entry.items()]
+    return {group: choice for group, choice in pairs if choice is not None}
+
+
+def exact_choice(value: str, choices: Iterable[str]) -> str | None:
+    """The choice that ``value`` names, in the one way of writing it, or in that of letters large and small.
+
+    Returns:
+        str or None: ``None`` if no choice is meant, or more than one.
+    """
+    choices = list(choices)
+    if value in choices:
+        return value
+    alike = [choice for choice in choices if choice.casefold() == value.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
 def _by_number(name: str) -> tuple[Any, ...]:
     """Sort key that puts 5m before 19m, and names without a leading number first."""
     digits = name[: len(name) - len(name.lstrip("0123456789"))]
@@ -89,21 +120,22 @@ def schema_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(value: str, choices: Iterable[str], n: int = 3) -> list[str]:
-    """The choices most like ``value``, best first.
+    """The choices most like ``value``, best first; large and small letters are alike.
 
     Of dotted keys those of the same section are compared by their last part; a key without its
     section, or in another one, is looked for by its last part everywhere.
     """
-    choices = list(choices)
+    folded = {choice.casefold(): choice for choice in choices}
+    value = value.casefold()
     section, dot, leaf = value.rpartition(".")
-    siblings = {c.rpartition(".")[2]: c for c in choices if dot and c.rpartition(".")[0] == section}
+    siblings = {c.rpartition(".")[2]: c for c in folded if dot and c.rpartition(".")[0] == section}
     close = [siblings[m] for m in difflib.get_close_matches(leaf, siblings, n=n, cutoff=0.6)]
     if not close:
-        close = difflib.get_close_matches(value, choices, n=n, cutoff=0.7 if dot else 0.6)
+        close = difflib.get_close_matches(value, folded, n=n, cutoff=0.7 if dot else 0.6)
     if not close:
-        leaves = {c.rpartition(".")[2]: c for c in reversed(choices)}
+        leaves = {c.rpartition(".")[2]: c for c in reversed(folded)}
         close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=n, cutoff=0.75)]
-    return list(dict.fromkeys(close))
+    return [folded[each] for each in dict.fromkeys(close)]
 
 
 def nearest_sentence(value: str, choices: Iterable[str]) -> str:

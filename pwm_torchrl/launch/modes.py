@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-
-from hydra.core.override_parser.types import Override
+from typing import Any
 
 from pwm_torchrl.config import Config, DynamicsConfig
 from pwm_torchrl.envs.tasks import TaskInfo, task_info, task_set
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
-__all__ = ["MODES", "apply_mode", "check_stored", "of_world_model", "tasks_to_extract"]
+__all__ = [
+    "MODES",
+    "action_repeat",
+    "apply_mode",
+    "apply_steps",
+    "check_stored",
+    "epoch_in_words",
+    "length_in_words",
+    "of_world_model",
+    "steps_per_epoch",
+    "tasks_to_extract",
+]
 
 MODES = ("online", "pretrain", "extract")
 
@@ -26,13 +37,16 @@ def of_world_model(key: str) -> bool:
     return key.partition(".")[0] in ("model", "size") and not key.startswith(OPEN_IN_EXTRACTION + OPEN_SIZES)
 
 
-def apply_mode(config: Config, parsed: Sequence[Override]) -> None:
+def apply_mode(config: Config, keys: Sequence[str]) -> None:
     """Fill in what follows from the mode.
+
+    Args:
+        config (Config): what was composed.
+        keys (sequence of str): those of the command line.
 
     Raises:
         ConfigurationError: for keys that the mode decides, and for a world model or a task that is not there.
     """
-    keys = [o.key_or_group for o in parsed]
     if config.mode not in MODES:
         return  # validation says so
     if config.mode == "online":
@@ -85,6 +99,81 @@ def _adopt_world_model(config: Config) -> None:
     size.name = facts.labels.get("size", {}).get("name", size.name)
 
 
+def apply_steps(config: Config, typed: Mapping[str, Any]) -> None:
+    """Turn ``training.steps`` into ``training.epochs``, whole ones, in which at least so many steps are collected.
+
+    Args:
+        config (Config): what was composed; ``training.steps`` stays as it was asked for.
+        typed (Mapping): the keys of the command line with their values.
+
+    Raises:
+        ConfigurationError: if both are typed, or nothing is collected.
+    """
+    training, key = config.training, "training.epochs"
+    if typed.get(key) is not None:
+        if typed.get("training.steps") is not None:
+            raise ConfigurationError(
+                f"training.steps={training.steps} and {key}={training.epochs} both say how long the run is; give one"
+            )
+        training.steps = None  # of a preset
+    if training.steps is None:
+        return
+    if config.mode != "online":
+        updates = "model_updates" if config.mode == "pretrain" else "actor_updates"
+        raise ConfigurationError(
+            f"training.steps={training.steps} counts environment steps, and mode={config.mode} learns from stored "
+            f"episodes without any; set {key}: an epoch there is algorithm.{updates}="
+            f"{getattr(config.algorithm, updates)} updates"
+        )
+    training.epochs = math.ceil(training.steps / (steps_per_epoch(config) * action_repeat(config)))
+
+
+def steps_per_epoch(config: Config) -> int:
+    """Agent steps that an epoch collects, all environments together."""
+    algorithm = config.algorithm
+    return int(config.env["num_envs"]) * (algorithm.collect_steps or algorithm.horizon)
+
+
+def action_repeat(config: Config) -> int:
+    """Environment steps per agent step; a maker of the user's own is asked by making an environment.
+
+    Raises:
+        ConfigurationError: if that cannot be made.
+    """
+    written = config.env.get("action_repeat")
+    if written is not None and str(config.env["_target_"]).startswith("pwm_torchrl.envs."):
+        return int(written)
+    from pwm_torchrl.envs.facts import environment_facts
+
+    return environment_facts(config.env).action_repeat
+
+
+def epoch_in_words(config: Config) -> str:
+    """What an epoch of a run is."""
+    algorithm = config.algorithm
+    if config.mode == "pretrain":
+        return f"an epoch is {algorithm.model_updates} updates of the world model on stored slices"
+    if config.mode == "extract":
+        return f"an epoch is {algorithm.actor_updates} policy updates from stored states"
+    steps, envs = algorithm.collect_steps or algorithm.horizon, config.env["num_envs"]
+    return (
+        f"an epoch collects {steps} agent steps in each of {envs} environments ({steps_per_epoch(config)}), then "
+        "updates model, policy and critics"
+    )
+
+
+def length_in_words(config: Config) -> str:
+    """How long a run is, in epochs and, where it collects any, in environment steps."""
+    epochs = config.training.epochs
+    if config.mode != "online":
+        return f"{epochs:,} epochs; {epoch_in_words(config)}"
+    repeat = action_repeat(config)
+    total = epochs * steps_per_epoch(config) * repeat
+    asked = "" if config.training.steps is None else f" (training.steps={config.training.steps:,})"
+    each = "" if repeat == 1 else f", {repeat} environment steps each"
+    return f"{epochs:,} epochs = {total:,} environment steps{asked}; {epoch_in_words(config)}{each}"
+
+
 def check_stored(config: Config) -> None:
     """Check stored episodes, world model, tasks and simulator of a run against each other, before anything starts.
 
@@ -101,9 +190,10 @@ def check_stored(config: Config) -> None:
 
 
 def _require_simulator(task: TaskInfo) -> None:
-    if task.extra and importlib.util.find_spec(task.extra) is None:
+    library = task.extra.replace("-", "_")
+    if library and importlib.util.find_spec(library) is None:
         raise MissingLibraryError(
-            f"task={task.name} is evaluated in {task.extra}, which is not installed: pip install "
+            f"task={task.name} is evaluated in {library}, which is not installed: pip install "
             f"'pwm-torchrl[{task.extra}]', or extract without evaluating, training.eval_episodes=0"
         )
 

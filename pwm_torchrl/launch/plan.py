@@ -8,11 +8,10 @@ from pathlib import Path
 
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.help import help_text, wants_help
+from pwm_torchrl.launch.help import answered
+from pwm_torchrl.launch.words import JSON, read_words
 
 __all__ = ["main"]
-
-_JSON = "--json"
 
 
 @console.command
@@ -22,12 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 if the configuration is wrong or nothing fits.
     """
-    words = list(argv or ())
-    if wants_help(words):
-        console.say(help_text("plan"))
+    line = read_words("plan", argv or ())
+    if answered("plan", line):
         return console.OK
-    file = _json_file(words)
-    config = compose(words)
+    file = Path(line.options[JSON]) if JSON in line.options else None
+    config = compose(line.settings)
     from pwm_torchrl.devices import pick_device
     from pwm_torchrl.memory.plan import budgets, make_plan, plan_table, profile_budgets
     from pwm_torchrl.training.offline import run_facts
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = pick_device(config.device)
         limits = budgets(config, str(device) if device.type == "cuda" else None)
     plan = make_plan(config, facts, limits)
-    console.say(plan_table(plan))
+    console.say(plan_table(plan, console.width()))
     for shortage in plan.shortages():
         console.say(f"warning: memory=fixed will not fit: {shortage}", err=True)
     if file is not None:
@@ -52,19 +50,3 @@ def _write(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise console.ConfigurationError(f"--json {file} cannot be written: {error.strerror}") from error
-
-
-def _json_file(words: list[str]) -> Path | None:
-    """Takes ``--json FILE`` out of the words.
-
-    Raises:
-        ConfigurationError: if the file's name is missing.
-    """
-    if _JSON not in words:
-        return None
-    place = words.index(_JSON)
-    if place + 1 >= len(words):
-        raise console.ConfigurationError("--json needs the name of a file, as in --json plan.json")
-    file = Path(words[place + 1])
-    del words[place : place + 2]
-    return file

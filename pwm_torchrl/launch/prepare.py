@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,13 @@ def compose_all(words: Sequence[str]) -> list[Prepared]:
         ConfigurationError: for whatever cannot work, before anything is written.
     """
     runs = [Prepared(compose(each), each) for each in expand(words)]
-    if len(runs) > 1 and any(run.config.run_dir is not None for run in runs):
-        raise ConfigurationError(
-            f"run_dir={runs[0].config.run_dir} is one directory, and this command starts {len(runs)} runs; give "
-            "runs_dir=..."
-        )
+    folders = Counter(run.config.run_dir for run in runs if run.config.run_dir is not None)
+    for folder, count in folders.items():
+        if count > 1:
+            raise ConfigurationError(
+                f"run_dir={folder} is one directory, and this command starts {count} runs in it; give runs_dir=..., or "
+                "a name that differs, such as run_dir='runs/${model.name}_s${seed}' in quotes"
+            )
     for run in runs:
         require_logging(run.config)
     places = {place_of(run.config) for run in runs}

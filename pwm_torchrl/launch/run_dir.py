@@ -35,6 +35,7 @@ IGNORED = (
     "cluster",
     "logger",
     "memory",
+    "training.steps",  # training.epochs holds what it comes to
     "training.progress",
     "training.video",
     "training.threads",

@@ -16,19 +16,18 @@ from pwm_torchrl.launch import console
 from pwm_torchrl.launch.chain import Chain, composed, lacks_world_model
 from pwm_torchrl.launch.dry_run import dry_run
 from pwm_torchrl.launch.follow import stop_signals_as_interrupt
-from pwm_torchrl.launch.help import help_text, wants_help
+from pwm_torchrl.launch.help import answered
 from pwm_torchrl.launch.job import LOG_FILE
 from pwm_torchrl.launch.local import refuse_while_running, submit_local
 from pwm_torchrl.launch.prepare import DEBUG, HERE, SLURM, Prepared, compose_all, place_of, plan_for_slurm
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir, read_summary
 from pwm_torchrl.launch.train import run_in_process
+from pwm_torchrl.launch.words import DRY_RUN, read_words
 
 if TYPE_CHECKING:
     from pwm_torchrl.cluster.submission import Resources
 
 __all__ = ["main"]
-
-DRY_RUN = "--dry-run"
 
 
 @console.command
@@ -39,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 finished or queued, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130
         stopped; of several runs the highest.
     """
-    words = list(argv or ())
-    if wants_help(words):
-        console.say(help_text("submit"))
+    line = read_words("submit", argv or ())
+    if answered("submit", line):
         return console.OK
-    dry = DRY_RUN in words
-    words = [word for word in words if word != DRY_RUN]
+    words = line.settings
+    dry = DRY_RUN in line.options
     if lacks_world_model(words):
         with composed(words) as chain:
             return _both_stages(chain, dry)

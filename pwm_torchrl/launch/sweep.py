@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import PATHS, compose_unchecked
+from pwm_torchrl.launch.groups import group_choices
 from pwm_torchrl.launch.modes import tasks_to_extract
 
 __all__ = ["EVERY_TASK", "expand", "values_of"]
@@ -57,6 +60,28 @@ def values_of(word: str) -> list[str]:
         return [word]  # composing tells what is wrong with it
     if not override.is_sweep_override():
         return [word]
+    pattern = override.value()
+    if isinstance(pattern, Glob):
+        return [f"{key}={choice}" for choice in _matching(word, override.key_or_group, pattern)]
     if not override.is_discrete_sweep():
         raise ConfigurationError(f"{word!r} is an interval, not a list of values; write {key}=a,b,c or range(...)")
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return [f"{key}={_interpolated(value)}" for value in override.sweep_string_iterator()]
+
+
+def _matching(word: str, group: str, pattern: Glob) -> list[str]:
+    """The choices of a group that ``glob(...)`` means.
+
+    Raises:
+        ConfigurationError: if there are none.
+    """
+    groups = group_choices()
+    found = pattern.filter(groups.get(group, []))
+    if not found:
+        what = f"the choices of {group}: {', '.join(groups[group])}" if group in groups else "choices of a group only"
+        raise ConfigurationError(f"{word!r} matches nothing; glob(...) stands for {what}")
+    return found
+
+
+def _interpolated(value: str) -> str:
+    """Hydra escapes the brackets of an interpolation, which is then none."""
+    return re.sub(r"\\(.)", r"\1", value) if "$\\{" in value else value

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pwm_torchrl.config import Config
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.help import help_text, wants_help
+from pwm_torchrl.launch.help import answered
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir
 from pwm_torchrl.launch.validate import require_runnable
+from pwm_torchrl.launch.words import read_words
 from pwm_torchrl.training.ranks import is_replica
 
 __all__ = ["main", "run_in_process"]
@@ -22,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 finished, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130 stopped.
     """
-    words = list(argv or ())
-    if wants_help(words):
-        console.say(help_text("train"))
+    line = read_words("train", argv or ())
+    if answered("train", line):
         return console.OK
+    words = line.settings
     if is_replica():
         return run_replica()
     config = compose(words)

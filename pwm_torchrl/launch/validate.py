@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import os
 import re
+import typing
 from collections.abc import Callable
 from typing import Any
 
 from pwm_torchrl.commands import typed
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.launch.groups import nearest_sentence
+from pwm_torchrl.launch.groups import nearest_sentence, schema_keys
 from pwm_torchrl.launch.validate_cluster import check_cluster
 
-__all__ = ["CHOICES", "require_runnable", "validate"]
+__all__ = ["CHOICES", "INTEGERS_OF_ENV", "require_runnable", "validate", "value_of"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("online", "pretrain", "extract"),
@@ -62,6 +63,7 @@ _AT_LEAST: dict[str, float] = {
     "algorithm.critic_passes": 1,
     "algorithm.critic_minibatches": 1,
     "training.epochs": 1,
+    "training.steps": 1,
     "training.eval_every": 0,
     "training.eval_episodes": 0,
     "data.validation_slices": 1,
@@ -89,6 +91,14 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
 }
 
+#: Limits that may be infinite, which is none.
+_INFINITE = (
+    "algorithm.model_grad_norm",
+    "algorithm.actor_grad_norm",
+    "algorithm.critic_grad_norm",
+    "training.checkpoint_minutes",
+    "memory.disk_above_gb",
+)
 _POSITIVE = (
     "model_lr",
     "actor_lr",
@@ -97,7 +107,8 @@ _POSITIVE = (
     "actor_grad_norm",
     "critic_grad_norm",
 )
-_INTEGERS_OF_ENV = ("num_envs", "action_repeat", "episode_length")
+#: Keys of any environment that are whole numbers.
+INTEGERS_OF_ENV = ("env.num_envs", "env.action_repeat", "env.episode_length")
 
 
 def validate(config: Config) -> None:
@@ -107,8 +118,9 @@ def validate(config: Config) -> None:
         ConfigurationError: for the first thing found wrong.
     """
     _check_env(config.env)
+    _check_finite(config)
     for key, accepted in CHOICES.items():
-        value = _get(config, key)
+        value = value_of(config, key)
         if key == "model.dynamics.kind" and "." in value:
             from pwm_torchrl.modules.dynamics.factory import find_dynamics
 
@@ -119,18 +131,16 @@ def validate(config: Config) -> None:
                 f"choose one of {', '.join(accepted)}"
             )
     for key, least in _AT_LEAST.items():
-        value = _get(config, key)
+        value = value_of(config, key)
         if value is not None and not value >= least:
             raise ConfigurationError(f"{key}={value} is too small; it must be at least {least:g}")
     for key in _POSITIVE:
         _require(config, f"algorithm.{key}", lambda v: v > 0, "must be above 0")
-    for key in ("model_lr", "actor_lr", "critic_lr", "final_lr"):
-        _require(config, f"algorithm.{key}", math.isfinite, "must be finite")
     _require(config, "algorithm.final_lr", lambda v: v >= 0, "must not be negative")
     _require(config, "algorithm.gamma", lambda v: 0 < v <= 1, "must lie in (0, 1]")
     _require(config, "algorithm.lmbda", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
     for key in ("memory.host_gb", "memory.device_gb", "cluster.host_gb", "cluster.mem_gb"):
-        _require(config, key, lambda v: v is None or (v > 0 and math.isfinite(v)), "must be above 0")
+        _require(config, key, lambda v: v is None or v > 0, "must be above 0")
     _require(config, "data.validation_fraction", lambda v: 0 <= v < 1, "must lie in [0, 1)")
     if config.mode != "extract":
         _require(config, "training.eval_episodes", lambda v: v >= 1, "is too small; it must be at least 1")
@@ -162,6 +172,19 @@ def validate(config: Config) -> None:
     _check_combinations(config)
 
 
+def _check_finite(config: Config) -> None:
+    """Every number of the schema is one; infinite are only limits that may be none."""
+    for key, hint in schema_keys().items():
+        if float not in (hint, *typing.get_args(hint)):
+            continue
+        value = value_of(config, key)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and math.isnan(number):
+                raise ConfigurationError(f"{key}={value} is not a number; give one")
+            if number is not None and math.isinf(number) and key not in _INFINITE:
+                raise ConfigurationError(f"{key}={value} must be finite")
+
+
 def require_runnable(config: Config) -> None:
     """Refuses to train in this process what was meant for nodes elsewhere.
 
@@ -183,10 +206,10 @@ def _check_env(env: dict[str, Any]) -> None:
         )
     if env.get("num_envs") is None:
         raise ConfigurationError("env.num_envs has no value; set the number of environments, env.num_envs=8")
-    for name in _INTEGERS_OF_ENV:
-        value = env.get(name)
+    for key in INTEGERS_OF_ENV:
+        value = env.get(key.removeprefix("env."))
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigurationError(f"env.{name}={value}: {str(value)!r} is not an integer")
+            raise ConfigurationError(f"{key}={value}: {str(value)!r} is not an integer")
 
 
 def _check_combinations(config: Config) -> None:
@@ -231,12 +254,6 @@ def _check_combinations(config: Config) -> None:
             f"algorithm.model_batch={algorithm.model_batch}; "
             "use null for all at once"
         )
-    if model.loss.self_consistency_weight > 0 and not model.dynamics.condition_on_step_size:
-        raise ConfigurationError(
-            f"model.loss.self_consistency_weight={model.loss.self_consistency_weight:g} needs the "
-            "step size as an "
-            "input; set model.dynamics.condition_on_step_size=true"
-        )
 
 
 def training_slices_overflow(config: Config) -> bool:
@@ -247,12 +264,13 @@ def training_slices_overflow(config: Config) -> bool:
 
 
 def _require(config: Config, key: str, accepts: Callable[[Any], bool], rule: str) -> None:
-    value = _get(config, key)
+    value = value_of(config, key)
     if not accepts(value):
         raise ConfigurationError(f"{key}={value} {rule}")
 
 
-def _get(config: Config, key: str) -> Any:
+def value_of(config: Config, key: str) -> Any:
+    """What a dotted key holds; ``None`` for one that the environment does not have."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else getattr(value, part)

@@ -445,19 +445,21 @@ WIDTH = 120
 _NAME, _AMOUNT = 22, 11
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: Plan, width: int = WIDTH) -> str:
     """What the run needs, where, how much, why; then the budgets, the choices and the neighbouring plans.
 
-    Lines have at most :data:`WIDTH` columns.
+    Args:
+        plan (Plan): the plan.
+        width (int): columns that a line has at most. Defaults to :data:`WIDTH`.
     """
     lines: list[str] = []
     for place in (DEVICE, HOST, CACHE, DISK):
         if any(item.place == place for item in plan.prediction.items):
-            lines += [*_place_lines(plan, place), ""]
-    return "\n".join([*lines, *_choices(plan), "", *_neighbours(plan)])
+            lines += [*_place_lines(plan, place, width), ""]
+    return "\n".join([*lines, *_choices(plan, width), "", *_neighbours(plan, width)])
 
 
-def _place_lines(plan: Plan, place: str) -> list[str]:
+def _place_lines(plan: Plan, place: str, width: int) -> list[str]:
     """What is needed in one place, and whether it is there."""
     prediction = plan.prediction
     unverified = place == DEVICE and not prediction.verified
@@ -465,21 +467,21 @@ def _place_lines(plan: Plan, place: str) -> list[str]:
     items = [item for item in prediction.items if item.place == place]
     for item in items:
         if not item.shared:
-            lines += _row(item.what, format_bytes(item.bytes), item.why)
+            lines += _row(item.what, format_bytes(item.bytes), item.why, width)
     shared = sorted((item for item in items if item.shared), key=lambda item: -item.bytes)
     for item in shared[:1]:
-        lines += _row(item.what, format_bytes(item.bytes), item.why)
+        lines += _row(item.what, format_bytes(item.bytes), item.why, width)
     if shared[1:]:
         lines.append("  at other times, and less:")
     for item in shared[1:]:
-        lines += _row(item.what, f"({format_bytes(item.bytes)})", item.why)
-    return lines + _row("together", format_bytes(prediction.total(place)), _verdict(plan, place))
+        lines += _row(item.what, f"({format_bytes(item.bytes)})", item.why, width)
+    return lines + _row("together", format_bytes(prediction.total(place)), _verdict(plan, place), width)
 
 
-def _row(what: str, amount: str, why: str) -> list[str]:
+def _row(what: str, amount: str, why: str, width: int) -> list[str]:
     head = f"  {what:<{_NAME}}{amount:>{_AMOUNT}}  "
     rest = " " * len(head)
-    wrapped = textwrap.wrap(why, WIDTH, initial_indent=head, subsequent_indent=rest, break_on_hyphens=False)
+    wrapped = textwrap.wrap(why, width, initial_indent=head, subsequent_indent=rest, break_on_hyphens=False)
     return wrapped or [head.rstrip()]
 
 
@@ -495,7 +497,7 @@ def _verdict(plan: Plan, place: str) -> str:
     )
 
 
-def _choices(plan: Plan) -> list[str]:
+def _choices(plan: Plan, width: int) -> list[str]:
     """The choices as words of the command line."""
     choices = plan.choices
     lines = ["choices" if plan.automatic else "choices, as written (memory=fixed)"]
@@ -506,21 +508,22 @@ def _choices(plan: Plan) -> list[str]:
     lines.append(f"  model.dynamics.checkpoint_substeps={str(choices.checkpoint_substeps).lower()}")
     lines.append(f"  training.replay_storage={choices.replay_storage}")
     if plan.prediction.returns_freed_memory:
-        lines.append("  freed memory goes back to the kernel at once: updates are slower and hold what they use")
+        text = "freed memory goes back to the kernel at once: updates are slower and hold what they use"
+        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
-def _neighbours(plan: Plan) -> list[str]:
+def _neighbours(plan: Plan, width: int) -> list[str]:
     if not plan.automatic:
         return ["next plans: none was looked for; memory=auto chooses what is open"]
 
-    def line(name: str, other: Alternative | None, end: str) -> str:
-        if other is None:
-            return f"next {name} plan: none, {end}"
-        where = TITLES[plan.prediction.compute]
-        return f"next {name} plan: {format_bytes(other.bytes)} of {where} with {other.change}"
+    def lines(name: str, other: Alternative | None, end: str) -> list[str]:
+        text = f"none, {end}"
+        if other is not None:
+            text = f"{format_bytes(other.bytes)} of {TITLES[plan.prediction.compute]} with {other.change}"
+        return textwrap.wrap(f"next {name} plan: {text}", width, subsequent_indent="  ", break_on_hyphens=False)
 
     return [
-        line("larger", plan.larger, "nothing that is open would make this one faster"),
-        line("cheaper", plan.cheaper, "nothing that is open would make this one smaller"),
+        *lines("larger", plan.larger, "nothing that is open would make this one faster"),
+        *lines("cheaper", plan.cheaper, "nothing that is open would make this one smaller"),
     ]

@@ -53,6 +53,13 @@ def test_examples_of_docstrings_run(name):
     assert result.attempted > 0
 
 
+def test_links_of_the_readme_lead_to_files():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [each for each in re.findall(r"\]\(([^)\s]+)\)", text) if not each.startswith(("http", "#"))]
+    assert "docs/results.md" in targets
+    assert [each for each in targets if not (ROOT / each.partition("#")[0]).exists()] == []
+
+
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
     pytest.importorskip("sphinx")

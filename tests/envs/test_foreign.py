@@ -181,7 +181,7 @@ def test_bad_configurations(cfg, text):
     ("library", "call", "extra"),
     [
         ("gymnasium", lambda: make_gymnasium_env("Pendulum-v1"), "gym"),
-        ("dm_control.suite", lambda: make_dm_control_env("cartpole", "swingup"), "dm_control"),
+        ("dm_control.suite", lambda: make_dm_control_env("cartpole", "swingup"), "dm-control"),
         ("mujoco", lambda: make_gymnasium_env("Hopper-v5"), "mujoco"),
     ],
 )

@@ -115,7 +115,7 @@ def test_agrees_with_gymnasium_itself(repeat):
 
 
 def test_agrees_with_dm_control_itself():
-    suite = import_mujoco_library("dm_control.suite", "dm_control")
+    suite = import_mujoco_library("dm_control.suite", "dm-control")
     env = make_env(CARTPOLE, num_envs=2, seed=3)
     actions = random_actions(env, 20)
     ours, _ = play(env, env.reset(), actions)

@@ -19,7 +19,7 @@ from pwm_torchrl import config as schema
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.groups import configs_dir, group_choices, schema_keys, user_configs_dir
-from pwm_torchrl.launch.validate import CHOICES
+from pwm_torchrl.launch.validate import CHOICES, value_of
 
 NEEDED = {
     "gymnasium": ["env.id=Walker2d-v5"],
@@ -146,7 +146,7 @@ def test_paths_are_text():
         (["env=pendlum"], ["'pendlum'", "nearest: pendulum"]),
         (["experiment=dflex_ant_48m_flowv2"], ["nearest: dflex_ant_48m_flow_v2"]),
         (["model=[mlp,flow_v1]"], ["is not a choice of model"]),
-        (["~model"], ["is not a choice of model"]),
+        (["~model"], ["'~model'", "model=CHOICE"]),
         (["algorithm.horizn=8"], ["unknown key 'algorithm.horizn'", "nearest: algorithm.horizon"]),
         (["horizon=8"], ["unknown key 'horizon'", "algorithm.horizon"]),
         (["modle=mlp"], ["unknown key 'modle'", "nearest: mode, model"]),
@@ -157,7 +157,24 @@ def test_paths_are_text():
         (["algorithm.horizon=null"], ["'null' is not an integer"]),
         (["algorithm.gamma=high"], ["'high' is not a number"]),
         (["training.video=maybe"], ["'maybe' is not true or false"]),
+        (["algorithm.horizon=8", "algorithm.horizon=abc"], ["algorithm.horizon=abc: 'abc'"]),
+        (["algorithm.horizon=abc", "algorithm.horizon=8"], ["algorithm.horizon=abc: 'abc'"]),
         (["size.units=3"], ["size.units=3", "a list of integers"]),
+        (["size.units=${seed}"], ["size.units=0", "a list of integers"]),
+        (["size.units=${algorithm.actor_betas}"], ["size.units=[0.7, 0.95]", "a list of integers"]),
+        (["algorithm.actor_betas=${seed}"], ["algorithm.actor_betas=0", "a list of numbers"]),
+        (["model.dynamics=${size}"], ["model.dynamics", "section"]),
+        (["algorithm.log_std_init=nan"], ["algorithm.log_std_init=nan", "not a number"]),
+        (["algorithm.log_std_min=-inf"], ["algorithm.log_std_min=-inf", "finite"]),
+        (["algorithm.actor_betas=[0.5,nan]"], ["algorithm.actor_betas=", "not a number"]),
+        (["algorithm.gamma=nan"], ["algorithm.gamma=nan", "not a number"]),
+        (["Model=mlp"], ["'Model'", "nearest: model"]),
+        (["model.dynamics.kind=FLW"], ["model.dynamics.kind=FLW", "nearest: flow"]),
+        (["training.steps=1.5"], ["training.steps=1.5", "not an integer"]),
+        (["training.steps=0"], ["training.steps=0", "at least 1"]),
+        (["training.steps=1e5", "training.epochs=7"], ["training.steps=100000", "training.epochs=7", "give one"]),
+        (["experiment=pretrain", "training.steps=1e5"], ["training.steps=100000", "mode=pretrain", "training.epochs"]),
+        (["experiment=extract", "training.steps=1e5"], ["training.steps=100000", "mode=extract", "training.epochs"]),
         (["algorithm.actor_betas=[a]"], ["algorithm.actor_betas", "a list of numbers"]),
         (["model.dynamics=5"], ["model.dynamics=5", "section"]),
         (["env.num_envs=many"], ["env.num_envs=many", "is not an integer"]),
@@ -197,6 +214,68 @@ def test_bad_input_is_one_clear_sentence(words, parts):
 
 
 @pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("model=MLP", "model.name", "mlp"),
+        ("size=5M", "size.name", "5m"),
+        ("env=HalfCheetah", "env.id", "HalfCheetah-v5"),
+        ("logger=WandB", "logger.kind", "wandb"),
+        ("model.reward_head=Two_Hot", "model.reward_head", "two_hot"),
+        ("training.replay_capacity=1e6", "training.replay_capacity", 1_000_000),
+        ("training.epochs=1_000", "training.epochs", 1000),
+        ("env.num_envs=1e1", "env.num_envs", 10),
+        ("training.checkpoint_minutes=inf", "training.checkpoint_minutes", float("inf")),
+    ],
+)
+def test_several_ways_of_writing_a_value(word, key, value):
+    assert value_of(compose([word]), key) == value
+
+
+@pytest.mark.parametrize("written", ["1e4", "10_000", "10000", "1.0e+4"])
+def test_a_length_in_environment_steps(written):
+    """Rounded up to whole epochs, of 8 environments and 16 steps."""
+    training = compose([f"training.steps={written}"]).training
+    assert (training.epochs, training.steps) == (79, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs"),
+    [
+        (["training.steps=256"], 2),
+        (["training.steps=257"], 3),
+        (["training.steps=1"], 1),
+        (["training.steps=80", "algorithm.collect_steps=5"], 2),
+        (["training.steps=320", "algorithm.collect_steps=5", "env=cartpole_swingup"], 4),
+        (["training.steps=320", "algorithm.collect_steps=5", "env.action_repeat=4"], 2),
+        (["training.steps=1e6", "experiment=dflex_ant_48m_flow_v2"], 489),
+    ],
+)
+def test_steps_count_every_environment_and_the_action_repeat(words, epochs):
+    assert compose(words).training.epochs == epochs
+
+
+def test_steps_of_an_environment_of_ones_own(workdir):
+    """Its action repeat is its own affair, and is asked of it."""
+    (workdir / "pwm_repeating.py").write_text(
+        "from torchrl.envs import GymEnv\n\ndef make():\n    return GymEnv('Pendulum-v1', frame_skip=3)\n"
+    )
+    config = compose(["env._target_=pwm_repeating.make", "training.steps=384", "algorithm.collect_steps=4"])
+    assert config.training.epochs == 4  # of 8 environments, 4 steps each, 3 environment steps per step
+
+
+def test_epochs_that_are_typed_win_over_steps_of_a_preset(tmp_path, monkeypatch):
+    copy = tmp_path / "configs"
+    shutil.copytree(configs_dir(), copy)
+    preset = copy / "experiment" / "long.yaml"
+    preset.write_text("# @package _global_\ntraining:\n  steps: 2560\n")
+    for module in ("compose", "groups"):
+        monkeypatch.setattr(f"pwm_torchrl.launch.{module}.configs_dir", lambda: copy)
+    assert compose(["experiment=long"]).training.epochs == 20
+    training = compose(["experiment=long", "training.epochs=7"]).training
+    assert (training.epochs, training.steps) == (7, None)
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
         (
@@ -224,6 +303,7 @@ def test_files_are_checked_as_the_command_line_is(tmp_path, monkeypatch, text, s
         (["model.dynamics.substeps=4"], "flow_v2"),
         (["model.dynamics.parameterization=tangent"], "flow_v2_tangent"),
         (["model.dynamics.kind=mlp"], "mlp"),
+        (["model.dynamics={kind: mlp}"], "mlp"),
         (["model.dynamics.condition_on_start=true"], "flow_v2"),
         (["model.dynamics.substeps=1", "model.name=mine"], "mine"),
     ],

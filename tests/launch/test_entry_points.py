@@ -17,7 +17,6 @@ from training_stub import BAD_INPUT, BUG, FAULT, NO_DISK, NO_MEMORY
 from pwm_torchrl.launch import check_env, console, evaluate, submit, train
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.groups import group_choices
-from pwm_torchrl.launch.help import _DEFAULTS
 from pwm_torchrl.launch.run_dir import prepare_run_dir
 
 SCRIPTS = Path(__file__).parents[2] / "launch"
@@ -37,7 +36,6 @@ def test_help_explains_itself(name):
         assert all(choice in done.stdout for choice in choices)
     assert done.stdout.count(f"python launch/{name}") >= 6
     assert "Powered by Hydra" not in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("name", ["evaluate.py", "report.py"])
@@ -56,16 +54,6 @@ def test_a_typo_is_a_few_lines_without_traceback(name):
     assert "nearest: flow_v2" in done.stderr
     assert len(done.stderr.splitlines()) <= 3
     assert list(Path().iterdir()) == []
-
-
-def test_help_names_the_defaults():
-    config = compose()
-    assert _DEFAULTS["model"] == config.model.name
-    assert _DEFAULTS["size"] == config.size.name
-    assert _DEFAULTS["env"] == config.env["name"]
-    assert _DEFAULTS["cluster"] == config.cluster.kind
-    assert _DEFAULTS["logger"] == config.logger.kind
-    assert _DEFAULTS["memory"] == config.memory.kind
 
 
 def test_train_runs_here_and_ends_with_the_summary(capsys):

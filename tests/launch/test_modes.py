@@ -11,8 +11,8 @@ from stored_cases import write_store
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.launch import modes
 from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.pretrain import with_experiment
 from pwm_torchrl.launch.sweep import expand
+from pwm_torchrl.launch.words import with_preset
 from pwm_torchrl.modules import WorldModelSpec, make_world_model, save_world_model
 
 TASKS = ("pendulum-swingup", "cup-catch", "cartpole-swingup")
@@ -45,7 +45,7 @@ def world_model(tmp_path_factory):
 
 class TestPretrain:
     def test_preset(self, store):
-        cfg = compose(with_experiment([f"data.path={store}", "tasks=cup-catch,pendulum-swingup"]))
+        cfg = compose(with_preset("pretrain", [f"data.path={store}", "tasks=cup-catch,pendulum-swingup"]))
         assert cfg.mode == "pretrain"
         assert cfg.tasks == "cup-catch,pendulum-swingup"
         assert (cfg.model.loss.form, cfg.model.loss.rho, cfg.algorithm.model_batch) == ("tdmpc2", 0.99, 1024)
@@ -136,7 +136,7 @@ class TestExtract:
     def test_without_the_simulator(self, words, monkeypatch):
         monkeypatch.setattr(modes.importlib.util, "find_spec", lambda name: None)
         compose([*words, "task=cup-catch"])  # it evaluates nothing
-        with pytest.raises(MissingLibraryError, match=r"pwm-torchrl\[dm_control\]"):
+        with pytest.raises(MissingLibraryError, match=r"pwm-torchrl\[dm-control\]"):
             compose([*words, "task=cup-catch", "training.eval_episodes=2"])
 
     def test_policy_networks_are_free(self, words):

@@ -81,6 +81,14 @@ def test_keys_that_change_no_result_may_differ():
     assert load_config("run").memory.model_micro_batch == 64
 
 
+def test_a_length_in_steps_is_its_length_in_epochs():
+    start("run", "training.steps=1e4")
+    assert load_config("run").training.steps == 10_000
+    assert prepare_run_dir(compose(["run_dir=run", "training.epochs=79"])).resume
+    assert prepare_run_dir(compose(["run_dir=run", "training.steps=10_001"])).resume
+    assert "training.epochs: 79 there, 80 asked for" in refusal("run_dir=run", "training.steps=10_200")
+
+
 def test_another_configuration_is_refused_with_its_keys():
     start("run", "model=mlp")
     before = Path("run/config.yaml").read_text()

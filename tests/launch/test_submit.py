@@ -16,6 +16,8 @@ from training_stub import BAD_INPUT, BUG, FAULT, KILLED, NO_DISK, NO_MEMORY, SLO
 
 pytest.importorskip("submitit")
 
+import yaml
+
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.submit import main
 
@@ -200,3 +202,22 @@ def _alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_dry_run_prints_the_configuration_last_and_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["model=mlp", "training.steps=1e4", "seed=1,2", "cluster=local", "--dryrun"]) == 0
+    out = capsys.readouterr().out
+    sections = [line for line in out.splitlines() if line.startswith("# ")]
+    assert sections == [
+        "# runs",
+        "# length of the first of 2 runs",
+        "# memory plan of model=mlp size=tiny",
+        "# submitted to: local, no sbatch",
+        "# configuration of the first of 2 runs",
+    ]
+    assert "79 epochs = 10,112 environment steps (training.steps=10,000)" in out
+    assert max(map(len, out.splitlines())) <= 80
+    shown = yaml.safe_load(out.partition(sections[-1])[2])
+    assert (shown["training"]["epochs"], shown["training"]["steps"]) == (79, 10_000)
+    assert list(Path().iterdir()) == []

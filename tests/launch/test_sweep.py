@@ -19,8 +19,28 @@ class TestExpand:
             ["seed=2", "model=mlp", "size=5m"],
         ]
 
-    def test_ranges(self):
-        assert expand(["seed=range(1,4)"]) == [["seed=1"], ["seed=2"], ["seed=3"]]
+    @pytest.mark.parametrize(
+        ("word", "values"),
+        [
+            ("seed=range(1,4)", "1 2 3"),
+            ("seed=range(2)", "0 1"),
+            ("seed=range(5,1,-2)", "5 3"),
+            ("model=choice(mlp,flow_v1)", "mlp flow_v1"),
+            ("seed=sort(3,1,2)", "1 2 3"),
+            ("model=glob(flow_*)", "flow_v1 flow_v2 flow_v3"),
+            ("model=glob(*,exclude=flow_*)", "mlp residual"),
+            ("algorithm.collect_steps=${algorithm.horizon},4", "${algorithm.horizon} 4"),
+            ("size.units=[8,8],[16]", "[8,8] [16]"),
+        ],
+    )
+    def test_hydras_sweeps(self, word, values):
+        key = word.partition("=")[0]
+        assert expand([word]) == [[f"{key}={value}"] for value in values.split()]
+
+    @pytest.mark.parametrize("word", ["model=glob(x*)", "seed=glob(*)"])
+    def test_a_glob_that_matches_nothing(self, word):
+        with pytest.raises(ConfigurationError, match="matches nothing"):
+            expand([word])
 
     @pytest.mark.parametrize("word", ["size.units=[8,8]", "run_dir=a,b", "runs_dir=/x,y", "--help", "seed", "a=b=c("])
     def test_what_is_no_sweep_stays(self, word):
@@ -44,8 +64,14 @@ class TestComposed:
         assert runs[1].words == ["seed=1", "model=residual"]
 
     def test_one_directory_is_not_for_several_runs(self):
-        with pytest.raises(ConfigurationError, match="run_dir=x is one directory, and this command starts 2 runs"):
+        with pytest.raises(ConfigurationError, match=r"run_dir=x is one directory, and .* 2 runs"):
             compose_all(["seed=1,2", "run_dir=x"])
+
+    def test_a_directory_for_each_of_several_runs(self):
+        runs = compose_all(["run_dir=x/${model.name}_s${seed}", "seed=1,2", "model=mlp"])
+        assert [run.config.run_dir for run in runs] == ["x/mlp_s1", "x/mlp_s2"]
+        with pytest.raises(ConfigurationError, match=r"run_dir=x/s1 is one directory"):
+            compose_all(["run_dir=x/s${seed}", "seed=1,2", "model=mlp,flow_v1"])
 
     def test_the_first_mistake_stops_all(self):
         with pytest.raises(ConfigurationError, match="'flwo' is not a choice of model"):

@@ -38,8 +38,8 @@ class TaskInfo:
             Defaults to ``"return"``.
         score_range (tuple of float): the value that counts 0 and the one that counts 1 when scores of several tasks
             are averaged. Defaults to ``(0.0, 1000.0)``.
-        extra (str): the package's extra that installs its simulator, named like the library; empty if it needs none.
-            Defaults to ``""``.
+        extra (str): the package's extra that installs its simulator, the library's name with hyphens; empty if it needs
+            none. Defaults to ``""``.
         terminates (bool): whether an episode can end otherwise than by its length. Defaults to ``False``.
     """
 

@@ -71,7 +71,7 @@ for _name, _domain, _task, _observation, _action, _maker in _DM_CONTROL:
             _maker,
             _arguments,
             action_repeat=_ACTION_REPEAT,
-            extra="dm_control",
+            extra="dm-control",
         )
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from pwm_torchrl.errors import ConfigurationError
@@ -14,6 +15,23 @@ from pwm_torchrl.own_code import locate
 KINDS = ("mlp", "residual", "flow")
 PARAMETERIZATIONS = ("residual_endpoint", "tangent", "simnorm_velocity")
 SOLVERS = ("euler", "heun")
+
+#: The class of each kind, and of each parameterisation of a flow.
+CLASSES: dict[tuple[str, str | None], type[Dynamics]] = {
+    ("mlp", None): MLPDynamics,
+    ("residual", None): ResidualDynamics,
+    ("flow", "residual_endpoint"): ResidualEndpointFlow,
+    ("flow", "tangent"): TangentFlow,
+    ("flow", "simnorm_velocity"): SimNormVelocityFlow,
+}
+#: What every kind is made with, those of one's own among them.
+COMMON = ("latent_dim", "action_dim", "task_dim", "units", "simnorm_dim")
+
+
+def options_of(kind: str, parameterization: str | None = None) -> list[str]:
+    """Options of :func:`make_dynamics` that a kind takes beside the common ones; those of its class's signature."""
+    own = [name for name in inspect.signature(CLASSES[kind, parameterization]).parameters if name not in COMMON]
+    return ["parameterization", *own] if parameterization is not None else own
 
 
 def _choice(key: str, value: str, accepted: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ def test_says_when_it_cannot_tell():
 @pytest.mark.tasks
 def test_the_pendulum_of_dm_control():
     pytest.importorskip("dm_control")
-    suite = import_mujoco_library("dm_control.suite", "dm_control")
+    suite = import_mujoco_library("dm_control.suite", "dm-control")
     env, rng, data = suite.load("pendulum", "swingup", task_kwargs={"random": 0}), np.random.RandomState(0), []
 
     def flat(step):

@@ -220,10 +220,13 @@ def test_facts_need_no_simulator(absent):
     assert (facts.observation_dim, facts.action_dim, facts.episode_length, facts.num_envs) == (24, 5, 500, 7)
 
 
-@pytest.mark.parametrize(("task", "library"), [("cup-catch", "dm_control"), ("mw-reach", "metaworld")])
-def test_without_its_simulator(absent, task, library):
+@pytest.mark.parametrize(
+    ("task", "library", "extra"), [("cup-catch", "dm_control", "dm-control"), ("mw-reach", "metaworld", "metaworld")]
+)
+def test_without_its_simulator(absent, task, library, extra):
     absent(library)
-    with pytest.raises(MissingLibraryError, match=rf"pwm-torchrl\[{library}\]"):
+    assert task_info(task).extra == extra
+    with pytest.raises(MissingLibraryError, match=rf"pwm-torchrl\[{extra}\]"):
         make_task_env(task)
 
 
