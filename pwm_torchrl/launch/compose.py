@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pwm_torchrl.config import MISSING, Config
+from pwm_torchrl.config import MISSING, RENAMED_KEYS, Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.explain import check_types, explain
 from pwm_torchrl.launch.groups import (
@@ -40,6 +40,7 @@ from pwm_torchrl.launch.validate import CHOICES, INTEGERS_OF_ENV, validate
 from pwm_torchrl.launch.validate_cluster import read_time
 from pwm_torchrl.launch.words import instead_of_hydras, option_hint, unknown_option
 from pwm_torchrl.own_code import make_cwd_importable
+from pwm_torchrl.training.progress import warn
 
 __all__ = ["as_yaml", "compose", "compose_unchecked"]
 
@@ -49,6 +50,8 @@ _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueE
 
 #: Keys whose values are paths: text, whatever Hydra's grammar makes of their blanks, brackets, commas and equal signs.
 PATHS = ("run_dir", "runs_dir", "world_model", "data.path", "data.scratch_dir")
+
+_TOLD: set[str] = set()  # keys of earlier versions whose new names were told
 
 _SYSTEMS = {"heun_k2": "flow_v1", "heun_k4": "flow_v2", "euler_k8": "flow_v3"}
 
@@ -74,7 +77,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             (with the nearest ones), wrong types, missing values, values out of range.
     """
     make_cwd_importable()
-    parsed = [_parse(word) for word in overrides]
+    parsed = [_parse(word) for each in overrides for word in renamed(each)]
     _check_names(parsed)
     words = [*_profile_words(parsed), *_env_words(parsed)]
     resolved = _to_config(_compose(words, parsed))
@@ -92,7 +95,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def compose_unchecked(overrides: Sequence[str]) -> Config:
     """The configuration of some words without checks of what they mean together, to find out what a sweep is over."""
     make_cwd_importable()
-    parsed = [_parse(word) for word in overrides]
+    parsed = [_parse(word) for each in overrides for word in renamed(each)]
     _check_names(parsed)
     return _to_config(_compose([*_profile_words(parsed), *_env_words(parsed)], parsed))
 
@@ -137,6 +140,19 @@ def _parse(word: str) -> Override:
         if exact is not None and exact != value:
             return _read(f"{word.partition('=')[0]}={exact}")  # size=5M
     return override
+
+
+def renamed(word: str) -> list[str]:
+    """A word with the present names of its key; a key of earlier versions is accepted, and its new name told once."""
+    written, equal, value = word.partition("=")
+    sign = written[: len(written) - len(written.lstrip("+"))]
+    now = RENAMED_KEYS.get(written[len(sign) :])
+    if now is None or not equal:
+        return [word]
+    if written not in _TOLD:
+        _TOLD.add(written)
+        warn(f"{written[len(sign) :]} is called {' and '.join(now)} now")
+    return [f"{sign}{key}={value}" for key in now]
 
 
 def _is_integer(key: str) -> bool:

@@ -16,6 +16,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 
 from pwm_torchrl import config as schema
+from pwm_torchrl.config import RENAMED_KEYS
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.groups import configs_dir, group_choices, schema_keys, user_configs_dir
@@ -401,3 +402,19 @@ def test_torchrls_entries_are_no_schema_of_ours():
     assert configs.CSVLoggerConfig is not None
     assert compose(["logger=csv"]).logger.kind == "csv"
     assert "csv.yaml" in ConfigStore.instance().repo["logger"]
+
+
+class TestEarlierKeys:
+    def test_are_accepted_and_their_new_names_told(self, capsys, monkeypatch):
+        monkeypatch.setattr("pwm_torchrl.launch.compose._TOLD", set())
+        config = compose(["algorithm.policy_updates=5", "algorithm.policy_betas=[0.5,0.9]"])
+        assert config.algorithm.actor_updates == 5
+        assert config.algorithm.actor_betas == config.algorithm.critic_betas == [0.5, 0.9]
+        told = capsys.readouterr().err
+        assert "algorithm.policy_updates is called algorithm.actor_updates now" in told
+        assert "algorithm.actor_betas and algorithm.critic_betas" in told
+
+    def test_every_new_name_is_a_key(self):
+        for old, now in RENAMED_KEYS.items():
+            assert old not in schema_keys()
+            assert set(now) <= schema_keys().keys()
