@@ -237,20 +237,20 @@ class Config:
 
 #: Keys of earlier versions and those that took their place; command lines and the files of earlier runs may have them.
 RENAMED_KEYS: dict[str, tuple[str, ...]] = {
-    "algorithm.actor_batch": ("algorithm.actor_batch",),
-    "algorithm.actor_updates": ("algorithm.actor_updates",),
-    "algorithm.actor_starts": ("algorithm.actor_starts",),
-    "algorithm.actor_betas": ("algorithm.actor_betas", "algorithm.critic_betas"),
-    "memory.actor_micro_batch": ("memory.actor_micro_batch",),
+    "algorithm.imagination_batch": ("algorithm.actor_batch",),
+    "algorithm.policy_updates": ("algorithm.actor_updates",),
+    "algorithm.policy_starts": ("algorithm.actor_starts",),
+    "algorithm.policy_betas": ("algorithm.actor_betas", "algorithm.critic_betas"),
+    "memory.imagination_micro_batch": ("memory.actor_micro_batch",),
 }
 
 #: Metrics of earlier versions and their present names.
 RENAMED_METRICS = {
-    "loss/critic": "loss/critic",
-    "grad_norm/critic": "grad_norm/critic",
-    "lr/model": "lr/model",
-    "lr/critic": "lr/critic",
-    "memory/actor_micro_batch": "memory/actor_micro_batch",
+    "loss/value": "loss/critic",
+    "grad_norm/value": "grad_norm/critic",
+    "lr/world_model": "lr/model",
+    "lr/critics": "lr/critic",
+    "memory/imagination_micro_batch": "memory/actor_micro_batch",
 }
 
 

@@ -131,7 +131,7 @@ class TestActorLoss:
         loss.return_statistics.load_state_dict(before)
         found, (same_losses, same_rollout), same_generator = after(lambda: loss.backward(start, size), networks.actor)
         assert_same(expected, found)
-        assert no_gradients(networks.model, networks.critic)
+        assert no_gradients(networks.model, networks.critics)
         assert torch.equal(generator, same_generator)
         assert loss.return_statistics.count == before["count"] + (B if normalize else 0), "updated once, with all of it"
         for key, value in loss.return_statistics.state_dict().items():
@@ -168,7 +168,7 @@ class TestActorLoss:
 
         networks, actor = Networks(dtype=torch.float64), Sum()
         module = TensorDictModule(actor, in_keys=["latent"], out_keys=["loc", "scale"])
-        loss = PWMActorLoss(module, world_model_module(networks.model), value_module(networks.critic), horizon=H)
+        loss = PWMActorLoss(module, world_model_module(networks.model), value_module(networks.critics), horizon=H)
         start = networks.start()
         expected, _, _ = after(lambda: loss.rollout_and_loss(start)[0]["loss_actor"].backward(), actor)
         found, _, _ = after(lambda: loss.backward(start, size), actor)
@@ -295,7 +295,7 @@ class TestReductions:
             return PWMModelLoss(networks.model, reduction=reduction), data, networks.model
         states = networks.start()
         states["value_target"] = torch.randn(B, 1, dtype=torch.float64)
-        return PWMValueLoss(networks.critic, reduction=reduction), states, networks.critic
+        return PWMValueLoss(networks.critics, reduction=reduction), states, networks.critics
 
     def test_a_sum_has_the_sums_gradients(self, kind: str, size: int | None) -> None:
         (loss, data, network), (other, _, same) = self.make(kind, "sum"), self.make(kind, "sum")

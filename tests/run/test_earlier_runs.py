@@ -33,7 +33,7 @@ def test_its_keys_have_their_present_names(run):
 def test_its_metrics_have_their_present_names(run):
     metrics = read_metrics(run / "metrics.csv")
     assert {"loss/model", "loss/actor", "loss/critic", "lr/critic", "grad_norm/critic"} <= metrics.keys()
-    assert "loss/critic" not in metrics
+    assert "loss/value" not in metrics
 
 
 def test_its_policy_acts(run):
