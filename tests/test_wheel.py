@@ -235,7 +235,7 @@ def test_commands_explain_themselves_by_their_names(installed, command):
 
 
 def test_from_a_plan_to_a_report(installed):
-    assert "imagination" in installed("pwm-plan", *SHORT)
+    assert "memory.actor_micro_batch" in installed("pwm-plan", *SHORT)
     out = installed("pwm-train", *SHORT, "run_dir=first")
     assert "finished" in out.splitlines()[-1]
     readme = (installed.folder / "first" / "README.md").read_text(encoding="utf-8")

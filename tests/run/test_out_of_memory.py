@@ -88,7 +88,7 @@ class TestGivingUp:
         )
         assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 4, True)
         assert sizes == [BATCH[update]] * (4 - after), "what never worked is not kept"
-        assert summary["agent_steps"] == parts.replay.collected == 4 * 8
+        assert summary["agent_steps"] == parts.source.samples.collected == 4 * 8
         assert_equal(weights_of(parts), weights_of(whole))
         assert rows_of(run_dir) == rows_of(tmp_path / "whole")
 
