@@ -166,8 +166,8 @@ def watch(run: Run, readings: Readings, leak: bool, settle: bool) -> None:
     """Have every epoch of a run end with a reading, and with a leak on request."""
     save, update, history = run.loop.save_if_due, run.loop.update, []
 
-    def save_and_read() -> None:  # the last thing that an epoch does
-        save()
+    def save_and_read(stopping: bool) -> None:  # the last thing that an epoch does
+        save(stopping)
         epoch = run.loop.epoch
         if settle and epoch == readings.warm_up:
             settle_interned_strings()

@@ -26,6 +26,8 @@ __all__ = ["OpenEnv"]
 SHIELDED = (signal.SIGINT, signal.SIGTERM)
 #: Seconds that an environment has to close before its workers are killed.
 CLOSE_S = 5.0
+#: Seconds by which exit codes may be behind the pipe that a dying worker broke.
+DEATH_S = 0.2
 
 
 class OpenEnv:
@@ -78,8 +80,9 @@ class OpenEnv:
         try:
             yield
         except Exception as error:
+            deadline = time.monotonic() + DEATH_S
             for index, worker in enumerate(self.workers):
-                if _has_died(worker):
+                if _has_died(worker, max(0.0, deadline - time.monotonic())):
                     raise EnvironmentFault(
                         self.name,
                         f"its worker process {worker.pid} has ended with exit code {worker.exitcode}",
@@ -127,8 +130,8 @@ class OpenEnv:
         self.workers = []
 
 
-def _has_died(worker: BaseProcess, patience_s: float = 0.2) -> bool:
-    """Whether a process has ended by itself; its exit code may be a moment behind the pipe that it broke."""
+def _has_died(worker: BaseProcess, patience_s: float) -> bool:
+    """Whether a process has ended by itself."""
     try:
         worker.join(patience_s)
         return worker.exitcode is not None

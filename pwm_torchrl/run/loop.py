@@ -125,8 +125,9 @@ class Loop:
                 if self.phase == UPDATE:
                     self.update()
                 self.finish()
-                self.save_if_due()
-                if self.stop.reason is not None or self.alarm is not None:
+                stopping = self.stop.reason is not None or self.alarm is not None
+                self.save_if_due(stopping)
+                if stopping:  # as it was known when it was saved: what is asked since stops the next epoch
                     self.stop.reached.set()
                     break
         except StopInEpoch:
@@ -248,14 +249,14 @@ class Loop:
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def save_if_due(self) -> None:
-        """Save a checkpoint if the epoch is due, the last, the one of a stop, or the best so far.
+    def save_if_due(self, stopping: bool) -> None:
+        """Save a checkpoint if the epoch is due, the last, the best so far, or the run is ``stopping``.
 
         Raises:
             StorageFault: if the disk does not take it; those before it stay.
         """
         t = self.cfg.training
-        due = self.over or self.stop.reason is not None or self.alarm is not None
+        due = self.over or stopping
         due |= t.checkpoint_every > 0 and self.epoch % t.checkpoint_every == 0
         due |= t.checkpoint_minutes > 0 and time.monotonic() - self.saved_at >= 60 * t.checkpoint_minutes
         if self.measured is not None and self.measured > self.best:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from training_cases import CARTPOLE, PENDULUM, config, rows_of, run_with, stop_after
+from training_cases import CARTPOLE, PENDULUM, assert_equal, config, rows_of, run_with, stop_after, weights_of
 
 from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.run.evaluation import PolicyEvaluation
@@ -79,6 +79,25 @@ class TestPhases:
             during_epoch=lambda run: collected.append((run.loop.epoch, len(run.source.samples))),
         )
         assert collected == [(2, 24), (3, 32)]
+
+    def test_a_stop_that_is_asked_for_when_nothing_is_saved_any_more(self, tmp_path, monkeypatch):
+        """Between the end of an epoch without a checkpoint and the next one: the next one saves."""
+        cfg = config({"training.checkpoint_every": 0, "training.eval_every": 4})
+        _, whole = run_with(monkeypatch, cfg, tmp_path / "whole")
+        save_if_due = Loop.save_if_due
+
+        def interrupted(self, stopping):
+            save_if_due(self, stopping)
+            if self.epoch == 2:
+                self.stop.ask("test")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "save_if_due", interrupted)
+            summary, stopped = run_with(patch, cfg, tmp_path / "parts")
+        assert (summary["status"], summary["epochs_done"]) == ("stopped", 2)
+        assert stopped.loop.record.store.latest().name == "checkpoint-000002-inside"
+        _, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
+        assert_equal(weights_of(parts), weights_of(whole))
 
 
 class TestRow:

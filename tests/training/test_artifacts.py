@@ -76,7 +76,7 @@ class TestCurves:
         assert ("Actor loss" in titles) is not validates
         assert ("Errors on held-out episodes, open loop" in titles) is validates
         assert {axis.get_xlabel() for axis in picture.axes} == {"epochs"}
-        model = picture.axes[titles.index("World-model losses")]
+        model = picture.axes[titles.index("Model losses")]
         assert model.lines[0].get_xdata().tolist() == [1, 2, 3, 4]
 
     def test_copes_with_missing_columns_and_values(self, tmp_path):

@@ -169,7 +169,7 @@ class TestGraphCheck:
 class TestRun:
     """Every test's run is checked: ``config()`` switches it on."""
 
-    @pytest.mark.parametrize("place", ["during_epoch", "after_epoch"])
+    @pytest.mark.parametrize("place", ["before the updates", "when it is logged"])
     @pytest.mark.parametrize("kind", ["mlp", "flow"])
     def test_a_meter_that_keeps_its_loss_ends_the_first_epoch(self, place, kind, tmp_path, monkeypatch):
         history = []
@@ -178,8 +178,13 @@ class TestRun:
             losses = run.algorithm.losses.model(run.source.samples.sample_slices(4))
             history.append(losses["loss_reward"])
 
+        def keep_later(run):
+            log = run.loop.log
+            run.loop.log = lambda numbers: (log(numbers), keep(run))
+
+        hook = keep if place == "before the updates" else keep_later
         with pytest.raises(GraphLeak, match=r"^epoch 1 left \d+ more live autograd nodes .* held by a list of 1"):
-            run_with(monkeypatch, config({"model.dynamics.kind": kind}), tmp_path, **{place: keep})
+            run_with(monkeypatch, config({"model.dynamics.kind": kind}), tmp_path, during_epoch=hook)
         assert len(history) == 1
         assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
 

@@ -66,7 +66,7 @@ def test_trains_two_epochs_in_micro_batches(size: str, model: str, tmp_path: Pat
     summary = train(cfg, tmp_path)
     assert (summary["status"], summary["epochs_done"]) == ("finished", 2)
     columns = read_metrics(tmp_path / "metrics.csv")
-    assert all(math.isfinite(columns[f"loss/{name}"][-1]) for name in ("model", "actor", "value"))
+    assert all(math.isfinite(columns[f"loss/{name}"][-1]) for name in ("model", "actor", "critic"))
     networks = load_networks(tmp_path)[1]
     expected = {"5m": 1_469_953, "48m": 18_489_089}[size]
     model_only = networks.model
