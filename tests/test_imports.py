@@ -35,7 +35,7 @@ SINGLE = {
 #: What looks at memory while a run trains; it imports nothing of ours.
 WATCHER = ("units", "processes", "cgroups", "gpus", "budget", "readings", "watch", "guard")
 HEAVY = {"torch", "torchrl", "tensordict", "hydra", "omegaconf", "gymnasium", "dm_control", "mujoco", "matplotlib",
-         "wandb", "tensorboard", "submitit", "tqdm", "numpy"}  # fmt: skip
+         "wandb", "tensorboard", "submitit", "tqdm", "rich", "numpy"}  # fmt: skip
 
 
 def loaded_by(statement: str) -> set[str]:

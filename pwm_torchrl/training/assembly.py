@@ -13,6 +13,7 @@ from pwm_torchrl.data import TrajectoryReplay, steps_since_checkpoint
 from pwm_torchrl.envs import EnvInfo, env_info, make_env
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale, policy_module
+from pwm_torchrl.terminal import say
 from pwm_torchrl.training.artifacts import write_video
 from pwm_torchrl.training.base_run import BaseRun
 from pwm_torchrl.training.build import Networks, build_learners, build_losses, build_networks
@@ -21,7 +22,6 @@ from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.devices import pick_device
 from pwm_torchrl.training.evaluation import acting_on, film, play, random_action
 from pwm_torchrl.training.policy_observer import OnlineObserver
-from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.seeding import evaluation_env_seed, training_env_seed
 from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
 
@@ -54,7 +54,8 @@ class PolicyRun(BaseRun):
     def prelude(self) -> None:
         """The return of random actions, once in the life of a run."""
         if self.eval_env is not None and self.summary.random_return is None:
-            returns = self.play(random_action(self.eval_env), self.stop.check)
+            with self.progress.phase("evaluating random actions"):
+                returns = self.play(random_action(self.eval_env), self.stop.check)
             self.summary.random_return = float(returns.mean())
 
     def draw(self) -> None:
@@ -71,9 +72,11 @@ class PolicyRun(BaseRun):
     def write_video(self) -> None:
         """Film one deterministic episode."""
         try:
-            env = self._evaluation_env(1, render=True)
+            with self.progress.phase("opening the environment to film", forks=True):
+                env = self._evaluation_env(1, render=True)
             fps = 30.0 / max(1, self.info.action_repeat)
-            write_video(self.run_dir, film(env, self.act, evaluation_env_seed(self.cfg.seed)), fps)
+            with self.progress.phase("filming an episode"):
+                write_video(self.run_dir, film(env, self.act, evaluation_env_seed(self.cfg.seed)), fps)
             env.close()
         except Exception as error:  # noqa: BLE001 - whatever a renderer or an encoder raises, the run has finished
             say(f"no video: {' '.join(str(error).split()) or type(error).__name__}")
@@ -81,6 +84,8 @@ class PolicyRun(BaseRun):
 
 class Run(PolicyRun):
     """A run that collects in an environment."""
+
+    opening = "opening the environments"
 
     def open(self) -> EnvInfo:
         """Make the environments."""
@@ -105,6 +110,7 @@ class Run(PolicyRun):
         cfg, a, t = self.cfg, self.cfg.algorithm, self.cfg.training
         steps = a.collect_steps or a.horizon
         collector = ResumableCollector(self.env, self.policy, steps, a.random_steps, self.device, self.env_device)
+        collector.progress = self.progress
         self.replay = TrajectoryReplay(
             t.replay_capacity,
             self.info.num_envs,

@@ -12,6 +12,7 @@ from torchrl.checkpoint import Checkpoint
 
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, OutOfMemory, StorageFault
+from pwm_torchrl.terminal import Progress, say, warn
 from pwm_torchrl.training.artifacts import write_curves
 from pwm_torchrl.training.build import Learner, ModelNetworks
 from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
@@ -29,7 +30,6 @@ from pwm_torchrl.training.loggers import close_logger, make_logger
 from pwm_torchrl.training.memory_plan import RunPlan
 from pwm_torchrl.training.model_stepper import ModelStepper
 from pwm_torchrl.training.observer import Observer
-from pwm_torchrl.training.progress import say, warn
 from pwm_torchrl.training.run_readme import write_run_readme
 from pwm_torchrl.training.seeding import RunRNGState, seed_everything
 from pwm_torchrl.training.state_files import AllocatedStateAdapter
@@ -50,8 +50,10 @@ class BaseRun:
         resume (bool): whether it continues an earlier attempt. Defaults to ``False``.
         stop (StopRequest, optional): asks it to stop at its next step. Defaults to ``None``: nobody does.
         ranks (Ranks, optional): processes that share its updates. Defaults to ``None``, this one alone.
+        progress (Progress, optional): is told what the run does. Defaults to ``None``: nothing is shown.
     """
 
+    opening: str  # what :meth:`open` does, in words
     networks: ModelNetworks
     observer: Observer
     trainer: PWMTrainer
@@ -65,16 +67,21 @@ class BaseRun:
         resume: bool = False,
         stop: StopRequest | None = None,
         ranks: Ranks | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.cfg, self.run_dir, self.summary, self.claim, self.ranks = cfg, run_dir, summary, claim, ranks
         self.stop = stop or StopRequest()
+        self.progress = progress or Progress()
         set_threads(cfg.training.threads)
         self.device = pick_device(cfg.device)
         seed_everything(cfg.seed)
-        self.info: EnvInfo = self.open()
-        self.memory_plan = RunPlan(cfg, self.info, self.device, run_dir, resume)
+        with self.progress.phase(self.opening, forks=True):
+            self.info: EnvInfo = self.open()
+        with self.progress.phase("planning memory"):
+            self.memory_plan = RunPlan(cfg, self.info, self.device, run_dir, resume)
         self.cfg = self.memory_plan.plan.applied(cfg)
-        self.build()
+        with self.progress.phase("building the networks", forks=True):
+            self.build()
         self.assemble()
 
     def open(self) -> EnvInfo:
@@ -107,7 +114,7 @@ class BaseRun:
     ) -> None:
         """The trainer around ``source``, and the components of its checkpoints, ``more`` among them."""
         t = self.cfg.training
-        stepper.stop = self.stop
+        stepper.stop, stepper.progress = self.stop, self.progress
         self.store = CheckpointStore(self.run_dir, max(1, t.keep_checkpoints), self.claim)
         self.observer = observer
         self.trainer = PWMTrainer(
@@ -124,6 +131,7 @@ class BaseRun:
         )
         self.trainer.register_op("batch_process", observer.receive)
         observer.trainer = self.trainer
+        self.trainer.progress = self.progress
         self.components: dict[str, Any] = {
             # What is not trained is not saved: it is where it was read from.
             **{name: network for name, network in self.networks.items() if name in learners},
@@ -169,7 +177,8 @@ class BaseRun:
 
     def execute(self, resume: bool) -> str:
         """Train to the end or to a stop; returns the status."""
-        restored = resume and self.restore()
+        with self.progress.phase("reading the checkpoint"):
+            restored = resume and self.restore()
         failpoint("resume.restored" if restored else "start.built")
         write_event(self.run_dir, "resume" if restored else "start", epoch=self.trainer.epoch)
         if not restored:
@@ -222,7 +231,8 @@ class BaseRun:
     def draw(self) -> None:
         """Curves; a machine that cannot draw gets a sentence, not a failed run."""
         try:
-            write_curves(self.run_dir)
+            with self.progress.phase("drawing the curves"):
+                write_curves(self.run_dir)
         except ConfigurationError as error:
             say(f"no curves: {error}")
 

@@ -19,8 +19,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from pwm_torchrl.errors import RankFault, status_of
+from pwm_torchrl.terminal import warn
 from pwm_torchrl.training.parcels import COMMON, ROWS, Layout
-from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.ranks import Place, find_place
 from pwm_torchrl.training.recovery import is_out_of_memory
 

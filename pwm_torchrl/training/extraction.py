@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.tasks import task_info
+from pwm_torchrl.terminal import warn
 from pwm_torchrl.training.assembly import PolicyRun
 from pwm_torchrl.training.build import build_learners, build_losses
 from pwm_torchrl.training.devices import pick_device
@@ -17,7 +18,6 @@ from pwm_torchrl.training.metrics import MetricRow
 from pwm_torchrl.training.model_stepper import ModelStepper
 from pwm_torchrl.training.offline import extraction_facts, open_store, pin_world_model
 from pwm_torchrl.training.policy_observer import PolicyObserver
-from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.stepper import PWMStepper
 from pwm_torchrl.training.stored import StoredEpochs, StoredSamples
 
@@ -27,6 +27,8 @@ COLLAPSED = 0.1
 
 class ExtractRun(PolicyRun):
     """Policy extraction."""
+
+    opening = "opening the stored episodes"
 
     def open(self) -> EnvInfo:
         """Open the store; world model, store and registry have to agree on the task."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from pwm_torchrl.data.files import is_storage_error, storage_faults
 from pwm_torchrl.errors import OutOfMemory, StorageFault, is_ours, status_of
+from pwm_torchrl.terminal import warn
 from pwm_torchrl.training.events import write_event
-from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.recovery import is_out_of_memory
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pwm_torchrl.training.progress import say
+from pwm_torchrl.terminal import say_after_interrupt
 from pwm_torchrl.training.trainer import PWMTrainer
 
 
@@ -21,7 +21,7 @@ def stop_on_interrupt(trainer: PWMTrainer) -> Iterator[None]:
     def stop(signum: int, frame: object) -> None:
         trainer.request_stop("interrupted")
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("\nstopping after this epoch ...")
+        say_after_interrupt("stopping after this epoch ...")
 
     before = signal.signal(signal.SIGINT, stop)
     try:

@@ -20,9 +20,9 @@ from pwm_torchrl.memory.predict import DEVICE, HOST, Choices
 from pwm_torchrl.memory.processes import read_process
 from pwm_torchrl.memory.table import plan_table
 from pwm_torchrl.memory.units import format_bytes
+from pwm_torchrl.terminal import warn
 from pwm_torchrl.training.artifacts import swap_in
 from pwm_torchrl.training.config import Config
-from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.summary import peak_device_bytes
 
 PLAN_FILE = "memory_plan.json"

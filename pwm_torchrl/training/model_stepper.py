@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.trainers.trainers import OptimizationStepper, Trainer
 
 from pwm_torchrl.modules import RewardScale
+from pwm_torchrl.terminal import Progress
 from pwm_torchrl.training.build import EnvFacts, Learner, ModelLosses, ModelNetworks
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.distributed import Ranks
@@ -123,6 +124,7 @@ class ModelStepper(OptimizationStepper):
         self.work: EpochWork | None = None  # of an epoch in progress
         self.made = 0  # updates of this process
         self.stop = StopRequest()
+        self.progress = Progress()
 
     def step(self, trainer: Trainer | None, sub_batch: TensorDictBase) -> TensorDictBase:
         """Run one epoch's updates after collecting ``sub_batch`` ``[N, T]``; returns detached scalars.
@@ -161,11 +163,13 @@ class ModelStepper(OptimizationStepper):
 
     def make_updates(self, work: EpochWork, sub_batch: TensorDictBase) -> None:
         """Do what is left, one update at a time."""
-        while work.model_updates:
-            self.stop.check()
-            self.update_model(work.row)
-            work.model_updates -= 1
-            self.made += 1
+        with self.progress.phase("fitting the model", work.model_updates) as count:
+            while work.model_updates:
+                self.stop.check()
+                self.update_model(work.row)
+                work.model_updates -= 1
+                self.made += 1
+                count()
 
     def update_model(self, row: MetricRow) -> None:
         """One world-model update on replayed slices."""

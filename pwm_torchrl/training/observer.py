@@ -13,7 +13,6 @@ from pwm_torchrl.errors import DivergenceError
 from pwm_torchrl.memory.guard import Alarm
 from pwm_torchrl.training.metrics import CsvMetrics, MetricRow
 from pwm_torchrl.training.model_stepper import ModelStepper
-from pwm_torchrl.training.progress import Progress
 from pwm_torchrl.training.run_memory import RunMemory
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class Observer:
     """
 
     trainer: PWMTrainer
-    progress: Progress
+    evaluating = "evaluating"  # what :meth:`evaluate` does, in words
 
     def __init__(self, run: BaseRun, stepper: ModelStepper) -> None:
         self.run, self.stepper = run, stepper
@@ -53,12 +52,15 @@ class Observer:
         """Measure gradients, into ``row``."""
 
     def open(self, restored: bool) -> None:
-        """Drop metric rows that the run will write again, and start the progress display."""
+        """Drop metric rows that the run will write again, and tell how far the run has come."""
         self.csv.truncate(self.trainer.logged_epoch if restored else 0)
         self.run.summary.resume_exact &= self.trainer.collector.resumed_exactly
-        t = self.run.cfg.training
-        steps = self.trainer.steps_per_epoch
-        self.progress = Progress(t.epochs, self.trainer.logged_epoch, steps, t.progress)
+        trainer, summary = self.trainer, self.run.summary
+        all_steps = trainer.total_frames if trainer.steps_per_epoch else 0
+        values = {"return": summary.final_return, "best": summary.peak_return, "validation": summary.validation_loss}
+        self.run.progress.begin(
+            self.run.cfg.training.epochs, trainer.logged_epoch, trainer.env_steps, all_steps, known(values)
+        )
         self.epoch_started = time.monotonic()
 
     def finish_epoch(self, epoch: int, row: MetricRow) -> None:
@@ -68,7 +70,8 @@ class Observer:
         # A diverged policy is not evaluated: the environment would be blamed for its actions.
         healthy = not_finite(row.numbers()) is None
         if healthy and (due or self.trainer._stop_training):
-            self.evaluate(row)
+            with self.run.progress.phase(self.evaluating):
+                self.evaluate(row)
         profiled = t.gradient_profile_every and epoch % t.gradient_profile_every == 0
         if healthy and profiled and self.stepper.updated:
             self.profile(row)
@@ -108,14 +111,18 @@ class Observer:
         if self.logger is not None:
             for name, value in {**heads, **numbers}.items():
                 self.logger.log_scalar(name, value, step=self.trainer.log_step)
+        trained = numbers.get("train/return")
         shown = {
-            "return": numbers.get("eval/return_mean", numbers.get("train/return")),
-            "validation": numbers.get("validation/loss"),
-            "model": numbers.get("loss/model"),
-            "actor": numbers.get("loss/actor"),
-            "value": numbers.get("loss/value"),
+            # Evaluations are with the policy's mean, training with its noise: once there is one, that is the return.
+            "return": summary.final_return if summary.final_return is not None else trained,
+            "best": summary.peak_return,
+            "validation": summary.validation_loss,
+            "training return": trained if summary.final_return is not None else None,
+            "model loss": numbers.get("loss/model"),
+            "actor loss": numbers.get("loss/actor"),
+            "critic loss": numbers.get("loss/value"),
         }
-        self.progress.update(epoch, {k: v for k, v in shown.items() if v is not None})
+        self.run.progress.epoch(epoch, self.trainer.env_steps, known(shown), typical=self.stepper.updated)
         bad = not_finite(numbers)
         if bad is not None:
             raise DivergenceError(
@@ -124,10 +131,14 @@ class Observer:
             )
 
     def close(self) -> None:
-        """Close the metrics file and the progress display; training is over."""
+        """Close the metrics file; training is over."""
         self.run.summary.own_bytes = self.memory.peak_own
         self.csv.close()
-        self.progress.close()
+
+
+def known(values: dict[str, float | None]) -> dict[str, float]:
+    """Those of some values that there are."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def not_finite(numbers: dict[str, float]) -> str | None:

@@ -55,6 +55,8 @@ def labels_of(cfg: Config) -> dict[str, Any]:
 class PretrainRun(BaseRun):
     """Pre-training."""
 
+    opening = "opening the stored episodes"
+
     def open(self) -> EnvInfo:
         """Open the store, a copy of it on the node's disk if the configuration says so."""
         self.episodes = open_store(self.cfg, staged=True)
@@ -135,6 +137,7 @@ class PretrainObserver(Observer):
     """
 
     run: PretrainRun
+    evaluating = "validating"
 
     def __init__(self, run: PretrainRun, stepper: ModelStepper, validation: Validation) -> None:
         super().__init__(run, stepper)

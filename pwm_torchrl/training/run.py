@@ -9,6 +9,7 @@ from typing import Any
 
 from pwm_torchrl.data.files import Reserve
 from pwm_torchrl.errors import ConfigurationError, status_of
+from pwm_torchrl.terminal import Progress, warn
 from pwm_torchrl.training.assembly import Run
 from pwm_torchrl.training.base_run import BaseRun
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
@@ -21,7 +22,6 @@ from pwm_torchrl.training.extraction import ExtractRun
 from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.faults import named
 from pwm_torchrl.training.pretraining import PretrainRun
-from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.replica import check_device, serve
 from pwm_torchrl.training.stop import StopRequest
 from pwm_torchrl.training.summary import RunSummary
@@ -62,9 +62,12 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
                 if stop is not None:
                     stop.reached.set()  # its signals are for rank 0 to answer: no step of this process ends on them
                 return {"rank": ranks.rank, "status": serve(ranks)}
-            with claimed(run_dir, CheckpointStore(run_dir).names()) as claim:
+            with (
+                claimed(run_dir, CheckpointStore(run_dir).names()) as claim,
+                Progress.here(cfg.training.progress) as progress,
+            ):
                 failpoint("start.claimed")
-                result = _train(cfg, run_dir, claim, resume, stop, ranks)
+                result = _train(cfg, run_dir, claim, resume, stop, ranks, progress)
             if ranks is not None:
                 ranks.status = result["status"]
             return result
@@ -76,7 +79,13 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
 
 
 def _train(
-    cfg: Config, run_dir: Path, claim: RunClaim, resume: bool, stop: StopRequest | None, ranks: Ranks | None
+    cfg: Config,
+    run_dir: Path,
+    claim: RunClaim,
+    resume: bool,
+    stop: StopRequest | None,
+    ranks: Ranks | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     summary: RunSummary | None = None
     reserve = Reserve(run_dir)
@@ -87,7 +96,7 @@ def _train(
         summary = RunSummary.start(cfg, run_dir, resume)
         if ranks is not None:
             check_device(cfg.device, ranks)
-        run = kind_of_run(cfg)(cfg, run_dir, summary, claim, resume, stop, ranks)
+        run = kind_of_run(cfg)(cfg, run_dir, summary, claim, resume, stop, ranks, progress)
         with run.memory_plan.compared():
             status = run.execute(resume)
         claim.check()

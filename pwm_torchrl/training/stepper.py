@@ -36,18 +36,21 @@ class PWMStepper(ModelStepper):
     def make_updates(self, work: EpochWork, sub_batch: TensorDictBase) -> None:
         """Do what is left, one update at a time."""
         super().make_updates(work, sub_batch)
+        policy_updates = work.policy_updates
         while work.policy_updates or work.states is not None:
             self.stop.check()
             if work.states is None:
                 if work.starts is None:
                     work.starts = self.start_observations(sub_batch)
-                # The rollout has no other name than its states: it would live on beside the next policy update.
-                work.states = self.states_of(self.update_policy(work.starts, work.row))
+                with self.progress.phase("improving the policy", policy_updates, policy_updates - work.policy_updates):
+                    # The rollout has no other name than its states: it would live on beside the next policy update.
+                    work.states = self.states_of(self.update_policy(work.starts, work.row))
                 work.starts = None
                 self.made += 1
                 work.policy_updates -= 1
                 work.passes = self.cfg.algorithm.critic_passes
-            self.continue_critics(work)
+            with self.progress.phase("fitting the critics"):
+                self.continue_critics(work)
 
     @torch.no_grad()
     def start_observations(self, batch: TensorDictBase) -> Tensor:

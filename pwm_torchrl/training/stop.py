@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from pwm_torchrl.training.progress import warn
+from pwm_torchrl.terminal import warn
 
 #: What SLURM sends before it takes a job's nodes away: SIGUSR2 some time before, SIGTERM right before.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)

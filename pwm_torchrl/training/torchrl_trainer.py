@@ -31,9 +31,9 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
+from pwm_torchrl.terminal import say
 from pwm_torchrl.training.build import Losses, Networks, build_learners, build_losses
 from pwm_torchrl.training.config import AlgorithmConfig, Config
-from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.replay_slices import ReplaySlices
 from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
 

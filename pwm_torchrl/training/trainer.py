@@ -14,6 +14,7 @@ from torchrl.trainers.trainers import Trainer
 
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.data.files import storage_faults
+from pwm_torchrl.terminal import Progress
 from pwm_torchrl.training.checkpoint import SCHEMA_VERSION, kept_replay_steps
 from pwm_torchrl.training.checkpoint_store import METRIC, CheckpointStore
 from pwm_torchrl.training.collector import ResumableCollector
@@ -93,6 +94,7 @@ class PWMTrainer(Trainer):
         self.saved_epoch: int | None = None  # of the newest checkpoint
         self.replay = stepper.replay if isinstance(stepper.replay, TrajectoryReplay) else None
         self.stop = stepper.stop
+        self.progress = Progress()
         self.graph_check = GraphCheck() if stepper.cfg.training.check_graphs else None
         self.register_op("post_optim_complete_log", self._take_metrics)
 
@@ -231,7 +233,7 @@ class PWMTrainer(Trainer):
         self._save(inside=True)
 
     def _save(self, *, inside: bool) -> None:
-        with storage_faults(self.store.directory, "save a checkpoint in"):
+        with self.progress.phase("saving"), storage_faults(self.store.directory, "save a checkpoint in"):
             self.store.save(self.checkpoint, self.logged_epoch, self._checkpoint_manifest_metadata(), inside=inside)
         self.saved_epoch = None if inside else self.epoch
         self.saved_at = time.monotonic()
