@@ -15,7 +15,8 @@ WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 say = @printf '[make] %s\n'
-# constraints.txt holds exact versions for Python 3.11; other versions of Python take what pyproject.toml admits.
+# constraints.txt holds exact versions for Python 3.11; other versions of Python take what pyproject.toml admits, and a
+# new pip, for that of Python 3.10 does not come to an end with so many to choose from.
 CONSTRAINTS = $$($(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP = $(PY) -m pip --disable-pip-version-check -qq install
 
@@ -34,6 +35,7 @@ $(PY):
 		{ echo "[make] $(PYTHON) is older than Python 3.10; choose another: make PYTHON=python3.11 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "[make] venv is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@test -n "$(CONSTRAINTS)" || $(PIP) -U 'pip>=24'
 
 $(VENV)/.torch: | $(PY)
 	$(say) "Installing $(TORCH) (first time only)."
@@ -43,7 +45,7 @@ $(VENV)/.torch: | $(PY)
 # Installed for running; re-done when the requirements change.
 $(VENV)/.run: pyproject.toml constraints.txt $(VENV)/.torch
 	$(say) "Installing the package with what running needs (first time only, about a minute)."
-	@$(PIP) $(CONSTRAINTS) -e '.[gym,launch,plot,tensorboard,video]'
+	@$(PIP) $(CONSTRAINTS) -e '.[gym,mujoco,dm-control,launch,plot,tensorboard,video]'
 	@touch $@
 
 # Installed for developing: tests, linter, type checker, every environment and logger.

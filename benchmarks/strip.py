@@ -25,7 +25,7 @@ from pwm_torchrl.training.config_file import load_config
 from pwm_torchrl.training.seeding import fresh_env_seed
 
 #: Pictures of a row; in pixels their side, what is left between them, and the heights of the two lines above them.
-PICTURES, PICTURE, GAP, LINES = 6, 250, 3, (40, 36)
+PICTURES, PICTURE, GAP, LINES = 5, 200, 3, (48, 32)
 #: Share of the moving part that is left around it.
 MARGIN = 0.15
 
@@ -94,13 +94,13 @@ def draw(episodes: list[Episode], out: Path) -> None:
         rows, columns = moving_part(episode.frames)
         last = len(episode.frames) - 1
         top = i * row
-        text(GAP, top + LINES[0], f"{episode.title}: return {minus(episode.total)}", size=24, weight="bold")
+        text(GAP, top + LINES[0], f"{episode.title}: return {minus(episode.total)}", size=20, weight="bold")
         top += sum(LINES)
         for k in range(PICTURES):
             step = round(last * (k / (PICTURES - 1)) ** 2)
             value = episode.total if step == last else episode.returns[step]
             left = k * PICTURE
-            text(left + GAP, top - 2, f"step {step}:  {minus(value)}", size=20, color="0.3")
+            text(left + GAP, top - 2, f"step {step}:  {minus(value)}", size=15, color="0.3")
             side = PICTURE - 2 * GAP
             place = (left + GAP, height - top - PICTURE + GAP, side, side)
             axes = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))

@@ -28,7 +28,7 @@ from pwm_torchrl.modules import Actor, CriticEnsemble, actor_module, value_modul
 from pwm_torchrl.objectives import PWMActorLoss, PWMValueLoss
 from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.run.train import quiet_torchrl
-from pwm_torchrl.training.progress import say
+from pwm_torchrl.terminal import say
 
 PENDULUM = {
     "_target_": "pwm_torchrl.envs.make_gymnasium_env", "name": "pendulum", "id": "Pendulum-v1", "episode_length": 200

@@ -30,7 +30,7 @@ from pwm_torchrl.modules import actor_module, encoder_module, policy_module, val
 from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.training import train
 from pwm_torchrl.training.load import load_networks
-from pwm_torchrl.training.progress import say
+from pwm_torchrl.terminal import say
 from pwm_torchrl.training.seeding import fresh_env_seed
 
 

@@ -38,7 +38,7 @@ SINGLE = {
 #: What looks at memory while a run trains; it imports nothing of ours.
 WATCHER = ("cgroups", "readings", "budget", "watch")
 HEAVY = {"torch", "torchrl", "tensordict", "hydra", "omegaconf", "gymnasium", "dm_control", "mujoco", "matplotlib",
-         "wandb", "tensorboard", "submitit", "tqdm", "numpy"}  # fmt: skip
+         "wandb", "tensorboard", "submitit", "tqdm", "rich", "numpy"}  # fmt: skip
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 import pwm_torchrl
 
@@ -46,3 +48,49 @@ def test_simulators_of_tasks_are_extras(project):
     extras = {task.extra for task in task_set("mt80").tasks}
     assert extras == {"dm-control", "metaworld"}
     assert extras <= set(project["optional-dependencies"])
+
+
+def test_the_citation_is_complete(project):
+    """What the Citation File Format 1.2.0 requires, for this software and for the paper."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["type"] == "software"
+    assert cited["title"].startswith("pwm_torchrl")
+    assert cited["message"]
+    assert [author["name"] for author in cited["authors"]] == [author["name"] for author in project["authors"]]
+    assert str(cited["version"]) == pwm_torchrl.__version__
+    assert cited["license"] == project["license"]
+    (paper,) = cited["references"]
+    assert paper["type"] == "conference-paper"
+    assert paper["title"] == "PWM: Policy Learning with Multi-Task World Models"
+    assert [author["family-names"] for author in paper["authors"]] == ["Georgiev", "Giridhar", "Hansen", "Garg"]
+    assert all(author["given-names"] for author in paper["authors"])
+    assert paper["year"] == 2025
+    assert "2407.02466" in paper["url"]
+    assert [entry["value"] for entry in paper["identifiers"]] == ["arXiv:2407.02466"]
+    assert {entry["type"] for entry in paper["identifiers"]} <= {"doi", "url", "swh", "other"}
+
+
+def test_every_python_is_tested(project):
+    """The workflow only says where; what runs is ``.ci/run``: in full with 3.11, the core with the others."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert {"push", "pull_request"} <= set(workflow[True])  # YAML 1.1 reads the key "on" as true
+    ran = {}
+    for job in workflow["jobs"].values():
+        checkout, run = job["steps"]
+        assert checkout["uses"].startswith("actions/checkout@")
+        image = job["container"]
+        for version in job.get("strategy", {}).get("matrix", {}).get("python", [""]):
+            name = image.replace("${{ matrix.python }}", version)
+            ran[re.fullmatch(r"python:(3\.\d+)-bookworm", name)[1]] = run["run"]
+    assert ran == {"3.10": ".ci/run core", "3.11": ".ci/run", "3.12": ".ci/run core", "3.13": ".ci/run core"}
+    python = "Programming Language :: Python :: "
+    assert {python + version for version in ran} <= set(project["classifiers"])
+    assert len([name for name in project["classifiers"] if name.startswith(python + "3.")]) == len(ran)
+
+
+def test_ci_refuses_words_that_it_does_not_know():
+    done = subprocess.run([ROOT / ".ci" / "run", "cor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cor " in done.stdout
+    assert "core" in done.stdout

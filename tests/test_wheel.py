@@ -134,7 +134,8 @@ PIPS = ("pip==23.2.1", "pip")
 def pip(request, tmp_path_factory):
     """A function that runs this pip without the machine's settings; returns stdout and stderr."""
     folder = tmp_path_factory.mktemp("pip")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), request.param]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--retries", "1", "--no-deps"]
+    command += ["--target", str(folder), request.param]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"{request.param} cannot be had: {done.stderr.strip().splitlines()[-1]}")

@@ -15,7 +15,8 @@ the first part alone; policy extraction in a frozen model has the other two.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import getitem
@@ -58,6 +59,14 @@ class Samples(Protocol):
 
     def sample_observations(self, count: int) -> Tensor:
         """Observations ``[count, O]``."""
+
+
+Phase = Callable[[str, int, int], AbstractContextManager[Callable[[], None]]]
+
+
+@contextmanager
+def _no_phase(name: str, total: int, done: int) -> Iterator[Callable[[], None]]:
+    yield lambda: None
 
 
 @dataclass
@@ -116,6 +125,8 @@ class PWM:
             ``cfg.model_updates``.
         between (callable, optional): called between two updates; what it raises leaves the epoch at a place where
             :meth:`epoch` goes on when it is called again. Defaults to ``None``.
+        phase (callable, optional): ``phase(name, total, done)`` is entered around updates of one kind, for a progress
+            display, and gives a function that counts one. Defaults to ``None``.
 
     Attributes:
         work (EpochWork, optional): what is left of an epoch that has begun.
@@ -137,6 +148,7 @@ class PWM:
         reward_scale: RewardScale | None = None,
         first_model_updates: int | None = None,
         between: Callable[[], None] | None = None,
+        phase: Phase | None = None,
     ) -> None:
         if cfg.actor_starts not in ACTOR_STARTS:
             raise ConfigurationError(
@@ -146,6 +158,7 @@ class PWM:
         self.samples, self.updates, self.reward_scale = samples, updates, reward_scale
         self.first_model_updates = cfg.model_updates if first_model_updates is None else first_model_updates
         self.between = between or (lambda: None)
+        self.phase = phase or _no_phase
         self.work: EpochWork | None = None
         self.started = False
 
@@ -164,20 +177,25 @@ class PWM:
         work = self.work = self.work or self._new_work()
         for name, optimizer in self.optimizers.items():
             work.row.set({f"lr/{name}": optimizer.set_progress(progress)})
-        while work.model_updates:
-            self.between()
-            self.update_model(work.row)
-            work.model_updates -= 1
+        with self.phase("fitting the model", work.model_updates, 0) as count:
+            while work.model_updates:
+                self.between()
+                self.update_model(work.row)
+                work.model_updates -= 1
+                count()
         while work.actor_updates or work.states is not None:
             if work.states is None:
                 self.between()
                 if work.starts is None:
                     work.starts = self.start_observations(batch)
-                work.states = self.update_actor(work.starts, work.row)
+                actors = self.cfg.actor_updates
+                with self.phase("improving the actor", actors, actors - work.actor_updates):
+                    work.states = self.update_actor(work.starts, work.row)
                 work.starts = None
                 work.actor_updates -= 1
                 work.passes = self.cfg.critic_passes
-            self.update_critic(work)
+            with self.phase("fitting the critics", 0, 0):
+                self.update_critic(work)
         if self.has_data:
             self.started = True
             work.row.set(self.updates.metrics())

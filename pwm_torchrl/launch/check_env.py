@@ -9,6 +9,7 @@ from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.help import answered
 from pwm_torchrl.launch.words import read_words
+from pwm_torchrl.terminal import coloured
 
 __all__ = ["main"]
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         console.say(report_env(config.env, config.env["num_envs"]))
+        console.say(f"{coloured('ok')}: a run can use this environment")
     except Exception as failure:
         if not console.is_ours(failure) or isinstance(failure, ConfigurationError):
             raise

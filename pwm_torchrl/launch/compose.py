@@ -40,7 +40,7 @@ from pwm_torchrl.launch.validate import CHOICES, INTEGERS_OF_ENV, validate
 from pwm_torchrl.launch.validate_cluster import read_time
 from pwm_torchrl.launch.words import instead_of_hydras, option_hint, unknown_option
 from pwm_torchrl.own_code import make_cwd_importable
-from pwm_torchrl.training.progress import warn
+from pwm_torchrl.terminal import warn
 
 __all__ = ["as_yaml", "compose", "compose_unchecked"]
 

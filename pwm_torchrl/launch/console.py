@@ -14,6 +14,7 @@ from typing import Any
 
 from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError, is_ours, status_of
+from pwm_torchrl.terminal import coloured, say
 
 __all__ = [
     "BAD_INPUT",
@@ -73,13 +74,6 @@ def command(main: Main) -> Main:
     return wrapped
 
 
-def say(message: str, *, err: bool = False) -> None:
-    """Writes a line to stdout, or to stderr."""
-    stream = sys.stderr if err else sys.stdout
-    stream.write(message + "\n")
-    stream.flush()
-
-
 def width() -> int:
     """Columns for tables: those of the terminal, 60 to 120 of them; 80 where there is none."""
     return min(120, max(60, shutil.get_terminal_size((80, 24)).columns))
@@ -87,13 +81,13 @@ def width() -> int:
 
 def error(message: str) -> None:
     """Writes ``error: ...`` to stderr."""
-    say(f"error: {message}", err=True)
+    say(f"{coloured('error', err=True)}: {message}", err=True)
 
 
 def summary_line(summary: Mapping[str, Any], run_dir: str | Path) -> str:
     """One line: what ran, how it ended, how good it is, where it is."""
     what = " ".join(str(summary.get(k, "?")) for k in ("env", "model", "size"))
-    parts = [f"{what} seed {summary.get('seed', '?')}: {summary.get('status', 'unknown')}"]
+    parts = [f"{what} seed {summary.get('seed', '?')}: {coloured(str(summary.get('status', 'unknown')))}"]
     if _is_number(summary.get("final_return")):
         returns = f"final return {summary['final_return']:.1f}"
         if _is_number(summary.get("peak_return")):

@@ -44,8 +44,8 @@ def generate_main(argv: Sequence[str]) -> int:
     if args.noise < 0:
         raise ConfigurationError(f"--noise={args.noise:g} must not be negative")
     tasks = task_set(args.tasks)
+    from pwm_torchrl.terminal import counting
     from pwm_torchrl.training.generate import generate_episodes
-    from pwm_torchrl.training.progress import counting
 
     behaviours = _behaviours(args.policy or ["random"], tasks, args.noise)
     with counting(args.episodes * len(tasks), "episode") as advance:

@@ -24,6 +24,7 @@ from pwm_torchrl.launch.groups import user_configs_dir
 from pwm_torchrl.launch.help import answered
 from pwm_torchrl.launch.slurm_check import check_slurm
 from pwm_torchrl.launch.words import DRAFT, FORCE, read_words
+from pwm_torchrl.terminal import coloured
 
 __all__ = ["main"]
 
@@ -65,7 +66,7 @@ def _check(config: Config) -> list[Finding]:
     found = []
     for check in checks:
         for finding in check():
-            console.say(f"{finding.level:<8} {finding.subject:<10} {finding.text}")
+            console.say(f"{coloured(f'{finding.level:<8}')} {finding.subject:<10} {finding.text}")
             found.append(finding)
     return found
 

@@ -13,16 +13,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pwm_torchrl.launch import console
-from pwm_torchrl.launch.job import LOG_FILE, OUTCOME_FILE, PID_FILE
+from pwm_torchrl.launch.job import LOG_FILE, OUTCOME_FILE, PID_FILE, STATE_FILE
 from pwm_torchrl.launch.run_dir import set_status
+from pwm_torchrl.terminal import PROGRESS_LINE, State, StateFile, say_after_interrupt
+
+if TYPE_CHECKING:
+    from pwm_torchrl.display import Display
 
 __all__ = ["Follower", "stop_signals_as_interrupt"]
 
 _POLL_S = 0.1
 _REPEAT_STOP_S = 3.0
+_DRAW_S = 0.25
 
 
 class _Process(Protocol):
@@ -35,21 +39,31 @@ class _Process(Protocol):
 class Follower:
     """Follows one attempt of a run.
 
+    On a terminal its progress is drawn from the state that the job keeps in a file, and the log's own lines about it
+    are left out; elsewhere the log is shown as it is.
+
     Args:
         process: submitit's controller, which lives as long as the job.
         run_dir: the run's directory.
         attempt: the attempt's folder inside it.
         log_start: size of the log when the job was submitted; earlier attempts wrote what is
             before.
+        display: shows the progress; ``None`` where there is no terminal, or none is wanted.
     """
 
-    def __init__(self, process: _Process, run_dir: Path, attempt: Path, log_start: int) -> None:
+    def __init__(
+        self, process: _Process, run_dir: Path, attempt: Path, log_start: int, display: Display | None = None
+    ) -> None:
         self._process = process
         self._run_dir = run_dir
         self._attempt = attempt
         self._position = log_start
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._last_character = "\n"
+        self._display = display
+        self._state = State(started=time.monotonic(), phase="starting", phase_since=time.monotonic())
+        self._drawn = 0.0  # when the display was drawn last
+        self._line = ""  # the beginning of a line whose end is not there yet
 
     def follow(self) -> dict[str, Any]:
         """Shows the job's output to its end; Ctrl-C stops the job, a second one kills it.
@@ -58,9 +72,16 @@ class Follower:
             The job's outcome, see :func:`~pwm_torchrl.launch.job.run_job`.
         """
         try:
+            return self._follow()
+        finally:
+            if self._display is not None:
+                self._display.close()
+
+    def _follow(self) -> dict[str, Any]:
+        try:
             return self._wait(stopping=False)
         except KeyboardInterrupt:
-            console.say("\nstopping: the job saves its state first (Ctrl-C again kills it) ...", err=True)
+            say_after_interrupt("stopping: the job saves its state first (Ctrl-C again kills it) ...", err=True)
         try:
             return self._wait(stopping=True)
         except KeyboardInterrupt:
@@ -81,7 +102,7 @@ class Follower:
                 self._process.send_signal(signal.SIGTERM)
                 next_stop = time.monotonic() + _REPEAT_STOP_S
             time.sleep(_POLL_S)
-        if self._last_character not in "\r\n":
+        if self._line or self._last_character not in "\r\n":
             self._write("\n")
         if outcome is None:
             outcome = {"status": "stopped"} if stopping else self._died()
@@ -104,9 +125,18 @@ class Follower:
             fresh = fresh[: max(0, outcome["log_end"] - self._position)]
         self._position += len(fresh)
         self._write(self._decoder.decode(fresh))
+        if self._display is not None:
+            now = time.monotonic()
+            if now - self._drawn >= _DRAW_S:
+                self._drawn = now
+                self._state = StateFile.read(self._attempt / STATE_FILE) or self._state
+                self._display.show(self._state, now)
         return outcome
 
     def _write(self, text: str) -> None:
+        if self._display is not None:
+            *lines, self._line = (self._line + text).split("\n")
+            text = "".join(line + "\n" for line in lines if not PROGRESS_LINE.match(line))
         if text:
             sys.stdout.write(text)
             sys.stdout.flush()

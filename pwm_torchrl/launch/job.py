@@ -24,14 +24,14 @@ __all__ = [
     "LOG_FILE",
     "OUTCOME_FILE",
     "PID_FILE",
-    "PROGRESS_VARIABLE",
+    "STATE_FILE",
     "JobFailed",
     "run_job",
 ]
 
 OUTCOME_FILE = "outcome.json"
 PID_FILE = "pid"
-PROGRESS_VARIABLE = "PWM_TORCHRL_PROGRESS"  # bar | lines: what the terminal that follows a job can show
+STATE_FILE = "progress.json"  # what the job is doing, where a terminal follows it
 CUDA_VARIABLE = "PWM_TORCHRL_CUDA_VISIBLE_DEVICES"
 
 

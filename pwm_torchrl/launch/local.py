@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.commands import named
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.follow import Follower
-from pwm_torchrl.launch.job import CUDA_VARIABLE, LOG_FILE, OUTCOME_FILE, PID_FILE, PROGRESS_VARIABLE, run_job
+from pwm_torchrl.launch.job import CUDA_VARIABLE, LOG_FILE, OUTCOME_FILE, PID_FILE, STATE_FILE, run_job
+from pwm_torchrl.terminal import STATE_VARIABLE, has_terminal
+
+if TYPE_CHECKING:
+    from pwm_torchrl.display import Display
 
 __all__ = ["ATTEMPTS", "refuse_while_running", "submit_local"]
 
@@ -23,12 +26,13 @@ ATTEMPTS = "submitit"  # folder in the run directory: one folder per attempt, wi
 _TIMEOUT_MIN = 10 * 365 * 24 * 60  # submitit's local executor stops a job after 2 minutes unless told otherwise
 
 
-def submit_local(run_dir: Path, code: Sequence[Path]) -> Follower:
+def submit_local(run_dir: Path, code: Sequence[Path], *, progress: bool) -> Follower:
     """Starts the run of ``run_dir`` through submitit's local executor.
 
     Args:
         run_dir: a prepared run directory.
         code: copies of the code, see :func:`~pwm_torchrl.cluster.snapshot.snapshot`.
+        progress: whether its progress is to be shown, ``training.progress``.
 
     Raises:
         ConfigurationError: if submitit is not installed.
@@ -44,10 +48,17 @@ def submit_local(run_dir: Path, code: Sequence[Path]) -> Follower:
     log_start = log.stat().st_size if log.exists() else 0
     executor = LocalExecutor(folder=attempt)
     executor.update_parameters(timeout_min=_TIMEOUT_MIN, stderr_to_stdout=True)
-    with _job_environment(code), _terminal_signals_ignored():
+    drawn = progress and has_terminal(sys.stdout)
+    with _job_environment(code, attempt / STATE_FILE if drawn else None), _terminal_signals_ignored():
         job: Any = executor.submit(run_job, str(run_dir))
-    console.say(f"job {job.job_id} on this machine · log: {log} · Ctrl-C stops it")
-    return Follower(job._process, run_dir, attempt, log_start)
+    console.say(f"job {job.job_id} on this machine · log: {log.name} there · Ctrl-C stops it")
+    return Follower(job._process, run_dir, attempt, log_start, _display() if drawn else None)
+
+
+def _display() -> Display:
+    from pwm_torchrl.display import Display
+
+    return Display()
 
 
 def refuse_while_running(run_dir: Path) -> None:
@@ -83,18 +94,14 @@ def _new_attempt(run_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _job_environment(code: Sequence[Path]) -> Iterator[None]:
+def _job_environment(code: Sequence[Path], state_file: Path | None = None) -> Iterator[None]:
     """The environment variables that a job inherits, set while it is being started."""
-    terminal = sys.stdout.isatty()
     changes = {
         "PYTHONPATH": os.pathsep.join([*map(str, code), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONSAFEPATH": "1",  # or the working directory would come before the copy of its code
-        PROGRESS_VARIABLE: "bar" if terminal else "lines",
+        STATE_VARIABLE: "" if state_file is None else str(state_file),
         CUDA_VARIABLE: os.environ.get("CUDA_VISIBLE_DEVICES", "unset"),
     }
-    if terminal:
-        size = shutil.get_terminal_size()
-        changes.update(COLUMNS=str(size.columns), LINES=str(size.lines))  # tqdm wants both or neither
     kept = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

@@ -10,6 +10,7 @@ from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.help import answered
 from pwm_torchrl.launch.words import JSON, read_words
+from pwm_torchrl.terminal import coloured
 
 __all__ = ["main"]
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = make_plan(config, facts, limits)
     console.say(plan_table(plan, console.width()))
     for shortage in plan.shortages():
-        console.say(f"warning: memory=fixed will not fit: {shortage}", err=True)
+        console.say(f"{coloured('warning', err=True)}: memory=fixed will not fit: {shortage}", err=True)
     if file is not None:
         _write(file, json.dumps(plan.as_dict(), indent=2) + "\n")
     return console.OK

@@ -97,5 +97,5 @@ def _bring_back(run: Path) -> str:
     from pwm_torchrl.launch.local import submit_local
 
     code = snapshot(run.parent, targets_of(asdict(cfg)))
-    outcome = submit_local(run, code).follow()
+    outcome = submit_local(run, code, progress=cfg.training.progress).follow()
     return str(outcome["status"])

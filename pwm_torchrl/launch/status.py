@@ -14,12 +14,14 @@ from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
 from pwm_torchrl.launch.reporting.collect import FAILED, RunReport, find_runs, read_runs
 from pwm_torchrl.memory.readings import format_bytes
+from pwm_torchrl.terminal import coloured
 
 __all__ = ["line_of", "main"]
 
 #: Metrics rows that the speed is taken from.
 _RECENT = 50
 _COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory", "what happened last")
+_STATUS = _COLUMNS.index("status")
 
 
 @console.command
@@ -39,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [_COLUMNS, *(line_of(run, states.get(newest.get(run.path, ""))) for run in runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     for row in rows:
-        console.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[_STATUS] = coloured(cells[_STATUS])
+        console.say("  ".join(cells).rstrip())
     return console.OK
 
 

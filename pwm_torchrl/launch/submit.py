@@ -112,7 +112,7 @@ def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
     code = snapshot(run.path.parent, targets_of(asdict(config)))
     with stop_signals_as_interrupt():
         while True:
-            outcome = submit_local(run.path, code).follow()
+            outcome = submit_local(run.path, code, progress=config.training.progress).follow()
             change = thriftier_plan(run.path, config, outcome)
             if change is None:
                 return _conclude(outcome, run.path, words)

@@ -11,6 +11,7 @@ from pwm_torchrl.launch.help import answered
 from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir
 from pwm_torchrl.launch.validate import require_runnable
 from pwm_torchrl.launch.words import read_words
+from pwm_torchrl.terminal import say_after_interrupt
 from pwm_torchrl.training.ranks import is_replica
 
 __all__ = ["main", "run_in_process"]
@@ -61,7 +62,7 @@ def run_in_process(config: Config, run: RunDir, words: Sequence[str], *, script:
     try:
         summary = train(config, run.path, resume=run.resume)
     except KeyboardInterrupt:
-        console.say(f"\nstopped; {console.resume_hint(script, words, run.path)}", err=True)
+        say_after_interrupt(f"stopped; {console.resume_hint(script, words, run.path)}", err=True)
         return console.STOPPED
     except Exception as failure:
         if not console.is_ours(failure):

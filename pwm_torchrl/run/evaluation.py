@@ -22,9 +22,9 @@ from pwm_torchrl.envs import EnvInfo, env_info, make_env, render_frame
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.envs.workers import OpenEnv
 from pwm_torchrl.modules import WorldModel
+from pwm_torchrl.terminal import Progress, say, warn
 from pwm_torchrl.training.artifacts import write_video
 from pwm_torchrl.training.events import write_event
-from pwm_torchrl.training.progress import say, warn
 from pwm_torchrl.training.seeding import evaluation_env_seed, preserved_generators
 from pwm_torchrl.training.summary import RunSummary
 
@@ -223,6 +223,10 @@ def film(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: in
 class Evaluation(Protocol):
     """Measures what has been learned, in the way of a run's mode."""
 
+    @property
+    def measuring(self) -> str:
+        """What :meth:`measure` does, in words."""
+
     def prelude(self) -> None:
         """What comes before the first epoch, and again when a run is resumed."""
 
@@ -251,12 +255,22 @@ class PolicyEvaluation:
         info (EnvInfo): of the environment that is learned.
         summary (RunSummary): receives returns.
         between (callable): called between two steps of an episode; what it raises ends the evaluation.
+        progress (Progress): is told what takes long.
     """
 
+    measuring = "evaluating"
+
     def __init__(
-        self, cfg: Config, run_dir: Path, info: EnvInfo, summary: RunSummary, between: Callable[[], None]
+        self,
+        cfg: Config,
+        run_dir: Path,
+        info: EnvInfo,
+        summary: RunSummary,
+        between: Callable[[], None],
+        progress: Progress,
     ) -> None:
         self.cfg, self.run_dir, self.info, self.summary, self.between = cfg, run_dir, info, summary, between
+        self.progress = progress
         self.seed = evaluation_env_seed(cfg.seed)
         self.env_device = pick_device(cfg.env.get("device") or "cpu")
         self.task = None if cfg.task is None else task_info(str(cfg.task))
@@ -282,7 +296,8 @@ class PolicyEvaluation:
     def prelude(self) -> None:
         """The return of random actions, once in the life of a run."""
         if self.env is not None and self.summary.random_return is None:
-            self.summary.random_return = float(self.play(random_action(self.env)).returns.mean())
+            with self.progress.phase("evaluating random actions"):
+                self.summary.random_return = float(self.play(random_action(self.env)).returns.mean())
 
     def play(self, act: Callable[[TensorDictBase], TensorDictBase]) -> Episodes:
         """One episode in each environment."""
@@ -349,9 +364,11 @@ class PolicyEvaluation:
             return
         opened: OpenEnv | None = None
         try:
-            env, opened = self._open(1, render=True)
+            with self.progress.phase("opening the environment to film", forks=True):
+                env, opened = self._open(1, render=True)
             fps = 30.0 / max(1, self.info.action_repeat)
-            write_video(self.run_dir, film(env, self.act, self.seed), fps)
+            with self.progress.phase("filming an episode"):
+                write_video(self.run_dir, film(env, self.act, self.seed), fps)
         except Exception as error:  # noqa: BLE001 - whatever a renderer or an encoder raises, the run has finished
             say(f"no video: {' '.join(str(error).split()) or type(error).__name__}")
         finally:

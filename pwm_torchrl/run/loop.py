@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from pwm_torchrl.run.ending import named
 from pwm_torchrl.run.evaluation import Evaluation
 from pwm_torchrl.run.sources import Source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest
+from pwm_torchrl.terminal import Progress, warn
 from pwm_torchrl.training.checkpoint import SCHEMA_VERSION, kept_replay_steps
 from pwm_torchrl.training.checkpoint_store import METRIC, CheckpointStore
 from pwm_torchrl.training.claims import RunClaim
@@ -36,7 +38,6 @@ from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.graph_check import GraphCheck
 from pwm_torchrl.training.metrics import CsvMetrics
-from pwm_torchrl.training.progress import Progress, warn
 from pwm_torchrl.training.summary import RunSummary
 
 #: The phases of an epoch.
@@ -58,7 +59,7 @@ class Recording:
         csv (CsvMetrics): ``metrics.csv``.
         memory (RunMemory): watches the memory of the run's processes.
         logger (Logger, optional): TensorBoard or W&B.
-        progress (Progress, optional): the terminal.
+        progress (Progress): the terminal.
     """
 
     claim: RunClaim
@@ -68,8 +69,8 @@ class Recording:
     summary: RunSummary
     csv: CsvMetrics
     memory: RunMemory
+    progress: Progress
     logger: Logger | None = None
-    progress: Progress | None = None
 
 
 class Loop:
@@ -116,6 +117,10 @@ class Loop:
             DivergenceError: if a loss is not finite.
         """
         self.epoch_started = time.monotonic()
+        summary, info = self.record.summary, self.source.info
+        all_steps = self.env_steps + (self.epochs - self.epoch) * self.source.agent_steps_per_epoch * info.action_repeat
+        values = {"return": summary.final_return, "best": summary.peak_return, "validation": summary.validation_loss}
+        self.record.progress.begin(self.epochs, self.logged_epoch, self.env_steps, all_steps, known(values))
         if self.graph_check is not None:
             self.graph_check.start()
         try:
@@ -175,7 +180,8 @@ class Loop:
         # A diverged policy is not evaluated: the environment would be blamed for its actions.
         healthy = not_finite(row.numbers()) is None
         if healthy and due:
-            self.measured = self.evaluation.measure(self.epoch, row)
+            with self.record.progress.phase(self.evaluation.measuring):
+                self.measured = self.evaluation.measure(self.epoch, row)
         profiled = t.gradient_profile_every and self.epoch % t.gradient_profile_every == 0
         if healthy and profiled and self.algorithm.started:
             self.evaluation.profile(row)
@@ -218,13 +224,16 @@ class Loop:
         if record.logger is not None:
             for name, value in numbers.items():
                 record.logger.log_scalar(name, value, step=self.log_step)
-        if record.progress is not None:
-            shown = {
-                "return": numbers.get("eval/return_mean", numbers.get("train/return")),
-                "validation": numbers.get("validation/loss"),
-                **{name: numbers.get(f"loss/{name}") for name in ("model", "actor", "critic")},
-            }
-            record.progress.update(self.epoch, {key: value for key, value in shown.items() if value is not None})
+        trained = numbers.get("train/return")
+        shown = {
+            # Evaluations are with the policy's mean, training with its noise: once there is one, that is the return.
+            "return": summary.final_return if summary.final_return is not None else trained,
+            "best": summary.peak_return,
+            "validation": summary.validation_loss,
+            "training return": trained if summary.final_return is not None else None,
+            **{f"{name} loss": numbers.get(f"loss/{name}") for name in ("model", "actor", "critic")},
+        }
+        record.progress.epoch(self.epoch, self.env_steps, known(shown), typical=self.algorithm.started)
         bad = not_finite(numbers)
         if bad is not None:
             raise DivergenceError(
@@ -282,7 +291,7 @@ class Loop:
             "replay_steps": 0 if replay is None else replay.steps,
             METRIC: NOT_EVALUATED if inside or self.measured is None else self.measured,
         }
-        with storage_faults(store.directory, "save a checkpoint in"):
+        with self.record.progress.phase("saving"), storage_faults(store.directory, "save a checkpoint in"):
             store.save(self.record.checkpoint, self.logged_epoch, metadata, inside=inside)
         self.saved_at = time.monotonic()
         if replay is not None:
@@ -334,6 +343,11 @@ class Loop:
         batch = state_dict["batch"]
         self.batch = None if batch is None else _from_leaves(batch["leaves"], batch["shape"])
         self.row = MetricRow.restored(state_dict["row"])
+
+
+def known(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Those of some values that there are."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def not_finite(numbers: dict[str, float]) -> str | None:

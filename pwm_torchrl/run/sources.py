@@ -20,6 +20,7 @@ from pwm_torchrl.envs import EnvInfo, env_info, make_env
 from pwm_torchrl.envs.workers import OpenEnv
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale
+from pwm_torchrl.terminal import Progress
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.offline import (
     extraction_facts,
@@ -70,7 +71,13 @@ class Source(Protocol):
     def components(self) -> dict[str, Any]: ...
 
     def start(
-        self, cfg: Config, run_dir: Path, networks: Networks, policy: TensorDictModuleBase | None, device: torch.device
+        self,
+        cfg: Config,
+        run_dir: Path,
+        networks: Networks,
+        policy: TensorDictModuleBase | None,
+        device: torch.device,
+        progress: Progress,
     ) -> None:
         """Get ready for :meth:`collect`."""
 
@@ -115,13 +122,20 @@ class OnlineSource:
         self.agent_steps = 0
 
     def start(
-        self, cfg: Config, run_dir: Path, networks: Networks, policy: TensorDictModuleBase | None, device: torch.device
+        self,
+        cfg: Config,
+        run_dir: Path,
+        networks: Networks,
+        policy: TensorDictModuleBase | None,
+        device: torch.device,
+        progress: Progress,
     ) -> None:
         """Make collector, replay and running statistics."""
         assert policy is not None
         a, t = cfg.algorithm, cfg.training
         steps = a.collect_steps or a.horizon
         self.collector = ResumableCollector(self.env, policy, steps, a.random_steps, device, self.env_device)
+        self.collector.progress = progress
         self.samples = TrajectoryReplay(
             t.replay_capacity,
             self.info.num_envs,
@@ -220,7 +234,13 @@ class StoredSource:
         self.components: dict[str, Any] = {}
 
     def start(
-        self, cfg: Config, run_dir: Path, networks: Networks, policy: TensorDictModuleBase | None, device: torch.device
+        self,
+        cfg: Config,
+        run_dir: Path,
+        networks: Networks,
+        policy: TensorDictModuleBase | None,
+        device: torch.device,
+        progress: Progress,
     ) -> None:
         """Index the episodes to learn from, and in pre-training those that are held out."""
         options: dict[str, Any] = {"device": device}

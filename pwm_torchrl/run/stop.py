@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from pwm_torchrl.training.progress import say, warn
+from pwm_torchrl.terminal import say_after_interrupt, warn
 
 #: What SLURM sends before it takes a job's nodes away: SIGUSR2 some time before, SIGTERM right before.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -68,7 +68,7 @@ def stop_on_interrupt(stop: StopRequest) -> Iterator[None]:
         if stop.reason is None:
             stop.ask(signal.Signals(signum).name)
             again = " (Ctrl-C again stops at once)" if signum == signal.SIGINT else ""
-            say(f"\nstopping: the run saves its state at its next step{again} ...")
+            say_after_interrupt(f"stopping: the run saves its state at its next step{again} ...")
 
     taken = {}
     for each, free in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):

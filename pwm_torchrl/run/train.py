@@ -28,6 +28,7 @@ from pwm_torchrl.run.loop import Loop, Recording
 from pwm_torchrl.run.sources import StoredSource, open_source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest, stop_on_interrupt
 from pwm_torchrl.run.validation import HeldOutValidation
+from pwm_torchrl.terminal import Progress, say, warn
 from pwm_torchrl.training.artifacts import write_curves
 from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
@@ -40,7 +41,6 @@ from pwm_torchrl.training.load import facts_of, load_pretrained
 from pwm_torchrl.training.loggers import close_logger, make_logger
 from pwm_torchrl.training.memory_plan import RunPlan
 from pwm_torchrl.training.metrics import CsvMetrics
-from pwm_torchrl.training.progress import Progress, say, warn
 from pwm_torchrl.training.replica import check_device, serve, start_replicas
 from pwm_torchrl.training.run_readme import write_run_readme
 from pwm_torchrl.training.seeding import RunRNGState, seed_everything
@@ -87,9 +87,13 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
             if ranks is not None and not ranks.leads:
                 stop.reached.set()  # its signals are for rank 0 to answer: no step of this process ends on them
                 return {"rank": ranks.rank, "status": serve(ranks)}
-            with stop_on_interrupt(stop), claimed(run_dir, CheckpointStore(run_dir).names()) as claim:
+            with (
+                stop_on_interrupt(stop),
+                claimed(run_dir, CheckpointStore(run_dir).names()) as claim,
+                Progress.here(cfg.training.progress) as progress,
+            ):
                 failpoint("start.claimed")
-                result = _train(cfg, run_dir, claim, resume, stop, ranks)
+                result = _train(cfg, run_dir, claim, progress, resume, stop, ranks)
             if ranks is not None:
                 ranks.status = result["status"]
             return result
@@ -101,7 +105,13 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
 
 
 def _train(
-    cfg: Config, run_dir: Path, claim: RunClaim, resume: bool, stop: StopRequest, ranks: Ranks | None
+    cfg: Config,
+    run_dir: Path,
+    claim: RunClaim,
+    progress: Progress,
+    resume: bool,
+    stop: StopRequest,
+    ranks: Ranks | None,
 ) -> dict[str, Any]:
     """Train in a claimed directory, and write down how that ended."""
     summary: RunSummary | None = None
@@ -114,7 +124,7 @@ def _train(
             summary = RunSummary.start(cfg, run_dir, resume)
             if ranks is not None:
                 check_device(cfg.device, ranks)
-            run = Run(cfg, run_dir, summary, claim, closing, resume=resume, stop=stop, ranks=ranks)
+            run = Run(cfg, run_dir, summary, claim, closing, progress, resume=resume, stop=stop, ranks=ranks)
             with run.memory_plan.compared():
                 status = run.execute(resume)
             claim.check()
@@ -146,6 +156,7 @@ class Run:
         summary (RunSummary): its result so far.
         claim (RunClaim): of its directory.
         closing (Closing): closes what is opened here.
+        progress (Progress): is told what the run does.
 
     Keyword Args:
         resume (bool): whether it continues an earlier attempt. Defaults to ``False``.
@@ -160,29 +171,34 @@ class Run:
         summary: RunSummary,
         claim: RunClaim,
         closing: Closing,
+        progress: Progress,
         *,
         resume: bool = False,
         stop: StopRequest | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.run_dir, self.summary, self.claim, self.closing, self.ranks = run_dir, summary, claim, closing, ranks
-        self.stop = stop or StopRequest()
+        self.progress, self.stop = progress, stop or StopRequest()
         set_threads(cfg.training.threads)
         self.device = pick_device(cfg.device)
         seed_everything(cfg.seed)
-        self.source = open_source(cfg, run_dir)
+        opening = "opening the environments" if cfg.mode == "online" else "opening the stored episodes"
+        with progress.phase(opening, forks=True):
+            self.source = open_source(cfg, run_dir)
         closing.later("environments", self.source.close)
-        self.memory_plan = RunPlan(cfg, self.source.info, self.device, run_dir, resume)
+        with progress.phase("planning memory"):
+            self.memory_plan = RunPlan(cfg, self.source.info, self.device, run_dir, resume)
         self.cfg = self.memory_plan.plan.applied(cfg)
-        self.evaluation = self._evaluation()
-        closing.later("evaluation environments", self.evaluation.close)
-        self._assemble()
+        with progress.phase("building the networks", forks=True):
+            self.evaluation = self._evaluation()
+            closing.later("evaluation environments", self.evaluation.close)
+            self._assemble()
 
     def _evaluation(self) -> PolicyEvaluation | HeldOutValidation:
         cfg, between = self.cfg, self.stop.check
         if isinstance(self.source, StoredSource) and cfg.mode == "pretrain":
             return HeldOutValidation(cfg, self.run_dir, self.source, self.summary, between, self.claim.check)
-        return PolicyEvaluation(cfg, self.run_dir, self.source.info, self.summary, between)
+        return PolicyEvaluation(cfg, self.run_dir, self.source.info, self.summary, between, self.progress)
 
     def _assemble(self) -> None:
         """Networks, updates, algorithm, checkpoints and loop around source and evaluation."""
@@ -195,7 +211,7 @@ class Run:
         if networks.actor is not None:
             spec = Bounded(-1.0, 1.0, (source.info.action_dim,), device=self.device)
             policy = policy_module(networks.model, networks.actor, action_spec=spec)
-        source.start(cfg, self.run_dir, networks, policy, self.device)
+        source.start(cfg, self.run_dir, networks, policy, self.device, self.progress)
         self.algorithm = PWM(
             cfg.algorithm,
             networks,
@@ -206,6 +222,7 @@ class Run:
             reward_scale=source.reward_scale,
             first_model_updates=source.first_model_updates,
             between=self.stop.check,
+            phase=self.progress.phase,
         )
         self.evaluation.start(self.algorithm, policy, self.device)
         checkpoint = Checkpoint().register_adapter(object, AllocatedStateAdapter())
@@ -217,6 +234,7 @@ class Run:
             summary=self.summary,
             csv=CsvMetrics(self.run_dir / "metrics.csv"),
             memory=RunMemory(cfg.memory, self._memory_unwatched),
+            progress=self.progress,
         )
         self.loop = Loop(cfg, source, self.algorithm, self.evaluation, record, self.stop)
         statistics = parts.losses.return_statistics
@@ -271,7 +289,8 @@ class Run:
     def execute(self, resume: bool) -> str:
         """Train to the end or to a stop; returns the status."""
         loop, record = self.loop, self.loop.record
-        restored = resume and self.restore()
+        with self.progress.phase("reading the checkpoint"):
+            restored = resume and self.restore()
         failpoint("resume.restored" if restored else "start.built")
         write_event(self.run_dir, "resume" if restored else "start", epoch=loop.epoch)
         if not restored:
@@ -287,21 +306,18 @@ class Run:
         self.summary.write()
         record.logger = make_logger(self.cfg.logger, self.run_dir, asdict(self.cfg), first_step=loop.env_steps)
         self.closing.later("logger", partial(close_logger, record.logger))
-        t = self.cfg.training
-        record.progress = Progress(t.epochs, loop.logged_epoch, self.source.agent_steps_per_epoch, t.progress)
-        self.closing.later("progress", record.progress.close)
         try:
             with record.memory.watching():
                 loop.run()
         finally:
             self.summary.own_bytes = record.memory.peak_own
-            record.progress.close()
         return "finished" if loop.over else "stopped"
 
     def draw(self, status: str) -> None:
         """Leave behind what people look at: curves, and of a finished run its video or world model."""
         try:
-            write_curves(self.run_dir)
+            with self.progress.phase("drawing the curves"):
+                write_curves(self.run_dir)
         except ConfigurationError as error:  # a machine that cannot draw gets a sentence, not a failed run
             say(f"no curves: {error}")
         if status == "finished":

@@ -114,6 +114,8 @@ class HeldOutValidation:
         check_owner (callable): raises if another attempt owns the run, before a file is written.
     """
 
+    measuring = "validating"
+
     def __init__(
         self,
         cfg: Config,

@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from pwm_torchrl.envs import load_env_state, save_env_state
+from pwm_torchrl.terminal import Progress
 
 
 class ResumableCollector(Collector):
@@ -42,6 +43,7 @@ class ResumableCollector(Collector):
         env_device: str | torch.device = "cpu",
     ) -> None:
         self.resumed_exactly = True
+        self.progress = Progress()
         self._env_state_valid = True
         frames = steps * env.batch_size[0]
         super().__init__(
@@ -58,6 +60,15 @@ class ResumableCollector(Collector):
             use_buffers=False,
             auto_register_policy_transforms=False,  # the policy has no memory
         )
+
+    def rollout(self) -> TensorDictBase:
+        """A batch."""
+        first = max(self.init_random_frames, self.requested_frames_per_batch)
+        if self._frames >= first:
+            with self.progress.phase("collecting"):
+                return super().rollout()
+        with self.progress.phase("collecting the first steps", first, self._frames, pieces=True):
+            return super().rollout()
 
     def state_dict(self) -> dict[str, Any]:
         """Frame count, the environments' state or ``None``, and the next policy input."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.errors import RankFault, status_of
+from pwm_torchrl.terminal import warn
 from pwm_torchrl.training.parcels import COMMON, ROWS, Layout
-from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.ranks import Place, find_place
 
 #: How long a rank waits for the others within an update; compiling is the longest that keeps one of them busy.

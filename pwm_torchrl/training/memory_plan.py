@@ -17,8 +17,8 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
 from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
 from pwm_torchrl.memory.readings import format_bytes, read_process
+from pwm_torchrl.terminal import warn
 from pwm_torchrl.training.artifacts import swap_in
-from pwm_torchrl.training.progress import warn
 from pwm_torchrl.training.summary import peak_device_bytes
 
 PLAN_FILE = "memory_plan.json"

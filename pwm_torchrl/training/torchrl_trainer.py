@@ -35,7 +35,7 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.training.progress import say
+from pwm_torchrl.terminal import say
 from pwm_torchrl.training.replay_slices import ReplaySlices
 
 __all__ = ["PWMUpdates", "make_torchrl_trainer"]

@@ -30,7 +30,7 @@ def test_result_is_the_last_line(capfd):
     out = capfd.readouterr().out
     lines = out.splitlines()
     assert [line for line in lines if line.startswith("epoch ")] == ["epoch 1", "epoch 2", "epoch 3"]
-    assert "fresh lines" in lines  # no terminal here: plain lines, no bar
+    assert "fresh no state file" in lines  # no terminal here, so nothing draws
     assert "done" in lines  # stderr is shown too
     assert lines[-1].startswith("pendulum flow_v2 tiny seed 0: finished · final return -120.0 (peak -100.0, random")
     assert "submitit" not in out.replace("submitit/", "")

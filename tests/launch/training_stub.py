@@ -34,7 +34,7 @@ def train(cfg, run_dir, *, resume=False):
         (run_dir / "summary.json").write_text(json.dumps(summary))
 
     write()
-    print("resume" if resume else "fresh", os.environ.get("PWM_TORCHRL_PROGRESS"), flush=True)
+    print("resume" if resume else "fresh", os.environ.get("PWM_TORCHRL_PROGRESS_FILE") or "no state file", flush=True)
     if cfg.seed == BAD_INPUT:
         raise errors.ConfigurationError("algorithm.horizon=9 is longer than an episode")
     if cfg.seed == FAULT:
@@ -46,13 +46,17 @@ def train(cfg, run_dir, *, resume=False):
         if cfg.seed == seed:
             write(status=status)
             raise fault
-    with open(run_dir / "metrics.csv", "a") as metrics:
+    from pwm_torchrl.terminal import Progress
+
+    with open(run_dir / "metrics.csv", "a") as metrics, Progress.here(cfg.training.progress) as progress:
+        progress.begin(cfg.training.epochs, done, 100 * done, 100 * cfg.training.epochs, {})
         if not resume:
             metrics.write("epoch,env_steps,eval/return_mean,eval/return_std\n")
         try:
             for epoch in range(done + 1, cfg.training.epochs + 1):
                 metrics.write(f"{epoch},{epoch * 100},{-1000 + epoch},5.0\n")
                 metrics.flush()
+                progress.epoch(epoch, 100 * epoch, {"return": -1000.0 + epoch, "best": -500.0})
                 print(f"epoch {epoch}", flush=True)
                 summary["epochs_done"] = epoch
                 if cfg.seed == BUG:

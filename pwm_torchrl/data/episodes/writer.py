@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,12 @@ import numpy.typing as npt
 from pwm_torchrl.data.episodes import store as layout
 from pwm_torchrl.data.episodes.store import EpisodeRows
 from pwm_torchrl.data.files import amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
-from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.terminal import LINE_EVERY_S, has_terminal, say
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
     from pwm_torchrl.envs.tasks import TaskSet
 
 __all__ = [
@@ -74,9 +78,6 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 # How far an import has come: a bar on a terminal, lines elsewhere -----------------------------------------------------
 
 
-_LINE_EVERY_S = 10.0
-
-
 class ByteProgress(contextlib.AbstractContextManager["ByteProgress"]):
     """Shows on stderr how many of the bytes to read have been read.
 
@@ -89,43 +90,40 @@ class ByteProgress(contextlib.AbstractContextManager["ByteProgress"]):
         self.total, self.done = total, 0
         self.shown = time.monotonic()
         self.enabled = enabled
-        self.bar = None
+        self.bar: RichProgress | None = None
         self.what = ""
-        if enabled and sys.stderr.isatty():
-            try:
-                from tqdm.auto import tqdm
-            except ImportError as error:
-                raise MissingLibraryError("the progress bar needs tqdm: pip install 'pwm-torchrl[launch]'") from error
-            self.bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True)
+        if enabled and has_terminal(sys.stderr) and find_spec("rich"):
+            from pwm_torchrl.display import counter
+
+            self.bar = counter("B")
+            self.task = self.bar.add_task("", total=total)
+            self.bar.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
-            self.bar.close()
+            self.bar.stop()
 
     def describe(self, what: str) -> None:
         """Say what is being read."""
         self.what = what
         if self.bar is not None:
-            self.bar.set_description(what)
+            self.bar.update(self.task, description=what)
 
     def advance(self, count: int) -> None:
         """So many bytes more."""
         self.done += count
         if self.bar is not None:
-            self.bar.update(count)
-        elif self.enabled and time.monotonic() - self.shown >= _LINE_EVERY_S:
+            self.bar.advance(self.task, count)
+        elif self.enabled and time.monotonic() - self.shown >= LINE_EVERY_S:
             self.shown = time.monotonic()
             self.say(f"{self.done / max(1, self.total):.0%} of {self.total / 2**30:.1f} GiB  {self.what}")
 
     def say(self, line: str) -> None:
         """A line beside the bar, if anything is shown."""
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        elif self.enabled:
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+        if self.enabled:
+            say(line, err=True)
 
 
 # Writing an episode store, so that a kill at any moment loses only the source that was being read ---------------------

@@ -11,6 +11,7 @@ from typing import Any
 from pwm_torchrl.launch.reporting.aggregate import Group, average
 from pwm_torchrl.launch.reporting.collect import RunReport
 from pwm_torchrl.memory.readings import format_bytes
+from pwm_torchrl.terminal import coloured
 
 __all__ = [
     "Table",
@@ -50,12 +51,17 @@ class Table:
         return column in _NUMBERS or column.split()[-1] in ("measured", "predicted", "share")
 
     def text(self) -> str:
-        """Aligned lines."""
+        """Aligned lines, on a terminal with the runs' states in colour."""
         kept = [i for i, name in enumerate(self.head) if name not in self.wide]
         rows = [[row[i] for i in kept] for row in (self.head, *self.rows)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(kept))]
         sides = [str.rjust if self.right(name) else str.ljust for name in rows[0]]
-        lines = ["  ".join(s(c, w) for c, w, s in zip(row, widths, sides)).rstrip() for row in rows]
+        aligned = [[side(cell, width) for cell, width, side in zip(row, widths, sides)] for row in rows]
+        if "status" in rows[0]:
+            place = rows[0].index("status")
+            for cells in aligned[1:]:
+                cells[place] = coloured(cells[place])
+        lines = ["  ".join(cells).rstrip() for cells in aligned]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 

@@ -253,7 +253,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_import_goes_on_later(tmp_p
 
 
 def test_progress_is_told_on_stderr(tmp_path, source, capsys, monkeypatch):
-    monkeypatch.setattr("pwm_torchrl.data.episodes.writer._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("pwm_torchrl.data.episodes.writer.LINE_EVERY_S", 0.0)
     (source / "chunk_1.pt").write_bytes(b"nothing")
     import_chunks(source, tmp_path / "store", tasks(), keep_good=True, progress=True)
     found = capsys.readouterr()

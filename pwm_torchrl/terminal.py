@@ -1,0 +1,423 @@
+"""What a person sees of a run: lines, colours and its progress. Imports nothing but the standard library.
+
+A run reports to a :class:`Progress`: its phases, its epochs and their numbers. What shows them is a screen:
+:class:`~pwm_torchrl.display.Display` where this process has a terminal, :class:`Lines` where it has none, and
+:class:`StateFile` where another process owns the terminal and draws what it reads there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol, TextIO
+
+__all__ = [
+    "PROGRESS_LINE",
+    "STATE_VARIABLE",
+    "Lines",
+    "Progress",
+    "Screen",
+    "State",
+    "StateFile",
+    "coloured",
+    "counting",
+    "has_terminal",
+    "say",
+    "say_after_interrupt",
+    "text_fields",
+    "warn",
+]
+
+#: Environment variable with the file in which a job keeps its :class:`State` for the process that shows it.
+STATE_VARIABLE = "PWM_TORCHRL_PROGRESS_FILE"
+#: What a progress line in a log begins with: the time since the process began.
+PROGRESS_LINE = re.compile(r"\[\d+:\d\d:\d\d\] ")
+LINE_EVERY_S = 10.0
+#: A phase is named once it has taken this long: shorter ones would only flicker.
+LONG_S = 1.0
+#: A phase that counts nothing also tells how long it has taken, from here on.
+TELL_TIME_S = 5.0
+_TICK_S = 0.25
+#: Ranks of what is told: where there is little room, high ones are left out first; losses have those beyond.
+RESULT, STEPS, LEFT, BEST, SPEED = range(5)
+_RECENT = 50  # epochs that speed and time left are taken from
+
+_COLOURS = {
+    **dict.fromkeys(("ok", "finished"), "green"),
+    **dict.fromkeys(("warning", "stopped", "held"), "yellow"),
+    **dict.fromkeys(("problem", "error", "failed", "memory", "storage"), "bold red"),
+    **dict.fromkeys(("running", "queued"), "cyan"),
+}
+_WORD = re.compile("|".join(rf"\b{word}\b" for word in _COLOURS))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Write a line to stdout, or to stderr."""
+    stream = sys.stderr if err else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def warn(text: str) -> None:
+    """Write a line to stderr, as far as that can be written to: it may be a file on the disk that is full."""
+    with contextlib.suppress(OSError):
+        say(text, err=True)
+
+
+def say_after_interrupt(text: str, *, err: bool = False) -> None:
+    """Write a line after Ctrl-C, whose ``^C`` stands on a terminal: a display wipes it away, else a line begins."""
+    displayed = hasattr(sys.stdout, "rich_proxied_file")
+    say(f"\n{text}" if has_terminal(sys.stdout) and not displayed else text, err=err)
+
+
+def has_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which the cursor can be moved."""
+    try:
+        return stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+    except ValueError:  # closed
+        return False
+
+
+def coloured(text: str, *, err: bool = False) -> str:
+    """``text`` with its words of state (ok, warning, failed, finished, ...) coloured.
+
+    It stays as it is if stdout (with ``err``, stderr) is no terminal, if ``NO_COLOR`` is set, or without rich.
+    """
+    if os.environ.get("NO_COLOR") or not has_terminal(sys.stderr if err else sys.stdout) or not find_spec("rich"):
+        return text
+    from rich.color import ColorSystem
+    from rich.style import Style
+
+    def paint(word: re.Match[str]) -> str:
+        return Style.parse(_COLOURS[word[0]]).render(word[0], color_system=ColorSystem.STANDARD)
+
+    return _WORD.sub(paint, text)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run is doing. Times are of ``time.monotonic``, which all processes of a machine share.
+
+    Attributes:
+        started (float): when the process began.
+        epoch, epochs (int): epochs done and planned; 0 planned before training begins.
+        steps, all_steps (int): environment steps done and planned, 0 where nothing is collected.
+        values (dict): numbers by the names under which they are shown; ``return`` or ``validation`` comes first.
+        epoch_ended (float): when the newest epoch ended.
+        epoch_s (float, optional): seconds per epoch lately.
+        speed (float, optional): environment steps per second lately.
+        phase (str): what is being done.
+        phase_since (float): since when.
+        phase_done, phase_total (int): how much of it is done; 0 in total if that is not counted.
+    """
+
+    started: float
+    epoch: int = 0
+    epochs: int = 0
+    steps: int = 0
+    all_steps: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+    epoch_ended: float = 0.0
+    epoch_s: float | None = None
+    speed: float | None = None
+    phase: str = ""
+    phase_since: float = 0.0
+    phase_done: int = 0
+    phase_total: int = 0
+
+    def left(self, now: float) -> float | None:
+        """Seconds to the last epoch's end at the speed of the newest ones; ``None`` while that is not known."""
+        if self.epoch_s is None:
+            return None
+        after_this_one = self.epoch_s * max(0, self.epochs - self.epoch - 1)
+        this_one = self.epoch_s - (now - self.epoch_ended) if self.epoch < self.epochs else 0.0
+        return after_this_one + max(0.0, this_one)
+
+    def phase_text(self, now: float) -> str:
+        """The phase if it takes long: ``fitting the model 120/500``, ``planning memory 0:12``; else ``""``."""
+        took = now - self.phase_since
+        if not self.phase or took < LONG_S:
+            return ""
+        if self.phase_total:
+            return f"{self.phase} {self.phase_done}/{self.phase_total}"
+        return f"{self.phase} {_clock(took)}" if took >= TELL_TIME_S else self.phase
+
+
+def text_fields(state: State, now: float) -> list[tuple[str, int]]:
+    """What is told of a run's progress, in the order in which it is shown, each with its rank: high ones go first
+    where there is no room for all.
+    """
+    values = dict(state.values)
+    best = values.pop("best", None)
+    fields = [(f"{name} {_number(values.pop(name))}", RESULT) for name in ("return", "validation") if name in values]
+    if state.all_steps:
+        fields.append((f"{_count(state.steps)}/{_count(state.all_steps)} env steps", STEPS))
+    left = state.left(now)
+    if left is not None:
+        fields.append((f"{_clock(left)} left", LEFT))
+    if best is not None:
+        fields.append((f"best {_number(best)}", BEST))
+    if state.speed is not None:
+        fields.append((f"{_count(state.speed)} steps/s", SPEED))
+    fields += [(f"{name} {_number(value)}", SPEED + 1 + place) for place, (name, value) in enumerate(values.items())]
+    return fields
+
+
+class Screen(Protocol):
+    """Shows a run's progress."""
+
+    def show(self, state: State, now: float) -> None:
+        """Show a state, several times a second."""
+
+    def close(self, state: State, now: float) -> None:
+        """Show the last state and end."""
+
+
+class Lines:
+    """A plain line every ten seconds, and one for the last epoch.
+
+    Args:
+        write (callable, optional): writes a line. Defaults to :func:`say`.
+    """
+
+    def __init__(self, write: Callable[[str], None] = say) -> None:
+        self.write = write
+        self.shown: float | None = None
+        self.epoch = -1  # of the newest line
+
+    def show(self, state: State, now: float) -> None:
+        if self.shown is None:
+            self.shown = now
+        if now - self.shown >= LINE_EVERY_S:
+            self._line(state, now)
+
+    def close(self, state: State, now: float) -> None:
+        if 0 < state.epochs == state.epoch != self.epoch:
+            self._line(state, now)
+
+    def _line(self, state: State, now: float) -> None:
+        self.shown, self.epoch = now, state.epoch
+        fields = text_fields(state, now)
+        texts = [text for text, rank in fields if rank < BEST]
+        texts += [f"epoch {state.epoch}/{state.epochs}"] if state.epochs else []
+        texts += [text for text in (state.phase_text(now),) if text]
+        texts += [text for text, rank in fields if rank >= BEST]
+        # A log on a full disk is no reason to end a run: what writes the run's files tells that.
+        with contextlib.suppress(OSError):
+            self.write(f"[{_clock(now - state.started, hours=True)}] " + ", ".join(texts))
+
+
+class StateFile:
+    """Keeps a run's state in a file, always whole, for another process to show.
+
+    Args:
+        path (Path): the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept: State | None = None
+
+    def show(self, state: State, now: float) -> None:
+        if state == self.kept:
+            return
+        self.kept = state
+        partial = self.path.with_name(self.path.name + ".tmp")
+        with contextlib.suppress(OSError):  # as for a line
+            partial.write_text(json.dumps(asdict(state)), encoding="utf-8")
+            os.replace(partial, self.path)
+
+    def close(self, state: State, now: float) -> None:
+        self.show(state, now)
+
+    @staticmethod
+    def read(path: Path) -> State | None:
+        """The state in a file; ``None`` if there is none yet."""
+        try:
+            return State(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+
+class Progress:
+    """What a run reports to. A thread shows it, so that reporting costs nothing and a long phase is seen to go on.
+
+    Args:
+        screens (sequence of Screen): show it. Defaults to none.
+        clock (callable): gives the time. Defaults to ``time.monotonic``.
+        ticking (bool): whether a thread shows it; without, :meth:`tick` does. Defaults to ``True``.
+    """
+
+    def __init__(
+        self, screens: Sequence[Screen] = (), clock: Callable[[], float] = time.monotonic, ticking: bool = True
+    ) -> None:
+        self.screens, self.clock, self.ticking = tuple(screens), clock, ticking and bool(screens)
+        self.state = State(started=clock())
+        self._ends: deque[tuple[float, int, int]] = deque(maxlen=_RECENT)  # time, epoch and steps of epochs' ends
+        self._begun: dict[str, float] = {}  # phases that come in pieces
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
+
+    @classmethod
+    def here(cls, enabled: bool) -> Progress:
+        """One for this process: on its terminal, or as lines; and in a file for whoever asked for one.
+
+        Args:
+            enabled (bool): whether to show anything.
+        """
+        if not enabled:
+            return cls()
+        screens: list[Screen] = []
+        if has_terminal(sys.stdout) and find_spec("rich"):
+            from pwm_torchrl.display import Display
+
+            screens.append(Display())
+        else:
+            screens.append(Lines())
+        if os.environ.get(STATE_VARIABLE):
+            screens.append(StateFile(Path(os.environ[STATE_VARIABLE])))
+        return cls(screens)
+
+    def __enter__(self) -> Progress:
+        self._go_on()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pause()
+        state, now = self.state, self.clock()
+        for screen in self.screens:
+            screen.close(state, now)
+
+    def begin(self, epochs: int, epoch: int, steps: int, all_steps: int, values: dict[str, float]) -> None:
+        """Training begins, or goes on after ``epoch`` epochs."""
+        self.state = replace(
+            self.state, epochs=epochs, epoch=epoch, steps=steps, all_steps=all_steps, values=values,
+            epoch_ended=self.clock(),
+        )  # fmt: skip
+
+    def epoch(self, epoch: int, steps: int, values: dict[str, float], *, typical: bool = True) -> None:
+        """An epoch is done; a value stays until it is replaced.
+
+        Args:
+            epoch (int): how many are done.
+            steps (int): environment steps done.
+            values (dict): numbers to show.
+            typical (bool): whether the epochs to come will take as long as the next one, so that the time left can be
+                told from then on; not so while a run only collects. Defaults to ``True``.
+        """
+        now = self.clock()
+        if typical:
+            self._ends.append((now, epoch, steps))
+        first, first_epoch, first_steps = self._ends[0] if self._ends else (now, epoch, steps)
+        took = now - first
+        self.state = replace(
+            self.state, epoch=epoch, steps=steps, values={**self.state.values, **values}, epoch_ended=now,
+            epoch_s=took / (epoch - first_epoch) if epoch > first_epoch else None,
+            speed=(steps - first_steps) / took if steps > first_steps and took > 0 else None,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def phase(
+        self, name: str, total: int = 0, done: int = 0, *, pieces: bool = False, forks: bool = False
+    ) -> Iterator[Callable[[], None]]:
+        """Inside, the run does what ``name`` says; gives a function that counts one of ``total``.
+
+        Args:
+            name (str): what, as in "evaluating".
+            total (int): how many there are to do. Defaults to 0, not counted.
+            done (int): how many are done. Defaults to 0.
+            pieces (bool): whether it goes on from where a phase of this name ended. Defaults to ``False``.
+            forks (bool): whether it may start processes by forking, which a process with threads should not; nothing
+                moves on the screen meanwhile. Defaults to ``False``.
+        """
+        before, now = self.state, self.clock()
+        since = self._begun.setdefault(name, now) if pieces else now
+        ticked = self._thread is not None
+        if forks:
+            self._pause()
+            since = now - LONG_S  # named at once
+        self.state = replace(before, phase=name, phase_since=since, phase_done=done, phase_total=total)
+        if forks:
+            self.tick()
+        try:
+            yield self._count
+        finally:
+            self.state = replace(
+                self.state, phase=before.phase, phase_since=before.phase_since, phase_done=before.phase_done,
+                phase_total=before.phase_total,
+            )  # fmt: skip
+            if forks and ticked:
+                self._go_on()
+
+    def tick(self) -> None:
+        """Show the present state."""
+        state, now = self.state, self.clock()
+        for screen in self.screens:
+            screen.show(state, now)
+
+    def _count(self) -> None:
+        self.state = replace(self.state, phase_done=self.state.phase_done + 1)
+
+    def _go_on(self) -> None:
+        if self.ticking and self._thread is None:
+            self._over.clear()
+            self._thread = threading.Thread(target=self._tick_on, name="progress", daemon=True)
+            self._thread.start()
+
+    def _pause(self) -> None:
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            self._thread = None
+
+    def _tick_on(self) -> None:
+        self.tick()
+        while not self._over.wait(_TICK_S):
+            self.tick()
+
+
+@contextlib.contextmanager
+def counting(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for work of a known size, if there is a terminal; gives a function to advance it."""
+    if not has_terminal(sys.stderr) or not find_spec("rich"):
+        yield lambda count: None
+        return
+    from pwm_torchrl.display import counter
+
+    with counter(unit) as bar:
+        task = bar.add_task(f"{unit}s", total=total)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+
+        yield advance
+
+
+def _clock(seconds: float, *, hours: bool = False) -> str:
+    """``"1:05"``, ``"2:01:05"``; always with ``hours`` if that is asked for."""
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"
+
+
+def _number(value: float) -> str:
+    """One decimal of a large number, three digits of a small one."""
+    return f"{value:,.1f}" if 10 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _count(value: float) -> str:
+    """``"950"``, ``"12.3k"``, ``"1.05M"``."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
+    return f"{value:,.0f}"
