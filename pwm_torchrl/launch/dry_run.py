@@ -54,6 +54,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
         console.say("\n# sbatch" + ("" if len(runs) == 1 else f", one array of {len(runs)}"))
         for key, value in sorted({**parameters, **extra}.items()):
             if value not in (None, []) and key not in ("use_srun", "stderr_to_stdout"):
-                console.say(f"  {key}: {value}")
+                listed = "".join(f"\n    {each}" for each in value) if isinstance(value, list) else f" {value}"
+                console.say(f"  {key}:{listed}")
     console.say(f"\n# configuration{several}")
     console.say(as_yaml(first))

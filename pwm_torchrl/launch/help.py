@@ -18,6 +18,7 @@ from pwm_torchrl.launch.words import OPTIONS, PRESET, CommandLine, with_preset
 __all__ = ["answered", "help_text"]
 
 WIDTH = 80
+_GLUE = "\u00a0"  # a blank at which no line is broken
 
 _ABOUT = {
     "submit": "Train policies in learned world models, as jobs: of SLURM where it is found, else here.",
@@ -113,12 +114,13 @@ def answered(script: str, line: CommandLine, help_of: Callable[[], str] | None =
 def help_text(script: str) -> str:
     """The help of a command that takes a configuration; lines have at most 80 columns, paths apart."""
     run = typed(script)
-    options = "".join(f" [{f'{option} {what}'.strip()}]" for option, what in OPTIONS[script].items())
+    options = [f"{option} {what}".strip() for option, what in OPTIONS[script].items()]
+    usage = ["GROUP=CHOICE ...", "GROUP.KEY=VALUE ...", *options, "--cfg job"]
     own = user_configs_dir() / "cluster" / "NAME.yaml"
     lines = [
         *_wrapped(_ABOUT[script]),
         "",
-        *_wrapped(f"[GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]{options} [--cfg job]", f"usage: {run} "),
+        *_wrapped(" ".join(f"[{each}]".replace(" ", _GLUE) for each in usage), f"usage: {run} "),
         "",
         "Groups:",
         *_groups(script),
@@ -173,6 +175,7 @@ def _shown(value: Any) -> str:
 
 def _wrapped(text: str, head: str = "") -> list[str]:
     rest = " " * len(head)
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         text, WIDTH, initial_indent=head, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
+    return [line.replace(_GLUE, " ") for line in lines]

@@ -114,7 +114,8 @@ def read_words(script: str, words: Sequence[str]) -> CommandLine:
         written, equal, value = word.partition("=")
         option = _option(written, known)
         if option is None or (option == "--multirun" and script != "submit"):
-            raise unknown_option(word, script)
+            following = rest[0] if rest and not rest[0].startswith("-") and "=" not in rest[0] else ""
+            raise unknown_option(word, script, following)
         if known[option] and not equal:
             value = rest.pop(0) if rest else ""
         if known[option] and not value:
@@ -156,8 +157,14 @@ def _bare(option: str) -> str:
     return option.lower().replace("-", "").replace("_", "")
 
 
-def unknown_option(word: str, script: str | None = None) -> ConfigurationError:
-    """The error for an option that a command does not have, with what to type instead."""
+def unknown_option(word: str, script: str | None = None, following: str = "") -> ConfigurationError:
+    """The error for an option that a command does not have, with what to type instead.
+
+    Args:
+        word (str): the option as it was typed.
+        script (str, optional): the command.
+        following (str): the next word, which may be meant as its value. Defaults to ``""``.
+    """
     written, _, value = word.partition("=")
     asked = f"unknown option {word}"
     for names, instead in _HYDRAS_OPTIONS.items():
@@ -173,7 +180,7 @@ def unknown_option(word: str, script: str | None = None) -> ConfigurationError:
     key = written.lstrip("-")
     if key.replace("-", "_") in {**schema_keys(), **group_choices()}:
         return ConfigurationError(
-            f"{asked}; settings are written without dashes: {key.replace('-', '_')}={value or 'VALUE'}"
+            f"{asked}; settings are written without dashes: {key.replace('-', '_')}={value or following or 'VALUE'}"
         )
     mine = ["--help", f"{CONFIG} job", *OPTIONS.get(script or "", {})]
     close = difflib.get_close_matches(written, mine, n=1, cutoff=0.5)

@@ -18,6 +18,7 @@ pytest.importorskip("submitit")
 
 import yaml
 
+from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.submit import main
 
@@ -221,3 +222,25 @@ def test_a_dry_run_prints_the_configuration_last_and_fits_a_terminal(capsys, mon
     shown = yaml.safe_load(out.partition(sections[-1])[2])
     assert (shown["training"]["epochs"], shown["training"]["steps"]) == (79, 10_000)
     assert list(Path().iterdir()) == []
+
+
+def test_a_dry_run_prints_what_sbatch_gets_before_the_configuration(capsys, monkeypatch):
+    """Without SLURM: with the resources that its nodes would be found to have."""
+    from pwm_torchrl.launch import prepare
+    from pwm_torchrl.memory.limits import profile_budgets
+    from pwm_torchrl.memory.plan import make_plan
+    from pwm_torchrl.training.offline import run_facts
+
+    def planned(runs):
+        config = runs[0].config
+        return [make_plan(config, run_facts(config), profile_budgets(config))], Resources(
+            mem_mb=4096, cpus=4, gpus=0, nodes=1, time_min=30
+        )
+
+    monkeypatch.setattr(prepare, "slurm_available", lambda: True)
+    monkeypatch.setattr("pwm_torchrl.launch.dry_run.plan_for_slurm", planned)
+    words = ["model=mlp", "seed=1,2", "cluster=cpu", "cluster.setup=['module load cuda','ulimit -n 4096']"]
+    assert main([*words, "--dry_run"]) == 0
+    sbatch = capsys.readouterr().out.partition("\n# sbatch, one array of 2\n")[2].partition("\n\n# configuration")[0]
+    assert "  mem: 4096M" in sbatch.splitlines()
+    assert "  setup:\n    module load cuda\n    ulimit -n 4096\n" in sbatch
