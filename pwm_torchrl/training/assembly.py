@@ -11,19 +11,18 @@ from torchrl.envs import EnvBase
 
 from pwm_torchrl.data import TrajectoryReplay, steps_since_checkpoint
 from pwm_torchrl.envs import EnvInfo, env_info, make_env
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale, policy_module
 from pwm_torchrl.training.artifacts import write_video
 from pwm_torchrl.training.base_run import BaseRun
 from pwm_torchrl.training.build import Networks, build_learners, build_losses, build_networks
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
-from pwm_torchrl.training.config import Config
-from pwm_torchrl.training.devices import pick_device
+from pwm_torchrl.training.devices import environment_device
 from pwm_torchrl.training.evaluation import acting_on, film, play, random_action
+from pwm_torchrl.training.offline import check_horizon
 from pwm_torchrl.training.policy_observer import OnlineObserver
 from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.seeding import evaluation_env_seed, training_env_seed
-from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
+from pwm_torchrl.training.stepper import PWMStepper
 
 #: Model updates of the first training epoch where an episode's length is unknown.
 UNKNOWN_EPISODE_UPDATES = 1000
@@ -37,7 +36,7 @@ class PolicyRun(BaseRun):
 
     def open_evaluation(self) -> None:
         """The environments in which the policy is evaluated."""
-        self.env_device = pick_device(self.cfg.env.get("device") or "cpu")  # a simulator may have a GPU of its own
+        self.env_device = environment_device(self.cfg)
         self.eval_env = self._evaluation_env(max(1, self.cfg.training.eval_episodes))
 
     def _evaluation_env(self, count: int, render: bool = False) -> EnvBase:
@@ -85,7 +84,7 @@ class Run(PolicyRun):
     def open(self) -> EnvInfo:
         """Make the environments."""
         cfg = self.cfg
-        self.env_device = pick_device(cfg.env.get("device") or "cpu")
+        self.env_device = environment_device(cfg)
         self.env = make_env(
             cfg.env,
             num_envs=int(cfg.env.get("num_envs", 1)),
@@ -93,7 +92,7 @@ class Run(PolicyRun):
             device=self.env_device,
         )
         info = env_info(self.env)
-        check_against_env(cfg, info)
+        check_horizon(cfg, info)
         return info
 
     def build(self) -> None:
@@ -159,20 +158,3 @@ class Run(PolicyRun):
         for env in (self.env, self.eval_env):
             if env is not None and not env.is_closed:
                 env.close()
-
-
-def check_against_env(cfg: Config, info: EnvInfo) -> None:
-    """Settings that only the environment can refute.
-
-    Raises:
-        ConfigurationError: if the horizon is longer than an episode, or the start states are unknown.
-    """
-    horizon = cfg.algorithm.horizon
-    if info.episode_length is not None and horizon > info.episode_length:
-        raise ConfigurationError(
-            f"algorithm.horizon={horizon} is longer than an episode of {info.name} ({info.episode_length} agent steps)."
-        )
-    if cfg.algorithm.policy_starts not in POLICY_STARTS:
-        raise ConfigurationError(
-            f"algorithm.policy_starts={cfg.algorithm.policy_starts!r} is not one of {', '.join(POLICY_STARTS)}."
-        )

@@ -10,7 +10,7 @@ from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.training.assembly import PolicyRun
 from pwm_torchrl.training.build import build_learners, build_losses
-from pwm_torchrl.training.devices import pick_device
+from pwm_torchrl.training.devices import environment_device
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.load import load_pretrained
 from pwm_torchrl.training.metrics import MetricRow
@@ -37,7 +37,7 @@ class ExtractRun(PolicyRun):
 
     def build(self) -> None:
         """Networks with the pre-trained weights, and the task's environments if the policy is evaluated."""
-        self.env_device = pick_device(self.cfg.env.get("device") or "cpu")
+        self.env_device = environment_device(self.cfg)
         if self.cfg.training.eval_episodes > 0:
             self.open_evaluation()
         super().build()
