@@ -28,9 +28,9 @@ from pwm_torchrl.envs import LatentImaginationEnv, PolicySeededMPPI, env_info, m
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.modules import actor_module, encoder_module, policy_module, value_module
 from pwm_torchrl.run.evaluation import play
+from pwm_torchrl.terminal import say
 from pwm_torchrl.training import train
 from pwm_torchrl.training.load import load_networks
-from pwm_torchrl.terminal import say
 from pwm_torchrl.training.seeding import fresh_env_seed
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 __all__ = [
     "ConfigurationError",
@@ -15,6 +17,7 @@ __all__ = [
     "Superseded",
     "is_ours",
     "nearest",
+    "said",
     "status_of",
 ]
 
@@ -92,6 +95,15 @@ def status_of(error: BaseException) -> str:
     if isinstance(error, OutOfMemory):
         return "memory"
     return "storage" if isinstance(error, StorageFault) else "failed"
+
+
+def said(error: BaseException) -> str:
+    """What somebody else's code raised, in one line: type, text and the place, ``KeyError: 'x' (robot.py, line 7)``."""
+    text = " ".join(str(error).split())[:300] or "no message"
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is where we called it
+    users = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
+    where = (users or frames)[-1:]
+    return f"{type(error).__name__}: {text}" + "".join(f" ({Path(f.filename).name}, line {f.lineno})" for f in where)
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest, said
 
 __all__ = ["locate", "make_cwd_importable"]
 
@@ -28,7 +28,7 @@ def locate(key: str, path: str) -> Any:
         path (str): such as ``"my_package.make_env"``.
 
     Raises:
-        ConfigurationError: if there is no such module, or nothing of that name in it.
+        ConfigurationError: if there is no such module, it cannot be imported, or it has nothing of that name.
         MissingLibraryError: if the module needs a library that is not installed.
     """
     module_name, _, attribute = path.rpartition(".")
@@ -41,6 +41,8 @@ def locate(key: str, path: str) -> Any:
         if error.name and module_name.startswith(error.name):
             raise ConfigurationError(f"{key}={path!r}: there is no module {error.name!r}") from error
         raise MissingLibraryError(f"{key}={path!r} needs {error.name}, which is not installed") from error
+    except Exception as error:  # whatever a user's module does when it is imported
+        raise ConfigurationError(f"{key}={path!r}: importing {module_name} raised {said(error)}") from error
     if not hasattr(module, attribute):
         near = nearest(attribute, dir(module))
         raise ConfigurationError(

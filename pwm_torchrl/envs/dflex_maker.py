@@ -69,7 +69,7 @@ def make_dflex_env(
             f"env.name={name!r} is not a dflex simulation: "
             + (f"did you mean {near}?" if near else f"choose {', '.join(CLASSES)}")
         )
-    cls = _simulator_class(_load(module), module, CLASSES[task])
+    cls = _simulator_class(_load(module, name), module, CLASSES[task])
     ours = {
         "num_envs": num_envs,
         "device": str(device),
@@ -98,13 +98,14 @@ def make_dflex_env(
     )
 
 
-def _load(module: str) -> ModuleType:
+def _load(module: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and module.startswith(error.name) and module.startswith("dflex"):
             raise MissingLibraryError(
-                f"dflex is not installed; it is on no package index and licensed for research only: {INSTALL}"
+                f"env.name={name} needs dflex, which is not installed; it is on no package index and licensed for "
+                f"research only: {INSTALL}"
             ) from error
         raise MissingLibraryError(f"env.module={module!r} needs {error.name}, which is not installed") from error
     except Exception as error:  # dflex compiles its kernels when it is imported

@@ -56,7 +56,7 @@ def make_dm_control_env(
         torch.Size([2, 3, 5])
     """
     check_maker_arguments(num_envs, action_repeat, episode_length)
-    suite = import_mujoco_library("dm_control.suite", "dm-control")
+    suite = import_mujoco_library("dm_control.suite", "dm-control", f"env.domain={domain}")
     check_dm_control_task(domain, task, suite.TASKS_BY_DOMAIN, "dm_control's suite")
 
     def load(**task_kwargs: Any) -> Any:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torchrl.envs import EnvBase, SerialEnv
 
 from pwm_torchrl.envs.arguments import check_maker_arguments
-from pwm_torchrl.envs.info import env_layers
+from pwm_torchrl.envs.info import EnvInfo, env_info, env_layers
 from pwm_torchrl.envs.standard import check_usable, standardize
 from pwm_torchrl.envs.transforms import GuardedEnv
-from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, nearest
+from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, is_ours, nearest, said
 from pwm_torchrl.own_code import locate
 
-__all__ = ["make_env"]
+__all__ = ["make_env", "probe_env"]
+
+_log = logging.getLogger(__name__)
+
+# This package's own makers, which make as many environments as they are asked for.
+_OWN = "pwm_torchrl."
 
 # Keys of the configuration that belong to this module; a maker gets them only if it names them itself.
 RESERVED = ("_target_", "name", "num_envs", "seed", "device", "render", "action_repeat", "episode_length", "terminates",
@@ -63,40 +70,125 @@ def make_env(
         >>> make_env(cfg, num_envs=4, seed=0).batch_size
         torch.Size([4])
     """
+    maker = _maker_of(env_cfg, num_envs)
+    offered = {"num_envs": num_envs, "seed": seed, "device": device, "render": render}
+    return _completed(_call(maker, offered), env_cfg, maker, offered, {"env.num_envs": num_envs}, seeded=True)
+
+
+def probe_env(env_cfg: Mapping[str, Any], sizes: Mapping[str, int], *, device: torch.device | str = "cpu") -> EnvInfo:
+    """Make an environment once, read its facts and close it again, whatever happens.
+
+    As little as can be is made: of this package's own environments, and of those that come one at a time, a single
+    one; a batch that its maker puts together is made whole, but nothing in it is started (the workers of a
+    ``ParallelEnv`` are not).
+
+    Args:
+        env_cfg (Mapping): as for :func:`make_env`.
+        sizes (Mapping): by their keys of the configuration, the numbers of environments that the run will ask for.
+            The first is that of training.
+
+    Keyword Args:
+        device (torch.device or str): where it is made. Defaults to ``"cpu"``.
+
+    Returns:
+        EnvInfo: facts of the batch that training would get.
+
+    Raises:
+        ConfigurationError: if it cannot be made or used, or has a batch of its own that is not of these sizes.
+    """
+    (key, asked), *_ = sizes.items()
+    maker = _maker_of(env_cfg, asked)
+    asks = "num_envs" in _named(maker.function)
+    count = 1 if maker.target.startswith(_OWN) or not asks else asked
+    env = _call(maker, {"num_envs": count, "seed": 0, "device": device, "render": False})
+    if not env.batch_size:
+        count = 1
+    offered = {"num_envs": count, "seed": 0, "device": device, "render": False}
+    wanted = {key: count} if asks or not env.batch_size else sizes
+    env = _completed(env, env_cfg, maker, offered, wanted, seeded=False)
+    try:
+        return replace(env_info(env), num_envs=asked)
+    finally:
+        _close(env, maker.target)
+
+
+class _Maker(NamedTuple):
+    """A maker of environments, where it was found, and what it gets of the configuration."""
+
+    target: str
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+
+def _maker_of(env_cfg: Mapping[str, Any], num_envs: int) -> _Maker:
+    """The maker of a configuration."""
     target = env_cfg.get("_target_")
     if not target:
         raise ConfigurationError(
             "env._target_ is missing: give the dotted path of a function that makes the environment"
         )
-    maker = _locate(str(target))
+    function = _locate(str(target))
     check_maker_arguments(num_envs, env_cfg.get("action_repeat") or 1, env_cfg.get("episode_length"))
-    arguments = _arguments(str(target), maker, env_cfg)
-    offered = {"num_envs": num_envs, "seed": seed, "device": device, "render": render}
+    return _Maker(str(target), function, _arguments(str(target), function, env_cfg))
 
-    env = _call(str(target), maker, arguments, offered)
+
+def _completed(
+    env: EnvBase,
+    env_cfg: Mapping[str, Any],
+    maker: _Maker,
+    offered: dict[str, Any],
+    sizes: Mapping[str, int],
+    *,
+    seeded: bool,
+) -> EnvBase:
+    """What a maker returned, checked, batched and standardised; closed if it cannot be used."""
+    target, keys = maker.target, env_cfg.get("observation_keys")
     name = str(env_cfg.get("name") or getattr(env.__dict__.get("pwm_info"), "name", None) or target)
-    check_usable(env, name, env_cfg.get("observation_keys"))
+    with _closing_on_error(env, target):
+        check_usable(env, f"env._target_={target}", keys)
     if not env.batch_size:
         env.close()
-        env = _batch(str(target), maker, arguments, offered, name)
-    elif "seed" not in _named(maker):
-        _seed(env, name, seed)
-    if env.batch_size != torch.Size([num_envs]):
-        raise ConfigurationError(
-            f"env._target_={target} made a batch of {list(env.batch_size)} instead of env.num_envs={num_envs}: "
-            "return an environment without batch, or accept num_envs"
+        env, seeded = _batch(maker, offered, name), False  # its members have their seeds
+    with _closing_on_error(env, target):
+        for key, size in sizes.items():
+            if env.batch_size != torch.Size([size]):
+                raise ConfigurationError(
+                    f"env._target_={target} made a batch of {list(env.batch_size)} instead of {key}={size}: "
+                    "return an environment without batch, or accept num_envs"
+                )
+        if seeded and "seed" not in _named(maker.function):
+            _seed(env, name, offered["seed"])
+        env = standardize(
+            _to_device(env, offered["device"]),
+            name=name,
+            seed=offered["seed"],
+            episode_length=None if "episode_length" in maker.arguments else env_cfg.get("episode_length"),
+            terminates=env_cfg.get("terminates"),
+            observation_keys=keys,
         )
-    env = _to_device(env, device)
-    env = standardize(
-        env,
-        name=name,
-        seed=seed,
-        episode_length=None if "episode_length" in arguments else env_cfg.get("episode_length"),
-        terminates=env_cfg.get("terminates"),
-        observation_keys=env_cfg.get("observation_keys"),
-    )
-    _rename(env, name)
+        _rename(env, name)
     return env
+
+
+@contextlib.contextmanager
+def _closing_on_error(env: EnvBase, target: str) -> Iterator[None]:
+    """Closes an environment that cannot be used: the processes of a ``ParallelEnv`` would outlive the error."""
+    try:
+        yield
+    except BaseException as error:
+        _close(env, target)
+        if is_ours(error) or not isinstance(error, Exception):
+            raise
+        raise ConfigurationError(f"env._target_={target} made an environment that raised {said(error)}") from error
+
+
+def _close(env: EnvBase, target: str) -> None:
+    """Close an environment; what it says to that concerns nobody who asked for its facts alone."""
+    try:
+        if not env.is_closed:
+            env.close()
+    except Exception as error:  # noqa: BLE001 - a user's environment may raise anything
+        _log.warning("env._target_=%s: closing it raised %s", target, said(error))
 
 
 def _locate(target: str) -> Callable[..., Any]:
@@ -156,15 +248,14 @@ def _arguments(target: str, maker: Callable[..., Any], env_cfg: Mapping[str, Any
     return arguments
 
 
-def _call(target: str, maker: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any]) -> EnvBase:
-    named = _named(maker)
+def _call(maker: _Maker, offered: dict[str, Any]) -> EnvBase:
+    target, named = maker.target, _named(maker.function)
     try:
-        env = maker(**arguments, **{key: value for key, value in offered.items() if key in named})
+        env = maker.function(**maker.arguments, **{key: value for key, value in offered.items() if key in named})
     except ConfigurationError:
         raise
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise ConfigurationError(f"env._target_={target} raised {type(error).__name__}: {text}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(f"env._target_={target} raised {said(error)}") from error
     if not isinstance(env, EnvBase):
         raise ConfigurationError(
             f"env._target_={target} returned a {type(env).__name__}: it must return a TorchRL environment (EnvBase), "
@@ -173,15 +264,13 @@ def _call(target: str, maker: Callable[..., Any], arguments: dict[str, Any], off
     return env
 
 
-def _batch(
-    target: str, maker: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any], name: str
-) -> EnvBase:
+def _batch(maker: _Maker, offered: dict[str, Any], name: str) -> EnvBase:
     """N environments without batch, one after the other, each with its own seed."""
     first = offered["seed"]
 
     def make(index: int) -> EnvBase:
-        env = _call(target, maker, arguments, {**offered, "seed": first + index, "num_envs": 1})
-        if "seed" not in _named(maker):
+        env = _call(maker, {**offered, "seed": first + index, "num_envs": 1})
+        if "seed" not in _named(maker.function):
             _seed(env, name, first + index)
         return GuardedEnv(env, name=name, seed=first + index, index=index)
 
@@ -197,8 +286,7 @@ def _seed(env: EnvBase, name: str, seed: int) -> None:
     try:
         env.set_seed(seed, static_seed=True)
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise EnvironmentFault(name, f"set_seed raised {type(error).__name__}: {text}", seed=seed) from error
+        raise EnvironmentFault(name, f"set_seed raised {said(error)}", seed=seed) from error
 
 
 def _to_device(env: EnvBase, device: torch.device | str) -> EnvBase:

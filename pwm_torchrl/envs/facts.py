@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
-from pwm_torchrl.envs.factory import make_env
-from pwm_torchrl.envs.info import EnvInfo, env_info
+import torch
+
+from pwm_torchrl.envs.dflex import INSTALL
+from pwm_torchrl.envs.factory import probe_env
+from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.envs.tasks.info import task_info
+from pwm_torchrl.envs.tasks.maker import probe_task_env
 from pwm_torchrl.errors import MissingLibraryError
+from pwm_torchrl.own_code import locate
 
 #: Observation and action dimensions of dflex's tasks, which a login node need not have installed.
 DFLEX_DIMENSIONS = {
@@ -50,7 +55,7 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
             terminates=task.terminates,
         )
     try:
-        env = make_env(env_cfg, num_envs=1, seed=0)
+        return probe_env(env_cfg, {"env.num_envs": num_envs})
     except MissingLibraryError:
         name = str(env_cfg.get("name"))
         known = f"dflex_{name.removeprefix('dflex_')}"
@@ -60,7 +65,39 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
         length = int(env_cfg.get("episode_length") or 1000)
         terminates = bool(env_cfg.get("early_termination", True))
         return EnvInfo(name, observation_dim, action_dim, length, 1, num_envs, terminates)
-    try:
-        return replace(env_info(env), num_envs=num_envs)
-    finally:
-        env.close()
+
+
+def opened_facts(
+    env_cfg: Mapping[str, Any], sizes: Mapping[str, int], *, device: torch.device | str = "cpu"
+) -> EnvInfo:
+    """Facts of an environment that is really made, whatever is known of it, and closed again.
+
+    Args:
+        env_cfg (Mapping): as for :func:`~pwm_torchrl.envs.make_env`.
+        sizes (Mapping): as for :func:`~pwm_torchrl.envs.factory.probe_env`.
+
+    Keyword Args:
+        device (torch.device or str): where it is made. Defaults to ``"cpu"``.
+
+    Raises:
+        ConfigurationError: if it cannot be made or used.
+    """
+    registered = env_cfg.get("_target_") == TASK_MAKER and env_cfg.get("task")
+    return (probe_task_env if registered else probe_env)(env_cfg, sizes, device=device)
+
+
+def require_maker(env_cfg: Mapping[str, Any]) -> None:
+    """Look up what makes an environment, without making one: a simulator that needs a GPU may not be made here.
+
+    Raises:
+        ConfigurationError: if there is no such maker.
+        MissingLibraryError: if its library is not installed.
+    """
+    target = str(env_cfg.get("_target_"))
+    locate("env._target_", target)
+    if target.endswith(".make_dflex_env"):
+        module = str(env_cfg.get("module") or "dflex.envs")
+        if find_spec(module.partition(".")[0]) is None:
+            raise MissingLibraryError(
+                f"env.name={env_cfg.get('name')} needs {module}, which is not installed; get dflex with: {INSTALL}"
+            )

@@ -63,7 +63,9 @@ def make_gymnasium_env(
     try:
         import gymnasium
     except ModuleNotFoundError as error:
-        raise MissingLibraryError("gymnasium is not installed: pip install 'pwm-torchrl[gym]'") from error
+        raise MissingLibraryError(
+            f"env.id={id} needs gymnasium, which is not installed: pip install 'pwm-torchrl[gym]'"
+        ) from error
     from pwm_torchrl.envs.gym_sub_env import GymnasiumSubEnv
     from pwm_torchrl.envs.vector import batch_sub_envs
 
@@ -87,7 +89,7 @@ def _builder(
     """A function that makes one environment and explains why it cannot."""
     entry = _registered(gymnasium, id)
     if "mujoco" in str(entry.entry_point).lower():
-        import_mujoco_library("mujoco", "mujoco")
+        import_mujoco_library("mujoco", "mujoco", f"env.id={id}")
     kwargs = dict(gym_kwargs)
     kwargs["disable_env_checker"] = True  # its checks cost more than a step of a small environment
     if render:
@@ -107,9 +109,9 @@ def _builder(
                 if "pip install" in text and "mujoco" not in text.lower()
                 else (f": pip install 'pwm-torchrl[{'mujoco' if 'mujoco' in text.lower() else 'gym'}]'")
             )
-            raise MissingLibraryError(f"{id} needs a library that is not installed ({text}){advice}") from error
+            raise MissingLibraryError(f"env.id={id} needs a library that is not installed ({text}){advice}") from error
         except ModuleNotFoundError as error:
-            raise MissingLibraryError(f"{id} needs {error.name}, which is not installed") from error
+            raise MissingLibraryError(f"env.id={id} needs {error.name}, which is not installed") from error
         except (TypeError, gymnasium.error.Error) as error:
             raise ConfigurationError(
                 f"gymnasium cannot make env.id={id!r} with {gym_kwargs}: {_first_line(error)}"

@@ -20,7 +20,7 @@ __all__ = ["draw_or_explain", "import_mujoco_library", "render_frame"]
 _ADVICE = "install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa before starting"
 
 
-def import_mujoco_library(module: str, extra: str) -> ModuleType:
+def import_mujoco_library(module: str, extra: str, wanted: str = "this environment") -> ModuleType:
     """Import a module that loads MuJoCo, with an OpenGL backend that needs no display.
 
     gymnasium reads ``MUJOCO_GL`` when it first draws, dm_control when it is imported. Where the user has not set it,
@@ -30,6 +30,8 @@ def import_mujoco_library(module: str, extra: str) -> ModuleType:
     Args:
         module (str): what to import, for example ``"dm_control.suite"``.
         extra (str): extra of this package that installs it, for the message.
+        wanted (str): setting that needs it, for the message: ``"env.domain=walker"``.
+            Defaults to ``"this environment"``.
 
     Returns:
         ModuleType: the module.
@@ -43,7 +45,9 @@ def import_mujoco_library(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingLibraryError(f"{error.name} is not installed: pip install 'pwm-torchrl[{extra}]'") from error
+        raise MissingLibraryError(
+            f"{wanted} needs {error.name}, which is not installed: pip install 'pwm-torchrl[{extra}]'"
+        ) from error
     except (ImportError, AttributeError):
         # EGL without a usable driver raises at import, ImportError or PyOpenGL's AttributeError.
         if not chosen:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.slurm import Site, site, slurm_available
 from pwm_torchrl.cluster.submission import Resources, node_memory_mb, require_fit, resources_for
@@ -17,7 +18,10 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.sweep import expand
 
-__all__ = ["Prepared", "compose_all", "place_of", "plan_for_slurm", "require_logging"]
+if TYPE_CHECKING:
+    from pwm_torchrl.envs import EnvInfo
+
+__all__ = ["Prepared", "compose_all", "place_of", "plan_for_slurm"]
 
 LOCAL, DEBUG, SLURM, HERE = "local", "debug", "slurm", "here"
 
@@ -49,8 +53,10 @@ def compose_all(words: Sequence[str]) -> list[Prepared]:
                 f"run_dir={folder} is one directory, and this command starts {count} runs in it; give runs_dir=..., or "
                 "a name that differs, such as run_dir='runs/${model.name}_s${seed}' in quotes"
             )
+    from pwm_torchrl.training.loggers import require_logging
+
     for run in runs:
-        require_logging(run.config)
+        require_logging(run.config.logger)
     places = {place_of(run.config) for run in runs}
     if len(places) > 1:
         raise ConfigurationError(f"One command submits to one place, not to {' and '.join(sorted(places))} at once.")
@@ -74,25 +80,13 @@ def place_of(config: Config) -> str:
     return kind
 
 
-def require_logging(config: Config) -> None:
-    """Refuse online logging without a key: a compute node cannot ask for it.
-
-    Raises:
-        ConfigurationError: if W&B has to be online and no key is found.
-    """
-    if config.logger.kind != "wandb" or config.logger.mode != "online":
-        return
-    from pwm_torchrl.training.loggers import has_wandb_key
-
-    if not has_wandb_key():
-        raise ConfigurationError(
-            "logger.mode=online needs a W&B key, and there is none (WANDB_API_KEY or `wandb login`); set one, or use "
-            "logger.mode=auto"
-        )
-
-
-def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Resources]:
+def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:
     """The memory plan of each run, and resources that are enough for all of them.
+
+    Args:
+        runs (sequence of Prepared): of one cluster profile.
+        facts (sequence of EnvInfo, optional): what :func:`~pwm_torchrl.launch.preflight.preflight` found out about
+            each. Defaults to nothing; what is not known is looked up here.
 
     Raises:
         ConfigurationError: if a run cannot fit the nodes of its profile.
@@ -102,12 +96,12 @@ def plan_for_slurm(runs: Sequence[Prepared]) -> tuple[list[Any], Resources]:
 
     plans: dict[str, Any] = {}
     found, resources, here = [], None, site()
-    for run in runs:
+    for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
         fill_in_node_memory(run.config, here)
         # A seed changes no memory.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
         if key not in plans:
-            plans[key] = make_plan(run.config, run_facts(run.config), profile_budgets(run.config))
+            plans[key] = make_plan(run.config, known or run_facts(run.config), profile_budgets(run.config))
         needed = resources_for(run.config, plans[key])
         resources = needed if resources is None else resources.covering(needed)
         found.append(plans[key])

@@ -8,6 +8,8 @@ from pwm_torchrl.commands import named
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.help import answered
+from pwm_torchrl.launch.preflight import preflight
+from pwm_torchrl.launch.prepare import HERE
 from pwm_torchrl.launch.run_dir import prepare_run_dir
 from pwm_torchrl.launch.train import run_in_process, run_replica
 from pwm_torchrl.launch.validate import require_runnable
@@ -38,4 +40,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{named(SCRIPT)} pre-trains world models, and this is mode={config.mode}; use {named('train')}"
         )
     require_runnable(config)
-    return run_in_process(config, prepare_run_dir(config), words, script=SCRIPT)
+    preflight([config], HERE)
+    return run_in_process(config, prepare_run_dir(config, here=True), words, script=SCRIPT)

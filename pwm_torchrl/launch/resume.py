@@ -12,7 +12,10 @@ from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
+from pwm_torchrl.launch.preflight import preflight
+from pwm_torchrl.launch.prepare import LOCAL, SLURM
 from pwm_torchrl.launch.reporting.collect import find_runs
+from pwm_torchrl.own_code import make_cwd_importable
 from pwm_torchrl.training.claims import newest_claim, read_outcome
 from pwm_torchrl.training.config_file import load_config
 from pwm_torchrl.training.owners import ENDED, owner_state
@@ -87,12 +90,15 @@ def _bring_back(run: Path) -> str:
     """Submit a run as it was submitted before; returns what was done."""
     cfg = load_config(run)
     job = read_job(run)
-    if job and slurm_available():
+    on_slurm = bool(job) and slurm_available()
+    if cfg.cluster.kind == "slurm" and not on_slurm:
+        raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and no SLURM is found here")
+    make_cwd_importable()
+    preflight([cfg], SLURM if on_slurm else LOCAL, again=True)
+    if on_slurm:
         from pwm_torchrl.cluster.submission import resubmit
 
         return f"job {resubmit(run, cfg, int(job['mem_mb']))}"
-    if cfg.cluster.kind == "slurm":
-        raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and no SLURM is found here")
     from pwm_torchrl.cluster.snapshot import snapshot, targets_of
     from pwm_torchrl.launch.local import submit_local
 

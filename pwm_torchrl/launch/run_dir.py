@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import re
+import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pwm_torchrl.config import Config
+from pwm_torchrl.data.files import existing
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.training.claims import refuse_owned
 from pwm_torchrl.training.config_file import CONFIG_FILE, load_config, save_config
 from pwm_torchrl.training.summary_file import read_summary, set_status, was_started
 
 __all__ = [
     "RunDir",
+    "check_run_dir",
     "differing_keys",
+    "discard",
     "load_config",
     "prepare_run_dir",
     "read_summary",
@@ -49,31 +56,91 @@ IGNORED = (
 
 
 class RunDir(NamedTuple):
-    """Where a run lives, and whether it continues an earlier attempt."""
+    """Where a run lives.
+
+    Attributes:
+        path (Path): its directory.
+        resume (bool): whether it continues an earlier attempt.
+        created (tuple of Path): folders that were made for it, the outermost first; none if the directory was there.
+    """
 
     path: Path
     resume: bool
+    created: tuple[Path, ...] = ()
 
 
-def prepare_run_dir(config: Config) -> RunDir:
+def check_run_dir(config: Config) -> None:
+    """Whether :func:`prepare_run_dir` would refuse; makes and changes nothing.
+
+    Raises:
+        ConfigurationError: as that.
+    """
+    key = "runs_dir" if config.run_dir is None else "run_dir"
+    path = Path(config.runs_dir if config.run_dir is None else config.run_dir).expanduser().absolute()
+    if config.run_dir is not None:
+        _examine(path, config)
+    try:
+        place = existing(path)
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is not a directory")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"{key}={path} cannot be written: {error.strerror}; set {key} to another folder"
+        ) from error
+
+
+def prepare_run_dir(config: Config, *, here: bool = False) -> RunDir:
     """Creates or recognises the directory of a run and saves the configuration in it.
 
     Without ``config.run_dir`` a new one is created under ``config.runs_dir``. With it: an empty or
     missing directory is a fresh start, an unfinished run of the same configuration is resumed,
     everything else is refused.
 
+    Args:
+        config (Config): the run.
+        here (bool): whether this process trains it. Then the configuration of a run that is there already is left to
+            be saved when the run is claimed (see :mod:`pwm_torchrl.training.claims`), since another process may have
+            claimed it meanwhile. Defaults to ``False``.
+
     Raises:
         ConfigurationError: if the directory cannot be written, holds something else, a run of
-            another configuration (the differing keys are listed) or a finished run.
+            another configuration (the differing keys are listed), a finished run or one that is in use.
     """
     if config.run_dir is None:
-        path = _new_directory(config)
+        path, created = _new_directory(config)
     else:
         path = Path(config.run_dir).expanduser().absolute()
         _examine(path, config)
-    _require_writable(path, "run_dir" if config.run_dir is not None else "runs_dir")
-    save_config(config, path)
-    return RunDir(path, was_started(path))
+        created = _make_writable(path)
+    if not here or not (path / CONFIG_FILE).is_file():
+        save_config(config, path)
+    return RunDir(path, was_started(path), created)
+
+
+def discard(run: RunDir) -> bool:
+    """Remove the directory of a run that was refused before it trained, if it was made for that.
+
+    Returns:
+        bool: whether it is gone; ``False`` if the directory was there before, or holds something that was trained.
+    """
+    if run.path not in run.created or _has_trained(run.path):
+        return False
+    shutil.rmtree(run.path)
+    for folder in reversed(run.created[:-1]):
+        try:
+            folder.rmdir()
+        except OSError:  # something else is in there by now
+            break
+    return True
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether there is a checkpoint, or a row of metrics."""
+    checkpoints, metrics = path / "checkpoints", path / "metrics.csv"
+    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return saved or (metrics.is_file() and len(metrics.read_text(encoding="utf-8").splitlines()) > 1)
 
 
 def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
@@ -107,6 +174,7 @@ def _examine(path: Path, config: Config) -> None:
         raise ConfigurationError(
             f"run_dir={path} is neither empty nor a run directory (it has no {CONFIG_FILE}); give another run_dir"
         )
+    refuse_owned(path)
     if read_summary(path).get("status") == "finished":
         raise ConfigurationError(f"run_dir={path} holds a finished run; give another run_dir, or none for a new one")
     differing = differing_keys(load_config(path), config)
@@ -118,7 +186,8 @@ def _examine(path: Path, config: Config) -> None:
         )
 
 
-def _new_directory(config: Config) -> Path:
+def _new_directory(config: Config) -> tuple[Path, tuple[Path, ...]]:
+    """A directory of a new name under ``runs_dir``, and all the folders that were made for it."""
     env = config.env.get("name") or config.env["_target_"]
     label = f"{env}_{config.model.name}_{config.size.name}_s{config.seed}"
     name = f"{label}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -128,8 +197,9 @@ def _new_directory(config: Config) -> Path:
     while True:
         path = runs / (name if attempt == 1 else f"{name}_{attempt}")
         try:
+            missing = _missing(path)
             path.mkdir(parents=True)
-            return path
+            return path, missing
         except FileExistsError as error:
             if not path.is_dir():
                 raise ConfigurationError(f"runs_dir={config.runs_dir} is not a directory") from error
@@ -138,10 +208,21 @@ def _new_directory(config: Config) -> Path:
             raise ConfigurationError(f"runs_dir={config.runs_dir} cannot be written: {error.strerror}") from error
 
 
-def _require_writable(path: Path, key: str) -> None:
+def _make_writable(path: Path) -> tuple[Path, ...]:
+    """Makes ``run_dir`` unless it is there; returns the folders that were made."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        missing = _missing(path)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return missing
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ConfigurationError(f"{key}={path} cannot be written: {error.strerror}") from error
+        raise ConfigurationError(f"run_dir={path} cannot be written: {error.strerror}") from error
+    return ()
+
+
+def _missing(path: Path) -> tuple[Path, ...]:
+    """The folders that making a path would make, the outermost first."""
+    there = existing(path)
+    return tuple(each for each in reversed((path, *path.parents)) if each != there and each.is_relative_to(there))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
 from pwm_torchrl.commands import typed
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.chain import Chain, composed, lacks_world_model
 from pwm_torchrl.launch.dry_run import dry_run
@@ -19,13 +20,15 @@ from pwm_torchrl.launch.follow import stop_signals_as_interrupt
 from pwm_torchrl.launch.help import answered
 from pwm_torchrl.launch.job import LOG_FILE
 from pwm_torchrl.launch.local import refuse_while_running, submit_local
+from pwm_torchrl.launch.preflight import preflight
 from pwm_torchrl.launch.prepare import DEBUG, HERE, SLURM, Prepared, compose_all, place_of, plan_for_slurm
-from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir, read_summary
+from pwm_torchrl.launch.run_dir import RunDir, discard, prepare_run_dir, read_summary
 from pwm_torchrl.launch.train import run_in_process
 from pwm_torchrl.launch.words import DRY_RUN, read_words
 
 if TYPE_CHECKING:
     from pwm_torchrl.cluster.submission import Resources
+    from pwm_torchrl.envs import EnvInfo
 
 __all__ = ["main"]
 
@@ -51,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if dry:
         dry_run(runs, place)
         return console.OK
+    facts = preflight([run.config for run in runs], place)
     if place == SLURM:
-        return _to_slurm([runs])
+        return _to_slurm([runs], [facts])
     codes = [_one(run, place) for run in runs]
     return max(codes)
 
@@ -66,11 +70,15 @@ def _both_stages(chain: Chain, dry: bool) -> int:
         console.say("\n\n# the policies, in the world model of the run above\n")
         dry_run(chain.policies, place)
         return console.OK
+    stages = [[chain.pretraining], chain.policies]
+    facts = [preflight([run.config for run in stage], place) for stage in stages]
     if place == SLURM:
-        return _to_slurm([[chain.pretraining], chain.policies], chain.place)
-    first = _prepare(chain.pretraining.config)
+        return _to_slurm(stages, facts, chain.place)
+    first = _prepare(chain.pretraining.config, place)
     chain.place(first.path)
     code = _here(chain.pretraining, first, place)
+    if code == console.BAD_INPUT:
+        return code
     if code != console.OK:
         words = " ".join(shlex.quote(word) for word in chain.policies[0].words if not word.startswith("task="))
         console.say(f"no policy was begun; when that is finished: {typed('submit')} {words} task=all", err=True)
@@ -83,12 +91,12 @@ def _one(run: Prepared, place: str) -> int:
     config = run.config
     if config.run_dir is not None:
         refuse_while_running(Path(config.run_dir).expanduser().absolute())
-    return _here(run, _prepare(config), place)
+    return _here(run, _prepare(config, place), place)
 
 
-def _prepare(config: Config) -> RunDir:
+def _prepare(config: Config, place: str) -> RunDir:
     """The directory of a run; that of a pre-training says at once what its world model will be."""
-    prepared = prepare_run_dir(config)
+    prepared = prepare_run_dir(config, here=place in (DEBUG, HERE))
     if config.mode == "pretrain":
         from pwm_torchrl.run.validation import announce
 
@@ -102,7 +110,11 @@ def _here(run: Prepared, prepared: RunDir, place: str) -> int:
     if place in (DEBUG, HERE):
         return run_in_process(config, prepared, run.words, script="submit")
     console.say(f"{'resuming' if prepared.resume else 'run'}: {prepared.path}")
-    return _follow(config, prepared, run.words)
+    try:
+        return _follow(config, prepared, run.words)
+    except ConfigurationError:
+        discard(prepared)
+        raise
 
 
 def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
@@ -115,18 +127,24 @@ def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
             outcome = submit_local(run.path, code, progress=config.training.progress).follow()
             change = thriftier_plan(run.path, config, outcome)
             if change is None:
-                return _conclude(outcome, run.path, words)
+                return _conclude(outcome, run, words)
             console.say(f"memory ran out, so the run goes on with {change}")
 
 
-def _to_slurm(stages: Sequence[Sequence[Prepared]], placed: Callable[[Path], None] = lambda run_dir: None) -> int:
+def _to_slurm(
+    stages: Sequence[Sequence[Prepared]],
+    facts: Sequence[Sequence[EnvInfo | None]],
+    placed: Callable[[Path], None] = lambda run_dir: None,
+) -> int:
     """Queue all runs, an array for each stage; nothing is written before everything is checked and planned.
 
     Args:
         stages (sequence of sequences of Prepared): runs.
+        facts (sequence of sequences of EnvInfo): what is known of each, see
+            :func:`~pwm_torchrl.launch.preflight.preflight`.
         placed (callable): is told the first run's directory, before later stages are queued.
     """
-    planned = [plan_for_slurm(stage)[1] for stage in stages]
+    planned = [plan_for_slurm(stage, known)[1] for stage, known in zip(stages, facts, strict=True)]
     for run in itertools.chain(*stages):
         if run.config.run_dir is not None:
             refuse_while_queued(Path(run.config.run_dir).expanduser().absolute())
@@ -141,16 +159,27 @@ def _to_slurm(stages: Sequence[Sequence[Prepared]], placed: Callable[[Path], Non
 
 
 def _queue(runs: Sequence[Prepared], resources: Resources) -> list[Path]:
-    """Queue runs as one array; returns their directories."""
+    """Queue runs as one array; returns their directories, which are removed again if SLURM refuses."""
+    from pwm_torchrl.cluster.deaths import read_job
     from pwm_torchrl.cluster.submission import leave_open, submit_runs
 
     configs = [run.config for run in runs]
     for config in configs:
         leave_open(config)
-    folders = [_prepare(config).path for config in configs]
-    parent = folders[0].parent
-    code = snapshot(parent, (name for config in configs for name in targets_of(asdict(config))))
-    for each in submit_runs(folders, configs, resources, code, parent):
+    made: list[RunDir] = []
+    try:
+        for config in configs:
+            made.append(_prepare(config, SLURM))
+        folders = [each.path for each in made]
+        parent = folders[0].parent
+        code = snapshot(parent, (name for config in configs for name in targets_of(asdict(config))))
+        submitted = submit_runs(folders, configs, resources, code, parent)
+    except ConfigurationError:
+        for run in made:
+            if not read_job(run.path):  # an earlier array of the same command may be queued
+                discard(run)
+        raise
+    for each in submitted:
         waits = "" if each.after is None else f", when job {each.after} is done"
         console.say(f"job {each.job_id}: {each.run_dir}{waits}")
     return folders
@@ -166,15 +195,15 @@ def refuse_while_queued(run_dir: Path) -> None:
 
     job = live_job(run_dir)
     if job is not None:
-        raise console.ConfigurationError(
+        raise ConfigurationError(
             f"run_dir={run_dir} has SLURM job {job.job_id}, which is {job.state.lower()}; wait for it, or cancel it "
             f"with: scancel {job.job_id}"
         )
 
 
-def _conclude(outcome: dict[str, Any], run_dir: Path, words: Sequence[str]) -> int:
+def _conclude(outcome: dict[str, Any], run: RunDir, words: Sequence[str]) -> int:
     """Last lines and exit code."""
-    status = outcome["status"]
+    status, run_dir = outcome["status"], run.path
     summary = read_summary(run_dir) or outcome.get("summary") or {}
     if status == "finished":
         console.say(console.summary_line(summary, run_dir))
@@ -183,6 +212,8 @@ def _conclude(outcome: dict[str, Any], run_dir: Path, words: Sequence[str]) -> i
         console.say(console.summary_line({**summary, "status": "stopped"}, run_dir))
         console.say(console.resume_hint("submit", words, run_dir), err=True)
         return console.STOPPED
-    message = f"{outcome.get('error', f'the run ended with status {status}')}\nfull log: {run_dir / LOG_FILE}"
+    refused = bool(outcome.get("bad_input"))
+    where = "" if refused and discard(run) else f"\nfull log: {run_dir / LOG_FILE}"
+    message = f"{outcome.get('error', f'the run ended with status {status}')}{where}"
     code = console.fail(message, status, "submit", words, run_dir)
-    return console.BAD_INPUT if outcome.get("bad_input") else code
+    return console.BAD_INPUT if refused else code

@@ -8,7 +8,9 @@ from pwm_torchrl.config import Config
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.help import answered
-from pwm_torchrl.launch.run_dir import RunDir, prepare_run_dir
+from pwm_torchrl.launch.preflight import preflight
+from pwm_torchrl.launch.prepare import HERE
+from pwm_torchrl.launch.run_dir import RunDir, discard, prepare_run_dir
 from pwm_torchrl.launch.validate import require_runnable
 from pwm_torchrl.launch.words import read_words
 from pwm_torchrl.terminal import say_after_interrupt
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_replica()
     config = compose(words)
     require_runnable(config)
-    return run_in_process(config, prepare_run_dir(config), words, script="train")
+    preflight([config], HERE)
+    return run_in_process(config, prepare_run_dir(config, here=True), words, script="train")
 
 
 def run_replica() -> int:
@@ -67,9 +70,10 @@ def run_in_process(config: Config, run: RunDir, words: Sequence[str], *, script:
     except Exception as failure:
         if not console.is_ours(failure):
             raise
-        message = f"{failure}\nrun directory: {run.path}"
-        code = console.fail(message, console.status_of(failure), script, words, run.path)
-        return console.BAD_INPUT if isinstance(failure, console.ConfigurationError) else code
+        refused = isinstance(failure, console.ConfigurationError)
+        where = "" if refused and discard(run) else f"\nrun directory: {run.path}"
+        code = console.fail(f"{failure}{where}", console.status_of(failure), script, words, run.path)
+        return console.BAD_INPUT if refused else code
     console.say(console.summary_line(summary, run.path))
     status = str(summary.get("status"))
     if status == "stopped":

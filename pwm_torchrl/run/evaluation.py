@@ -17,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.config import Config
-from pwm_torchrl.devices import pick_device
+from pwm_torchrl.devices import environment_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env, render_frame
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.envs.workers import OpenEnv
@@ -272,7 +272,7 @@ class PolicyEvaluation:
         self.cfg, self.run_dir, self.info, self.summary, self.between = cfg, run_dir, info, summary, between
         self.progress = progress
         self.seed = evaluation_env_seed(cfg.seed)
-        self.env_device = pick_device(cfg.env.get("device") or "cpu")
+        self.env_device = environment_device(cfg)
         self.task = None if cfg.task is None else task_info(str(cfg.task))
         self.latents = LatentVariance()
         self.components: dict[str, Any] = {"latent_variance": self.latents} if cfg.finetune else {}

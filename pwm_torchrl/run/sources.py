@@ -15,14 +15,14 @@ from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.pwm import Samples
 from pwm_torchrl.config import Config
 from pwm_torchrl.data import TrajectoryReplay, steps_since_checkpoint
-from pwm_torchrl.devices import pick_device
+from pwm_torchrl.devices import environment_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env
 from pwm_torchrl.envs.workers import OpenEnv
-from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale
 from pwm_torchrl.terminal import Progress
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.offline import (
+    check_horizon,
     extraction_facts,
     open_store,
     pin_world_model,
@@ -108,14 +108,14 @@ class OnlineSource:
     """
 
     def __init__(self, cfg: Config) -> None:
-        self.env_device = pick_device(cfg.env.get("device") or "cpu")  # a simulator may have a GPU of its own
+        self.env_device = environment_device(cfg)
         seed = training_env_seed(cfg.seed)
         with OpenEnv.opening(str(cfg.env.get("name") or cfg.env.get("_target_")), seed) as self.opened:
             self.env = self.opened.hold(
                 make_env(cfg.env, num_envs=int(cfg.env.get("num_envs", 1)), seed=seed, device=self.env_device)
             )
         self.info = env_info(self.env)
-        check_against_env(cfg, self.info)
+        check_horizon(cfg, self.info)
         first = cfg.algorithm.first_model_updates
         self.first_model_updates = first if first is not None else self.info.episode_length or UNKNOWN_EPISODE_UPDATES
         self.agent_steps_per_epoch = (cfg.algorithm.collect_steps or cfg.algorithm.horizon) * self.info.num_envs
@@ -276,16 +276,3 @@ class StoredSource:
 def open_source(cfg: Config, run_dir: Path) -> OnlineSource | StoredSource:
     """The source of a run's mode."""
     return OnlineSource(cfg) if cfg.mode == "online" else StoredSource(cfg, run_dir)
-
-
-def check_against_env(cfg: Config, info: EnvInfo) -> None:
-    """Check what only the environment can refute.
-
-    Raises:
-        ConfigurationError: if the horizon is longer than an episode.
-    """
-    horizon = cfg.algorithm.horizon
-    if info.episode_length is not None and horizon > info.episode_length:
-        raise ConfigurationError(
-            f"algorithm.horizon={horizon} is longer than an episode of {info.name} ({info.episode_length} agent steps)."
-        )

@@ -33,7 +33,7 @@ from pwm_torchrl.training.artifacts import write_curves
 from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.claims import RunClaim, claimed
-from pwm_torchrl.training.config_file import CONFIG_FILE, save_config
+from pwm_torchrl.training.config_file import save_config
 from pwm_torchrl.training.distributed import Ranks, joined
 from pwm_torchrl.training.events import write_event
 from pwm_torchrl.training.failpoints import failpoint
@@ -119,8 +119,7 @@ def _train(
     try:
         with Closing() as closing:
             reserve.take()
-            if not (run_dir / CONFIG_FILE).exists():
-                save_config(cfg, run_dir)
+            save_config(cfg, run_dir)
             summary = RunSummary.start(cfg, run_dir, resume)
             if ranks is not None:
                 check_device(cfg.device, ranks)

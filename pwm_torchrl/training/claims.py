@@ -105,6 +105,19 @@ def claimed(run_dir: Path, adoptable: Sequence[str] = (), patience_s: float = PA
             claim.release()
 
 
+def refuse_owned(run_dir: Path) -> None:
+    """Refuse a run that another attempt owns, before anything is written to it.
+
+    Raises:
+        ConfigurationError: if one does, or whether it does cannot be told.
+    """
+    newest = newest_claim(run_dir)
+    if newest is not None and read_outcome(run_dir, newest.attempt) is None:
+        state = owner_state(newest.owner)
+        if state != ENDED:
+            raise _refusal(run_dir, newest, alive=state == ALIVE)
+
+
 def _take(run_dir: Path, adoptable: list[str], patience_s: float) -> Claim:
     (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
     patience = time.monotonic() + patience_s

@@ -14,13 +14,17 @@ CONFIG_FILE = "config.yaml"
 
 
 def save_config(config: Config, run_dir: Path) -> None:
-    """Write ``config.yaml``; the directory's own path is left out, so that a run can be moved."""
+    """Write ``config.yaml``, unless it says the same already; the directory's own path is left out, so that a run can
+    be moved.
+    """
     from omegaconf import OmegaConf
 
-    content = asdict(replace(config, run_dir=None))
-    partial = run_dir / (CONFIG_FILE + ".tmp")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
-    os.replace(partial, run_dir / CONFIG_FILE)
+    text = OmegaConf.to_yaml(OmegaConf.create(asdict(replace(config, run_dir=None))))
+    target, partial = run_dir / CONFIG_FILE, run_dir / (CONFIG_FILE + ".tmp")
+    if target.is_file() and target.read_text(encoding="utf-8") == text:
+        return
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)
 
 
 def load_config(run_dir: str | Path) -> Config:

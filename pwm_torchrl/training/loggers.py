@@ -25,7 +25,7 @@ from torchrl.record.loggers.wandb import WandbLogger
 from pwm_torchrl.config import LoggerConfig
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
-__all__ = ["RunWandbLogger", "close_logger", "has_wandb_key", "make_logger", "offline_reason"]
+__all__ = ["RunWandbLogger", "close_logger", "has_wandb_key", "make_logger", "offline_reason", "require_logging"]
 
 KINDS = ("csv", "tensorboard", "wandb")
 MODES = ("auto", "online", "offline", "disabled")
@@ -58,21 +58,45 @@ def make_logger(cfg: LoggerConfig, run_dir: Path, run_config: dict[str, Any], *,
         ConfigurationError: if ``logger.kind`` or ``logger.mode`` is unknown.
         MissingLibraryError: if the logger's library is not installed.
     """
-    if cfg.kind not in KINDS:
-        raise ConfigurationError(f"logger.kind={cfg.kind!r} is unknown; choose {', '.join(KINDS)}")
-    if cfg.kind == "csv":
+    _require_library(cfg)
+    if not _logs(cfg):
         return None
-    if cfg.kind == "wandb" and cfg.mode not in MODES:
-        raise ConfigurationError(f"logger.mode={cfg.mode!r} is unknown; choose {', '.join(MODES)}")
-    if cfg.kind == "wandb" and cfg.mode == "disabled":
-        return None
-    if importlib.util.find_spec(cfg.kind) is None:
-        raise MissingLibraryError(
-            f"logger={cfg.kind} needs the {cfg.kind} library: pip install 'pwm-torchrl[{cfg.kind}]'"
-        )
     if cfg.kind == "tensorboard":
         return _tensorboard_logger(Path(run_dir), run_config, first_step)
     return _wandb_logger(cfg, Path(run_dir), run_config)
+
+
+def require_logging(cfg: LoggerConfig) -> None:
+    """Look up what the logger needs, before a run begins: its library, and W&B's key where it has to be online.
+
+    A compute node cannot ask for a key. Whether the server can be reached from there is not known before.
+
+    Raises:
+        ConfigurationError: if ``logger.kind`` or ``logger.mode`` is unknown, or no key is found.
+        MissingLibraryError: if the logger's library is not installed.
+    """
+    _require_library(cfg)
+    if cfg.kind == "wandb" and cfg.mode == "online" and not has_wandb_key():
+        raise ConfigurationError(
+            "logger.mode=online needs a W&B key, and there is none (WANDB_API_KEY or `wandb login`); set one, or use "
+            "logger.mode=auto"
+        )
+
+
+def _require_library(cfg: LoggerConfig) -> None:
+    if cfg.kind not in KINDS:
+        raise ConfigurationError(f"logger.kind={cfg.kind!r} is unknown; choose {', '.join(KINDS)}")
+    if cfg.kind == "wandb" and cfg.mode not in MODES:
+        raise ConfigurationError(f"logger.mode={cfg.mode!r} is unknown; choose {', '.join(MODES)}")
+    if _logs(cfg) and importlib.util.find_spec(cfg.kind) is None:
+        raise MissingLibraryError(
+            f"logger={cfg.kind} needs the {cfg.kind} library: pip install 'pwm-torchrl[{cfg.kind}]'"
+        )
+
+
+def _logs(cfg: LoggerConfig) -> bool:
+    """Whether there is anything beside ``metrics.csv``."""
+    return cfg.kind != "csv" and not (cfg.kind == "wandb" and cfg.mode == "disabled")
 
 
 def close_logger(logger: Logger | None, timeout: float = FINISH_TIMEOUT) -> None:

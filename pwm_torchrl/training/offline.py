@@ -9,7 +9,7 @@ import numpy as np
 
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.config import Config
-from pwm_torchrl.data.episodes import EpisodeStore, split_episodes
+from pwm_torchrl.data.episodes import EpisodeStore, SliceIndex, split_episodes
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.envs.tasks import TaskSet, task_info, task_set
@@ -28,13 +28,29 @@ def run_facts(cfg: Config) -> EnvInfo:
     """Dimensions of what a run of any mode learns from: of its environment, or of its tasks as the registry knows them.
 
     Raises:
-        ConfigurationError: if environment or data are not there, or disagree with the registry.
+        ConfigurationError: if environment or data are not there, disagree with the registry, or episodes are shorter
+            than the horizon.
     """
     if cfg.mode == "pretrain":
         return pretraining_facts(cfg, open_store(cfg))
     if cfg.mode == "extract":
         return extraction_facts(cfg)
-    return environment_facts(cfg.env)
+    info = environment_facts(cfg.env)
+    check_horizon(cfg, info)
+    return info
+
+
+def check_horizon(cfg: Config, info: EnvInfo) -> None:
+    """What only an environment can refute.
+
+    Raises:
+        ConfigurationError: if the horizon is longer than an episode.
+    """
+    horizon = cfg.algorithm.horizon
+    if info.episode_length is not None and horizon > info.episode_length:
+        raise ConfigurationError(
+            f"algorithm.horizon={horizon} is longer than an episode of {info.name} ({info.episode_length} agent steps)."
+        )
 
 
 def open_store(cfg: Config, staged: bool = False) -> EpisodeStore:
@@ -184,7 +200,19 @@ def pin_world_model(cfg: Config, run_dir: Path) -> None:
     """
     if cfg.world_model is None or cfg.world_model_sha256 is not None:
         return
-    facts = world_model_facts(cfg.world_model)
+    require_world_model(cfg)
+    cfg.world_model_sha256 = world_model_facts(cfg.world_model).sha256
+    save_config(cfg, run_dir)
+
+
+def require_world_model(cfg: Config) -> None:
+    """Whether the pre-training of a world model that the configuration does not pin has come to its end.
+
+    Raises:
+        ConfigurationError: if it has not.
+    """
+    if cfg.world_model is None or cfg.world_model_sha256 is not None:
+        return
     run = pretraining_run(cfg.world_model)
     status = "finished" if run is None else read_summary(run).get("status", "not begun")
     if run is not None and status != "finished":
@@ -192,8 +220,20 @@ def pin_world_model(cfg: Config, run_dir: Path) -> None:
             f"world_model={cfg.world_model} is not there yet, its pre-training is {status}; bring that to its end, "
             f"{typed('resume')} {run}, then this run"
         )
-    cfg.world_model_sha256 = facts.sha256
-    save_config(cfg, run_dir)
+
+
+def require_slices(cfg: Config) -> None:
+    """Whether every task of a run on stored episodes has an episode of ``algorithm.horizon`` steps to train on.
+
+    Raises:
+        ConfigurationError: if one has none.
+    """
+    store, chosen = open_store(cfg), None
+    if cfg.mode == "pretrain":
+        names, chosen = pretraining_tasks(cfg, store).names, training_split(cfg, store)[0]
+    else:
+        names = (str(cfg.task),)
+    SliceIndex(store, cfg.algorithm.horizon, tasks=[store.task_names.index(name) for name in names], episodes=chosen)
 
 
 def training_split(cfg: Config, store: EpisodeStore) -> tuple[np.ndarray, np.ndarray]:

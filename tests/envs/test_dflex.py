@@ -134,7 +134,10 @@ def test_missing_extras_say_which_dflex_is_needed():
 
 def test_missing_dflex_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "dflex", None)
-    with pytest.raises(MissingLibraryError, match=r"dflex is not installed.*research.*pip install 'git\+https"):
+    with pytest.raises(
+        MissingLibraryError,
+        match=r"env.name=ant needs dflex, which is not installed.*research.*pip install 'git\+https",
+    ):
         make_dflex_env("ant", 2)
 
 

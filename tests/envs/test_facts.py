@@ -11,6 +11,7 @@ pytest.importorskip("hydra")
 
 from pwm_torchrl.envs import dflex_stand_in, env_info, facts, make_env
 from pwm_torchrl.envs.dflex_maker import CLASSES
+from pwm_torchrl.envs.factory import probe_env
 from pwm_torchrl.envs.facts import DFLEX_DIMENSIONS, environment_facts
 from pwm_torchrl.envs.tasks import TaskInfo, register_task
 from pwm_torchrl.envs.tasks import info as registry
@@ -96,7 +97,65 @@ def test_another_library_that_is_missing_is_an_error(monkeypatch):
     def missing(*args, **kwargs):
         raise MissingLibraryError("dm_control is not installed")
 
-    monkeypatch.setattr(facts, "make_env", missing)
+    monkeypatch.setattr(facts, "probe_env", missing)
     cfg = {**compose(["env=cartpole_swingup"]).env, "name": "dflex_ant"}
     with pytest.raises(MissingLibraryError, match="dm_control"):
         environment_facts(cfg)
+
+
+class TestProbe:
+    """An environment is made as little as can be, and closed whatever happens."""
+
+    @pytest.fixture
+    def made(self, monkeypatch):
+        """Every environment that the maker ``probed.make`` returned, in batches of ``probed.SIZE``."""
+        import types
+
+        from torchrl.envs import GymEnv, SerialEnv
+
+        module = types.ModuleType("probed")
+        module.SIZE, module.MADE = None, []
+
+        def make():
+            env = GymEnv("Pendulum-v1")
+            if module.SIZE is not None:
+                env = SerialEnv(module.SIZE, lambda: GymEnv("Pendulum-v1"))
+                env.start()
+            module.MADE.append(env)
+            return env
+
+        module.make = make
+        monkeypatch.setitem(sys.modules, "probed", module)
+        return module
+
+    def test_of_those_that_come_alone_there_is_one(self, made):
+        info = probe_env({"_target_": "probed.make"}, {"env.num_envs": 64, "training.eval_episodes": 5})
+        assert (info.num_envs, info.observation_dim) == (64, 3)
+        assert len(made.MADE) <= 3  # the first tells that it has no batch, and TorchRL looks at one before it batches
+        assert all(env.is_closed for env in made.MADE)
+
+    def test_a_batch_is_closed(self, made):
+        made.SIZE = 3
+        assert probe_env({"_target_": "probed.make"}, {"env.num_envs": 3}).num_envs == 3
+        assert [env.is_closed for env in made.MADE] == [True]
+
+    @pytest.mark.parametrize("sizes", [{"env.num_envs": 2}, {"env.num_envs": 3, "training.eval_episodes": 2}])
+    def test_a_batch_of_another_size_is_closed_too(self, made, sizes):
+        made.SIZE = 3
+        key = list(sizes)[-1]
+        with pytest.raises(ConfigurationError, match=rf"batch of \[3\] instead of {key}=2"):
+            probe_env({"_target_": "probed.make"}, sizes)
+        assert [env.is_closed for env in made.MADE] == [True]
+
+    def test_so_is_one_that_make_env_refuses(self, made):
+        made.SIZE = 3
+        with pytest.raises(ConfigurationError, match=r"batch of \[3\] instead of env\.num_envs=2"):
+            make_env({"_target_": "probed.make"}, num_envs=2, seed=0)
+        assert [env.is_closed for env in made.MADE] == [True]
+
+    def test_a_registered_task_with_a_batch_of_its_own(self, made, monkeypatch):
+        monkeypatch.setattr(registry, "_TASKS", {})
+        made.SIZE = 3
+        cfg = register_task(TaskInfo("my-pendulum", 3, 1, 50, "probed.make", {})).env_config()
+        assert facts.opened_facts(cfg, {"training.eval_episodes": 3}).episode_length == 50
+        assert [env.is_closed for env in made.MADE] == [True]

@@ -111,9 +111,12 @@ def test_train_stopped_says_how_to_resume(capsys, stub_training, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stub_training, "train", interrupted)
-    assert train.main(["model=mlp", "env._target_=my_pkg.make"]) == 130
+    Path("stopped_robot.py").write_text(
+        "from torchrl.envs import GymEnv\n\n\ndef make():\n    return GymEnv('Pendulum-v1')\n"
+    )
+    assert train.main(["model=mlp", "env._target_=stopped_robot.make"]) == 130
     err = capsys.readouterr().err
-    assert "python launch/train.py model=mlp env._target_=my_pkg.make run_dir=" in err
+    assert "python launch/train.py model=mlp env._target_=stopped_robot.make run_dir=" in err
 
 
 def test_evaluate(capsys):

@@ -18,7 +18,7 @@ pytest.importorskip("submitit")
 
 import yaml
 
-from pwm_torchrl.cluster.resources import Resources
+from pwm_torchrl.cluster.submission import Resources
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.submit import main
 
@@ -51,7 +51,6 @@ def test_pickle_holds_only_the_run_directory(capfd):
 @pytest.mark.parametrize(
     ("seed", "code", "sentence"),
     [
-        (BAD_INPUT, 2, "error: algorithm.horizon=9 is longer than an episode"),
         (FAULT, 1, "error: pendulum, seed 3: reward is nan"),
         (BUG, 1, "error: KeyError: 'a bug"),
         (KILLED, 1, "killed from outside, or ran out of memory"),
@@ -66,6 +65,17 @@ def test_an_error_is_a_few_lines(capfd, seed, code, sentence):
     assert len(err.strip().splitlines()) <= 4
     assert json.loads(Path("run/summary.json").read_text())["status"] == "failed"
     assert ("Traceback" in Path("run/log.txt").read_text()) == (seed != KILLED)
+
+
+def test_what_training_refuses_leaves_no_directory(capfd):
+    """Unless it was there before."""
+    assert main([f"seed={BAD_INPUT}"]) == 2
+    assert capfd.readouterr().err == "error: algorithm.horizon=9 is longer than an episode\n"
+    assert [each.name for each in Path("runs").iterdir()] == [".code"]
+    Path("run").mkdir()
+    assert main(["run_dir=run", f"seed={BAD_INPUT}"]) == 2
+    assert f"full log: {Path('run/log.txt').absolute()}" in capfd.readouterr().err
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "failed"
 
 
 @pytest.mark.parametrize(
@@ -227,8 +237,7 @@ def test_a_dry_run_prints_the_configuration_last_and_fits_a_terminal(capsys, mon
 def test_a_dry_run_prints_what_sbatch_gets_before_the_configuration(capsys, monkeypatch):
     """Without SLURM: with the resources that its nodes would be found to have."""
     from pwm_torchrl.launch import prepare
-    from pwm_torchrl.memory.limits import profile_budgets
-    from pwm_torchrl.memory.plan import make_plan
+    from pwm_torchrl.memory.plan import make_plan, profile_budgets
     from pwm_torchrl.training.offline import run_facts
 
     def planned(runs):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.envs.factory import make_env
-from pwm_torchrl.envs.info import env_info
+from pwm_torchrl.envs.factory import make_env, probe_env
+from pwm_torchrl.envs.info import EnvInfo, env_info
 from pwm_torchrl.envs.tasks.info import TaskInfo, task_info
 from pwm_torchrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["make_task_env"]
+__all__ = ["make_task_env", "probe_task_env"]
 
 
 def make_task_env(
@@ -47,7 +49,29 @@ def make_task_env(
         torch.Size([2, 3, 3])
     """
     info = task_info(task)
-    cfg = {
+    cfg = _config(info, episode_length)
+    env = make_env(cfg, num_envs=num_envs, seed=seed, device=device, render=render)
+    try:
+        _check_dimensions(env_info(env), info)
+    except ConfigurationError:
+        env.close()
+        raise
+    return env
+
+
+def probe_task_env(
+    env_cfg: Mapping[str, Any], sizes: Mapping[str, int], *, device: torch.device | str = "cpu"
+) -> EnvInfo:
+    """:func:`~pwm_torchrl.envs.factory.probe_env` of a configuration whose maker is :func:`make_task_env`."""
+    info = task_info(str(env_cfg["task"]))
+    made = probe_env(_config(info, env_cfg.get("episode_length")), sizes, device=device)
+    _check_dimensions(made, info)
+    return replace(made, name=str(env_cfg.get("name") or info.name))
+
+
+def _config(info: TaskInfo, episode_length: int | None) -> dict[str, Any]:
+    """What :func:`~pwm_torchrl.envs.make_env` needs to make a task's environment with its own maker."""
+    return {
         **info.arguments,
         "_target_": info.maker,
         "name": info.name,
@@ -55,17 +79,9 @@ def make_task_env(
         "action_repeat": info.action_repeat,
         "terminates": info.terminates,
     }
-    env = make_env(cfg, num_envs=num_envs, seed=seed, device=device, render=render)
-    try:
-        _check_dimensions(env, info)
-    except ConfigurationError:
-        env.close()
-        raise
-    return env
 
 
-def _check_dimensions(env: EnvBase, info: TaskInfo) -> None:
-    made = env_info(env)
+def _check_dimensions(made: EnvInfo, info: TaskInfo) -> None:
     for what in ("observation_dim", "action_dim"):
         found, known = getattr(made, what), getattr(info, what)
         if found != known:

@@ -58,7 +58,7 @@ def make_metaworld_env(
         torch.Size([2, 3, 1])
     """
     check_maker_arguments(num_envs, action_repeat, episode_length)
-    classes = import_mujoco_library("metaworld", "metaworld").ALL_V3_ENVIRONMENTS
+    classes = import_mujoco_library("metaworld", "metaworld", f"env.task={task}").ALL_V3_ENVIRONMENTS
     if f"{task}{_VERSION}" not in classes:
         known = [name.removesuffix(_VERSION) for name in classes]
         near = nearest(str(task), known)

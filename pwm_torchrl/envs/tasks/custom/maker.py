@@ -53,6 +53,6 @@ def make_custom_dm_control_env(
     """
     check_maker_arguments(num_envs, action_repeat, episode_length)
     check_dm_control_task(domain, task, CUSTOM_TASKS, "the custom tasks")
-    import_mujoco_library("dm_control.suite", "dm-control")
+    import_mujoco_library("dm_control.suite", "dm-control", f"env.domain={domain}")
     load = getattr(importlib.import_module(MODULES[domain]), task)
     return batch_dm_control(f"{domain}-{task}", load, num_envs, seed, device, action_repeat, episode_length)
