@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -280,6 +280,8 @@ class PolicyEvaluation:
         self.opened: OpenEnv | None = None
         if cfg.mode == "online" or cfg.training.eval_episodes > 0:
             self.env, self.opened = self._open(max(1, cfg.training.eval_episodes))
+            made = env_info(self.env)  # the task registry does not know the range of actions
+            self.info = replace(info, action_low=made.action_low, action_high=made.action_high)
 
     def _open(self, count: int, render: bool = False) -> tuple[EnvBase, OpenEnv]:
         with OpenEnv.opening(self.info.name, self.seed) as opened:

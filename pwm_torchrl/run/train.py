@@ -229,7 +229,7 @@ class Run:
             claim=self.claim,
             store=CheckpointStore(self.run_dir, max(1, t.keep_checkpoints), self.claim),
             checkpoint=checkpoint,
-            facts=facts_of(source.info),
+            facts=facts_of(self.evaluation.info),
             summary=self.summary,
             csv=CsvMetrics(self.run_dir / "metrics.csv"),
             memory=RunMemory(cfg.memory, self._memory_unwatched),

@@ -127,6 +127,7 @@ class HeldOutValidation:
     ) -> None:
         self.cfg, self.run_dir, self.source, self.summary = cfg, run_dir, source, summary
         self.between, self.check_owner = between, check_owner
+        self.info = source.info
         self.best: float | None = None
         self.components: dict[str, Any] = {}
 
