@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from pwm_torchrl.training.progress import say
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from pwm_torchrl.envs import make_env
 from pwm_torchrl.modules import Actor, CriticEnsemble, actor_module, value_module
 from pwm_torchrl.objectives import PWMActorLoss, PWMValueLoss
 from pwm_torchrl.training.evaluation import play
-from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.run import quiet_torchrl
 
 PENDULUM = {

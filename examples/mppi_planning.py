@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from pwm_torchrl.training.progress import say
 from tensordict.nn import TensorDictSequential
 from torch import Tensor
 from torchrl.data import Bounded
@@ -30,7 +31,6 @@ from pwm_torchrl.training import train
 from pwm_torchrl.training.build import Networks
 from pwm_torchrl.training.evaluation import play
 from pwm_torchrl.training.load import load_networks
-from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.seeding import fresh_env_seed
 
 

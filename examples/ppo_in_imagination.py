@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 import torch
+from pwm_torchrl.training.progress import say
 from tensordict import TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential
 from torchrl.envs import EnvBase
@@ -40,7 +41,6 @@ from pwm_torchrl.modules import (
 from pwm_torchrl.objectives import PWMModelLoss
 from pwm_torchrl.training.collector import ResumableCollector
 from pwm_torchrl.training.evaluation import play
-from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.seeding import evaluation_env_seed, seed_everything, training_env_seed
 
 ENV = {"_target_": "pwm_torchrl.envs.make_gymnasium_env", "id": "Pendulum-v1", "episode_length": 200}

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from pwm_torchrl.training.progress import say
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from torchrl.envs import PendulumEnv
 
 from pwm_torchrl.modules import Actor, CriticEnsemble, actor_module, value_module
 from pwm_torchrl.objectives import PWMActorLoss, PWMValueLoss
-from pwm_torchrl.training.progress import say
 
 EPISODE = 200
 SPEED = 8.0  # the largest angular velocity, by which the state's is divided
