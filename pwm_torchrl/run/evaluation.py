@@ -206,6 +206,11 @@ def rollout_errors(
     return torch.stack(latent_error), torch.stack(reward_error)
 
 
+def frames_per_second(info: EnvInfo) -> float:
+    """Speed of a video with one picture per agent step: 30 environment steps per second."""
+    return 30.0 / max(1, info.action_repeat)
+
+
 def film(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Iterator[np.ndarray]:
     """Pictures of one deterministic episode in a rendering environment of batch size [1]."""
     env.set_seed(seed)
@@ -368,11 +373,12 @@ class PolicyEvaluation:
         try:
             with self.progress.phase("opening the environment to film", forks=True):
                 env, opened = self._open(1, render=True)
-            fps = 30.0 / max(1, self.info.action_repeat)
             with self.progress.phase("filming an episode"):
-                write_video(self.run_dir, film(env, self.act, self.seed), fps)
+                frames = film(env, self.act, self.seed)
+                write_video(self.run_dir / "video.mp4", frames, frames_per_second(self.info))
         except Exception as error:  # noqa: BLE001 - whatever a renderer or an encoder raises, the run has finished
-            say(f"no video: {' '.join(str(error).split()) or type(error).__name__}")
+            reason = " ".join(str(error).split()) or type(error).__name__
+            say(f"no video: {reason} (training.video=false films nothing)")
         finally:
             if opened is not None:
                 opened.close()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["evaluate_run", "load_env", "load_policy", "load_world_model", "make_torchrl_trainer", "train"]
+__all__ = ["evaluate_run", "film_run", "load_env", "load_policy", "load_world_model", "make_torchrl_trainer", "train"]
 
 _HOME = {
     "train": "pwm_torchrl.run.train",
     "evaluate_run": "pwm_torchrl.training.load",
+    "film_run": "pwm_torchrl.training.load",
     "load_env": "pwm_torchrl.training.load",
     "load_policy": "pwm_torchrl.training.load",
     "load_world_model": "pwm_torchrl.training.load",
