@@ -9,11 +9,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load_policy", "load_world_model"]
+__all__ = ["__version__", "load_env", "load_policy", "load_world_model"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_policy", "load_world_model"):
+    if name in ("load_env", "load_policy", "load_world_model"):
         from pwm_torchrl import training
 
         return getattr(training, name)

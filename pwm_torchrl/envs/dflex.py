@@ -68,6 +68,8 @@ class DFlexEnv(EnvBase):
             num_envs=n,
             terminates=terminates,
             seed=seed,
+            action_low=(-1.0,) * action_dim,
+            action_high=(1.0,) * action_dim,
         )
         self._random = RandomStream(self.device)
         self._set_seed(seed)

@@ -59,7 +59,17 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
         observation_dim, action_dim = DFLEX_DIMENSIONS[known]
         length = int(env_cfg.get("episode_length") or 1000)
         terminates = bool(env_cfg.get("early_termination", True))
-        return EnvInfo(name, observation_dim, action_dim, length, 1, num_envs, terminates)
+        return EnvInfo(
+            name,
+            observation_dim,
+            action_dim,
+            length,
+            1,
+            num_envs,
+            terminates,
+            action_low=(-1.0,) * action_dim,
+            action_high=(1.0,) * action_dim,
+        )
     try:
         return replace(env_info(env), num_envs=num_envs)
     finally:

@@ -26,6 +26,9 @@ class EnvInfo:
         seed: seed of sub-environment 0; sub-environment i has ``seed + i``.
         action_dims: length of the action in each of several tasks whose observations and actions are padded to the
             widest; empty for a single task.
+        action_low: smallest action in the environment's own units, of which [-1, 1] is the scaled range; empty where
+            it is not known without making the environment.
+        action_high: largest action, likewise.
     """
 
     name: str
@@ -37,6 +40,8 @@ class EnvInfo:
     terminates: bool
     seed: int = 0
     action_dims: tuple[int, ...] = ()
+    action_low: tuple[float, ...] = ()
+    action_high: tuple[float, ...] = ()
 
 
 def env_layers(env: Any) -> Iterator[Any]:

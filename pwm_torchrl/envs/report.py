@@ -10,7 +10,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import RandomPolicy
 
 from pwm_torchrl.envs.factory import make_env
-from pwm_torchrl.envs.info import EnvInfo, env_info, env_layers
+from pwm_torchrl.envs.info import EnvInfo, env_info
 from pwm_torchrl.envs.state import env_state_support
 
 __all__ = ["report_env"]
@@ -51,7 +51,7 @@ def _facts(env: EnvBase, info: EnvInfo) -> list[str]:
     return [
         f"environment       {info.name} x {info.num_envs}, seeds {info.seed} to {info.seed + info.num_envs - 1}",
         f"observation       {list(env.observation_spec['observation'].shape)} float32",
-        f"action            {list(env.action_spec.shape)} float32 in [-1, 1], scaled to {_raw_range(env)}",
+        f"action            {list(env.action_spec.shape)} float32 in [-1, 1], scaled to {_raw_range(info)}",
         f"action repeat     {info.action_repeat} environment steps per agent step, rewards summed",
         f"episode length    {length}",
         f"termination       {'possible: bootstraps 0' if info.terminates else 'none: episodes only truncate'}; "
@@ -59,16 +59,9 @@ def _facts(env: EnvBase, info: EnvInfo) -> list[str]:
     ]
 
 
-def _raw_range(env: EnvBase) -> str:
-    """The simulator's own action range, where it can be seen."""
-    base = list(env_layers(env))[-1]
-    vector = base.__dict__.get("_env")
-    first = getattr(vector, "envs", [None])[0]
-    if hasattr(first, "raw_action_range"):
-        low, high = first.raw_action_range()
-    else:
-        space = base.action_spec.space
-        low, high = space.low[0].tolist(), space.high[0].tolist()
+def _raw_range(info: EnvInfo) -> str:
+    """The environment's own action range."""
+    low, high = info.action_low, info.action_high
     if len(set(low)) == 1 and len(set(high)) == 1:
         return f"[{low[0]:g}, {high[0]:g}]"
     return " ".join(f"[{a:g}, {b:g}]" for a, b in zip(low, high))

@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.transforms import ActionScaling, Compose, DoubleToFloat, StepCounter
 
 from pwm_torchrl.envs.info import EnvInfo, env_layers
+from pwm_torchrl.envs.policy_specs import action_range
 from pwm_torchrl.envs.transforms import CompleteDone, FlatObservation, GuardedEnv
 from pwm_torchrl.errors import ConfigurationError
 
@@ -60,6 +61,7 @@ def standardize(
     if list(keys) != ["observation"] or not _is_flat_float(env.observation_spec["observation"]):
         transforms.append(FlatObservation(keys))
     result = GuardedEnv(env, Compose(*transforms), name=name, seed=seed)
+    low, high = action_range(env)
     result.pwm_info = EnvInfo(
         name=name,
         observation_dim=result.observation_spec["observation"].shape[-1],
@@ -69,6 +71,8 @@ def standardize(
         num_envs=env.batch_size[0],
         terminates=True if terminates is None else terminates,
         seed=seed,
+        action_low=tuple(low.tolist()),
+        action_high=tuple(high.tolist()),
     )
     return result
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import is_seq_of_nested_key
-from torchrl.data import Categorical, Composite, Unbounded
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.transforms import Transform
 
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 
-__all__ = ["CompleteDone", "FlatObservation", "GuardedEnv"]
+__all__ = ["CompleteDone", "FlatObservation", "GuardedEnv", "OwnUnits"]
 
 
 class FlatObservation(Transform):
@@ -65,6 +66,34 @@ class CompleteDone(Transform):
             done = done_spec["done"]
             done_spec["truncated"] = Categorical(2, dtype=torch.bool, shape=done.shape, device=done.device)
         return done_spec
+
+
+class OwnUnits(Transform):
+    """Takes actions in a range, and hands them on scaled to [-1, 1].
+
+    The opposite of TorchRL's :class:`~torchrl.envs.transforms.ActionScaling`, for environments that have it inside.
+
+    Args:
+        low (Tensor): smallest action ``[A]``.
+        high (Tensor): largest action ``[A]``.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__(in_keys_inv=["action"], out_keys_inv=["action"])
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def _inv_apply_transform(self, action: Tensor) -> Tensor:
+        return (action - (self.high + self.low) / 2) / ((self.high - self.low) / 2)
+
+    def transform_input_spec(self, input_spec: Composite) -> Composite:
+        spec = input_spec["full_action_spec", "action"]
+        low, high = (bound.expand(spec.shape).clone() for bound in (self.low, self.high))
+        input_spec["full_action_spec", "action"] = Bounded(low, high, spec.shape, spec.device, spec.dtype)
+        return input_spec
 
 
 class GuardedEnv(TransformedEnv):

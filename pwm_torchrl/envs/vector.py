@@ -146,6 +146,7 @@ def batch_sub_envs(
 ) -> BatchedEnv:
     """Batch sub-environments of one kind; sub-environment i gets ``seed + i`` at its first reset."""
     first = sub_envs[0]
+    low, high = first.raw_action_range()
     info = EnvInfo(
         name=first.name,
         observation_dim=first.observation_space.shape[0],
@@ -155,5 +156,7 @@ def batch_sub_envs(
         num_envs=len(sub_envs),
         terminates=terminates,
         seed=seed,
+        action_low=tuple(low),
+        action_high=tuple(high),
     )
     return BatchedEnv(_VectorEnv(sub_envs), info, device, state_support, can_save)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from pwm_torchrl.envs import EnvInfo
+from pwm_torchrl.envs import EnvInfo, env_info
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.terminal import warn
 from pwm_torchrl.training.assembly import PolicyRun
@@ -42,6 +44,8 @@ class ExtractRun(PolicyRun):
         self.env_device = pick_device(self.cfg.env.get("device") or "cpu")
         if self.cfg.training.eval_episodes > 0:
             self.open_evaluation()
+            made = env_info(self.eval_env)  # the registry does not know the range of actions
+            self.info = replace(self.info, action_low=made.action_low, action_high=made.action_high)
         super().build()
         load_pretrained(self.cfg, self.networks.world_model)
 

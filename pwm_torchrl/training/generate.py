@@ -16,7 +16,7 @@ from pwm_torchrl.envs import make_task_env
 from pwm_torchrl.envs.tasks import TaskSet
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.evaluation import play
-from pwm_torchrl.training.load import load_networks, load_policy
+from pwm_torchrl.training.load import load_policy
 
 #: Episodes that are played side by side.
 BATCH = 32
@@ -133,18 +133,14 @@ def _played(
 
 
 def _policy(run: str, task: str) -> Act:
-    """The policy of a run, checked against the task."""
-    cfg, networks = load_networks(run)
+    """The policy of a run, checked against the task, whose environment takes actions in [-1, 1]."""
     env = make_task_env(task)
-    wanted = env.action_spec.shape[-1], env.observation_spec["observation"].shape[-1]
-    env.close()
-    first = next(iter(networks.world_model.encoder.parameters()))
-    if networks.actor.action_dim != wanted[0] or (cfg.mode == "online" and first.shape[-1] != wanted[1]):
-        raise ConfigurationError(
-            f"the policy of {run} acts with {networks.actor.action_dim} dimensions on other observations than task "
-            f"{task!r}, which has {wanted[0]} and {wanted[1]}; give a run of that task"
-        )
-    return load_policy(run)
+    try:
+        return load_policy(run, env=env)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--policy {task}={run}: {error}") from error
+    finally:
+        env.close()
 
 
 def _random(hold: int, shape: torch.Size, generator: torch.Generator) -> Act:

@@ -79,7 +79,8 @@ def _code(cfg: Config) -> list[str]:
     return [
         "import pwm_torchrl",
         "",
-        'policy = pwm_torchrl.load_policy("RUN")            # TensorDictModule: observation -> action',
+        'policy = pwm_torchrl.load_policy("RUN")            # TensorDictModule: observation -> action, no noise',
+        'env = pwm_torchrl.load_env("RUN", num_envs=10)     # the environment, in whose units the policy acts',
         'world_model = pwm_torchrl.load_world_model("RUN")  # TensorDictModule of the world model',
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,10 @@ def test_a_task_of_the_users_own_is_what_it_is_registered_as(terminates, monkeyp
     mine = TaskInfo("my-pendulum", 3, 1, 50, maker, arguments, action_repeat=1, terminates=terminates)
     cfg = {**register_task(mine).env_config(), "num_envs": 2}
     env = make_env(cfg, num_envs=2, seed=0)
-    assert environment_facts(cfg) == env_info(env)
-    assert env_info(env).terminates is terminates
+    made = env_info(env)
+    assert (made.action_low, made.action_high) == ((-2.0,), (2.0,))
+    assert environment_facts(cfg) == replace(made, action_low=(), action_high=()), "which no registration says"
+    assert made.terminates is terminates
     env.close()
 
 

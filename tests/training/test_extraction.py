@@ -11,11 +11,12 @@ from stored_cases import write_store
 from tensordict import TensorDict
 from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
+from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.reporting.collect import read_run
 from pwm_torchrl.launch.reporting.scores import score_table
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
-from pwm_torchrl.training import evaluate_run, extraction, load_policy
+from pwm_torchrl.training import evaluate_run, extraction, load_env, load_policy
 from pwm_torchrl.training import load as load_module
 from pwm_torchrl.training.evaluation import Episodes
 from pwm_torchrl.training.extraction import LatentVariance
@@ -49,6 +50,7 @@ def extraction_config(store, world_model, changes=None):
         {
             "mode": "extract",
             "task": "cup-catch",
+            "env": task_info("cup-catch").env_config(),
             "data.path": str(store),
             "world_model": str(world_model),
             "world_model_sha256": read_world_model(world_model)[1].sha256,
@@ -77,12 +79,24 @@ def test_policy_and_critics_learn_in_a_frozen_world_model(monkeypatch, store, wo
 
 def test_policy_comes_back_from_its_run(monkeypatch, store, world_model, tmp_path):
     _, run = run_with(monkeypatch, extraction_config(store, world_model), tmp_path)
-    policy = load_policy(tmp_path, "latest")
-    assert policy(TensorDict(observation=torch.randn(5, 8), batch_size=[5]))["action"].shape == (5, 2)
     _, networks = load_networks(tmp_path, "latest")
     observation = torch.randn(5, 8)
     assert torch.equal(networks.world_model.encode(observation), run.networks.world_model.encode(observation))
     assert_equal(networks.actor.state_dict(), run.networks.actor.state_dict())
+
+
+@pytest.mark.parametrize("evaluated", [0, 1])
+def test_policy_acts_in_the_range_of_its_task(evaluated, monkeypatch, store, world_model, tmp_path):
+    """Which the registry does not know: the run has seen it, or the environment is made."""
+    pytest.importorskip("dm_control")
+    changes = {"training.epochs": 1, "training.eval_episodes": evaluated, "env.episode_length": 5}
+    _, run = run_with(monkeypatch, extraction_config(store, world_model, changes), tmp_path)
+    assert run.trainer.facts["action_low"] == ((-1.0, -1.0) if evaluated else ())
+    policy, env = load_policy(tmp_path, "latest"), load_env(tmp_path, 2)
+    action = policy(TensorDict(observation=torch.randn(5, 8), batch_size=[5]))["action"]
+    assert action.shape == (5, 2)
+    assert action.abs().max() <= 1
+    assert env.rollout(3, policy).shape == (2, 3)
 
 
 @pytest.mark.parametrize("success", [None, torch.tensor([True, False, True, True])], ids=["return", "success"])

@@ -1,4 +1,4 @@
-"""load_policy, load_world_model and evaluate_run: what a run directory gives back."""
+"""load_policy, load_env, load_world_model and evaluate_run: what a run directory gives back."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import shutil
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import GymEnv, TransformedEnv
+from torchrl.envs.transforms import ActionScaling, RenameTransform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import WorldModel as TorchRLWorldModel
 from training_cases import assert_equal, config, rows_of, run_with
 
 import pwm_torchrl
 from pwm_torchrl.envs import make_env
-from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.training import evaluate_run
-from pwm_torchrl.training.checkpoint import CheckpointFault
+from pwm_torchrl.training import load as load_module
+from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_metadata
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.config_file import load_config, save_config
 from pwm_torchrl.training.load import load_networks
@@ -47,22 +51,46 @@ class TestPolicy:
         data = observations()
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             found, expected = policy(data.clone()), run.policy(data.clone())
-        assert torch.equal(found["action"], expected["action"])
-        assert torch.equal(found["latent"], expected["latent"])
-        assert (policy.in_keys, policy.out_keys[-1]) == (["observation"], "action")
+        torch.testing.assert_close(found["action"], 2 * expected["action"])
+        assert (policy.in_keys, policy.out_keys) == (["observation"], ["action"])
+        assert set(found.keys()) == {"observation", "action"}
         assert not any(p.requires_grad for p in policy.parameters())
 
-    def test_samples_by_default(self, trained):
+    def test_is_deterministic_whatever_the_exploration_type(self, trained):
         policy = pwm_torchrl.load_policy(str(trained[1].run_dir))
         data = observations()
-        first, second = policy(data.clone())["action"], policy(data.clone())["action"]
-        assert (first != second).all()
-        assert first.abs().max() <= 1
+        expected = policy(data.clone())["action"]
+        for kind in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+            with set_exploration_type(kind):
+                assert torch.equal(policy(data.clone())["action"], expected)
+        collector = Collector(
+            GymEnv("Pendulum-v1"), policy, frames_per_batch=4, total_frames=4, auto_register_policy_transforms=False
+        )
+        (batch,) = collector
+        collector.shutdown()
+        torch.testing.assert_close(batch["action"], policy(batch["observation"]))
 
-    def test_acts_in_an_environment(self, trained):
-        cfg = trained[1].cfg
-        env = make_env(cfg.env, num_envs=2, seed=0)
-        assert env.rollout(5, pwm_torchrl.load_policy(trained[1].run_dir)).shape == (2, 5)
+    def test_explores_on_request(self, trained):
+        policy = pwm_torchrl.load_policy(trained[1].run_dir, deterministic=False)
+        data = observations(1000)
+        first, second = policy(data.clone())["action"], policy(data.clone())["action"]
+        assert (first != second).any()
+        assert 1 < first.abs().max() <= 2
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            mode = policy(data.clone())["action"]
+        torch.testing.assert_close(mode, pwm_torchrl.load_policy(trained[1].run_dir)(data.clone())["action"])
+
+    def test_takes_tensors_and_any_batch(self, trained):
+        policy = pwm_torchrl.load_policy(trained[1].run_dir)
+        data = torch.randn(2, 4, 3)
+        expected = policy(TensorDict(observation=data, batch_size=[2, 4]))["action"]
+        assert expected.shape == (2, 4, 1)
+        assert torch.equal(policy(data), expected)
+        assert torch.equal(policy(observation=data), expected)
+        torch.testing.assert_close(policy(data[0, 0]), expected[0, 0])
+        assert torch.equal(policy(data.double()), expected), "as gymnasium's MuJoCo environments observe"
+        nested = TensorDict(agent=TensorDict(observation=data[0], batch_size=[4]), batch_size=[])
+        assert policy(nested["agent"])["action"].shape == nested["agent", "action"].shape == (4, 1)
 
     def test_best_is_the_one_that_was_evaluated_best(self, trained):
         summary, run = trained
@@ -72,6 +100,100 @@ class TestPolicy:
         result = evaluate_run(run.run_dir, episodes=3, seed=seed, which="latest")
         assert result["return_mean"] == pytest.approx(summary["final_return"])
         assert result["return_std"] == pytest.approx(summary["final_return_std"])
+
+
+class TestUnits:
+    """Whoever steps the environment, the torque is the same, and so is the return."""
+
+    STEPS, EPISODES, SEED = 30, 3, 11
+
+    @pytest.fixture
+    def expected(self, trained):
+        """What ``launch/evaluate.py`` tells."""
+        return torch.tensor(evaluate_run(trained[1].run_dir, self.EPISODES, self.SEED)["returns"])
+
+    def returns(self, env, policy):
+        """Of a plain environment, one episode after the other from the seeds of the evaluation."""
+        found = []
+        for index in range(self.EPISODES):
+            start = env.reset(seed=self.SEED + index)
+            episode = env.rollout(self.STEPS, policy, auto_reset=False, tensordict=start)
+            found.append(episode["next", "reward"].sum())
+        return torch.stack(found)
+
+    @pytest.mark.parametrize("given", [False, True], ids=["by default", "given the environment"])
+    def test_in_a_plain_gym_env(self, trained, expected, given):
+        env = GymEnv("Pendulum-v1")
+        policy = pwm_torchrl.load_policy(trained[1].run_dir, env=env if given else None)
+        torch.testing.assert_close(self.returns(env, policy), expected, rtol=1e-4, atol=0)
+
+    def test_in_a_plain_gym_env_of_another_range(self, trained, expected):
+        env = TransformedEnv(GymEnv("Pendulum-v1"), ActionScaling(standard_normal=False))
+        assert env.action_spec.space.low.item() == 0
+        policy = pwm_torchrl.load_policy(trained[1].run_dir, env=env)
+        torch.testing.assert_close(self.returns(env, policy), expected, rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("given", [False, True], ids=["by default", "given the environment"])
+    def test_in_the_runs_own(self, trained, expected, given):
+        env = pwm_torchrl.load_env(trained[1].run_dir, self.EPISODES, self.SEED)
+        assert (env.action_spec.space.low == -2).all()
+        policy = pwm_torchrl.load_policy(trained[1].run_dir, env=env if given else None)
+        found = env.rollout(self.STEPS, policy)["next", "reward"].sum(1).flatten()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+    def test_in_the_one_that_training_sees(self, trained, expected):
+        env = make_env(trained[1].cfg.env, num_envs=self.EPISODES, seed=self.SEED)
+        policy = pwm_torchrl.load_policy(trained[1].run_dir, env=env)
+        episodes = env.rollout(self.STEPS, policy)
+        assert episodes["action"].abs().max() <= 1
+        torch.testing.assert_close(episodes["next", "reward"].sum(1).flatten(), expected, rtol=1e-4, atol=0)
+
+    def test_the_own_one_begins_with_the_evaluations_seed(self, trained):
+        env = pwm_torchrl.load_env(trained[1].run_dir, num_envs=2)
+        found = env.rollout(self.STEPS, pwm_torchrl.load_policy(trained[1].run_dir))["next", "reward"].sum(1)
+        assert found.flatten().tolist() == pytest.approx(evaluate_run(trained[1].run_dir, 2)["returns"], rel=1e-4)
+
+    def test_an_environment_with_other_names(self, trained, expected):
+        names = RenameTransform(["observation"], [("state", "vector")], ["action"], [("state", "torque")])
+        env = TransformedEnv(GymEnv("Pendulum-v1"), names)
+        policy = pwm_torchrl.load_policy(trained[1].run_dir, env=env)
+        assert (policy.in_keys, policy.out_keys) == ([("state", "vector")], [("state", "torque")])
+        torch.testing.assert_close(self.returns(env, policy), expected, rtol=1e-4, atol=0)
+
+    def test_an_environment_that_does_not_fit(self, trained):
+        with pytest.raises(ConfigurationError, match=r"GymEnv observes 'observation' \[2\], and the policy reads 3"):
+            pwm_torchrl.load_policy(trained[1].run_dir, env=GymEnv("MountainCarContinuous-v0"))
+
+
+class TestRunsThatDoNotSayTheirRange:
+    """Those from before checkpoints held it."""
+
+    @pytest.fixture(autouse=True)
+    def _forgotten(self, trained, monkeypatch):
+        path = CheckpointStore(trained[1].run_dir).latest()
+        saved = checkpoint_metadata(path)["facts"]
+        assert (list(saved["action_low"]), list(saved["action_high"])) == ([-2.0], [2.0])
+
+        def without(path):
+            metadata = checkpoint_metadata(path)
+            kept = {key: value for key, value in metadata["facts"].items() if not key.startswith("action_")}
+            return {**metadata, "facts": {**kept, "action_dim": 1}}
+
+        monkeypatch.setattr(load_module, "checkpoint_metadata", without)
+
+    def test_it_is_read_from_their_environment(self, trained):
+        policy = pwm_torchrl.load_policy(trained[1].run_dir)
+        assert 1 < policy(100 * torch.randn(1000, 3)).abs().max() <= 2
+
+    def test_whose_library_has_to_be_there_unless_an_environment_is_given(self, trained, monkeypatch):
+        def missing(*args, **kwargs):
+            raise MissingLibraryError("gymnasium is not installed")
+
+        monkeypatch.setattr(load_module, "make_env", missing)
+        env = GymEnv("Pendulum-v1")
+        with pytest.raises(MissingLibraryError, match=r"load_policy\(run, env=\.\.\.\): gymnasium is not installed"):
+            pwm_torchrl.load_policy(trained[1].run_dir)
+        assert pwm_torchrl.load_policy(trained[1].run_dir, env=env).out_keys == ["action"]
 
 
 class TestEvaluate:
@@ -121,6 +243,14 @@ class TestRefused:
         for load in (pwm_torchrl.load_policy, pwm_torchrl.load_world_model, evaluate_run):
             with pytest.raises(ConfigurationError, match=r"has no checkpoint yet\."):
                 load(tmp_path)
+        assert pwm_torchrl.load_env(tmp_path).batch_size == (1,), "which needs none"
+
+    def test_no_environment(self, tmp_path):
+        with pytest.raises(ConfigurationError, match=r"is not a run directory"):
+            pwm_torchrl.load_env(tmp_path)
+        save_config(config({"mode": "pretrain"}), tmp_path)
+        with pytest.raises(ConfigurationError, match=r"pre-trained a world model .* has no environment"):
+            pwm_torchrl.load_env(tmp_path)
 
     def test_unknown_choice(self, trained):
         with pytest.raises(ConfigurationError, match=r"which='newest' is not one of best, latest"):
