@@ -55,8 +55,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
 	@touch $(VENV)/.run $@
 
 run: $(VENV)/.run  ## set up and run the main job (ARGS="model=mlp seed=1" changes it)
-	$(say) "Running: python launch/submit.py $(ARGS)"
+	$(say) "Running: $(PY) launch/submit.py $(ARGS)"
 	@$(PY) launch/submit.py $(ARGS)
+	@test "$$(dirname "$$(command -v python)")" -ef $(VENV)/bin || printf '[make] %s\n' "To type python instead of $(PY): source $(VENV)/bin/activate"
 
 test: $(VENV)/.dev  ## set up and run all tests (PYTEST_ARGS="-m 'not slow'" chooses)
 	@$(PY) -c 'from ctypes.util import find_library as f; f("EGL") or f("OSMesa") or print("[make] Neither EGL nor \

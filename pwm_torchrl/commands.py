@@ -5,10 +5,25 @@ Messages name a command as the user can type it. Imports nothing, so that every 
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["named", "typed"]
+__all__ = ["named", "typed", "typed_here", "what_next"]
+
+#: By a run's mode: the scripts that use it, their words with RUN for its directory, and what comes of it.
+_USES = {
+    "pretrain": (
+        ("submit", "experiment=extract task=all world_model=RUN data.path=STORE", "a policy for each task"),
+        ("world_model", "show RUN", "what it is"),
+    ),
+    "other": (
+        ("evaluate", "RUN", "deterministic episodes in the real environment"),
+        ("report", "RUN", "tables and curves"),
+    ),
+}
 
 
 def typed(name: str) -> str:
@@ -19,6 +34,29 @@ def typed(name: str) -> str:
 def named(name: str) -> str:
     """A command in a sentence, ``"launch/train.py"`` or ``"pwm-train"``."""
     return f"launch/{name}.py" if _scripts() else f"pwm-{name.replace('_', '-')}"
+
+
+def typed_here(name: str) -> str:
+    """A command for the shell that this was started from: ``.venv/bin/python launch/train.py`` where no environment is
+    active there, or another.
+
+    Of use in messages that are read at once; in files, :func:`typed` is.
+    """
+    return f"{_interpreter()} {named(name)}" if _scripts() else named(name)
+
+
+def what_next(mode: str) -> list[tuple[str, str, str]]:
+    """What is done with a run of a mode: scripts, their words with RUN for its directory, and what comes of it."""
+    return list(_USES.get(mode, _USES["other"]))
+
+
+def _interpreter() -> str:
+    """``python`` if the shell finds this interpreter by that name, else its path, quoted."""
+    found = shutil.which("python")
+    if found is not None and os.path.samefile(Path(found).parent, Path(sys.executable).parent):
+        return "python"
+    relative = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if relative.startswith(os.pardir) else relative)
 
 
 def _scripts() -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,9 @@ from hypothesis import settings
 
 from pwm_torchrl import _pytest_option
 from pwm_torchrl.data.files import MEMORY_FILESYSTEMS, filesystem_type, refuse_memory
+
+# As in an active environment, where messages name the interpreter ``python``.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 # Timing says nothing about correctness, and a shared machine is slow at times.
 settings.register_profile("pwm", deadline=None)

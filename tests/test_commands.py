@@ -19,9 +19,41 @@ def test_in_a_checkout(monkeypatch, program):
     assert commands.named("train") == "launch/train.py"
 
 
+def test_with_an_interpreter_that_the_shell_does_not_find(monkeypatch, tmp_path):
+    """As after ``make run``: the command can be copied, and files say the same as ever."""
+    program = tmp_path / ".venv" / "bin" / "python"
+    other = tmp_path / "other" / "python"
+    for file in (program, other):
+        file.parent.mkdir(parents=True)
+        file.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", ["launch/submit.py"])
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.chdir(tmp_path)
+    for path, expected in (
+        (other.parent, ".venv/bin/python"),
+        (tmp_path, ".venv/bin/python"),
+        (program.parent, "python"),
+    ):
+        monkeypatch.setenv("PATH", str(path))
+        assert commands.typed_here("train") == f"{expected} launch/train.py"
+        assert commands.typed("train") == "python launch/train.py"
+    monkeypatch.chdir(other.parent)
+    monkeypatch.setenv("PATH", str(other.parent))
+    assert commands.typed_here("train") == f"{program} launch/train.py"
+
+
+def test_what_is_done_with_a_run_names_commands_that_are_there():
+    for mode in ("online", "pretrain", "extract"):
+        for script, words, meaning in commands.what_next(mode):
+            assert (ROOT / "launch" / f"{script}.py").is_file()
+            assert "RUN" in words
+            assert meaning
+
+
 def test_of_an_installed_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/venv/bin/pwm-plan"])
     assert commands.typed("check_env") == commands.named("check_env") == "pwm-check-env"
+    assert commands.typed_here("check_env") == "pwm-check-env"
 
 
 def test_without_scripts(monkeypatch, tmp_path):

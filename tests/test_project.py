@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -94,3 +96,27 @@ def test_ci_refuses_words_that_it_does_not_know():
     assert done.returncode == 2
     assert "cor " in done.stdout
     assert "core" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("active", [False, True])
+def test_make_run_ends_with_how_to_activate(active, tmp_path):
+    """Unless the environment is active already."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    for stamp in (".torch", ".run"):
+        (tmp_path / stamp).touch()
+    environment = {**os.environ, "PATH": os.pathsep.join([str(python.parent)] * active + [os.environ["PATH"]])}
+    command = ["make", "--no-print-directory", "run", f"VENV={tmp_path}", "ARGS=seed=3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert "launch/submit.py seed=3" in lines
+    assert lines[-1].endswith(f"source {tmp_path}/bin/activate") is not active
+
+
+def test_the_quick_start_brings_what_follows_it():
+    (line,) = (line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if "-e '.[gym" in line)
+    extras = set(line.partition("[")[2].partition("]")[0].split(","))
+    assert extras == {"gym", "mujoco", "dm-control", "launch", "plot", "tensorboard", "video"}

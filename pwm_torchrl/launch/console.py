@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.commands import typed
+from pwm_torchrl.commands import typed_here, what_next
 from pwm_torchrl.errors import ConfigurationError, is_ours, status_of
 from pwm_torchrl.terminal import coloured, say
 
@@ -28,6 +29,7 @@ __all__ = [
     "error",
     "fail",
     "is_ours",
+    "next_lines",
     "resume_hint",
     "say",
     "status_of",
@@ -116,7 +118,19 @@ def resume_hint(script: str, overrides: Sequence[str], run_dir: Path, status: st
     """The command that continues a run, and what it needs first."""
     words = [w for w in overrides if not w.startswith(("run_dir=", "runs_dir="))]
     remedy = f" {_REMEDIES[status]}" if status in _REMEDIES else ""
-    return f"to resume{remedy}: " + shlex.join([*typed(script).split(), *words, f"run_dir={run_dir}"])
+    return f"to resume{remedy}: {typed_here(script)} " + shlex.join([*words, f"run_dir={run_dir}"])
+
+
+def next_lines(mode: str, run_dir: Path, store: str | None = None) -> str:
+    """What to type next with a run that has finished; ``store`` is where the episodes of a pre-training are."""
+    here = Path.cwd()
+    run = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
+    names = {"RUN": shlex.quote(str(run)), "STORE": shlex.quote(str(store))}
+    lines = ["next:"]
+    for script, words, _ in what_next(mode):
+        typed = re.sub("RUN|STORE", lambda found: names[found[0]], words)
+        lines.append(f"  {typed_here(script)} {typed}")
+    return "\n".join(lines)
 
 
 def fail(message: str, status: str, script: str, overrides: Sequence[str], run_dir: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pwm_torchrl.cluster.slurm import SlurmError, site, slurm_available
-from pwm_torchrl.commands import typed
+from pwm_torchrl.commands import typed, typed_here
 from pwm_torchrl.config import Config
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.checks import (
@@ -79,7 +79,7 @@ def _draft(name: str, words: Sequence[str], *, force: bool) -> int:
     text = draft_profile(name, site(), partition)
     write_profile(file, text, force=force)
     console.say(text)
-    console.say(f"written: {file}\ncheck it: {typed('doctor')} cluster={name}")
+    console.say(f"written: {file}\ncheck it: {typed_here('doctor')} cluster={name}")
     return console.OK
 
 

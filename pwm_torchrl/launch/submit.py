@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
-from pwm_torchrl.commands import typed
+from pwm_torchrl.commands import typed_here
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = preflight([run.config for run in runs], place)
     if place == SLURM:
         return _to_slurm([runs], [facts])
-    codes = [_one(run, place) for run in runs]
-    return max(codes)
+    return _all(runs, place)
 
 
 def _both_stages(chain: Chain, dry: bool) -> int:
@@ -81,17 +80,24 @@ def _both_stages(chain: Chain, dry: bool) -> int:
         return code
     if code != console.OK:
         words = " ".join(shlex.quote(word) for word in chain.policies[0].words if not word.startswith("task="))
-        console.say(f"no policy was begun; when that is finished: {typed('submit')} {words} task=all", err=True)
+        console.say(f"no policy was begun; when that is finished: {typed_here('submit')} {words} task=all", err=True)
         return code
-    return max([_one(run, place) for run in chain.policies])
+    return _all(chain.policies, place)
 
 
-def _one(run: Prepared, place: str) -> int:
-    """A run here, to its end."""
-    config = run.config
-    if config.run_dir is not None:
-        refuse_while_running(Path(config.run_dir).expanduser().absolute())
-    return _here(run, _prepare(config, place), place)
+def _all(runs: Sequence[Prepared], place: str) -> int:
+    """Runs here, one after the other to their ends; then what to type next with the last one that finished."""
+    codes, finished = [], None
+    for run in runs:
+        if run.config.run_dir is not None:
+            refuse_while_running(Path(run.config.run_dir).expanduser().absolute())
+        prepared = _prepare(run.config, place)
+        codes.append(_here(run, prepared, place))
+        if codes[-1] == console.OK:
+            finished = prepared.path
+    if finished is not None:
+        console.say(console.next_lines(runs[0].config.mode, finished, runs[0].config.data.path))
+    return max(codes)
 
 
 def _prepare(config: Config, place: str) -> RunDir:
@@ -154,7 +160,9 @@ def _to_slurm(
         placed(folders[0])
     what = "it" if len(folders) == 1 else "them"
     where = folders[0] if len(folders) == 1 else folders[0].parent
-    console.say(f"queued on cluster={stages[0][0].config.cluster.name}; watch {what} with: {typed('status')} {where}")
+    console.say(
+        f"queued on cluster={stages[0][0].config.cluster.name}; watch {what} with: {typed_here('status')} {where}"
+    )
     return console.OK
 
 

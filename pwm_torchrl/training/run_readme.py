@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pwm_torchrl.commands import named, typed
+from pwm_torchrl.commands import named, typed, what_next
 from pwm_torchrl.config import Config
 from pwm_torchrl.training.artifacts import swap_in
 
@@ -60,12 +60,8 @@ def _subject(cfg: Config, env: str) -> str:
 
 
 def _commands(cfg: Config) -> list[str]:
-    if cfg.mode == "pretrain":
-        extraction = f"{typed('submit')} experiment=extract task=all world_model=RUN data.path=STORE"
-        lines = [f"{extraction}   # a policy for each task", f"{typed('world_model')} show RUN   # what it is"]
-    else:
-        lines = [f"{typed('evaluate') + ' RUN':<38} # deterministic episodes in the real environment"]
-    lines.append(f"{typed('report') + ' RUN [RUN ...]':<38} # tables and curves of runs")
+    uses = [(f"{typed(script)} {words}", meaning) for script, words, meaning in what_next(cfg.mode)]
+    lines = [f"{command:<38} # {meaning}" for command, meaning in uses]
     if cfg.logger.kind == "tensorboard":
         lines.append("tensorboard --logdir RUN/tensorboard")
     if cfg.logger.kind == "wandb":

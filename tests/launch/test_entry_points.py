@@ -126,6 +126,13 @@ def test_check_env_prints_the_report(capsys, monkeypatch):
     assert list(Path().iterdir()) == []
 
 
+def test_what_to_type_next_with_a_world_model():
+    lines = console.next_lines("pretrain", Path("runs/a b").absolute(), "data/my store").splitlines()
+    words = "world_model='runs/a b' data.path='data/my store'"
+    assert lines[1] == f"  python launch/submit.py experiment=extract task=all {words}"
+    assert lines[2] == "  python launch/world_model.py show 'runs/a b'"
+
+
 def test_without_submitit_a_sentence(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit.local.local", None)
     assert submit.main(["run_dir=run"]) == 2
