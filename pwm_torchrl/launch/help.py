@@ -48,7 +48,7 @@ _KEYS = {
     "training.threads": "torch threads",
     "env.num_envs": "environments stepped together",
     "algorithm.horizon": "steps imagined, and length of the model's training slices",
-    "algorithm.model_batch": "slices per world-model update",
+    "algorithm.model_batch": "slices per model update",
     "model.dynamics.substeps": "K, solver substeps of a flow",
     "model.reward_head": "scalar or two_hot",
     "data.path=STORE": "stored episodes ({data} import), for pre-training and extraction",

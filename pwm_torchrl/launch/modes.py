@@ -154,7 +154,7 @@ def epoch_in_words(config: Config) -> str:
     if config.mode == "pretrain":
         return f"an epoch is {algorithm.model_updates} updates of the world model on stored slices"
     if config.mode == "extract":
-        return f"an epoch is {algorithm.actor_updates} policy updates from stored states"
+        return f"an epoch is {algorithm.actor_updates} actor updates from stored states"
     steps, envs = algorithm.collect_steps or algorithm.horizon, config.env["num_envs"]
     return (
         f"an epoch collects {steps} agent steps in each of {envs} environments ({steps_per_epoch(config)}), then "

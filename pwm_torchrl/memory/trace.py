@@ -340,7 +340,7 @@ class _Updates:
     def critic(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
         a, keys = self.cfg.algorithm, self.losses.critic.tensor_keys
-        # The rollout of the policy update lives on while the critics learn from its states.
+        # The rollout of the actor update lives on while the critics learn from its states.
         imagined = self._rollout(a.actor_batch, horizon)
         states = imagined.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
         minibatch = states[torch.randperm(len(states))[:batch]]

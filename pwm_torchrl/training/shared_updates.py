@@ -211,7 +211,7 @@ class SharedExecutor:
                 continue
             state = self.optimizers[name].optimizer.state
             moments = [x for p in self.optimizers[name].parameters for x in state.get(p, {}).values()]
-            # Buffers are left out: those of observations are rank 0's until the next world-model update.
+            # Buffers are left out: those of observations are rank 0's until the next model update.
             sums[name] = bits([*network.parameters(), *(x for x in moments if isinstance(x, Tensor))])
         if self.losses.return_statistics is not None:
             sums["return_statistics"] = bits(list(self.losses.return_statistics.buffers()))
