@@ -26,8 +26,8 @@ from torchrl.objectives import WorldModelLoss
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.modules import Actor, CriticEnsemble, actor_module, value_module
 from pwm_torchrl.objectives import PWMActorLoss, PWMValueLoss
+from pwm_torchrl.terminal import say
 from pwm_torchrl.training.evaluation import play
-from pwm_torchrl.training.progress import say
 from pwm_torchrl.training.run import quiet_torchrl
 
 PENDULUM = {

@@ -22,7 +22,7 @@ from torchrl.envs import PendulumEnv
 
 from pwm_torchrl.modules import Actor, CriticEnsemble, actor_module, value_module
 from pwm_torchrl.objectives import PWMActorLoss, PWMValueLoss
-from pwm_torchrl.training.progress import say
+from pwm_torchrl.terminal import say
 
 EPISODE = 200
 SPEED = 8.0  # the largest angular velocity, by which the state's is divided
