@@ -55,7 +55,7 @@ _RECENT = 50  # epochs that speed and time left are taken from
 _COLOURS = {
     **dict.fromkeys(("ok", "finished"), "green"),
     **dict.fromkeys(("warning", "stopped", "held"), "yellow"),
-    **dict.fromkeys(("problem", "error", "failed", "memory", "storage"), "bold red"),
+    **dict.fromkeys(("problem", "error", "failed", "died", "memory", "storage"), "bold red"),
     **dict.fromkeys(("running", "queued"), "cyan"),
 }
 _WORD = re.compile("|".join(rf"\b{word}\b" for word in _COLOURS))

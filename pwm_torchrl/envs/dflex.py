@@ -153,9 +153,7 @@ class DFlexEnv(EnvBase):
 
     def render_frame(self) -> np.ndarray:
         """Dflex writes USD scenes, not pictures: always raises ConfigurationError."""
-        raise ConfigurationError(
-            f"{self.pwm_info.name} cannot be filmed, dflex draws no pictures: set training.video=false"
-        )
+        raise ConfigurationError(f"{self.pwm_info.name} cannot be filmed: dflex draws no pictures")
 
 
 class RandomStream:

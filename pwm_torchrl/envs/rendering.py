@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -72,9 +73,7 @@ def render_frame(env: EnvBase) -> np.ndarray:
     try:  # an environment of the user's own: whatever TorchRL can reach under the usual name
         return _as_picture(base.render())
     except (AttributeError, NotImplementedError, TypeError) as error:
-        raise ConfigurationError(
-            f"{type(base).__name__} cannot be filmed, it has no render(): set training.video=false"
-        ) from error
+        raise ConfigurationError(f"{type(base).__name__} cannot be filmed: it has no render()") from error
 
 
 def without_display() -> None:
@@ -89,12 +88,22 @@ def draw_or_explain(name: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
     try:
         return draw()
     except Exception as error:  # every OpenGL stack raises a type of its own
+        _drop_half_made_viewer(error)
         backend = os.environ.get("MUJOCO_GL", "unset")
         detail = " ".join(str(error).split())[:200]
         raise ConfigurationError(
-            f"{name} cannot be drawn here with MUJOCO_GL={backend} ({type(error).__name__}: {detail}): "
-            f"{_ADVICE}, or set training.video=false"
+            f"{name} cannot be drawn here with MUJOCO_GL={backend} ({type(error).__name__}: {detail}): {_ADVICE}"
         ) from error
+
+
+def _drop_half_made_viewer(error: Exception) -> None:
+    """Delete what a failed renderer left, without its complaints: gymnasium's viewer frees a context it never had."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = hook
 
 
 def _as_picture(frame: Any) -> np.ndarray:

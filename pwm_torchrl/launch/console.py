@@ -34,6 +34,7 @@ __all__ = [
     "say",
     "status_of",
     "summary_line",
+    "terminal_width",
     "width",
 ]
 
@@ -79,6 +80,11 @@ def command(main: Main) -> Main:
 def width() -> int:
     """Columns for tables: those of the terminal, 60 to 120 of them; 80 where there is none."""
     return min(120, max(60, shutil.get_terminal_size((80, 24)).columns))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is, ``None`` if it is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def error(message: str) -> None:

@@ -13,12 +13,12 @@ from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
 from pwm_torchrl.launch.reporting.aggregate import Group, group_runs
-from pwm_torchrl.launch.reporting.collect import RunReport, find_runs, read_runs
+from pwm_torchrl.launch.reporting.collect import RunReport, find_runs, read_runs, settle
 from pwm_torchrl.launch.reporting.compare import Comparison, compare
 from pwm_torchrl.launch.reporting.compare_files import compare_csv, compare_table, compare_tex, curves_csv
 from pwm_torchrl.launch.reporting.page import Section, render
-from pwm_torchrl.launch.reporting.pairing import pair_runs
 from pwm_torchrl.launch.reporting.scores import SCORE_TEXT, score_table
+from pwm_torchrl.launch.reporting.select import Condition, pair_or_advise, select
 from pwm_torchrl.launch.reporting.tables import group_table, memory_table, run_table
 from pwm_torchrl.launch.run_dir import CONFIG_FILE
 
@@ -58,11 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.compare is None and (args.baseline is not None or args.allow_differences):
         raise ConfigurationError("--baseline and --allow-differences say how to compare; give --compare KEY too")
+    conditions = [Condition.parse(text) for text in args.where]
     runs = read_runs(find_runs(args.runs))
+    settle(runs)
+    there = len(runs)
+    runs = select(runs, conditions, args.newest)
+    chosen = " ".join([*(f"--where {condition}" for condition in conditions), *(["--newest"] if args.newest else [])])
+    if chosen:
+        console.say(f"{len(runs)} of {there} runs: {chosen}\n")
     out = _output(args.out, args.runs)
     comparison = None
     if args.compare is not None:
-        comparison = compare(pair_runs(runs, args.compare, args.baseline, args.allow_differences))
+        comparison = compare(pair_or_advise(runs, args.compare, args.baseline, args.allow_differences))
     groups = group_runs(runs)
     _print_tables(runs, groups, comparison)
     pictures = _pictures(groups, comparison)
@@ -70,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if comparison is not None:
         files["compare.csv"], files["compare.tex"] = compare_csv(comparison), compare_tex(comparison)
         files["compare_curves.csv"] = curves_csv(comparison)
-    files[REPORT_FILE] = _page(args.runs, runs, groups, comparison, pictures)
+    files[REPORT_FILE] = _page(args.runs, chosen, runs, groups, comparison, pictures)
     _write(out, files)
     console.say(f"report: {out / REPORT_FILE}")
     others = [name for name in files if name != REPORT_FILE]
@@ -88,6 +95,20 @@ def _parser() -> ArgumentParser:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where report.html and its pictures go (default: the folder given)"
+    )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs with this value; KEY is env, model, size, seed, status or a dotted key of the configuration; "
+        "also KEY=VALUE,VALUE and KEY!=VALUE; may be given several times",
+    )
+    parser.add_argument(
+        "--newest",
+        action="store_true",
+        help="of runs with the same settings and seed (where they ran and what they logged aside) only the one that "
+        "was started last among those that finished, or among all if none has",
     )
     parser.add_argument(
         "--compare",
@@ -120,17 +141,20 @@ def _output(out: Path | None, given: Sequence[Path]) -> Path:
 
 
 def _print_tables(runs: Sequence[RunReport], groups: Sequence[Group], comparison: Comparison | None) -> None:
-    blocks = [run_table(runs).text()]
+    width = console.terminal_width()
+    blocks = [run_table(runs).text(width)]
     errors = [f"{run.name}: {run.last_error}" for run in runs if run.last_error]
     if errors:
         blocks.append("\n".join(["last errors:", *(f"  {line}" for line in errors)]))
     if len(groups) < len(runs):
-        blocks.append(group_table(groups).text())
+        blocks.append(group_table(groups).text(width))
     scores = score_table(runs)
     if scores is not None:
-        blocks.append(f"normalised scores, 0 to 100:\n{scores.text()}")
+        blocks.append(f"normalised scores, 0 to 100:\n{scores.text(width)}")
     if comparison is not None:
-        blocks.append("\n".join([compare_table(comparison).text(), *(f"note: {note}" for note in comparison.notes)]))
+        blocks.append(
+            "\n".join([compare_table(comparison).text(width), *(f"note: {note}" for note in comparison.notes)])
+        )
     console.say("\n\n".join(blocks) + "\n")
 
 
@@ -166,6 +190,7 @@ def _named(prefix: str, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def _page(
     given: Sequence[Path],
+    chosen: str,
     runs: Sequence[RunReport],
     groups: Sequence[Group],
     comparison: Comparison | None,
@@ -177,7 +202,7 @@ def _page(
     statuses = Counter(run.status for run in runs)
     subtitle = " · ".join(
         [
-            ", ".join(map(str, given)),
+            " ".join([", ".join(map(str, given)), *([chosen] if chosen else [])]),
             f"{len(runs)} run{'s' if len(runs) > 1 else ''}: "
             + ", ".join(f"{n} {s}" for s, n in statuses.most_common()),
             datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),

@@ -14,7 +14,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
 from pwm_torchrl.launch.reporting.collect import find_runs
-from pwm_torchrl.training.claims import newest_claim, read_outcome
+from pwm_torchrl.training.claims import open_owner
 from pwm_torchrl.training.config_file import load_config
 from pwm_torchrl.training.owners import ENDED, owner_state
 from pwm_torchrl.training.summary_file import read_summary
@@ -68,9 +68,9 @@ def reason_to_leave(run: Path, job: JobState | None, *, failed: bool) -> str | N
         if job.held:
             return f"job {job.job_id} is held; let it go on with: scontrol release {job.job_id}"
         return f"job {job.job_id} is {job.state.lower()}"
-    claim = newest_claim(run)
-    if claim is not None and read_outcome(run, claim.attempt) is None and owner_state(claim.owner) != ENDED:
-        return f"process {claim.owner.pid} on {claim.owner.host} trains it, or may do so"
+    owner = open_owner(run)
+    if owner is not None and owner_state(owner) != ENDED:
+        return f"process {owner.pid} on {owner.host} trains it, or may do so"
     if status == "failed" and not failed:
         return "failed; --failed tries it again"
     return None

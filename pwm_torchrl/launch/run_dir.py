@@ -22,6 +22,7 @@ __all__ = [
     "read_summary",
     "save_config",
     "set_status",
+    "settings_of",
     "was_started",
 ]
 
@@ -78,9 +79,14 @@ def prepare_run_dir(config: Config) -> RunDir:
 
 def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys on which two configurations differ in a way that matters, with both values."""
-    a, b = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(asked))
-    keys = [k for k in dict.fromkeys([*a, *b]) if not any(k == i or k.startswith(i + ".") for i in IGNORED)]
-    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
+    a, b = settings_of(stored), settings_of(asked)
+    return {k: (a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Dotted keys that change what a run learns, with their values."""
+    flat = _flat(dataclasses.asdict(config))
+    return {k: v for k, v in flat.items() if not any(k == i or k.startswith(i + ".") for i in IGNORED)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,16 +13,16 @@ from pwm_torchrl.cluster.record import events_of, read_job
 from pwm_torchrl.commands import typed
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.evaluate import ArgumentParser
-from pwm_torchrl.launch.reporting.collect import FAILED, RunReport, find_runs, read_runs
+from pwm_torchrl.launch.reporting.collect import FAILED, RunReport, find_runs, read_runs, settle
+from pwm_torchrl.launch.reporting.tables import Table
 from pwm_torchrl.memory.units import format_bytes
-from pwm_torchrl.terminal import coloured
+from pwm_torchrl.training.owners import UNKNOWN, describe
 
 __all__ = ["line_of", "main"]
 
 #: Metrics rows that the speed is taken from.
 _RECENT = 50
 _COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory", "what happened last")
-_STATUS = _COLUMNS.index("status")
 
 
 @console.command
@@ -33,18 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     runs = read_runs(find_runs(args.runs))
     newest = {run.path: job_id for run in runs for job_id in read_job(run.path).get("job_ids", [])[-1:]}
-    states: dict[str, JobState] = {}
-    if newest:
+    owners = [run.owner.job_id for run in runs if run.owner is not None and run.owner.job_id is not None]
+    states: dict[str, JobState] | None = {}
+    if newest or owners:
         try:
-            states = job_states(newest.values())
+            states = job_states(dict.fromkeys([*newest.values(), *owners]))
         except SlurmError as error:
             console.say(f"{error}; what follows is from the run directories alone", err=True)
-    rows = [_COLUMNS, *(line_of(run, states.get(newest.get(run.path, ""))) for run in runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[_STATUS] = coloured(cells[_STATUS])
-        console.say("  ".join(cells).rstrip())
+            states = None
+    settle(runs, states)
+    rows = [list(line_of(run, (states or {}).get(newest.get(run.path, "")))) for run in runs]
+    narrow = ("what happened last", "host memory", "run", "restarts", "left")
+    below = dict.fromkeys(("what happened last", "run"), "")
+    console.say(Table(list(_COLUMNS), rows, narrow=narrow, below=below).text(console.terminal_width()))
     return console.OK
 
 
@@ -96,6 +97,10 @@ def _last(run: RunReport, status: str, job: JobState | None) -> str:
         return f"{job.reason}; let it go on with: scontrol release {job.job_id}"
     if job is not None and job.impossible:
         return f"{job.reason}: it can never start as it is; scancel {job.job_id}, change the request, submit again"
+    if status == "died":
+        return run.last_error or ""
+    if status == "running" and job is None and run.owner is not None and run.owner_state == UNKNOWN:
+        return f"{describe(run.owner)}: whether it still runs cannot be told from here"
     found = [event for kind in ("restart", *FAILED) for event in events_of(run.path, kind)]
     if not found or status == "finished":
         return ""

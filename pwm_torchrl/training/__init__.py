@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["evaluate_run", "load_env", "load_policy", "load_world_model", "make_torchrl_trainer", "train"]
+__all__ = ["evaluate_run", "film_run", "load_env", "load_policy", "load_world_model", "make_torchrl_trainer", "train"]
 
 _HOME = {
     "train": "run",
     "evaluate_run": "load",
+    "film_run": "load",
     "load_env": "load",
     "load_policy": "load",
     "load_world_model": "load",

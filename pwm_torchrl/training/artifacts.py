@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.training.curves import write_curves
 
-__all__ = ["swap_in", "write_curves", "write_summary", "write_video"]
+__all__ = ["json_text", "swap_in", "write_curves", "write_summary", "write_video"]
 
 Frame = npt.NDArray[np.uint8]
 
@@ -35,15 +35,19 @@ def write_summary(run_dir: str | os.PathLike[str], summary: Mapping[str, Any]) -
     Raises:
         TypeError: if a value is not plain data; a tensor has no place in a summary.
     """
-    text = json.dumps(_finite(dict(summary)), indent=2, allow_nan=False) + "\n"
-    return swap_in(Path(run_dir) / "summary.json", text)
+    return swap_in(Path(run_dir) / "summary.json", json_text(dict(summary)))
 
 
-def write_video(run_dir: str | os.PathLike[str], frames: Iterable[Frame], fps: float = 30.0) -> Path:
-    """Writes ``video.mp4`` (H.264) from pictures.
+def json_text(content: Any) -> str:
+    """Plain data as JSON with a newline at the end; NaN and infinities, which JSON does not have, become ``null``."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def write_video(file: str | os.PathLike[str], frames: Iterable[Frame], fps: float = 30.0) -> Path:
+    """Writes an mp4 (H.264) from pictures.
 
     Args:
-        run_dir: the run's directory.
+        file: where to write, ``RUN/video.mp4`` for example.
         frames: uint8 arrays ``[height, width, 3]``, all of one shape; a generator keeps only one in memory.
             An odd height or width, which the format does not allow, is padded by repeating the last row or column.
         fps: pictures per second, > 0. Defaults to ``30.0``.
@@ -58,7 +62,7 @@ def write_video(run_dir: str | os.PathLike[str], frames: Iterable[Frame], fps: f
     try:
         from imageio_ffmpeg import write_frames
     except ImportError as error:
-        raise MissingLibraryError("video.mp4 needs imageio-ffmpeg: pip install 'pwm-torchrl[video]'") from error
+        raise MissingLibraryError("a video needs imageio-ffmpeg: pip install 'pwm-torchrl[video]'") from error
     if not fps > 0:
         raise ValueError(f"fps={fps} is not a positive number of pictures per second")
     frames = iter(frames)
@@ -69,8 +73,8 @@ def write_video(run_dir: str | os.PathLike[str], frames: Iterable[Frame], fps: f
     if len(shape) != 3 or shape[2] != 3:
         raise ValueError(f"a frame has shape {shape}; uint8 [height, width, 3] is needed")
 
-    target = Path(run_dir) / "video.mp4"
-    partial = target.with_name("video.tmp.mp4")
+    target = Path(file)
+    partial = target.with_suffix(".tmp.mp4")
     height, width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
     writer = write_frames(
         str(partial),

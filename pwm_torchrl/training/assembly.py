@@ -20,7 +20,7 @@ from pwm_torchrl.training.build import Networks, build_learners, build_losses, b
 from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.devices import pick_device
-from pwm_torchrl.training.evaluation import acting_on, film, play, random_action
+from pwm_torchrl.training.evaluation import acting_on, film, frames_per_second, play, random_action
 from pwm_torchrl.training.policy_observer import OnlineObserver
 from pwm_torchrl.training.seeding import evaluation_env_seed, training_env_seed
 from pwm_torchrl.training.stepper import POLICY_STARTS, PWMStepper
@@ -74,12 +74,13 @@ class PolicyRun(BaseRun):
         try:
             with self.progress.phase("opening the environment to film", forks=True):
                 env = self._evaluation_env(1, render=True)
-            fps = 30.0 / max(1, self.info.action_repeat)
             with self.progress.phase("filming an episode"):
-                write_video(self.run_dir, film(env, self.act, evaluation_env_seed(self.cfg.seed)), fps)
+                frames = film(env, self.act, evaluation_env_seed(self.cfg.seed))
+                write_video(self.run_dir / "video.mp4", frames, frames_per_second(self.info))
             env.close()
         except Exception as error:  # noqa: BLE001 - whatever a renderer or an encoder raises, the run has finished
-            say(f"no video: {' '.join(str(error).split()) or type(error).__name__}")
+            reason = " ".join(str(error).split()) or type(error).__name__
+            say(f"no video: {reason} (training.video=false films nothing)")
 
 
 class Run(PolicyRun):

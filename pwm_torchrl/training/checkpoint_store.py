@@ -18,6 +18,7 @@ from typing import Any
 from torchrl.checkpoint import Checkpoint
 
 from pwm_torchrl.data.files import sync_folder
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.training.claims import RunClaim, newest_claim
 from pwm_torchrl.training.failpoints import failpoint
 from pwm_torchrl.training.seal import seal
@@ -25,6 +26,8 @@ from pwm_torchrl.training.seal import seal
 FOLDER = "checkpoints"
 METRIC = "eval_return"
 _INSIDE = "inside"
+#: Names of checkpoints; ``latest`` is the older word for ``last``.
+WHICH = ("best", "last", "latest")
 
 
 @dataclass(frozen=True, order=True)
@@ -130,6 +133,39 @@ class CheckpointStore:
         """The one with the highest evaluation return, the newest of equals; it was saved after a whole epoch."""
         rated = [(metric, saved) for saved, metric in self._readable() if not saved.inside]
         return max(rated)[1].path if rated else None
+
+    def pick(self, which: str | int) -> Path:
+        """The checkpoint that a person names.
+
+        Args:
+            which (str or int): ``"best"`` by evaluation return, ``"last"`` (or ``"latest"``), or a number of epochs.
+
+        Raises:
+            ConfigurationError: if the name is unknown, or there is no such checkpoint; those that are there are listed.
+        """
+        word = str(which)
+        if word not in WHICH and not word.isdecimal():
+            raise ConfigurationError(
+                f"which={which!r} is not one of {', '.join(WHICH)}, nor the number of an epoch that has a checkpoint."
+            )
+        latest, best = self.latest(), self.best()
+        if latest is None:
+            raise ConfigurationError(f"{self.run_dir} has no checkpoint yet.")
+        if word in WHICH:
+            return (best if word == "best" else None) or latest
+        there = [saved for saved, _ in self._readable()]
+        found = [saved for saved in there if saved.epoch == int(word)]
+        if not found:
+            names = {path: name for name, path in (("best", best), ("last", latest)) if path is not None}
+            if best == latest:
+                names = {latest: "best and last"}
+            epochs: dict[int, str] = {}
+            for saved in there:
+                named = f" ({names[saved.path]})" if saved.path in names else ""
+                epochs[saved.epoch] = epochs.get(saved.epoch, "") + named
+            listed = ", ".join(f"{epoch}{named}" for epoch, named in sorted(epochs.items()))
+            raise ConfigurationError(f"{self.run_dir} has no checkpoint of epoch {word}; there are those of {listed}.")
+        return max(found, key=lambda saved: (saved.attempt, not saved.inside)).path
 
     def newest_kept(self) -> list[Path]:
         """Those that resuming may fall back to; the best one may be much older."""

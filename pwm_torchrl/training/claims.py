@@ -146,6 +146,16 @@ def newest_claim(run_dir: Path) -> Claim | None:
         ) from error
 
 
+def open_owner(run_dir: Path) -> Identity | None:
+    """The process that trains a run, or did last and ended without saying so; ``None`` if the last one said so.
+
+    Raises:
+        ConfigurationError: if its claim cannot be read.
+    """
+    newest = newest_claim(run_dir)
+    return None if newest is None or read_outcome(run_dir, newest.attempt) is not None else newest.owner
+
+
 def read_outcome(run_dir: Path, attempt: int) -> dict[str, Any] | None:
     """How an attempt said that it ended; ``None`` if it did not, or is not over."""
     try:

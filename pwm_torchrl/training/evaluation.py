@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from pwm_torchrl.envs import env_info, render_frame
+from pwm_torchrl.envs import EnvInfo, env_info, render_frame
 from pwm_torchrl.modules import WorldModel
 from pwm_torchrl.training.seeding import preserved_generators
 
@@ -190,6 +190,11 @@ def rollout_errors(
         latent_error.append((z - target[t]).square().mean())
         reward_error.append((predicted - reward[t]).square().mean())
     return torch.stack(latent_error), torch.stack(reward_error)
+
+
+def frames_per_second(info: EnvInfo) -> float:
+    """Speed of a video with one picture per agent step: 30 environment steps per second."""
+    return 30.0 / max(1, info.action_repeat)
 
 
 def film(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Iterator[np.ndarray]:

@@ -19,16 +19,15 @@ from pwm_torchrl.envs.policy_specs import PolicySpecs, in_own_units, policy_spec
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.modules import Actor, TaskWorldModel, WorldModel, encoder_module, read_world_model
+from pwm_torchrl.training.artifacts import write_video
 from pwm_torchrl.training.build import EnvFacts, Networks, build_networks
 from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_metadata, load_checkpoint
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
 from pwm_torchrl.training.config import Config
 from pwm_torchrl.training.config_file import load_config
-from pwm_torchrl.training.evaluation import play
+from pwm_torchrl.training.evaluation import film, frames_per_second, play
 from pwm_torchrl.training.seeding import fresh_env_seed
 from pwm_torchrl.training.updates import trained_networks
-
-WHICH = ("best", "latest")
 
 
 @dataclass(frozen=True)
@@ -49,31 +48,29 @@ class Facts:
         return cls(**values)
 
 
-def load_networks(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> tuple[Config, Networks]:
+def load_networks(
+    run: str | Path, which: str | int = "best", device: str | torch.device = "cpu"
+) -> tuple[Config, Networks]:
     """Configuration and trained networks of a run, in evaluation mode and without gradient.
 
     Args:
         run (str or Path): run directory, finished or not.
-        which (str): ``"best"`` by evaluation return, or ``"latest"``. Defaults to ``"best"``.
+        which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"`` (or ``"latest"``), or the number of
+            an epoch that has one. Defaults to ``"best"``.
         device (str or torch.device): where to put them. Defaults to ``"cpu"``.
 
     Raises:
-        ConfigurationError: if ``run`` is no run directory or has no checkpoint.
+        ConfigurationError: if ``run`` is no run directory or has no such checkpoint.
         CheckpointFault: if the checkpoint cannot be read.
     """
     return _load(run, which, device)[:2]
 
 
-def _load(run: str | Path, which: str, device: str | torch.device) -> tuple[Config, Networks, Facts]:
-    """:func:`load_networks`, and the facts of their checkpoint."""
-    if which not in WHICH:
-        raise ConfigurationError(f"which={which!r} is not one of {', '.join(WHICH)}.")
+def _load(run: str | Path, which: str | int, device: str | torch.device) -> tuple[Config, Networks, Facts, int]:
+    """:func:`load_networks`, and the facts and the epoch of their checkpoint."""
     run = Path(run)
     cfg = load_config(run)
-    saved = CheckpointStore(run)
-    path = (saved.best() if which == "best" else None) or saved.latest()
-    if path is None:
-        raise ConfigurationError(f"{run} has no checkpoint yet.")
+    path = CheckpointStore(run).pick(which)
     metadata = checkpoint_metadata(path)
     if "facts" not in metadata:
         raise CheckpointFault(f"The checkpoint {path} does not say what environment it is for.")
@@ -87,7 +84,7 @@ def _load(run: str | Path, which: str, device: str | torch.device) -> tuple[Conf
     load_checkpoint(path, {name: network for name, network in networks.items() if name in trained})
     for _, network in networks.items():
         network.requires_grad_(False).eval().to(device)
-    return cfg, networks, facts
+    return cfg, networks, facts, int(metadata["epoch"])
 
 
 def load_pretrained(cfg: Config, world_model: WorldModel) -> None:
@@ -103,7 +100,7 @@ def load_pretrained(cfg: Config, world_model: WorldModel) -> None:
 
 def load_policy(
     run: str | Path,
-    which: str = "best",
+    which: str | int = "best",
     device: str | torch.device | None = None,
     *,
     env: EnvBase | None = None,
@@ -119,7 +116,8 @@ def load_policy(
 
     Args:
         run (str or Path): run directory, finished or not.
-        which (str): ``"best"`` by evaluation return, or ``"latest"``. Defaults to ``"best"``.
+        which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"``, or the number of an epoch. Defaults
+            to ``"best"``.
         device (str or torch.device, optional): where the policy is. Defaults to ``None``: the device of ``env``, or
             the CPU.
 
@@ -146,7 +144,7 @@ def load_policy(
     """
     if device is None:
         device = "cpu" if env is None or env.device is None else env.device
-    cfg, networks, facts = _load(run, which, device)
+    cfg, networks, facts, _ = _load(run, which, device)
     specs = PolicySpecs.standard(*_own_range(run, cfg, facts)) if env is None else _specs(env, cfg, facts)
     return _policy(networks, specs, deterministic).to(device)
 
@@ -297,7 +295,9 @@ class _Termination(_Part):
         return head.terminated(head(next_latent))
 
 
-def load_world_model(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> TorchRLWorldModel:
+def load_world_model(
+    run: str | Path, which: str | int = "best", device: str | torch.device = "cpu"
+) -> TorchRLWorldModel:
     """The trained world model as a :class:`torchrl.modules.WorldModel`.
 
     Keys: ``observation`` -> ``latent``; ``latent``, ``action`` -> ``("next", "latent")``, ``("next", "reward")`` and,
@@ -317,7 +317,7 @@ def load_world_model(run: str | Path, which: str = "best", device: str | torch.d
 
 
 def evaluate_run(
-    run_dir: str | Path, episodes: int = 10, seed: int | None = None, which: str = "best"
+    run_dir: str | Path, episodes: int = 10, seed: int | None = None, which: str | int = "best"
 ) -> dict[str, Any]:
     """Deterministic return of a run's policy in environments of its own.
 
@@ -326,24 +326,28 @@ def evaluate_run(
         episodes (int): number of episodes, played side by side. Defaults to ``10``.
         seed (int, optional): of the first environment. Defaults to one of the run's that neither its training nor its
             choice of the best checkpoint used.
-        which (str): ``"best"`` or ``"latest"`` checkpoint. Defaults to ``"best"``.
+        which (str or int): checkpoint: ``"best"``, ``"last"`` or the number of an epoch. Defaults to ``"best"``.
 
     Returns:
-        dict: ``return_mean``, ``return_std``, ``episodes`` and ``returns``; where the environment tells it,
-        ``success_rate``; of a policy for one of the registry's tasks, ``score`` on the task's scale from 0 to 1.
+        dict: ``return_mean``, ``return_std``, ``episodes``, ``returns``, ``seed`` and the checkpoint's ``epoch``; where
+        the environment tells it, ``success_rate``; of a policy for one of the registry's tasks, ``score`` on the task's
+        scale from 0 to 1.
     """
-    cfg, networks, facts = _load(run_dir, which, "cpu")
+    cfg, networks, facts, epoch = _load(run_dir, which, "cpu")
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
     env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
-    policy = _policy(networks, _specs(env, cfg, facts), deterministic=True)
-    played = play(env, policy, seed)
-    env.close()
+    try:
+        played = play(env, _policy(networks, _specs(env, cfg, facts), deterministic=True), seed)
+    finally:
+        env.close()
     returns = played.returns
     result: dict[str, Any] = {
         "return_mean": returns.mean().item(),
         "return_std": returns.std(unbiased=False).item(),
         "episodes": len(returns),
         "returns": returns.tolist(),
+        "seed": seed,
+        "epoch": epoch,
     }
     if played.success is not None:
         result["success_rate"] = played.success.float().mean().item()
@@ -351,6 +355,29 @@ def evaluate_run(
         task = task_info(str(cfg.task))
         result["score"] = task.normalized(result["success_rate" if task.score == "success" else "return_mean"])
     return result
+
+
+def film_run(run_dir: str | Path, file: str | Path, seed: int | None = None, which: str | int = "best") -> Path:
+    """Write a video (mp4) of one deterministic episode, the first of those that :func:`evaluate_run` plays.
+
+    Args:
+        run_dir (str or Path): run directory.
+        file (str or Path): where to write.
+        seed (int, optional): as for :func:`evaluate_run`. Defaults to ``None``.
+        which (str or int): as for :func:`evaluate_run`. Defaults to ``"best"``.
+
+    Raises:
+        ConfigurationError: if the environment cannot be drawn here.
+        MissingLibraryError: if a library that draws or encodes is missing.
+    """
+    cfg, networks, facts, _ = _load(run_dir, which, "cpu")
+    seed = fresh_env_seed(cfg.seed) if seed is None else seed
+    env = make_env(cfg.env, num_envs=1, seed=seed, device="cpu", render=True)
+    try:
+        policy = _policy(networks, _specs(env, cfg, facts), deterministic=True)
+        return write_video(file, film(env, policy, seed), frames_per_second(env_info(env)))
+    finally:
+        env.close()
 
 
 def facts_of(facts: EnvFacts) -> dict[str, Any]:

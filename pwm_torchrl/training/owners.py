@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ ALIVE, ENDED, UNKNOWN = "alive", "ended", "unknown"
 #: Seconds that SLURM has for an answer.
 QUERY_TIMEOUT_S = 20
 #: States in which processes of a job may exist.
-_WITH_PROCESSES = (
+WITH_PROCESSES = (
     "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"
 )  # fmt: skip
 _PROC = Path("/proc")
@@ -67,12 +67,14 @@ def slurm_job_id(environ: Mapping[str, str] | None = None) -> str | None:
     return environ.get("SLURM_JOB_ID") or None
 
 
-def owner_state(owner: Identity, here: Identity | None = None) -> str:
+def owner_state(owner: Identity, here: Identity | None = None, ask_slurm: Callable[[str], str] | None = None) -> str:
     """Whether an owner still runs.
 
     Args:
         owner (Identity): the process asked about.
         here (Identity, optional): the process that asks. Defaults to ``None``: this one.
+        ask_slurm (callable, optional): whether processes of a job may exist, by its id. Defaults to ``None``:
+            :func:`slurm_state`.
 
     Returns:
         str: ``"alive"``, ``"ended"``, or ``"unknown"`` if neither can be told.
@@ -84,7 +86,7 @@ def owner_state(owner: Identity, here: Identity | None = None) -> str:
     if owner.job_id is not None:
         if owner.job_id == here.job_id and owner.restart_count < here.restart_count:
             return ENDED  # SLURM requeues a job when nothing of it runs any more
-        return slurm_state(owner.job_id)
+        return (ask_slurm or slurm_state)(owner.job_id)
     if owner.host == here.host and not same_machine:
         return ENDED  # the machine was started again since
     return UNKNOWN
@@ -103,7 +105,7 @@ def slurm_state(job_id: str) -> str:
         # What SLURM has forgotten has ended; any other error says nothing.
         return ENDED if "Invalid job id" in answer.stderr else UNKNOWN
     states = answer.stdout.split()
-    return ALIVE if any(state in _WITH_PROCESSES for state in states) else ENDED
+    return ALIVE if any(state in WITH_PROCESSES for state in states) else ENDED
 
 
 def describe(owner: Identity) -> str:

@@ -19,7 +19,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """The run's ``summary.json``; empty while there is none or it is torn."""
     try:
         content = json.loads((Path(run_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # no JSON, or no text at all
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -116,7 +116,7 @@ def test_arguments():
         make_dflex_env("hopper", 2, module=MODULE, termination_heigth=-0.1)
     with pytest.raises(ConfigurationError, match=r"env.name='hoper'.*did you mean hopper"):
         make_dflex_env("hoper", 2, module=MODULE)
-    with pytest.raises(ConfigurationError, match=r"set training.video=false"):
+    with pytest.raises(ConfigurationError, match=r"cannot be filmed: dflex"):
         render_frame(make_dflex_env("hopper", 1, module=MODULE))
 
 

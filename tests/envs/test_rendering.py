@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pwm_torchrl.envs import make_env, render_frame
+from pwm_torchrl.envs.rendering import draw_or_explain
 from pwm_torchrl.errors import ConfigurationError
 
 GYM, DM = "pwm_torchrl.envs.make_gymnasium_env", "pwm_torchrl.envs.make_dm_control_env"
@@ -80,3 +81,18 @@ def test_machine_without_graphics_trains_but_explains():
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "cannot be drawn here" in out.stdout
     assert "MUJOCO_GL=osmesa" in out.stdout
+
+
+def test_a_half_made_viewer_does_not_complain(capsys):
+    """As gymnasium's, whose destructor frees a context that its constructor never made."""
+
+    class Viewer:
+        def __init__(self):
+            raise RuntimeError("no OpenGL")
+
+        def __del__(self):
+            self.context.free()
+
+    with pytest.raises(ConfigurationError, match=r"hopper cannot be drawn here .*no OpenGL"):
+        draw_or_explain("hopper", Viewer)
+    assert capsys.readouterr().err == ""

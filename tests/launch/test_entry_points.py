@@ -14,10 +14,8 @@ pytest.importorskip("hydra")
 
 from training_stub import BAD_INPUT, BUG, FAULT, NO_DISK, NO_MEMORY
 
-from pwm_torchrl.launch import check_env, console, evaluate, submit, train
-from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.launch import check_env, console, submit, train
 from pwm_torchrl.launch.groups import group_choices
-from pwm_torchrl.launch.run_dir import prepare_run_dir
 
 SCRIPTS = Path(__file__).parents[2] / "launch"
 pytestmark = pytest.mark.usefixtures("stub_training", "workdir")
@@ -114,36 +112,6 @@ def test_train_stopped_says_how_to_resume(capsys, stub_training, monkeypatch):
     assert train.main(["model=mlp", "env._target_=my_pkg.make"]) == 130
     err = capsys.readouterr().err
     assert "python launch/train.py model=mlp env._target_=my_pkg.make run_dir=" in err
-
-
-def test_evaluate(capsys):
-    path = prepare_run_dir(compose(["run_dir=run"])).path
-    assert evaluate.main([str(path), "--episodes", "4"]) == 0
-    assert capsys.readouterr().out == f"{path}: return -150.0 ± 12.5 over 4 episodes\n"
-
-
-def test_evaluate_tells_success_and_score(capsys, stub_training, monkeypatch):
-    path = prepare_run_dir(compose(["run_dir=run"])).path
-    found = {"return_mean": 3.0, "return_std": 1.0, "episodes": 2, "success_rate": 0.5, "score": 0.25}
-    monkeypatch.setattr(stub_training, "evaluate_run", lambda run, episodes, seed: found)
-    assert evaluate.main([str(path), "--episodes", "2"]) == 0
-    assert capsys.readouterr().out == f"{path}: return 3.0 ± 1.0, success 0.50, score 0.25 over 2 episodes\n"
-
-
-@pytest.mark.parametrize(
-    ("argv", "sentence"),
-    [
-        (["nowhere"], "nowhere is not a run directory"),
-        ([], "RUN"),
-        (["run", "--episodes", "0"], "--episodes=0"),
-        (["run", "--episodes", "x"], "--episodes"),
-    ],
-)
-def test_evaluate_bad_input(capsys, argv, sentence):
-    assert evaluate.main(argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert sentence in err
 
 
 def test_check_env_prints_the_report(capsys, monkeypatch):

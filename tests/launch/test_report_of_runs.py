@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +162,10 @@ def test_a_refused_comparison_writes_nothing(runs, capsys):
         (["one", "--out", "one/config.yaml"], "--out=one/config.yaml is a file; give a folder"),
         (["one", "--out", "one/config.yaml/deeper"], "--out=one/config.yaml/deeper cannot be written"),
         (["one", "--compare", "model"], "every run has model=flow_v2"),
+        (["one", "--compare", "model"], "submit.py model=mlp size=tiny env=pendulum seed=0"),
+        (["one", "--where", "model=mlp"], "--where model=mlp: no run has it; there are flow_v2"),
+        (["one", "--where", "modle=mlp"], "unknown key; nearest: "),
+        (["one", "--where", "seed"], "--where seed: write KEY=VALUE"),
     ],
 )
 def test_bad_input(words, sentence, capsys):
@@ -167,6 +173,33 @@ def test_bad_input(words, sentence, capsys):
     prepare_run_dir(replace(composed(), run_dir="one"))
     assert main(words) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_an_untidy_folder(capsys):
+    """Failed, killed, torn and repeated runs, other folders: the error says what to add, and that works."""
+    done = {"status": "finished", "epochs_done": 2, "epochs_planned": 4}
+    for name, words in {
+        "mlp0": ("model=mlp",), "again": ("model=mlp",), "short": ("model=mlp", "algorithm.horizon=8"),
+        "residual0": ("model=residual",), "hopper": ("model=mlp", "env=hopper"),
+    }.items():  # fmt: skip
+        make_run(name, *words, rows="1,128,-1300,,\n2,256,-1200,-500,50\n", final_return=-500.0, **done)
+    make_run("failed", "model=mlp", "algorithm.model_lr=1.0", status="failed", epochs_done=0, epochs_planned=4)
+    (make_run("torn", "model=mlp", **done) / "config.yaml").write_text("mode: online\nseed: 0\nmodel: {na")
+    (make_run("empty", "model=residual", rows="") / "summary.json").write_text("")
+    for folder in ("notes", "plots"):
+        (Path("runs") / folder).mkdir()
+        (Path("runs") / folder / "config.yaml").write_text("title: mine\n")
+    assert main(["runs"]) == 0
+    lines = lines_of(capsys.readouterr().out)
+    assert sorted(lines) == sorted(["mlp0", "again", "short", "residual0", "hopper", "failed", "torn", "empty"])
+    assert main(["runs", "--compare", "model"]) == 2
+    told = re.search(r"; add (.*) \(leaves 3 of 8 runs\)", capsys.readouterr().err)
+    assert told is not None
+    assert main(["runs", "--compare", "model", *shlex.split(told[1])]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("3 of 8 runs: ")
+    assert "final IQM - mlp" in out
+    assert "--newest" in Path("runs/report.html").read_text()
 
 
 def test_a_run_that_nobody_named_is_not_written_to(monkeypatch, capsys):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pwm_torchrl.cluster.parse import JobState
-from pwm_torchrl.launch import resume, status
+from pwm_torchrl.launch import console, resume, status
 from pwm_torchrl.launch.reporting.collect import read_run
 from pwm_torchrl.training import claims
 from pwm_torchrl.training.config import Config
@@ -73,6 +73,32 @@ class TestStatus:
         assert status.main([str(run.parent)]) == 0
         assert asked == [["7"]]
         assert "7 running on n1" in capsys.readouterr().out
+
+    def test_a_process_that_is_gone_is_not_running(self, run, monkeypatch, capsys):
+        """Killed with -9: nothing is left to take, and what to do is said."""
+        write_summary(run, "running")
+        (run / "job.json").unlink()
+        (run / claims.FOLDER).mkdir()
+        here = Identity.here({})
+        claim = run / claims.FOLDER / "000001.json"
+        for owner, shown, said in (
+            (here, "running", ""),
+            (replace(here, pid=2**22 + 1), "died", "resume"),
+            (replace(here, host="far"), "running", "process"),
+        ):
+            claim.write_text(json.dumps(claims.Claim(1, owner).as_dict()))
+            assert status.main([str(run)]) == 0
+            line = capsys.readouterr().out.splitlines()[-1]
+            assert line.split()[1] == shown
+            assert ("5 min" in line) == (shown == "running")
+            assert said in line
+
+    def test_a_narrow_terminal(self, run, monkeypatch, capsys):
+        monkeypatch.setattr(console, "terminal_width", lambda: 40)
+        monkeypatch.setattr(status, "job_states", lambda ids: {"7": RUNNING})
+        write_event(run, "restart", reason="memory", detail="a long story " * 5, attempt=1, answer="requeue")
+        assert status.main([str(run)]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
 
     def test_without_an_answer_the_rest_is_shown(self, run, monkeypatch, capsys):
         def silent(ids):

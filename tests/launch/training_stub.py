@@ -17,8 +17,30 @@ def fake_training(path: str) -> types.ModuleType:
     module = types.ModuleType("pwm_torchrl.training")
     module.__path__ = [path]
     module.train = train
-    module.evaluate_run = lambda run, episodes, seed: {"return_mean": -150.0, "return_std": 12.5, "episodes": episodes}
+    module.evaluate_run = evaluate_run
+    module.film_run = film_run
     return module
+
+
+def evaluate_run(run, episodes, seed, which):
+    """The same returns for every run; one whose configuration has the seed of a fault fails."""
+    from pwm_torchrl import errors
+    from pwm_torchrl.training.config_file import load_config
+
+    fault = load_config(run).seed
+    if fault == FAULT:
+        raise errors.EnvironmentFault("pendulum", "reward is nan", seed=3)
+    if fault == BUG:
+        raise KeyError("a bug")
+    print("chatter of a simulator")
+    returns = [-150.0 + 12.5 * (-1) ** i for i in range(episodes)]
+    found = {"return_mean": sum(returns) / episodes, "return_std": 12.5, "episodes": episodes, "returns": returns}
+    return {**found, "seed": 7500 if seed is None else seed, "epoch": int(which) if which.isdecimal() else 3}
+
+
+def film_run(run, file, seed, which):
+    file.write_bytes(b"film")
+    return file
 
 
 def train(cfg, run_dir, *, resume=False):

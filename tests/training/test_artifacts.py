@@ -104,7 +104,7 @@ class TestVideo:
     def test_can_be_read_back(self, tmp_path, shape):
         ffmpeg = pytest.importorskip("imageio_ffmpeg")
         frames = (np.full(shape, 10 * i, np.uint8) for i in range(12))
-        file = write_video(tmp_path, frames, fps=20)
+        file = write_video(tmp_path / "video.mp4", frames, fps=20)
         command = [ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(file), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
         raw = subprocess.run(command, capture_output=True, check=True).stdout
         even = (shape[0] + shape[0] % 2, shape[1] + shape[1] % 2, 3)
@@ -126,18 +126,18 @@ class TestVideo:
     def test_refuses_other_frames_and_leaves_nothing(self, tmp_path, frames, problem):
         pytest.importorskip("imageio_ffmpeg")
         with pytest.raises(ValueError, match=problem):
-            write_video(tmp_path, frames)
+            write_video(tmp_path / "video.mp4", frames)
         assert not list(tmp_path.iterdir())
 
     def test_refuses_a_speed_of_zero(self, tmp_path):
         pytest.importorskip("imageio_ffmpeg")
         with pytest.raises(ValueError, match="fps=0"):
-            write_video(tmp_path, [], fps=0)
+            write_video(tmp_path / "video.mp4", [], fps=0)
 
     def test_missing_library_names_its_extra(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
         with pytest.raises(MissingLibraryError, match=r"pip install 'pwm-torchrl\[video\]'"):
-            write_video(tmp_path, [])
+            write_video(tmp_path / "video.mp4", [])
 
 
 class TestRunReadme:

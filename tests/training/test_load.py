@@ -17,7 +17,7 @@ from training_cases import assert_equal, config, rows_of, run_with
 import pwm_torchrl
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
-from pwm_torchrl.training import evaluate_run
+from pwm_torchrl.training import evaluate_run, film_run
 from pwm_torchrl.training import load as load_module
 from pwm_torchrl.training.checkpoint import CheckpointFault, checkpoint_metadata
 from pwm_torchrl.training.checkpoint_store import CheckpointStore
@@ -205,6 +205,46 @@ class TestEvaluate:
         assert evaluate_run(run_dir) == result
         assert evaluate_run(run_dir, seed=1)["returns"] != result["returns"]
 
+    def test_a_checkpoint_by_its_epoch(self, trained):
+        run_dir = trained[1].run_dir
+        epochs = [saved.epoch for saved in CheckpointStore(run_dir).countable()]
+        assert len(epochs) > 1
+        found = {epoch: evaluate_run(run_dir, episodes=2, which=epoch) for epoch in epochs}
+        assert [result["epoch"] for result in found.values()] == epochs
+        assert len({tuple(result["returns"]) for result in found.values()}) > 1
+        for which in ("last", "latest", str(epochs[-1])):
+            assert evaluate_run(run_dir, episodes=2, which=which) == found[epochs[-1]]
+        with pytest.raises(ConfigurationError, match="no checkpoint of epoch 99") as error:
+            load_networks(run_dir, which=99)
+        for epoch in epochs:
+            assert str(epoch) in str(error.value)
+        assert "last" in str(error.value)
+
+    def test_a_torn_summary_does_not_matter(self, trained, tmp_path):
+        shutil.copytree(trained[1].run_dir, tmp_path / "copy")
+        expected = evaluate_run(tmp_path / "copy", episodes=2)
+        for name in ("summary.json", "metrics.csv"):
+            (tmp_path / "copy" / name).write_bytes(b"")
+        assert evaluate_run(tmp_path / "copy", episodes=2) == expected
+
+    def test_a_video_is_of_the_first_episode(self, trained, tmp_path):
+        ffmpeg = pytest.importorskip("imageio_ffmpeg")
+        pytest.importorskip("pygame")
+        file = film_run(trained[1].run_dir, tmp_path / "film.mp4")
+        assert ffmpeg.count_frames_and_secs(str(file))[0] == trained[1].info.episode_length
+
+    def test_an_environment_that_fails_is_closed(self, trained, monkeypatch):
+        closed = []
+
+        class Env:
+            def close(self):
+                closed.append(True)
+
+        monkeypatch.setattr("pwm_torchrl.training.load.make_env", lambda *args, **kwargs: Env())
+        with pytest.raises(ConfigurationError, match="not a TorchRL environment"):
+            evaluate_run(trained[1].run_dir)
+        assert closed == [True]
+
 
 class TestWorldModel:
     def test_is_torchrls(self, trained):
@@ -253,7 +293,7 @@ class TestRefused:
             pwm_torchrl.load_env(tmp_path)
 
     def test_unknown_choice(self, trained):
-        with pytest.raises(ConfigurationError, match=r"which='newest' is not one of best, latest"):
+        with pytest.raises(ConfigurationError, match=r"which='newest' is not one of best, last, latest"):
             pwm_torchrl.load_policy(trained[1].run_dir, which="newest")
 
     def test_damaged_checkpoint(self, trained, tmp_path):

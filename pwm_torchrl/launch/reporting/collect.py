@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -9,23 +10,49 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.cluster.parse import JobState
+from pwm_torchrl.cluster.query import SlurmError, job_states
+from pwm_torchrl.cluster.record import JOB_FILE
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.run_dir import CONFIG_FILE, load_config, read_summary
+from pwm_torchrl.training.claims import FOLDER as CLAIMS
+from pwm_torchrl.training.claims import newest_claim, open_owner, read_outcome
 from pwm_torchrl.training.config import Config
+from pwm_torchrl.training.events import EVENTS_FILE
+from pwm_torchrl.training.owners import ALIVE, ENDED, UNKNOWN, WITH_PROCESSES, Identity, describe, owner_state
+from pwm_torchrl.training.summary_file import SUMMARY_FILE
 
-__all__ = ["FAILED", "RunReport", "find_runs", "last", "natural", "number", "read_run", "read_runs", "restart_reasons"]
+__all__ = [
+    "FAILED",
+    "RunReport",
+    "find_runs",
+    "last",
+    "names_of",
+    "natural",
+    "number",
+    "read_run",
+    "read_runs",
+    "restart_reasons",
+    "settle",
+]
 
 _DEPTH = 4  # how deep below a given folder runs are looked for
 
 #: Statuses of runs that ended before they were finished, and not because somebody stopped them.
-FAILED = ("failed", "memory", "storage", "stalled", "start_up")
+FAILED = ("failed", "memory", "storage", "stalled", "start_up", "died")
 
 #: Events that wait for a new attempt: until it writes, the summary still says what the last one wrote.
 _WAITING = ("submit", "restart")
+
+#: By which a folder with a damaged configuration is still known as a run.
+_RUN_FILES = (CLAIMS, EVENTS_FILE, JOB_FILE, SUMMARY_FILE)
+_KEYS = {spec.name for spec in fields(Config)}
 
 
 @dataclass
@@ -44,6 +71,10 @@ class RunReport:
         device_planned: the same as predicted.
         gpus: how many GPUs it has, 0 without.
         last_error: the newest error that ended an attempt, and files that cannot be read.
+        started: when it was submitted or started first, seconds since the epoch.
+        owner: the process that trains it, or that ended without saying so.
+        owner_state: whether that process lives, as :func:`settle` found out; see
+            :func:`~pwm_torchrl.training.owners.owner_state`.
     """
 
     path: Path
@@ -69,6 +100,9 @@ class RunReport:
     last_error: str | None = None
     config: Config | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    started: float = 0.0
+    owner: Identity | None = None
+    owner_state: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -110,8 +144,16 @@ def read_run(path: Path) -> RunReport:
         report.config = load_config(path)
     except ConfigurationError as error:
         problems.append(str(error))
+    if not summary and (path / SUMMARY_FILE).exists():
+        problems.append(f"{SUMMARY_FILE} is empty or damaged")
+    outcome: Mapping[str, Any] = {}
+    try:
+        report.owner, outcome = open_owner(path), _last_outcome(path)
+    except ConfigurationError as error:
+        problems.append(str(error))
     _identify(report, summary)
-    _progress(report, summary, events)
+    _progress(report, summary, outcome, events)
+    report.started = _started(path, events)
     report.restarts = restart_reasons(events, int(number(summary.get("restarts")) or 0))
     _memory(report, summary, _read_json(path / "memory_plan.json"))
     gpus = number(_read_json(path / "job.json").get("gpus"))
@@ -122,14 +164,55 @@ def read_run(path: Path) -> RunReport:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunReport]:
-    """Reads runs, in reading order: by environment, size, model and seed. Their names are paths below the innermost
-    folder that holds them all, so that no two runs have the same.
-    """
+    """Reads runs, in reading order: by environment, size, model and seed; their names are those of :func:`names_of`."""
     runs = [read_run(path) for path in paths]
-    above = os.path.commonpath([run.path.resolve().parent for run in runs])
-    for run in runs:
-        run.name = os.path.relpath(run.path.resolve(), above)
+    for run, name in zip(runs, names_of(paths)):
+        run.name = name
     return sorted(runs, key=lambda run: [natural(v) for v in (run.env, run.size, run.model, run.seed, run.name)])
+
+
+def settle(runs: Sequence[RunReport], states: Mapping[str, JobState] | None = None) -> None:
+    """Corrects the status of runs whose process is gone although their files say that they run: they ``died``, or wait
+    if SLURM brings their job back.
+
+    Args:
+        runs: the runs.
+        states: what SLURM said of the jobs of their owners. Defaults to ``None``: it is asked, once, for owners that
+            are not processes of this machine.
+    """
+    found: dict[str, JobState] | None = None if states is None else dict(states)
+    jobs = [run.owner.job_id for run in runs if run.owner is not None and run.owner.job_id is not None]
+
+    def ask(job_id: str) -> str:
+        nonlocal found
+        if found is None:
+            try:
+                found = job_states(jobs)
+            except SlurmError:
+                return UNKNOWN
+        job = found.get(job_id)
+        return ALIVE if job is not None and job.state in WITH_PROCESSES else ENDED
+
+    here = Identity.here()
+    for run in runs:
+        if run.owner is None or run.status not in ("running", "not started"):
+            continue
+        run.owner_state = owner_state(run.owner, here, ask)
+        if run.owner_state == ENDED:
+            job = (found or {}).get(run.owner.job_id or "")
+            run.status = "waiting" if job is not None and job.waiting else "died"
+        if run.status == "died":
+            end = (
+                f"{describe(run.owner)} is gone and did not say why (kill -9, out of memory, a restart of the machine)"
+            )
+            how = f"{typed('resume')} {run.path} goes on with it"
+            run.last_error = "; ".join(filter(None, [f"{end}: {how}", run.last_error]))
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Paths below the innermost folder that holds all of them, so that no two runs have the same name."""
+    above = os.path.commonpath([path.resolve().parent for path in paths])
+    return [os.path.relpath(path.resolve(), above) for path in paths]
 
 
 def restart_reasons(events: Sequence[Mapping[str, Any]], restarts: int) -> Counter[str]:
@@ -175,12 +258,18 @@ def _walk(path: Path, depth: int) -> Iterator[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether the folder has a ``config.yaml`` that is a whole configuration: Hydra's own begins with ``defaults``."""
+    """Whether the folder has a ``config.yaml`` of a run, be it cut short or of another version.
+
+    Other programs write files of that name too, and Hydra's own begins with ``defaults``.
+    """
     try:
-        lines = (path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        text = (path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return not any(line.startswith("defaults:") for line in lines)
+    keys = {line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()}
+    if "defaults" in keys:
+        return False
+    return len(keys & _KEYS) >= 2 or any((path / name).exists() for name in _RUN_FILES)
 
 
 def _read_metrics(file: Path, problems: list[str]) -> dict[str, list[float]]:
@@ -230,9 +319,30 @@ def _identify(report: RunReport, summary: Mapping[str, Any]) -> None:
         setattr(report, key, known.get(key) if summary.get(key) is None else summary[key])
 
 
-def _progress(report: RunReport, summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+def _last_outcome(path: Path) -> Mapping[str, Any]:
+    """How the newest attempt said that it ended; empty while it did not."""
+    newest = newest_claim(path)
+    return {} if newest is None else read_outcome(path, newest.attempt) or {}
+
+
+def _started(path: Path, events: Sequence[Mapping[str, Any]]) -> float:
+    """When a run came to be: by its first event; by its configuration if it has none."""
+    for event in events:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return datetime.fromisoformat(event["time"]).timestamp()
+    with contextlib.suppress(OSError):
+        return (path / CONFIG_FILE).stat().st_mtime
+    return 0.0
+
+
+def _progress(
+    report: RunReport, summary: Mapping[str, Any], outcome: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
+) -> None:
     metrics = report.metrics
-    report.status = str(summary.get("status") or ("running" if metrics else "not started"))
+    said = str(summary.get("status") or ("running" if metrics else "not started"))
+    if said in ("running", "not started"):  # the summary may be damaged, or could not be written at the end
+        said = str(outcome.get("status") or said)
+    report.status = said
     waiting = bool(events) and events[-1].get("event") in _WAITING
     if waiting and report.status != "finished":
         report.status = "waiting"

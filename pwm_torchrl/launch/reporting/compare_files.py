@@ -27,7 +27,9 @@ def compare_table(comparison: Comparison) -> Table:
         rows.append([row.env, row.arm, *(str(getattr(row, name)) for name in _COUNTS)])
         rows[-1] += [_interval(estimate, digits) for estimate in (row.final, row.peak, row.difference)]
         rows[-1] += [_value(row.env_steps, 0), _value(row.hours, 2), _value(row.gpu_hours, 2)]
-    return Table(head, rows)
+    difference = head[7]
+    narrow = (difference, "GPU-hours", "hours", "steps", "peak IQM")
+    return Table(head, rows, narrow=narrow, below={difference: f"{difference}: "})
 
 
 def compare_csv(comparison: Comparison) -> str:

@@ -7,6 +7,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pwm_torchrl.launch.reporting.collect import FAILED
 from pwm_torchrl.launch.reporting.tables import Table
 
 __all__ = ["Section", "render"]
@@ -50,7 +51,7 @@ img { display: block; max-width: 100%; height: auto; background: #fff; border-ra
 }
 """
 
-_TONES = {"good": ("finished",), "bad": ("failed", "memory", "storage"), "busy": ("running", "waiting")}
+_TONES = {"good": ("finished",), "bad": FAILED, "busy": ("running", "waiting")}
 
 
 @dataclass
@@ -105,7 +106,8 @@ def _picture(name: str, content: bytes) -> str:
 
 def _table(table: Table) -> str:
     """A row of cells per row; long text has a row of its own below, which is as wide as the table."""
-    short = [name for name in table.head if name not in table.wide]
+    long = table.wide | {"settings"}
+    short = [name for name in table.head if name not in long and not table.blank(name)]
     styles = {name: _style(table, name) for name in short}
     head = "".join(f"<th{_css(styles[name])}>{html.escape(name)}</th>" for name in short)
     rows = []
@@ -115,7 +117,7 @@ def _table(table: Table) -> str:
         band = _css("band" if index % 2 else "")
         rows.append(f"<tr{band}>{''.join(texts)}</tr>")
         for name in table.head:
-            if name in table.wide and cells[name]:
+            if name in long and cells[name]:
                 text = html.escape(f"{name}: {cells[name]}")
                 rows.append(f'<tr{band}><td class="long" colspan="{len(short)}">{text}</td></tr>')
     return "\n".join(
@@ -126,7 +128,7 @@ def _table(table: Table) -> str:
 def _style(table: Table, column: str) -> str:
     if table.right(column):
         return "right"
-    return {"run": "name", "settings": "name", "status": "words", "restarts": "words"}.get(column, "")
+    return {"run": "name", "status": "words", "restarts": "words"}.get(column, "")
 
 
 def _toned(column: str, style: str, cell: str) -> str:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.launch.groups import configs_dir, nearest_sentence, schema_keys
+from pwm_torchrl.launch.groups import configs_dir, group_choices, nearest_sentence, schema_keys
 from pwm_torchrl.launch.reporting.collect import RunReport, natural
 from pwm_torchrl.launch.run_dir import differing_keys
 from pwm_torchrl.training.config import Config
 
-__all__ = ["Pairs", "covered_keys", "pair_runs", "value_of"]
+__all__ = ["Ambiguous", "Pairs", "covered_keys", "pair_runs", "typed_value", "value_of"]
 
 _PAIRED_BY = ("seed", "env", "env.name", "run_dir", "runs_dir")  # what tells pairs apart cannot be compared
 _SHOWN = 6  # keys or runs named in a sentence, at most
+
+
+class Ambiguous(ConfigurationError):
+    """Runs that a comparison cannot tell apart, or that differ in more than what is compared.
+
+    Attributes:
+        runs: those runs.
+        keys: in which they differ; empty if they are repeats of each other.
+        repeated: whether they have the same value, environment and seed.
+    """
+
+    def __init__(self, message: str, runs: Sequence[RunReport], keys: Sequence[str], repeated: bool) -> None:
+        super().__init__(message)
+        self.runs, self.keys, self.repeated = list(runs), list(keys), repeated
 
 
 @dataclass
@@ -48,31 +64,39 @@ def pair_runs(
         allow_differences: whether runs may differ in other keys too; then a note says in which.
 
     Raises:
-        ConfigurationError: if the key cannot be compared, fewer than two values have a seed in common, two runs have
-            the same value, environment and seed, or runs differ in other keys.
+        Ambiguous: if two runs have the same value, environment and seed, or runs differ in other keys.
+        ConfigurationError: if the key cannot be compared, or fewer than two values have a seed in common.
     """
     _check_key(key)
-    values: dict[str, None] = {}
-    sorted_runs: dict[str, dict[str, dict[int, RunReport]]] = {}
-    for run in runs:
-        if run.config is None:
-            raise ConfigurationError(f"--compare {key}: {run.path} has no readable configuration; leave it out")
-        values[value_of(run.config, key)] = None
-    arms = sorted(values, key=natural)
+    unreadable = [run.name for run in runs if run.config is None]
+    runs = [run for run in runs if run.config is not None]
+    arms = sorted({value_of(run.config, key) for run in runs if run.config is not None}, key=natural)
+    if not arms:
+        raise ConfigurationError(f"--compare {key}: no run has a readable configuration")
     if len(arms) < 2:
-        raise ConfigurationError(f"--compare {key}: every run has {key}={arms[0]}; give runs of two values or more")
+        raise ConfigurationError(
+            f"--compare {key}: every run has {key}={arms[0]}, and there is nothing to compare it with; "
+            f"{_another(runs, key)}"
+        )
     if baseline is not None and baseline not in arms:
         raise ConfigurationError(f"--baseline {baseline} is no value of {key} here; there are {', '.join(arms)}")
+    sorted_runs: dict[str, dict[str, dict[int, RunReport]]] = {}
     for run in runs:
         _enter(run, key, sorted_runs)
     first = arms[0] if baseline is None else baseline
     arms.sort(key=lambda arm: arm != first)
     pairs = Pairs(key, arms, {})
+    if unreadable:
+        pairs.notes.append(f"left out, for the configuration cannot be read: {_list(unreadable)}")
     _check_differences(sorted_runs, pairs, allow_differences)
     for env in sorted(sorted_runs, key=natural):
         _pair(env, sorted_runs[env], pairs)
     if not pairs.runs:
-        raise ConfigurationError(f"--compare {key}: no environment has a seed in common; {'; '.join(pairs.notes)}")
+        found = ", ".join(f"{key}={arm} {_seeds(sorted_runs, arm)}" for arm in arms)
+        raise ConfigurationError(
+            f"--compare {key}: no environment has two values with a seed in common, and runs are paired by seed; "
+            f"there are {found}; train the missing ones"
+        )
     return pairs
 
 
@@ -127,10 +151,13 @@ def _enter(run: RunReport, key: str, runs: dict[str, dict[str, dict[int, RunRepo
     other = runs.setdefault(str(run.env), {}).setdefault(value, {}).setdefault(run.config.seed, run)
     if other is not run:
         keys = [found for found, _ in _differences(other, run, set())]
-        differing = f" and differ in {_list(keys)}" if keys else ""
-        raise ConfigurationError(
+        differing = f"differ in {_list(keys)}" if keys else "have the same settings"
+        raise Ambiguous(
             f"--compare {key}: {other.path} and {run.path} are both {key}={value} on {run.env} with seed "
-            f"{run.config.seed}{differing}; give only one of them"
+            f"{run.config.seed} and {differing}",
+            [other, run],
+            keys,
+            repeated=True,
         )
 
 
@@ -153,10 +180,8 @@ def _check_differences(
     if allow_differences:
         pairs.notes.append(f"runs also differ in {listed}")
         return
-    raise ConfigurationError(
-        f"--compare {pairs.key}: runs also differ in {listed}; leave out those that do, or accept it with "
-        "--allow-differences"
-    )
+    several = [run for arms in runs.values() for seeds in arms.values() for run in seeds.values()]
+    raise Ambiguous(f"--compare {pairs.key}: runs also differ in {listed}", several, sorted(found), repeated=False)
 
 
 def _differences(first: RunReport, other: RunReport, covered: set[str]) -> Iterator[tuple[str, str]]:
@@ -180,6 +205,52 @@ def _pair(env: str, arms: Mapping[str, dict[int, RunReport]], pairs: Pairs) -> N
         pairs.notes.append(f"{env} has no run with {pairs.key}={' or '.join(missing)}")
     if common and len(arms) > 1:
         pairs.runs[env] = {arm: {seed: arms[arm][seed] for seed in sorted(common)} for arm in pairs.arms if arm in arms}
+
+
+def _seeds(runs: Mapping[str, Mapping[str, Mapping[int, RunReport]]], arm: str) -> str:
+    """Where a value has runs: ``"on pendulum with seed 0, 1"``."""
+    places = [
+        f"on {env} with seed {_list([str(s) for s in sorted(arms[arm])])}" for env, arms in runs.items() if arm in arms
+    ]
+    return " and ".join(places)
+
+
+def _another(runs: Sequence[RunReport], key: str) -> str:
+    """How to train a run of another value, for a sentence."""
+    choices = group_choices()
+    first = runs[0]
+    assert first.config is not None
+    value = value_of(first.config, key)
+    # The plain dynamics first: they are the usual baseline.
+    others = [each for each in sorted(choices.get(key, []), key=lambda each: each != "mlp") if each != value]
+    words = [f"{key}={others[0] if others else 'VALUE'}"]
+    for group in ("model", "size", "env"):
+        name = str(getattr(first, group)).removesuffix("_custom")
+        if group != key and name in choices[group]:
+            words.append(f"{group}={name}")
+    seeds = sorted({run.config.seed for run in runs if run.config is not None and run.env == first.env})
+    words += [*_overrides(first.config, words[1:], key), f"seed={','.join(map(str, seeds))}"]
+    return f"train one with another value, for example: {typed('submit')} {' '.join(map(shlex.quote, words))}"
+
+
+def _overrides(config: Config, words: Sequence[str], key: str) -> list[str]:
+    """What has to be typed beside ``words`` to get a configuration, the compared key apart."""
+    from pwm_torchrl.launch.compose import compose  # Hydra, which other reports do without
+
+    composed = compose(list(words))
+    covered = {"seed", "model.name", "size.name", "env.name", *covered_keys(key, [value_of(composed, key)])}
+    return [
+        f"{name}={typed_value(asked)}"
+        for name, (_, asked) in differing_keys(composed, config).items()
+        if not any(name == each or name.startswith(each + ".") for each in covered)
+    ]
+
+
+def typed_value(value: Any) -> str:
+    """A value as it is typed on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[" + ",".join(map(typed_value, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

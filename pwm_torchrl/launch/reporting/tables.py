@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pwm_torchrl.launch.reporting.aggregate import Group, average
@@ -17,6 +19,7 @@ __all__ = [
     "Table",
     "bytes_text",
     "duration",
+    "fit_names",
     "group_table",
     "memory_table",
     "number_text",
@@ -24,11 +27,15 @@ __all__ = [
     "run_table",
 ]
 
+_BLANK = ("-", "")
+_COUNTS = ("restarts", "failed", "open")
 _NAMES = ("model", "size", "env")
 _HOW = ("status", "restarts", "time", "host", "GPU")
+_TIME = re.compile(r"_\d{8}-\d{6}(_\d+)?$")  # end of a run directory's generated name
 _NUMBERS = frozenset(
     [
         *("seed", "peak", "final", "random", "epochs", "time", "host", "GPU", "steps", "hours", "GPU-hours"),
+        *("epoch", "return", "± std", "success", "score", "95 % interval"),
         *("finished", "failed", "open", "episodes", "transitions", "length", "O", "A", "mean return"),
     ]
 )
@@ -40,29 +47,72 @@ class Table:
 
     Attributes:
         wide: columns of long text, which the console leaves out.
+        narrow: columns that leave the lines where a terminal is too narrow, the first to go first.
+        below: those of them that are then shown on lines of their own, with the words before their cells; the others
+            are left out.
     """
 
     head: list[str]
     rows: list[list[str]]
     wide: frozenset[str] = frozenset()
+    narrow: Sequence[str] = ()
+    below: Mapping[str, str] = field(default_factory=dict)
 
     def right(self, column: str) -> bool:
         """Whether a column holds numbers, which line up at their ends."""
         return column in _NUMBERS or column.split()[-1] in ("measured", "predicted", "share")
 
-    def text(self) -> str:
-        """Aligned lines, on a terminal with the runs' states in colour."""
-        kept = [i for i, name in enumerate(self.head) if name not in self.wide]
-        rows = [[row[i] for i in kept] for row in (self.head, *self.rows)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(kept))]
-        sides = [str.rjust if self.right(name) else str.ljust for name in rows[0]]
+    def text(self, width: int | None = None) -> str:
+        """Aligned lines, on a terminal with the runs' states in colour.
+
+        Args:
+            width: columns to make do with, if that can be done. Defaults to ``None``: as many as they take.
+        """
+        shown, below, gone = self._fitted(width)
+        at = [self.head.index(name) for name in shown]
+        rows = [[row[i] for i in at] for row in (self.head, *self.rows)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(at))]
+        sides = [str.rjust if self.right(name) else str.ljust for name in shown]
         aligned = [[side(cell, width) for cell, width, side in zip(row, widths, sides)] for row in rows]
-        if "status" in rows[0]:
-            place = rows[0].index("status")
+        if "status" in shown:
+            place = shown.index("status")
             for cells in aligned[1:]:
                 cells[place] = coloured(cells[place])
-        lines = ["  ".join(cells).rstrip() for cells in aligned]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        head, *body = ["  ".join(cells).rstrip() for cells in aligned]
+        lines = [head, "  ".join("-" * width for width in widths)]
+        for line, row in zip(body, self.rows):
+            lines.append(line)
+            for name in below:
+                cell = row[self.head.index(name)]
+                if cell not in _BLANK:
+                    words = _wrapped(self.below[name] + cell, width or 0)
+                    lines += [coloured(line) for line in words] if name == "status" else words
+        if gone:
+            lines += _wrapped(f"(no room for {', '.join(gone)})", width or 0)
+        return "\n".join(lines)
+
+    def _fitted(self, width: int | None) -> tuple[list[str], list[str], list[str]]:
+        """Columns that are shown, those below their rows in the order of the head, and those left out."""
+        shown = [name for name in self.head if name not in self.wide]
+        if width is None or self._width(shown) <= width:
+            return shown, [], []
+        shown = [name for name in shown if not self.blank(name)]
+        below: list[str] = []
+        gone: list[str] = []
+        for name in self.narrow:
+            if name in shown and self._width(shown) > width:
+                shown.remove(name)
+                (below if name in self.below else gone).append(name)
+        return shown, sorted(below, key=self.head.index), gone
+
+    def _width(self, names: Sequence[str]) -> int:
+        columns = [self.head.index(name) for name in names]
+        return sum(max(len(row[i]) for row in (self.head, *self.rows)) + 2 for i in columns) - 2
+
+    def blank(self, name: str) -> bool:
+        """Whether a column says nothing in any row."""
+        nothing = (*_BLANK, "0") if name in _COUNTS else _BLANK
+        return bool(self.rows) and all(row[self.head.index(name)] in nothing for row in self.rows)
 
 
 def run_table(runs: Sequence[RunReport]) -> Table:
@@ -75,7 +125,8 @@ def run_table(runs: Sequence[RunReport]) -> Table:
         rows[-1] += [f"{run.epochs_done}/{_text(run.epochs_planned)}", run.status, reasons_text(run.restarts)]
         rows[-1] += [duration(run.wall_clock_s), bytes_text(run.host_bytes), bytes_text(run.device_bytes or None)]
         rows[-1] += [run.name, run.last_error or ""]
-    return Table([*head, "last error"], rows, frozenset({"last error"}))
+    narrow = ("run", "GPU", "host", "time", "restarts", "random", "peak")
+    return Table([*head, "last error"], rows, frozenset({"last error"}), narrow, {"run": ""})
 
 
 def group_table(groups: Sequence[Group]) -> Table:
@@ -100,7 +151,12 @@ def group_table(groups: Sequence[Group]) -> Table:
         head.append("settings")
         for row, group in zip(rows, groups):
             row.append(group.settings)
-    return Table(head, rows)
+    return Table(
+        head,
+        rows,
+        narrow=("settings", "status", "GPU", "host", "time", "restarts", "peak", "epochs"),
+        below={"settings": "", "status": ""},
+    )
 
 
 def memory_table(runs: Sequence[RunReport]) -> Table:
@@ -116,7 +172,22 @@ def memory_table(runs: Sequence[RunReport]) -> Table:
             share = f"{measured / planned:.0%}" if measured and planned else "-"
             cells += [bytes_text(measured or None), bytes_text(planned), share]
         rows += [[run.name, *cells]] if any(planned for _, planned in pairs) else []
-    return Table(["run", *head], rows)
+    return Table(["run", *head], rows, narrow=("run",), below={"run": ""})
+
+
+def fit_names(names: Sequence[str], width: int) -> list[str]:
+    """Names of runs in at most ``width`` columns, if they can still be told apart then; else as they are.
+
+    First the time at the end of a generated name goes, then its middle.
+    """
+
+    def fit(candidates: list[str]) -> bool:
+        return max(map(len, candidates), default=0) <= width and len(set(candidates)) == len(candidates)
+
+    timeless = [_TIME.sub("", name) for name in names]
+    tail = max(0, (width - 1) * 2 // 3)
+    cut = [f"{name[: width - 1 - tail]}…{name[-tail:]}" if len(name) > width > 1 else name for name in names]
+    return next((candidates for candidates in (list(names), timeless, cut) if fit(candidates)), list(names))
 
 
 def reasons_text(restarts: Counter[str]) -> str:
@@ -160,6 +231,17 @@ def duration(seconds: float | None) -> str:
             whole, rest = divmod(round(seconds / part), unit // part)
             return f"{whole} {name} {rest:02d} {parts}"
     return f"{round(seconds)} s"
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        text,
+        max(width, 20),
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,13 @@ pytest.importorskip("hydra")
 
 from report_cases import write_run
 
-from pwm_torchrl.launch.reporting.collect import find_runs, natural, read_run, read_runs, restart_reasons
+from pwm_torchrl.cluster.parse import JobState
+from pwm_torchrl.cluster.query import SlurmError
+from pwm_torchrl.launch.reporting import collect
+from pwm_torchrl.launch.reporting.collect import find_runs, natural, read_run, read_runs, restart_reasons, settle
+from pwm_torchrl.training import claims
 from pwm_torchrl.training.config_file import CONFIG_FILE
+from pwm_torchrl.training.owners import Identity
 
 ROWS = "1,128,1.5,-1300,\n2,256,3.0,-1200,-1100\n3,384,4.5,-900,-400\n4,512,6.0,-800,-500\n"
 
@@ -56,6 +62,107 @@ def test_a_run_that_will_come_back_is_waiting(tmp_path, before):
     with (path / "events.jsonl").open("a") as file:
         file.write('{"event": "resume", "epoch": 2}\n')
     assert read_run(path).status == before
+
+
+def claimed(path: Path, owner: Identity, **outcome) -> Path:
+    (path / claims.FOLDER).mkdir(exist_ok=True)
+    (path / claims.FOLDER / "000001.json").write_text(json.dumps(claims.Claim(1, owner).as_dict()))
+    if outcome:
+        claims.outcome_file(path, 1).write_text(json.dumps(outcome))
+    return path
+
+
+def settled(path: Path, states=None):
+    run = read_run(path)
+    settle([run], states)
+    return run
+
+
+class TestProcessThatIsGone:
+    """``kill -9`` leaves the summary's ``running`` behind."""
+
+    here = Identity.here({})
+    gone = replace(here, pid=2**22 + 1)
+    far = replace(here, host="far", boot_id="other", job_id="7")
+
+    @pytest.mark.parametrize("said", [{"status": "running", "epochs_done": 2}, {}])
+    def test_it_died(self, said, tmp_path):
+        path = claimed(write_run(tmp_path / "a", rows=ROWS, **said), self.gone)
+        assert read_run(path).status == "running"
+        run = settled(path)
+        assert run.status == "died"
+        assert f"process {self.gone.pid}" in str(run.last_error)
+        assert "resume" in str(run.last_error)
+        assert str(path) in str(run.last_error)
+
+    def test_one_that_lives_runs(self, tmp_path):
+        run = settled(claimed(write_run(tmp_path / "a", rows=ROWS, status="running"), self.here))
+        assert (run.status, run.last_error) == ("running", None)
+
+    def test_one_elsewhere_cannot_be_told(self, tmp_path):
+        run = settled(claimed(write_run(tmp_path / "a", rows=ROWS, status="running"), replace(self.far, job_id=None)))
+        assert (run.status, run.owner_state) == ("running", "unknown")
+
+    @pytest.mark.parametrize(
+        ("states", "status"),
+        [
+            ({"7": JobState("7", "RUNNING")}, "running"),
+            ({"7": JobState("7", "PENDING", "Resources")}, "waiting"),
+            ({"7": JobState("7", "CANCELLED")}, "died"),
+            ({}, "died"),
+        ],
+    )
+    def test_slurm_is_asked_for_jobs_elsewhere_once(self, states, status, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr(collect, "job_states", lambda ids: asked.append(list(ids)) or states)
+        runs = [read_run(claimed(write_run(tmp_path / n, rows=ROWS, status="running"), self.far)) for n in "ab"]
+        settle(runs)
+        assert [run.status for run in runs] == [status] * 2
+        assert asked == [["7", "7"]]
+        settle(runs, states)
+        assert len(asked) == 1
+
+    def test_without_an_answer_it_is_as_it_says(self, tmp_path, monkeypatch):
+        def silent(ids):
+            raise SlurmError("SLURM did not answer")
+
+        monkeypatch.setattr(collect, "job_states", silent)
+        run = settled(claimed(write_run(tmp_path / "a", rows=ROWS, status="running"), self.far))
+        assert (run.status, run.owner_state) == ("running", "unknown")
+
+    @pytest.mark.parametrize("summary", ["", '{"status": "runn', "[]", b"\xff\xfe\x00"])
+    def test_a_damaged_summary_is_told_and_the_attempt_says_how_it_ended(self, summary, tmp_path):
+        path = claimed(write_run(tmp_path / "a", rows=ROWS), self.gone, status="finished", epoch=4)
+        (path / "summary.json").write_bytes(summary if isinstance(summary, bytes) else summary.encode())
+        run = settled(path)
+        assert (run.status, run.final_return, run.epochs_done) == ("finished", -500.0, 4)
+        assert "summary.json" in str(run.last_error)
+
+    def test_a_summary_that_could_not_be_written_at_the_end(self, tmp_path):
+        path = claimed(write_run(tmp_path / "a", rows=ROWS, status="running"), self.gone, status="storage")
+        assert settled(path).status == "storage"
+
+    def test_a_damaged_claim_is_told(self, tmp_path):
+        path = claimed(write_run(tmp_path / "a", rows=ROWS, status="running"), self.gone)
+        (path / claims.FOLDER / "000001.json").write_text("")
+        run = settled(path)
+        assert run.status == "running"
+        assert "000001.json" in str(run.last_error)
+
+
+@pytest.mark.parametrize("rows", [b"", b"epoch,env_st", b"\0" * 64, b"\xff\xfe\n\x80,1\n", b"epoch\n1\nx\n"])
+def test_damaged_metrics_hide_nothing_else(rows, tmp_path):
+    path = write_run(tmp_path / "a", status="finished", final_return=-5.0, epochs_done=3)
+    (path / "metrics.csv").write_bytes(rows)
+    run = read_run(path)
+    assert (run.status, run.final_return, run.epochs_done) == ("finished", -5.0, 3)
+
+
+def test_runs_are_as_old_as_their_first_event(tmp_path):
+    times = [{"event": "start", "time": f"2026-11-0{day}T10:00:00+00:00"} for day in (2, 3)]
+    path = write_run(tmp_path / "a", events=[{"event": "torn"}, *times])
+    assert read_run(path).started == 1793613600.0
+    assert read_run(write_run(tmp_path / "b")).started == pytest.approx((tmp_path / "b" / CONFIG_FILE).stat().st_mtime)
 
 
 def test_a_queued_run_is_waiting(tmp_path):
@@ -131,8 +238,20 @@ def test_what_only_looks_like_a_run_is_none(tmp_path):
     for folder in ("code/configs", "run/code/configs", ".snapshots/1/configs"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / CONFIG_FILE).write_text("# groups\ndefaults:\n  - model: mlp\n")
+    (tmp_path / "other_project").mkdir()
+    (tmp_path / "other_project" / CONFIG_FILE).write_text("seed: 1\nlearning_rate: 3\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / CONFIG_FILE).write_text("")
     write_run(tmp_path / ".trash" / "old")
     assert find_runs([tmp_path]) == [tmp_path / "run"]
+
+
+def test_a_run_with_half_a_configuration_is_still_one(tmp_path):
+    text = (write_run(tmp_path / "whole") / CONFIG_FILE).read_text()
+    (write_run(tmp_path / "half") / CONFIG_FILE).write_text(text[:300])
+    (write_run(tmp_path / "empty", status="running") / CONFIG_FILE).write_text("")
+    assert [path.name for path in find_runs([tmp_path])] == ["empty", "half", "whole"]
+    assert CONFIG_FILE in str(read_run(tmp_path / "half").last_error)
 
 
 def test_names_tell_runs_apart(tmp_path):

@@ -15,6 +15,7 @@ from pwm_torchrl.launch.reporting.tables import (
     Table,
     bytes_text,
     duration,
+    fit_names,
     group_table,
     memory_table,
     number_text,
@@ -29,6 +30,49 @@ GIB = 2**30
 def test_columns_are_aligned_and_wide_ones_left_out():
     table = Table(["run", "seed", "why"], [["a", "1", "x" * 99], ["long name", "100", ""]], frozenset({"why"}))
     assert table.text().splitlines() == ["run        seed", "---------  ----", "a             1", "long name   100"]
+
+
+class TestNarrow:
+    table = Table(
+        ["run", "restarts", "final", "time", "why"],
+        [["a_long_name", "0", "1.0", "5 s", "-"], ["b", "0", "-20.0", "1 min", "words that wrap around"]],
+        narrow=("why", "time", "run"),
+        below={"why": "because ", "run": ""},
+    )
+
+    def test_as_wide_as_it_needs(self):
+        assert self.table.text(80) == self.table.text()
+        assert self.table.text().splitlines()[0].split() == self.table.head
+
+    def test_what_says_nothing_goes_first_then_long_words(self):
+        assert self.table.text(30).splitlines() == [
+            "run          final   time",
+            "-----------  -----  -----",
+            "a_long_name    1.0    5 s",
+            "b            -20.0  1 min",
+            "  because words that wrap",
+            "    around",
+        ]
+
+    def test_what_is_left_out_is_named(self):
+        lines = self.table.text(20).splitlines()
+        assert lines[0].split() == ["run", "final"]
+        assert lines[-1] == "  (no room for time)"
+
+    def test_a_name_below_its_row(self):
+        lines = self.table.text(12).splitlines()
+        assert lines[:4] == ["final", "-----", "  1.0", "  a_long_name"]
+
+
+def test_names_of_runs_in_few_columns():
+    names = ["pendulum_mlp_tiny_s0_20261128-184840", "pendulum_mlp_tiny_s1_20261128-184841_2"]
+    assert fit_names(names, 40) == names
+    assert fit_names(names, 30) == ["pendulum_mlp_tiny_s0", "pendulum_mlp_tiny_s1"]
+    again = [names[0], names[0].replace("184840", "190000")]
+    shown = fit_names(again, 26)
+    assert [len(name) for name in shown] == [26, 26]
+    assert [name[-6:] for name in shown] == ["184840", "190000"]
+    assert fit_names(["abcdef1", "abcxyf1"], 4) == ["abcdef1", "abcxyf1"]  # could not be told apart
 
 
 def test_one_row_per_run():
