@@ -17,12 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 import numpy as np
 import torch
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 import pwm_torchrl
-from pwm_torchrl.envs import env_info, make_env, render_frame
+from pwm_torchrl.envs import env_info, render_frame
 from pwm_torchrl.training.config_file import load_config
-from pwm_torchrl.training.seeding import fresh_env_seed
 
 #: Pictures of a row; in pixels their side, what is left between them, and the heights of the two lines above them.
 PICTURES, PICTURE, GAP, LINES = 5, 200, 3, (48, 32)
@@ -42,14 +40,10 @@ class Episode:
 
 def film(run: Path) -> Episode:
     """One deterministic episode of a run's best policy."""
-    cfg = load_config(run)
-    policy = pwm_torchrl.load_policy(run)
-    seed = fresh_env_seed(cfg.seed)
-    env = make_env(cfg.env, num_envs=1, seed=seed, device="cpu", render=True)
-    env.set_seed(seed)
+    policy, env = pwm_torchrl.load_policy(run), pwm_torchrl.load_env(run, render=True)
     state, total = env.reset(), 0.0
     frames, returns = [], []
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+    with torch.no_grad():
         for _ in range(env_info(env).episode_length or 10_000):
             frames.append(render_frame(env))
             returns.append(total)
@@ -59,7 +53,8 @@ def film(run: Path) -> Episode:
                 break
             state = following
     env.close()
-    title = str(cfg.env.get("id") or cfg.env["name"]).replace("_", "-")
+    env_cfg = load_config(run).env
+    title = str(env_cfg.get("id") or env_cfg["name"]).replace("_", "-")
     return Episode(title, np.stack(frames), np.array(returns), total)
 
 

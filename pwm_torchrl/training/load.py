@@ -99,7 +99,7 @@ def load_pretrained(cfg: Config, world_model: WorldModel) -> None:
 
 def load_policy(
     run: str | Path,
-    which: str = "best",
+    which: str | int = "best",
     device: str | torch.device | None = None,
     *,
     env: EnvBase | None = None,
@@ -115,7 +115,8 @@ def load_policy(
 
     Args:
         run (str or Path): run directory, finished or not.
-        which (str): ``"best"`` by evaluation return, or ``"latest"``. Defaults to ``"best"``.
+        which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"``, or the number of an epoch. Defaults
+            to ``"best"``.
         device (str or torch.device, optional): where the policy is. Defaults to ``None``: the device of ``env``, or
             the CPU.
 
@@ -293,7 +294,9 @@ class _Termination(_Part):
         return head.terminated(head(next_latent))
 
 
-def load_world_model(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> TorchRLWorldModel:
+def load_world_model(
+    run: str | Path, which: str | int = "best", device: str | torch.device = "cpu"
+) -> TorchRLWorldModel:
     """The trained world model as a :class:`torchrl.modules.WorldModel`.
 
     Keys: ``observation`` -> ``latent``; ``latent``, ``action`` -> ``("next", "latent")``, ``("next", "reward")`` and,

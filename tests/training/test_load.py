@@ -243,7 +243,7 @@ class TestEvaluate:
                 closed.append(True)
 
         monkeypatch.setattr("pwm_torchrl.training.load.make_env", lambda *args, **kwargs: Env())
-        with pytest.raises(TypeError, match="was not made by pwm_torchrl"):
+        with pytest.raises(ConfigurationError, match="not a TorchRL environment"):
             evaluate_run(trained[1].run_dir)
         assert closed == [True]
 
