@@ -155,7 +155,7 @@ class Run:
         summary (RunSummary): its result so far.
         claim (RunClaim): of its directory.
         closing (Closing): closes what is opened here.
-        progress (Progress): is told what the run does.
+        progress (Progress, optional): is told what the run does. Defaults to ``None``: nothing is shown.
 
     Keyword Args:
         resume (bool): whether it continues an earlier attempt. Defaults to ``False``.
@@ -170,14 +170,15 @@ class Run:
         summary: RunSummary,
         claim: RunClaim,
         closing: Closing,
-        progress: Progress,
+        progress: Progress | None = None,
         *,
         resume: bool = False,
         stop: StopRequest | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.run_dir, self.summary, self.claim, self.closing, self.ranks = run_dir, summary, claim, closing, ranks
-        self.progress, self.stop = progress, stop or StopRequest()
+        self.progress = progress = progress or Progress()
+        self.stop = stop or StopRequest()
         set_threads(cfg.training.threads)
         self.device = pick_device(cfg.device)
         seed_everything(cfg.seed)
