@@ -32,6 +32,7 @@ __all__ = [
     "coloured",
     "counting",
     "has_terminal",
+    "joined",
     "say",
     "say_after_interrupt",
     "text_fields",
@@ -58,6 +59,7 @@ _COLOURS = {
     **dict.fromkeys(("problem", "error", "failed", "died", "memory", "storage"), "bold red"),
     **dict.fromkeys(("running", "queued"), "cyan"),
 }
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 _WORD = re.compile("|".join(rf"\b{word}\b" for word in _COLOURS))
 
 
@@ -88,6 +90,13 @@ def has_terminal(stream: TextIO) -> bool:
         return False
 
 
+def _columns(stream: TextIO) -> int:
+    """Width of a terminal, 80 if it does not tell."""
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
+
+
 def coloured(text: str, *, err: bool = False) -> str:
     """``text`` with its words of state (ok, warning, failed, finished, ...) coloured.
 
@@ -102,6 +111,21 @@ def coloured(text: str, *, err: bool = False) -> str:
         return Style.parse(_COLOURS[word[0]]).render(word[0], color_system=ColorSystem.STANDARD)
 
     return _WORD.sub(paint, text)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Parts in one line; on a terminal in as many as it takes, none of them broken inside a part that fits."""
+    gap = " · "
+    if not has_terminal(sys.stdout):
+        return gap.join(parts)
+    width, lines = _columns(sys.stdout), [""]
+    for part in parts:
+        longer = f"{lines[-1]}{gap}{part}" if lines[-1] else part
+        if lines[-1] and len(_ESCAPE.sub("", longer)) > width:
+            lines.append(f"  {part}")
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -136,12 +160,11 @@ class State:
     phase_total: int = 0
 
     def left(self, now: float) -> float | None:
-        """Seconds to the last epoch's end at the speed of the newest ones; ``None`` while that is not known."""
-        if self.epoch_s is None:
+        """Seconds to the last epoch's end at the speed of the newest; ``None`` while that is not known, or over."""
+        if self.epoch_s is None or self.epoch >= self.epochs:
             return None
-        after_this_one = self.epoch_s * max(0, self.epochs - self.epoch - 1)
-        this_one = self.epoch_s - (now - self.epoch_ended) if self.epoch < self.epochs else 0.0
-        return after_this_one + max(0.0, this_one)
+        this_one = max(0.0, self.epoch_s - (now - self.epoch_ended))
+        return this_one + self.epoch_s * (self.epochs - self.epoch - 1)
 
     def phase_text(self, now: float) -> str:
         """The phase if it takes long: ``fitting the model 120/500``, ``planning memory 0:12``; else ``""``."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from pwm_torchrl import terminal
-from pwm_torchrl.terminal import PROGRESS_LINE, Lines, Progress, State, StateFile, coloured, say_after_interrupt
+from pwm_torchrl.terminal import PROGRESS_LINE, Lines, Progress, State, StateFile, coloured, joined, say_after_interrupt
 
 
 class Terminal(io.StringIO):
@@ -81,8 +81,7 @@ class TestLines:
         first, last = lines_of(act)
         assert first == "[0:00:10] return -512.3, 12.3k/36.9k env steps, epoch 1/3, best -400.0, model loss 0.0123"
         assert last == (
-            "[0:00:15] return 1,234.5, 36.9k/36.9k env steps, 0:00 left, epoch 3/3, best -400.0, 2,460 steps/s, "
-            "model loss 0.0123"
+            "[0:00:15] return 1,234.5, 36.9k/36.9k env steps, epoch 3/3, best -400.0, 2,460 steps/s, model loss 0.0123"
         )
 
     def test_a_long_phase_is_named_before_there_is_any_epoch(self):
@@ -258,6 +257,25 @@ class TestColours:
         on_terminal(monkeypatch)
         monkeypatch.setattr(terminal, "find_spec", lambda name: None)
         assert coloured("failed") == "failed"
+
+
+class TestJoined:
+    PARTS = ("seed 0: finished", "final return -150.2", "epochs 14/14", "/a/path/of/a/run")
+
+    def test_a_narrow_terminal_breaks_between_parts(self, monkeypatch):
+        pytest.importorskip("rich")
+        on_terminal(monkeypatch)
+        monkeypatch.setattr(terminal, "_columns", lambda stream: 38)
+        parts = [coloured(part) for part in self.PARTS]
+        assert joined(parts).split("\n") == [
+            "seed 0: \x1b[32mfinished\x1b[0m · final return -150.2", "  epochs 14/14 · /a/path/of/a/run"
+        ]  # fmt: skip
+        monkeypatch.setattr(terminal, "_columns", lambda stream: 10)
+        assert [line.strip() for line in joined(self.PARTS).split("\n")] == list(self.PARTS)
+
+    def test_elsewhere_it_is_one_line(self, monkeypatch):
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        assert joined(self.PARTS) == " · ".join(self.PARTS)
 
 
 def test_after_ctrl_c_a_line_begins_on_a_terminal_only(monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 
 from pwm_torchrl.commands import typed_here, what_next
 from pwm_torchrl.errors import ConfigurationError, is_ours, status_of
-from pwm_torchrl.terminal import coloured, say
+from pwm_torchrl.terminal import coloured, joined, say
 
 __all__ = [
     "BAD_INPUT",
@@ -93,7 +93,7 @@ def error(message: str) -> None:
 
 
 def summary_line(summary: Mapping[str, Any], run_dir: str | Path) -> str:
-    """One line: what ran, how it ended, how good it is, where it is."""
+    """One line, or as many as a narrow terminal needs: what ran, how it ended, how good it is, where it is."""
     what = " ".join(str(summary.get(k, "?")) for k in ("env", "model", "size"))
     parts = [f"{what} seed {summary.get('seed', '?')}: {coloured(str(summary.get('status', 'unknown')))}"]
     if _is_number(summary.get("final_return")):
@@ -111,7 +111,7 @@ def summary_line(summary: Mapping[str, Any], run_dir: str | Path) -> str:
     if _is_number(summary.get("wall_clock_s")):
         minutes, seconds = divmod(round(summary["wall_clock_s"]), 60)
         parts.append(f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s")
-    return " · ".join([*parts, str(run_dir)])
+    return joined([*parts, str(run_dir)])
 
 
 def resume_hint(script: str, overrides: Sequence[str], run_dir: Path, status: str = "stopped") -> str:
