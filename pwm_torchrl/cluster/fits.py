@@ -11,7 +11,7 @@ from pwm_torchrl.cluster.slurm import Node, Partition, Site, SlurmConfig, parse_
 from pwm_torchrl.config import ClusterConfig
 
 if TYPE_CHECKING:
-    from pwm_torchrl.cluster.submission import Resources
+    from pwm_torchrl.cluster.resources import Resources
 
 __all__ = ["Demand", "misfit"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from pwm_torchrl.cluster.submission import Resources, sbatch_parameters
+from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.launch import console
 from pwm_torchrl.launch.compose import as_yaml
 from pwm_torchrl.launch.modes import length_in_words

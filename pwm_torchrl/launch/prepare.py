@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pwm_torchrl.cluster.resources import Resources, node_memory_mb, require_fit, resources_for
 from pwm_torchrl.cluster.slurm import Site, site, slurm_available
-from pwm_torchrl.cluster.submission import Resources, node_memory_mb, require_fit, resources_for
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.launch.compose import compose

@@ -27,7 +27,7 @@ from pwm_torchrl.launch.train import run_in_process
 from pwm_torchrl.launch.words import DRY_RUN, read_words
 
 if TYPE_CHECKING:
-    from pwm_torchrl.cluster.submission import Resources
+    from pwm_torchrl.cluster.resources import Resources
     from pwm_torchrl.envs import EnvInfo
 
 __all__ = ["main"]

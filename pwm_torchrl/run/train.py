@@ -221,6 +221,7 @@ class Run:
             Updates(self._executor(parts), cfg.memory, self._micro_batch_halved),
             reward_scale=source.reward_scale,
             first_model_updates=source.first_model_updates,
+            stored=isinstance(source, StoredSource),
             between=self.stop.check,
             phase=self.progress.phase,
         )

@@ -7,9 +7,9 @@ import pytest
 from pwm_torchrl.cluster import restarts as after
 from pwm_torchrl.cluster import submission
 from pwm_torchrl.cluster.deaths import write_job
+from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.cluster.restarts import Life, NextPlan
 from pwm_torchrl.cluster.slurm import JobState
-from pwm_torchrl.cluster.submission import Resources, sbatch_parameters
 from pwm_torchrl.config import Config
 from pwm_torchrl.training.config_file import save_config
 

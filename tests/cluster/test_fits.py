@@ -8,7 +8,7 @@ import pytest
 from slurm_texts import SITE
 
 from pwm_torchrl.cluster.fits import Demand, misfit
-from pwm_torchrl.cluster.submission import Resources
+from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.config import ClusterConfig
 
 

@@ -122,7 +122,7 @@ def test_check_env_prints_the_report(capsys, monkeypatch):
     report.report_env = lambda env, num_envs: f"{env['id']} x {num_envs}"
     monkeypatch.setitem(sys.modules, "pwm_torchrl.envs.report", report)
     assert check_env.main(["env=gymnasium", "env.id=Walker2d-v5"]) == 0
-    assert capsys.readouterr().out == "Walker2d-v5 x 8\n"
+    assert capsys.readouterr().out == "Walker2d-v5 x 8\nok: a run can use this environment\n"
     assert list(Path().iterdir()) == []
 
 

@@ -105,7 +105,8 @@ def test_runs_one_after_the_other_and_one_that_is_killed():
     assert terminal.end() == 1, terminal.output
     assert len([line for line in terminal.lines if line.startswith("pendulum flow_v2 tiny seed 0: finished")]) == 1
     assert "\x1b[1;31merror\x1b[0m: the job's process ended without a result" in terminal.output
-    assert terminal.lines[-1].startswith("full log: ")
+    assert any(line.startswith("full log: ") for line in terminal.lines)
+    assert "evaluate.py" in terminal.output.split("next:")[1]  # of the run that finished
 
 
 @pytest.mark.parametrize("script", ["submit", "train"])

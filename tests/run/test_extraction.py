@@ -92,7 +92,7 @@ def test_policy_acts_in_the_range_of_its_task(evaluated, monkeypatch, store, wor
     pytest.importorskip("dm_control")
     changes = {"training.epochs": 1, "training.eval_episodes": evaluated, "env.episode_length": 5}
     _, run = run_with(monkeypatch, extraction_config(store, world_model, changes), tmp_path)
-    assert run.trainer.facts["action_low"] == ((-1.0, -1.0) if evaluated else ())
+    assert run.loop.record.facts["action_low"] == ((-1.0, -1.0) if evaluated else ())
     policy, env = load_policy(tmp_path, "latest"), load_env(tmp_path, 2)
     action = policy(TensorDict(observation=torch.randn(5, 8), batch_size=[5]))["action"]
     assert action.shape == (5, 2)

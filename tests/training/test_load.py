@@ -233,7 +233,7 @@ class TestEvaluate:
         ffmpeg = pytest.importorskip("imageio_ffmpeg")
         pytest.importorskip("pygame")
         file = film_run(trained[1].run_dir, tmp_path / "film.mp4")
-        assert ffmpeg.count_frames_and_secs(str(file))[0] == trained[1].info.episode_length
+        assert ffmpeg.count_frames_and_secs(str(file))[0] == trained[1].source.info.episode_length
 
     def test_an_environment_that_fails_is_closed(self, trained, monkeypatch):
         closed = []

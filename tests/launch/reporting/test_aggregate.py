@@ -88,7 +88,7 @@ def test_where_a_run_logs_makes_no_group():
 
 
 def test_many_settings_are_shortened_and_groups_stay_apart():
-    words = ["algorithm.horizon", "algorithm.model_updates", "algorithm.actor_updates"]
+    words = ["algorithm.horizon", "algorithm.model_updates", "algorithm.critic_minibatches"]
     runs = [report(*(f"{word}={n}" for word in words), f"training.epochs={epochs}") for n, epochs in ((2, 3), (2, 4))]
     runs.append(report(*(f"{word}=5" for word in words), "training.epochs=3"))
     settings = [group.settings for group in group_runs(runs)]

@@ -1,0 +1,205 @@
+"""The resources that a run asks SLURM for: memory, CPUs, GPUs, a time limit, on nodes that have them.
+
+A job that reaches its limit saves and comes back, so that a guess that is too short costs a restart and one that is too
+long costs queue priority; nothing else depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pwm_torchrl.cluster.fits import Demand, misfit
+from pwm_torchrl.cluster.slurm import Site
+from pwm_torchrl.config import UPDATES, ClusterConfig, Config, trained_networks
+from pwm_torchrl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pwm_torchrl.memory.plan import Plan
+
+# How long a run may take ----------------------------------------------------------------------------------------------
+
+
+#: Floating-point operations per second that small matrix products reach: a guess, per CPU core and per GPU.
+CPU_FLOPS, GPU_FLOPS = 5e9, 8e12
+#: Seconds that an update takes beside its arithmetic: launching kernels, per network evaluation of the rollout.
+OVERHEAD_S = 4e-4
+#: Agent steps per second of an environment on a core, with TorchRL's overhead: a slow simulator's.
+STEPS_PER_S = 500.0
+#: A guess is multiplied by this, and start-up is added.
+SAFETY, START_UP_MIN, LEAST_MIN = 3.0, 15, 30
+
+
+def estimated_minutes(cfg: Config, plan: Plan, cpus: int) -> int:
+    """A time limit for the whole run, in minutes."""
+    a, t = cfg.algorithm, cfg.training
+    parameters = sum(item.bytes for item in plan.prediction.items if item.what == "parameters") / 4
+    dynamics = cfg.model.dynamics
+    evaluations = 1
+    if dynamics.kind == "flow":
+        evaluations = dynamics.substeps if dynamics.solver == "euler" else 2 * dynamics.substeps - 1
+    if plan.choices.checkpoint_substeps:
+        evaluations += evaluations
+    made = {name: UPDATES[name].per_epoch(a) for name in trained_networks(cfg)}
+    unrolled = {name: made[name] for name in made if name != "critic"}
+    # Forward and backward: six operations per parameter and row.
+    rows = sum(count * UPDATES[name].batch(a) for name, count in unrolled.items())
+    flops = 6 * parameters * rows * a.horizon * evaluations
+    on_gpu = plan.prediction.compute == "device"
+    arithmetic = flops / (GPU_FLOPS if on_gpu else CPU_FLOPS * cpus)
+    calls = sum(unrolled.values()) * a.horizon * (evaluations + 2) * 3
+    critics = made.get("critic", 0) * 6
+    envs = int(cfg.env.get("num_envs", 1)) if cfg.mode == "online" else 0
+    collection = envs * (a.collect_steps or a.horizon) / STEPS_PER_S
+    epoch_s = arithmetic + (calls + critics) * OVERHEAD_S + collection
+    evaluation_s = int(cfg.env.get("episode_length") or 1000) * t.eval_episodes / STEPS_PER_S
+    if cfg.mode == "pretrain":
+        evaluation_s = 0.2 * epoch_s  # held-out slices, without gradients
+    evaluated = t.epochs / t.eval_every if t.eval_every else 1
+    minutes = SAFETY * (t.epochs * epoch_s + evaluated * evaluation_s) / 60 + START_UP_MIN
+    return max(LEAST_MIN, math.ceil(minutes / 15) * 15)
+
+
+# The resources that a run asks SLURM for ------------------------------------------------------------------------------
+
+
+MIB = 2**20
+#: Smaller requests are not worth their risk.
+LEAST_MB = 1024
+DEFAULT_CPUS = 2
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Resources of a job; the rest of its profile is in the configuration.
+
+    Attributes:
+        mem_mb (int): host memory per node, MiB.
+        cpus (int): per task.
+        gpus (int): per node; a task each.
+        nodes (int): of the job.
+        time_min (int): limit of one job, minutes; a longer run comes back until it is done.
+    """
+
+    mem_mb: int
+    cpus: int
+    gpus: int
+    nodes: int
+    time_min: int
+
+    @property
+    def tasks_per_node(self) -> int:
+        """A process for each GPU, one without."""
+        return max(1, self.gpus)
+
+    def as_dict(self) -> dict[str, int]:
+        """Plain values for ``job.json``."""
+        return asdict(self)
+
+    def covering(self, other: Resources) -> Resources:
+        """The least that is enough for both, for jobs of one array."""
+        return Resources(*(max(a, b) for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+def resources_for(cfg: Config, plan: Plan) -> Resources:
+    """What the run needs, as far as its profile does not say it.
+
+    Raises:
+        ConfigurationError: if the profile cannot give what its own keys ask for.
+    """
+    profile = cfg.cluster
+    ceiling = None if profile.host_gb is None else int(profile.host_gb * 1e9 / MIB)
+    if profile.mem_gb is not None:
+        mem_mb = int(profile.mem_gb * 1024)
+        if ceiling is not None and mem_mb > ceiling:
+            raise ConfigurationError(
+                f"cluster.mem_gb={profile.mem_gb:g} GiB is more than a node of cluster={profile.name} has, "
+                f"cluster.host_gb={profile.host_gb:g} GB; ask for at most {ceiling / 1024:.1f}"
+            )
+    else:
+        # The run stops itself at a share of the limit and leaves a margin below that: both have to be asked for.
+        needed = plan.prediction.total("host") / plan.share("host")
+        mem_mb = max(LEAST_MB, math.ceil(needed / MIB / 256) * 256)
+        if ceiling is not None:
+            mem_mb = min(mem_mb, ceiling)
+    gpus = 0 if cfg.device == "cpu" else profile.gpus
+    cpus = profile.cpus or DEFAULT_CPUS
+    minutes = profile.time_min
+    if minutes is None:
+        minutes = estimated_minutes(cfg, plan, cpus)
+        if profile.max_time_min is not None:
+            minutes = min(minutes, profile.max_time_min)
+    elif profile.max_time_min is not None and minutes > profile.max_time_min:
+        raise ConfigurationError(
+            f"cluster.time_min={minutes} is longer than cluster={profile.name} allows, "
+            f"cluster.max_time_min={profile.max_time_min}; a longer run comes back by itself"
+        )
+    return Resources(mem_mb, cpus, gpus, profile.nodes, minutes)
+
+
+def sbatch_parameters(cfg: Config, resources: Resources, name: str, after: str | None = None) -> dict[str, Any]:
+    """Parameters of submitit's executor for a job; it begins when job ``after`` has succeeded."""
+    profile = cfg.cluster
+    extra: dict[str, Any] = {"requeue": True}
+    if after is not None:
+        # Without the second, jobs would wait for ever for one that failed.
+        extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "time": resources.time_min,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks_per_node,
+        "cpus_per_task": resources.cpus,
+        # Not submitit's mem_gb, which rounds to whole GB.
+        "mem": f"{resources.mem_mb}M",
+        "signal_delay_s": profile.signal_delay_s,
+        "stderr_to_stdout": True,
+        "use_srun": False,
+        "setup": list(profile.setup),
+        "additional_parameters": extra,
+        "wckey": None,
+    }
+    if profile.gres is not None:
+        parameters["gres"] = profile.gres
+    elif resources.gpus:
+        parameters["gres"] = f"gpu:{resources.gpus}"
+    if profile.array_parallelism is not None:
+        parameters["array_parallelism"] = profile.array_parallelism
+    for key in ("partition", "account", "qos", "constraint", "comment"):
+        value = getattr(profile, key)
+        if value is not None:
+            parameters[key] = value
+    return parameters
+
+
+# What the nodes of a partition have, and whether they could run a job -------------------------------------------------
+
+
+def node_memory_mb(partition: str | None, site: Site) -> int:
+    """Memory in MiB that every node of the partitions has, of SLURM's default partition for ``None``.
+
+    Raises:
+        ConfigurationError: if there are no such nodes.
+    """
+    known = [each.name for each in site.partitions]
+    for name in partition.split(",") if partition else []:
+        if name not in known:
+            raise ConfigurationError(f"cluster.partition={name} does not exist; choose one of {', '.join(known)}")
+    names = partition.split(",") if partition else [each.name for each in site.partitions if each.default]
+    found = [node.memory_mb for node in site.nodes if set(names) & set(node.partitions)]
+    if not found:
+        asked = f"cluster.partition={partition}" if partition else "a default partition"
+        raise ConfigurationError(f"SLURM has no nodes in {asked}; set cluster.partition, or cluster.host_gb")
+    return min(found)
+
+
+def require_fit(cluster: ClusterConfig, resources: Resources, site: Site) -> None:
+    """Refuse what SLURM would accept and never run.
+
+    Raises:
+        ConfigurationError: with the key to change.
+    """
+    reason = misfit(Demand.of(cluster, resources), site)
+    if reason is not None:
+        raise ConfigurationError(reason)
