@@ -143,9 +143,12 @@ class Updates:
         return self.run("critic", rows, lambda size: self.executor.critic(states(), size))
 
     def size(self, update: str, rows: int) -> int:
-        """Rows per backward pass of an update on a batch of ``rows``."""
-        share = self.executor.largest_share(rows)
-        limits = (self.sizes[update], self.reduced.get(update), share)
+        """Rows per backward pass of an update on a batch of ``rows``, in each process that has a share of it."""
+        return self.limit(update, self.executor.largest_share(rows))
+
+    def limit(self, update: str, rows: int) -> int:
+        """Of ``rows``, as many as memory was planned for at a time."""
+        limits = (self.sizes[update], self.reduced.get(update), rows)
         return max(1, min(limit for limit in limits if limit is not None))
 
     def run(self, update: str, rows: int, attempt: Callable[[int], Result]) -> Result:

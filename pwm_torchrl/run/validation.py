@@ -145,7 +145,7 @@ class HeldOutValidation:
         # Validating changes nothing: its flow terms draw random numbers of their own.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
-            limit = self.algorithm.updates.size("model", self.cfg.algorithm.model_batch)
+            limit = self.algorithm.updates.limit("model", self.cfg.algorithm.model_batch)
             metrics = self.validation.run(self.algorithm.networks.model, limit, self.between)
         if not metrics:
             return None

@@ -158,6 +158,7 @@ def test_paths_are_text():
         (["algorithm.gamma=high"], ["'high' is not a number"]),
         (["training.video=maybe"], ["'maybe' is not true or false"]),
         (["size.units=3"], ["size.units=3", "a list of integers"]),
+        (["algorithm.critic_betas=[0.9,1.0]"], ["algorithm.critic_betas", "two numbers in [0, 1)"]),
         (["algorithm.actor_betas=[a]"], ["algorithm.actor_betas", "a list of numbers"]),
         (["model.dynamics=5"], ["model.dynamics=5", "section"]),
         (["env.num_envs=many"], ["env.num_envs=many", "is not an integer"]),

@@ -26,7 +26,7 @@ host memory, predicted
   parameters                  3 MiB  world model, actor, critics
   model update              100 MiB  1024 slices in micro-batches of 64
   at other times, and less:
-  actor update            (90 MiB)  128 rollouts at once
+  actor update             (90 MiB)  128 rollouts at once
   together                  103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), of which runs stop at 85%, less a margin
                                      of 10%
 
