@@ -114,8 +114,8 @@ class PWM:
         reward_scale (RewardScale, optional): divides rewards before the model sees them. Defaults to ``None``.
         first_model_updates (int, optional): model updates of the first epoch that has any. Defaults to ``None``:
             ``cfg.model_updates``.
-        random_steps (int, optional): transitions before which there are no updates. Defaults to ``None``:
-            ``cfg.random_steps``.
+        stored (bool): whether the data are there from the beginning; else epochs pass without updates until
+            ``cfg.random_steps`` transitions and a whole slice are collected. Defaults to ``False``.
         between (callable, optional): called between two updates; what it raises leaves the epoch at a place where
             :meth:`epoch` goes on when it is called again. Defaults to ``None``.
 
@@ -138,7 +138,7 @@ class PWM:
         *,
         reward_scale: RewardScale | None = None,
         first_model_updates: int | None = None,
-        random_steps: int | None = None,
+        stored: bool = False,
         between: Callable[[], None] | None = None,
     ) -> None:
         if cfg.actor_starts not in ACTOR_STARTS:
@@ -148,7 +148,7 @@ class PWM:
         self.cfg, self.networks, self.losses, self.optimizers = cfg, networks, losses, optimizers
         self.samples, self.updates, self.reward_scale = samples, updates, reward_scale
         self.first_model_updates = cfg.model_updates if first_model_updates is None else first_model_updates
-        self.random_steps = cfg.random_steps if random_steps is None else random_steps
+        self.stored = stored
         self.between = between or (lambda: None)
         self.work: EpochWork | None = None
         self.started = False
@@ -234,7 +234,8 @@ class PWM:
     @property
     def has_data(self) -> bool:
         """Whether enough is collected for updates."""
-        return self.samples.collected >= self.random_steps and self.samples.can_sample
+        enough = self.samples.collected >= self.cfg.random_steps and self.samples.can_sample
+        return self.stored or enough
 
     def _new_work(self) -> EpochWork:
         if not self.has_data:

@@ -46,7 +46,6 @@ class Source(Protocol):
         samples (Samples): what updates draw from.
         reward_scale (RewardScale, optional): divides rewards before the model sees them.
         first_model_updates (int): model updates of the first epoch that has any.
-        random_steps (int): transitions before which there are no updates.
         agent_steps_per_epoch (int): decisions of the policy in an epoch, all environments together; 0 without any.
         agent_steps (int): decisions of the policy so far.
         resumed_exactly (bool): whether a restored source goes on as if it had never stopped.
@@ -63,8 +62,6 @@ class Source(Protocol):
     def reward_scale(self) -> RewardScale | None: ...
     @property
     def first_model_updates(self) -> int: ...
-    @property
-    def random_steps(self) -> int: ...
     @property
     def agent_steps_per_epoch(self) -> int: ...
     @property
@@ -114,7 +111,6 @@ class OnlineSource:
         check_against_env(cfg, self.info)
         first = cfg.algorithm.first_model_updates
         self.first_model_updates = first if first is not None else self.info.episode_length or UNKNOWN_EPISODE_UPDATES
-        self.random_steps = cfg.algorithm.random_steps
         self.agent_steps_per_epoch = (cfg.algorithm.collect_steps or cfg.algorithm.horizon) * self.info.num_envs
         self.agent_steps = 0
 
@@ -208,7 +204,6 @@ class StoredSource:
 
     reward_scale: RewardScale | None = None
     agent_steps_per_epoch = agent_steps = 0
-    random_steps = 0  # the episodes are there, however few
     resumed_exactly = True
 
     def __init__(self, cfg: Config, run_dir: Path) -> None:

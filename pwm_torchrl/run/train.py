@@ -205,7 +205,7 @@ class Run:
             Updates(self._executor(parts), cfg.memory, self._micro_batch_halved),
             reward_scale=source.reward_scale,
             first_model_updates=source.first_model_updates,
-            random_steps=source.random_steps,
+            stored=isinstance(source, StoredSource),
             between=self.stop.check,
         )
         self.evaluation.start(self.algorithm, policy, self.device)
