@@ -148,7 +148,7 @@ def validate(config: Config) -> None:
         _require(config, "algorithm.model_updates", lambda v: v >= 1, "is too small; it must be at least 1")
     _require(config, "memory.margin", lambda v: 0 <= v < 1, "must lie in [0, 1)")
     _require(config, "memory.stop_at", lambda v: 0 < v <= 1, "must lie in (0, 1]")
-    for key in ("algorithm.actor_betas", "algorithm.model_betas"):
+    for key in ("algorithm.model_betas", "algorithm.actor_betas", "algorithm.critic_betas"):
         _require(
             config,
             key,

@@ -181,6 +181,7 @@ def test_paths_are_text():
         (["env.num_envs=many"], ["env.num_envs=many", "is not an integer"]),
         (["size.latent_dim=60"], ["size.latent_dim=60", "size.simnorm_dim=8"]),
         (["model.dynamics.substeps=0"], ["model.dynamics.substeps=0", "at least 1"]),
+        (["algorithm.critic_betas=[0.9,1.0]"], ["algorithm.critic_betas", "two numbers in [0, 1)"]),
         (["algorithm.horizon=201"], ["algorithm.horizon=201", "episode", "200"]),
         (["model.dynamics.kind=flw"], ["model.dynamics.kind=flw", "nearest: flow", "mlp, residual, flow"]),
         (["model.dynamics.solver=rk4"], ["model.dynamics.solver=rk4", "euler, heun"]),

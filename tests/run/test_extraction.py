@@ -78,6 +78,11 @@ def test_policy_and_critics_learn_in_a_frozen_world_model(monkeypatch, store, wo
     assert not any("model" in name for name in names)
 
 
+def test_a_store_with_fewer_transitions_than_random_steps_is_learned_from(monkeypatch, store, world_model, tmp_path):
+    run_with(monkeypatch, extraction_config(store, world_model, {"algorithm.random_steps": 10**6}), tmp_path)
+    assert all(row["loss/actor"] for row in rows_of(tmp_path))
+
+
 def test_policy_comes_back_from_its_run(monkeypatch, store, world_model, tmp_path):
     _, run = run_with(monkeypatch, extraction_config(store, world_model), tmp_path)
     _, networks = load_networks(tmp_path, "latest")

@@ -108,6 +108,12 @@ def test_resumes_to_the_bit(monkeypatch, store, tmp_path):
             assert row[key] == other[key]
 
 
+def test_a_store_with_fewer_transitions_than_random_steps_is_trained_on(monkeypatch, store, tmp_path):
+    """As size=tiny sets them: no step is collected here, random or not."""
+    run_with(monkeypatch, pretraining_config(store, {"algorithm.random_steps": 10**6}), tmp_path)
+    assert all(float(row["loss/model"]) > 0 for row in rows_of(tmp_path))
+
+
 def test_the_best_by_validation_is_kept(monkeypatch, store, tmp_path):
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(Validation, "run", lambda self, *args: {"validation/loss": next(losses)})
