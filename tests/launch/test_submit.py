@@ -18,7 +18,7 @@ pytest.importorskip("submitit")
 
 import yaml
 
-from pwm_torchrl.cluster.submission import Resources
+from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.launch.submit import main
 
