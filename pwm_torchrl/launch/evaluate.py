@@ -25,7 +25,7 @@ _STDOUT = "-"
 #: Options whose file name may be left out, and how that name ends: another word after them is a run.
 _FILES = {"--json": ".json", "--video": ".mp4"}
 
-_EPILOG = f"""\
+_EPILOG = """\
 --json writes a list with one object per run, in the order given:
   run                    its directory
   checkpoint, epoch      the checkpoint asked for, and the epoch it was saved at
@@ -42,9 +42,9 @@ What is not known is null.
 Exit code: the highest of all runs; 0 evaluated, 1 failed, 2 bad input.
 
 examples:
-  {typed("evaluate")} runs/my_run --episodes 20
-  {typed("evaluate")} runs/a runs/b --checkpoint last --json results.json
-  {typed("evaluate")} runs/my_run --video
+  EVALUATE runs/my_run --episodes 20
+  EVALUATE runs/a runs/b --checkpoint last --json results.json
+  EVALUATE runs/my_run --video
 """
 
 
@@ -88,7 +88,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog=typed("evaluate"),
         description="Deterministic returns of trained policies in fresh environments.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.replace("EVALUATE", typed("evaluate")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         device = pick_device(config.device)
         limits = budgets(config, str(device) if device.type == "cuda" else None)
-    plan = make_plan(config, facts, limits)
+    plan = make_plan(config, facts, limits, elsewhere=config.cluster.kind == "slurm")
     console.say(plan_table(plan, console.width()))
     for shortage in plan.shortages():
         console.say(f"{coloured('warning', err=True)}: memory=fixed will not fit: {shortage}", err=True)

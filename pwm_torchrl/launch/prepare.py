@@ -101,7 +101,8 @@ def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = (
         # A seed changes no memory.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
         if key not in plans:
-            plans[key] = make_plan(run.config, known or run_facts(run.config), profile_budgets(run.config))
+            known = known or run_facts(run.config)
+            plans[key] = make_plan(run.config, known, profile_budgets(run.config), elsewhere=True)
         needed = resources_for(run.config, plans[key])
         resources = needed if resources is None else resources.covering(needed)
         found.append(plans[key])

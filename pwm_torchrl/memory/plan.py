@@ -12,7 +12,17 @@ from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.budget import Budget, Candidate, device_budget, host_budget
-from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Prediction, framework_bytes, predict
+from pwm_torchrl.memory.predict import (
+    CACHE,
+    DEVICE,
+    DISK,
+    FRAMEWORK_ESTIMATE,
+    HOST,
+    Choices,
+    Prediction,
+    framework_bytes,
+    predict,
+)
 from pwm_torchrl.memory.readings import MIB, format_bytes
 from pwm_torchrl.memory.trace import Transient, UpdateTracer
 
@@ -86,12 +96,14 @@ class PlanSpace:
         cfg (Config): the run's configuration.
         facts (EnvInfo): its environment's dimensions and number.
         compute (str): where the networks are, ``"host"`` or ``"device"``.
+        framework (tuple, optional): what a process holds before it builds anything, in bytes, and how that is known.
+            Defaults to ``None``: what this process holds.
     """
 
-    def __init__(self, cfg: Config, facts: Any, compute: str) -> None:
+    def __init__(self, cfg: Config, facts: Any, compute: str, framework: tuple[int, str] | None = None) -> None:
         self.cfg, self.facts, self.compute = cfg, facts, compute
         self._tracers: dict[bool, UpdateTracer] = {}
-        self._framework: tuple[int, str] | None = None
+        self._framework = framework
 
     @property
     def written(self) -> Choices:
@@ -330,7 +342,9 @@ class Plan:
         }
 
 
-def make_plan(cfg: Config, facts: Any, budgets: dict[str, Budget], given: Choices | None = None) -> Plan:
+def make_plan(
+    cfg: Config, facts: Any, budgets: dict[str, Budget], given: Choices | None = None, *, elsewhere: bool = False
+) -> Plan:
     """Choose how to run within budgets; what the configuration sets is kept.
 
     Args:
@@ -341,16 +355,20 @@ def make_plan(cfg: Config, facts: Any, budgets: dict[str, Budget], given: Choice
         given (Choices, optional): choices of an earlier plan, to be kept if they still fit, but for those that the
             configuration sets by now. Defaults to ``None``.
 
+    Keyword Args:
+        elsewhere (bool): whether the run will have a process of its own, on another machine, so that what this process
+            holds says nothing. Defaults to ``False``.
+
     Raises:
         ConfigurationError: if nothing fits; it names the smallest budget that would do.
     """
-    return _Planner(cfg, facts, budgets).plan(given)
+    return _Planner(cfg, facts, budgets, FRAMEWORK_ESTIMATE if elsewhere else None).plan(given)
 
 
 class _Planner:
-    def __init__(self, cfg: Config, facts: Any, budgets: dict[str, Budget]) -> None:
+    def __init__(self, cfg: Config, facts: Any, budgets: dict[str, Budget], framework: tuple[int, str] | None) -> None:
         self.cfg, self.budgets = cfg, budgets
-        self.space = PlanSpace(cfg, facts, DEVICE if DEVICE in budgets else HOST)
+        self.space = PlanSpace(cfg, facts, DEVICE if DEVICE in budgets else HOST, framework)
 
     def build(self, choices: Choices) -> Plan:
         memory = self.cfg.memory

@@ -118,11 +118,15 @@ class Prediction:
         }
 
 
+#: What a process holds before it builds anything, where it cannot be read, or is another one.
+FRAMEWORK_ESTIMATE = (FRAMEWORK_BYTES, "estimate for PyTorch, TorchRL and a simulator")
+
+
 def framework_bytes() -> tuple[int, str]:
     """Anonymous memory of a process that has imported everything, and how that is known."""
     process = read_process()
     if process is None:
-        return FRAMEWORK_BYTES, "estimate for PyTorch, TorchRL and a simulator"
+        return FRAMEWORK_ESTIMATE
     return process.anon + process.shmem, "this process, which has them imported"
 
 
