@@ -21,7 +21,7 @@ pytest.importorskip("rich")
 
 ROOT = Path(__file__).parents[2]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-pytestmark = pytest.mark.usefixtures("stub_training", "workdir")
+pytestmark = pytest.mark.usefixtures("free_signals", "stub_training", "workdir")
 
 
 class Terminal:
