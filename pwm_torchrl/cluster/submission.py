@@ -164,8 +164,6 @@ def _submit(
 ) -> list[Submitted]:
     try:
         from submitit.core.utils import FailedSubmissionError
-
-        from pwm_torchrl.cluster.submission import RunExecutor
     except ImportError as error:
         raise ConfigurationError(
             f"submitit is not installed; pip install 'pwm-torchrl[launch]', or use {named('train')}"
