@@ -24,7 +24,7 @@ PIP = $(PY) -m pip --disable-pip-version-check -qq install
 TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check format bench multitask-demo docs clean
+.PHONY: help run test lint check format bench bench-speed multitask-demo docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,10 @@ format: $(VENV)/.dev  ## format the code and repair what the linter can
 bench: $(VENV)/.dev  ## train models x environments x seeds and write the learning table (ARGS=...)
 	$(say) "Running: python benchmarks/learning.py $(ARGS)"
 	@$(PY) benchmarks/learning.py $(ARGS)
+
+bench-speed: $(VENV)/.dev  ## time updates and epochs against floors and a plain baseline (ARGS=--quick)
+	$(say) "Running: python benchmarks/speed.py $(ARGS)"
+	@$(PY) benchmarks/speed.py $(ARGS)
 
 multitask-demo: $(VENV)/.dev  ## two tasks: data, one world model, a policy per task (ARGS="--out DIR")
 	$(say) "Running: python benchmarks/multitask.py --demo $(ARGS)"
