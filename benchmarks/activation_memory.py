@@ -30,9 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from benchmarks.learning import hardware  # noqa: E402
-from pwm_torchrl.algorithm.build import Losses, Networks, build_losses, build_networks  # noqa: E402
-from pwm_torchrl.launch.compose import compose  # noqa: E402
-from pwm_torchrl.training.load import Facts  # noqa: E402
+from pwm_torchrl.algorithm.build import Facts, Losses, Networks, build_losses, build_networks  # noqa: E402
+from pwm_torchrl.cli.compose import compose  # noqa: E402
 
 MODELS = ("mlp", "residual", "flow_v1", "flow_v2", "flow_v3")
 OBSERVATION_DIM, ACTION_DIM = 37, 8  # Ant, to which the published parameter counts refer

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from benchmarks.learning import hardware  # noqa: E402
 from pwm_torchrl.data.episodes import import_chunks  # noqa: E402
-from pwm_torchrl.data.files import filesystem_type  # noqa: E402
 from pwm_torchrl.envs.tasks import task_set  # noqa: E402
+from pwm_torchrl.files import filesystem_type  # noqa: E402
 
 MB = 10**6
 LENGTH = 501

@@ -45,8 +45,8 @@ from benchmarks.learning import hardware  # noqa: E402
 from benchmarks.replay_disk import limited_group  # noqa: E402
 from pwm_torchrl.data.episodes import EpisodeRows, EpisodeStore, SliceIndex, StoreWriter  # noqa: E402
 from pwm_torchrl.data.episodes import store as layout  # noqa: E402
-from pwm_torchrl.data.files import filesystem_type  # noqa: E402
 from pwm_torchrl.envs.tasks import task_set  # noqa: E402
+from pwm_torchrl.files import filesystem_type  # noqa: E402
 from pwm_torchrl.run.train import quiet_torchrl  # noqa: E402
 
 SLICES, HORIZON, LENGTH = 1024, 16, 500

@@ -30,9 +30,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
-from pwm_torchrl.launch.compose import compose  # noqa: E402
-from pwm_torchrl.launch.run_dir import differing_keys  # noqa: E402
-from pwm_torchrl.training.config_file import load_config  # noqa: E402
+from pwm_torchrl.cli.compose import compose  # noqa: E402
+from pwm_torchrl.run.directory import differing_keys, load_config  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PWM_MODELS = ("mlp", "residual", "flow_v1", "flow_v2", "flow_v3")
@@ -202,7 +201,7 @@ def plot(suite: Suite, todo: list[Job], out: Path) -> None:
     """Mean evaluation return over environment steps with the spread over seeds, one line per model."""
     from matplotlib.figure import Figure
 
-    from pwm_torchrl.training.metrics import read_metrics
+    from pwm_torchrl.run.metrics import read_metrics
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()

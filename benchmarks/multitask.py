@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from learning import hardware  # noqa: E402
 
-from pwm_torchrl.launch.reporting.statistics import bootstrap_interval  # noqa: E402
-from pwm_torchrl.launch.run_dir import read_summary  # noqa: E402
+from pwm_torchrl.report.statistics import bootstrap_interval  # noqa: E402
+from pwm_torchrl.run.directory import read_summary  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO_TASKS = ("pendulum-swingup", "cartpole-swingup")
@@ -247,7 +247,7 @@ def random_returns(task: str) -> list[float]:
 
 def final_returns(run: Path) -> list[float]:
     """Of a run's newest policy, in episodes that neither training nor the choice of a checkpoint has seen."""
-    from pwm_torchrl.training.load import evaluate_run
+    from pwm_torchrl.run.load import evaluate_run
 
     return list(evaluate_run(run, EVALUATION_EPISODES, EVALUATION_SEED, which="latest")["returns"])
 
@@ -280,7 +280,7 @@ def plot(study: Study, rows: list[dict[str, Any]], out: Path) -> None:
     """Returns in the environment while policies are extracted, one panel per task."""
     from matplotlib.figure import Figure
 
-    from pwm_torchrl.training.metrics import read_metrics
+    from pwm_torchrl.run.metrics import read_metrics
 
     figure = Figure(figsize=(3.6 * len(study.tasks), 3.4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(study.tasks), squeeze=False)[0], study.tasks, strict=True):

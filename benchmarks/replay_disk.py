@@ -36,9 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from benchmarks.learning import hardware  # noqa: E402
-from pwm_torchrl.data import TrajectoryReplay, replay_bytes  # noqa: E402
-from pwm_torchrl.data.files import filesystem_type  # noqa: E402
+from pwm_torchrl.data import TrajectoryReplay  # noqa: E402
+from pwm_torchrl.files import filesystem_type  # noqa: E402
 from pwm_torchrl.memory.cgroups import memory_cgroups  # noqa: E402
+from pwm_torchrl.memory.storage import replay_bytes  # noqa: E402
 from pwm_torchrl.run.train import quiet_torchrl  # noqa: E402
 
 OBSERVATION_DIM, ACTION_DIM, ENVS, HORIZON = 37, 8, 128, 16

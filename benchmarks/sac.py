@@ -21,17 +21,22 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 
+from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.config import Config
 from pwm_torchrl.data.replay import STORED_KEYS
+from pwm_torchrl.devices import set_threads
 from pwm_torchrl.envs import env_info, make_env
-from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.run.collector import (
+    EpisodeReturns,
+    ResumableCollector,
+    evaluation_env_seed,
+    seed_everything,
+    training_env_seed,
+)
+from pwm_torchrl.run.directory import save_config
 from pwm_torchrl.run.evaluation import play, random_action
-from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
-from pwm_torchrl.training.config_file import save_config
-from pwm_torchrl.training.metrics import CsvMetrics
-from pwm_torchrl.training.seeding import evaluation_env_seed, seed_everything, training_env_seed
-from pwm_torchrl.training.summary import RunSummary
-from pwm_torchrl.training.threads import set_threads
+from pwm_torchrl.run.metrics import CsvMetrics
+from pwm_torchrl.run.summary import RunSummary
 
 BATCH = 256
 WIDTHS = [256, 256]

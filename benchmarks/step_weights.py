@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from pwm_torchrl.algorithm.build import build_losses, build_networks, build_optimizers  # noqa: E402
+from pwm_torchrl.cli.compose import compose  # noqa: E402
 from pwm_torchrl.data import TrajectoryReplay  # noqa: E402
 from pwm_torchrl.envs import env_info, make_env  # noqa: E402
-from pwm_torchrl.launch.compose import compose  # noqa: E402
+from pwm_torchrl.run.collector import seed_everything  # noqa: E402
 from pwm_torchrl.run.evaluation import open_loop_errors, play, random_action  # noqa: E402
-from pwm_torchrl.training.seeding import seed_everything  # noqa: E402
 
 
 def fit(model: str, rho: float | None, updates: int, every: int) -> list[float]:

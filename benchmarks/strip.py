@@ -20,7 +20,7 @@ import torch
 
 import pwm_torchrl
 from pwm_torchrl.envs import env_info, render_frame
-from pwm_torchrl.training.config_file import load_config
+from pwm_torchrl.run.directory import load_config
 
 #: Pictures of a row; in pixels their side, what is left between them, and the heights of the two lines above them.
 PICTURES, PICTURE, GAP, LINES = 5, 200, 3, (48, 32)

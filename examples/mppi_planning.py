@@ -24,14 +24,14 @@ from torch import Tensor
 from torchrl.data import Bounded
 
 from pwm_torchrl.algorithm.build import Networks
+from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.envs import LatentImaginationEnv, PolicySeededMPPI, env_info, make_env
-from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.modules import actor_module, encoder_module, policy_module, value_module
+from pwm_torchrl.run.collector import fresh_env_seed
 from pwm_torchrl.run.evaluation import play
+from pwm_torchrl.run.load import load_networks
 from pwm_torchrl.terminal import say
 from pwm_torchrl.training import train
-from pwm_torchrl.training.load import load_networks
-from pwm_torchrl.training.seeding import fresh_env_seed
 
 
 def make_planner(networks: Networks, options: argparse.Namespace) -> PolicySeededMPPI:

@@ -29,10 +29,9 @@ from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.envs import LatentImaginationEnv, env_info, make_env
 from pwm_torchrl.modules import SIZES, WorldModel, WorldModelSpec, encoder_module, make_world_model
 from pwm_torchrl.objectives import PWMModelLoss
+from pwm_torchrl.run.collector import ResumableCollector, evaluation_env_seed, seed_everything, training_env_seed
 from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.terminal import say
-from pwm_torchrl.training.collector import ResumableCollector
-from pwm_torchrl.training.seeding import evaluation_env_seed, seed_everything, training_env_seed
 
 ENV = {"_target_": "pwm_torchrl.envs.make_gymnasium_env", "id": "Pendulum-v1", "episode_length": 200}
 NUM_ENVS, COLLECT_STEPS, GAMMA, REWARD_SCALE = 8, 16, 0.99, 0.1

@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 
 from pwm_torchrl import _pytest_option
-from pwm_torchrl.data.files import MEMORY_FILESYSTEMS, filesystem_type, refuse_memory
+from pwm_torchrl.files import MEMORY_FILESYSTEMS, filesystem_type, refuse_memory
 
 # As in an active environment, where messages name the interpreter ``python``.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

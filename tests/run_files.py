@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.training.checkpoint_store import CheckpointStore
+from pwm_torchrl.run.checkpoints import CheckpointStore
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:

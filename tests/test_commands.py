@@ -66,7 +66,7 @@ def test_every_script_has_a_console_command():
     with (ROOT / "pyproject.toml").open("rb") as file:
         scripts = tomllib.load(file)["project"]["scripts"]
     names = {path.stem for path in (ROOT / "launch").glob("[a-z]*.py")}
-    assert scripts == {f"pwm-{n.replace('_', '-')}": f"pwm_torchrl.launch.entry:{n}" for n in names}
-    from pwm_torchrl.launch import entry
+    assert scripts == {f"pwm-{n.replace('_', '-')}": f"pwm_torchrl.cli.entry:{n}" for n in names}
+    from pwm_torchrl.cli import entry
 
     assert set(entry.__all__) == names

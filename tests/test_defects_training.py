@@ -7,10 +7,10 @@ import torch
 from training_cases import PENDULUM, config, live_graphs, rows_of, run_with
 
 from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.run.collector import evaluation_env_seed
+from pwm_torchrl.run.debugging import live_tensors
+from pwm_torchrl.run.directory import save_config
 from pwm_torchrl.training import evaluate_run
-from pwm_torchrl.training.config_file import save_config
-from pwm_torchrl.training.graph_check import live_tensors
-from pwm_torchrl.training.seeding import evaluation_env_seed
 
 
 class TestHostMemoryLeak:

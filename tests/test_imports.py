@@ -7,35 +7,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import pwm_torchrl
 
 ROOT = Path(pwm_torchrl.__file__).parent
-#: What each folder may import beside itself and the top level's ``errors``.
-MAY_IMPORT = {
-    "modules": set(),
-    "objectives": {"modules"},
-    "envs": {"modules", "objectives"},
-    "data": {"modules", "objectives"},
-    "algorithm": {"modules", "objectives"},
-    "memory": {"modules", "objectives", "data"},
-    "training": {"modules", "objectives", "envs", "data", "algorithm", "memory"},
-    "run": {"modules", "objectives", "envs", "data", "algorithm", "memory", "training"},
-    "cluster": {"modules", "objectives", "envs", "data", "algorithm", "memory", "training", "run"},
-    "launch": {"modules", "objectives", "envs", "data", "algorithm", "memory", "training", "run", "cluster"},
-    "configs": {"modules", "objectives", "envs", "training"},
-}
-#: Modules that a folder may import beside whole folders: memory predicts from the one construction site and what an
-#: update keeps to be taken back with. They know nothing of memory, so that there is no circle. Offline data are
-#: numbered and checked by the task registry, which is light. What is loaded from a run is evaluated as in a run.
-SINGLE = {
-    "memory": {"algorithm.build", "algorithm.updates"},
-    "data": {"envs.tasks"},
-    "training": {"run.evaluation"},
-}
-#: What looks at memory while a run trains; it imports nothing of ours.
+#: The folders from the ground up: each imports only itself, the top level and what stands before it.
+FOLDERS = (
+    "modules", "objectives", "algorithm", "memory", "distributed", "envs", "data", "run", "plugin", "cluster", "report",
+    "cli",
+)  # fmt: skip
+#: Top-level modules that only name what is public of ``plugin`` and ``run``.
+PUBLIC = {"configs", "training"}
+#: The most function-level imports of our own package: those with which commands load what needs torch.
+MOST_FUNCTION_LEVEL = 104
+#: What looks at memory while a run trains; of ours it imports the configuration's schema alone.
 WATCHER = ("cgroups", "readings", "budget", "watch")
 HEAVY = {"torch", "torchrl", "tensordict", "hydra", "omegaconf", "gymnasium", "dm_control", "mujoco", "matplotlib",
          "wandb", "tensorboard", "submitit", "tqdm", "rich", "numpy"}  # fmt: skip
@@ -68,7 +56,7 @@ def test_the_environments_names_are_those_of_their_modules():
 
 
 def test_the_command_line_starts_without_torch():
-    loaded = loaded_by("import pwm_torchrl.launch.compose, pwm_torchrl.launch.report")
+    loaded = loaded_by("import pwm_torchrl.cli.compose, pwm_torchrl.cli.report")
     assert not loaded & {"torch", "torchrl", "gymnasium", "dm_control", "mujoco", "matplotlib", "wandb"}
 
 
@@ -95,57 +83,106 @@ def test_optional_libraries_are_optional(module):
     assert not loaded & names
 
 
-def imports_of(file: Path) -> Iterator[str]:
-    """Modules and names of the package's folders that a file imports, anywhere in it: ``"training.build"``."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            # ``from pwm_torchrl import training`` names the folder on the right.
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "pwm_torchrl" and len(parts) > 1 and (ROOT / parts[1]).is_dir():
-                yield ".".join(parts[1:3])
+class Import(NamedTuple):
+    """One import of our own package."""
+
+    source: str  # the module that imports, without ``pwm_torchrl.``
+    target: str  # the module that is imported
+    in_function: bool
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_imports_point_one_way(folder):
-    allowed, single = MAY_IMPORT[folder] | {folder}, SINGLE.get(folder, set())
-    files = list((ROOT / folder).rglob("*.py"))
-    assert files
+def modules_of_the_package() -> dict[str, Path]:
+    """Files by dotted name below ``pwm_torchrl``; a folder has that of its ``__init__``."""
+    named = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in ROOT.rglob("*.py")}
+    return {name.removesuffix("__init__").removesuffix("."): file for name, file in named.items()}
+
+
+MODULES = modules_of_the_package()
+
+
+def imports_of(source: str) -> Iterator[Import]:
+    """Imports of our own package that run; those for type checkers alone do not."""
+
+    def visit(node: ast.AST, in_function: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            names: list[str] = []
+            if isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{source}: relative import"
+                names = [f"{child.module}.{alias.name}" for alias in child.names]
+            for name in names:
+                package, _, target = name.partition(".")
+                if package == "pwm_torchrl":
+                    while target not in MODULES:  # the last part names something in a module
+                        target = target.rpartition(".")[0]
+                    yield Import(source, target, in_function)
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from visit(child, in_function or inside)
+
+    yield from visit(ast.parse(MODULES[source].read_text(encoding="utf-8")), False)
+
+
+IMPORTS = [each for source in MODULES for each in imports_of(source) if each.target != source]
+
+
+def folder_of(module: str) -> str:
+    """``"run"`` of ``"run.loop"``; empty for the top level."""
+    return module.partition(".")[0] if (ROOT / module.partition(".")[0]).is_dir() else ""
+
+
+def test_imports_point_one_way():
+    place = {"": 0} | {folder: number for number, folder in enumerate(FOLDERS, 1)}
     wrong = {
-        f"{file.relative_to(ROOT)}: {name}"
-        for file in files
-        for name in imports_of(file)
-        if name.split(".")[0] not in allowed and name not in single
+        f"{each.source} imports {each.target}"
+        for each in IMPORTS
+        if each.source not in PUBLIC | {""} and place[folder_of(each.target)] > place[folder_of(each.source)]
+        if not each.in_function
     }
     assert not wrong
 
 
-def test_what_memory_predicts_from_knows_no_memory():
-    waiting, seen = [name.replace(".", "/") for name in SINGLE["memory"]], set()
-    while waiting:
-        path = waiting.pop()
-        if path not in seen and (ROOT / f"{path}.py").is_file():
-            seen.add(path)
-            names = list(imports_of(ROOT / f"{path}.py"))
-            assert not [name for name in names if name.split(".")[0] == "memory"], path
-            waiting += [name.replace(".", "/") for name in names]
-    assert {name.replace("/", ".") for name in seen} >= SINGLE["memory"]
+def test_only_users_import_the_public_names():
+    """Otherwise the ground floor would lead up again."""
+    assert not [
+        each for each in IMPORTS if each.target in PUBLIC and folder_of(each.source) not in ("cli", "cluster", "")
+    ]
+
+
+def test_no_circles():
+    """A folder's ``__init__`` that loads names on first use is none."""
+    following: dict[str, set[str]] = {}
+    for each in (each for each in IMPORTS if not each.in_function):
+        following.setdefault(each.source, set()).add(each.target)
+    done: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for target in sorted(following.get(module, ())):
+                walk(target, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        walk(module, ())
+
+
+def test_few_imports_inside_functions():
+    inside = [each for each in IMPORTS if each.in_function]
+    assert len(inside) <= MOST_FUNCTION_LEVEL
 
 
 @pytest.mark.parametrize("name", WATCHER)
-def test_the_watcher_imports_nothing_of_ours(name):
-    imports = set(imports_of(ROOT / "memory" / f"{name}.py"))
-    assert imports <= {f"memory.{other}" for other in WATCHER}
+def test_the_watcher_imports_the_schema_alone(name):
+    targets = {each.target for each in IMPORTS if each.source == f"memory.{name}"}
+    assert targets <= {"config", *(f"memory.{other}" for other in WATCHER)}
 
 
 def test_every_folder_has_its_place():
     folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
-    assert folders == set(MAY_IMPORT)
+    assert folders == set(FOLDERS)
 
 
 @pytest.mark.parametrize("folder", ["modules", "objectives"])

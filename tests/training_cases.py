@@ -16,7 +16,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase, GymWrapper
 
 import pwm_torchrl.run.train as run_module
-from pwm_torchrl.algorithm.build import build_losses, build_networks, build_optimizers
+from pwm_torchrl.algorithm.build import Facts, build_losses, build_networks, build_optimizers
 from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.pwm import PWM, EpochWork
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
@@ -30,10 +30,9 @@ from pwm_torchrl.config import (
     TrainingConfig,
 )
 from pwm_torchrl.data import TrajectoryReplay
+from pwm_torchrl.run.debugging import live_nodes
 from pwm_torchrl.run.loop import Loop
 from pwm_torchrl.run.train import Run
-from pwm_torchrl.training.graph_check import live_nodes
-from pwm_torchrl.training.load import Facts
 
 PENDULUM = {
     "_target_": "pwm_torchrl.envs.make_gymnasium_env",
@@ -53,7 +52,7 @@ CARTPOLE = {
 }
 DFLEX = {
     "_target_": "pwm_torchrl.envs.make_dflex_env",
-    "module": "pwm_torchrl.envs.dflex_stand_in",
+    "module": "dflex_stand_in",
     "name": "dflex_hopper",
     "num_envs": 2,
     "episode_length": 10,

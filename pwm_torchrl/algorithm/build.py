@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -42,6 +42,38 @@ class EnvFacts(Protocol):
     def action_low(self) -> tuple[float, ...]: ...
     @property
     def action_high(self) -> tuple[float, ...]: ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of its environment networks and policies depend on; saved in every checkpoint."""
+
+    observation_dim: int
+    action_dim: int
+    terminates: bool
+    action_dims: tuple[int, ...] = ()  # of every task of a multi-task world model
+    action_low: tuple[float, ...] = ()  # in the environment's own units; empty in checkpoints that do not say
+    action_high: tuple[float, ...] = ()
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> Facts:
+        """From checkpoint metadata, in which tuples are lists."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return cls(**values)
+
+
+def facts_of(facts: EnvFacts) -> dict[str, Any]:
+    """Facts as checkpoint metadata."""
+    return asdict(
+        Facts(
+            facts.observation_dim,
+            facts.action_dim,
+            facts.terminates,
+            tuple(facts.action_dims),
+            tuple(facts.action_low),
+            tuple(facts.action_high),
+        )
+    )
 
 
 @dataclass

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.data.files import write_durably
+from pwm_torchrl.files import write_durably
+from pwm_torchrl.run.directory import EVENTS_FILE, write_event
 from pwm_torchrl.run.stop import NO_STEP_IN_TIME
-from pwm_torchrl.training.events import EVENTS_FILE, write_event
 
 # The words by which deaths and their answers are named in ``events.jsonl``, reports and code --------------------------
 

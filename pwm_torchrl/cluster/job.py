@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.data.files import write_durably
+from pwm_torchrl.distributed.ranks import is_replica
 from pwm_torchrl.errors import is_ours, status_of
+from pwm_torchrl.files import write_durably
 from pwm_torchrl.run.stop import StopRequest, stop_on_signals
-from pwm_torchrl.training.ranks import is_replica
 
 LOG_FILE = "log.txt"
 
@@ -58,9 +58,8 @@ def run_slurm_job(run_dir: str) -> str:
 
 def _train(run: Path, stop: StopRequest) -> str:
     from pwm_torchrl.cluster.restarts import before_training
+    from pwm_torchrl.run.directory import load_config, was_started
     from pwm_torchrl.training import train
-    from pwm_torchrl.training.config_file import load_config
-    from pwm_torchrl.training.summary_file import was_started
 
     if not is_replica():
         before_training(run)
@@ -70,7 +69,7 @@ def _train(run: Path, stop: StopRequest) -> str:
 
 def _deadline(run: Path) -> float | None:
     """Half of the profile's signal delay, in seconds."""
-    from pwm_torchrl.training.config_file import load_config
+    from pwm_torchrl.run.directory import load_config
 
     return load_config(run).cluster.signal_delay_s / 2
 

@@ -39,13 +39,10 @@ from pwm_torchrl.cluster.deaths import (
 from pwm_torchrl.cluster.slurm import SlurmError, job_records, scontrol
 from pwm_torchrl.commands import typed
 from pwm_torchrl.config import Config
-from pwm_torchrl.data.files import write_durably
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training.claims import Claim, newest_claim, read_outcome
-from pwm_torchrl.training.config_file import load_config
-from pwm_torchrl.training.events import write_event
-from pwm_torchrl.training.owners import slurm_job_id
-from pwm_torchrl.training.summary_file import set_status
+from pwm_torchrl.files import write_durably
+from pwm_torchrl.run.claims import Claim, newest_claim, read_outcome, slurm_job_id
+from pwm_torchrl.run.directory import load_config, set_status, write_event
 
 # A job on this machine whose memory ran out: the next plan, as a SLURM job would get it -------------------------------
 

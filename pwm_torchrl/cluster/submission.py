@@ -28,7 +28,7 @@ from pwm_torchrl.cluster.slurm import live_job, scontrol, site
 from pwm_torchrl.commands import named
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.training.offline import pretraining_run
+from pwm_torchrl.run.stored_episodes import pretraining_run
 
 if TYPE_CHECKING:
     pass

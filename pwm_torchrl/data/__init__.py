@@ -11,9 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pwm_torchrl.data.layout import replay_bytes, replay_disk_bytes, steps_since_checkpoint
     from pwm_torchrl.data.replay import SliceStartSampler, TrajectoryReplay
     from pwm_torchrl.data.segments import SegmentStore
+    from pwm_torchrl.memory.storage import replay_bytes, replay_disk_bytes, steps_since_checkpoint
 
 __all__ = [
     "SegmentStore",
@@ -25,16 +25,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "SegmentStore": "segments",
-    "SliceStartSampler": "replay",
-    "TrajectoryReplay": "replay",
-    "replay_bytes": "layout",
-    "replay_disk_bytes": "layout",
-    "steps_since_checkpoint": "layout",
+    "SegmentStore": "pwm_torchrl.data.segments",
+    "SliceStartSampler": "pwm_torchrl.data.replay",
+    "TrajectoryReplay": "pwm_torchrl.data.replay",
+    "replay_bytes": "pwm_torchrl.memory.storage",
+    "replay_disk_bytes": "pwm_torchrl.memory.storage",
+    "steps_since_checkpoint": "pwm_torchrl.memory.storage",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

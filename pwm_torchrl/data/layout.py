@@ -1,4 +1,4 @@
-"""What a replay keeps of a trajectory, how large that is, and which slices it has."""
+"""What a replay keeps of a trajectory, and which slices it has."""
 
 from __future__ import annotations
 
@@ -142,90 +142,6 @@ def refuse_other_shape(filled: int, envs: int, steps: int, num_envs: int, capaci
             f"The checkpoint's replay holds {filled} steps of {envs} environments; this configuration has "
             f"env.num_envs={num_envs} and room for {capacity} steps."
         )
-
-
-# How many bytes a replay takes, in RAM and on disk, by arithmetic alone -----------------------------------------------
-
-
-#: Segments that the capacity is divided into.
-SEGMENTS = 16
-#: Bytes of a segment above which there are more of them, ...
-LARGE_SEGMENT = 64 << 20
-#: ... up to this number: each is an open file.
-MOST_SEGMENTS = 64
-
-_FLOAT, _BOOL = 4, 1
-
-
-def record_bytes(observation_dim: int, action_dim: int) -> int:
-    """Bytes of one transition: two observations, an action and a reward in float32, two flags."""
-    return _FLOAT * (2 * observation_dim + action_dim + 1) + _BOOL * 2
-
-
-def segment_steps(capacity_steps: int, step_bytes: int) -> int:
-    """Time steps of a segment.
-
-    Args:
-        capacity_steps (int): capacity in time steps.
-        step_bytes (int): bytes of one time step of all environments.
-    """
-    small = min(-(-capacity_steps // SEGMENTS), max(1, LARGE_SEGMENT // step_bytes))
-    return max(small, -(-capacity_steps // MOST_SEGMENTS))
-
-
-def replay_bytes(
-    observation_dim: int, action_dim: int, capacity: int, num_envs: int, since_checkpoint_steps: int = 0
-) -> int:
-    """Bytes of the transitions that a replay holds; a replay in RAM or on the device takes exactly these.
-
-    Args:
-        observation_dim (int): ``O``.
-        action_dim (int): ``A``.
-        capacity (int): transitions.
-        num_envs (int): ``N``.
-        since_checkpoint_steps (int): time steps held beside the capacity, only on disk. Defaults to ``0``.
-    """
-    steps = capacity // num_envs + since_checkpoint_steps
-    return steps * num_envs * record_bytes(observation_dim, action_dim)
-
-
-def replay_disk_bytes(
-    observation_dim: int, action_dim: int, capacity: int, num_envs: int, since_checkpoint_steps: int
-) -> int:
-    """Bytes of the most files that a replay on disk ever has: :func:`replay_bytes` in whole segments.
-
-    Args:
-        observation_dim (int): ``O``.
-        action_dim (int): ``A``.
-        capacity (int): transitions.
-        num_envs (int): ``N``.
-        since_checkpoint_steps (int): most time steps written since the oldest checkpoint that can be resumed, see
-            :func:`steps_since_checkpoint`; at least those of one batch.
-    """
-    step_bytes = num_envs * record_bytes(observation_dim, action_dim)
-    return disk_bytes(capacity // num_envs, step_bytes, since_checkpoint_steps)
-
-
-def disk_bytes(capacity_steps: int, step_bytes: int, since_checkpoint_steps: int, segment: int | None = None) -> int:
-    """Bytes of the segments that ``capacity_steps + since_checkpoint_steps`` consecutive steps touch at most."""
-    segment = segment or segment_steps(capacity_steps, step_bytes)
-    steps = capacity_steps + since_checkpoint_steps
-    # Steps that begin with the last one of a segment touch the most.
-    return (1 + -(-(steps - 1) // segment)) * segment * step_bytes
-
-
-def steps_since_checkpoint(epochs: int, steps_per_epoch: int, checkpoint_every: int, keep_checkpoints: int) -> int:
-    """Most time steps that are written while the oldest checkpoint that can be resumed stays.
-
-    Args:
-        epochs (int): epochs of the run.
-        steps_per_epoch (int): agent steps per environment and epoch.
-        checkpoint_every (int): epochs between checkpoints; 0 saves at the end and when an evaluation is the best only,
-            so that the whole run may lie between two of them.
-        keep_checkpoints (int): newest ones kept.
-    """
-    kept = checkpoint_every * max(1, keep_checkpoints) or epochs
-    return max(1, min(epochs, kept)) * steps_per_epoch
 
 
 # Which slices are drawn -----------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from pwm_torchrl.data.files import refuse_memory
-from pwm_torchrl.data.layout import STORED_KEYS, SliceStartSampler, key_name, record_bytes, refuse_other_shape
+from pwm_torchrl.data.layout import STORED_KEYS, SliceStartSampler, key_name, refuse_other_shape
 from pwm_torchrl.data.segments import SegmentStore
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.files import refuse_memory
+from pwm_torchrl.memory.storage import record_bytes
 
 __all__ = [
     "STORAGES",

@@ -15,9 +15,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from pwm_torchrl.data.files import allocate, amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
-from pwm_torchrl.data.layout import RecordLayout, disk_bytes, draw_starts, refuse_other_shape, segment_steps
+from pwm_torchrl.data.layout import RecordLayout, draw_starts, refuse_other_shape
 from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.files import allocate, amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
+from pwm_torchrl.memory.storage import disk_bytes, segment_steps
 
 # What a folder of segments holds, and whose data: the small JSON file beside them -------------------------------------
 
@@ -311,7 +312,7 @@ class SegmentStore:
         num_envs (int): ``N``.
         horizon (int): steps per slice.
         segment_steps (int, optional): ``S``. Defaults to ``None``: by the capacity, see
-            :func:`pwm_torchrl.data.layout.segment_steps`.
+            :func:`pwm_torchrl.memory.storage.segment_steps`.
         since_checkpoint_steps (int): most time steps written since the oldest checkpoint kept; what room is asked for
             beside the capacity. Defaults to ``0``.
     """

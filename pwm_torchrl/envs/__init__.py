@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING, Any
 from pwm_torchrl.errors import EnvironmentFault
 
 if TYPE_CHECKING:
-    from pwm_torchrl.envs.dflex import DFlexEnv
-    from pwm_torchrl.envs.dflex_maker import make_dflex_env
-    from pwm_torchrl.envs.dm_control_env import make_dm_control_env
+    from pwm_torchrl.envs.dflex import DFlexEnv, make_dflex_env
+    from pwm_torchrl.envs.env_state import env_state_support, load_env_state, save_env_state
     from pwm_torchrl.envs.factory import make_env
-    from pwm_torchrl.envs.gym_env import make_gymnasium_env
+    from pwm_torchrl.envs.facts import report_env
+    from pwm_torchrl.envs.imagination import LatentImaginationEnv
     from pwm_torchrl.envs.info import EnvInfo, env_info
-    from pwm_torchrl.envs.latent_env import LatentImaginationEnv
+    from pwm_torchrl.envs.makers import make_dm_control_env, make_gymnasium_env
     from pwm_torchrl.envs.mppi import PolicySeededMPPI
     from pwm_torchrl.envs.rendering import render_frame
-    from pwm_torchrl.envs.report import report_env
     from pwm_torchrl.envs.standard import standardize
-    from pwm_torchrl.envs.state import env_state_support, load_env_state, save_env_state
-    from pwm_torchrl.envs.tasks.info import register_task
     from pwm_torchrl.envs.tasks.maker import make_task_env
+    from pwm_torchrl.envs.tasks.registry import register_task
 
 __all__ = [
     "DFlexEnv",
@@ -52,20 +50,20 @@ __all__ = [
 _HOME = {
     "DFlexEnv": "dflex",
     "EnvInfo": "info",
-    "LatentImaginationEnv": "latent_env",
+    "LatentImaginationEnv": "imagination",
     "PolicySeededMPPI": "mppi",
     "env_info": "info",
-    "env_state_support": "state",
-    "load_env_state": "state",
-    "make_dflex_env": "dflex_maker",
-    "make_dm_control_env": "dm_control_env",
+    "env_state_support": "env_state",
+    "load_env_state": "env_state",
+    "make_dflex_env": "dflex",
+    "make_dm_control_env": "makers",
     "make_env": "factory",
-    "make_gymnasium_env": "gym_env",
+    "make_gymnasium_env": "makers",
     "make_task_env": "tasks.maker",
-    "register_task": "tasks.info",
+    "register_task": "tasks.registry",
     "render_frame": "rendering",
-    "report_env": "report",
-    "save_env_state": "state",
+    "report_env": "facts",
+    "save_env_state": "env_state",
     "standardize": "standard",
 }
 

@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torchrl.envs import EnvBase, SerialEnv
 
-from pwm_torchrl.envs.arguments import check_maker_arguments
 from pwm_torchrl.envs.info import EnvInfo, env_info, env_layers
-from pwm_torchrl.envs.standard import check_usable, standardize
-from pwm_torchrl.envs.transforms import GuardedEnv
+from pwm_torchrl.envs.standard import GuardedEnv, check_maker_arguments, check_usable, standardize
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, is_ours, nearest, said
-from pwm_torchrl.own_code import locate
+from pwm_torchrl.user_code import locate
 
 __all__ = ["make_env", "probe_env"]
 

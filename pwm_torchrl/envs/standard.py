@@ -1,22 +1,305 @@
-"""Checks and completes an environment from anywhere, so that training meets one interface only."""
+"""What every environment becomes: actions in [-1, 1], repeated, with float32 observations and a time limit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey
-from torchrl.data import Bounded, Composite, TensorSpec
-from torchrl.envs import EnvBase
-from torchrl.envs.transforms import ActionScaling, Compose, DoubleToFloat, StepCounter
+from tensordict import NestedKey, TensorDictBase
+from tensordict.utils import is_seq_of_nested_key
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs.transforms import ActionScaling, Compose, DoubleToFloat, StepCounter, Transform
 
-from pwm_torchrl.envs.info import EnvInfo, env_layers
-from pwm_torchrl.envs.policy_specs import action_range
-from pwm_torchrl.envs.transforms import CompleteDone, FlatObservation, GuardedEnv
-from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.envs.info import EnvInfo, env_info, env_layers
+from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 
-__all__ = ["check_usable", "standardize"]
+__all__ = [
+    "CompleteDone",
+    "FlatObservation",
+    "GuardedEnv",
+    "OwnUnits",
+    "PolicySpecs",
+    "action_range",
+    "check_maker_arguments",
+    "check_usable",
+    "in_own_units",
+    "policy_specs",
+    "standardize",
+]
+
+
+def check_maker_arguments(num_envs: int, action_repeat: int, episode_length: int | None) -> None:
+    """Raise ConfigurationError unless the numbers are positive integers (``episode_length`` may be ``None``)."""
+    for key, value in (("num_envs", num_envs), ("action_repeat", action_repeat), ("episode_length", episode_length)):
+        if key == "episode_length" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"env.{key}={value!r} must be an integer of at least 1")
+
+
+class FlatObservation(Transform):
+    """Flattens entries, casts them to float32 and concatenates them as ``"observation"``.
+
+    The entries themselves stay: environments without a state of their own read them back at the next step.
+
+    Args:
+        in_keys (sequence of NestedKey): entries, in the order of concatenation.
+    """
+
+    def __init__(self, in_keys: Sequence[NestedKey]) -> None:
+        if not is_seq_of_nested_key(list(in_keys)):
+            raise ValueError(f"in_keys={in_keys!r} must be a sequence of keys")
+        super().__init__(in_keys=list(in_keys), out_keys=["observation"])
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        batch = next_tensordict.batch_size
+        pieces = [next_tensordict.get(key).reshape(*batch, -1).to(torch.float32) for key in self.in_keys]
+        return next_tensordict.set("observation", torch.cat(pieces, -1))
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        batch = observation_spec.shape
+        length = sum(observation_spec[key].shape[len(batch) :].numel() for key in self.in_keys)
+        observation_spec["observation"] = Unbounded(
+            (*batch, length), dtype=torch.float32, device=observation_spec.device
+        )
+        return observation_spec
+
+
+class CompleteDone(Transform):
+    """Adds the ``"truncated"`` entry to environments that know only ``"done"`` and ``"terminated"``."""
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        if "truncated" not in next_tensordict.keys():
+            done = next_tensordict.get("done")
+            next_tensordict.set("truncated", done & ~next_tensordict.get("terminated", done))
+        return next_tensordict
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        return self._call(tensordict_reset) if "done" in tensordict_reset.keys() else tensordict_reset
+
+    def transform_done_spec(self, done_spec: Composite) -> Composite:
+        if "truncated" not in done_spec.keys():
+            done = done_spec["done"]
+            done_spec["truncated"] = Categorical(2, dtype=torch.bool, shape=done.shape, device=done.device)
+        return done_spec
+
+
+class OwnUnits(Transform):
+    """Takes actions in a range, and hands them on scaled to [-1, 1].
+
+    The opposite of TorchRL's :class:`~torchrl.envs.transforms.ActionScaling`, for environments that have it inside.
+
+    Args:
+        low (Tensor): smallest action ``[A]``.
+        high (Tensor): largest action ``[A]``.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__(in_keys_inv=["action"], out_keys_inv=["action"])
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def _inv_apply_transform(self, action: Tensor) -> Tensor:
+        return (action - (self.high + self.low) / 2) / ((self.high - self.low) / 2)
+
+    def transform_input_spec(self, input_spec: Composite) -> Composite:
+        spec = input_spec["full_action_spec", "action"]
+        low, high = (bound.expand(spec.shape).clone() for bound in (self.low, self.high))
+        input_spec["full_action_spec", "action"] = Bounded(low, high, spec.shape, spec.device, spec.dtype)
+        return input_spec
+
+
+class GuardedEnv(TransformedEnv):
+    """A transformed environment that turns exceptions and non-finite values into :class:`EnvironmentFault`.
+
+    Args:
+        env (EnvBase): the environment.
+        transform (Transform, optional): as for ``TransformedEnv``. Defaults to ``None``.
+        name (str): name for the message.
+        seed (int): seed of its first row.
+        index (int, optional): its position, where it is itself one of a batch. Defaults to ``None``.
+    """
+
+    def __init__(self, env: EnvBase, transform: Any = None, *, name: str, seed: int, index: int | None = None) -> None:
+        super().__init__(env, transform)
+        self.guard = (name, seed, index)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        try:
+            out = super()._step(tensordict)
+        except Exception as error:
+            raise self._fault("step", error) from error
+        self._check(out, "step")
+        return out
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        try:
+            out = super()._reset(tensordict, **kwargs)
+        except Exception as error:
+            raise self._fault("reset", error) from error
+        self._check(out, "reset")
+        return out
+
+    def _fault(self, where: str, error: Exception) -> Exception:
+        if isinstance(error, (EnvironmentFault, ConfigurationError)):
+            return error
+        name, seed, index = self.guard
+        text = " ".join(str(error).split())[:300]
+        return EnvironmentFault(name, f"{where} raised {type(error).__name__}: {text}", seed=seed, index=index)
+
+    def _check(self, tensordict: TensorDictBase, where: str) -> None:
+        for key in ("observation", "reward"):
+            value = tensordict.get(key, None)
+            if value is None or not value.is_floating_point() or torch.isfinite(value).all():
+                continue
+            name, seed, index = self.guard
+            if index is None and self.batch_size:
+                index = int((~torch.isfinite(value).flatten(1).all(1)).nonzero()[0])
+                seed += index
+            raise EnvironmentFault(name, f"{key} is not finite after a {where}", seed=seed, index=index)
+
+
+@dataclass(frozen=True)
+class PolicySpecs:
+    """What a policy reads and writes.
+
+    Attributes:
+        observation_keys: entries that make up the observation, in order.
+        feature_dims: how many last dimensions of each of them are features, 0 for a single number.
+        action_key: entry of the action.
+        low: smallest action ``[A]``, float32.
+        high: largest action ``[A]``, float32.
+        action_dtype: of the action.
+    """
+
+    observation_keys: tuple[NestedKey, ...]
+    feature_dims: tuple[int, ...]
+    action_key: NestedKey
+    low: Tensor
+    high: Tensor
+    action_dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def standard(cls, low: Sequence[float], high: Sequence[float]) -> PolicySpecs:
+        """``observation`` -> ``action`` in a range."""
+        return cls(("observation",), (1,), "action", torch.tensor(low), torch.tensor(high))
+
+
+def policy_specs(
+    env: EnvBase,
+    observation_dim: int,
+    action_dim: int,
+    observation_keys: Sequence[NestedKey] | None = None,
+) -> PolicySpecs:
+    """The interface of any environment in which a policy of given dimensions can act.
+
+    The observation is the entry ``"observation"`` if it has the policy's length, otherwise all entries together.
+
+    Args:
+        env (EnvBase): the environment, of any batch size.
+        observation_dim (int): numbers that the policy reads.
+        action_dim (int): numbers that it acts with.
+        observation_keys (sequence of NestedKey, optional): entries that the policy was trained on, in order; they are
+            preferred where ``env`` has them. Defaults to ``None``.
+
+    Raises:
+        ConfigurationError: if the policy does not fit.
+    """
+    if not isinstance(env, EnvBase):
+        raise ConfigurationError(
+            f"env is a {type(env).__name__} and not a TorchRL environment: wrap it, torchrl.envs.GymWrapper(env)"
+        )
+    name = _name(env)
+    entries = _entries(env, name, observation_dim, observation_keys)
+    low, high, dtype = _actions(env, name, action_dim)
+    return PolicySpecs(tuple(entries), tuple(entries.values()), env.action_key, low, high, dtype)
+
+
+def _name(env: EnvBase) -> str:
+    try:
+        return env_info(env).name
+    except TypeError:  # not made by this package
+        return type(env).__name__
+
+
+def _entries(env: EnvBase, name: str, dim: int, chosen: Sequence[NestedKey] | None) -> dict[NestedKey, int]:
+    """The observation's entries, and the number of feature dimensions of each."""
+    leaves = {
+        key: spec.shape[len(env.batch_size) :]
+        for key, spec in env.observation_spec.items(True, True)
+        if _is_numbers(spec) and key != "step_count"  # TorchRL's StepCounter adds it; the clock is no observation
+    }
+    wanted = [tuple(key) if not isinstance(key, str) else key for key in chosen or []]
+    ours = any("pwm_info" in layer.__dict__ for layer in env_layers(env))  # its "observation" has them all already
+    for keys in ([] if ours else wanted, ["observation"], list(leaves)):
+        if keys and all(key in leaves for key in keys) and sum(leaves[key].numel() for key in keys) == dim:
+            return {key: len(leaves[key]) for key in keys}
+    seen = ", ".join(f"{key!r} {list(shape)}" for key, shape in leaves.items()) or "no numbers"
+    raise ConfigurationError(
+        f"{name} observes {seen}, and the policy reads {dim} numbers: give an environment of the run's own kind, as "
+        "pwm_torchrl.load_env(run) makes"
+    )
+
+
+def _is_numbers(spec: TensorSpec) -> bool:
+    return not isinstance(spec, Composite) and spec.dtype is not None
+
+
+def _actions(env: EnvBase, name: str, dim: int) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Range ``[A]`` and dtype of the action."""
+    keys = list(env.action_keys)
+    if len(keys) != 1:
+        raise ConfigurationError(f"{name} has the action entries {keys}, and the policy writes exactly one")
+    spec = env.full_action_spec[keys[0]]
+    if not spec.dtype.is_floating_point:
+        raise ConfigurationError(f"{name} has discrete actions ({spec.dtype}), and the policy's are continuous")
+    shape = spec.shape[len(env.batch_size) :]
+    if shape != (dim,):
+        raise ConfigurationError(
+            f"{name} has actions of shape {list(shape)}, and the policy's are [{dim}]: give an environment of the "
+            "run's own kind, as pwm_torchrl.load_env(run) makes"
+        )
+    if not isinstance(spec, Bounded):
+        raise ConfigurationError(f"{name} has an unbounded action range: give its action_spec a low and a high")
+    low, high = action_range(env)
+    if not (torch.isfinite(low) & torch.isfinite(high) & (low < high)).all():
+        raise ConfigurationError(
+            f"{name} has the action range {low.tolist()} to {high.tolist()}: actions are scaled to it, so every "
+            "dimension needs finite, different bounds (give its action_spec a low and a high)"
+        )
+    return low, high, spec.dtype
+
+
+def action_range(env: EnvBase) -> tuple[Tensor, Tensor]:
+    """Smallest and largest action ``[A]`` of the first of a batch of environments, float32."""
+    first = (0,) * len(env.batch_size)
+    space = env.full_action_spec[env.action_key].space
+    return space.low[first].float().cpu(), space.high[first].float().cpu()
+
+
+def in_own_units(env: EnvBase) -> EnvBase:
+    """An environment of :func:`~pwm_torchrl.envs.make_env` with actions in its simulator's range instead of [-1, 1].
+
+    It takes the place of ``env``, which must not be used any more.
+    """
+    info = env_info(env)
+    low, high = (torch.tensor(bound, device=env.device) for bound in (info.action_low, info.action_high))
+    if (low == -1).all() and (high == 1).all():
+        return env
+    transform = OwnUnits(low, high)
+    if isinstance(env, TransformedEnv):  # two of them inside each other cannot draw random actions
+        return env.append_transform(transform)
+    return TransformedEnv(env, transform)
 
 
 def standardize(

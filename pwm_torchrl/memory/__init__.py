@@ -1,5 +1,6 @@
 """Memory of a run: what it will need, what it may have, and what it holds while it trains.
 
-Importing this package is light. ``readings``, ``cgroups``, ``budget`` and ``watch`` import torch only where GPU memory
-is asked for; ``trace``, ``predict`` and ``plan`` import modules, objectives and algorithm.
+May import modules, objectives and algorithm, which ``trace``, ``predict`` and ``plan`` do. ``readings``,
+``cgroups``, ``budget`` and ``watch`` import the schema alone, and torch only where GPU memory is asked for; ``storage``
+needs no torch.
 """

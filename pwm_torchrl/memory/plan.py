@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pwm_torchrl.config import UPDATES, Config, trained_networks
-from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.budget import Budget, Candidate, device_budget, host_budget
 from pwm_torchrl.memory.predict import (
@@ -24,6 +23,7 @@ from pwm_torchrl.memory.predict import (
     predict,
 )
 from pwm_torchrl.memory.readings import MIB, format_bytes
+from pwm_torchrl.memory.storage import replay_bytes
 from pwm_torchrl.memory.trace import Transient, UpdateTracer
 
 

@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pwm_torchrl.config import UPDATES, Config, trained_networks
-from pwm_torchrl.data import replay_bytes, replay_disk_bytes, steps_since_checkpoint
-from pwm_torchrl.data.episodes.index import store_bytes
-from pwm_torchrl.data.replay import record_bytes
 from pwm_torchrl.memory.readings import GIB, MIB, format_bytes, read_process
+from pwm_torchrl.memory.storage import (
+    record_bytes,
+    replay_bytes,
+    replay_disk_bytes,
+    steps_since_checkpoint,
+    store_bytes,
+)
 from pwm_torchrl.memory.trace import Transient, UpdateTracer
 
 #: Blocks of at least so many bytes are given back when they are freed.

@@ -1,4 +1,5 @@
-"""A run from its configuration to its summary: the loop, its sources of data, its evaluations, how it stops and ends.
+"""A run from its configuration to its summary: the loop, sources of data, evaluations, checkpoints, logs, its end.
 
-May import everything but cluster and launch. Importing this package is light; its modules import torch.
+May import modules, objectives, algorithm, memory, distributed, envs and data. Importing this package is light; most of
+its modules import torch.
 """

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pwm_torchrl.algorithm.updates import is_out_of_memory
-from pwm_torchrl.data.files import is_storage_error, storage_faults
 from pwm_torchrl.errors import OutOfMemory, StorageFault, is_ours, status_of
+from pwm_torchrl.files import is_storage_error, storage_faults
+from pwm_torchrl.run.claims import RunClaim
+from pwm_torchrl.run.directory import write_event
+from pwm_torchrl.run.summary import RunSummary
 from pwm_torchrl.terminal import warn
-from pwm_torchrl.training.claims import RunClaim
-from pwm_torchrl.training.events import write_event
-from pwm_torchrl.training.summary import RunSummary
 
 
 class Closing:

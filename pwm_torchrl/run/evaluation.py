@@ -22,11 +22,11 @@ from pwm_torchrl.envs import EnvInfo, env_info, make_env, render_frame
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.envs.workers import OpenEnv
 from pwm_torchrl.modules import WorldModel
+from pwm_torchrl.run.artifacts import write_video
+from pwm_torchrl.run.collector import evaluation_env_seed, preserved_generators
+from pwm_torchrl.run.directory import write_event
+from pwm_torchrl.run.summary import RunSummary
 from pwm_torchrl.terminal import Progress, say, warn
-from pwm_torchrl.training.artifacts import write_video
-from pwm_torchrl.training.events import write_event
-from pwm_torchrl.training.seeding import evaluation_env_seed, preserved_generators
-from pwm_torchrl.training.summary import RunSummary
 
 #: Stops an evaluation whose episodes neither end nor have a known length.
 MAX_AGENT_STEPS = 10_000

@@ -23,22 +23,20 @@ from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.config import Config
 from pwm_torchrl.data import TrajectoryReplay
-from pwm_torchrl.data.files import storage_faults
 from pwm_torchrl.errors import DivergenceError, EnvironmentFault, OutOfMemory, status_of
+from pwm_torchrl.files import storage_faults
 from pwm_torchrl.memory.watch import RunMemory
+from pwm_torchrl.run.checkpoints import METRIC, SCHEMA_VERSION, CheckpointStore, kept_replay_steps
+from pwm_torchrl.run.claims import RunClaim
+from pwm_torchrl.run.debugging import GraphCheck, failpoint
+from pwm_torchrl.run.directory import write_event
 from pwm_torchrl.run.ending import named
 from pwm_torchrl.run.evaluation import Evaluation
+from pwm_torchrl.run.metrics import CsvMetrics
 from pwm_torchrl.run.sources import Source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest
+from pwm_torchrl.run.summary import RunSummary
 from pwm_torchrl.terminal import Progress, warn
-from pwm_torchrl.training.checkpoint import SCHEMA_VERSION, kept_replay_steps
-from pwm_torchrl.training.checkpoint_store import METRIC, CheckpointStore
-from pwm_torchrl.training.claims import RunClaim
-from pwm_torchrl.training.events import write_event
-from pwm_torchrl.training.failpoints import failpoint
-from pwm_torchrl.training.graph_check import GraphCheck
-from pwm_torchrl.training.metrics import CsvMetrics
-from pwm_torchrl.training.summary import RunSummary
 
 #: The phases of an epoch.
 COLLECT, UPDATE, FINISH = "collect", "update", "finish"

@@ -14,14 +14,15 @@ from pwm_torchrl.algorithm.build import Networks
 from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.pwm import Samples
 from pwm_torchrl.config import Config
-from pwm_torchrl.data import TrajectoryReplay, steps_since_checkpoint
+from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.devices import environment_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env
 from pwm_torchrl.envs.workers import OpenEnv
+from pwm_torchrl.memory.storage import steps_since_checkpoint
 from pwm_torchrl.modules import RewardScale
-from pwm_torchrl.terminal import Progress
-from pwm_torchrl.training.collector import EpisodeReturns, ResumableCollector
-from pwm_torchrl.training.offline import (
+from pwm_torchrl.run.collector import EpisodeReturns, ResumableCollector, training_env_seed
+from pwm_torchrl.run.stored_episodes import (
+    StoredSamples,
     check_horizon,
     extraction_facts,
     open_store,
@@ -30,8 +31,7 @@ from pwm_torchrl.training.offline import (
     pretraining_tasks,
     training_split,
 )
-from pwm_torchrl.training.seeding import training_env_seed
-from pwm_torchrl.training.stored import StoredSamples
+from pwm_torchrl.terminal import Progress
 
 #: Model updates of the first epoch with updates where an episode's length is unknown.
 UNKNOWN_EPISODE_UPDATES = 1000

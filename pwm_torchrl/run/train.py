@@ -13,41 +13,36 @@ from typing import Any
 from torchrl.checkpoint import Checkpoint
 from torchrl.data import Bounded
 
-from pwm_torchrl.algorithm.build import Parts, build_parts
+from pwm_torchrl.algorithm.build import Parts, build_parts, facts_of
 from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import Config
-from pwm_torchrl.data.files import Reserve
-from pwm_torchrl.devices import pick_device
+from pwm_torchrl.devices import pick_device, set_threads
+from pwm_torchrl.distributed.ranks import Ranks, joined
+from pwm_torchrl.distributed.updates import SharedExecutor
 from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.files import Reserve
 from pwm_torchrl.memory.watch import RunMemory
 from pwm_torchrl.modules import policy_module
+from pwm_torchrl.run.artifacts import write_curves, write_run_readme
+from pwm_torchrl.run.checkpoints import AllocatedStateAdapter, CheckpointFault, CheckpointStore, load_checkpoint
+from pwm_torchrl.run.claims import RunClaim, claimed
+from pwm_torchrl.run.collector import RunRNGState, seed_everything
+from pwm_torchrl.run.debugging import failpoint
+from pwm_torchrl.run.directory import save_config, write_event
 from pwm_torchrl.run.ending import Closing, named, record_end
 from pwm_torchrl.run.evaluation import PolicyEvaluation
+from pwm_torchrl.run.load import load_pretrained
+from pwm_torchrl.run.loggers import close_logger, make_logger
 from pwm_torchrl.run.loop import Loop, Recording
+from pwm_torchrl.run.memory_plan import RunPlan
+from pwm_torchrl.run.metrics import CsvMetrics
+from pwm_torchrl.run.replica import check_device, serve, start_replicas
 from pwm_torchrl.run.sources import StoredSource, open_source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest, stop_on_interrupt
+from pwm_torchrl.run.summary import RunSummary
 from pwm_torchrl.run.validation import HeldOutValidation
 from pwm_torchrl.terminal import Progress, say, warn
-from pwm_torchrl.training.artifacts import write_curves
-from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
-from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.training.claims import RunClaim, claimed
-from pwm_torchrl.training.config_file import save_config
-from pwm_torchrl.training.distributed import Ranks, joined
-from pwm_torchrl.training.events import write_event
-from pwm_torchrl.training.failpoints import failpoint
-from pwm_torchrl.training.load import facts_of, load_pretrained
-from pwm_torchrl.training.loggers import close_logger, make_logger
-from pwm_torchrl.training.memory_plan import RunPlan
-from pwm_torchrl.training.metrics import CsvMetrics
-from pwm_torchrl.training.replica import check_device, serve, start_replicas
-from pwm_torchrl.training.run_readme import write_run_readme
-from pwm_torchrl.training.seeding import RunRNGState, seed_everything
-from pwm_torchrl.training.shared_updates import SharedExecutor
-from pwm_torchrl.training.state_files import AllocatedStateAdapter
-from pwm_torchrl.training.summary import RunSummary
-from pwm_torchrl.training.threads import set_threads
 
 __all__ = ["Run", "train"]
 

@@ -26,9 +26,8 @@ from pwm_torchrl.modules import (
 from pwm_torchrl.objectives import PWMModelLoss
 from pwm_torchrl.run.evaluation import rollout_errors
 from pwm_torchrl.run.sources import StoredSource
-from pwm_torchrl.training.offline import open_store, pretraining_facts, pretraining_tasks
-from pwm_torchrl.training.stored import StoredSamples
-from pwm_torchrl.training.summary import RunSummary
+from pwm_torchrl.run.stored_episodes import StoredSamples, open_store, pretraining_facts, pretraining_tasks
+from pwm_torchrl.run.summary import RunSummary
 
 #: Where a run leaves its world model, best by validation, for other runs to read.
 WORLD_MODEL = "world_model"

@@ -14,8 +14,8 @@ from training_cases import Bench, config, live_graphs, trajectories
 
 from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.modules import RewardScale
+from pwm_torchrl.run.debugging import live_tensors
 from pwm_torchrl.run.evaluation import gradient_profile
-from pwm_torchrl.training.graph_check import live_tensors
 
 NAMES = ("model", "actor", "critic")
 

@@ -17,7 +17,7 @@ from training_cases import Bench, assert_equal, config, trajectories
 from pwm_torchrl.algorithm.updates import Updates, is_out_of_memory
 from pwm_torchrl.config import MemoryConfig
 from pwm_torchrl.errors import OutOfMemory
-from pwm_torchrl.training.graph_check import live_nodes, live_tensors
+from pwm_torchrl.run.debugging import live_nodes, live_tensors
 
 ROOT = Path(__file__).parents[2]
 WHERE = [(update, place) for update in UPDATES for place in PLACES if place != "sampling" or update == "model"]

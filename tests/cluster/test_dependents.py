@@ -11,7 +11,7 @@ from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.cluster.restarts import Life, NextPlan
 from pwm_torchrl.cluster.slurm import JobState
 from pwm_torchrl.config import Config
-from pwm_torchrl.training.config_file import save_config
+from pwm_torchrl.run.directory import save_config
 
 
 def job(state: str) -> JobState:

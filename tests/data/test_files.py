@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from replay_cases import H, N, random_steps
 
-from pwm_torchrl.data import SegmentStore, TrajectoryReplay, replay_disk_bytes
-from pwm_torchrl.data import files as module
-from pwm_torchrl.data.files import (
+from pwm_torchrl import files as module
+from pwm_torchrl.data import SegmentStore, TrajectoryReplay
+from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.files import (
     allocate,
     amount,
     filesystem_type,
@@ -22,7 +23,7 @@ from pwm_torchrl.data.files import (
     write_durably,
     write_zeros,
 )
-from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.memory.storage import replay_disk_bytes
 
 SHM = Path("/dev/shm")
 

@@ -10,14 +10,14 @@ from replay_cases import H, random_steps
 from torchrl.checkpoint import Checkpoint
 from training_cases import assert_equal, config, rows_of, run_with, weights_of
 
-from pwm_torchrl.data import TrajectoryReplay, replay_bytes
-from pwm_torchrl.data import files as files_module
-from pwm_torchrl.data.files import Reserve, allocate, free_bytes, write_zeros
+from pwm_torchrl import files as files_module
+from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.errors import StorageFault
+from pwm_torchrl.files import Reserve, allocate, free_bytes, write_zeros
+from pwm_torchrl.memory.storage import replay_bytes
+from pwm_torchrl.run.checkpoints import FOLDER, METRIC, AllocatedStateAdapter, CheckpointStore
+from pwm_torchrl.run.claims import claimed
 from pwm_torchrl.training import train
-from pwm_torchrl.training.checkpoint_store import FOLDER, METRIC, CheckpointStore
-from pwm_torchrl.training.claims import claimed
-from pwm_torchrl.training.state_files import AllocatedStateAdapter
 
 MIB = 1 << 20
 pytestmark = pytest.mark.usefixtures("any_filesystem")

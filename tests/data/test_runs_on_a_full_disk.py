@@ -11,14 +11,13 @@ from run_files import events, saved_epochs, summary_of
 from training_cases import assert_equal, config, rows_of, run_with, weights_of
 
 import pwm_torchrl.run.train as run_module
-from pwm_torchrl.data.files import Reserve, allocate, free_bytes
 from pwm_torchrl.errors import StorageFault
+from pwm_torchrl.files import Reserve, allocate, append_text, free_bytes
+from pwm_torchrl.run.directory import write_event
+from pwm_torchrl.run.metrics import CsvMetrics, read_metrics
+from pwm_torchrl.run.summary import RunSummary
 from pwm_torchrl.run.train import Run
 from pwm_torchrl.training import train
-from pwm_torchrl.training.append import append_text
-from pwm_torchrl.training.events import write_event
-from pwm_torchrl.training.metrics import CsvMetrics, read_metrics
-from pwm_torchrl.training.summary import RunSummary
 
 #: Four epochs, checkpoints after the second and the last.
 CONFIG = config()

@@ -5,9 +5,19 @@ from __future__ import annotations
 import pytest
 from replay_cases import random_steps
 
-from pwm_torchrl.data import SegmentStore, TrajectoryReplay, replay_bytes, replay_disk_bytes, steps_since_checkpoint
-from pwm_torchrl.data.layout import MOST_SEGMENTS, SEGMENTS, RecordLayout, disk_bytes, record_bytes, segment_steps
+from pwm_torchrl.data import SegmentStore, TrajectoryReplay
+from pwm_torchrl.data.layout import RecordLayout
 from pwm_torchrl.data.segments import held_bytes
+from pwm_torchrl.memory.storage import (
+    MOST_SEGMENTS,
+    SEGMENTS,
+    disk_bytes,
+    record_bytes,
+    replay_bytes,
+    replay_disk_bytes,
+    segment_steps,
+    steps_since_checkpoint,
+)
 
 #: Observations, actions.
 DIMS = [(3, 1), (37, 8), (76, 21), (11, 3)]

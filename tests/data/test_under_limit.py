@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pwm_torchrl.data.files import MEMORY_FILESYSTEMS, filesystem_type
+from pwm_torchrl.files import MEMORY_FILESYSTEMS, filesystem_type
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20

@@ -5,17 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import dflex_stand_in as stand_in
 import pytest
 import torch
 from torchrl.envs.utils import check_env_specs
 
 from pwm_torchrl.envs import DFlexEnv, EnvironmentFault, env_info, make_dflex_env, render_frame
-from pwm_torchrl.envs import dflex_stand_in as stand_in
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 from .conftest import play, random_actions
 
-MODULE = "pwm_torchrl.envs.dflex_stand_in"
+MODULE = "dflex_stand_in"
 DIMENSIONS = {"hopper": (11, 3), "ant": (37, 8), "anymal": (49, 12), "humanoid": (76, 21), "snu_humanoid": (53, 152)}
 
 

@@ -10,17 +10,19 @@ import pytest
 
 pytest.importorskip("hydra")
 
-from pwm_torchrl.envs import dflex_stand_in, env_info, facts, make_env
-from pwm_torchrl.envs.dflex_maker import CLASSES
+import dflex_stand_in
+
+from pwm_torchrl.choices import group_choices
+from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.envs import env_info, facts, make_env
+from pwm_torchrl.envs.dflex import CLASSES
 from pwm_torchrl.envs.factory import probe_env
 from pwm_torchrl.envs.facts import DFLEX_DIMENSIONS, environment_facts
 from pwm_torchrl.envs.tasks import TaskInfo, register_task
-from pwm_torchrl.envs.tasks import info as registry
+from pwm_torchrl.envs.tasks import registry as registry
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
-from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.groups import group_choices
 
-STAND_IN = "env.module=pwm_torchrl.envs.dflex_stand_in"
+STAND_IN = "env.module=dflex_stand_in"
 #: Words that make an environment of each file in configs/env, dflex's through its stand-in.
 WORDS = {
     "pendulum": [],

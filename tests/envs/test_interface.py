@@ -23,7 +23,7 @@ WALKER = {"_target_": MAKERS + "make_dm_control_env", "domain": "walker", "task"
 ANT = {
     "_target_": MAKERS + "make_dflex_env",
     "name": "dflex_ant",
-    "module": MAKERS + "dflex_stand_in",
+    "module": "dflex_stand_in",
 }
 FOREIGN = {"_target_": "torchrl.envs.GymEnv", "env_name": "Pendulum-v1"}
 FOREIGN_DM = {"_target_": "torchrl.envs.DMControlEnv", "env_name": "walker", "task_name": "walk", "frame_skip": 2}

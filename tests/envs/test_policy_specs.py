@@ -10,7 +10,7 @@ from torchrl.envs import EnvBase, GymEnv, GymWrapper, SerialEnv
 from torchrl.envs.utils import check_env_specs
 
 from pwm_torchrl.envs import env_info, make_env, make_gymnasium_env
-from pwm_torchrl.envs.policy_specs import in_own_units, policy_specs
+from pwm_torchrl.envs.standard import in_own_units, policy_specs
 from pwm_torchrl.errors import ConfigurationError
 
 from .conftest import Counter

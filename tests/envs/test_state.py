@@ -95,7 +95,7 @@ def test_another_simulation_is_refused():
         {
             "_target_": "pwm_torchrl.envs.make_dflex_env",
             "name": "hopper",
-            "module": "pwm_torchrl.envs.dflex_stand_in",
+            "module": "dflex_stand_in",
         },
         {"_target_": GYM, "id": "pwm_tests/Counter-v0"},
     ],

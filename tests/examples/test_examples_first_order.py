@@ -35,7 +35,7 @@ def load(path: Path) -> ModuleType:
 @pytest.fixture
 def _short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training before planning takes as few steps as it can, and draws no picture."""
-    from pwm_torchrl.launch import compose as module
+    from pwm_torchrl.cli import compose as module
     from pwm_torchrl.run import train as run_module
 
     compose = module.compose

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from training_cases import config
 
+from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.launch.compose import compose
 from pwm_torchrl.memory import plan as limits
 from pwm_torchrl.memory.budget import Budget, Candidate
 from pwm_torchrl.memory.predict import DEVICE, HOST

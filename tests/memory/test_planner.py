@@ -13,13 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from plan_cases import FACTS, PLENTY, USABLE, automatic, budgets, plan
 
-from pwm_torchrl.data import replay_bytes
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory import plan as space_module
 from pwm_torchrl.memory import predict as predict_module
 from pwm_torchrl.memory.plan import EFFICIENT, PlanSpace, halvings, make_plan
 from pwm_torchrl.memory.predict import DEVICE, DISK, HOST, Choices
 from pwm_torchrl.memory.readings import GIB, MIB
+from pwm_torchrl.memory.storage import replay_bytes
 from pwm_torchrl.memory.trace import UPDATES
 
 MLP = {"model.dynamics.kind": "mlp"}

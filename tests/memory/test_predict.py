@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from training_cases import config
 
-from pwm_torchrl.data import replay_bytes, replay_disk_bytes, steps_since_checkpoint
 from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.memory import predict as predict_module
 from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Item, Prediction, predict
 from pwm_torchrl.memory.readings import MIB, read_process
+from pwm_torchrl.memory.storage import replay_bytes, replay_disk_bytes, steps_since_checkpoint
 from pwm_torchrl.memory.trace import UpdateTracer
 
 FACTS = EnvInfo("test", 3, 1, 30, 1, 2, False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from plan_cases import FACTS, PLENTY, automatic, budgets, plan
 
-from pwm_torchrl.launch.compose import compose
+from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.memory.budget import Budget, Candidate
 from pwm_torchrl.memory.plan import WIDTH, Alternative, Plan, make_plan, plan_table
 from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Item, Prediction

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 from training_cases import config
 
+from pwm_torchrl.algorithm.build import Facts
 from pwm_torchrl.memory.readings import read_process
 from pwm_torchrl.memory.trace import UPDATES, FakeTensors, StorageCounter, UpdateTracer, _Updates
-from pwm_torchrl.training.load import Facts
 
 FACTS = Facts(3, 1, terminates=True)
 

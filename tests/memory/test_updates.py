@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 from training_cases import config
 
-from pwm_torchrl.algorithm.build import build_losses, build_networks, build_optimizers
+from pwm_torchrl.algorithm.build import Facts, build_losses, build_networks, build_optimizers
 from pwm_torchrl.memory import trace as updates
 from pwm_torchrl.memory.trace import UPDATES, Transient, UpdateTracer
-from pwm_torchrl.training.load import Facts
 
 FACTS = Facts(5, 2, terminates=True)
 MODELS = {

@@ -17,12 +17,11 @@ from training_cases import config
 
 import pwm_torchrl.run.train as run_module
 from pwm_torchrl.config import Config
+from pwm_torchrl.run.checkpoints import SEAL_FILE, CheckpointStore
+from pwm_torchrl.run.debugging import VARIABLE
 from pwm_torchrl.run.loop import Loop
 from pwm_torchrl.run.stop import StopRequest
 from pwm_torchrl.training import train
-from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.training.failpoints import VARIABLE
-from pwm_torchrl.training.seal import SEAL_FILE
 
 _HERE = Path(__file__).resolve().parent
 NETWORKS = (

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pwm_torchrl import load_policy, load_world_model
-from pwm_torchrl.launch.report import main as report
+from pwm_torchrl.cli.report import main as report
+from pwm_torchrl.run.directory import load_config
+from pwm_torchrl.run.metrics import read_metrics
 from pwm_torchrl.training import evaluate_run
-from pwm_torchrl.training.config_file import load_config
-from pwm_torchrl.training.metrics import read_metrics
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_schema_2.tar.xz"
 
@@ -59,8 +59,7 @@ def test_it_is_reported(run, tmp_path, capsys):
 
 
 def test_resuming_it_is_refused_with_the_reason(run, capsys):
-    from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
-    from pwm_torchrl.training.checkpoint_store import CheckpointStore
+    from pwm_torchrl.run.checkpoints import CheckpointFault, CheckpointStore, load_checkpoint
 
     path = CheckpointStore(run).latest()
     with pytest.raises(CheckpointFault, match="schema version 2"):

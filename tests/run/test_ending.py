@@ -9,8 +9,8 @@ import pytest
 from run_files import events
 
 from pwm_torchrl.errors import ConfigurationError, OutOfMemory, StorageFault, Superseded
+from pwm_torchrl.run.claims import claimed, read_outcome
 from pwm_torchrl.run.ending import Closing, named, record_end
-from pwm_torchrl.training.claims import claimed, read_outcome
 
 
 def failing(text: str):

@@ -11,12 +11,11 @@ from torch import nn
 from torchrl.envs import SerialEnv, TransformedEnv
 from training_cases import CARTPOLE, CLOCKWORK, DFLEX, PENDULUM, Clockwork, config
 
-from pwm_torchrl.algorithm.build import build_networks
+from pwm_torchrl.algorithm.build import Facts, build_networks
 from pwm_torchrl.config import TrainingConfig
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.modules import policy_module
 from pwm_torchrl.run.evaluation import Episodes, film, open_loop_errors, play, random_action
-from pwm_torchrl.training.load import Facts
 
 
 @pytest.fixture(autouse=True)

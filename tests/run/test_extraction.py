@@ -14,15 +14,15 @@ from training_cases import assert_equal, config, rows_of, run_with, stop_after, 
 from pwm_torchrl.config import trained_networks
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.launch.reporting.collect import read_run
-from pwm_torchrl.launch.reporting.scores import score_table
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
+from pwm_torchrl.report.collect import read_run
+from pwm_torchrl.report.scores import score_table
 from pwm_torchrl.run import evaluation
+from pwm_torchrl.run import load as load_module
 from pwm_torchrl.run.evaluation import Episodes, LatentVariance
+from pwm_torchrl.run.load import load_networks
+from pwm_torchrl.run.stored_episodes import run_facts
 from pwm_torchrl.training import evaluate_run, load_env, load_policy
-from pwm_torchrl.training import load as load_module
-from pwm_torchrl.training.load import load_networks
-from pwm_torchrl.training.offline import run_facts
 
 TASKS = ("pendulum-swingup", "cup-catch")
 SPEC = {"num_tasks": 2, "task_dim": 4, "action_dims": (1, 2), "reward_head": "two_hot", "reward_space": "symlog"}
@@ -198,7 +198,7 @@ class TestScores:
     @pytest.fixture
     def runs(self, store, world_model, tmp_path):
         """Files of runs that were never made: two tasks, two seeds."""
-        from pwm_torchrl.training.config_file import save_config
+        from pwm_torchrl.run.directory import save_config
 
         reports = []
         for seed in (0, 1):

@@ -16,12 +16,18 @@ from training_cases import rows_of
 
 import pwm_torchrl
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.run import claims
+from pwm_torchrl.run.checkpoints import (
+    SEAL_FILE,
+    BrokenSeal,
+    CheckpointFault,
+    CheckpointStore,
+    check_seal,
+    load_checkpoint,
+)
+from pwm_torchrl.run.debugging import FAILPOINTS
 from pwm_torchrl.run.loop import Loop
-from pwm_torchrl.training import claims, train
-from pwm_torchrl.training.checkpoint import CheckpointFault, load_checkpoint
-from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.training.failpoints import FAILPOINTS
-from pwm_torchrl.training.seal import SEAL_FILE, BrokenSeal, check_seal
+from pwm_torchrl.training import train
 
 pytestmark = pytest.mark.slow
 

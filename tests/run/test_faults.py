@@ -9,8 +9,8 @@ import torch
 from training_cases import CLOCKWORK, config, rows_of, run_with
 
 from pwm_torchrl.errors import EnvironmentFault
+from pwm_torchrl.run.checkpoints import CheckpointStore
 from pwm_torchrl.training import train
-from pwm_torchrl.training.checkpoint_store import CheckpointStore
 
 
 def status(run_dir) -> str:

@@ -15,9 +15,16 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.cgroups import CgroupMemory
 from pwm_torchrl.memory.readings import MachineMemory, Reading
 from pwm_torchrl.modules import read_world_model
+from pwm_torchrl.run.stored_episodes import (
+    StoredSamples,
+    open_store,
+    outgrows_memory,
+    pretraining_tasks,
+    run_facts,
+    scratch_directory,
+    training_split,
+)
 from pwm_torchrl.run.validation import Validation
-from pwm_torchrl.training.offline import open_store, pretraining_tasks, run_facts, scratch_directory, training_split
-from pwm_torchrl.training.stored import StoredSamples, outgrows_memory
 
 TASKS = ("pendulum-swingup", "cup-catch")
 

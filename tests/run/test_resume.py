@@ -27,11 +27,10 @@ from training_cases import (
 
 import pwm_torchrl.run.train as run_module
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.run.checkpoints import CheckpointFault, CheckpointStore
 from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.train import Run
 from pwm_torchrl.training import train
-from pwm_torchrl.training.checkpoint import CheckpointFault
-from pwm_torchrl.training.checkpoint_store import CheckpointStore
 
 
 def checkpoints(run_dir):

@@ -25,14 +25,14 @@ from pwm_torchrl.devices import pick_device
 from pwm_torchrl.envs import make_env
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.run import evaluation as evaluation_module
+from pwm_torchrl.run.checkpoints import CheckpointStore
+from pwm_torchrl.run.claims import claimed
+from pwm_torchrl.run.collector import evaluation_env_seed
 from pwm_torchrl.run.ending import Closing
 from pwm_torchrl.run.evaluation import play, random_action
+from pwm_torchrl.run.summary import RunSummary
 from pwm_torchrl.run.train import Run
 from pwm_torchrl.training import train
-from pwm_torchrl.training.checkpoint_store import CheckpointStore
-from pwm_torchrl.training.claims import claimed
-from pwm_torchrl.training.seeding import evaluation_env_seed
-from pwm_torchrl.training.summary import RunSummary
 
 #: As the project's description lists them.
 SUMMARY_KEYS = {

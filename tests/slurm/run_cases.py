@@ -10,7 +10,7 @@ from typing import Any
 
 from throwaway import Cluster
 
-from pwm_torchrl.launch.submit import main
+from pwm_torchrl.cli.submit import main
 
 #: An environment of the user's own, in a folder of theirs.
 USER_CODE = '''

@@ -8,11 +8,11 @@ from datetime import datetime, timedelta
 import pytest
 from run_cases import Place, events, last_epoch, metrics, summary
 
+from pwm_torchrl.cli.resume import main as resume
+from pwm_torchrl.cli.status import main as status
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.launch.resume import main as resume
-from pwm_torchrl.launch.status import main as status
+from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.training import train
-from pwm_torchrl.training.config_file import load_config
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ import pytest
 
 pytest.importorskip("hydra")
 
-from pwm_torchrl.launch.checks import OK, PROBLEM
-from pwm_torchrl.launch.compose import compose
-from pwm_torchrl.launch.doctor import main
-from pwm_torchrl.launch.slurm_check import check_slurm
+from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.doctor import OK, PROBLEM, check_slurm, main
 
 
 def test_a_draft_of_the_cluster(on_cluster, tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ import pytest
 from run_cases import Place, summary
 from stored_cases import write_store
 
-from pwm_torchrl.launch.resume import main as resume
-from pwm_torchrl.launch.submit import main
+from pwm_torchrl.cli.resume import main as resume
+from pwm_torchrl.cli.submit import main
 from pwm_torchrl.modules import world_model_facts
-from pwm_torchrl.training.config_file import load_config
+from pwm_torchrl.run.directory import load_config
 
 TASKS = ("pendulum-swingup", "cup-catch")
 FIRST = ("algorithm.horizon=4", "algorithm.model_batch=8", "algorithm.model_updates=2", "training.epochs=3")

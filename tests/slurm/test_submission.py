@@ -8,9 +8,9 @@ import re
 import pytest
 from run_cases import SMALL, Place, events, last_row, summary
 
-from pwm_torchrl.launch.submit import main
+from pwm_torchrl.cli.submit import main
+from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.training import train
-from pwm_torchrl.training.config_file import load_config
 
 
 @pytest.fixture

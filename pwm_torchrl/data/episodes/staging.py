@@ -13,8 +13,8 @@ from pathlib import Path
 from pwm_torchrl.data.episodes import store as layout
 from pwm_torchrl.data.episodes.store import EpisodeStore
 from pwm_torchrl.data.episodes.writer import locked
-from pwm_torchrl.data.files import amount, free_bytes, storage_faults, sync_folder
 from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.files import amount, free_bytes, storage_faults, sync_folder
 
 __all__ = ["stage_store"]
 

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from pwm_torchrl.data.episodes import store as layout
 from pwm_torchrl.data.episodes.store import EpisodeRows
-from pwm_torchrl.data.files import amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.files import amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
 from pwm_torchrl.terminal import LINE_EVERY_S, has_terminal, say
 
 if TYPE_CHECKING:

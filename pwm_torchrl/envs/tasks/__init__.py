@@ -9,14 +9,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pwm_torchrl.envs.tasks.info import TaskInfo, known_tasks, register_task, task_info
-from pwm_torchrl.envs.tasks.published import MT30, MT80
-from pwm_torchrl.envs.tasks.sets import PUBLISHED_SETS, TaskSet, task_set
+from pwm_torchrl.envs.tasks.registry import (
+    MT30,
+    MT80,
+    PUBLISHED_SETS,
+    TaskInfo,
+    TaskSet,
+    known_tasks,
+    register_task,
+    task_info,
+    task_set,
+)
 
 if TYPE_CHECKING:
-    from pwm_torchrl.envs.tasks.custom.maker import make_custom_dm_control_env
-    from pwm_torchrl.envs.tasks.maker import make_task_env
-    from pwm_torchrl.envs.tasks.metaworld_env import make_metaworld_env
+    from pwm_torchrl.envs.tasks.maker import make_custom_dm_control_env, make_metaworld_env, make_task_env
 
 __all__ = [
     "MT30",
@@ -34,8 +40,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "make_custom_dm_control_env": "custom.maker",
-    "make_metaworld_env": "metaworld_env",
+    "make_custom_dm_control_env": "maker",
+    "make_metaworld_env": "maker",
     "make_task_env": "maker",
 }
 

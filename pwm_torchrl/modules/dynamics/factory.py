@@ -10,7 +10,7 @@ from pwm_torchrl.modules.dynamics.base import Dynamics, matched_units
 from pwm_torchrl.modules.dynamics.endpoint import ResidualDynamics, ResidualEndpointFlow
 from pwm_torchrl.modules.dynamics.mlp import MLPDynamics
 from pwm_torchrl.modules.dynamics.velocity import SimNormVelocityFlow, TangentFlow
-from pwm_torchrl.own_code import locate
+from pwm_torchrl.user_code import locate
 
 KINDS = ("mlp", "residual", "flow")
 PARAMETERIZATIONS = ("residual_endpoint", "tangent", "simnorm_velocity")

@@ -13,7 +13,8 @@ from torchrl.envs.utils import check_env_specs
 
 from pwm_torchrl.envs import env_info, load_env_state, make_env, make_task_env, save_env_state
 from pwm_torchrl.envs.facts import environment_facts
-from pwm_torchrl.envs.tasks import MT30, MT80, TaskInfo, info, known_tasks, register_task, task_info, task_set
+from pwm_torchrl.envs.tasks import MT30, MT80, TaskInfo, known_tasks, register_task, task_info, task_set
+from pwm_torchrl.envs.tasks import registry as info
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 HAS_METAWORLD = importlib.util.find_spec("metaworld") is not None

@@ -1,0 +1,535 @@
+"""From the words of a command line to a configuration, or one sentence that says what is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from pwm_torchrl.choices import (
+    configs_dir,
+    exact_choice,
+    group_choices,
+    nearest_sentence,
+    schema_keys,
+    user_configs_dir,
+    user_profiles,
+)
+from pwm_torchrl.cli.modes import apply_mode, apply_steps, check_stored, tasks_to_extract
+from pwm_torchrl.cli.validate import CHOICES, INTEGERS_OF_ENV, read_time, validate
+from pwm_torchrl.cli.words import check_meaning, instead_of_hydras, option_hint, unknown_option
+from pwm_torchrl.config import MISSING, RENAMED_KEYS, Config
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.terminal import warn
+from pwm_torchrl.user_code import make_cwd_importable
+
+__all__ = [
+    "EVERY_TASK",
+    "as_yaml",
+    "check_types",
+    "compose",
+    "compose_unchecked",
+    "expand",
+    "explain",
+    "type_words",
+    "values_of",
+]
+
+
+def explain(error: Exception, words: list[str], env_keys: list[str]) -> ConfigurationError:
+    """Builds the :class:`ConfigurationError` that tells a user what ``error`` means.
+
+    Args:
+        error: what Hydra or OmegaConf raised.
+        words: the command line's words.
+        env_keys: dotted keys of the chosen environment, for the nearest one.
+    """
+    root = _root(error)
+    key = str(getattr(root, "full_key", "") or "")
+    file = re.match(r"In '(\w+)/([\w.-]+)': \w+Error raised", str(error))
+    place = f"{_file(*file.groups())}: " if file else ""
+    if isinstance(root, (ConfigAttributeError, ConfigKeyError)) and key:
+        return ConfigurationError(place + _unknown_key(key, env_keys))
+    if isinstance(root, ValidationError) and key:
+        return ConfigurationError(place + _wrong_type(key, root, words))
+    if isinstance(root, YAMLError):
+        return ConfigurationError(f"a configuration file is not readable YAML: {' '.join(str(root).split())}")
+    if isinstance(root, InterpolationResolutionError):
+        return ConfigurationError(f"{key} refers to a value that does not exist: {_first_line(root)}")
+    return ConfigurationError(f"the configuration does not compose: {_first_line(error)}")
+
+
+def type_words(hint: Any) -> str:
+    """A type hint in words: ``an integer``, ``a list of numbers``, ``true or false`` ..."""
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    args = typing.get_args(hint)
+    if type(None) in args:
+        return type_words(next(a for a in args if a is not type(None))) + " or null"
+    if typing.get_origin(hint) is list:
+        return (
+            "a list of " + {int: "integers", float: "numbers", str: "texts"}.get(args[0], "values") + ", such as [1,2]"
+        )
+    return names.get(hint, "a section with keys of its own")
+
+
+def check_types(config: Config) -> None:
+    """Lists and sections are what the schema says: OmegaConf does not look behind an interpolation that stands for one.
+
+    Raises:
+        ConfigurationError: for the first that is something else.
+    """
+    for key, hint in schema_keys().items():
+        section = hint if dataclasses.is_dataclass(hint) else typing.get_origin(hint)
+        if section not in (list, dict) and not dataclasses.is_dataclass(section):
+            continue
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        fits = isinstance(value, typing.cast(type, section))
+        if fits and section is list:
+            element = typing.get_args(hint)[0]
+            accepted = (int, float) if element is float else (element,)
+            fits = all(isinstance(each, accepted) and not isinstance(each, bool) for each in value)
+        if not fits:
+            shown = value if isinstance(value, (str, int, float, list)) else type(value).__name__
+            raise ConfigurationError(f"{key}={shown}: {str(shown)!r} is not {type_words(hint)}")
+
+
+def _file(group: str, choice: str) -> str:
+    own = user_profiles().get(choice) if group == "cluster" else None
+    return str(own) if own is not None else f"configs/{group}/{choice}.yaml"
+
+
+def _root(error: BaseException) -> BaseException:
+    """The deepest OmegaConf error that names a key; Hydra wraps it into one that says less."""
+    found, current = error, error.__cause__ or error.__context__
+    while current is not None:
+        if isinstance(current, OmegaConfBaseException) and getattr(current, "full_key", None):
+            found = current
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def _unknown_key(key: str, env_keys: list[str]) -> str:
+    if key.startswith("env."):
+        return (
+            f"unknown key {key!r}{nearest_sentence(key, env_keys)}; "
+            f"to pass the environment a new argument write +{key}=VALUE"
+        )
+    return f"unknown key {key!r}{nearest_sentence(key, schema_keys())}"
+
+
+def _wrong_type(key: str, root: ValidationError, words: list[str]) -> str:
+    key = re.sub(r"\[\d+\]$", "", key)
+    hint = schema_keys().get(key)
+    quoted = re.search(r"Value '(.*?)'", str(root))
+    given = [w for w in words if w.lstrip("+").partition("=")[0] == key]
+    # A key may be given twice; the error is about one of its values.
+    word = next((w for w in given if quoted and w.partition("=")[2].strip("'\"") == quoted.group(1)), None)
+    word = word or next(iter(given), None)
+    if word is not None:
+        value = repr(word.partition("=")[2])
+    else:
+        value = repr(quoted.group(1)) if quoted else "its value"
+    accepted = f"is not {type_words(hint)}" if hint is not None else f"does not fit ({_first_line(root)})"
+    return f"{key}={value.strip(chr(39))}: {value} {accepted}" if word else f"{key}: {value} {accepted}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+#: A run for each task.
+EVERY_TASK = "task=all"
+MOST = 10_000
+
+
+def expand(words: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values of Hydra's sweeps, the last one changing fastest.
+
+    Args:
+        words (sequence of str): of the command line.
+
+    Returns:
+        list of list of str: the words of each run; one of them if nothing is swept.
+
+    Raises:
+        ConfigurationError: for a sweep without discrete values, or too many runs.
+    """
+    options = [_tasks(words) if word == EVERY_TASK else values_of(word) for word in words]
+    count = 1
+    for values in options:
+        count *= len(values)
+    if count > MOST:
+        raise ConfigurationError(f"{count} runs in one command are more than {MOST}; submit them in parts")
+    return [list(chosen) for chosen in itertools.product(*options)]
+
+
+def _tasks(words: Sequence[str]) -> list[str]:
+    """A word for every task that ``task=all`` means."""
+    first = [values_of(word)[0] for word in words if word != EVERY_TASK]  # what else is swept has no tasks of its own
+    return [f"task={name}" for name in tasks_to_extract(compose_unchecked(first))]
+
+
+def values_of(word: str) -> list[str]:
+    """A word for each of the values that a word gives its key."""
+    key = word.partition("=")[0]
+    if "=" not in word or key in (*PATHS, "tasks"):
+        return [word]  # a path is text, whatever Hydra's grammar makes of its commas; tasks are one set
+    try:
+        override = OverridesParser.create().parse_overrides([word])[0]
+    except HydraException:
+        return [word]  # composing tells what is wrong with it
+    if not override.is_sweep_override():
+        return [word]
+    pattern = override.value()
+    if isinstance(pattern, Glob):
+        return [f"{key}={choice}" for choice in _matching(word, override.key_or_group, pattern)]
+    if not override.is_discrete_sweep():
+        raise ConfigurationError(f"{word!r} is an interval, not a list of values; write {key}=a,b,c or range(...)")
+    return [f"{key}={_interpolated(value)}" for value in override.sweep_string_iterator()]
+
+
+def _matching(word: str, group: str, pattern: Glob) -> list[str]:
+    """The choices of a group that ``glob(...)`` means.
+
+    Raises:
+        ConfigurationError: if there are none.
+    """
+    groups = group_choices()
+    found = pattern.filter(groups.get(group, []))
+    if not found:
+        what = f"the choices of {group}: {', '.join(groups[group])}" if group in groups else "choices of a group only"
+        raise ConfigurationError(f"{word!r} matches nothing; glob(...) stands for {what}")
+    return found
+
+
+def _interpolated(value: str) -> str:
+    """Hydra escapes the brackets of an interpolation, which is then none."""
+    return re.sub(r"\\(.)", r"\1", value) if "$\\{" in value else value
+
+
+SCHEMA = "pwm_config_schema"  # TorchRL owns the plain names in the shared ConfigStore
+
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+
+#: Keys whose values are paths: text, whatever Hydra's grammar makes of their blanks, brackets, commas and equal signs.
+PATHS = ("run_dir", "runs_dir", "world_model", "data.path", "data.scratch_dir")
+
+_TOLD: set[str] = set()  # keys of earlier versions whose new names were told
+
+_SYSTEMS = {"heun_k2": "flow_v1", "heun_k4": "flow_v2", "euler_k8": "flow_v3"}
+
+_MISSING_HINTS = {
+    "env.id": "for example env.id=HalfCheetah-v5",
+    "env.domain": "for example env.domain=walker",
+    "env.task": "for example env.task=walk",
+    "env._target_": "for example env._target_=my_pkg.make_env",
+}
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """Composes and checks a run's configuration.
+
+    Args:
+        overrides: words of the command line, ``group=choice`` or ``group.key=value``.
+
+    Returns:
+        The resolved configuration as an instance of the schema; ``env`` is a plain dict.
+
+    Raises:
+        ConfigurationError: for whatever cannot work, in a few lines: unknown choices and keys
+            (with the nearest ones), wrong types, missing values, values out of range.
+    """
+    make_cwd_importable()
+    parsed = [_parse(word) for each in overrides for word in renamed(each)]
+    _check_names(parsed)
+    words = [*_profile_words(parsed), *_env_words(parsed)]
+    resolved = _to_config(_compose(words, parsed))
+    typed = _typed(parsed)
+    _label_honestly(resolved, typed)
+    apply_mode(resolved, list(typed))
+    read_time(resolved.cluster)
+    check_meaning(resolved, typed)
+    validate(resolved)
+    apply_steps(resolved, typed)
+    check_stored(resolved)
+    return resolved
+
+
+def compose_unchecked(overrides: Sequence[str]) -> Config:
+    """The configuration of some words without checks of what they mean together, to find out what a sweep is over."""
+    make_cwd_importable()
+    parsed = [_parse(word) for each in overrides for word in renamed(each)]
+    _check_names(parsed)
+    return _to_config(_compose([*_profile_words(parsed), *_env_words(parsed)], parsed))
+
+
+def as_yaml(config: Config) -> str:
+    """A configuration as YAML, without a line break at its end."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config))).rstrip()
+
+
+def _typed(parsed: list[Override]) -> dict[str, Any]:
+    """Every key that was typed with its last value; a section, ``model.dynamics={kind:mlp}``, by its keys."""
+    found: dict[str, Any] = {}
+    for o in parsed:
+        found |= _leaves(o.key_or_group, None if o.type == OverrideType.DEL else o.value())
+    return found
+
+
+def _leaves(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {leaf: v for name, below in value.items() for leaf, v in _leaves(f"{key}.{name}", below).items()}
+
+
+def _parse(word: str) -> Override:
+    """Reads a word; what can be written in several ways is put into one of them.
+
+    Raises:
+        ConfigurationError: for what is no setting, or asks for several runs.
+    """
+    override = _read(word)
+    if override.is_sweep_override():
+        raise ConfigurationError(
+            f"{word!r} asks for several runs, but one command starts one run; give a single {override.key_or_group}"
+        )
+    if override.type == OverrideType.DEL:
+        return override
+    key, value, accepted = override.key_or_group, override.value(), CHOICES.get(override.key_or_group)
+    if isinstance(value, float) and value.is_integer() and _is_integer(key):
+        return _read(f"{word.partition('=')[0]}={int(value)}")  # 1e6
+    if isinstance(value, str):
+        exact = exact_choice(value, group_choices().get(key, accepted or ()))
+        if exact is not None and exact != value:
+            return _read(f"{word.partition('=')[0]}={exact}")  # size=5M
+    return override
+
+
+def renamed(word: str) -> list[str]:
+    """A word with the present names of its key; a key of earlier versions is accepted, and its new name told once."""
+    written, equal, value = word.partition("=")
+    sign = written[: len(written) - len(written.lstrip("+"))]
+    now = RENAMED_KEYS.get(written[len(sign) :])
+    if now is None or not equal:
+        return [word]
+    if written not in _TOLD:
+        _TOLD.add(written)
+        warn(f"{written[len(sign) :]} is called {' and '.join(now)} now")
+    return [f"{sign}{key}={value}" for key in now]
+
+
+def _is_integer(key: str) -> bool:
+    hint = schema_keys().get(key)
+    return key in INTEGERS_OF_ENV or hint is int or set(typing.get_args(hint)) == {int, type(None)}
+
+
+def _read(word: str) -> Override:
+    if word.startswith("-"):
+        raise unknown_option(word)
+    if "${hydra:" in word:
+        raise ConfigurationError(
+            f"{word!r}: ${{hydra:...}} is Hydra's own, which does not run here; refer to a key, ${{seed}}, or to a "
+            "variable of the shell, ${oc.env:HOME}"
+        )
+    key, equal, value = word.partition("=")
+    if key == "tasks" and "," in value and value[0] not in "'\"[":
+        word = f"{key}={_quoted(value)}"  # a list of names is one set of tasks, not a sweep
+    if key in PATHS and value and value[0] not in "'\"" and value != "null":
+        word = f"{key}={_quoted(value)}"
+    if not equal and not word.startswith("~"):
+        raise ConfigurationError(f"{word!r} is not a setting; write key=value, for example model=flow_v2 or seed=1")
+    try:
+        override: Override = OverridesParser.create().parse_overrides([word])[0]
+    except HydraException as error:
+        raise ConfigurationError(
+            f"cannot read {word!r}; write key=value, and quote a value with special characters: \"{key}='...'\""
+        ) from error
+    return override
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _check_names(parsed: list[Override]) -> None:
+    """Groups, choices and keys, before Hydra sees them: its own search would offer other
+    packages' choices.
+    """
+    groups, schema = group_choices(), schema_keys()
+    for o in parsed:
+        key, word = o.key_or_group, o.input_line
+        written = f"{key}={(word or '').partition('=')[2]}"
+        if o.package is not None:
+            raise ConfigurationError(
+                f"{word}: every group has its place, and @{o.package} would put {key} elsewhere; write {written}"
+            )
+        if o.type == OverrideType.ADD and (key in groups or key in schema):
+            raise ConfigurationError(f"{word}: + adds a key, and {key} is there already; write {written}")
+        if key in groups:
+            _check_choice(o, key, groups[key])
+        elif key.startswith("env."):
+            continue  # the environment's own keys depend on the choice of env
+        elif key.startswith("hydra"):
+            raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {instead_of_hydras(key)}")
+        elif o.type == OverrideType.DEL:
+            raise ConfigurationError(f"{word!r} deletes a key, but every key of the schema is needed; set a value")
+        elif key not in schema:
+            near = option_hint(key) or nearest_sentence(key, {**schema, **groups})
+            raise ConfigurationError(f"{word}: unknown key {key!r}{near}")
+
+
+def _check_choice(o: Override, group: str, choices: list[str]) -> None:
+    value = None if o.type == OverrideType.DEL else o.value()
+    if group == "experiment" and value is None:
+        return
+    if o.type == OverrideType.DEL:
+        raise ConfigurationError(
+            f"{o.input_line!r} takes out a group that every run needs; write {group}=CHOICE, with one of "
+            f"{', '.join(choices)}"
+        )
+    if not isinstance(value, str) or value not in choices:
+        written = value if isinstance(value, str) else o.input_line.partition("=")[2]
+        raise ConfigurationError(
+            f"{o.input_line}: {written!r} is not a choice of "
+            f"{group}{nearest_sentence(str(written), choices)}\n"
+            f"choices of {group}: {', '.join(choices)}"
+        )
+
+
+def _profile_words(parsed: list[Override]) -> list[str]:
+    """Words that let Hydra find the user's own cluster profile, labelled by its name; none for the packaged ones.
+
+    Raises:
+        ConfigurationError: if it has the name of a packaged one: Hydra would silently take that.
+    """
+    chosen = [o.value() for o in parsed if o.key_or_group == "cluster"]
+    file = user_profiles().get(chosen[-1]) if chosen else None
+    if file is None:
+        return []
+    if (configs_dir() / "cluster" / file.name).exists():
+        raise ConfigurationError(
+            f"cluster={file.stem} is both {file} and a profile of pwm_torchrl; give the file another name"
+        )
+    return [f"hydra.searchpath=[{_quoted(f'file://{user_configs_dir()}')}]", f"cluster.name={_quoted(file.stem)}"]
+
+
+def _env_words(parsed: list[Override]) -> list[str]:
+    """The words for Hydra; a user's own maker selects env=custom, whose keys are free."""
+    words = [o.input_line or "" for o in parsed]
+    chosen = [o.value() for o in parsed if o.key_or_group == "env"]
+    if not chosen and any(o.key_or_group == "env._target_" for o in parsed):
+        words.insert(0, "env=custom")
+        chosen = ["custom"]
+    if chosen[-1:] == ["custom"]:
+        words = ["++" + w if w.startswith("env.") else w for w in words]
+    return words
+
+
+def _compose(words: list[str], parsed: list[Override]) -> DictConfig:
+    try:
+        return _hydra(words)
+    except _COMPOSITION_ERRORS as error:
+        env_keys: list[str] = []
+        if any(o.key_or_group.startswith("env.") for o in parsed):
+            try:
+                rest = _hydra([w for w in words if not w.lstrip("+~").startswith("env.")])
+                env_keys = [f"env.{k}" for k in rest.env]
+            except _COMPOSITION_ERRORS:
+                env_keys = []  # the error is not about env's keys
+        raise explain(error, words, env_keys) from error
+
+
+def _hydra(words: list[str]) -> DictConfig:
+    with _own_schema(), initialize_config_dir(config_dir=str(configs_dir()), version_base="1.3"):
+        return hydra_compose(config_name="config", overrides=words)
+
+
+@contextmanager
+def _own_schema() -> Iterator[None]:
+    """Inside, the ConfigStore holds Hydra's entries and the schema alone.
+
+    Where TorchRL's configurations are loaded, Hydra would take its ``logger/csv`` for the schema of ours.
+    """
+    store = ConfigStore.instance()
+    everything = store.repo
+    kept = {name: node for name, node in everything.items() if name in ("hydra", "_dummy_empty_config_.yaml")}
+    store.repo = kept
+    store.store(SCHEMA, Config)
+    try:
+        yield
+    finally:
+        store.repo = everything
+
+
+def _to_config(composed: DictConfig) -> Config:
+    """Resolves interpolations and leaves OmegaConf behind."""
+    for key in _missing_keys(OmegaConf.to_container(composed, resolve=False)):
+        hint = _MISSING_HINTS.get(key)
+        raise ConfigurationError(f"{key} has no value; set {key}=..." + (f", {hint}" if hint else ""))
+    try:
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    except OmegaConfBaseException as error:
+        raise explain(error, [], []) from error
+    check_types(config)
+    return config
+
+
+def _missing_keys(tree: Any, prefix: str = "") -> list[str]:
+    """Dotted keys without a value (OmegaConf's own search stops at an interpolation that refers
+    to one).
+    """
+    if isinstance(tree, dict):
+        return [k for name, value in tree.items() for k in _missing_keys(value, f"{prefix}{name}.")]
+    return [prefix[:-1]] if tree == MISSING else []
+
+
+def _label_honestly(config: Config, typed: dict[str, Any]) -> None:
+    """A model or size changed by single keys does not keep the name of the choice it started from.
+
+    A flow used at K = 1, above all, must never be reported as Flow V2.
+    """
+    keys = typed.keys()
+    dynamics = config.model.dynamics
+    if "model.name" not in keys and any(k.startswith("model.dynamics.") for k in keys):
+        if dynamics.kind == "flow":
+            system = f"{dynamics.solver}_k{dynamics.substeps}"
+            config.model.name = _SYSTEMS.get(system, f"flow_{system}")
+            if dynamics.parameterization != "residual_endpoint":
+                config.model.name += f"_{dynamics.parameterization}"
+        elif "model.dynamics.kind" in keys:
+            config.model.name = dynamics.kind.rpartition(".")[2]
+    widths = (
+        "latent_dim",
+        "units",
+        "encoder_units",
+        "actor_units",
+        "critic_units",
+        "simnorm_dim",
+        "num_critics",
+    )
+    if "size.name" not in keys and keys & {f"size.{k}" for k in widths}:
+        config.size.name += "_custom"

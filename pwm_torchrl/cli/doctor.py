@@ -1,0 +1,409 @@
+"""``doctor``: what this machine and its SLURM offer, and what would fail on them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from pwm_torchrl.choices import user_configs_dir
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.draft import draft_profile, profile_file, write_profile
+from pwm_torchrl.cli.help import answered
+from pwm_torchrl.cli.words import DRAFT, FORCE, read_words
+from pwm_torchrl.cluster.fits import Demand, misfit
+from pwm_torchrl.cluster.slurm import Partition, Site, SlurmError, from_minutes, site, slurm_available
+from pwm_torchrl.commands import named, typed, typed_here
+from pwm_torchrl.config import ClusterConfig, Config
+from pwm_torchrl.files import MEMORY_FILESYSTEMS, existing, filesystem_type, free_bytes, write_durably
+from pwm_torchrl.memory.readings import gpu_bytes
+from pwm_torchrl.terminal import coloured
+
+__all__ = [
+    "OK",
+    "PROBLEM",
+    "WARNING",
+    "Finding",
+    "check_disk",
+    "check_gpu",
+    "check_packages",
+    "check_rendering",
+    "check_slurm",
+    "check_wandb",
+    "main",
+]
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+
+#: Free space below which a run will hardly finish, and below which a replay on disk or videos may not fit.
+NO_ROOM_GB, LITTLE_ROOM_GB = 1.0, 10.0
+#: File systems that belong to one machine.
+_OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "f2fs", "apfs")
+_RENDER_TIMEOUT_S = 120
+_RENDER = """
+import mujoco
+model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><light pos="0 0 3"/><geom size="1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(data)
+assert renderer.render().any(), "the picture is black"
+renderer.close()
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor.
+
+    Attributes:
+        level: ``ok``, ``warning`` (it works, less well) or ``problem`` (it does not).
+        subject: what was looked at, a word or two.
+        text: what was found, and what to do.
+    """
+
+    level: str
+    subject: str
+    text: str
+
+
+def check_packages() -> list[Finding]:
+    """Versions, for whoever is asked for help."""
+    names = ("pwm-torchrl", "torch", "torchrl", "tensordict", "submitit")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} not installed" if name != "pwm-torchrl" else "pwm-torchrl from a checkout")
+    return [Finding(OK, "versions", f"Python {platform.python_version()}, {', '.join(found)}")]
+
+
+def check_gpu(config: Config, *, elsewhere: bool) -> list[Finding]:
+    """Whether PyTorch can use the GPUs of this machine, where it has any.
+
+    Args:
+        config (Config): its ``device`` may need one.
+        elsewhere (bool): whether jobs run on other machines, so that this one may do without.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return [_try_gpu(number) for number in range(torch.cuda.device_count())]
+    here = _listed_gpus()
+    if here:
+        why = (
+            f"this PyTorch, {torch.__version__}, is built without CUDA; install a CUDA build"
+            if torch.version.cuda is None
+            else f"PyTorch's CUDA {torch.version.cuda} does not start on this driver; update the driver"
+        )
+        return [Finding(PROBLEM, "GPU", f"{here[0]} is here, but {why}")]
+    if config.device.startswith("cuda") and not elsewhere:
+        return [Finding(PROBLEM, "GPU", f"device={config.device} needs one and there is none; set device=cpu or auto")]
+    jobs = "jobs get theirs on the nodes" if elsewhere else "runs use the CPU"
+    return [Finding(OK, "GPU", f"none on this machine; {jobs}")]
+
+
+def _try_gpu(number: int) -> Finding:
+    import torch
+
+    properties = torch.cuda.get_device_properties(number)
+    name = f"cuda:{number} {properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+    try:
+        torch.ones(8, device=f"cuda:{number}").sum().item()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        return Finding(PROBLEM, "GPU", f"{name} does not calculate ({reason}); free it, or set another device=cuda:N")
+    return Finding(OK, "GPU", name)
+
+
+def _listed_gpus() -> list[str]:
+    """GPUs that the driver lists."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return []
+    lines = answer.stdout.splitlines() if answer.returncode == 0 else []
+    return [line.partition(": ")[2].partition(" (UUID")[0] for line in lines if line.startswith("GPU ")]
+
+
+def check_rendering() -> list[Finding]:
+    """Whether MuJoCo draws without a display, in a process of its own: a broken driver may end it."""
+    if find_spec("mujoco") is None:
+        return [
+            Finding(OK, "rendering", "MuJoCo is not installed; pip install 'pwm-torchrl[mujoco]' where it is needed")
+        ]
+    chosen = os.environ.get("MUJOCO_GL")
+    failures = {}
+    for backend in [chosen] if chosen else ["egl", "osmesa"]:
+        reason = _rendering_fault(backend)
+        if reason is None and (chosen or backend == "egl"):
+            return [Finding(OK, "rendering", f"MuJoCo draws without a display, MUJOCO_GL={backend}")]
+        if reason is None:
+            text = "MuJoCo draws with OSMesa, not with EGL; export MUJOCO_GL=osmesa before starting, or install libegl1"
+            return [Finding(WARNING, "rendering", text)]
+        failures[backend] = reason
+    said = "; ".join(f"{backend}: {reason}" for backend, reason in failures.items())
+    advice = "install libegl1, or libosmesa6 with MUJOCO_GL=osmesa, or set training.video=false"
+    if chosen:  # dm_control fails to load then, not only to draw
+        return [Finding(PROBLEM, "rendering", f"MUJOCO_GL={chosen} does not work ({said}); unset it, or {advice}")]
+    return [Finding(WARNING, "rendering", f"MuJoCo cannot draw here ({said}); {advice}")]
+
+
+def _rendering_fault(backend: str) -> str | None:
+    """Why MuJoCo does not draw with a backend; ``None`` if it does."""
+    environment = {**os.environ, "MUJOCO_GL": backend}
+    command = [sys.executable, "-c", _RENDER]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_RENDER_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"no picture in {_RENDER_TIMEOUT_S} s"
+    if done.returncode == 0:
+        return None
+    # What a destructor complains about afterwards is not the reason.
+    lines = [line for line in done.stderr.splitlines() if ("Error" in line or "error" in line) and line[:1].strip()]
+    return lines[0][:160] if lines else f"it ended with {done.returncode}"
+
+
+def check_disk(folder: Path, *, elsewhere: bool) -> list[Finding]:
+    """The file system of the runs: whether it can be written to, lasts, is seen by other machines, and has room.
+
+    Args:
+        folder (Path): where runs are created; it need not exist yet.
+        elsewhere (bool): whether jobs run on other machines, which must see it.
+    """
+    place = existing(folder)
+    kind = filesystem_type(folder) or "unknown"
+    where = f"runs_dir={folder} ({kind})"
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".doctor_") as probe:
+            write_durably(Path(probe) / "file", "x")
+        free = free_bytes(folder)
+    except OSError as error:
+        text = f"{where} cannot be written: {error.strerror or error}; set runs_dir to another folder"
+        return [Finding(PROBLEM, "disk", text)]
+    findings = []
+    if kind in MEMORY_FILESYSTEMS:
+        findings.append(Finding(PROBLEM, "disk", f"{where} is RAM and ends with the machine; set runs_dir to a disk"))
+    elif elsewhere and kind in _OF_ONE_MACHINE:
+        text = f"{where} is usually a disk of this machine alone; set runs_dir to a folder that the nodes see too"
+        findings.append(Finding(WARNING, "disk", text))
+    room = f"{free / 1e9:.1f} GB free"
+    if free < NO_ROOM_GB * 1e9:
+        findings.append(Finding(PROBLEM, "disk", f"{where}: {room}; free space or set runs_dir to another disk"))
+    elif free < LITTLE_ROOM_GB * 1e9:
+        text = f"{where}: {room}; a replay on disk may need more, {named('plan')} tells how much"
+        findings.append(Finding(WARNING, "disk", text))
+    elif not findings:
+        findings.append(Finding(OK, "disk", f"{where}: {room}, quotas apart"))
+    return findings
+
+
+def check_wandb(config: Config) -> list[Finding]:
+    """Whether Weights & Biases could log online."""
+    asked = config.logger.kind == "wandb" and config.logger.mode != "disabled"
+    if find_spec("wandb") is None:
+        if asked:
+            return [Finding(PROBLEM, "W&B", "logger=wandb needs it: pip install 'pwm-torchrl[wandb]'")]
+        return [Finding(OK, "W&B", "not installed, and not asked for")]
+    from pwm_torchrl.run.loggers import offline_reason
+
+    reason = offline_reason()
+    if reason is None:
+        return [Finding(OK, "W&B", "there is a key, and the server can be reached")]
+    if not asked:
+        return [Finding(OK, "W&B", f"not asked for; it would log offline, because {reason}")]
+    if config.logger.mode == "online":
+        return [Finding(PROBLEM, "W&B", f"logger.mode=online, but {reason}; log in, or set logger.mode=auto")]
+    if config.logger.mode == "offline":
+        return [Finding(OK, "W&B", "logs offline, as asked for; `wandb sync` uploads it")]
+    return [Finding(WARNING, "W&B", f"it will log offline, because {reason}; `wandb sync` uploads it later")]
+
+
+_SUBJECT = "SLURM"
+
+
+def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
+    """The cluster, each of its partitions, and the profile against them.
+
+    Args:
+        profile (ClusterConfig): what jobs would ask for.
+        available (bool): whether this machine belongs to a cluster.
+    """
+    if not available:
+        if profile.kind == "slurm":
+            text = f"cluster={profile.name} needs it, and this machine belongs to no cluster; choose cluster=local"
+            return [Finding(PROBLEM, _SUBJECT, text)]
+        return [Finding(OK, _SUBJECT, "not here; jobs run on this machine")]
+    try:
+        here = site()
+    except SlurmError as error:
+        return [Finding(PROBLEM, _SUBJECT, str(error))]
+    findings = [_cluster(here), *(_partition(here, partition) for partition in here.partitions)]
+    if not here.config.accounting:
+        text = (
+            f"no accounting: it forgets an ended job after {here.config.remembers_s} s; how runs ended is read in "
+            "their own directories"
+        )
+        findings.append(Finding(OK, _SUBJECT, text))
+    if profile.kind in ("slurm", "auto"):
+        findings += [
+            Finding(WARNING, "profile", f"cluster={profile.name}: {doubt}") for doubt in _doubts(profile, here)
+        ]
+        reason = misfit(Demand.of(profile), here)
+        label = f"cluster={profile.name}"
+        if reason is not None:
+            findings.append(Finding(PROBLEM, "profile", f"{label}: {reason}"))
+        else:
+            findings.append(Finding(OK, "profile", f"{label} fits {_partition_of(profile, here)}"))
+    return findings
+
+
+def _doubts(profile: ClusterConfig, here: Site) -> list[str]:
+    """Where a profile describes other nodes than its partition has: memory plans would be made for those."""
+    names = profile.partition.split(",") if profile.partition else [p.name for p in here.partitions if p.default]
+    nodes = [node for node in here.nodes if set(names) & set(node.partitions)]
+    if not nodes:
+        return []
+    doubts = []
+    most = max(node.memory_mb for node in nodes) * 2**20 / 1e9
+    if profile.host_gb is not None and profile.host_gb > most:
+        doubts.append(
+            f"cluster.host_gb={profile.host_gb:g} is more than a node has, so that plans may ask for too much; set "
+            f"cluster.host_gb={math.floor(most * 10) / 10:g}"
+        )
+    kinds = sorted({kind for node in nodes for kind in node.gpus if kind})
+    if profile.gpu is not None and kinds and not any(_same_gpu(profile.gpu, kind) for kind in kinds):
+        doubts.append(
+            f"cluster.gpu={profile.gpu} is planned with, but {', '.join(names)} has {', '.join(kinds)}; set cluster.gpu"
+        )
+    return doubts
+
+
+def _same_gpu(name: str, kind: str) -> bool:
+    """Whether a type of ours may be one of SLURM's, of which each site has its own names."""
+    try:
+        return gpu_bytes(name) == gpu_bytes(kind)
+    except ValueError:
+        return name.lower() in kind.lower()
+
+
+def _cluster(here: Site) -> Finding:
+    config = here.config
+    up = sum(node.up for node in here.nodes)
+    text = (
+        f"{config.version}, cluster {config.cluster}: {up} of {len(here.nodes)} nodes up, arrays of "
+        f"{config.max_array_size} at most, a requeued job waits {config.requeue_hold_s} s"
+    )
+    return Finding(OK if up else PROBLEM, _SUBJECT, text)
+
+
+def _partition(here: Site, partition: Partition) -> Finding:
+    nodes = [node for node in here.nodes if partition.name in node.partitions]
+    up = [node for node in nodes if node.up]
+    gpus: dict[str, int] = {}
+    for node in nodes:
+        for kind, count in node.gpus.items():
+            gpus[kind or "GPU"] = max(count, gpus.get(kind or "GPU", 0))
+    parts = [f"{len(up)} of {len(nodes)} nodes up"]
+    if nodes:
+        parts += [f"up to {max(n.cpus for n in nodes)} CPUs", f"{max(n.memory_mb for n in nodes) / 1024:.0f} GiB"]
+    parts += [f"{count} {kind}" for kind, count in gpus.items()]
+    parts.append("no time limit" if partition.max_minutes is None else f"{from_minutes(partition.max_minutes)} at most")
+    name = f"partition {partition.name}{' (default)' if partition.default else ''}"
+    level = OK if partition.up and up else WARNING
+    return Finding(level, _SUBJECT, f"{name}: {', '.join(parts)}{'' if partition.up else '; takes no jobs now'}")
+
+
+def _partition_of(profile: ClusterConfig, here: Site) -> str:
+    if profile.partition:
+        return f"partition {profile.partition}"
+    return f"the default partition, {', '.join(p.name for p in here.partitions if p.default)}"
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks the machine for the runs that a command line describes, or drafts a cluster profile.
+
+    Returns:
+        The exit code: 0, 1 if there is a problem, 2 for bad input.
+    """
+    line = read_words("doctor", argv or ())
+    if answered("doctor", line, _help):
+        return console.OK
+    force = FORCE in line.options
+    if DRAFT in line.options:
+        return _draft(line.options[DRAFT], line.settings, force=force)
+    if force:
+        raise console.ConfigurationError(f"{FORCE} writes over a draft; give {DRAFT} NAME too")
+    found = _check(compose(line.settings))
+    problems = sum(finding.level == PROBLEM for finding in found)
+    if problems:
+        console.error(f"{problems} problem{'s' * (problems > 1)}, see above")
+    return console.FAILED if problems else console.OK
+
+
+def _check(config: Config) -> list[Finding]:
+    """Every check, said as soon as it is done."""
+    slurm = slurm_available()
+    elsewhere = config.cluster.kind == "slurm" or (config.cluster.kind == "auto" and slurm)
+    checks = [
+        check_packages,
+        lambda: check_gpu(config, elsewhere=elsewhere),
+        check_rendering,
+        lambda: check_disk(Path(config.runs_dir).expanduser().absolute(), elsewhere=elsewhere),
+        lambda: check_slurm(config.cluster, available=slurm),
+        lambda: check_wandb(config),
+    ]
+    found = []
+    for check in checks:
+        for finding in check():
+            console.say(f"{coloured(f'{finding.level:<8}')} {finding.subject:<10} {finding.text}")
+            found.append(finding)
+    return found
+
+
+def _draft(name: str, words: Sequence[str], *, force: bool) -> int:
+    file = profile_file(name)
+    partition = compose(words).cluster.partition
+    if not slurm_available():
+        raise SlurmError(f"{DRAFT} {name} asks SLURM, and this machine belongs to no cluster; run it on a login node")
+    text = draft_profile(name, site(), partition)
+    write_profile(file, text, force=force)
+    console.say(text)
+    console.say(f"written: {file}\ncheck it: {typed_here('doctor')} cluster={name}")
+    return console.OK
+
+
+def _help() -> str:
+    doctor = typed("doctor")
+    return f"""\
+Say whether this machine is fit for runs: GPU, rendering, disk, SLURM and the cluster profile, W&B; or draft a profile.
+
+usage: {doctor} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
+       {doctor} --draft NAME [cluster.partition=PARTITION] [--force]
+
+A line per check: ok, warning (works, less well) or problem (does not), and what to do.
+The draft is written to
+  {user_configs_dir() / "cluster" / "NAME.yaml"}
+and is used by cluster=NAME. One that is there is kept without --force.
+
+Examples:
+  {doctor:<54} # this machine
+  {doctor + " cluster=l40s logger=wandb":<54} # does the profile fit SLURM, would W&B work
+  {doctor + " runs_dir=/scratch/me/runs":<54} # is that a good place for runs
+  {doctor} --draft my_cluster cluster.partition=gpu
+
+Exit codes: 0 no problem, 1 a problem, 2 bad input."""

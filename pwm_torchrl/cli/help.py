@@ -1,0 +1,180 @@
+"""The text behind ``--help``, with the defaults that a run without words has, and that behind ``--cfg job``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from pwm_torchrl.choices import default_choices, group_choices, user_configs_dir
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked, expand
+from pwm_torchrl.cli.modes import epoch_in_words
+from pwm_torchrl.cli.validate import value_of
+from pwm_torchrl.cli.words import OPTIONS, PRESET, CommandLine, with_preset
+from pwm_torchrl.commands import named, typed
+
+__all__ = ["answered", "help_text"]
+
+WIDTH = 80
+_GLUE = "\u00a0"  # a blank at which no line is broken
+
+_ABOUT = {
+    "submit": "Train policies in learned world models, as jobs: of SLURM where it is found, else here.",
+    "train": "Train a policy in a learned world model, in this process.",
+    "pretrain": "Train a world model on stored episodes of one or many tasks, in this process.",
+    "plan": "Say what a run will need of memory and disk, why, and what is chosen so that it fits; runs nothing.",
+    "check_env": "Say what training would see of an environment: specs, scaling, termination, what can be saved.",
+}
+_GROUPS = {
+    "model": "latent dynamics of the world model",
+    "size": "widths of the networks",
+    "env": "what is learned",
+    "experiment": "a preset of everything",
+    "algorithm": "horizon, batches, learning rates",
+    "logger": "where metrics go besides metrics.csv",
+    "cluster": "where the job runs: local, debug (in this process), or nodes of SLURM",
+    "memory": "how the run is made to fit in memory",
+}
+#: Keys that are shown with their default; one with a word behind it has none, and the word stands for its value.
+_KEYS = {
+    "seed": "one seed determines a run on the CPU",
+    "run_dir=PATH": "this run's directory; an unfinished run of the same settings is resumed",
+    "device": "auto, cpu, cuda or cuda:N",
+    "training.epochs": "length of the run; {epoch}",
+    "training.steps=N": "the length in environment steps instead, such as 1e6; rounded up to whole epochs",
+    "training.eval_every": "epochs between evaluations",
+    "training.threads": "torch threads",
+    "env.num_envs": "environments stepped together",
+    "algorithm.horizon": "steps imagined, and length of the model's training slices",
+    "algorithm.model_batch": "slices per model update",
+    "model.dynamics.substeps": "K, solver substeps of a flow",
+    "model.reward_head": "scalar or two_hot",
+    "data.path=STORE": "stored episodes ({data} import), for pre-training and extraction",
+    "world_model=PATH": "pre-trained world model, for extraction (experiment=extract task=NAME or all)",
+}
+#: Keys that a pre-training has no use for.
+_ONLINE = ("training.steps=N", "env.num_envs", "world_model=PATH")
+
+_EXAMPLES = {
+    "": "Flow V2 on Pendulum-v1, a few minutes",
+    "model=mlp seed=1": "PWM's own dynamics, another seed",
+    "env=halfcheetah size=5m training.steps=1e6": "a MuJoCo task",
+    "env=dm_control env.domain=walker env.task=walk": "any dm_control task",
+    "env._target_=my_pkg.make_env": "your own environment, nothing to edit",
+    "experiment=dflex_ant_48m_flow_v2": "a preset: dflex Ant at 48M",
+}
+_MORE_EXAMPLES = {
+    "plan": {
+        "model=flow_v3 size=48m env=dflex_ant cluster=l40s": "for nodes elsewhere",
+        "size=48m memory.host_gb=16 --json plan.json": "within a budget; also as a file",
+    },
+    "submit": {
+        "model=flow_v1,flow_v2 seed=1,2,3": "six runs; on SLURM one job array",
+        "experiment=mt30 task=all data.path=STORE": "pre-train, then a policy per task",
+        "cluster=l40s --dry-run": "what would be submitted",
+    },
+}
+_PRETRAIN_EXAMPLES = {
+    "data.path=STORE": "all tasks of a store",
+    "tasks=mt30 model=flow_v2 size=48m data.path=STORE": "a published set of tasks",
+    "tasks=cup-catch,walker-walk data.path=STORE": "some of them",
+    "experiment=mt30_pretrain data.path=STORE": "a preset: MT30 at 48M",
+}
+
+_EXIT_CODES = (
+    "Exit codes: 0 finished, 1 failed, 2 bad input, 74 storage (a disk is full or broken), 75 memory (it ran out), "
+    "130 stopped. After 74, 75 and 130 the same command with run_dir=PATH goes on from the last checkpoint."
+)
+
+
+def answered(script: str, line: CommandLine, help_of: Callable[[], str] | None = None) -> bool:
+    """Prints what ``--help`` or ``--cfg job`` ask for.
+
+    Args:
+        script (str): the command.
+        line (CommandLine): what was typed.
+        help_of (callable, optional): the command's own help. Defaults to :func:`help_text`.
+
+    Returns:
+        bool: whether one of them was asked for, so that nothing is left to do.
+    """
+    if line.help:
+        console.say(help_text(script) if help_of is None else help_of())
+    elif line.shows_config:
+        words = with_preset(script, line.settings)
+        runs = expand(words) if script == "submit" else [words]
+        if len(runs) > 1:
+            console.say(f"# the first of {len(runs)} runs: {' '.join(runs[0])}")
+        console.say(as_yaml(compose(runs[0])))
+    return line.help or line.shows_config
+
+
+def help_text(script: str) -> str:
+    """The help of a command that takes a configuration; lines have at most 80 columns, paths apart."""
+    run = typed(script)
+    options = [f"{option} {what}".strip() for option, what in OPTIONS[script].items()]
+    usage = ["GROUP=CHOICE ...", "GROUP.KEY=VALUE ...", *options, "--cfg job"]
+    own = user_configs_dir() / "cluster" / "NAME.yaml"
+    lines = [
+        *_wrapped(_ABOUT[script]),
+        "",
+        *_wrapped(" ".join(f"[{each}]".replace(" ", _GLUE) for each in usage), f"usage: {run} "),
+        "",
+        "Groups:",
+        *_groups(script),
+        "",
+        "cluster=NAME is also the file of your own",
+        f"  {own}",
+        *_wrapped(f"{typed('doctor')} --draft NAME drafts it from what SLURM says."),
+        "",
+        "Common keys, with the values that they have when nothing is chosen:",
+        *_keys(script),
+        *_wrapped("--cfg job prints all of them; what each means: pwm_torchrl/config.py."),
+        "",
+        "Examples:",
+    ]
+    examples = _PRETRAIN_EXAMPLES if script == "pretrain" else {**_EXAMPLES, **_MORE_EXAMPLES.get(script, {})}
+    for words, meaning in examples.items():
+        lines += [f"  # {meaning}", f"  {run} {words}".rstrip()]
+    if script in ("submit", "train", "pretrain"):
+        lines += ["", *_wrapped(_EXIT_CODES)]
+    return "\n".join(lines)
+
+
+def _groups(script: str) -> list[str]:
+    defaults = default_choices()
+    if script in PRESET:
+        defaults["experiment"] = PRESET[script]
+    lines = []
+    for group, choices in group_choices().items():
+        default = f" (default {defaults[group]})" if group in defaults else ""
+        lines += _wrapped(f"{_GROUPS.get(group, '')}{default}", f"  {group:<11} ")
+        lines += _wrapped(", ".join(choices), " " * 14)
+    return lines
+
+
+def _keys(script: str) -> list[str]:
+    config = compose_unchecked(with_preset(script, []))
+    keys = {key: meaning for key, meaning in _KEYS.items() if script != "pretrain" or key not in _ONLINE}
+    words = {key: key if "=" in key else f"{key}={_shown(value_of(config, key))}" for key in keys}
+    column = max(map(len, words.values())) + 2
+    lines = []
+    for key, meaning in keys.items():
+        text = meaning.format(data=named("data"), epoch=epoch_in_words(config))
+        lines += _wrapped(text, f"  {words[key]:<{column}}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _wrapped(text: str, head: str = "") -> list[str]:
+    rest = " " * len(head)
+    lines = textwrap.wrap(
+        text, WIDTH, initial_indent=head, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace(_GLUE, " ") for line in lines]

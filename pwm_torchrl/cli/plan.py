@@ -1,0 +1,53 @@
+"""``launch/plan.py``: a run's memory plan, without the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.help import answered
+from pwm_torchrl.cli.words import JSON, read_words
+from pwm_torchrl.terminal import coloured
+
+__all__ = ["main"]
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Composes a configuration, plans its memory and prints the plan; ``--json FILE`` writes it too.
+
+    Returns:
+        The exit code: 0, or 2 if the configuration is wrong or nothing fits.
+    """
+    line = read_words("plan", argv or ())
+    if answered("plan", line):
+        return console.OK
+    file = Path(line.options[JSON]) if JSON in line.options else None
+    config = compose(line.settings)
+    from pwm_torchrl.devices import pick_device
+    from pwm_torchrl.memory.plan import budgets, make_plan, plan_table, profile_budgets
+    from pwm_torchrl.run.stored_episodes import run_facts
+
+    facts = run_facts(config)
+    if config.cluster.kind == "slurm":
+        limits = profile_budgets(config)
+    else:
+        device = pick_device(config.device)
+        limits = budgets(config, str(device) if device.type == "cuda" else None)
+    plan = make_plan(config, facts, limits, elsewhere=config.cluster.kind == "slurm")
+    console.say(plan_table(plan, console.width()))
+    for shortage in plan.shortages():
+        console.say(f"{coloured('warning', err=True)}: memory=fixed will not fit: {shortage}", err=True)
+    if file is not None:
+        _write(file, json.dumps(plan.as_dict(), indent=2) + "\n")
+    return console.OK
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise console.ConfigurationError(f"--json {file} cannot be written: {error.strerror}") from error

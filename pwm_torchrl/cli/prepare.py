@@ -1,0 +1,170 @@
+"""Everything that is checked and planned before a run is submitted, and what a dry run shows of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.compose import as_yaml, compose, expand
+from pwm_torchrl.cli.modes import length_in_words
+from pwm_torchrl.cluster.resources import Resources, node_memory_mb, require_fit, resources_for, sbatch_parameters
+from pwm_torchrl.cluster.slurm import Site, site, slurm_available
+from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pwm_torchrl.envs import EnvInfo
+
+__all__ = ["Prepared", "compose_all", "dry_run", "place_of", "plan_for_slurm"]
+
+LOCAL, DEBUG, SLURM, HERE = "local", "debug", "slurm", "here"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can be submitted.
+
+    Attributes:
+        config (Config): the whole run.
+        words (list of str): the command line that gives it.
+    """
+
+    config: Config
+    words: list[str]
+
+
+def compose_all(words: Sequence[str]) -> list[Prepared]:
+    """Every run that a command line asks for, composed and checked.
+
+    Raises:
+        ConfigurationError: for whatever cannot work, before anything is written.
+    """
+    runs = [Prepared(compose(each), each) for each in expand(words)]
+    folders = Counter(run.config.run_dir for run in runs if run.config.run_dir is not None)
+    for folder, count in folders.items():
+        if count > 1:
+            raise ConfigurationError(
+                f"run_dir={folder} is one directory, and this command starts {count} runs in it; give runs_dir=..., or "
+                "a name that differs, such as run_dir='runs/${model.name}_s${seed}' in quotes"
+            )
+    from pwm_torchrl.run.loggers import require_logging
+
+    for run in runs:
+        require_logging(run.config.logger)
+    places = {place_of(run.config) for run in runs}
+    if len(places) > 1:
+        raise ConfigurationError(f"One command submits to one place, not to {' and '.join(sorted(places))} at once.")
+    return runs
+
+
+def place_of(config: Config) -> str:
+    """Where a run goes: ``local``, ``debug``, ``slurm``, or ``here`` inside of an allocation."""
+    kind = config.cluster.kind
+    if kind == DEBUG:
+        return DEBUG
+    if os.environ.get("SLURM_JOB_ID"):
+        return HERE  # resources are there already
+    if kind == "auto":
+        return SLURM if slurm_available() else LOCAL
+    if kind == SLURM and not slurm_available():
+        raise ConfigurationError(
+            f"cluster={config.cluster.name} describes SLURM nodes, and no SLURM is found here; submit from a "
+            "login node of the cluster, or use cluster=local"
+        )
+    return kind
+
+
+def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:
+    """The memory plan of each run, and resources that are enough for all of them.
+
+    Args:
+        runs (sequence of Prepared): of one cluster profile.
+        facts (sequence of EnvInfo, optional): what :func:`~pwm_torchrl.cli.preflight.preflight` found out about
+            each. Defaults to nothing; what is not known is looked up here.
+
+    Raises:
+        ConfigurationError: if a run cannot fit the nodes of its profile.
+    """
+    from pwm_torchrl.memory.plan import make_plan, profile_budgets
+    from pwm_torchrl.run.stored_episodes import run_facts
+
+    plans: dict[str, Any] = {}
+    found, resources, here = [], None, site()
+    for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
+        fill_in_node_memory(run.config, here)
+        # A seed changes no memory.
+        key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
+        if key not in plans:
+            known = known or run_facts(run.config)
+            plans[key] = make_plan(run.config, known, profile_budgets(run.config), elsewhere=True)
+        needed = resources_for(run.config, plans[key])
+        resources = needed if resources is None else resources.covering(needed)
+        found.append(plans[key])
+    assert resources is not None
+    require_fit(runs[0].config.cluster, resources, here)
+    return found, resources
+
+
+def fill_in_node_memory(config: Config, here: Site) -> None:
+    """Fill in what nodes have where the profile does not say it, so that a run keeps it for its restarts.
+
+    Raises:
+        ConfigurationError: if there are no such nodes.
+    """
+    cluster = config.cluster
+    if cluster.host_gb is None:
+        cluster.host_gb = round(node_memory_mb(cluster.partition, here) * 2**20 / 1e9, 3)
+
+
+def dry_run(runs: Sequence[Prepared], place: str) -> None:
+    """Prints runs, memory plan, sbatch parameters and, last, the configuration; writes and submits nothing.
+
+    Raises:
+        ConfigurationError: as submitting would.
+    """
+    from pwm_torchrl.devices import pick_device
+    from pwm_torchrl.memory.plan import budgets, make_plan, plan_table
+    from pwm_torchrl.run.stored_episodes import run_facts
+
+    first = runs[0].config
+    resources: Resources | None = None
+    if place == SLURM:
+        plans, resources = plan_for_slurm(runs)
+    else:
+        device = pick_device(first.device)
+        limits = budgets(first, str(device) if device.type == "cuda" else None)
+        plans = [make_plan(first, run_facts(first), limits)]
+    width = console.width()
+    several = "" if len(runs) == 1 else f" of the first of {len(runs)} runs"
+    console.say("# runs")
+    for run in runs:
+        console.say("  " + (" ".join(run.words) or "(the defaults)"))
+    console.say(f"\n# length{several}")
+    for line in textwrap.wrap(length_in_words(first), width - 2):
+        console.say("  " + line)
+    shown: list[str] = []
+    for run, plan in zip(runs, plans, strict=False):
+        table = plan_table(plan, width)
+        if table not in shown:
+            shown.append(table)
+            console.say(f"\n# memory plan of model={run.config.model.name} size={run.config.size.name}\n{table}")
+    if resources is None:
+        console.say(f"\n# submitted to: {place}, no sbatch")
+    else:
+        parameters = sbatch_parameters(first, resources, "pwm_torchrl")
+        extra = parameters.pop("additional_parameters")
+        console.say("\n# sbatch" + ("" if len(runs) == 1 else f", one array of {len(runs)}"))
+        for key, value in sorted({**parameters, **extra}.items()):
+            if value not in (None, []) and key not in ("use_srun", "stderr_to_stdout"):
+                listed = "".join(f"\n    {each}" for each in value) if isinstance(value, list) else f" {value}"
+                console.say(f"  {key}:{listed}")
+    console.say(f"\n# configuration{several}")
+    console.say(as_yaml(first))

@@ -1,0 +1,109 @@
+"""``launch/status.py``: one line per run, with what SLURM says of its job."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.evaluate import ArgumentParser
+from pwm_torchrl.cluster.deaths import events_of, read_job
+from pwm_torchrl.cluster.slurm import JobState, SlurmError, job_states
+from pwm_torchrl.commands import typed
+from pwm_torchrl.memory.readings import format_bytes
+from pwm_torchrl.report.collect import FAILED, RunReport, find_runs, read_runs, settle
+from pwm_torchrl.report.tables import Table
+from pwm_torchrl.run.claims import UNKNOWN, describe
+
+__all__ = ["line_of", "main"]
+
+#: Metrics rows that the speed is taken from.
+_RECENT = 50
+_COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory", "what happened last")
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; one call of squeue for all runs."""
+    parser = ArgumentParser(prog=typed("status"), description="One line per run: state, restarts, progress.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
+    args = parser.parse_args(argv)
+    runs = read_runs(find_runs(args.runs))
+    newest = {run.path: job_id for run in runs for job_id in read_job(run.path).get("job_ids", [])[-1:]}
+    owners = [run.owner.job_id for run in runs if run.owner is not None and run.owner.job_id is not None]
+    states: dict[str, JobState] | None = {}
+    if newest or owners:
+        try:
+            states = job_states(dict.fromkeys([*newest.values(), *owners]))
+        except SlurmError as error:
+            console.say(f"{error}; what follows is from the run directories alone", err=True)
+            states = None
+    settle(runs, states)
+    rows = [list(line_of(run, (states or {}).get(newest.get(run.path, "")))) for run in runs]
+    narrow = ("what happened last", "host memory", "run", "restarts", "left")
+    below = dict.fromkeys(("what happened last", "run"), "")
+    console.say(Table(list(_COLUMNS), rows, narrow=narrow, below=below).text(console.terminal_width()))
+    return console.OK
+
+
+def line_of(run: RunReport, job: JobState | None) -> tuple[str, ...]:
+    """The cells of a run's line.
+
+    Args:
+        run (RunReport): the run.
+        job (JobState, optional): SLURM's word on its newest job; ``None`` if it has none or is forgotten.
+    """
+    total = run.restarts.total()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in run.restarts.items())
+    planned = run.epochs_planned
+    status = _status(run.status, job)
+    where = "-" if job is None else f"{job.job_id} {job.state.lower()}" + (f" on {job.nodes}" if job.nodes else "")
+    return (
+        run.name,
+        status,
+        where,
+        f"{total}: {reasons}" if total else "0",
+        f"{run.epochs_done}/{planned} {100 * run.epochs_done / planned:.0f} %" if planned else "-",
+        _left(run) if status == "running" else "-",
+        " of ".join(format_bytes(int(each)) for each in (run.host_bytes, run.host_planned) if each) or "-",
+        _last(run, status, job),
+    )
+
+
+def _status(said: str, job: JobState | None) -> str:
+    if said == "finished" or job is None or job.ended:
+        return said
+    if job.held or job.impossible:
+        return "held"
+    return "queued" if job.waiting else "running"
+
+
+def _left(run: RunReport) -> str:
+    """Time to the end at the speed of the newest epochs."""
+    times = [each for each in run.metrics.get("time/epoch_s", [])[-_RECENT:] if math.isfinite(each)]
+    if not times or run.epochs_planned is None:
+        return "-"
+    seconds = (run.epochs_planned - run.epochs_done) * sum(times) / len(times)
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d}" if hours else f"{minutes} min"
+
+
+def _last(run: RunReport, status: str, job: JobState | None) -> str:
+    """The last restart or error, and how long ago; for a job that waits for a person, what to do."""
+    if job is not None and job.held:
+        return f"{job.reason}; let it go on with: scontrol release {job.job_id}"
+    if job is not None and job.impossible:
+        return f"{job.reason}: it can never start as it is; scancel {job.job_id}, change the request, submit again"
+    if status == "died":
+        return run.last_error or ""
+    if status == "running" and job is None and run.owner is not None and run.owner_state == UNKNOWN:
+        return f"{describe(run.owner)}: whether it still runs cannot be told from here"
+    found = [event for kind in ("restart", *FAILED) for event in events_of(run.path, kind)]
+    if not found or status == "finished":
+        return ""
+    newest = max(found, key=lambda event: event["time"])
+    text = str(newest.get("detail") or newest.get("error") or newest["event"])
+    ago = (datetime.now(timezone.utc) - datetime.fromisoformat(newest["time"])).total_seconds() / 60
+    return f"{' '.join(text.split())[:120]} ({ago:.0f} min ago)"

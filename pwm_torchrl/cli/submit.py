@@ -1,0 +1,225 @@
+"""``launch/submit.py``: runs as jobs of their own, on SLURM where it is found, else on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.chain import Chain, composed, lacks_world_model
+from pwm_torchrl.cli.help import answered
+from pwm_torchrl.cli.job import LOG_FILE
+from pwm_torchrl.cli.local import refuse_while_running, stop_signals_as_interrupt, submit_local
+from pwm_torchrl.cli.preflight import preflight
+from pwm_torchrl.cli.prepare import DEBUG, HERE, SLURM, Prepared, compose_all, dry_run, place_of, plan_for_slurm
+from pwm_torchrl.cli.train import run_in_process
+from pwm_torchrl.cli.words import DRY_RUN, read_words
+from pwm_torchrl.cluster.snapshot import snapshot, targets_of
+from pwm_torchrl.commands import typed_here
+from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.run.directory import RunDir, discard, prepare_run_dir, read_summary
+
+if TYPE_CHECKING:
+    from pwm_torchrl.cluster.resources import Resources
+    from pwm_torchrl.envs import EnvInfo
+
+__all__ = ["main"]
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Composes configurations, submits the runs, and on this machine follows them to their end.
+
+    Returns:
+        The exit code: 0 finished or queued, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130
+        stopped; of several runs the highest.
+    """
+    line = read_words("submit", argv or ())
+    if answered("submit", line):
+        return console.OK
+    words = line.settings
+    dry = DRY_RUN in line.options
+    if lacks_world_model(words):
+        with composed(words) as chain:
+            return _both_stages(chain, dry)
+    runs = compose_all(words)
+    place = place_of(runs[0].config)
+    if dry:
+        dry_run(runs, place)
+        return console.OK
+    facts = preflight([run.config for run in runs], place)
+    if place == SLURM:
+        return _to_slurm([runs], [facts])
+    return _all(runs, place)
+
+
+def _both_stages(chain: Chain, dry: bool) -> int:
+    """A pre-training, then the policies that need its world model."""
+    place = place_of(chain.pretraining.config)
+    console.say(chain.description)
+    if dry:
+        dry_run([chain.pretraining], place)
+        console.say("\n\n# the policies, in the world model of the run above\n")
+        dry_run(chain.policies, place)
+        return console.OK
+    stages = [[chain.pretraining], chain.policies]
+    facts = [preflight([run.config for run in stage], place) for stage in stages]
+    if place == SLURM:
+        return _to_slurm(stages, facts, chain.place)
+    first = _prepare(chain.pretraining.config, place)
+    chain.place(first.path)
+    code = _here(chain.pretraining, first, place)
+    if code == console.BAD_INPUT:
+        return code
+    if code != console.OK:
+        words = " ".join(shlex.quote(word) for word in chain.policies[0].words if not word.startswith("task="))
+        console.say(f"no policy was begun; when that is finished: {typed_here('submit')} {words} task=all", err=True)
+        return code
+    return _all(chain.policies, place)
+
+
+def _all(runs: Sequence[Prepared], place: str) -> int:
+    """Runs here, one after the other to their ends; then what to type next with the last one that finished."""
+    codes, finished = [], None
+    for run in runs:
+        if run.config.run_dir is not None:
+            refuse_while_running(Path(run.config.run_dir).expanduser().absolute())
+        prepared = _prepare(run.config, place)
+        codes.append(_here(run, prepared, place))
+        if codes[-1] == console.OK:
+            finished = prepared.path
+    if finished is not None:
+        console.say(console.next_lines(runs[0].config.mode, finished, runs[0].config.data.path))
+    return max(codes)
+
+
+def _prepare(config: Config, place: str) -> RunDir:
+    """The directory of a run; that of a pre-training says at once what its world model will be."""
+    prepared = prepare_run_dir(config, here=place in (DEBUG, HERE))
+    if config.mode == "pretrain":
+        from pwm_torchrl.run.validation import announce
+
+        announce(config, prepared.path)
+    return prepared
+
+
+def _here(run: Prepared, prepared: RunDir, place: str) -> int:
+    """A run whose directory is there."""
+    config = run.config
+    if place in (DEBUG, HERE):
+        return run_in_process(config, prepared, run.words, script="submit")
+    console.say(f"{'resuming' if prepared.resume else 'run'}: {prepared.path}")
+    try:
+        return _follow(config, prepared, run.words)
+    except ConfigurationError:
+        discard(prepared)
+        raise
+
+
+def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
+    """A job on this machine, again with a thriftier plan each time its memory ran out."""
+    from pwm_torchrl.cluster.restarts import thriftier_plan
+
+    code = snapshot(run.path.parent, targets_of(asdict(config)))
+    with stop_signals_as_interrupt():
+        while True:
+            outcome = submit_local(run.path, code, progress=config.training.progress).follow()
+            change = thriftier_plan(run.path, config, outcome)
+            if change is None:
+                return _conclude(outcome, run, words)
+            console.say(f"memory ran out, so the run goes on with {change}")
+
+
+def _to_slurm(
+    stages: Sequence[Sequence[Prepared]],
+    facts: Sequence[Sequence[EnvInfo | None]],
+    placed: Callable[[Path], None] = lambda run_dir: None,
+) -> int:
+    """Queue all runs, an array for each stage; nothing is written before everything is checked and planned.
+
+    Args:
+        stages (sequence of sequences of Prepared): runs.
+        facts (sequence of sequences of EnvInfo): what is known of each, see
+            :func:`~pwm_torchrl.cli.preflight.preflight`.
+        placed (callable): is told the first run's directory, before later stages are queued.
+    """
+    planned = [plan_for_slurm(stage, known)[1] for stage, known in zip(stages, facts, strict=True)]
+    for run in itertools.chain(*stages):
+        if run.config.run_dir is not None:
+            refuse_while_queued(Path(run.config.run_dir).expanduser().absolute())
+    folders: list[Path] = []
+    for stage, resources in zip(stages, planned, strict=True):
+        folders += _queue(stage, resources)
+        placed(folders[0])
+    what = "it" if len(folders) == 1 else "them"
+    where = folders[0] if len(folders) == 1 else folders[0].parent
+    console.say(
+        f"queued on cluster={stages[0][0].config.cluster.name}; watch {what} with: {typed_here('status')} {where}"
+    )
+    return console.OK
+
+
+def _queue(runs: Sequence[Prepared], resources: Resources) -> list[Path]:
+    """Queue runs as one array; returns their directories, which are removed again if SLURM refuses."""
+    from pwm_torchrl.cluster.deaths import read_job
+    from pwm_torchrl.cluster.submission import leave_open, submit_runs
+
+    configs = [run.config for run in runs]
+    for config in configs:
+        leave_open(config)
+    made: list[RunDir] = []
+    try:
+        for config in configs:
+            made.append(_prepare(config, SLURM))
+        folders = [each.path for each in made]
+        parent = folders[0].parent
+        code = snapshot(parent, (name for config in configs for name in targets_of(asdict(config))))
+        submitted = submit_runs(folders, configs, resources, code, parent)
+    except ConfigurationError:
+        for run in made:
+            if not read_job(run.path):  # an earlier array of the same command may be queued
+                discard(run)
+        raise
+    for each in submitted:
+        waits = "" if each.after is None else f", when job {each.after} is done"
+        console.say(f"job {each.job_id}: {each.run_dir}{waits}")
+    return folders
+
+
+def refuse_while_queued(run_dir: Path) -> None:
+    """Two jobs for one directory: the second would wait for the first and then find it finished.
+
+    Raises:
+        ConfigurationError: if a job of the run is queued or runs.
+    """
+    from pwm_torchrl.cluster.slurm import live_job
+
+    job = live_job(run_dir)
+    if job is not None:
+        raise ConfigurationError(
+            f"run_dir={run_dir} has SLURM job {job.job_id}, which is {job.state.lower()}; wait for it, or cancel it "
+            f"with: scancel {job.job_id}"
+        )
+
+
+def _conclude(outcome: dict[str, Any], run: RunDir, words: Sequence[str]) -> int:
+    """Last lines and exit code."""
+    status, run_dir = outcome["status"], run.path
+    summary = read_summary(run_dir) or outcome.get("summary") or {}
+    if status == "finished":
+        console.say(console.summary_line(summary, run_dir))
+        return console.OK
+    if status == "stopped":
+        console.say(console.summary_line({**summary, "status": "stopped"}, run_dir))
+        console.say(console.resume_hint("submit", words, run_dir), err=True)
+        return console.STOPPED
+    refused = bool(outcome.get("bad_input"))
+    where = "" if refused and discard(run) else f"\nfull log: {run_dir / LOG_FILE}"
+    message = f"{outcome.get('error', f'the run ended with status {status}')}{where}"
+    code = console.fail(message, status, "submit", words, run_dir)
+    return console.BAD_INPUT if refused else code

@@ -1,0 +1,341 @@
+"""What is wrong with the words of a command line: unknown, refused, or without a meaning under the choices made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from pwm_torchrl.choices import CONFIG_DIR_VARIABLE, choice_file, group_choices, schema_keys
+from pwm_torchrl.cli.validate import CHOICES, value_of
+from pwm_torchrl.commands import named, typed
+from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
+
+__all__ = [
+    "RULES",
+    "CommandLine",
+    "Rule",
+    "check_meaning",
+    "dynamics_rules",
+    "instead_of_hydras",
+    "option_hint",
+    "read_words",
+    "unknown_option",
+    "with_preset",
+]
+
+DRY_RUN, JSON, DRAFT, FORCE, CONFIG = "--dry-run", "--json", "--draft", "--force", "--cfg"
+
+#: Options of each command, beside ``--help`` and ``--cfg job``, with what their value is called; "": they take none.
+OPTIONS: dict[str, dict[str, str]] = {
+    "submit": {DRY_RUN: ""},
+    "train": {},
+    "pretrain": {},
+    "plan": {JSON: "FILE"},
+    "check_env": {},
+    "doctor": {DRAFT: "NAME", FORCE: ""},
+}
+#: What a command puts in front of the settings, unless they choose a preset themselves.
+PRESET = {"pretrain": "pretrain"}
+_EXAMPLES = {JSON: "plan.json", DRAFT: "my_cluster"}
+HELP = frozenset(("-h", "--help", "help"))
+_MULTIRUN = ("--multirun", "-m")
+_CFG = (CONFIG, "-c")
+
+#: Hydra's options that are not options here, and what to type instead.
+_HYDRAS_OPTIONS: dict[tuple[str, ...], Callable[[], str]] = {
+    ("--run", "-r"): lambda: "leave it out: settings alone start a run",
+    ("--config-name", "-cn"): lambda: "there is one configuration; experiment=NAME chooses a preset of its settings",
+    ("--config-path", "-cp"): lambda: f"the configuration is the package's own; {_own_files()}",
+    ("--config-dir", "-cd"): lambda: _own_files(),
+    ("--info", "-i"): lambda: f"{CONFIG} job prints what is composed, and --help what can be chosen",
+    ("--package", "-p"): lambda: f"{CONFIG} job prints the whole configuration",
+    ("--hydra-help",): lambda: "--help lists groups, keys and options",
+    ("--shell-completion", "-sc"): lambda: "there is no completion; --help lists groups, choices and keys",
+    ("--experimental-rerun",): lambda: f"{typed('resume')} RUN goes on with an unfinished run",
+    ("--version",): lambda: "write python -c 'import pwm_torchrl; print(pwm_torchrl.__version__)'",
+}
+
+#: Beginnings of Hydra's own keys, and what to set instead; the first that fits.
+_HYDRAS_KEYS: dict[str, Callable[[], str]] = {
+    "hydra.run": lambda: "run_dir=PATH names the directory of a run, runs_dir=PATH where new ones are created",
+    "hydra.sweep.": lambda: "runs_dir=PATH says where the directories of several runs are created",
+    "hydra.output_subdir": lambda: "run_dir=PATH names the directory of a run, which holds its config.yaml",
+    "hydra.job.chdir": lambda: "runs never change the current folder; run_dir=PATH names the directory of a run",
+    "hydra.job.env_set": lambda: "set the variable in the shell, or on nodes with cluster.setup=['export NAME=VALUE']",
+    "hydra/launcher": lambda: "cluster=NAME says where a run goes",
+    "hydra.launcher": lambda: "cluster=NAME and its keys, such as cluster.partition=gpu, say where a run goes",
+    "hydra/sweeper": lambda: f"{typed('submit')} KEY=A,B,C starts a run for each value",
+    "hydra.sweeper": lambda: f"{typed('submit')} KEY=A,B,C starts a run for each value",
+    "hydra.mode": lambda: f"{typed('submit')} KEY=A,B,C starts a run for each value",
+    "hydra.searchpath": lambda: _own_files(),
+    "hydra": lambda: f"--help lists the settings that there are, {CONFIG} job prints them",
+}
+
+
+def _own_files() -> str:
+    return f"{CONFIG_DIR_VARIABLE}=FOLDER in the shell adds the cluster profiles FOLDER/cluster/*.yaml"
+
+
+@dataclass
+class CommandLine:
+    """A command line, taken apart.
+
+    Attributes:
+        settings (list of str): words for the configuration, in their order.
+        options (dict): the options that were given, each with its value, ``""`` where it takes none.
+        help (bool): whether help is asked for, wherever that stands.
+    """
+
+    settings: list[str] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)
+    help: bool = False
+
+    @property
+    def shows_config(self) -> bool:
+        """Whether ``--cfg job`` asks for the configuration instead of a run."""
+        return CONFIG in self.options
+
+
+def read_words(script: str, words: Sequence[str]) -> CommandLine:
+    """Takes options out of a command line.
+
+    Large and small letters are alike in long options, and so are ``--dry-run``, ``--dry_run`` and ``--dryrun``.
+
+    Args:
+        script (str): the command, a key of :data:`OPTIONS`.
+        words (sequence of str): what was typed behind it.
+
+    Raises:
+        ConfigurationError: for an option that the command does not have, or one without its value; not where help is
+            asked for.
+    """
+    line = CommandLine(help=any(word in HELP for word in words))
+    if line.help:
+        return line
+    known = {CONFIG: "job", "--resolve": "", "--multirun": "", **OPTIONS[script]}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            line.settings.append(word)
+            continue
+        written, equal, value = word.partition("=")
+        option = _option(written, known)
+        if option is None or (option == "--multirun" and script != "submit"):
+            following = rest[0] if rest and not rest[0].startswith("-") and "=" not in rest[0] else ""
+            raise unknown_option(word, script, following)
+        if known[option] and not equal:
+            value = rest.pop(0) if rest else ""
+        if known[option] and not value:
+            raise ConfigurationError(_needs_value(option, known[option]))
+        if equal and not known[option]:
+            raise ConfigurationError(f"{word}: {option} takes no value; write {option}")
+        line.options[option] = value
+    return _checked(line)
+
+
+def _checked(line: CommandLine) -> CommandLine:
+    shown = line.options.get(CONFIG)
+    if shown not in (None, "job"):
+        raise ConfigurationError(
+            f"{CONFIG} {shown}: only the configuration of the run can be printed; write {CONFIG} job"
+        )
+    if "--resolve" in line.options and shown is None:
+        raise ConfigurationError(f"--resolve belongs to {CONFIG} job, which prints resolved values with or without it")
+    return line
+
+
+def _needs_value(option: str, what: str) -> str:
+    if option == CONFIG:
+        return f"{CONFIG} needs to know what to print; write {CONFIG} job"
+    name = {"FILE": "the name of a file", "NAME": "a name for the profile"}[what]
+    return f"{option} needs {name}, as in {option} {_EXAMPLES[option]}"
+
+
+def _option(written: str, known: Iterable[str]) -> str | None:
+    """The option that was meant, of those that a command has."""
+    if written in _MULTIRUN:
+        return "--multirun"
+    if written in _CFG:
+        return CONFIG
+    return next((each for each in known if _bare(each) == _bare(written)), None) if written[:2] == "--" else None
+
+
+def _bare(option: str) -> str:
+    return option.lower().replace("-", "").replace("_", "")
+
+
+def unknown_option(word: str, script: str | None = None, following: str = "") -> ConfigurationError:
+    """The error for an option that a command does not have, with what to type instead.
+
+    Args:
+        word (str): the option as it was typed.
+        script (str, optional): the command.
+        following (str): the next word, which may be meant as its value. Defaults to ``""``.
+    """
+    written, _, value = word.partition("=")
+    asked = f"unknown option {word}"
+    for names, instead in _HYDRAS_OPTIONS.items():
+        if written in names:
+            return ConfigurationError(f"{asked}, which is Hydra's; {instead()}")
+    if written in _MULTIRUN:
+        return ConfigurationError(f"{asked}: this command starts one run; {typed('submit')} KEY=A,B,C starts several")
+    elsewhere = next((other for other, options in OPTIONS.items() if _option(written, options)), None)
+    if elsewhere not in (None, script):
+        option = _option(written, OPTIONS[str(elsewhere)])
+        what = OPTIONS[str(elsewhere)][str(option)]
+        return ConfigurationError(f"{asked}; it is one of {typed(str(elsewhere))}: {f'{option} {what}'.strip()}")
+    key = written.lstrip("-")
+    if key.replace("-", "_") in {**schema_keys(), **group_choices()}:
+        return ConfigurationError(
+            f"{asked}; settings are written without dashes: {key.replace('-', '_')}={value or following or 'VALUE'}"
+        )
+    mine = ["--help", f"{CONFIG} job", *OPTIONS.get(script or "", {})]
+    close = difflib.get_close_matches(written, mine, n=1, cutoff=0.5)
+    near = f"; nearest: {close[0]}" if close else ""
+    where = "" if script is None else f" of {named(script)}"
+    return ConfigurationError(f"{asked}{near}; options{where}: {', '.join(mine)}; settings are written key=value")
+
+
+def with_preset(script: str, words: Sequence[str]) -> list[str]:
+    """The words, with the command's preset in front unless they choose one."""
+    chosen = any(word.partition("=")[0] == "experiment" for word in words)
+    return list(words) if chosen or script not in PRESET else [f"experiment={PRESET[script]}", *words]
+
+
+def option_hint(key: str) -> str:
+    """What to add to the error about a key that is not one, but the name of an option: ``dry_run=true``."""
+    for script, options in OPTIONS.items():
+        for option, what in options.items():
+            if _bare(option) == _bare(key):
+                return f"; it is an option: {typed(script)} {option} {what}".rstrip()
+    if _bare(key) in ("help", "cfg", "multirun"):
+        return f"; it is an option: --{_bare(key)}" + (" job" if _bare(key) == "cfg" else "")
+    return ""
+
+
+def instead_of_hydras(key: str) -> str:
+    """What to set instead of one of Hydra's own keys."""
+    return next(instead() for beginning, instead in _HYDRAS_KEYS.items() if key.startswith(beginning))
+
+
+_DYNAMICS, _KIND, _FORM = "model.dynamics.", "model.dynamics.kind", "model.dynamics.parameterization"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keys, and what has to be chosen for them to be used.
+
+    Attributes:
+        keys (tuple of str): dotted keys; one that ends in a dot stands for its whole section.
+        by (str): the key that decides; of several with commas between, which are numbers, one has to be above 0.
+        values (tuple of str): its values beside which the keys are used; empty: any above 0.
+    """
+
+    keys: tuple[str, ...]
+    by: str
+    values: tuple[str, ...] = ()
+
+    def covers(self, key: str) -> bool:
+        """Whether the rule is about a key."""
+        return any(key == each or (each.endswith(".") and key.startswith(each)) for each in self.keys)
+
+    def allows(self, config: Config) -> bool:
+        """Whether the keys are used beside what is chosen; of a choice that does not exist something else is said."""
+        if not self.values:
+            return any(value_of(config, each) > 0 for each in self.by.split(", "))
+        value = value_of(config, self.by)
+        known = value in CHOICES.get(self.by, ()) or (self.by == _KIND and "." in value)
+        return value in self.values or not known
+
+
+#: What is not told by signatures.
+RULES = (
+    Rule(
+        ("model.loss.flow_matching_weight", "model.loss.flow_matching_source", "model.loss.self_consistency_weight"),
+        _KIND,
+        ("flow",),
+    ),
+    Rule(("model.loss.self_consistency_weight",), _FORM, ("residual_endpoint",)),
+    Rule(("model.loss.flow_matching_source",), "model.loss.flow_matching_weight, model.loss.self_consistency_weight"),
+    Rule(("model.num_bins", "model.vmin", "model.vmax", "model.reward_space"), "model.reward_head", ("two_hot",)),
+    Rule(("logger.project", "logger.entity", "logger.group", "logger.mode"), "logger.kind", ("wandb",)),
+    Rule(("data.",), "mode", ("pretrain", "extract")),
+    Rule(
+        tuple(f"cluster.{key}" for key in ("partition", "account", "qos", "constraint", "gres", "mem_gb", "nodes")),
+        "cluster.kind",
+        ("slurm", "auto"),
+    ),
+)
+
+
+def dynamics_rules() -> list[Rule]:
+    """A rule for each option of latent dynamics: of the kinds that take it, and of the parameterisations of a flow."""
+    from pwm_torchrl.modules.dynamics.factory import CLASSES, options_of
+
+    takes: dict[str, list[tuple[str, str | None]]] = {}
+    for kind, form in CLASSES:
+        for option in options_of(kind, form):
+            takes.setdefault(option, []).append((kind, form))
+    rules = []
+    for option, places in takes.items():
+        rules.append(Rule((_DYNAMICS + option,), _KIND, tuple(dict.fromkeys(kind for kind, _ in places))))
+        if forms := tuple(form for _, form in places if form is not None):
+            rules.append(Rule((_DYNAMICS + option,), _FORM, forms))
+    return rules
+
+
+def check_meaning(config: Config, typed: Mapping[str, Any]) -> None:
+    """Checks what was typed against what is chosen.
+
+    Args:
+        config (Config): what was composed.
+        typed (Mapping): the keys of the command line with their values; null, false and a weight of 0 ask for nothing.
+
+    Raises:
+        ConfigurationError: for the first key that is not used.
+    """
+    rules = list(RULES)
+    if any(key.startswith(_DYNAMICS) for key in typed):
+        rules += dynamics_rules()
+    for key, value in typed.items():
+        if value is None or value is False or (key.endswith("_weight") and value == 0):
+            continue
+        for rule in rules:
+            if rule.covers(key) and not rule.allows(config):
+                raise _refusal(config, key, value, rule)
+
+
+def _refusal(config: Config, key: str, value: Any, rule: Rule) -> ConfigurationError:
+    shown = str(value).lower() if isinstance(value, bool) else value
+    if not rule.values:
+        needed = rule.by.replace(", ", " or ")
+        return ConfigurationError(f"{key}={shown} means nothing without a weight: set {needed}, or leave {key} out")
+    return ConfigurationError(
+        f"{key}={shown} means nothing with {rule.by}={value_of(config, rule.by)}: choose "
+        f"{rule.by}={_any_of(rule.values)}{_presets(rule)}, or leave {key} out"
+    )
+
+
+def _any_of(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _presets(rule: Rule) -> str:
+    """Choices of the deciding key's group that set it so, in brackets, if there are any."""
+    section, _, rest = rule.by.rpartition(".")
+    group = section.partition(".")[0] or "experiment"
+    path = rule.by.split(".")[1:] if section else [rest]
+    found = []
+    for choice in group_choices()[group]:
+        value: Any = yaml.safe_load(choice_file(group, choice).read_text(encoding="utf-8"))
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        if value in rule.values:
+            found.append(choice)
+    return f" ({group}={_any_of(found)})" if found else ""

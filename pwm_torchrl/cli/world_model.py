@@ -1,0 +1,111 @@
+"""``launch/world_model.py``: world models as files, those of TD-MPC2 brought in."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.evaluate import ArgumentParser
+from pwm_torchrl.commands import typed
+from pwm_torchrl.envs.tasks import TaskSet, task_set
+from pwm_torchrl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pwm_torchrl.modules import WorldModelSpec
+
+__all__ = ["import_checkpoint", "main"]
+
+
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Imports a checkpoint, or says what a saved world model is."""
+    args = _parser().parse_args(argv)
+    if args.command == "import":
+        tasks = None if args.tasks is None else task_set(args.tasks)
+        return import_checkpoint(args.checkpoint, args.folder, tasks)
+    return _show(args.folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(prog=typed("world_model"), description="World models as files.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
+    bring = commands.add_parser(
+        "import",
+        help="bring in a checkpoint in TD-MPC2's format",
+        description="Bring in the world model of a checkpoint in TD-MPC2's format, {'model': state_dict}: policy and "
+        "value networks are left out, sizes come from the shapes, task embedding and action masks are kept.",
+    )
+    bring.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pt file")
+    bring.add_argument("folder", type=Path, metavar="FOLDER", help="where to; world_model=FOLDER then finds it")
+    bring.add_argument("--tasks", metavar="SET", help="its tasks in order: mt30, mt80, names with commas, a YAML file")
+    show = commands.add_parser("show", help="say what a saved world model is")
+    show.add_argument("folder", type=Path, metavar="FOLDER", help="of import, or a pre-training run")
+    return parser
+
+
+def import_checkpoint(checkpoint: Path, folder: Path, tasks: TaskSet | None) -> int:
+    """Convert a TD-MPC2 checkpoint, and say what became of its entries."""
+    from pwm_torchrl.modules import load_tdmpc2_world_model, save_world_model
+
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigurationError(f"{folder} is not empty; give a new folder")
+    model, report = load_tdmpc2_world_model(checkpoint, action_dims=None if tasks is None else tasks.action_dims)
+    spec = report.spec
+    if tasks is not None:
+        _check_tasks(checkpoint, tasks, spec)
+    elif spec.num_tasks:
+        raise ConfigurationError(
+            f"{checkpoint} has {spec.num_tasks} tasks, and nothing in it says which; name them in order, --tasks mt30"
+        )
+    saved = save_world_model(
+        folder,
+        model,
+        spec,
+        task_names=() if tasks is None else tasks.names,
+        observation_dims=() if tasks is None else tasks.observation_dims,
+        labels={"origin": checkpoint.name, "model": {"name": "mlp"}, "size": {"name": size_name(spec.units)}},
+    )
+    console.say(f"mapped {len(report.mapped)} entries:")
+    for theirs, ours in report.mapped.items():
+        console.say(f"  {theirs:<36} -> {ours}")
+    console.say(f"left out {len(report.skipped)} entries of policy and value networks: {_short(report.skipped)}")
+    console.say(f"missing: {', '.join(report.missing) or 'nothing'}")
+    console.say(f"world model: {folder} (sha256 {saved.sha256[:12]})")
+    return console.OK
+
+
+def _check_tasks(checkpoint: Path, tasks: TaskSet, spec: WorldModelSpec) -> None:
+    number, widths = spec.num_tasks, (spec.observation_dim, spec.action_dim)
+    if number != len(tasks):
+        raise ConfigurationError(f"{checkpoint} has {number} tasks, and --tasks {tasks.name} has {len(tasks)}")
+    if widths != (tasks.observation_dim, tasks.action_dim):
+        raise ConfigurationError(
+            f"{checkpoint} takes {widths[0]} observation and {widths[1]} action dimensions, and --tasks {tasks.name} "
+            f"has {tasks.observation_dim} and {tasks.action_dim}: it was trained on other tasks"
+        )
+
+
+def size_name(units: Sequence[int]) -> str:
+    """The published size with these hidden widths, else ``custom``."""
+    from pwm_torchrl.modules import SIZES
+
+    return next((name for name, size in SIZES.items() if tuple(size.units) == tuple(units)), "custom")
+
+
+def _short(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "none"
+
+
+def _show(folder: Path) -> int:
+    from pwm_torchrl.modules import world_model_facts
+
+    facts = world_model_facts(folder)
+    for key, value in asdict(facts.spec).items():
+        console.say(f"{key:<24} {value}")
+    console.say(f"{'tasks':<24} {', '.join(facts.task_names) or 'a single one'}")
+    console.say(f"{'sha256':<24} {facts.sha256 or 'not trained yet'}")
+    return console.OK

@@ -1,0 +1,151 @@
+"""Saving and loading the state of an environment, as tensors and plain values, for runs that resume exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torchrl.envs import EnvBase
+
+from pwm_torchrl.envs.info import env_layers
+from pwm_torchrl.errors import ConfigurationError
+
+__all__ = [
+    "decode",
+    "encode",
+    "env_state_support",
+    "is_plain",
+    "load_attributes",
+    "load_env_state",
+    "load_random",
+    "save_attributes",
+    "save_env_state",
+    "save_random",
+]
+
+
+def env_state_support(env: EnvBase) -> str:
+    """What :func:`save_env_state` can save of ``env``, a sentence that begins with ``exact`` or ``none``."""
+    for layer in env_layers(env):
+        told = getattr(type(layer), "state_support", None) or layer.__dict__.get("state_support")
+        if told:
+            return str(told)
+    if _owner(env) is not None:
+        return "exact: by the environment's own save_state()"
+    return "none: the environment has no save_state() and load_state(state), so a resumed run begins with new episodes"
+
+
+def save_env_state(env: EnvBase) -> dict[str, Any] | None:
+    """State from which :func:`load_env_state` goes on to the bit.
+
+    Args:
+        env (EnvBase): an environment from one of the makers, or any with methods ``save_state()`` and
+            ``load_state(state)`` under its transforms.
+
+    Returns:
+        dict, optional: tensors, numbers, strings and containers of them (``torch.load(weights_only=True)`` reads it
+        back), or ``None`` where the environment cannot be saved (see :func:`env_state_support`).
+    """
+    layer = _owner(env)
+    return None if layer is None else layer.save_state()
+
+
+def load_env_state(env: EnvBase, state: dict[str, Any]) -> None:
+    """Put an environment back where :func:`save_env_state` found it.
+
+    TorchRL keeps the present observation in the collector's TensorDict, not in the environment: restore that too, and
+    do not reset in between.
+
+    Args:
+        env (EnvBase): made by the same configuration.
+        state (dict): what :func:`save_env_state` returned.
+
+    Raises:
+        ConfigurationError: if this environment cannot be loaded, or has another number of sub-environments.
+    """
+    layer = _owner(env)
+    if layer is None:
+        raise ConfigurationError(f"the state of this environment cannot be loaded ({env_state_support(env)})")
+    layer.load_state(state)
+
+
+def _owner(env: EnvBase) -> Any | None:
+    """The outermost layer that can save itself."""
+    for layer in env_layers(env):
+        if hasattr(type(layer), "save_state") and hasattr(type(layer), "load_state"):
+            return layer if getattr(layer, "can_save_state", True) else None
+    return None
+
+
+_SCALAR = "numpy_scalar"
+_TUPLE = "tuple"
+
+
+def is_plain(value: Any) -> bool:
+    """Whether :func:`encode` can store ``value`` exactly."""
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(is_plain, value.values()))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype.kind in "biuf" and value.dtype.itemsize <= 8
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def encode(value: Any) -> Any:
+    """Numpy arrays and scalars as tensors, containers item by item, the rest unchanged."""
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value)
+    if isinstance(value, np.generic):
+        return {_SCALAR: torch.tensor(np.asarray(value))}
+    if isinstance(value, tuple):
+        return {_TUPLE: [encode(item) for item in value]}
+    if isinstance(value, list):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    return value
+
+
+def decode(value: Any) -> Any:
+    """Inverse of :func:`encode`; arrays come back as fresh copies."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy().copy()
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if isinstance(value, dict):
+        if value.keys() == {_SCALAR}:
+            return value[_SCALAR].numpy()[()]
+        if value.keys() == {_TUPLE}:
+            return tuple(decode(item) for item in value[_TUPLE])
+        return {key: decode(item) for key, item in value.items()}
+    return value
+
+
+def save_attributes(owner: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The plain attributes of an object, by name: what a simulator written in Python keeps its state in."""
+    attributes = vars(owner).items()
+    return {name: encode(v) for name, v in attributes if name not in skip and is_plain(v)}
+
+
+def load_attributes(owner: Any, saved: dict[str, Any]) -> None:
+    """Put back what :func:`save_attributes` gave."""
+    for name, value in saved.items():
+        setattr(owner, name, decode(value))
+
+
+def save_random(generator: np.random.Generator | np.random.RandomState) -> dict[str, Any]:
+    """State of a numpy random generator of either generation."""
+    if isinstance(generator, np.random.RandomState):
+        return encode(generator.get_state(legacy=False))
+    return encode(generator.bit_generator.state)
+
+
+def load_random(generator: np.random.Generator | np.random.RandomState, saved: dict[str, Any]) -> None:
+    """Put back what :func:`save_random` gave."""
+    state = decode(saved)
+    if isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state

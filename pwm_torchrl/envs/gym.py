@@ -1,0 +1,193 @@
+"""A gymnasium environment as one of our sub-environments. Imports gymnasium; loaded by the maker only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from pwm_torchrl.envs.batch import RawStep, SubEnv
+from pwm_torchrl.envs.dm_control import PhysicsState
+from pwm_torchrl.envs.env_state import load_attributes, load_random, save_attributes, save_random
+from pwm_torchrl.errors import ConfigurationError
+
+__all__ = ["PRESENTATION", "GymnasiumSubEnv", "instability_warnings"]
+
+#: How an environment is shown is not part of where it is.
+PRESENTATION = (
+    "render_mode",
+    "screen",
+    "clock",
+    "isopen",
+    "width",
+    "height",
+    "_np_random_seed",
+    "_ezpickle_args",
+    "_ezpickle_kwargs",
+)
+
+
+class GymnasiumSubEnv(SubEnv):
+    """One environment from ``gymnasium.make``.
+
+    Args:
+        id (str): its id, for messages.
+        env (gymnasium.Env): the environment.
+        action_repeat (int): environment steps per agent step.
+        episode_length (int, optional): agent steps after which to truncate.
+        index (int): position in the batch.
+    """
+
+    def __init__(self, id: str, env: gymnasium.Env, action_repeat: int, episode_length: int | None, index: int) -> None:
+        check_action_space(id, env.action_space)
+        self._pieces = observation_pieces(id, env.observation_space)
+        super().__init__(
+            id,
+            sum(size for _, size in self._pieces),
+            env.action_space.low,
+            env.action_space.high,
+            action_repeat,
+            episode_length,
+            index,
+        )
+        self.simulator = env
+        self._action_shape = env.action_space.shape
+        self._action_dtype = env.action_space.dtype
+        self._mujoco = _is_mujoco(env)
+        self._physics = PhysicsState(env.unwrapped.model) if self._mujoco else None
+        self._unstable = instability_warnings() if self._mujoco else []
+
+    def own_episode_length(self) -> int | None:
+        """The registered time limit in agent steps."""
+        limit = self.simulator.spec.max_episode_steps if self.simulator.spec else None
+        return math.ceil(limit / self.action_repeat) if limit and limit > 0 else None
+
+    def _raw_reset(self, seed: int | None) -> np.ndarray:
+        observation, _ = self.simulator.reset(seed=seed)
+        return self._flat(observation)
+
+    def _raw_step(self, action: np.ndarray) -> RawStep:
+        action = action.astype(self._action_dtype).reshape(self._action_shape)
+        observation, reward, terminated, truncated, _ = self.simulator.step(action)
+        if self._mujoco and self.simulator.unwrapped.data.warning.number[self._unstable].any():
+            # MuJoCo puts a diverged simulation back to its start and goes on, as if nothing had happened.
+            raise FloatingPointError("the simulation became unstable (MuJoCo: bad position, velocity or acceleration)")
+        return self._flat(observation), float(reward), bool(terminated), bool(truncated)
+
+    def _flat(self, observation: Any) -> np.ndarray:
+        """Concatenation of the pieces in the order of the space; a new array, float32."""
+        if len(self._pieces) == 1 and not self._pieces[0][0]:
+            return np.array(observation, np.float32).ravel()
+        return np.concatenate([np.asarray(_pick(observation, p), np.float32).ravel() for p, _ in self._pieces])
+
+    def can_save(self) -> bool:
+        """Whether the exact state can be saved."""
+        return self._mujoco or _is_classic_control(self.simulator)
+
+    def state_support(self) -> str:
+        """What can be saved, a sentence."""
+        if self._mujoco:
+            return "exact: MuJoCo physics with warm start, clock, elapsed steps, random generator"
+        if self.can_save():
+            return "exact: simulator variables, elapsed steps, random generator"
+        return f"none: {type(self.simulator.unwrapped).__module__} is neither classic control nor MuJoCo"
+
+    def save_simulator(self) -> dict[str, Any]:
+        core = self.simulator.unwrapped
+        state = {
+            "attributes": save_attributes(core, skip=PRESENTATION),
+            "random": save_random(core.np_random),
+            "wrappers": [_bookkeeping(layer) for layer in _wrappers(self.simulator)],
+        }
+        if self._physics is not None:
+            state["physics"] = self._physics.save(core.model, core.data)
+        return state
+
+    def load_simulator(self, state: dict[str, Any]) -> None:
+        core = self.simulator.unwrapped
+        load_attributes(core, state["attributes"])
+        load_random(core.np_random, state["random"])
+        for layer, saved in zip(_wrappers(self.simulator), state["wrappers"], strict=True):
+            for name, value in saved.items():
+                setattr(layer, name, value)
+        if self._physics is not None:
+            self._physics.load(core.model, core.data, state["physics"])
+
+    def draw(self) -> np.ndarray:
+        if self.simulator.render_mode != "rgb_array":
+            raise ConfigurationError(f"{self.name} was made without render=True")
+        return self.simulator.render()
+
+    def close(self) -> None:
+        self.simulator.close()
+
+
+def instability_warnings() -> list[int]:
+    """Indices of MuJoCo's warnings about values that are not finite or huge."""
+    import mujoco
+
+    kinds = mujoco.mjtWarning
+    return [int(kind) for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)]
+
+
+def check_action_space(id: str, space: spaces.Space) -> None:
+    """Raise ConfigurationError unless actions are continuous."""
+    if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+        raise ConfigurationError(
+            f"env.id={id!r} has the action space {space}: PWM differentiates through actions, "
+            "so only continuous ones (a Box of floats) are supported, not discrete ones"
+        )
+
+
+def observation_pieces(id: str, space: spaces.Space, path: tuple = ()) -> list[tuple[tuple, int]]:
+    """Where the vectors of an observation are and how long each is, in the order of the space.
+
+    Raises:
+        ConfigurationError: for images and for spaces that are no vectors.
+    """
+    if isinstance(space, spaces.Box):
+        if len(space.shape) >= 2 and (space.dtype == np.uint8 or len(space.shape) >= 3):
+            raise ConfigurationError(
+                f"env.id={id!r} observes images of shape {space.shape}: only vectors of numbers are supported"
+            )
+        return [(path, math.prod(space.shape))]
+    if isinstance(space, spaces.Dict):
+        items: Any = space.spaces.items()
+    elif isinstance(space, spaces.Tuple):
+        items = enumerate(space.spaces)
+    else:
+        raise ConfigurationError(
+            f"env.id={id!r} has the observation space {space}: only vectors of numbers (Box), "
+            "and Dict or Tuple of them, are supported"
+        )
+    return [piece for key, sub in items for piece in observation_pieces(id, sub, (*path, key))]
+
+
+def _pick(observation: Any, path: tuple) -> Any:
+    for key in path:
+        observation = observation[key]
+    return observation
+
+
+def _is_classic_control(env: gymnasium.Env) -> bool:
+    return type(env.unwrapped).__module__.startswith("gymnasium.envs.classic_control")
+
+
+def _is_mujoco(env: gymnasium.Env) -> bool:
+    return type(env.unwrapped).__module__.startswith("gymnasium.envs.mujoco") and hasattr(env.unwrapped, "data")
+
+
+def _wrappers(env: Any) -> list[Any]:
+    layers = []
+    while env is not env.unwrapped:
+        layers.append(env)
+        env = env.env
+    return layers
+
+
+def _bookkeeping(wrapper: Any) -> dict[str, Any]:
+    """Counters of gymnasium's TimeLimit and OrderEnforcing."""
+    return {name: vars(wrapper)[name] for name in ("_elapsed_steps", "_has_reset") if name in vars(wrapper)}

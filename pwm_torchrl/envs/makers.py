@@ -1,0 +1,247 @@
+"""Makers of gymnasium and DeepMind Control environments; what needs those libraries is loaded when one is made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torchrl.envs import EnvBase
+
+from pwm_torchrl.envs.rendering import import_mujoco_library
+from pwm_torchrl.envs.standard import check_maker_arguments
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["batch_dm_control", "check_dm_control_task", "make_dm_control_env", "make_gymnasium_env"]
+
+# Simulators whose only end is the time limit; for others that say nothing, termination is assumed possible.
+_NEVER_TERMINATE = ("Pendulum", "HalfCheetah", "Swimmer", "Reacher", "Pusher", "HumanoidStandup")
+
+
+def make_gymnasium_env(
+    id: str,
+    num_envs: int = 1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    action_repeat: int = 1,
+    episode_length: int | None = None,
+    render: bool = False,
+    **gym_kwargs: Any,
+) -> EnvBase:
+    """N gymnasium environments as one TorchRL environment of batch size ``[N]``.
+
+    Args:
+        id (str): id that ``gymnasium.make`` knows, for example ``"HalfCheetah-v5"``.
+        num_envs (int): ``N``. Defaults to ``1``.
+        seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
+        device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
+        action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``1``.
+        episode_length (int, optional): agent steps per episode; ``None`` keeps the environment's own limit. Defaults
+            to ``None``.
+        render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
+        **gym_kwargs: passed to ``gymnasium.make``.
+
+    Returns:
+        EnvBase: ``observation`` float32 ``[N, O]``, ``action`` float32 ``[N, A]`` in [-1, 1], and under ``next``
+        ``reward`` float32 ``[N, 1]`` and bool ``[N, 1]`` ``done``, ``terminated``, ``truncated``.
+
+    Raises:
+        ConfigurationError: for an unknown id, discrete actions, image observations, an unbounded action box.
+        MissingLibraryError: if gymnasium, or what this environment needs, is not installed.
+        EnvironmentFault: later, where a sub-environment raises or returns values that are not finite.
+
+    Examples:
+        >>> env = make_gymnasium_env("Pendulum-v1", num_envs=2)
+        >>> env.rollout(3)["next", "reward"].shape
+        torch.Size([2, 3, 1])
+    """
+    check_maker_arguments(num_envs, action_repeat, episode_length)
+    try:
+        import gymnasium
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(
+            f"env.id={id} needs gymnasium, which is not installed: pip install 'pwm-torchrl[gym]'"
+        ) from error
+    from pwm_torchrl.envs.batch import batch_sub_envs
+    from pwm_torchrl.envs.gym import GymnasiumSubEnv
+
+    build = _builder(gymnasium, id, episode_length, render, gym_kwargs)
+    sub_envs = [GymnasiumSubEnv(id, build(), action_repeat, episode_length, i) for i in range(num_envs)]
+    first = sub_envs[0]
+    return batch_sub_envs(
+        sub_envs,
+        seed=seed,
+        device=device,
+        episode_length=episode_length or first.own_episode_length(),
+        terminates=_terminates(id, first.simulator),
+        state_support=first.state_support(),
+        can_save=first.can_save(),
+    )
+
+
+def _builder(
+    gymnasium: Any, id: str, episode_length: int | None, render: bool, gym_kwargs: dict[str, Any]
+) -> Callable[[], Any]:
+    """A function that makes one environment and explains why it cannot."""
+    entry = _registered(gymnasium, id)
+    if "mujoco" in str(entry.entry_point).lower():
+        import_mujoco_library("mujoco", "mujoco", f"env.id={id}")
+    kwargs = dict(gym_kwargs)
+    kwargs["disable_env_checker"] = True  # its checks cost more than a step of a small environment
+    if render:
+        kwargs["render_mode"] = "rgb_array"
+    if episode_length is not None:
+        kwargs["max_episode_steps"] = -1  # the limit in agent steps replaces the registered one
+
+    def build() -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # an older version of an id is the user's choice
+                return gymnasium.make(id, **kwargs)
+        except gymnasium.error.DependencyNotInstalled as error:
+            text = _first_line(error)
+            advice = (
+                ""
+                if "pip install" in text and "mujoco" not in text.lower()
+                else (f": pip install 'pwm-torchrl[{'mujoco' if 'mujoco' in text.lower() else 'gym'}]'")
+            )
+            raise MissingLibraryError(f"env.id={id} needs a library that is not installed ({text}){advice}") from error
+        except ModuleNotFoundError as error:
+            raise MissingLibraryError(f"env.id={id} needs {error.name}, which is not installed") from error
+        except (TypeError, gymnasium.error.Error) as error:
+            raise ConfigurationError(
+                f"gymnasium cannot make env.id={id!r} with {gym_kwargs}: {_first_line(error)}"
+            ) from error
+
+    return build
+
+
+def _registered(gymnasium: Any, id: str) -> Any:
+    """The registry's entry for ``id``, importing the module of a ``module:id``."""
+    try:
+        return gymnasium.spec(id)
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(f"env.id={id!r} needs {error.name}, which is not installed") from error
+    except gymnasium.error.Error as error:
+        near = nearest(str(id), gymnasium.registry)
+        hint = f"did you mean {near}?" if near else "see gymnasium.pprint_registry()"
+        raise ConfigurationError(f"env.id={id!r} is not a gymnasium environment: {hint}") from error
+
+
+def _terminates(id: str, simulator: Any) -> bool:
+    if id.split("/")[-1].rsplit("-v", 1)[0] in _NEVER_TERMINATE:
+        return False
+    return bool(getattr(simulator.unwrapped, "_terminate_when_unhealthy", True))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(np.asarray(error.args)[0]) if error.args else str(error)
+    return text.strip().splitlines()[0][:200] if text.strip() else type(error).__name__
+
+
+def make_dm_control_env(
+    domain: str,
+    task: str,
+    num_envs: int = 1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    action_repeat: int = 2,
+    episode_length: int | None = None,
+    render: bool = False,
+) -> EnvBase:
+    """N environments of one dm_control task as one TorchRL environment of batch size ``[N]``.
+
+    Args:
+        domain (str): domain of the suite, for example ``"cartpole"``.
+        task (str): task of the domain, for example ``"swingup"``.
+        num_envs (int): ``N``. Defaults to ``1``.
+        seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
+        device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
+        action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``2``.
+        episode_length (int, optional): agent steps per episode; ``None`` keeps the task's own limit (for most tasks
+            1000 environment steps). Defaults to ``None``.
+        render (bool): accepted like by the other makers; rendering needs no preparation here. Defaults to ``False``.
+
+    Returns:
+        EnvBase: ``observation`` float32 ``[N, O]``, the entries of the task's observation concatenated in its order,
+        ``action`` float32 ``[N, A]`` in [-1, 1], and under ``next`` ``reward`` float32 ``[N, 1]`` and bool ``[N, 1]``
+        ``done``, ``terminated``, ``truncated``.
+
+    Raises:
+        ConfigurationError: for an unknown domain or task.
+        MissingLibraryError: if dm_control is not installed.
+        EnvironmentFault: later, where a sub-environment raises or returns values that are not finite.
+
+    Examples:
+        >>> env = make_dm_control_env("cartpole", "swingup", num_envs=2)
+        >>> env.rollout(3)["observation"].shape
+        torch.Size([2, 3, 5])
+    """
+    check_maker_arguments(num_envs, action_repeat, episode_length)
+    suite = import_mujoco_library("dm_control.suite", "dm-control", f"env.domain={domain}")
+    check_dm_control_task(domain, task, suite.TASKS_BY_DOMAIN, "dm_control's suite")
+
+    def load(**task_kwargs: Any) -> Any:
+        return suite.load(domain, task, task_kwargs=task_kwargs)
+
+    return batch_dm_control(f"{domain}-{task}", load, num_envs, seed, device, action_repeat, episode_length)
+
+
+def batch_dm_control(
+    name: str,
+    load: Callable[..., Any],
+    num_envs: int,
+    seed: int,
+    device: torch.device | str,
+    action_repeat: int,
+    episode_length: int | None,
+) -> EnvBase:
+    """N dm_control environments from wherever as one; arguments and result as :func:`make_dm_control_env`.
+
+    Args:
+        name (str): label for messages.
+        load (callable): makes a ``dm_control.rl.control.Environment``; called with ``random``, a seed, and, where a
+            limit in agent steps replaces the task's own in simulated seconds, ``time_limit``.
+        num_envs (int): ``N``.
+        seed (int): of sub-environment 0.
+        device (torch.device or str): where the tensors go.
+        action_repeat (int): environment steps per agent step.
+        episode_length (int, optional): agent steps per episode.
+    """
+    try:
+        from pwm_torchrl.envs.batch import batch_sub_envs
+        from pwm_torchrl.envs.dm_control import DMControlSubEnv
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(f"{error.name} is not installed: pip install 'pwm-torchrl[dm-control]'") from error
+
+    # A few tasks draw their model when loaded, so the seed is needed here already.
+    limit: dict[str, Any] = {} if episode_length is None else {"time_limit": float("inf")}
+    sub_envs = [
+        DMControlSubEnv(name, load(**limit, random=seed + i), action_repeat, episode_length, i) for i in range(num_envs)
+    ]
+    first = sub_envs[0]
+    return batch_sub_envs(
+        sub_envs,
+        seed=seed,
+        device=device,
+        episode_length=episode_length or first.own_episode_length(),
+        terminates=first.terminates(),
+        state_support="exact: MuJoCo physics with warm start, clock, task variables, random generator",
+        can_save=True,
+    )
+
+
+def check_dm_control_task(domain: str, task: str, tasks_of: Mapping[str, Collection[str]], where: str) -> None:
+    """Raise ConfigurationError unless ``tasks_of`` has the domain and the task."""
+    if domain not in tasks_of:
+        near = nearest(str(domain), tasks_of)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(sorted(tasks_of))}"
+        raise ConfigurationError(f"env.domain={domain!r} is not in {where}: {hint}")
+    if task not in tasks_of[domain]:
+        raise ConfigurationError(
+            f"env.task={task!r} is not a task of {domain}: choose {' or '.join(sorted(tasks_of[domain]))}"
+        )

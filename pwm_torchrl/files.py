@@ -1,0 +1,224 @@
+"""Files written whole or not at all: appending, flushing, allocating, and what a full disk raises."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pwm_torchrl.errors import ConfigurationError, StorageFault
+
+#: File systems whose files are RAM.
+MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+#: A file system without allocation answers with one of these.
+_CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BROKEN = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO)
+_MOUNTS = Path("/proc/self/mountinfo")
+_ZEROS = bytes(1 << 20)
+
+
+def filesystem_type(path: Path, mountinfo: Path = _MOUNTS) -> str | None:
+    """Type of the file system that holds a path or will hold it: ``"ext4"``; ``None`` where it cannot be told.
+
+    Args:
+        path (Path): a file or folder, which need not exist yet.
+        mountinfo (Path, optional): the kernel's table of mounts. Defaults to this process's.
+    """
+    number = existing(path).stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    if not mountinfo.exists():
+        return None
+    for line in mountinfo.read_text(encoding="utf-8").splitlines():
+        # 35 31 0:32 /shown /mount/point options ... - type source options
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == device:
+            return after.split()[0]
+    return None
+
+
+def refuse_memory(folder: Path) -> None:
+    """Refuse a folder whose files are RAM in disguise.
+
+    Raises:
+        ConfigurationError: if it lies on a file system in memory.
+    """
+    kind = filesystem_type(folder)
+    if kind in MEMORY_FILESYSTEMS:
+        raise ConfigurationError(
+            f"training.replay_storage=disk cannot use {folder}: it is on a {kind} file system, which is RAM; put "
+            "run_dir on a disk or set training.replay_storage=memory."
+        )
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write to the file system of a path; quotas are not known."""
+    stat = os.statvfs(existing(path))
+    return stat.f_bavail * stat.f_frsize
+
+
+def amount(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 // 10 else f"{count:,} bytes"
+
+
+@contextlib.contextmanager
+def storage_faults(
+    path: Path, doing: str, needed: int | None = None, remedy: str = "resume the run from its last checkpoint"
+) -> Iterator[None]:
+    """Turn an error of the file system into a :class:`~pwm_torchrl.errors.StorageFault` of one sentence.
+
+    Args:
+        path (Path): what is worked on.
+        doing (str): what is done to it, as in "could not <doing>".
+        needed (int, optional): bytes that it takes. Defaults to ``None``: unknown.
+        remedy (str): what to do once the disk is well again. Defaults to what a run does.
+    """
+    try:
+        yield
+    except OSError as error:
+        try:
+            free = f"{amount(free_bytes(path))} are free"
+        except OSError:
+            free = "how much is free cannot be read"
+        room = free if needed is None else f"{amount(needed)} were needed and {free}"
+        if error.errno in _NO_ROOM:
+            advice = "free space or raise the quota there"
+        else:
+            advice = "check the disk or the file server"
+        raise StorageFault(
+            f"Could not {doing} {path}: {error.strerror or error} ({room}); {advice}, then {remedy}."
+        ) from error
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an exception means that the disk is full, over its quota or broken."""
+    return isinstance(error, StorageFault) or (
+        isinstance(error, OSError) and error.errno is not None and error.errno in (*_NO_ROOM, *_BROKEN)
+    )
+
+
+class Reserve:
+    """Room on a disk for a run's last words: when the disk is full, the summary that says so must still be written.
+
+    Args:
+        folder (Path): of the run; the file is ``.reserve`` in it.
+        size (int): bytes. Defaults to 256 KiB.
+    """
+
+    def __init__(self, folder: Path, size: int = 1 << 18) -> None:
+        self.path = folder / ".reserve"
+        self.size = size
+
+    def take(self) -> None:
+        """Take the room.
+
+        Raises:
+            StorageFault: if there is none.
+        """
+        with storage_faults(self.path, "make room for the run's last words in", self.size):
+            allocate(self.path, self.size)
+
+    def free(self) -> None:
+        """Give it back, to be written to at once or because the run is over."""
+        self.path.unlink(missing_ok=True)
+
+
+def allocate(path: Path, size: int) -> None:
+    """Create a file of ``size`` bytes that owns its blocks; one of another size that lies there is replaced.
+
+    Raises:
+        OSError: if there is no room; nothing is left then.
+    """
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
+    try:
+        try:
+            if size:
+                _take_blocks(descriptor, size)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _take_blocks(descriptor: int, size: int) -> None:
+    """By the file system's own call, or by writing zeros where it has none."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in _CANNOT_ALLOCATE:
+            raise
+        write_zeros(descriptor, size)
+    except AttributeError:  # macOS
+        write_zeros(descriptor, size)
+
+
+def write_zeros(descriptor: int, size: int) -> None:
+    """Fill a file with zeros from its beginning, through file calls."""
+    written = 0
+    while written < size:
+        written += os.pwrite(descriptor, _ZEROS[: size - written], written)
+
+
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write every byte: one call may write less than it was given."""
+    while data.nbytes:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file by one with this text, whole or not at all, and wait until it is on the disk."""
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such call for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def append_text(file: BinaryIO, text: str) -> None:
+    """Append to an unbuffered file that was opened with mode ``"ab"``.
+
+    Raises:
+        OSError: if the disk does not take all of it; the file is as before then, so that no half line is left to which
+            a resumed run would append its first one.
+    """
+    descriptor = file.fileno()
+    before = os.fstat(descriptor).st_size
+    data = memoryview(text.encode("utf-8"))
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except OSError:
+        os.ftruncate(descriptor, before)
+        raise

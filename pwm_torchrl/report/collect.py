@@ -1,0 +1,404 @@
+"""What is known of a run, whatever state it is in: its directory is read, never written."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pwm_torchrl.cluster.deaths import JOB_FILE
+from pwm_torchrl.cluster.slurm import JobState, SlurmError, job_states
+from pwm_torchrl.commands import typed
+from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.run.claims import (
+    ALIVE,
+    ENDED,
+    UNKNOWN,
+    WITH_PROCESSES,
+    Identity,
+    describe,
+    newest_claim,
+    open_owner,
+    owner_state,
+    read_outcome,
+)
+from pwm_torchrl.run.claims import FOLDER as CLAIMS
+from pwm_torchrl.run.directory import CONFIG_FILE, EVENTS_FILE, SUMMARY_FILE, load_config, read_summary
+from pwm_torchrl.run.metrics import read_metrics
+
+__all__ = [
+    "FAILED",
+    "RunReport",
+    "find_runs",
+    "last",
+    "names_of",
+    "natural",
+    "number",
+    "read_run",
+    "read_runs",
+    "restart_reasons",
+    "settle",
+]
+
+_DEPTH = 4  # how deep below a given folder runs are looked for
+
+#: Statuses of runs that ended before they were finished, and not because somebody stopped them.
+FAILED = ("failed", "memory", "storage", "stalled", "start_up", "died")
+
+#: Events that wait for a new attempt: until it writes, the summary still says what the last one wrote.
+_WAITING = ("submit", "restart")
+
+#: By which a folder with a damaged configuration is still known as a run.
+_RUN_FILES = (CLAIMS, EVENTS_FILE, JOB_FILE, SUMMARY_FILE)
+_KEYS = {spec.name for spec in fields(Config)}
+
+
+@dataclass
+class RunReport:
+    """A run as its files tell it; ``None`` where they do not.
+
+    Attributes:
+        path: the run's directory.
+        name: what a table calls it.
+        config: its configuration, ``None`` if it is not one of this version.
+        metrics: columns of ``metrics.csv``, floats with NaN where a row has none.
+        restarts: how often it came back, by reason.
+        host_bytes: most anonymous and shared memory that the run held, measured.
+        host_planned: the same as its memory plan predicted it.
+        device_bytes: most GPU memory allocated, 0 without a GPU.
+        device_planned: the same as predicted.
+        gpus: how many GPUs it has, 0 without.
+        last_error: the newest error that ended an attempt, and files that cannot be read.
+        started: when it was submitted or started first, seconds since the epoch.
+        owner: the process that trains it, or that ended without saying so.
+        owner_state: whether that process lives, as :func:`settle` found out; see
+            :func:`~pwm_torchrl.run.claims.owner_state`.
+    """
+
+    path: Path
+    name: str
+    model: str | None = None
+    size: str | None = None
+    env: str | None = None
+    seed: int | None = None
+    status: str = "not started"
+    peak_return: float | None = None
+    final_return: float | None = None
+    random_return: float | None = None
+    epochs_done: int = 0
+    epochs_planned: int | None = None
+    env_steps: float | None = None
+    wall_clock_s: float | None = None
+    restarts: Counter[str] = field(default_factory=Counter)
+    host_bytes: float | None = None
+    host_planned: float | None = None
+    device_bytes: float | None = None
+    device_planned: float | None = None
+    gpus: int = 0
+    last_error: str | None = None
+    config: Config | None = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    started: float = 0.0
+    owner: Identity | None = None
+    owner_state: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it trained to its end."""
+        return self.status == "finished"
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """GPUs times hours; ``None`` without a GPU."""
+        return self.wall_clock_s * self.gpus / 3600 if self.gpus and self.wall_clock_s is not None else None
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run directories among and below ``paths``, each once.
+
+    Raises:
+        ConfigurationError: if a path does not exist or holds no run.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise ConfigurationError(f"{path} is not a directory; give run directories, or folders that hold them")
+        here = list(_walk(path, _DEPTH))
+        if not here:
+            raise ConfigurationError(f"{path} holds no run: there is no {CONFIG_FILE} of one in it or below it")
+        for run in here:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def read_run(path: Path) -> RunReport:
+    """Reads a run; what its summary does not say yet is taken from its metrics and its configuration."""
+    problems: list[str] = []
+    summary = read_summary(path)
+    metrics = _read_metrics(path / "metrics.csv", problems)
+    events = list(_events(path / "events.jsonl"))
+    report = RunReport(path, path.resolve().name, metrics=metrics)
+    try:
+        report.config = load_config(path)
+    except ConfigurationError as error:
+        problems.append(str(error))
+    if not summary and (path / SUMMARY_FILE).exists():
+        problems.append(f"{SUMMARY_FILE} is empty or damaged")
+    outcome: Mapping[str, Any] = {}
+    try:
+        report.owner, outcome = open_owner(path), _last_outcome(path)
+    except ConfigurationError as error:
+        problems.append(str(error))
+    _identify(report, summary)
+    _progress(report, summary, outcome, events)
+    report.started = _started(path, events)
+    report.restarts = restart_reasons(events, int(number(summary.get("restarts")) or 0))
+    _memory(report, summary, _read_json(path / "memory_plan.json"))
+    gpus = number(_read_json(path / "job.json").get("gpus"))
+    used = bool(report.device_bytes) or any(key.startswith("memory/gpu_") for key in metrics)
+    report.gpus = int(gpus) if gpus is not None else int(used)
+    report.last_error = "; ".join([*filter(None, [_last_error(path, events)]), *problems]) or None
+    return report
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunReport]:
+    """Reads runs, in reading order: by environment, size, model and seed; their names are those of :func:`names_of`."""
+    runs = [read_run(path) for path in paths]
+    for run, name in zip(runs, names_of(paths)):
+        run.name = name
+    return sorted(runs, key=lambda run: [natural(v) for v in (run.env, run.size, run.model, run.seed, run.name)])
+
+
+def settle(runs: Sequence[RunReport], states: Mapping[str, JobState] | None = None) -> None:
+    """Corrects the status of runs whose process is gone although their files say that they run: they ``died``, or wait
+    if SLURM brings their job back.
+
+    Args:
+        runs: the runs.
+        states: what SLURM said of the jobs of their owners. Defaults to ``None``: it is asked, once, for owners that
+            are not processes of this machine.
+    """
+    found: dict[str, JobState] | None = None if states is None else dict(states)
+    jobs = [run.owner.job_id for run in runs if run.owner is not None and run.owner.job_id is not None]
+
+    def ask(job_id: str) -> str:
+        nonlocal found
+        if found is None:
+            try:
+                found = job_states(jobs)
+            except SlurmError:
+                return UNKNOWN
+        job = found.get(job_id)
+        return ALIVE if job is not None and job.state in WITH_PROCESSES else ENDED
+
+    here = Identity.here()
+    for run in runs:
+        if run.owner is None or run.status not in ("running", "not started"):
+            continue
+        run.owner_state = owner_state(run.owner, here, ask)
+        if run.owner_state == ENDED:
+            job = (found or {}).get(run.owner.job_id or "")
+            run.status = "waiting" if job is not None and job.waiting else "died"
+        if run.status == "died":
+            end = (
+                f"{describe(run.owner)} is gone and did not say why (kill -9, out of memory, a restart of the machine)"
+            )
+            how = f"{typed('resume')} {run.path} goes on with it"
+            run.last_error = "; ".join(filter(None, [f"{end}: {how}", run.last_error]))
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Paths below the innermost folder that holds all of them, so that no two runs have the same name."""
+    above = os.path.commonpath([path.resolve().parent for path in paths])
+    return [os.path.relpath(path.resolve(), above) for path in paths]
+
+
+def restart_reasons(events: Sequence[Mapping[str, Any]], restarts: int) -> Counter[str]:
+    """How often a run came back, by the reason its ``restart`` events give.
+
+    Args:
+        events: the run's events.
+        restarts: how often it was resumed, by its summary. What no event explains was resumed by hand.
+    """
+    reasons = Counter(str(event.get("reason", "unknown")) for event in events if event.get("event") == "restart")
+    by_hand = restarts - reasons.total()
+    if by_hand > 0:
+        reasons["by_hand"] = by_hand
+    return reasons
+
+
+def number(value: Any) -> float | None:
+    """The value if it is a finite number."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def last(values: Sequence[float]) -> float | None:
+    """The last finite one."""
+    return next((value for value in reversed(values) if math.isfinite(value)), None)
+
+
+def natural(text: Any) -> list[Any]:
+    """Sort key that puts 5m before 19m."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|\D+", str(text))]
+
+
+def _walk(path: Path, depth: int) -> Iterator[Path]:
+    """Runs in and below a folder; nothing is looked for inside a run."""
+    if _is_run(path):
+        yield path
+    elif depth > 1:
+        try:
+            children = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+        except PermissionError:
+            return  # a folder of somebody else's beside the runs, such as lost+found
+        for child in children:
+            yield from _walk(child, depth - 1)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether the folder has a ``config.yaml`` of a run, be it cut short or of another version.
+
+    Other programs write files of that name too, and Hydra's own begins with ``defaults``.
+    """
+    try:
+        text = (path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    keys = {line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()}
+    if "defaults" in keys:
+        return False
+    return len(keys & _KEYS) >= 2 or any((path / name).exists() for name in _RUN_FILES)
+
+
+def _read_metrics(file: Path, problems: list[str]) -> dict[str, list[float]]:
+    try:
+        return read_metrics(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, csv.Error, ValueError) as error:
+        problems.append(f"{file.name} is not readable: {error}")
+        return {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """An object; empty while there is no file or a torn one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _events(file: Path) -> Iterator[dict[str, Any]]:
+    """The events that are complete: the last line may be half written, now or by a process that was killed."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def _identify(report: RunReport, summary: Mapping[str, Any]) -> None:
+    config = report.config
+    known: dict[str, Any] = {}
+    if config is not None:
+        env = config.env.get("name") or config.env.get("_target_")
+        known = {"model": config.model.name, "size": config.size.name, "env": env}
+        known.update(seed=config.seed, epochs_planned=config.training.epochs)
+    for key in ("model", "size", "env", "seed", "epochs_planned"):
+        setattr(report, key, known.get(key) if summary.get(key) is None else summary[key])
+
+
+def _last_outcome(path: Path) -> Mapping[str, Any]:
+    """How the newest attempt said that it ended; empty while it did not."""
+    newest = newest_claim(path)
+    return {} if newest is None else read_outcome(path, newest.attempt) or {}
+
+
+def _started(path: Path, events: Sequence[Mapping[str, Any]]) -> float:
+    """When a run came to be: by its first event; by its configuration if it has none."""
+    for event in events:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return datetime.fromisoformat(event["time"]).timestamp()
+    with contextlib.suppress(OSError):
+        return (path / CONFIG_FILE).stat().st_mtime
+    return 0.0
+
+
+def _progress(
+    report: RunReport, summary: Mapping[str, Any], outcome: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
+) -> None:
+    metrics = report.metrics
+    said = str(summary.get("status") or ("running" if metrics else "not started"))
+    if said in ("running", "not started"):  # the summary may be damaged, or could not be written at the end
+        said = str(outcome.get("status") or said)
+    report.status = said
+    waiting = bool(events) and events[-1].get("event") in _WAITING
+    if waiting and report.status != "finished":
+        report.status = "waiting"
+    returns = [value for value in metrics.get("eval/return_mean", []) if math.isfinite(value)]
+    running = report.status in ("running", "waiting")  # the summary is older than the metrics
+    for key, value in (("peak_return", max(returns, default=None)), ("final_return", last(returns))):
+        told = number(summary.get(key))
+        setattr(report, key, value if value is not None and (running or told is None) else told)
+    report.random_return = number(summary.get("random_return"))
+    epochs, done = last(metrics.get("epoch", [])), number(summary.get("epochs_done"))
+    report.epochs_done = int(max(epochs or 0, done or 0) if running or done is None else done)
+    for key in ("env_steps", "wall_clock_s"):
+        told, logged = number(summary.get(key)), last(metrics.get(key, []))
+        setattr(report, key, max((v for v in (told, logged) if v is not None), default=None))
+
+
+def _memory(report: RunReport, summary: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Peaks and predictions, as totals.
+
+    On the host a plan counts what the processes hold, files mapped by them apart. That is looked at once a second; a
+    plan of a finished attempt also has the growth of the kernel's own peak, which misses nothing.
+    """
+    metrics = report.metrics
+    prediction, measured = _section(plan, "prediction"), _section(plan, "measured")
+    totals, base = _section(prediction, "totals"), number(prediction.get("base"))
+    growth = number(measured.get("host"))
+    own = [number(summary.get("peak_own_bytes")), _most(metrics, "memory/peak_own"), _most(metrics, "memory/own")]
+    if growth is not None and base is not None:
+        own.append(base + growth)
+    report.host_bytes = max(filter(None, own), default=None) or number(summary.get("peak_host_bytes"))
+    device = [number(summary.get("peak_device_bytes")), number(measured.get("device"))]
+    device.append(_most(metrics, "memory/gpu_peak_allocated"))
+    report.device_bytes = max((value for value in device if value is not None), default=None)
+    report.host_planned = number(totals.get("host")) or None
+    report.device_planned = number(totals.get("device")) or None
+
+
+def _section(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _most(metrics: Mapping[str, Sequence[float]], name: str) -> float | None:
+    return max((value for value in metrics.get(name, ()) if math.isfinite(value)), default=None)
+
+
+def _last_error(path: Path, events: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the newest attempt that failed says, in its own words."""
+    outcomes = sorted(path.glob("attempts/*.outcome.json"), key=lambda file: natural(file.name))
+    told = [event.get("error") for event in events if event.get("event") in FAILED]
+    told += [_read_json(file).get("error") for file in outcomes]
+    error = next((error for error in reversed(told) if error), None)
+    return None if error is None else " ".join(str(error).split())

@@ -1,0 +1,424 @@
+"""What a run leaves beside its checkpoints: curves, README.md and links to the newest files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pwm_torchrl.commands import named, typed, what_next
+from pwm_torchrl.config import Config
+from pwm_torchrl.errors import MissingLibraryError
+from pwm_torchrl.run.metrics import progress_axis, read_metrics
+
+__all__ = ["format_steps", "json_text", "swap_in", "write_curves", "write_run_readme", "write_summary", "write_video"]
+
+
+Series = tuple[list[float], list[float]]
+
+# Okabe-Ito: eight colours that stay apart in print and for colour-blind readers.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "lines.linewidth": 1.6,
+}
+SMOOTH_ABOVE = 60  # points; longer series get a moving mean over a faint raw line
+MAX_LINES = 8  # per panel, as many as there are colours
+
+
+def write_curves(run_dir: str | os.PathLike[str]) -> Path:
+    """Draws ``curves.png`` from ``metrics.csv``: returns, losses and gradient norms over environment steps.
+
+    The evaluation return is drawn with its spread over episodes; columns that are missing leave their panel empty.
+    Curves of a run that takes no environment steps are over epochs, and one that validates a world model shows its
+    errors instead of returns.
+
+    Args:
+        run_dir: the run's directory.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        MissingLibraryError: if matplotlib is not installed.
+        FileNotFoundError: if there is no ``metrics.csv``.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingLibraryError("curves.png needs matplotlib: pip install 'pwm-torchrl[plot]'") from error
+
+    run_dir = Path(run_dir)
+    metrics = read_metrics(run_dir / "metrics.csv")
+    summary = _summary(run_dir)
+    # The figure is built without pyplot: no global state, no display, safe beside a user's own figures.
+    with rc_context(STYLE):
+        figure = Figure(figsize=(12, 6.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        errors = [name for name in metrics if name.startswith("validation/") and name != "validation/loss"]
+        below = ["model"] * 3 if errors else ["model", "actor", "critic"]
+        panels: dict[str, Any] = figure.subplot_mosaic([["return", "return", "grad"], below])
+        if errors:
+            _draw_lines(panels["return"], metrics, errors, "Errors on held-out episodes, open loop", log=True)
+        else:
+            _draw_returns(panels["return"], metrics, summary)
+        losses = [name for name in metrics if name.startswith("loss/")]
+        actor = [name for name in losses if name.startswith("loss/actor")]
+        critic = [name for name in losses if name.startswith("loss/critic")]
+        model = [name for name in losses if name not in actor + critic]
+        _draw_lines(panels["model"], metrics, model, "Model losses", log=True)
+        if not errors:
+            _draw_lines(panels["actor"], metrics, actor, "Actor loss")
+            _draw_lines(panels["critic"], metrics, critic, "Critic loss", log=True)
+        norms = [name for name in metrics if name.startswith("grad_norm/")]
+        _draw_lines(panels["grad"], metrics, norms, "Gradient norms before clipping", log=True)
+        figure.suptitle(_title(run_dir, summary), x=0.01, ha="left", fontsize=12)
+        target = run_dir / "curves.png"
+        partial = target.with_name("curves.tmp.png")
+        figure.savefig(partial, dpi=110)
+    os.replace(partial, target)
+    return target
+
+
+def _draw_returns(axes: Any, metrics: dict[str, list[float]], summary: dict[str, Any]) -> None:
+    steps, train = _series(metrics, "train/return")
+    if steps:
+        axes.plot(steps, train, color="#b0b0b0", linewidth=1, label="training episodes")
+    steps, mean = _series(metrics, "eval/return_mean")
+    if steps:
+        color = COLORS[0]
+        spread = dict(zip(*_series(metrics, "eval/return_std")))
+        low = [m - spread.get(s, 0.0) for s, m in zip(steps, mean)]
+        high = [m + spread.get(s, 0.0) for s, m in zip(steps, mean)]
+        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+        marker = "o" if len(steps) <= 40 else None
+        axes.plot(steps, mean, color=color, marker=marker, markersize=3.5, label="evaluation, mean ± std of episodes")
+    random_return = summary.get("random_return")
+    if isinstance(random_return, (int, float)) and math.isfinite(random_return):
+        axes.axhline(random_return, color="#606060", linestyle=(0, (4, 3)), linewidth=1, label="random policy")
+    _finish(axes, metrics, "Return", empty=not axes.lines)
+
+
+def _draw_lines(axes: Any, metrics: dict[str, list[float]], names: list[str], title: str, *, log: bool = False) -> None:
+    drawn = [(name, series) for name in names if (series := _series(metrics, name))[0]]
+    for color, (name, (steps, values)) in zip(COLORS, drawn[:MAX_LINES]):
+        label = name.split("/", 1)[1]
+        if len(values) > SMOOTH_ABOVE:
+            axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
+            values = _moving_mean(values, max(3, len(values) // 40))
+        axes.plot(steps, values, color=color, label=label)
+    positive = [v > 0 for _, (_, values) in drawn for v in values]
+    # A logarithmic axis only where every value has a place on it.
+    if log and positive and all(positive):
+        axes.set_yscale("log")
+    if len(drawn) > MAX_LINES:
+        title += f" (first {MAX_LINES} of {len(drawn)})"
+    _finish(axes, metrics, title, empty=not drawn)
+
+
+def _finish(axes: Any, metrics: dict[str, list[float]], title: str, *, empty: bool) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(progress_axis([metrics])[1])
+    if empty:
+        axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", color="#909090", transform=axes.transAxes)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    axes.xaxis.set_major_formatter(format_steps)
+    axes.margins(x=0.02)
+    axes.legend(loc="best")
+
+
+def format_steps(value: float, _position: int | None = None) -> str:
+    """A number of steps as a tick says it: ``20k``, ``1.5M``."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
+
+
+def _series(metrics: dict[str, list[float]], name: str) -> Series:
+    """Environment steps, or epochs, and values of a column, where both are finite."""
+    steps = metrics.get(progress_axis([metrics])[0], [])
+    points = [(s, v) for s, v in zip(steps, metrics.get(name, [])) if math.isfinite(s) and math.isfinite(v)]
+    return [s for s, _ in points], [v for _, v in points]
+
+
+def _moving_mean(values: list[float], width: int) -> list[float]:
+    """Mean over a centred window that shrinks at both ends."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    half = width // 2
+    bounds = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in bounds]
+
+
+def _title(run_dir: Path, summary: dict[str, Any]) -> str:
+    if not all(key in summary for key in ("env", "model", "size", "seed")):
+        return run_dir.name
+    title = f"{summary['env']} · {summary['model']} · {summary['size']} · seed {summary['seed']}"
+    status = summary.get("status")
+    return title if status == "finished" or status is None else f"{title} · {status}"
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
+    """Writes ``README.md``.
+
+    Args:
+        run_dir (path): the run's directory.
+        cfg (Config): the run.
+
+    Returns:
+        Path: the file.
+    """
+    env = cfg.env.get("name") or cfg.env.get("_target_", "?")
+    source = typed("report").startswith("python")
+    lines = [
+        f"# {env}, {cfg.model.name}, {cfg.size.name}, seed {cfg.seed}",
+        "",
+        f"A run of pwm_torchrl: {_subject(cfg, env)} (`model={cfg.model.name}`, `size={cfg.size.name}`, "
+        f"`seed={cfg.seed}`, {cfg.training.epochs} epochs planned).",
+        "How it ended: `summary.json`.",
+        "",
+        "| file | what it holds |",
+        "|---|---|",
+        *[f"| `{name}` | {what} |" for name, what in _files(cfg)],
+        "",
+        "## Use it",
+        "",
+        "From the root of the project, with this directory as RUN:" if source else "With this directory as RUN:",
+        "",
+        "```",
+        *_commands(cfg),
+        "```",
+        "",
+        "```python",
+        *_code(cfg),
+        "```",
+        "",
+    ]
+    return swap_in(Path(run_dir) / "README.md", "\n".join(lines))
+
+
+def _subject(cfg: Config, env: str) -> str:
+    if cfg.mode == "pretrain":
+        return f"a world model of **{env}**, trained on stored episodes"
+    if cfg.mode == "extract":
+        return f"a policy for **{env}**, trained by back-propagation through a world model of stored episodes"
+    return f"a policy for **{env}**, trained by back-propagation through a learned world model"
+
+
+def _commands(cfg: Config) -> list[str]:
+    uses = [(f"{typed(script)} {words}", meaning) for script, words, meaning in what_next(cfg.mode)]
+    lines = [f"{command:<38} # {meaning}" for command, meaning in uses]
+    if cfg.logger.kind == "tensorboard":
+        lines.append("tensorboard --logdir RUN/tensorboard")
+    if cfg.logger.kind == "wandb":
+        lines.append("wandb sync RUN/wandb/offline-run-*     # upload what was logged offline")
+    return lines
+
+
+def _code(cfg: Config) -> list[str]:
+    if cfg.mode == "pretrain":
+        return [
+            "from pwm_torchrl.modules import read_world_model",
+            "",
+            'world_model, facts = read_world_model("RUN")  # facts: its tasks, dimensions and architecture',
+        ]
+    return [
+        "import pwm_torchrl",
+        "",
+        'policy = pwm_torchrl.load_policy("RUN")            # TensorDictModule: observation -> action, no noise',
+        'env = pwm_torchrl.load_env("RUN", num_envs=10)     # the environment, in whose units the policy acts',
+        'world_model = pwm_torchrl.load_world_model("RUN")  # TensorDictModule of the world model',
+    ]
+
+
+def _files(cfg: Config) -> list[tuple[str, str]]:
+    repeat = cfg.env.get("action_repeat", 1)
+    online, policy = cfg.mode == "online", cfg.mode != "pretrain"
+    measured = "returns, losses" if policy else "losses, errors on held-out episodes"
+    counts = (
+        f" `agent_steps` counts decisions of the policy, `env_steps` steps of the environment ({repeat} per decision)."
+        if online
+        else ""
+    )
+    files = [
+        ("config.yaml", "the whole configuration; the same one in an unfinished directory resumes the run"),
+        (
+            "metrics.csv",
+            f"one row per epoch: {measured}, gradient norms before clipping, speed.{counts} Empty cells were not "
+            "measured in that epoch",
+        ),
+        (
+            "summary.json",
+            "the end result: status (running, finished, failed, stopped, memory: it ran out, storage: a disk is full "
+            "or broken), returns, steps, peak memory",
+        ),
+        ("checkpoints/", "what resuming and loading need; readable with `weights_only=True`"),
+    ]
+    if not policy:
+        files.append(("world_model/", "the world model that was best by validation: weights as safetensors, and JSON"))
+    curves = "returns with their spread" if policy else "errors on held-out episodes"
+    files.append(
+        ("curves.png", f"{curves}, losses and gradient norms over {'environment steps' if online else 'epochs'}")
+    )
+    files.append(("memory_plan.txt", "what the run was predicted to need, why, what was chosen, and what was measured"))
+    files.append(("memory_plan.json", "the same for programs"))
+    if cfg.training.video and policy:
+        files.append(("video.mp4", "one deterministic episode of the trained policy"))
+    files.append(("events.jsonl", "what happened to the run, one JSON object per line: starts, resumes, faults, end"))
+    files.append(("attempts/", "who trained here and how that ended, one number per attempt; the highest owns the run"))
+    files.append(("log.txt", f"the job's output, where it was started by `{named('submit')}`"))
+    files.append(("submitit/", "the same: files of the library that ran the job, one folder per attempt"))
+    if cfg.training.replay_storage == "disk" and online:
+        files.append(("replay/", "the replay buffer; checkpoints refer to it"))
+    if cfg.logger.kind == "tensorboard":
+        files.append(("tensorboard/", "the same metrics as TensorBoard events"))
+    if cfg.logger.kind == "wandb":
+        files.append(("wandb/", "W&B's own files; `wandb_id.txt` lets a resumed run continue the same curve there"))
+    return files
+
+
+Frame = npt.NDArray[np.uint8]
+
+
+def write_summary(run_dir: str | os.PathLike[str], summary: Mapping[str, Any]) -> Path:
+    """Writes ``summary.json`` in one step.
+
+    Numbers that JSON does not know (NaN, infinities) become ``null``.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        TypeError: if a value is not plain data; a tensor has no place in a summary.
+    """
+    return swap_in(Path(run_dir) / "summary.json", json_text(dict(summary)))
+
+
+def json_text(content: Any) -> str:
+    """Plain data as JSON with a newline at the end; NaN and infinities, which JSON does not have, become ``null``."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def write_video(file: str | os.PathLike[str], frames: Iterable[Frame], fps: float = 30.0) -> Path:
+    """Writes an mp4 (H.264) from pictures.
+
+    Args:
+        file: where to write, ``RUN/video.mp4`` for example.
+        frames: uint8 arrays ``[height, width, 3]``, all of one shape; a generator keeps only one in memory.
+            An odd height or width, which the format does not allow, is padded by repeating the last row or column.
+        fps: pictures per second, > 0. Defaults to ``30.0``.
+
+    Returns:
+        The video's path.
+
+    Raises:
+        MissingLibraryError: if imageio-ffmpeg is not installed.
+        ValueError: if there are no frames, or one has another shape or type.
+    """
+    try:
+        from imageio_ffmpeg import write_frames
+    except ImportError as error:
+        raise MissingLibraryError("a video needs imageio-ffmpeg: pip install 'pwm-torchrl[video]'") from error
+    if not fps > 0:
+        raise ValueError(f"fps={fps} is not a positive number of pictures per second")
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("a video needs at least one frame")
+    shape = np.shape(first)
+    if len(shape) != 3 or shape[2] != 3:
+        raise ValueError(f"a frame has shape {shape}; uint8 [height, width, 3] is needed")
+
+    target = Path(file)
+    partial = target.with_suffix(".tmp.mp4")
+    height, width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
+    writer = write_frames(
+        str(partial),
+        (width, height),
+        fps=fps,
+        codec="libx264",
+        quality=7,
+        macro_block_size=2,
+        ffmpeg_log_level="error",
+        ffmpeg_timeout=0,
+    )
+    writer.send(None)
+    try:
+        for index, frame in enumerate(chain([first], frames)):
+            writer.send(_even(_checked(frame, shape, index)).tobytes())
+    except BaseException:
+        writer.close()
+        partial.unlink(missing_ok=True)
+        raise
+    writer.close()
+    os.replace(partial, target)
+    return target
+
+
+def _checked(frame: Frame, shape: tuple[int, ...], index: int) -> Frame:
+    frame = np.asarray(frame)
+    if frame.shape != shape or frame.dtype != np.uint8:
+        raise ValueError(f"frame {index} is {frame.dtype} {frame.shape}; uint8 {shape} is needed like the first")
+    return frame
+
+
+def _even(frame: Frame) -> Frame:
+    rows, columns = frame.shape[0] % 2, frame.shape[1] % 2
+    if rows or columns:
+        frame = np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge")
+    return np.ascontiguousarray(frame)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def swap_in(target: Path, text: str) -> Path:
+    """Writes a file in one step."""
+    partial = target.with_name(target.name + ".tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,413 @@
+"""Checkpoints: what they hold, how they reach the disk, and which are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrl.checkpoint import Checkpoint, StateDictCheckpointAdapter
+from torchrl.checkpoint._checkpoint import _encode_state_dict_value
+
+from pwm_torchrl.algorithm.updates import is_out_of_memory
+from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.files import allocate, storage_faults, sync_folder, write_durably
+from pwm_torchrl.run.claims import RunClaim, newest_claim
+from pwm_torchrl.run.debugging import failpoint
+
+SEAL_FILE = "checksums.json"
+_BLOCK = 1 << 22
+#: Flushes that wait together cost a journalling file system little more than one.
+_FLUSHES = 8
+
+
+class BrokenSeal(RuntimeError):
+    """A file of a sealed folder is missing, or is not what was sealed."""
+
+
+def seal(folder: Path) -> None:
+    """Flush a folder's files to the disk and list them.
+
+    Raises:
+        OSError: if the disk does not take them.
+    """
+    files = _files(folder)
+    with ThreadPoolExecutor(_FLUSHES) as pool:
+        checksums = list(pool.map(_flushed, files))
+    for inner in {file.parent for file in files}:
+        sync_folder(inner)
+    listed = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum}
+        for file, checksum in zip(files, checksums, strict=True)
+    }
+    body = json.dumps(listed, sort_keys=True)
+    content = {"files": listed, "crc32": zlib.crc32(body.encode())}
+    write_durably(folder / SEAL_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def check_seal(folder: Path) -> None:
+    """Compare a folder's files with its seal.
+
+    Raises:
+        BrokenSeal: if there is none, or a file differs; the message is the end of a sentence.
+    """
+    try:
+        content = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
+        listed = content["files"]
+        intact = zlib.crc32(json.dumps(listed, sort_keys=True).encode()) == content["crc32"]
+    except FileNotFoundError as error:
+        raise BrokenSeal(f"it has no {SEAL_FILE}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BrokenSeal(f"its {SEAL_FILE} is damaged") from error
+    if not intact:
+        raise BrokenSeal(f"its {SEAL_FILE} is damaged")
+    for name, facts in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise BrokenSeal(f"its file {name} is missing")
+        size = file.stat().st_size
+        if size != facts["bytes"]:
+            raise BrokenSeal(f"its file {name} has {size} of {facts['bytes']} bytes")
+        if _checksum(file) != facts["crc32"]:
+            raise BrokenSeal(f"its file {name} does not have its checksum")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SEAL_FILE)
+
+
+def _flushed(file: Path) -> int:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return _checksum(file)
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+class AllocatedStateAdapter(StateDictCheckpointAdapter):
+    """TorchRL's adapter for state dicts, with room for every tensor's file before the file is mapped.
+
+    TorchRL copies tensors into mappings of sparse files. On a full disk that copy is answered with SIGBUS, which kills
+    the process; taking the room first fails with an error.
+    """
+
+    def save(self, component: Any, path: Path, *, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Write ``component.state_dict(*args, **kwargs)`` into the folder ``path``.
+
+        Raises:
+            StorageFault: if there is no room.
+        """
+        state = component.state_dict(*args, **kwargs)
+        tensors: dict[str, torch.Tensor] = {}
+        _encode_state_dict_value(state, tensors)
+        folder = path / self.state_directory
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensor in tensors.items():
+            if not tensor.nbytes:  # gets no file
+                continue
+            file = folder / f"{name}.memmap"
+            with storage_faults(file, "make room for the checkpoint's file", tensor.nbytes):
+                allocate(file, tensor.nbytes)
+        return super().save(_Taken(state), path, args=(), kwargs={})
+
+
+class _Taken:
+    """A state dict that was taken already: a second one would copy a replay once more."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+
+#: Raised when the set of components or their meaning changes.
+SCHEMA_VERSION = 3
+#: Names of networks in checkpoints of earlier versions, whose networks can be read and whose runs cannot be resumed.
+EARLIER_NETWORKS = {2: {"model": "world_model", "critic": "critics"}}
+#: Parts of the messages of PyTorch and TorchRL that tell a checkpoint of other shapes or components.
+MISFITS = ("size mismatch", "Missing key", "Unexpected key", "doesn't match the size", "missing=[", "unexpected=[")
+
+
+class CheckpointFault(RuntimeError):
+    """A checkpoint that cannot be read."""
+
+
+def kept_replay_steps(store: CheckpointStore) -> int | None:
+    """Time steps in replay at the oldest checkpoint that resuming may fall back to; ``None`` without checkpoints.
+
+    The best checkpoint may be much older than the newest ones; it is kept for its policy, not for its replay.
+    """
+    newest = store.newest_kept()
+    steps = [Checkpoint.manifest(path).get("metadata", {}).get("replay_steps") for path in newest]
+    return min((each for each in steps if each is not None), default=None)
+
+
+def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
+    """Restore components from a checkpoint directory.
+
+    Args:
+        path (Path): the checkpoint.
+        components (dict): live objects by component name.
+
+    Returns:
+        dict: its metadata.
+
+    Raises:
+        CheckpointFault: if it is incomplete, damaged, or of a schema version that lacks one of the components.
+        ConfigurationError: if its tensors do not fit the live objects.
+        StorageFault: if the replay on disk that it refers to is not there.
+    """
+    metadata = checkpoint_metadata(path)
+    version = metadata["schema_version"]
+    if version != SCHEMA_VERSION:
+        beside = sorted(components.keys() - {"model", "actor", "critic"})
+        if beside:
+            raise CheckpointFault(
+                f"The checkpoint {path} has schema version {version}, from which this release of pwm_torchrl can load "
+                "the networks and evaluate, but not resume; begin a new run."
+            )
+        components = {EARLIER_NETWORKS[version].get(name, name): each for name, each in components.items()}
+    try:
+        check_seal(path)
+        Checkpoint(**components).load(path, components=list(components), map_location="cpu")
+    except BrokenSeal as error:
+        raise CheckpointFault(f"The checkpoint {path} cannot be read, it is truncated or damaged: {error}.") from error
+    except Exception as error:
+        if is_out_of_memory(error):  # that says nothing about the checkpoint
+            raise
+        link: BaseException | None = error
+        while link is not None:  # TorchRL wraps what a component raises
+            if isinstance(link, ConfigurationError):
+                raise link from error
+            if isinstance(link, StorageFault):
+                raise StorageFault(f"The checkpoint {path} cannot be resumed: {link}") from error
+            link = link.__cause__
+        text = " ".join(str(error).split())
+        if any(sign in text for sign in MISFITS):
+            raise ConfigurationError(f"The checkpoint {path} belongs to another configuration: {text[:300]}") from error
+        raise CheckpointFault(
+            f"The checkpoint {path} cannot be read, it is truncated or damaged ({type(error).__name__}: {text[:200]})."
+        ) from error
+    return metadata
+
+
+def checkpoint_metadata(path: Path) -> dict[str, Any]:
+    """A checkpoint's metadata.
+
+    Raises:
+        CheckpointFault: if it is no checkpoint or of another schema version.
+    """
+    try:
+        metadata = dict(Checkpoint.manifest(path).get("metadata", {}))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointFault(f"{path} is not a readable checkpoint ({' '.join(str(error).split())[:200]}).") from error
+    version = metadata.get("schema_version")
+    if version != SCHEMA_VERSION and version not in EARLIER_NETWORKS:
+        raise CheckpointFault(
+            f"The checkpoint {path} has schema version {json.dumps(version)}; this release of pwm_torchrl reads "
+            f"version {SCHEMA_VERSION}."
+        )
+    return metadata
+
+
+FOLDER = "checkpoints"
+METRIC = "eval_return"
+_INSIDE = "inside"
+#: Names of checkpoints; ``latest`` is the older word for ``last``.
+WHICH = ("best", "last", "latest")
+
+
+@dataclass(frozen=True, order=True)
+class Saved:
+    """A checkpoint by its place in time: attempt, complete epochs, whether it was saved inside the next one."""
+
+    attempt: int
+    epoch: int
+    inside: bool
+    path: Path
+
+    @property
+    def metric(self) -> float | None:
+        """Evaluation return of its policy; ``None`` if its manifest cannot be read."""
+        try:
+            value = Checkpoint.manifest(self.path).get("metadata", {}).get(METRIC)
+        except (OSError, ValueError, KeyError, RuntimeError):
+            return None
+        return None if value is None else float(value)
+
+
+class CheckpointStore:
+    """The checkpoints of a run.
+
+    Args:
+        run_dir (Path): the run's directory.
+        keep_last (int): newest ones kept, beside the best by evaluation return. Defaults to ``2``.
+        claim (RunClaim, optional): of the attempt that saves; without one, checkpoints can only be read. Defaults to
+            ``None``.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int = 2, claim: RunClaim | None = None) -> None:
+        self.run_dir = run_dir
+        self.directory = run_dir / FOLDER
+        self.keep_last = keep_last
+        self.claim = claim
+        self._abandoned: set[Path] = set()
+
+    def save(self, checkpoint: Checkpoint, epoch: int, metadata: Mapping[str, Any], *, inside: bool = False) -> Path:
+        """Save, then delete what need not be kept.
+
+        Raises:
+            Superseded: if another attempt owns the run by now; nothing is left then.
+        """
+        assert self.claim is not None, "only the attempt that owns a run saves"
+        self.claim.check()
+        folder = self.directory / f"attempt-{self.claim.attempt:04d}"
+        name = f"checkpoint-{epoch:06d}" + (f"-{_INSIDE}" if inside else "")
+        target, draft = folder / name, folder / f".{name}.partial"
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(draft)
+        failpoint("save.begin")
+        try:
+            checkpoint.save(draft, metadata=dict(metadata))
+            failpoint("save.written")
+            seal(draft)
+            failpoint("save.sealed")
+            self.claim.check()
+        except BaseException:
+            _remove(draft)
+            raise
+        if target.exists():  # the epoch was saved before, and again with its evaluation or at the end
+            _remove(target)
+        os.replace(draft, target)
+        failpoint("save.renamed")
+        sync_folder(folder)
+        sync_folder(self.directory)
+        self.prune()
+        failpoint("save.pruned")
+        return target
+
+    def countable(self) -> list[Saved]:
+        """Checkpoints that the run may continue from, oldest first, whole or damaged.
+
+        They are those of the newest attempt, and those that it found when it took over.
+        """
+        everything = self._everything()
+        newest = newest_claim(self.run_dir)
+        if newest is None:
+            return everything
+        adopted = {self.run_dir / name for name in newest.adopted} - self._abandoned
+        return [each for each in everything if each.attempt >= newest.attempt or each.path in adopted]
+
+    def abandon_after(self, restored: Path) -> None:
+        """Later ones than the one that was restored do not count any more: they could not be read."""
+        paths = self.paths()
+        self._abandoned.update(paths[paths.index(restored) + 1 :])
+
+    def names(self) -> list[str]:
+        """The countable ones, relative to the run."""
+        return [each.path.relative_to(self.run_dir).as_posix() for each in self.countable()]
+
+    def paths(self) -> list[Path]:
+        """Directories of the countable ones, oldest first."""
+        return [each.path for each in self.countable()]
+
+    def latest(self) -> Path | None:
+        """The newest countable one with a readable manifest."""
+        readable = self._readable()
+        return readable[-1][0].path if readable else None
+
+    def best(self) -> Path | None:
+        """The one with the highest evaluation return, the newest of equals; it was saved after a whole epoch."""
+        rated = [(metric, saved) for saved, metric in self._readable() if not saved.inside]
+        return max(rated)[1].path if rated else None
+
+    def pick(self, which: str | int) -> Path:
+        """The checkpoint that a person names.
+
+        Args:
+            which (str or int): ``"best"`` by evaluation return, ``"last"`` (or ``"latest"``), or a number of epochs.
+
+        Raises:
+            ConfigurationError: if the name is unknown, or there is no such checkpoint; those that are there are listed.
+        """
+        word = str(which)
+        if word not in WHICH and not word.isdecimal():
+            raise ConfigurationError(
+                f"which={which!r} is not one of {', '.join(WHICH)}, nor the number of an epoch that has a checkpoint."
+            )
+        latest, best = self.latest(), self.best()
+        if latest is None:
+            raise ConfigurationError(f"{self.run_dir} has no checkpoint yet.")
+        if word in WHICH:
+            return (best if word == "best" else None) or latest
+        there = [saved for saved, _ in self._readable()]
+        found = [saved for saved in there if saved.epoch == int(word)]
+        if not found:
+            names = {path: name for name, path in (("best", best), ("last", latest)) if path is not None}
+            if best == latest:
+                names = {latest: "best and last"}
+            epochs: dict[int, str] = {}
+            for saved in there:
+                named = f" ({names[saved.path]})" if saved.path in names else ""
+                epochs[saved.epoch] = epochs.get(saved.epoch, "") + named
+            listed = ", ".join(f"{epoch}{named}" for epoch, named in sorted(epochs.items()))
+            raise ConfigurationError(f"{self.run_dir} has no checkpoint of epoch {word}; there are those of {listed}.")
+        return max(found, key=lambda saved: (saved.attempt, not saved.inside)).path
+
+    def newest_kept(self) -> list[Path]:
+        """Those that resuming may fall back to; the best one may be much older."""
+        return [saved.path for saved, _ in self._readable()[-self.keep_last :]]
+
+    def prune(self) -> None:
+        """Delete all but the newest and the best; also what attempts left that were killed while they saved."""
+        assert self.claim is not None, "only the attempt that owns a run deletes"
+        kept = {*self.newest_kept(), self.best()}
+        for each in self._everything():
+            if each.path not in kept and each.attempt <= self.claim.attempt:
+                _remove(each.path)
+        for leftover in self.directory.glob("attempt-*/.*"):
+            shutil.rmtree(leftover)
+        for folder in self.directory.glob("attempt-*"):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _readable(self) -> list[tuple[Saved, float]]:
+        rated = ((each, each.metric) for each in self.countable())
+        return [(saved, metric) for saved, metric in rated if metric is not None]
+
+    def _everything(self) -> list[Saved]:
+        found = []
+        for path in self.directory.glob("attempt-*/checkpoint-*"):
+            attempt = path.parent.name.rpartition("-")[2]
+            epoch, _, suffix = path.name.removeprefix("checkpoint-").partition("-")
+            if attempt.isdigit() and epoch.isdigit() and suffix in ("", _INSIDE):
+                found.append(Saved(int(attempt), int(epoch), suffix == _INSIDE, path))
+        return sorted(found)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, whole or not at all under its own name."""
+    if not path.exists():
+        return
+    gone = path.with_name(f".{path.name.strip('.')}.deleted")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    failpoint("save.deleting")
+    shutil.rmtree(gone)

@@ -1,0 +1,358 @@
+"""A run directory belongs to one process at a time: who owns it, and how it is claimed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pwm_torchrl.errors import ConfigurationError, Superseded
+from pwm_torchrl.files import sync_folder, write_durably
+
+ALIVE, ENDED, UNKNOWN = "alive", "ended", "unknown"
+#: Seconds that SLURM has for an answer.
+QUERY_TIMEOUT_S = 20
+#: States in which processes of a job may exist.
+WITH_PROCESSES = (
+    "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"
+)  # fmt: skip
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A process, as far as it can be recognised later and from elsewhere.
+
+    Attributes:
+        job_id (str, optional): of the SLURM job, ``123``, or ``123_4`` in an array; ``None`` outside of SLURM.
+        restart_count (int): how often SLURM has requeued that job.
+        host (str): name of the machine.
+        boot_id (str, optional): the kernel's name for the machine's present uptime.
+        pid (int): process id.
+        pid_namespace (str, optional): where that id holds; containers have their own.
+        started (int, optional): the process's start, clock ticks since the machine's: ids are used again.
+    """
+
+    job_id: str | None
+    restart_count: int
+    host: str
+    boot_id: str | None
+    pid: int
+    pid_namespace: str | None
+    started: int | None
+
+    @classmethod
+    def here(cls, environ: Mapping[str, str] | None = None) -> Identity:
+        """This process."""
+        environ = os.environ if environ is None else environ
+        restarts = environ.get("SLURM_RESTART_COUNT", "0")
+        return cls(
+            slurm_job_id(environ),
+            int(restarts) if restarts.isdigit() else 0,
+            socket.gethostname(),
+            _boot_id(),
+            os.getpid(),
+            _pid_namespace(),
+            _started(os.getpid()),
+        )
+
+
+def slurm_job_id(environ: Mapping[str, str] | None = None) -> str | None:
+    """Id of the SLURM job that this process belongs to; ``None`` outside of one."""
+    environ = os.environ if environ is None else environ
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"{array}_{task}"
+    return environ.get("SLURM_JOB_ID") or None
+
+
+def owner_state(owner: Identity, here: Identity | None = None, ask_slurm: Callable[[str], str] | None = None) -> str:
+    """Whether an owner still runs.
+
+    Args:
+        owner (Identity): the process asked about.
+        here (Identity, optional): the process that asks. Defaults to ``None``: this one.
+        ask_slurm (callable, optional): whether processes of a job may exist, by its id. Defaults to ``None``:
+            :func:`slurm_state`.
+
+    Returns:
+        str: ``"alive"``, ``"ended"``, or ``"unknown"`` if neither can be told.
+    """
+    here = Identity.here() if here is None else here
+    same_machine = owner.host == here.host and owner.boot_id == here.boot_id
+    if same_machine and owner.pid_namespace == here.pid_namespace:
+        return ALIVE if _same_process(owner) else ENDED
+    if owner.job_id is not None:
+        if owner.job_id == here.job_id and owner.restart_count < here.restart_count:
+            return ENDED  # SLURM requeues a job when nothing of it runs any more
+        return (ask_slurm or slurm_state)(owner.job_id)
+    if owner.host == here.host and not same_machine:
+        return ENDED  # the machine was started again since
+    return UNKNOWN
+
+
+def slurm_state(job_id: str) -> str:
+    """Whether processes of a SLURM job may exist; ``"unknown"`` without SLURM or its answer."""
+    if shutil.which("squeue") is None:
+        return UNKNOWN
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return UNKNOWN
+    if answer.returncode != 0:
+        # What SLURM has forgotten has ended; any other error says nothing.
+        return ENDED if "Invalid job id" in answer.stderr else UNKNOWN
+    states = answer.stdout.split()
+    return ALIVE if any(state in WITH_PROCESSES for state in states) else ENDED
+
+
+def describe(owner: Identity) -> str:
+    """An owner in words."""
+    job = "" if owner.job_id is None else f"SLURM job {owner.job_id}, "
+    return f"{job}process {owner.pid} on {owner.host}"
+
+
+def _same_process(owner: Identity) -> bool:
+    started = _started(owner.pid)
+    if started is None and not _PROC.is_dir():  # a system that does not tell: whoever has the id now
+        try:
+            os.kill(owner.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+    return started is not None and owner.started in (None, started)
+
+
+def _started(pid: int) -> int | None:
+    """Start of a process in clock ticks, ``None`` if there is none, or none but its entry in the table is left."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _boot_id() -> str | None:
+    try:
+        return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def _pid_namespace() -> str | None:
+    try:
+        return os.readlink(_PROC / "self/ns/pid")
+    except OSError:
+        return None
+
+
+FOLDER = "attempts"
+#: Seconds for which a new attempt waits for one that is just ending.
+PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The content of a claim's file.
+
+    Attributes:
+        attempt (int): its number, from 1.
+        owner (Identity): the process that made it.
+        adopted (list of str): checkpoints of earlier attempts that it may continue from, relative to the run.
+        time (str): UTC, ISO 8601; for people.
+    """
+
+    attempt: int
+    owner: Identity
+    adopted: list[str] = field(default_factory=list)
+    time: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: the owner's facts beside the rest."""
+        return {"attempt": self.attempt, **asdict(self.owner), "time": self.time, "adopted": self.adopted}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Claim:
+        """The inverse of :meth:`as_dict`."""
+        owner = {name: content[name] for name in Identity.__dataclass_fields__}
+        return cls(int(content["attempt"]), Identity(**owner), list(content["adopted"]), str(content["time"]))
+
+
+class RunClaim:
+    """A run directory that this attempt owns; made by :func:`claimed`."""
+
+    def __init__(self, run_dir: Path, claim: Claim) -> None:
+        self.run_dir = run_dir
+        self.attempt = claim.attempt
+        self.adopted = claim.adopted
+        self._successor = _file(run_dir, claim.attempt + 1)
+        self.outcome: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Whether this attempt still owns the run.
+
+        Raises:
+            Superseded: if another attempt has taken over.
+        """
+        if self._successor.exists():
+            raise Superseded(
+                f"Attempt {self.attempt} of {self.run_dir} was superseded by attempt {self.attempt + 1}; it stops and "
+                "leaves the run to that one."
+            )
+
+    def release(self) -> None:
+        """Say that the attempt ended, and how."""
+        write_durably(outcome_file(self.run_dir, self.attempt), json.dumps(self.outcome, indent=2, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path, adoptable: Sequence[str] = (), patience_s: float = PATIENCE_S) -> Iterator[RunClaim]:
+    """Own a run directory inside the block.
+
+    Args:
+        run_dir (Path): the run's directory.
+        adoptable (sequence of str): checkpoints that this attempt may continue from; see
+            :func:`pwm_torchrl.run.checkpoints.countable`. Defaults to none.
+        patience_s (float): how long a job waits for an owner that may be just ending. Defaults to ``60.0``.
+
+    Raises:
+        ConfigurationError: if another attempt owns it, or whether it does cannot be told.
+    """
+    claim = RunClaim(run_dir, _take(run_dir, list(adoptable), patience_s))
+    try:
+        yield claim
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: the next attempt asks the process table instead
+            claim.release()
+
+
+def refuse_owned(run_dir: Path) -> None:
+    """Refuse a run that another attempt owns, before anything is written to it.
+
+    Raises:
+        ConfigurationError: if one does, or whether it does cannot be told.
+    """
+    newest = newest_claim(run_dir)
+    if newest is not None and read_outcome(run_dir, newest.attempt) is None:
+        state = owner_state(newest.owner)
+        if state != ENDED:
+            raise _refusal(run_dir, newest, alive=state == ALIVE)
+
+
+def _take(run_dir: Path, adoptable: list[str], patience_s: float) -> Claim:
+    (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+    patience = time.monotonic() + patience_s
+    while True:
+        newest = newest_claim(run_dir)
+        if newest is not None and read_outcome(run_dir, newest.attempt) is None:
+            state = owner_state(newest.owner)
+            if state == ALIVE and Identity.here().job_id is not None and time.monotonic() < patience:
+                time.sleep(0.5)  # a job that comes back may be here before its last life has ended
+                continue
+            if state != ENDED:
+                raise _refusal(run_dir, newest, alive=state == ALIVE)
+        claim = Claim(
+            1 if newest is None else newest.attempt + 1,
+            Identity.here(),
+            adoptable,
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        if _create(_file(run_dir, claim.attempt), json.dumps(claim.as_dict(), indent=2) + "\n"):
+            return claim
+
+
+def newest_claim(run_dir: Path) -> Claim | None:
+    """The claim with the highest number; ``None`` if nobody ever claimed the run.
+
+    Raises:
+        ConfigurationError: if it cannot be read.
+    """
+    files = [each for each in (run_dir / FOLDER).glob("*.json") if each.stem.isdigit()]
+    if not files:
+        return None
+    newest = max(files)
+    try:
+        return Claim.from_dict(json.loads(newest.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{newest} is not a claim of this version ({error}); make sure that nothing trains in {run_dir}, then "
+            "delete that file."
+        ) from error
+
+
+def open_owner(run_dir: Path) -> Identity | None:
+    """The process that trains a run, or did last and ended without saying so; ``None`` if the last one said so.
+
+    Raises:
+        ConfigurationError: if its claim cannot be read.
+    """
+    newest = newest_claim(run_dir)
+    return None if newest is None or read_outcome(run_dir, newest.attempt) is not None else newest.owner
+
+
+def read_outcome(run_dir: Path, attempt: int) -> dict[str, Any] | None:
+    """How an attempt said that it ended; ``None`` if it did not, or is not over."""
+    try:
+        content = json.loads(outcome_file(run_dir, attempt).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def outcome_file(run_dir: Path, attempt: int) -> Path:
+    """Where an attempt says how it ended."""
+    return run_dir / FOLDER / f"{attempt:06d}.outcome.json"
+
+
+def _file(run_dir: Path, attempt: int) -> Path:
+    return run_dir / FOLDER / f"{attempt:06d}.json"
+
+
+def _create(target: Path, text: str) -> bool:
+    """Create a file with all of its content, unless it exists; a link is atomic where an exclusive open may not be."""
+    draft = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, target)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            try:
+                with target.open("x", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except FileExistsError:
+                return False
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(target.parent)
+    return True
+
+
+def _refusal(run_dir: Path, claim: Claim, *, alive: bool) -> ConfigurationError:
+    owner = describe(claim.owner)
+    if alive:
+        return ConfigurationError(
+            f"run_dir={run_dir} is in use by {owner}; wait for it, stop it, or give another run_dir."
+        )
+    return ConfigurationError(
+        f"run_dir={run_dir} was claimed by {owner}, and whether that still runs cannot be told from here; make sure "
+        f"that it does not, then delete {_file(run_dir, claim.attempt)}, or give another run_dir."
+    )

@@ -1,0 +1,351 @@
+"""``config.yaml``, ``events.jsonl`` and ``summary.json`` of a run directory; creating and recognising one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pwm_torchrl.config import RENAMED_KEYS, Config
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.files import append_text, existing
+from pwm_torchrl.run.claims import refuse_owned
+
+__all__ = [
+    "RunDir",
+    "check_run_dir",
+    "differing_keys",
+    "discard",
+    "load_config",
+    "prepare_run_dir",
+    "read_summary",
+    "save_config",
+    "set_status",
+    "settings_of",
+    "was_started",
+]
+
+CONFIG_FILE = "config.yaml"
+
+
+def save_config(config: Config, run_dir: Path) -> None:
+    """Write ``config.yaml``, unless it says the same already; the directory's own path is left out, so that a run can
+    be moved.
+    """
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.to_yaml(OmegaConf.create(asdict(replace(config, run_dir=None))))
+    target, partial = run_dir / CONFIG_FILE, run_dir / (CONFIG_FILE + ".tmp")
+    if target.is_file() and target.read_text(encoding="utf-8") == text:
+        return
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """Read the ``config.yaml`` of a run back into the schema.
+
+    Raises:
+        ConfigurationError: if there is none, or it does not fit the schema.
+    """
+    try:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+    except ImportError as error:
+        raise MissingLibraryError(
+            "Reading a run's config.yaml needs OmegaConf: pip install 'pwm-torchrl[launch]'."
+        ) from error
+    file = Path(run_dir) / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
+    try:
+        content = OmegaConf.load(file)
+        rename_keys(content)
+        stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigurationError(f"{file} does not fit this version at {key}: {str(error).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise ConfigurationError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
+    return stored
+
+
+def rename_keys(content: Any) -> None:
+    """Give the keys of a file that an earlier version wrote their present names, in place.
+
+    Args:
+        content (DictConfig): the file.
+    """
+    from omegaconf import OmegaConf
+
+    for old, new in RENAMED_KEYS.items():
+        section, _, leaf = old.rpartition(".")
+        holder = OmegaConf.select(content, section)
+        if holder is None or leaf not in holder:
+            continue
+        for key in new:
+            OmegaConf.update(content, key, holder[leaf], force_add=True)
+        del holder[leaf]
+
+
+EVENTS_FILE = "events.jsonl"
+
+
+def write_event(run_dir: Path, event: str, **details: Any) -> None:
+    """Append an event with the time (UTC, ISO 8601).
+
+    Args:
+        run_dir (Path): the run's directory.
+        event (str): ``start``, ``resume``, ``micro_batch`` (halved), ``unsaved`` (no checkpoint after a fault),
+            ``unwatched`` (memory is not watched any more), and at the end a status: ``finished``, ``stopped``,
+            ``failed``, ``memory`` or ``storage``.
+        details: plain values.
+
+    Raises:
+        OSError: if it cannot be written; the file is as before then.
+    """
+    record = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **details}
+    with (run_dir / EVENTS_FILE).open("ab", buffering=0) as file:
+        append_text(file, json.dumps(record) + "\n")
+
+
+SUMMARY_FILE = "summary.json"
+
+
+def was_started(run_dir: str | Path) -> bool:
+    """Whether an earlier attempt left something to continue, be it only its first lines."""
+    return any((Path(run_dir) / name).exists() for name in ("checkpoints", "metrics.csv", SUMMARY_FILE))
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any]:
+    """The run's ``summary.json``; empty while there is none or it is torn."""
+    try:
+        content = json.loads((Path(run_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no JSON, or no text at all
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def set_status(run_dir: str | Path, status: str, *, whatever_it_was: bool = False) -> None:
+    """Corrects a summary that still says ``running`` although its process ended, or anything but ``finished``."""
+    summary = read_summary(run_dir)
+    said = summary.get("status")
+    if said == "running" or (whatever_it_was and said not in (None, "finished")):
+        partial = Path(run_dir) / (SUMMARY_FILE + ".tmp")
+        try:
+            partial.write_text(json.dumps({**summary, "status": status}, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, Path(run_dir) / SUMMARY_FILE)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+# Keys that do not change what a run learns: where it runs and logs, what it shows, how often it
+# saves. The split of a batch changes the rounding only, and a run must be able to come back with a
+# smaller one.
+IGNORED = (
+    "run_dir",
+    "runs_dir",
+    "pretraining",
+    "cluster",
+    "logger",
+    "memory",
+    "training.steps",  # training.epochs holds what it comes to
+    "training.progress",
+    "training.video",
+    "training.threads",
+    "training.checkpoint_every",
+    "training.checkpoint_minutes",
+    "training.keep_checkpoints",
+    "training.replay_storage",
+    "training.check_graphs",
+    "model.dynamics.checkpoint_substeps",
+)
+
+
+class RunDir(NamedTuple):
+    """Where a run lives.
+
+    Attributes:
+        path (Path): its directory.
+        resume (bool): whether it continues an earlier attempt.
+        created (tuple of Path): folders that were made for it, the outermost first; none if the directory was there.
+    """
+
+    path: Path
+    resume: bool
+    created: tuple[Path, ...] = ()
+
+
+def check_run_dir(config: Config) -> None:
+    """Whether :func:`prepare_run_dir` would refuse; makes and changes nothing.
+
+    Raises:
+        ConfigurationError: as that.
+    """
+    key = "runs_dir" if config.run_dir is None else "run_dir"
+    path = Path(config.runs_dir if config.run_dir is None else config.run_dir).expanduser().absolute()
+    if config.run_dir is not None:
+        _examine(path, config)
+    try:
+        place = existing(path)
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is not a directory")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"{key}={path} cannot be written: {error.strerror}; set {key} to another folder"
+        ) from error
+
+
+def prepare_run_dir(config: Config, *, here: bool = False) -> RunDir:
+    """Creates or recognises the directory of a run and saves the configuration in it.
+
+    Without ``config.run_dir`` a new one is created under ``config.runs_dir``. With it: an empty or
+    missing directory is a fresh start, an unfinished run of the same configuration is resumed,
+    everything else is refused.
+
+    Args:
+        config (Config): the run.
+        here (bool): whether this process trains it. Then the configuration of a run that is there already is left to
+            be saved when the run is claimed (see :mod:`pwm_torchrl.run.claims`), since another process may have
+            claimed it meanwhile. Defaults to ``False``.
+
+    Raises:
+        ConfigurationError: if the directory cannot be written, holds something else, a run of
+            another configuration (the differing keys are listed), a finished run or one that is in use.
+    """
+    if config.run_dir is None:
+        path, created = _new_directory(config)
+    else:
+        path = Path(config.run_dir).expanduser().absolute()
+        _examine(path, config)
+        created = _make_writable(path)
+    if not here or not (path / CONFIG_FILE).is_file():
+        save_config(config, path)
+    return RunDir(path, was_started(path), created)
+
+
+def discard(run: RunDir) -> bool:
+    """Remove the directory of a run that was refused before it trained, if it was made for that.
+
+    Returns:
+        bool: whether it is gone; ``False`` if the directory was there before, or holds something that was trained.
+    """
+    if run.path not in run.created or _has_trained(run.path):
+        return False
+    shutil.rmtree(run.path)
+    for folder in reversed(run.created[:-1]):
+        try:
+            folder.rmdir()
+        except OSError:  # something else is in there by now
+            break
+    return True
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether there is a checkpoint, or a row of metrics."""
+    checkpoints, metrics = path / "checkpoints", path / "metrics.csv"
+    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return saved or (metrics.is_file() and len(metrics.read_text(encoding="utf-8").splitlines()) > 1)
+
+
+def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys on which two configurations differ in a way that matters, with both values."""
+    a, b = settings_of(stored), settings_of(asked)
+    return {k: (a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Dotted keys that change what a run learns, with their values."""
+    flat = _flat(dataclasses.asdict(config))
+    return {k: v for k, v in flat.items() if not any(k == i or k.startswith(i + ".") for i in IGNORED)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves.update(_flat(value, f"{prefix}{key}."))
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def _examine(path: Path, config: Config) -> None:
+    """Raises unless ``path`` is free or holds an unfinished run of this configuration."""
+    try:
+        empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise ConfigurationError(f"run_dir={path} cannot be read: {error.strerror}") from error
+    if empty:
+        return
+    if not path.is_dir():
+        raise ConfigurationError(f"run_dir={path} is a file; give a directory")
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigurationError(
+            f"run_dir={path} is neither empty nor a run directory (it has no {CONFIG_FILE}); give another run_dir"
+        )
+    refuse_owned(path)
+    if read_summary(path).get("status") == "finished":
+        raise ConfigurationError(f"run_dir={path} holds a finished run; give another run_dir, or none for a new one")
+    differing = differing_keys(load_config(path), config)
+    if differing:
+        lines = [f"  {key}: {old} there, {new} asked for" for key, (old, new) in differing.items()]
+        raise ConfigurationError(
+            f"run_dir={path} holds a run of another configuration; give another run_dir, or the "
+            "same settings:\n" + "\n".join(lines)
+        )
+
+
+def _new_directory(config: Config) -> tuple[Path, tuple[Path, ...]]:
+    """A directory of a new name under ``runs_dir``, and all the folders that were made for it."""
+    env = config.env.get("name") or config.env["_target_"]
+    label = f"{env}_{config.model.name}_{config.size.name}_s{config.seed}"
+    name = f"{label}_{time.strftime('%Y%m%d-%H%M%S')}"
+    name = re.sub(r"[^\w.-]+", "-", name)
+    runs = Path(config.runs_dir).expanduser().absolute()
+    attempt = 1
+    while True:
+        path = runs / (name if attempt == 1 else f"{name}_{attempt}")
+        try:
+            missing = _missing(path)
+            path.mkdir(parents=True)
+            return path, missing
+        except FileExistsError as error:
+            if not path.is_dir():
+                raise ConfigurationError(f"runs_dir={config.runs_dir} is not a directory") from error
+            attempt += 1
+        except OSError as error:
+            raise ConfigurationError(f"runs_dir={config.runs_dir} cannot be written: {error.strerror}") from error
+
+
+def _make_writable(path: Path) -> tuple[Path, ...]:
+    """Makes ``run_dir`` unless it is there; returns the folders that were made."""
+    try:
+        missing = _missing(path)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return missing
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"run_dir={path} cannot be written: {error.strerror}") from error
+    return ()
+
+
+def _missing(path: Path) -> tuple[Path, ...]:
+    """The folders that making a path would make, the outermost first."""
+    there = existing(path)
+    return tuple(each for each in reversed((path, *path.parents)) if each != there and each.is_relative_to(there))

@@ -1,0 +1,186 @@
+"""Episodes of the registry's tasks in TD-MPC2's format, from random and from trained policies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from pwm_torchrl.envs import make_task_env
+from pwm_torchrl.envs.tasks import TaskSet
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.files import storage_faults
+from pwm_torchrl.run.evaluation import play
+from pwm_torchrl.run.load import load_policy
+
+#: Episodes that are played side by side.
+BATCH = 32
+RANDOM = "random"
+
+Act = Callable[[TensorDictBase], TensorDictBase]
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What acts in a share of a task's episodes.
+
+    Attributes:
+        policy (str): ``"random"``, uniform actions, or the directory of a run.
+        hold (int): most steps that a random action is held; how many, is drawn anew with each, uniformly from 1.
+            Actions that change every step hardly move what is heavy. Defaults to ``1``.
+        noise (float): standard deviation of the noise on a run's deterministic actions, drawn anew for each episode
+            between 0 and this. Defaults to ``0.3``.
+    """
+
+    policy: str
+    noise: float = 0.3
+    hold: int = 1
+
+
+def generate_episodes(
+    folder: str | Path,
+    tasks: TaskSet,
+    behaviours: Mapping[str, Sequence[Behaviour]],
+    episodes: int,
+    seed: int = 0,
+    on_episodes: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Play episodes and write them as ``chunk_N.pt``, one file per task.
+
+    A chunk is a TensorDict ``[episodes, T + 1]`` of ``obs``, ``action``, ``reward`` and ``task``, as TD-MPC2 publishes
+    them (https://arxiv.org/abs/2310.16828): action and reward belong to the transition that led to the observation
+    beside them, the first ones are NaN, and all is padded with zeros to the widest task. Files that are there already
+    are kept: a command that was interrupted goes on with the next task.
+
+    Args:
+        folder (str or Path): where to; created.
+        tasks (TaskSet): what to play; a task's index is its place.
+        behaviours (mapping): by the name of a task, what acts in it; each has an equal share of its episodes.
+        episodes (int): per task.
+        seed (int): of environments, actions and noise. Defaults to ``0``.
+        on_episodes (callable, optional): told how many more episodes have been played.
+
+    Returns:
+        list of Path: the files, in the order of the tasks.
+
+    Raises:
+        ConfigurationError: if a policy is no run, or one of another task's dimensions.
+        MissingLibraryError: if a simulator is not installed.
+    """
+    folder = Path(folder)
+    with storage_faults(folder, "write episodes to"):
+        folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, info in enumerate(tasks.tasks):
+        file = folder / f"chunk_{number}.pt"
+        files.append(file)
+        if file.exists():
+            continue
+        parts = []
+        acting = behaviours[info.name]
+        for place, behaviour in enumerate(acting):
+            share = (episodes * (place + 1)) // len(acting) - (episodes * place) // len(acting)
+            first = _seed(seed, number, place)
+            parts += list(_played(info.name, behaviour, share, first, on_episodes))
+        chunk = torch.cat([_padded(part, number, tasks) for part in parts])
+        draft = file.with_name(f".{file.name}.new")
+        with storage_faults(folder, "write episodes to"):
+            torch.save(chunk, draft)
+            os.replace(draft, file)
+    return files
+
+
+def _seed(seed: int, task: int, place: int) -> int:
+    """First environment's seed of a task and behaviour, far from the others'."""
+    return 1_000_000 * (seed + 1) + 20_000 * task + 5_000 * place
+
+
+def _played(
+    task: str, behaviour: Behaviour, count: int, seed: int, on_episodes: Callable[[int], None] | None
+) -> list[TensorDictBase]:
+    """Episodes ``[n, T + 1]`` of one behaviour, unpadded."""
+    policy = None if behaviour.policy == RANDOM else _policy(behaviour.policy, task)
+    parts = []
+    for begin in range(0, count, BATCH):
+        size = min(BATCH, count - begin)
+        env = make_task_env(task, num_envs=size, seed=seed + begin)
+        generator = torch.Generator().manual_seed(seed + begin)
+        shape = env.action_spec.shape
+        if policy is None:
+            act = _random(behaviour.hold, shape, generator)
+        else:
+            act = _noisy(policy, behaviour.noise, shape, generator)
+        episodes = play(env, act, seed + begin)
+        env.close()
+        if not episodes.valid.all():
+            raise ConfigurationError(
+                f"task {task!r} has episodes of different lengths, which TD-MPC2's format cannot hold; import its "
+                "episodes from npz files instead"
+            )
+        observation = torch.cat([episodes.observation[:1], episodes.next_observation]).transpose(0, 1)
+        filler = torch.full_like(episodes.action[:1], float("nan"))
+        action = torch.cat([filler, episodes.action]).transpose(0, 1)
+        reward = torch.cat([filler[..., :1], episodes.reward]).transpose(0, 1).squeeze(-1)
+        parts.append(TensorDict(obs=observation, action=action, reward=reward, batch_size=reward.shape))
+        if on_episodes is not None:
+            on_episodes(size)
+    return parts
+
+
+def _policy(run: str, task: str) -> Act:
+    """The policy of a run, checked against the task, whose environment takes actions in [-1, 1]."""
+    env = make_task_env(task)
+    try:
+        return load_policy(run, env=env)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--policy {task}={run}: {error}") from error
+    finally:
+        env.close()
+
+
+def _random(hold: int, shape: torch.Size, generator: torch.Generator) -> Act:
+    """Uniform actions, each for 1 to ``hold`` steps."""
+    action, left = torch.zeros(shape), torch.zeros(shape[0], 1, dtype=torch.int64)
+
+    def act(state: TensorDictBase) -> TensorDictBase:
+        nonlocal action, left
+        fresh = torch.rand(shape, generator=generator) * 2 - 1
+        steps = torch.randint(1, hold + 1, left.shape, generator=generator) if hold > 1 else torch.ones_like(left)
+        action = torch.where(left == 0, fresh, action)
+        left = torch.where(left == 0, steps, left) - 1
+        return state.set("action", action)
+
+    return act
+
+
+def _noisy(policy: Act, noise: float, shape: torch.Size, generator: torch.Generator) -> Act:
+    """A policy's actions with noise."""
+    scale = noise * torch.rand(shape[0], 1, generator=generator)
+
+    def act(state: TensorDictBase) -> TensorDictBase:
+        action = policy(state.select("observation"))["action"]
+        return state.set("action", (action + scale * torch.randn(shape, generator=generator)).clamp(-1.0, 1.0))
+
+    return act
+
+
+def _padded(part: TensorDictBase, task: int, tasks: TaskSet) -> TensorDictBase:
+    """With the widths of the set, and the task's index."""
+
+    def widen(x: Tensor, width: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+    action = widen(part["action"], tasks.action_dim)
+    action[:, 0] = float("nan")
+    return TensorDict(
+        obs=widen(part["obs"], tasks.observation_dim),
+        action=action,
+        reward=part["reward"],
+        task=torch.full(part.batch_size, task, dtype=torch.int32),
+        batch_size=part.batch_size,
+    )

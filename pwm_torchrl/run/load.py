@@ -1,0 +1,359 @@
+"""Trained modules and the environment from a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.envs import EnvBase, ExplorationType
+from torchrl.modules import ProbabilisticActor, TanhNormal
+from torchrl.modules import WorldModel as TorchRLWorldModel
+
+from pwm_torchrl.algorithm.build import Facts, Networks, build_networks
+from pwm_torchrl.config import Config, trained_networks
+from pwm_torchrl.envs import env_info, make_env
+from pwm_torchrl.envs.standard import PolicySpecs, in_own_units, policy_specs
+from pwm_torchrl.envs.tasks import task_info
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.modules import Actor, TaskWorldModel, WorldModel, encoder_module, read_world_model
+from pwm_torchrl.run.artifacts import write_video
+from pwm_torchrl.run.checkpoints import CheckpointFault, CheckpointStore, checkpoint_metadata, load_checkpoint
+from pwm_torchrl.run.collector import fresh_env_seed
+from pwm_torchrl.run.directory import load_config
+from pwm_torchrl.run.evaluation import film, frames_per_second, play
+
+
+def load_networks(
+    run: str | Path, which: str | int = "best", device: str | torch.device = "cpu"
+) -> tuple[Config, Networks]:
+    """Configuration and trained networks of a run, in evaluation mode and without gradient.
+
+    Args:
+        run (str or Path): run directory, finished or not.
+        which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"`` (or ``"latest"``), or the number of
+            an epoch that has one. Defaults to ``"best"``.
+        device (str or torch.device): where to put them. Defaults to ``"cpu"``.
+
+    Raises:
+        ConfigurationError: if ``run`` is no run directory or has no such checkpoint.
+        CheckpointFault: if the checkpoint cannot be read.
+    """
+    return _load(run, which, device)[:2]
+
+
+def _load(run: str | Path, which: str | int, device: str | torch.device = "cpu") -> tuple[Config, Networks, Facts, int]:
+    """:func:`load_networks`, and the facts and the epoch of their checkpoint."""
+    run = Path(run)
+    cfg = load_config(run)
+    path = CheckpointStore(run).pick(which)
+    metadata = checkpoint_metadata(path)
+    if "facts" not in metadata:
+        raise CheckpointFault(f"The checkpoint {path} does not say what environment it is for.")
+    if cfg.mode == "pretrain":
+        raise ConfigurationError(f"{run} pre-trained a world model and has no policy; extract one: mode=extract.")
+    facts = Facts.restored(metadata["facts"])
+    networks = build_networks(cfg, facts)
+    if cfg.mode == "extract":
+        load_pretrained(cfg, networks.model)
+    trained = trained_networks(cfg)
+    load_checkpoint(path, {name: network for name, network in networks.items() if name in trained})
+    for _, network in networks.items():
+        network.requires_grad_(False).eval().to(device)
+    return cfg, networks, facts, int(metadata["epoch"])
+
+
+def load_pretrained(cfg: Config, world_model: WorldModel) -> None:
+    """Put the weights of ``cfg.world_model`` into the view of one of its tasks.
+
+    Raises:
+        ConfigurationError: if they are not there, damaged, or not those that the run began with.
+    """
+    assert isinstance(world_model, TaskWorldModel)
+    pretrained, _ = read_world_model(str(cfg.world_model), cfg.world_model_sha256)
+    world_model.load_multi_task(pretrained)
+
+
+def load_policy(
+    run: str | Path,
+    which: str | int = "best",
+    device: str | torch.device | None = None,
+    *,
+    env: EnvBase | None = None,
+    deterministic: bool = True,
+) -> TensorDictSequential:
+    """The trained policy as a TorchRL module, ``observation`` -> ``action``, with actions in the environment's units.
+
+    The units are those of the environment itself: torques from -2 to 2 for ``Pendulum-v1``, as in a plain
+    :class:`~torchrl.envs.GymEnv` and in :func:`load_env`. Training scales them to [-1, 1]; an environment that
+    :func:`~pwm_torchrl.envs.make_env` made expects that range, so give it as ``env``.
+
+    The policy is **deterministic**, whatever TorchRL's exploration type is, unless ``deterministic=False``.
+
+    Args:
+        run (str or Path): run directory, finished or not.
+        which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"``, or the number of an epoch. Defaults
+            to ``"best"``.
+        device (str or torch.device, optional): where the policy is. Defaults to ``None``: the device of ``env``, or
+            the CPU.
+
+    Keyword Args:
+        env (EnvBase, optional): environment to act in. The policy then reads and writes its entries, whatever their
+            names, and scales actions to its range. Defaults to ``None``: one with the names of
+            :class:`~torchrl.envs.GymEnv` and the range of the environment that the run was trained in.
+        deterministic (bool): act without noise. With ``False`` the policy is a
+            :class:`~torchrl.modules.ProbabilisticActor` that samples, and follows
+            :class:`~torchrl.envs.set_exploration_type`. Defaults to ``True``.
+
+    Returns:
+        TensorDictSequential: for TensorDicts of any batch size; called with a tensor, it returns the action.
+
+    Raises:
+        ConfigurationError: if ``run`` is no run directory or has no checkpoint, or its policy cannot act in ``env``.
+        CheckpointFault: if the checkpoint cannot be read.
+        MissingLibraryError: if the checkpoint is too old to say the range of actions, and the environment that would
+            tell it cannot be made; with ``env``, none is made.
+
+    Examples:
+        >>> policy = load_policy("runs/my_run")  # doctest: +SKIP
+        >>> GymEnv("Pendulum-v1").rollout(200, policy)["next", "reward"].sum()  # doctest: +SKIP
+    """
+    if device is None:
+        device = "cpu" if env is None or env.device is None else env.device
+    cfg, networks, facts, _ = _load(run, which, device)
+    specs = PolicySpecs.standard(*_own_range(run, cfg, facts)) if env is None else _specs(env, cfg, facts)
+    return _policy(networks, specs, deterministic).to(device)
+
+
+def load_env(
+    run: str | Path,
+    num_envs: int = 1,
+    seed: int | None = None,
+    device: str | torch.device = "cpu",
+    render: bool = False,
+) -> EnvBase:
+    """The environment that a run was trained in, with actions in its own units, as :func:`load_policy` gives them.
+
+    Args:
+        run (str or Path): run directory.
+        num_envs (int): ``N``. Defaults to ``1``.
+        seed (int, optional): of the first of them; number i has ``seed + i``. Defaults to ``None``: the seed of
+            ``launch/evaluate.py``, whose episodes training never saw.
+        device (str or torch.device): where the tensors go. Defaults to ``"cpu"``.
+        render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
+
+    Returns:
+        EnvBase: of batch size ``[N]``; ``observation`` is one float32 vector ``[N, O]``.
+
+    Raises:
+        ConfigurationError: if ``run`` is no run directory, or one of a pre-training, which has no environment.
+        MissingLibraryError: if the environment's library is not installed.
+
+    Examples:
+        >>> env = load_env("runs/my_run", num_envs=10)  # doctest: +SKIP
+        >>> env.rollout(200, load_policy("runs/my_run"))["next", "reward"].sum(1).mean()  # doctest: +SKIP
+    """
+    cfg = load_config(Path(run))
+    if cfg.mode == "pretrain":
+        raise ConfigurationError(f"{run} pre-trained a world model on stored episodes and has no environment.")
+    seed = fresh_env_seed(cfg.seed) if seed is None else seed
+    return in_own_units(make_env(cfg.env, num_envs=num_envs, seed=seed, device=device, render=render))
+
+
+def _specs(env: EnvBase, cfg: Config, facts: Facts) -> PolicySpecs:
+    return policy_specs(env, facts.observation_dim, facts.action_dim, cfg.env.get("observation_keys"))
+
+
+def _own_range(run: str | Path, cfg: Config, facts: Facts) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Smallest and largest action of the run's environment, which is made if the checkpoint does not say."""
+    if facts.action_low:
+        return facts.action_low, facts.action_high
+    try:
+        env = make_env(cfg.env, num_envs=1, seed=0)
+    except MissingLibraryError as error:
+        raise MissingLibraryError(
+            f"The checkpoint of {run} does not say the range of actions, so its environment has to be made, or given "
+            f"as load_policy(run, env=...): {error}"
+        ) from error
+    try:
+        _specs(env, cfg, facts)  # an environment that has changed since has the range of something else
+        info = env_info(env)
+    finally:
+        env.close()
+    return info.action_low, info.action_high
+
+
+class _Observe(nn.Module):
+    """An environment's entries as the policy's observation: one vector, float32."""
+
+    def __init__(self, feature_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.feature_dims = feature_dims
+
+    def forward(self, *entries: Tensor) -> Tensor:
+        vectors = [
+            entry.flatten(-dims) if dims else entry.unsqueeze(-1)
+            for entry, dims in zip(entries, self.feature_dims, strict=True)
+        ]
+        return torch.cat([vector.to(torch.float32) for vector in vectors], -1)
+
+
+class _Act(nn.Module):
+    """The actor's deterministic action, scaled to a range."""
+
+    def __init__(self, actor: Actor, specs: PolicySpecs) -> None:
+        super().__init__()
+        self.actor = actor
+        self.register_buffer("middle", (specs.high + specs.low) / 2)
+        self.register_buffer("half_range", (specs.high - specs.low) / 2)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.middle + self.half_range * self.actor.act(latent)
+
+
+class _Cast(nn.Module):
+    """An action in the environment's precision."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, action: Tensor) -> Tensor:
+        return action.to(self.dtype)
+
+
+def _policy(networks: Networks, specs: PolicySpecs, deterministic: bool) -> TensorDictSequential:
+    """Networks as a policy for an environment; beside the action it leaves nothing in the TensorDict."""
+    key, observed = specs.action_key, ("_pwm", "observation")
+    modules: list[TensorDictModuleBase] = [
+        TensorDictModule(_Observe(specs.feature_dims), list(specs.observation_keys), [observed]),
+        encoder_module(networks.model, observation=observed, latent=("_pwm", "latent")),
+    ]
+    if deterministic:
+        modules.append(TensorDictModule(_Act(networks.actor, specs), [("_pwm", "latent")], [key]))
+    else:
+        modules.append(
+            ProbabilisticActor(
+                TensorDictModule(networks.actor, [("_pwm", "latent")], [("_pwm", "loc"), ("_pwm", "scale")]),
+                in_keys={"loc": ("_pwm", "loc"), "scale": ("_pwm", "scale")},
+                out_keys=[key],
+                distribution_class=TanhNormal,
+                distribution_kwargs={"low": specs.low, "high": specs.high},
+                default_interaction_type=ExplorationType.RANDOM,
+            )
+        )
+    modules.append(TensorDictModule(_Cast(specs.action_dtype), [key], [key]))
+    return TensorDictSequential(*modules, selected_out_keys=[key])
+
+
+class _Part(nn.Module):
+    """One method of a world model as a module."""
+
+    def __init__(self, world_model: WorldModel) -> None:
+        super().__init__()
+        self.world_model = world_model
+
+
+class _Dynamics(_Part):
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        return self.world_model.dynamics(latent, action)
+
+
+class _Reward(_Part):
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        return self.world_model.reward.decode(self.world_model.reward(latent, action))
+
+
+class _Termination(_Part):
+    def forward(self, next_latent: Tensor) -> Tensor:
+        head = self.world_model.termination
+        assert head is not None
+        return head.terminated(head(next_latent))
+
+
+def load_world_model(
+    run: str | Path, which: str | int = "best", device: str | torch.device = "cpu"
+) -> TorchRLWorldModel:
+    """The trained world model as a :class:`torchrl.modules.WorldModel`.
+
+    Keys: ``observation`` -> ``latent``; ``latent``, ``action`` -> ``("next", "latent")``, ``("next", "reward")`` and,
+    with a termination head, ``("next", "done")``. Arguments and errors as :func:`load_networks`.
+    """
+    model = load_networks(run, which, device)[1].model
+    step = ["latent", "action"]
+    done: TensorDictModuleBase | None = None
+    if model.termination is not None:
+        done = TensorDictModule(_Termination(model), in_keys=[("next", "latent")], out_keys=[("next", "done")])
+    return TorchRLWorldModel(
+        encoder_module(model),
+        TensorDictModule(_Dynamics(model), in_keys=step, out_keys=[("next", "latent")]),
+        TensorDictModule(_Reward(model), in_keys=step, out_keys=[("next", "reward")]),
+        done_head=done,
+    )
+
+
+def evaluate_run(
+    run_dir: str | Path, episodes: int = 10, seed: int | None = None, which: str | int = "best"
+) -> dict[str, Any]:
+    """Deterministic return of a run's policy in environments of its own.
+
+    Args:
+        run_dir (str or Path): run directory.
+        episodes (int): number of episodes, played side by side. Defaults to ``10``.
+        seed (int, optional): of the first environment. Defaults to one of the run's that neither its training nor its
+            choice of the best checkpoint used.
+        which (str or int): checkpoint: ``"best"``, ``"last"`` or the number of an epoch. Defaults to ``"best"``.
+
+    Returns:
+        dict: ``return_mean``, ``return_std``, ``episodes``, ``returns``, ``seed`` and the checkpoint's ``epoch``; where
+        the environment tells it, ``success_rate``; of a policy for one of the registry's tasks, ``score`` on the task's
+        scale from 0 to 1.
+    """
+    cfg, networks, facts, epoch = _load(run_dir, which)
+    seed = fresh_env_seed(cfg.seed) if seed is None else seed
+    env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
+    try:
+        policy = _policy(networks, _specs(env, cfg, facts), deterministic=True)
+        played = play(env, policy, seed)
+    finally:
+        env.close()
+    returns = played.returns
+    result: dict[str, Any] = {
+        "return_mean": returns.mean().item(),
+        "return_std": returns.std(unbiased=False).item(),
+        "episodes": len(returns),
+        "returns": returns.tolist(),
+        "seed": seed,
+        "epoch": epoch,
+    }
+    if played.success is not None:
+        result["success_rate"] = played.success.float().mean().item()
+    if cfg.task is not None:
+        task = task_info(str(cfg.task))
+        result["score"] = task.normalized(result["success_rate" if task.score == "success" else "return_mean"])
+    return result
+
+
+def film_run(run_dir: str | Path, file: str | Path, seed: int | None = None, which: str | int = "best") -> Path:
+    """Write a video (mp4) of one deterministic episode, the first of those that :func:`evaluate_run` plays.
+
+    Args:
+        run_dir (str or Path): run directory.
+        file (str or Path): where to write.
+        seed (int, optional): as for :func:`evaluate_run`. Defaults to ``None``.
+        which (str or int): as for :func:`evaluate_run`. Defaults to ``"best"``.
+
+    Raises:
+        ConfigurationError: if the environment cannot be drawn here.
+        MissingLibraryError: if a library that draws or encodes is missing.
+    """
+    cfg, networks, facts, _ = _load(run_dir, which)
+    seed = fresh_env_seed(cfg.seed) if seed is None else seed
+    env = make_env(cfg.env, num_envs=1, seed=seed, device="cpu", render=True)
+    try:
+        policy = _policy(networks, _specs(env, cfg, facts), deterministic=True)
+        return write_video(file, film(env, policy, seed), frames_per_second(env_info(env)))
+    finally:
+        env.close()

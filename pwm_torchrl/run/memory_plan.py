@@ -1,0 +1,116 @@
+"""A run's memory plan: made before anything large is built, saved beside the run, compared with what was measured."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pwm_torchrl.config import Config
+from pwm_torchrl.envs import EnvInfo
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
+from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
+from pwm_torchrl.memory.readings import format_bytes, read_process
+from pwm_torchrl.run.artifacts import swap_in
+from pwm_torchrl.run.summary import peak_device_bytes
+from pwm_torchrl.terminal import warn
+
+PLAN_FILE = "memory_plan.json"
+TABLE_FILE = "memory_plan.txt"
+
+
+class RunPlan:
+    """The plan of one attempt at a run.
+
+    A resumed run keeps the choices of the attempt before if they still fit, since another micro-batch would change its
+    rounding.
+
+    Args:
+        cfg (Config): the run's configuration.
+        info (EnvInfo): its environment's facts.
+        device (torch.device): of the networks.
+        run_dir (Path): where the plan is saved.
+        resume (bool): whether an earlier attempt's choices are kept.
+
+    Raises:
+        ConfigurationError: if the run cannot fit; it names the smallest budget that would do.
+    """
+
+    def __init__(self, cfg: Config, info: EnvInfo, device: torch.device, run_dir: Path, resume: bool) -> None:
+        self.run_dir = run_dir
+        limits = budgets(cfg, str(device) if device.type == "cuda" else None)
+        self.plan: Plan = make_plan(cfg, info, limits, saved_choices(run_dir) if resume else None)
+        if not self.plan.automatic:
+            for shortage in self.plan.shortages():
+                warnings.warn(f"memory=fixed will not fit: {shortage}", stacklevel=2)
+        self.before = read_process()
+        if self.plan.prediction.returns_freed_memory:
+            return_freed_memory()
+        self.write(None)
+
+    def write(self, measured: dict[str, int] | None) -> None:
+        """Write the plan, and what was measured once that is known."""
+        content = {**self.plan.as_dict(), "measured": measured}
+        swap_in(self.run_dir / PLAN_FILE, json.dumps(content, indent=2) + "\n")
+        lines = [plan_table(self.plan), *([] if measured is None else ["", *self.comparison(measured)])]
+        swap_in(self.run_dir / TABLE_FILE, "\n".join(lines) + "\n")
+
+    @contextmanager
+    def compared(self) -> Iterator[None]:
+        """Inside, the run; however it ends, the plan is then compared with its peaks."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.finish()
+            except OSError as unwritten:  # what ended the run says more, and may be the same disk
+                warn(f"measured memory could not be written beside its plan: {unwritten}")
+            raise
+        self.finish()
+
+    def finish(self) -> list[str]:
+        """Compare with the peaks of this attempt; returns a line per place."""
+        measured: dict[str, int] = {}
+        now = read_process()
+        # The kernel keeps one peak per process: it is this run's if it is higher than before the run.
+        if self.before is not None and now is not None and now.peak > self.before.peak:
+            measured[HOST] = now.peak - self.before.rss
+        if DEVICE in self.plan.budgets:
+            measured[DEVICE] = peak_device_bytes()
+        self.write(measured)
+        return self.comparison(measured)
+
+    def comparison(self, measured: dict[str, int]) -> list[str]:
+        """Measured beside predicted; the host's is the growth over what the process held when the plan was made."""
+        prediction = self.plan.prediction
+        predicted = {HOST: prediction.growth, DEVICE: prediction.total(DEVICE)}
+        name = {HOST: "host memory above its base", DEVICE: "GPU memory"}
+        lines = []
+        for place in self.plan.budgets:
+            amount = f"{format_bytes(measured[place])} measured" if place in measured else "not measured"
+            lines.append(f"{name[place]}: {amount}, {format_bytes(predicted[place])} predicted")
+        return lines
+
+
+def saved_choices(run_dir: Path) -> Choices | None:
+    """The choices of the last attempt, ``None`` without one.
+
+    Raises:
+        ConfigurationError: if the file is not one that this version wrote.
+    """
+    file = run_dir / PLAN_FILE
+    if not file.exists():
+        return None
+    try:
+        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return Choices(**saved["choices"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{file} does not hold a memory plan of this version ({error}); delete it, and the run is planned anew."
+        ) from error

@@ -1,0 +1,137 @@
+"""``metrics.csv``: written a row at a time, read as columns, drawn over steps or epochs; needs no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from pwm_torchrl.config import RENAMED_METRICS
+from pwm_torchrl.files import append_text
+
+__all__ = ["CsvMetrics", "progress_axis", "read_metrics"]
+
+
+class CsvMetrics:
+    """``metrics.csv``: a row per epoch, on disk as soon as it is written.
+
+    A column that appears late is added to the header by rewriting the file beside the old one and swapping them; rows
+    that lack a column leave its cell empty. An incomplete last line, left by a killed process, is dropped on opening.
+
+    Args:
+        path: the file; created with its first row, continued if it exists.
+
+    Examples:
+        >>> with CsvMetrics(tmp_path / "metrics.csv") as metrics:  # doctest: +SKIP
+        ...     metrics.write({"epoch": 1, "loss/model": 0.5})
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.columns: list[str] = []
+        self._file: BinaryIO | None = None
+        if self.path.exists():
+            self.columns, rows, intact = _read_rows(self.path)
+            if not intact:
+                self._replace(rows)
+
+    def write(self, row: Mapping[str, float | int]) -> None:
+        """Appends a row and hands it to the system at once.
+
+        Raises:
+            ValueError: if a value is no plain number, such as a tensor; :meth:`MetricRow.numbers` gives plain numbers.
+            OSError: if it cannot be written; the file is as before then.
+        """
+        for name, value in row.items():
+            if not isinstance(value, (int, float)):
+                kind = type(value).__name__
+                raise ValueError(f"metric {name!r} is a {kind}; write plain numbers (MetricRow.numbers)")
+        new = [name for name in row if name not in self.columns]
+        if new:
+            rows = _read_rows(self.path)[1] if self.columns else []
+            self.columns += new
+            self._replace(rows)
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow([_cell(row.get(name)) for name in self.columns])
+        append_text(self._open(), line.getvalue())
+
+    def truncate(self, epoch: int) -> None:
+        """Drops the rows of later epochs than ``epoch``: what a resume from that epoch will write again."""
+        if self.columns:
+            rows = _read_rows(self.path)[1]
+            self._replace([row for row in rows if float(row.get("epoch") or "-inf") <= epoch])
+
+    def close(self) -> None:
+        """Closes the file; a later :meth:`write` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> CsvMetrics:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> BinaryIO:
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+        return self._file
+
+    def _replace(self, rows: Iterable[Mapping[str, str]]) -> None:
+        self.close()
+        partial = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(self.columns)
+                writer.writerows([row.get(name, "") for name in self.columns] for row in rows)
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float]]:
+    """Reads ``metrics.csv`` into columns of equal length; an empty cell becomes NaN.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    columns, rows, _ = _read_rows(Path(path))
+    return {name: [float(row.get(name) or "nan") for row in rows] for name in columns}
+
+
+def progress_axis(runs: Iterable[Mapping[str, Sequence[float]]]) -> tuple[str, str]:
+    """Column and name of what the curves of some runs are drawn over: epochs if one of them takes no environment steps.
+
+    Args:
+        runs (iterable of mappings): columns of each run's ``metrics.csv``.
+    """
+    if all(any(steps > 0 for steps in metrics.get("env_steps", [])) for metrics in runs):
+        return "env_steps", "environment steps"
+    return "epoch", "epochs"
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]], bool]:
+    """Header, complete rows as text, and whether the file ended with a complete line."""
+    with path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    complete = text[: text.rfind("\n") + 1]
+    lines = list(csv.reader(complete.splitlines()))
+    if not lines:
+        return [], [], not text
+    header = [RENAMED_METRICS.get(name, name) for name in lines[0]]
+    return header, [dict(zip(header, line)) for line in lines[1:] if line], len(complete) == len(text)
+
+
+def _cell(value: float | int | None) -> str:
+    return "" if value is None else repr(value)

@@ -1,0 +1,97 @@
+"""Keys that are not used beside what is chosen are refused; the sentence says beside what they would be."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+pytest.importorskip("hydra")
+
+from pwm_torchrl.choices import schema_keys
+from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.validate import CHOICES
+from pwm_torchrl.cli.words import RULES, dynamics_rules
+from pwm_torchrl.config import DynamicsConfig
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules.dynamics.factory import CLASSES, COMMON, KINDS, PARAMETERIZATIONS, make_dynamics, options_of
+
+FLOWS = "model=flow_v1, flow_v2 or flow_v3"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["model=mlp", "model.dynamics.substeps=9"], ["substeps=9", "kind=mlp", FLOWS]),
+        (["model=residual", "model.dynamics.solver=euler"], ["solver=euler", "kind=residual", FLOWS]),
+        (["model=mlp", "model.dynamics={substeps: 9}"], ["model.dynamics.substeps=9", FLOWS]),
+        (["model.dynamics.kind=mlp", "model.dynamics.checkpoint_substeps=true"], ["checkpoint_substeps=true", FLOWS]),
+        (["model=mlp", "model.loss.flow_matching_weight=1"], ["flow_matching_weight=1", "kind=mlp", FLOWS]),
+        (
+            ["model.dynamics.parameterization=tangent", "model.dynamics.condition_on_step_size=true"],
+            ["condition_on_step_size=true", "parameterization=tangent", "parameterization=residual_endpoint"],
+        ),
+        (
+            ["model.dynamics.parameterization=simnorm_velocity", "model.dynamics.time_features=2"],
+            ["time_features=2", "residual_endpoint or tangent"],
+        ),
+        (["model.loss.flow_matching_source=attached"], ["flow_matching_source=attached", "flow_matching_weight"]),
+        (["model.num_bins=51"], ["model.num_bins=51", "model.reward_head=scalar", "model.reward_head=two_hot"]),
+        (["logger.project=mine"], ["logger.project=mine", "logger.kind=csv", "logger=wandb"]),
+        (["data.path=store"], ["data.path=store", "mode=online", "experiment=extract or pretrain"]),
+        (["cluster=local", "cluster.partition=gpu"], ["cluster.partition=gpu", "cluster.kind=local", "l40s"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else v,
+)
+def test_is_refused_with_what_would_use_it(words, parts):
+    with pytest.raises(ConfigurationError) as caught:
+        compose(words)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=flow_v1", "model.dynamics.substeps=9", "model.dynamics.time_features=2"],
+        ["model=mlp", "model.dynamics.kind=flow", "model.dynamics.substeps=1"],
+        ["model=mlp", "model.loss.flow_matching_weight=0", "model.dynamics.checkpoint_substeps=false"],
+        ["model.loss.flow_matching_weight=1", "model.loss.flow_matching_source=attached"],
+        ["model.reward_head=two_hot", "model.num_bins=51", "model.vmin=-5"],
+        ["logger=wandb", "logger.mode=offline"],
+        ["cluster.partition=gpu"],
+        ["cluster=local", "cluster.partition=null"],
+    ],
+    ids=" ".join,
+)
+def test_is_accepted_where_it_is_used(words):
+    compose(words)
+
+
+def test_a_preset_may_leave_such_keys_behind():
+    """Only what is typed is refused: a model chosen beside a preset of another one stays possible."""
+    config = compose(["experiment=dflex_ant_5m_flow_v3", "model=mlp"])
+    assert config.model.dynamics.kind == "mlp"
+
+
+def test_options_of_a_kind_are_those_that_it_is_made_with():
+    assert {kind for kind, _ in CLASSES} == set(KINDS)
+    assert {form for _, form in CLASSES if form is not None} == set(PARAMETERIZATIONS)
+    for (kind, form), cls in CLASSES.items():
+        made = make_dynamics(kind, 16, 2, 0, [16], **({"parameterization": form} if form else {}))
+        assert type(made) is cls
+    everything = {option for place in CLASSES for option in options_of(*place)}
+    assert everything == set(vars(DynamicsConfig())) - {"kind"}
+    assert everything | set(COMMON) | {"kind", "match_parameters"} == set(inspect.signature(make_dynamics).parameters)
+
+
+def test_rules_are_about_keys_that_exist():
+    keys = schema_keys()
+    for rule in [*RULES, *dynamics_rules()]:
+        for key in rule.keys:
+            assert key.rstrip(".") in keys
+        for by in rule.by.split(", "):
+            assert by in keys
+        assert set(rule.values) <= set(CHOICES.get(rule.by, ()))

@@ -1,0 +1,140 @@
+"""``launch/plan.py``: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hydra")
+
+from pwm_torchrl.cli.plan import main
+from pwm_torchrl.cli.submit import main as submit
+from pwm_torchrl.cli.train import main as train
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "plan.py"
+SMALL = ["model=mlp", "algorithm.horizon=3"]
+ELSEWHERE = [*SMALL, "env=dflex_ant"]
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch, tmp_path):
+    """An empty folder, in which a plan leaves nothing that was not asked for."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_script(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=120)
+
+
+def test_of_this_machine(capsys):
+    assert main([*SMALL, "device=cpu"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("host memory, predicted\n")
+    assert "training.replay_storage=memory" in text
+    assert "next cheaper plan:" in text
+    assert "unverified" not in text
+    assert list(Path().iterdir()) == []
+
+
+def test_of_a_cluster_from_anywhere(capsys):
+    assert main([*ELSEWHERE, "cluster=l40s"]) == 0
+    text = capsys.readouterr().out
+    assert "unverified" in text
+    assert "(cluster=l40s)" in text
+    assert "training.replay_storage=device" in text
+    assert max(map(len, text.splitlines())) <= 80  # without a terminal
+
+
+def test_as_a_file(capsys):
+    assert main([*SMALL, "--json", "plan.json", "memory.host_gb=500"]) == 0
+    assert "host memory, predicted" in capsys.readouterr().out
+    saved = json.loads(Path("plan.json").read_text())
+    assert saved["prediction"]["totals"]["host"] > saved["prediction"]["base"] > 0
+    assert saved["choices"]["replay_storage"] == "memory"
+    assert saved["automatic"]
+
+
+def test_an_impossible_request_names_a_budget_that_works(capsys):
+    words = [*SMALL, "device=cpu"]
+    assert main([*words, "memory.host_gb=0.1"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    (least,) = re.findall(r"The smallest budget that would work: .* \((memory\.host_gb=[0-9.]+)\)", shown.err)
+    assert main([*words, least]) == 0
+    assert "(memory.host_gb)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_it_works_in_another_process_too():
+    """Processes need not be of the same size."""
+    refused = run_script(*SMALL, "device=cpu", "memory.host_gb=0.1")
+    assert refused.returncode == 2
+    (least,) = re.findall(r"\((memory\.host_gb=[0-9.]+)\)", refused.stderr)
+    enough = run_script(*SMALL, "device=cpu", least)
+    assert enough.returncode == 0, enough.stderr
+
+
+def test_of_a_cluster_too_small(capsys):
+    words = [*ELSEWHERE, "cluster=l40s", "cluster.host_gb=0.2"]
+    assert main(words) == 2
+    (least,) = re.findall(r"\((cluster\.host_gb=[0-9.]+)\)", capsys.readouterr().err)
+    assert main([*words[:-1], least]) == 0
+
+
+def test_fixed_is_warned_about(capsys):
+    assert main([*SMALL, "memory=fixed", "memory.host_gb=0.01"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("warning: memory=fixed will not fit: host memory: ")
+    assert "DOES NOT FIT" in shown.out
+    assert "choices, as written (memory=fixed)" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["cluster=l40s", "cluster.gpu=l41s"], "cluster.gpu=l41s: unknown GPU type 'l41s'; the nearest known: l40s"),
+        (["cluster=cpu", "device=cuda"], "device=cuda needs a GPU, and cluster=cpu has none"),
+        (["cluster=cpu", "cluster.host_gb=null"], "does not say how much host memory"),
+        (["cluster=l40"], "nearest: l40s"),
+        (["--json"], "--json needs the name of a file"),
+        (["--json", "missing/plan.json"], "--json missing/plan.json cannot be written: No such file or directory"),
+        (["memory.margin=1"], "memory.margin=1"),
+        (["memory=atuo"], "nearest: auto"),
+        (["device=cuda:99"], "device='cuda:99' is not there"),
+        (["env=dflex_ant", "env.name=dflex_snake"], "dflex_snake"),
+    ],
+)
+def test_bad_input_is_a_sentence(words, sentence, capsys):
+    assert main([*ELSEWHERE, *words] if "cluster" in words[0] else [*SMALL, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert len(error.splitlines()) <= 3
+    assert list(Path().iterdir()) == []
+
+
+def test_help():
+    done = run_script("--help")
+    assert done.returncode == 0
+    words = " ".join(done.stdout.split())
+    assert "usage: python launch/plan.py [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...] [--json FILE]" in words
+    assert "python launch/plan.py model=flow_v3 size=48m env=dflex_ant cluster=l40s" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("command", [submit, train])
+@pytest.mark.parametrize("words", [["cluster=l40s"], ["cluster=cpu"], ["cluster.kind=slurm"]])
+def test_profiles_of_nodes_need_a_cluster(command, words, capsys, monkeypatch):
+    monkeypatch.setattr("pwm_torchrl.cli.prepare.slurm_available", lambda: False)
+    assert command([*SMALL, *words, "runs_dir=runs"]) == 2
+    error = capsys.readouterr().err
+    assert "describes SLURM nodes, and " in error
+    assert len(error.splitlines()) == 1
+    assert list(Path().iterdir()) == []

@@ -1,0 +1,141 @@
+"""What is said of runs, and which of them are brought back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pwm_torchrl.cli import console, resume, status
+from pwm_torchrl.cluster.slurm import JobState
+from pwm_torchrl.config import Config
+from pwm_torchrl.report.collect import read_run
+from pwm_torchrl.run import claims
+from pwm_torchrl.run.claims import Identity
+from pwm_torchrl.run.directory import save_config, write_event
+
+RUNNING = JobState("7", "RUNNING", nodes="n1")
+QUEUED = JobState("7", "PENDING", "Priority")
+HELD = JobState("7", "PENDING", "launch failed requeued held")
+OVER = JobState("7", "CANCELLED")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that stopped half way, as SLURM's job 7."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cfg = Config(env={"name": "pole", "_target_": "pole.make"})
+    cfg.model.name, cfg.size.name = "mlp", "tiny"
+    cfg.size.latent_dim, cfg.size.units, cfg.size.encoder_units = 8, [8], [8]
+    cfg.training.epochs = 10
+    save_config(cfg, folder)
+    write_summary(folder, "stopped")
+    (folder / "metrics.csv").write_text("epoch,time/epoch_s\n4,60\n5,60\n")
+    (folder / "job.json").write_text(json.dumps({"job_ids": ["7"], "mem_mb": 2000}))
+    return folder
+
+
+def write_summary(folder, said):
+    content = {"status": said, "epochs_done": 5, "epochs_planned": 10, "peak_own_bytes": 2**30, "restarts": 0}
+    (folder / "summary.json").write_text(json.dumps(content))
+
+
+class TestStatus:
+    @pytest.mark.parametrize(
+        ("job", "shown", "left"),
+        [(RUNNING, "running", "5 min"), (QUEUED, "queued", "-"), (HELD, "held", "-"), (OVER, "stopped", "-"),
+         (None, "stopped", "-")],
+    )  # fmt: skip
+    def test_a_line(self, job, shown, left, run):
+        name, said, where, restarts, progress, time_left, memory, _ = status.line_of(read_run(run), job)
+        assert (name, said, restarts, progress, time_left) == ("run", shown, "0", "5/10 50 %", left)
+        assert where == ("-" if job is None else f"7 {job.state.lower()}" + (" on n1" if job is RUNNING else ""))
+        assert memory.startswith("1 GiB")
+
+    def test_restarts_and_the_last_reason(self, run):
+        for reason in ("timeout", "memory", "timeout"):
+            write_event(run, "restart", reason=reason, detail=f"because of {reason}", attempt=1, answer="requeue")
+        line = status.line_of(read_run(run), RUNNING)
+        assert line[3] == "3: 2 timeout, 1 memory"
+        assert line[-1].startswith("because of timeout (")
+
+    def test_a_held_job_says_what_to_do(self, run):
+        assert status.line_of(read_run(run), HELD)[-1] == (
+            "launch failed requeued held; let it go on with: scontrol release 7"
+        )
+
+    def test_slurm_is_asked_once_for_all(self, run, monkeypatch, capsys):
+        asked = []
+        monkeypatch.setattr(status, "job_states", lambda ids: asked.append(list(ids)) or {"7": RUNNING})
+        assert status.main([str(run.parent)]) == 0
+        assert asked == [["7"]]
+        assert "7 running on n1" in capsys.readouterr().out
+
+    def test_a_process_that_is_gone_is_not_running(self, run, monkeypatch, capsys):
+        """Killed with -9: nothing is left to take, and what to do is said."""
+        write_summary(run, "running")
+        (run / "job.json").unlink()
+        (run / claims.FOLDER).mkdir()
+        here = Identity.here({})
+        claim = run / claims.FOLDER / "000001.json"
+        for owner, shown, said in (
+            (here, "running", ""),
+            (replace(here, pid=2**22 + 1), "died", "resume"),
+            (replace(here, host="far"), "running", "process"),
+        ):
+            claim.write_text(json.dumps(claims.Claim(1, owner).as_dict()))
+            assert status.main([str(run)]) == 0
+            line = capsys.readouterr().out.splitlines()[-1]
+            assert line.split()[1] == shown
+            assert ("5 min" in line) == (shown == "running")
+            assert said in line
+
+    def test_a_narrow_terminal(self, run, monkeypatch, capsys):
+        monkeypatch.setattr(console, "terminal_width", lambda: 40)
+        monkeypatch.setattr(status, "job_states", lambda ids: {"7": RUNNING})
+        write_event(run, "restart", reason="memory", detail="a long story " * 5, attempt=1, answer="requeue")
+        assert status.main([str(run)]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
+
+    def test_without_an_answer_the_rest_is_shown(self, run, monkeypatch, capsys):
+        def silent(ids):
+            raise status.SlurmError("SLURM did not answer squeue within 20 s")
+
+        monkeypatch.setattr(status, "job_states", silent)
+        assert status.main([str(run)]) == 0
+        out, err = capsys.readouterr()
+        assert "5/10 50 %" in out
+        assert "did not answer" in err
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("said", "job", "failed", "reason"),
+        [
+            ("finished", None, False, "finished"),
+            ("stopped", RUNNING, False, "job 7 is running"),
+            ("stopped", QUEUED, False, "job 7 is pending"),
+            ("stopped", HELD, False, "job 7 is held; let it go on with: scontrol release 7"),
+            ("failed", OVER, False, "failed; --failed tries it again"),
+            ("failed", OVER, True, None),
+            ("stopped", OVER, False, None),
+            ("running", OVER, False, None),
+            ("memory", None, False, None),
+        ],
+    )
+    def test_who_is_left_alone(self, said, job, failed, reason, run):
+        write_summary(run, said)
+        assert resume.reason_to_leave(run, job, failed=failed) == reason
+
+    def test_nor_is_one_whose_process_lives(self, run):
+        (run / claims.FOLDER).mkdir()
+        here = Identity.here({})
+        for owner, alone in ((here, True), (replace(here, pid=2**22 + 1), False), (replace(here, host="far"), True)):
+            content = json.dumps(claims.Claim(1, owner).as_dict())
+            (run / claims.FOLDER / "000001.json").write_text(content)
+            reason = resume.reason_to_leave(run, None, failed=False)
+            assert (reason is not None) == alone
+            if alone:
+                assert f"process {owner.pid} on {owner.host} trains it" in reason

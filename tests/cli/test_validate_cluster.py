@@ -1,0 +1,71 @@
+"""What a cluster profile may say."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("hydra")
+
+from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["cluster.time=86400"], ["cluster.time=86400", '"24:00:00"', "cluster.time_min"]),
+        (["cluster.time=tomorrow"], ["cluster.time=tomorrow is not a time limit"]),
+        (["cluster.time=UNLIMITED"], ["cluster.time=UNLIMITED is not a time limit"]),
+        (["cluster.time=1:00:00", "cluster.time_min=61"], ['cluster.time="1:00:00"', "cluster.time_min=61", "differ"]),
+        (["cluster.time_min=2"], ["cluster.signal_delay_s=120 is not shorter than a job, 2 min"]),
+        (["cluster.time_min=60", "cluster.max_time_min=1"], ["not shorter than a job, 1 min"]),
+        (["cluster.partition='a b'"], ["cluster.partition='a b'"]),
+        (["cluster.account="], ["cluster.account=''", "or null"]),
+        (["cluster.constraint=' '"], ["cluster.constraint=' '"]),
+        (
+            ["cluster.mem_gb=120"],
+            ["cluster.mem_gb=120 (GiB)", "cluster.host_gb=128 (GB)", "cluster.mem_gb=119.2 or less"],
+        ),
+        (["cluster.mem_gb=0"], ["cluster.mem_gb=0", "above 0"]),
+        (["cluster.gpus=-1"], ["cluster.gpus=-1", "at least 0"]),
+        (["cluster.gpus=0"], ["cluster.gpus=0 asks for no GPU", "cluster.gpu=l40s"]),
+        (["cluster.gpu=null"], ["cluster.gpus=1 needs the type of GPU"]),
+        (["cluster.gres=tmpfs:10G"], ["cluster.gres=tmpfs:10G asks for no GPU", "gpu:TYPE:NUMBER"]),
+        (["cluster.nodes=0"], ["cluster.nodes=0", "at least 1"]),
+        (["cluster.cpus=0"], ["cluster.cpus=0", "at least 1"]),
+        (["cluster.setup=module"], ["cluster.setup=module", "a list of texts"]),
+        (["cluster.partion=gpu"], ["nearest: cluster.partition"]),
+    ],
+    ids=lambda v: " ".join(v),
+)
+def test_bad_profiles_are_one_clear_sentence(words, parts):
+    with pytest.raises(ConfigurationError) as caught:
+        compose(["cluster=l40s", *words])
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cluster.gres='gpu:l40s:1'", "cluster.gpus=0"],
+        ["cluster.gpus=0", "cluster.gpu=null"],
+        ["cluster.partition='short,long'", "cluster.account=a.b-c_d@e"],
+        ["cluster.constraint='l40s&ib'"],
+        ["cluster.setup=['module load cuda', 'ulimit -c 0']"],
+        ["cluster.mem_gb=119"],
+        ["cluster.time_min=1", "cluster.signal_delay_s=30"],
+    ],
+    ids=lambda v: " ".join(v),
+)
+def test_what_sites_write_is_accepted(words):
+    compose(["cluster=l40s", *words])
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("24:00:00", 1440), ("1-12", 2160), ("90:30", 91), ("1-00:00:01", 1441)])
+def test_a_time_limit_becomes_minutes(text, minutes):
+    cluster = compose(["cluster=l40s", f"cluster.time={text}"]).cluster
+    assert (cluster.time, cluster.time_min) == (None, minutes)
+    assert compose(["cluster=l40s", f"cluster.time={text}", f"cluster.time_min={minutes}"]).cluster == cluster

@@ -1,0 +1,188 @@
+"""Which runs are chosen, and what is advised where a comparison is ambiguous."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+pytest.importorskip("hydra")
+
+from report_cases import report
+
+from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.report.collect import RunReport
+from pwm_torchrl.report.select import Condition, newest, pair_or_advise, select
+
+
+def names(runs: list[RunReport]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def chosen(runs: list[RunReport], *where: str, only_newest: bool = False) -> list[str]:
+    return names(select(runs, map(Condition.parse, where), only_newest))
+
+
+def advised(runs: list[RunReport], key: str = "model") -> tuple[str, list[RunReport]]:
+    """The error of an ambiguous comparison, and the runs that are left with the words that it says to add."""
+    with pytest.raises(ConfigurationError) as raised:
+        pair_or_advise(runs, key, None, False)
+    told = re.search(r"add (.*) \(leaves (\d+) of", str(raised.value))
+    assert told is not None, raised.value
+    words = shlex.split(told[1])
+    where = [words[i + 1] for i, word in enumerate(words) if word == "--where"]
+    left = select(runs, map(Condition.parse, where), "--newest" in words)
+    assert len(left) == int(told[2])
+    return str(raised.value), left
+
+
+@pytest.fixture
+def runs() -> list[RunReport]:
+    return [
+        report("model=mlp", name="a"),
+        report("model=mlp", "algorithm.horizon=8", "seed=1", name="b", status="failed"),
+        report("model=residual", "algorithm.model_lr=0.001", "seed=2", name="c"),
+        report("model=flow_v2", "env=hopper", "size=5m", name="d", status="died"),
+    ]
+
+
+class TestWhere:
+    @pytest.mark.parametrize(
+        ("where", "expected"),
+        [
+            (["model=mlp"], "ab"),
+            (["model=mlp,residual"], "abc"),
+            (["model=mlp", "model=residual"], "abc"),
+            (["model=mlp", "seed=0"], "a"),
+            (["model!=mlp"], "cd"),
+            (["status!=failed,died"], "ac"),
+            (["status!=failed", "status!=died"], "ac"),
+            (["env=hopper"], "d"),
+            (["size=5m"], "d"),
+            (["algorithm.horizon=8"], "b"),
+            (["algorithm.model_lr=1e-3", "algorithm.horizon!=8", "seed=2"], "c"),
+            (["env.id=Hopper-v5"], "d"),
+            (["size.units=[128,128]", "status=finished"], "ac"),
+            (["training.video=false"], ""),
+            (["world_model=null", "env=pendulum"], "abc"),
+        ],
+    )
+    def test_keys_and_values(self, where, expected, runs):
+        if expected:
+            assert chosen(runs, *where) == list(expected)
+        else:
+            with pytest.raises(ConfigurationError, match=r"--where training.video=false: .* there are true"):
+                chosen(runs, *where)
+
+    @pytest.mark.parametrize(
+        ("where", "words"),
+        [
+            (["modle=mlp"], ["modle", "unknown key; nearest: ", "model"]),
+            (["algorithm.horizn=8"], ["nearest: algorithm.horizon"]),
+            (["env.idd=x"], ["nearest: env.id"]),
+            (["model=flow_v3"], ["model=flow_v3", "flow_v2, mlp, residual", "nearest: flow_v2"]),
+            (["algorithm=pwm"], ["algorithm is a section", "algorithm.horizon"]),
+            (["model"], ["--where model", "KEY=VALUE"]),
+            (["=mlp"], ["KEY=VALUE"]),
+            (["model="], ["KEY=VALUE"]),
+            (["model=mlp", "env=hopper"], ["no run is left of 4", "--where model=mlp --where env=hopper"]),
+        ],
+    )
+    def test_refused(self, where, words, runs):
+        with pytest.raises(ConfigurationError) as raised:
+            chosen(runs, *where)
+        assert all(word in str(raised.value) for word in words), raised.value
+
+    def test_a_run_without_a_configuration_has_what_its_summary_says(self, runs):
+        runs[0].config = None
+        assert chosen(runs, "model=mlp") == ["a", "b"]
+        assert chosen(runs, "algorithm.horizon=16") == ["c", "d"]
+
+
+class TestNewest:
+    def test_a_finished_run_is_preferred_to_a_newer_one(self):
+        again = [report(name=name, status=status, started=time) for name, status, time in
+                 (("first", "finished", 1), ("second", "finished", 2), ("third", "running", 3))]  # fmt: skip
+        assert names(newest(again)) == ["second"]
+        assert names(newest(again[::2])) == ["first"]
+        for run in again:
+            run.status = "failed"
+        assert names(newest(again)) == ["third"]
+
+    def test_where_a_run_lies_and_logs_makes_no_other_settings(self):
+        runs = [report("run_dir=/x", name="old"), report("logger=tensorboard", name="new", started=1.0)]
+        assert names(newest(runs)) == ["new"]
+        runs += [report("seed=1", name="seed"), report("algorithm.horizon=8", name="horizon")]
+        assert names(newest(runs)) == ["new", "seed", "horizon"]
+
+    def test_what_cannot_be_compared_is_kept(self):
+        runs = [report(name="a"), report(name="b")]
+        for run in runs:
+            run.config = None
+        assert names(newest(runs)) == ["a", "b"]
+
+
+class TestAdvice:
+    def test_repeats(self):
+        runs = [report("model=mlp", name="old"), report("model=mlp", name="new", started=1.0), report("model=residual")]
+        text, left = advised(runs)
+        assert "runs/old and runs/new are both model=mlp" in text
+        assert "add --newest (leaves 2 of 3 runs)" in text
+        assert names(left) == ["new", "pendulum_residual_0"]
+
+    def test_what_did_not_finish_goes_first(self):
+        runs = [report("model=mlp", "training.epochs=7", name="bad", status="failed"), report("model=mlp", name="good")]
+        text, left = advised([*runs, report("model=residual")])
+        assert "add --where status=finished (" in text
+        assert names(left) == ["good", "pendulum_residual_0"]
+
+    def test_the_settings_that_leave_most_to_compare(self):
+        """One seed has both models with the horizon 8, two have them with 16."""
+        runs = [report(f"model={m}", f"seed={s}", name=f"{m}{s}") for m in ("mlp", "residual") for s in (0, 1)]
+        runs += [report(f"model={m}", "algorithm.horizon=8", name=f"{m}8") for m in ("mlp", "residual")]
+        text, left = advised(runs)
+        assert "differ in algorithm.horizon" in text
+        assert names(left) == ["mlp0", "mlp1", "residual0", "residual1"]
+
+    def test_everything_at_once(self):
+        """Repeats, failed runs, other settings and a configuration that cannot be read."""
+        runs = [report(f"model={m}", f"seed={s}", name=f"{m}{s}") for m in ("mlp", "residual") for s in (0, 1)]
+        runs += [report("model=mlp", name="again", started=1.0), report("size=5m", "model=mlp", name="5m")]
+        runs += [report("model=mlp", "seed=1", "algorithm.model_lr=1.0", name="nan", status="failed")]
+        runs += [report("model=residual", "env=hopper", name="elsewhere"), report(name="torn", status="died")]
+        runs[-1].config = None
+        _, left = advised(runs)
+        pairs = pair_or_advise(left, "model", None, False)
+        assert {arm: names(list(seeds.values())) for arm, seeds in pairs.runs["pendulum"].items()} == {
+            "mlp": ["again", "mlp1"],
+            "residual": ["residual0", "residual1"],
+        }
+
+    def test_models_that_are_not_compared(self):
+        runs = [report("size=tiny", "model=mlp"), report("size=tiny", "model=residual"), report("size=5m", "model=mlp")]
+        assert "add --where model=mlp (" in advised(runs, "size")[0]
+
+    def test_other_differences_may_be_accepted_too(self):
+        runs = [report("model=mlp", name="a"), report("model=residual", "algorithm.horizon=8", name="b")]
+        with pytest.raises(ConfigurationError, match=r"differ in algorithm\.horizon .*--allow-differences"):
+            pair_or_advise(runs, "model", None, False)
+        assert pair_or_advise(runs, "model", None, True).notes == [
+            "runs also differ in algorithm.horizon (16 in a, 8 in b)"
+        ]
+
+    @pytest.mark.parametrize(
+        "words", [[], ["training.epochs=7", "size.units=[8,16]", "algorithm.normalize_rewards=true"]]
+    )
+    def test_a_model_alone_gets_the_command_that_trains_another(self, words):
+        """The run that the command trains can be compared with the one that is there."""
+        run = report("model=flow_v2", *words, name="only")
+        with pytest.raises(ConfigurationError, match="every run has model=flow_v2") as raised:
+            pair_or_advise([run], "model", None, False)
+        told = str(raised.value).partition("submit.py ")[2] or str(raised.value).partition("pwm-submit ")[2]
+        assert told.startswith("model=mlp ")
+        other = report(name="other")
+        other.config = compose(shlex.split(told))
+        other.model = other.config.model.name
+        assert list(pair_or_advise([run, other], "model", None, False).runs["pendulum"]) == ["flow_v2", "mlp"]
