@@ -8,12 +8,12 @@ import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrl.data import TensorSpec
 from torchrl.envs import ExplorationType
 from torchrl.modules import ProbabilisticActor, TanhNormal
 
 from pwm_torchrl.modules.layers import init_policy_weights, policy_mlp
+from pwm_torchrl.modules.numerics import batched_linear, mish_norm
 from pwm_torchrl.modules.world_model import TaskEmbedding, WorldModel
 
 # Gaussian-tanh policy on latents --------------------------------------------------------------------------------------
@@ -123,10 +123,9 @@ class CriticEnsemble(nn.Module):
         x = latent.reshape(-1, latent.shape[-1]).expand(params[0].shape[0], -1, -1)
         while len(params) > 2:
             weight, bias, scale, shift, *params = params
-            x = F.mish(torch.baddbmm(bias.unsqueeze(1), x, weight.mT))
-            x = F.layer_norm(x, x.shape[-1:]) * scale.unsqueeze(1) + shift.unsqueeze(1)
+            x = mish_norm(batched_linear(x, weight, bias), scale.unsqueeze(1), shift.unsqueeze(1))
         weight, bias = params
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.mT).unflatten(1, batch)
+        return batched_linear(x, weight, bias).unflatten(1, batch)
 
     def value(self, latent: Tensor) -> Tensor:
         """Pessimistic value min_k V_k ``[..., 1]``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules.numerics import group_softmax, linear, linear_norm_mish, mish, mish_norm
 
 # Building blocks of the networks: normed linear layers, SimNorm and weight initialisation -----------------------------
 
@@ -31,13 +32,27 @@ class SimNorm(nn.Module):
         self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.softmax(x.unflatten(-1, (-1, self.group_size)), -1).flatten(-2)
+        return group_softmax(x, self.group_size)
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}"
 
 
-class NormedLinear(nn.Linear):
+class Mish(nn.Mish):
+    """PyTorch's Mish in the fused form of :mod:`~pwm_torchrl.modules.numerics`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mish(x)
+
+
+class Linear(nn.Linear):
+    """PyTorch's linear layer, its product in the dtype of :func:`~pwm_torchrl.modules.numerics.products_in`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class NormedLinear(Linear):
     """Linear -> LayerNorm -> activation, with the parameter names of TD-MPC2's published checkpoints.
 
     Args:
@@ -49,9 +64,11 @@ class NormedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, activation: nn.Module | None = None) -> None:
         super().__init__(in_features, out_features)
         self.ln = nn.LayerNorm(out_features)
-        self.activation = nn.Mish() if activation is None else activation
+        self.activation = Mish() if activation is None else activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.activation) is Mish:
+            return linear_norm_mish(x, self.weight, self.bias, self.ln.weight, self.ln.bias)
         return self.activation(self.ln(super().forward(x)))
 
 
@@ -79,7 +96,7 @@ def normed_mlp(in_features: int, units: Sequence[int], out_features: int, head: 
     widths = [in_features, *units]
     layers: list[nn.Module] = [NormedLinear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
     if head is None:
-        layers.append(nn.Linear(widths[-1], out_features))
+        layers.append(Linear(widths[-1], out_features))
     else:
         layers.append(NormedLinear(widths[-1], out_features, head))
     net = nn.Sequential(*layers)
@@ -102,15 +119,27 @@ def init_world_model_weights(module: nn.Module) -> None:
         module.reset_parameters()
 
 
-def policy_mlp(in_features: int, units: Sequence[int], out_features: int) -> nn.Sequential:
-    """PWM's policy-side MLP: (Linear -> Mish -> LayerNorm) blocks, then a plain Linear; orthogonal init, gain √2."""
+class PolicyMLP(nn.Sequential):
+    """(Linear -> Mish -> LayerNorm) blocks, then a plain Linear; Mish and LayerNorm are computed as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k in range(0, len(self) - 1, 3):
+            norm = cast("nn.LayerNorm", self[k + 2])
+            x = mish_norm(self[k](x), norm.weight, norm.bias)
+        return self[-1](x)
+
+
+def policy_mlp(in_features: int, units: Sequence[int], out_features: int) -> PolicyMLP:
+    """PWM's policy-side MLP, initialised orthogonally with gain √2."""
     layers: list[nn.Module] = []
     width = in_features
     for unit in units:
-        layers += [nn.Linear(width, unit), nn.Mish(), nn.LayerNorm(unit)]
+        layers += [Linear(width, unit), Mish(), nn.LayerNorm(unit)]
         width = unit
-    layers.append(nn.Linear(width, out_features))
-    return nn.Sequential(*layers).apply(init_policy_weights)
+    layers.append(Linear(width, out_features))
+    net = PolicyMLP(*layers)
+    net.apply(init_policy_weights)
+    return net
 
 
 def init_policy_weights(module: nn.Module) -> None:

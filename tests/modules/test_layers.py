@@ -57,7 +57,13 @@ def test_world_model_initialisation() -> None:
 
 def test_policy_mlp_is_linear_mish_layernorm_with_orthogonal_weights() -> None:
     net = policy_mlp(6, [5, 4], 2)
-    assert [type(m) for m in net] == [nn.Linear, nn.Mish, nn.LayerNorm, nn.Linear, nn.Mish, nn.LayerNorm, nn.Linear]
+    kinds = [nn.Linear, nn.Mish, nn.LayerNorm, nn.Linear, nn.Mish, nn.LayerNorm, nn.Linear]
+    assert all(isinstance(layer, kind) for layer, kind in zip(net, kinds, strict=True))
+    x = torch.randn(3, 6)
+    one_by_one = x
+    for layer in net:
+        one_by_one = layer(one_by_one)
+    torch.testing.assert_close(net(x), one_by_one)
     weight = net[3].weight.detach()
     torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(4))
     assert all(m.bias.abs().max() == 0 for m in net if isinstance(m, nn.Linear))

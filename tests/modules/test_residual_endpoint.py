@@ -13,7 +13,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import (
     Dynamics,
 )
-from pwm_torchrl.modules.dynamics.endpoint import EPSILON, residual_endpoint
+from pwm_torchrl.modules.numerics import EPSILON, residual_endpoint
 
 
 class TestResidualEndpoint:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.base import (
@@ -19,15 +18,7 @@ from pwm_torchrl.modules.dynamics.base import (
     time_inputs,
 )
 from pwm_torchrl.modules.layers import cat_features, normed_mlp
-
-#: Floor of a latent inside the logarithm: SimNorm underflows to 0, whose logarithm would give NaN gradients.
-EPSILON = 1e-6
-
-
-def residual_endpoint(latent: Tensor, logits: Tensor, group_size: int) -> Tensor:
-    """softmax_groups(log(max(z, ε)) + logits), ``[..., D]``; z itself where the logits are 0."""
-    shifted = latent.clamp_min(EPSILON).log() + logits
-    return F.softmax(shifted.unflatten(-1, (-1, group_size)), -1).flatten(-2)
+from pwm_torchrl.modules.numerics import residual_endpoint
 
 
 class ResidualDynamics(Dynamics):
@@ -149,7 +140,8 @@ class ResidualEndpointFlow(FlowDynamics):
         """Solve the flow from τ = 0 to 1 in K uniform substeps.
 
         The weights are ratios of the number m of substeps left, never dt / (1 − τ), which exceeds 1 in floating
-        point for some K.
+        point for some K. Heun's step ((m−1)/m) z + ((m−2)/(2m(m−1))) x̂_a + (1/(2(m−1))) x̂_b is half the way from z to
+        the point 1/(m−1) of the way from the predictor to x̂_b.
         """
         k_total, z = self.substeps, latent
         for k in range(k_total):
@@ -158,11 +150,11 @@ class ResidualEndpointFlow(FlowDynamics):
             if m == 1:
                 z = x_a
             elif self.solver == "euler":
-                z = (1 - 1 / m) * z + (1 / m) * x_a
+                z = torch.lerp(z, x_a, 1 / m)
             else:
-                predictor = (1 - 1 / m) * z + (1 / m) * x_a
+                predictor = torch.lerp(z, x_a, 1 / m)
                 x_b = self.endpoint(predictor, latent, action, (k + 1) / k_total, 1 / k_total, task_embedding)
-                z = ((m - 1) / m) * z + ((m - 2) / (2 * m * (m - 1))) * x_a + (1 / (2 * (m - 1))) * x_b
+                z = torch.lerp(z, torch.lerp(predictor, x_b, 1 / (m - 1)), 0.5)
         return z
 
     def flow_matching_error(
