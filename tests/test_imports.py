@@ -26,7 +26,7 @@ MOST_FUNCTION_LEVEL = 104
 #: What looks at memory while a run trains; of ours it imports the configuration's schema alone.
 WATCHER = ("cgroups", "readings", "budget", "watch")
 HEAVY = {"torch", "torchrl", "tensordict", "hydra", "omegaconf", "gymnasium", "dm_control", "mujoco", "matplotlib",
-         "wandb", "tensorboard", "submitit", "tqdm", "rich", "numpy"}  # fmt: skip
+         "wandb", "tensorboard", "submitit", "tqdm", "rich", "numpy", "pandas", "scipy"}  # fmt: skip
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -56,8 +56,18 @@ def test_the_environments_names_are_those_of_their_modules():
 
 
 def test_the_command_line_starts_without_torch():
-    loaded = loaded_by("import pwm_torchrl.cli.compose, pwm_torchrl.cli.report")
-    assert not loaded & {"torch", "torchrl", "gymnasium", "dm_control", "mujoco", "matplotlib", "wandb"}
+    loaded = loaded_by("import pwm_torchrl.cli.compose, pwm_torchrl.cli.report, pwm_torchrl.cli.status")
+    assert not loaded & {
+        "torch",
+        "torchrl",
+        "gymnasium",
+        "dm_control",
+        "mujoco",
+        "matplotlib",
+        "wandb",
+        "pandas",
+        "scipy",
+    }
 
 
 #: Makes libraries look as if they were not installed; TorchRL itself imports those that are.

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 #: Libraries of the extra ``launch``, by the names under which they are imported.
-EXTRA = ("hydra", "omegaconf", "psutil", "yaml", "safetensors", "submitit", "rich")
+EXTRA = ("hydra", "omegaconf", "pandas", "psutil", "yaml", "safetensors", "scipy", "submitit", "rich")
 
 
 def run(name: str) -> int:

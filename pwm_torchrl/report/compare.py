@@ -1,36 +1,24 @@
-"""Comparing groups of runs, and the files that say how they compare."""
+"""Comparison of runs by the value of a key: estimates, curves, and both as tables, CSV and LaTeX."""
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from pwm_torchrl.report.collect import FAILED, RunReport
 from pwm_torchrl.report.pairing import Pairs
-from pwm_torchrl.report.statistics import (
-    Array,
-    Curve,
-    Estimate,
-    common_grid,
-    curve,
-    curve_interval,
-    estimate,
-    on_grid,
-    thin,
-)
+from pwm_torchrl.report.statistics import Estimate, aligned, curve, curve_interval, estimate, thin
 from pwm_torchrl.report.tables import Table
 from pwm_torchrl.run.metrics import progress_axis
 
 __all__ = [
     "ALL_TASKS",
     "AXES",
-    "CompareCurve",
     "Comparison",
     "Row",
     "compare",
@@ -42,20 +30,21 @@ __all__ = [
 
 ALL_TASKS = "all tasks"
 
-#: What a return is drawn over: its name and the column's unit.
+#: Axes that returns are drawn over, with their labels.
 AXES = {"env_steps": "environment steps", "epoch": "epochs", "hours": "wall-clock hours", "gpu_hours": "GPU-hours"}
 
-_POINTS = 200
+_POINTS = 200  # of a curve, at most
+_CURVE = ("env", "arm", "axis", "x", "iqm", "low", "high", "runs")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One value of the compared key in one environment.
+    """Estimates for one value of the compared key in one environment, over the runs that finished.
 
     Attributes:
-        finished: runs that trained to their end; the estimates are over those.
-        failed: runs that ended before.
-        unfinished: runs that have not ended, or were stopped.
+        finished: number of runs that trained to the end.
+        failed: number of runs that failed.
+        unfinished: number of runs that are not over, or were stopped.
         difference: of the final return from the baseline's, over seeds that both finished; ``None`` for the baseline.
     """
 
@@ -72,46 +61,43 @@ class Row:
     gpu_hours: Estimate | None = None
 
 
-@dataclass(frozen=True)
-class CompareCurve:
-    """Interquartile mean of the return over an axis, with its interval and the number of runs that reach each point."""
-
-    env: str
-    arm: str
-    axis: str
-    x: Array
-    mean: Array
-    low: Array
-    high: Array
-    count: Array
-
-
 @dataclass
 class Comparison:
-    """What ``--compare`` found; ``notes`` says what was left out and how to read it."""
+    """Runs compared by the value of a key.
+
+    Attributes:
+        key: the compared key.
+        arms: its values, the baseline first.
+        rows: estimates, by environment and value.
+        curves: interquartile mean of the return over each of :data:`AXES`, in long form: columns ``env``, ``arm``,
+            ``axis``, ``x``, ``iqm``, ``low``, ``high`` and ``runs``, the number of runs that reach ``x``.
+        notes: what was left out, and how to read the rest.
+    """
 
     key: str
     arms: list[str]
     rows: list[Row]
-    curves: list[CompareCurve]
+    curves: pd.DataFrame
     notes: list[str] = field(default_factory=list)
 
 
 def compare(pairs: Pairs) -> Comparison:
-    """Estimates for every environment and value, and over all environments where there are several.
+    """Estimates for every environment and value, and over all environments if there are several.
 
-    Final and peak returns are of runs that finished, whose number stands beside them; curves are of all runs, as far as
-    each has come.
+    Estimates are over runs that finished; curves are over all runs, up to the point that each has reached.
     """
-    result = Comparison(pairs.key, pairs.arms, [], [], list(pairs.notes))
+    result = Comparison(pairs.key, pairs.arms, [], pd.DataFrame(columns=_CURVE), list(pairs.notes))
+    curves: list[pd.DataFrame] = []
     for env, arms in pairs.runs.items():
         base = next(iter(arms.values()))
         for arm, runs in arms.items():
             result.rows.append(_row(env, arm, runs, None if runs is base else base))
-            result.curves += _curves(env, arm, list(runs.values()))
+            curves += _curves(env, arm, list(runs.values()))
             ended = [f"seed {seed} ({run.status})" for seed, run in runs.items() if not run.finished]
             if ended:
                 result.notes.append(f"{env}, {pairs.key}={arm}: not in the means: {', '.join(ended)}")
+    if curves:
+        result.curves = pd.concat(curves, ignore_index=True)
     if len(pairs.runs) > 1:
         _add_all_tasks(pairs, result)
     return result
@@ -153,28 +139,24 @@ def _difference(done: Mapping[int, RunReport], base: Mapping[int, RunReport]) ->
     return estimate(differences)
 
 
-def _curves(env: str, arm: str, runs: Sequence[RunReport]) -> list[CompareCurve]:
+def _curves(env: str, arm: str, runs: Sequence[RunReport]) -> list[pd.DataFrame]:
     over, _ = progress_axis(run.metrics for run in runs if run.metrics)
     returns = [curve(run.metrics, "eval/return_mean", over) for run in runs]
-    clocks = [curve(run.metrics, "eval/return_mean", "wall_clock_s") for run in runs]
-    found: dict[str, list[Curve]] = {
-        over: returns,
-        "hours": [(x / 3600, y) for x, y in clocks],
-        "gpu_hours": [(x / 3600 * run.gpus, y) for run, (x, y) in zip(runs, clocks) if run.gpus],
-    }
+    hours = [curve(run.metrics, "eval/return_mean", "wall_clock_s") for run in runs]
+    for points in hours:
+        points.index = points.index / 3600
+    gpu_hours = [points.set_axis(points.index * run.gpus) for run, points in zip(runs, hours) if run.gpus]
     result = []
-    for axis, curves in found.items():
-        thinned = [thin(points, _POINTS) for points in curves if len(points[0])]
-        if thinned:
-            grid = common_grid(thinned, _POINTS)
-            values = on_grid(thinned, grid)
-            count = np.isfinite(values).sum(axis=0).astype(np.float64)
-            result.append(CompareCurve(env, arm, axis, grid, *curve_interval(values), count))
+    for axis, curves in {over: returns, "hours": hours, "gpu_hours": gpu_hours}.items():
+        filled = [thin(points, _POINTS) for points in curves if len(points)]
+        if filled:
+            found = curve_interval(aligned(filled, _POINTS)).rename_axis("x").reset_index()
+            result.append(found.assign(env=env, arm=arm, axis=axis)[list(_CURVE)])
     return result
 
 
 def _add_all_tasks(pairs: Pairs, result: Comparison) -> None:
-    """Rows over environments: returns on a scale on which a random policy has 0 and the best finished run 1."""
+    """Adds rows over all environments, with returns scaled to 0 for a random policy and 1 for the best finished run."""
     scales: dict[str, tuple[float, float]] = {}
     for env, arms in pairs.runs.items():
         runs = [run for seeds in arms.values() for run in seeds.values()]
@@ -224,30 +206,24 @@ def compare_table(comparison: Comparison) -> Table:
 
 
 def compare_csv(comparison: Comparison) -> str:
-    """Full precision; every estimate with the ends of its interval and the number of runs it is over."""
-    head = ["env", comparison.key, *_COUNTS]
-    head += [f"{name}_{part}" for name in _ESTIMATES for part in ("iqm", "low", "high", "runs")]
-    rows: list[list[Any]] = []
+    """The estimates at full precision, each with the ends of its interval and its number of runs."""
+    rows: list[dict[str, Any]] = []
     for row in comparison.rows:
-        rows.append([row.env, row.arm, *(getattr(row, name) for name in _COUNTS)])
+        rows.append({"env": row.env, comparison.key: row.arm, **{name: getattr(row, name) for name in _COUNTS}})
         for name in _ESTIMATES:
-            estimate: Estimate | None = getattr(row, name)
-            parts = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
-            rows[-1] += [*(_cell(part) for part in parts), 0 if estimate is None else estimate.count]
-    return _csv([head, *rows])
+            found: Estimate | None = getattr(row, name)
+            value, low, high, count = (None, None, None, 0) if found is None else dataclasses.astuple(found)
+            rows[-1] |= {f"{name}_iqm": value, f"{name}_low": low, f"{name}_high": high, f"{name}_runs": count}
+    return pd.DataFrame(rows).to_csv(index=False)
 
 
 def curves_csv(comparison: Comparison) -> str:
-    """Every point of every curve."""
-    rows: list[list[Any]] = [["env", comparison.key, "axis", "x", "iqm", "low", "high", "runs"]]
-    for c in comparison.curves:
-        for x, mean, low, high, count in zip(c.x, c.mean, c.low, c.high, c.count):
-            rows.append([c.env, c.arm, c.axis, *(_cell(float(v)) for v in (x, mean, low, high)), int(count)])
-    return _csv(rows)
+    """The curves at full precision."""
+    return comparison.curves.rename(columns={"arm": comparison.key}).to_csv(index=False)
 
 
 def compare_tex(comparison: Comparison) -> str:
-    """A ``tabular`` in the style of booktabs, for a paper to input."""
+    """A LaTeX ``tabular`` with booktabs rules."""
     lines = [
         "% Interquartile means with 95 % bootstrap intervals over seeds that finished; needs \\usepackage{booktabs}.",
         *(f"% {note}" for note in comparison.notes),
@@ -293,13 +269,3 @@ def _tex(estimate: Estimate | None, digits: int) -> str:
 def _escaped(text: str) -> str:
     special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else repr(value)
-
-
-def _csv(rows: list[list[Any]]) -> str:
-    file = io.StringIO(newline="")
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue()

@@ -1,113 +1,113 @@
-"""The pictures of a report, as PNG. Needs matplotlib and, for the colours of a run's own curves, torch."""
+"""Figures of the report. Needs matplotlib."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.memory.readings import GIB
 from pwm_torchrl.report.collect import natural
 from pwm_torchrl.report.compare import AXES, Comparison
-from pwm_torchrl.report.statistics import Array, Curve, Group, common_grid, curve, mean_and_spread, on_grid, thin
-from pwm_torchrl.run.artifacts import COLORS, STYLE, format_steps
+from pwm_torchrl.report.grouping import Group
+from pwm_torchrl.report.statistics import aligned, curve, mean_and_spread, thin
+from pwm_torchrl.run.drawing import COLORS, draw_line, finish_axis, log_where_wide, new_figure, styled
 from pwm_torchrl.run.metrics import progress_axis
 
 __all__ = [
-    "MOST_PICTURES",
+    "MOST_FIGURES",
+    "column_figures",
     "comparison_figures",
-    "losses_figures",
     "memory_figure",
-    "require_matplotlib",
     "returns_figures",
 ]
 
-MOST_PICTURES = 12  # environments that get one of their own, at most; or a panel each in a shared one
+MOST_FIGURES = 12  # environments with a figure of their own, at most; also panels per figure of returns
 
-_DPI = 130
-_DASHES = ("-", "--", "-.", ":")  # of the lines after as many as there are colours
-_MOST_BARS = 40  # in the memory picture, at most
-_MOST_LEGEND = 24  # lines named in a legend, at most
+_DASHES = ("-", "--", "-.", ":")  # of lines beyond the number of colours
+_MOST_BARS = 40  # per panel of the memory figure
+_MOST_LEGEND = 24  # lines named in a legend
 _COLUMNS = 3
 _PANELS = {1: (7.5, 3.8), 2: (4.9, 3.3), 3: (3.5, 2.8)}  # inches, by the number of columns
+_RETURNS = (("eval/return_mean", "evaluation return"), ("train/return", "return while collecting"))
 
 
-def require_matplotlib() -> None:
-    """Raises :class:`MissingLibraryError` if there is none."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingLibraryError("matplotlib is not installed; pip install 'pwm-torchrl[plot]'") from error
+def returns_figures(groups: Sequence[Group], most: int = MOST_FIGURES) -> list[Any]:
+    """Return over environment steps: one panel per environment and one line per group.
 
+    Where a run takes no environment steps, over epochs. A line is the mean over seeds, thin where not all seeds reach;
+    its band is one standard deviation over seeds, and a single seed has none. Evaluation returns are drawn if a run of
+    the environment has some, else returns while collecting.
 
-def returns_figures(groups: Sequence[Group]) -> list[bytes]:
-    """Return over environment steps, one panel per environment and one line per group: the mean over its seeds.
-
-    Where a run takes no environment steps, over epochs.
-
-    The band is the standard deviation over seeds. A line is thin where not all seeds reach, and a single seed has no
-    band. Evaluations are drawn where a run of the environment has some, else returns while collecting.
+    Args:
+        groups: the runs.
+        most: panels per figure. Defaults to ``12``.
 
     Returns:
-        The pictures, each of a page of environments; none where there is nothing to draw.
+        Figures; none if no run has logged a return.
     """
     panels = []
     for env in dict.fromkeys(group.env for group in groups):
         here = [group for group in groups if group.env == env]
         over = _over(here)
-        for column, what in (("eval/return_mean", "evaluation return"), ("train/return", "return while collecting")):
+        for column, label in _RETURNS:
             drawn = [(group, found) for group in here if (found := _curves(group, column, over[0]))]
             if drawn:
-                panels.append((env, what, over[1], drawn))
+                panels.append((env, label, over[1], drawn))
                 break
-    style, pictures = _Styles([group.label for group in groups]), []
-    for start in range(0, len(panels), MOST_PICTURES):
-        page = panels[start : start + MOST_PICTURES]
-        with _figure(len(page), _COLUMNS) as (figure, axes):
-            for axis, (env, what, steps, drawn) in zip(axes, page):
+    style, figures = _Styles([group.label for group in groups]), []
+    for start in range(0, len(panels), most):
+        page = panels[start : start + most]
+        with styled():
+            figure, axes = _panels(len(page))
+            for axis, (env, label, steps, drawn) in zip(axes, page):
                 for group, curves in drawn:
-                    _band(axis, curves, len(group.runs), **style[group.label])
-                axis.set(title=_short(str(env)), xlabel=steps, ylabel=what)
-                _steps(axis)
+                    _mean_line(axis, curves, len(group.runs), **style[group.label])
+                finish_axis(axis, _short(str(env)), steps, label)
             _legend(figure, axes)
-            pictures.append(_png(figure))
-    return pictures
+        figures.append(figure)
+    return figures
 
 
-def losses_figures(groups: Sequence[Group]) -> dict[str, bytes]:
-    """Losses over environment steps, one picture per environment and one panel per loss, as :func:`returns_figures`."""
+def column_figures(groups: Sequence[Group], prefix: str, most: int = MOST_FIGURES) -> dict[str, Any]:
+    """Columns of ``metrics.csv`` over environment steps: one figure per environment, one panel per column.
+
+    Args:
+        groups: the runs.
+        prefix: of the columns, such as ``"loss/"``.
+        most: environments. Defaults to ``12``.
+
+    Returns:
+        Figures by environment, drawn as in :func:`returns_figures`.
+    """
     style = _Styles([group.label for group in groups])
-    pictures = {}
-    for env in list(dict.fromkeys(group.env for group in groups))[:MOST_PICTURES]:
+    figures = {}
+    for env in list(dict.fromkeys(group.env for group in groups))[:most]:
         here = [group for group in groups if group.env == env]
         over = _over(here)
-        names = dict.fromkeys(n for g in here for run in g.runs for n in run.metrics if n.startswith("loss/"))
+        names = dict.fromkeys(n for g in here for run in g.runs for n in run.metrics if n.startswith(prefix))
         panels = [(name, [(g, c) for g in here if (c := _curves(g, name, over[0]))]) for name in names]
         panels = [(name, drawn) for name, drawn in panels if drawn]
         if not panels:
             continue
-        with _figure(len(panels), _COLUMNS) as (figure, axes):
+        with styled():
+            figure, axes = _panels(len(panels))
             for axis, (name, drawn) in zip(axes, panels):
                 for group, curves in drawn:
-                    _band(axis, curves, len(group.runs), **style[group.label])
-                values = np.concatenate([y for _, curves in drawn for _, y in curves])
-                if values.min() > 0 and values.max() > 10 * values.min():
-                    axis.set_yscale("log")
-                axis.set(title=_short(name.removeprefix("loss/")), xlabel=over[1])
-                _steps(axis)
-            _head(figure, str(env))
+                    _mean_line(axis, curves, len(group.runs), **style[group.label])
+                log_where_wide(axis, pd.concat([points for _, curves in drawn for points in curves]))
+                finish_axis(axis, _short(name.removeprefix(prefix)), over[1])
+            _heading(figure, str(env))
             _legend(figure, axes)
-            pictures[str(env)] = _png(figure)
-    return pictures
+        figures[str(env)] = figure
+    return figures
 
 
-def memory_figure(groups: Sequence[Group]) -> bytes | None:
-    """Measured peaks as bars and predictions as marks: of each group the run that holds most; ``None`` without any."""
+def memory_figure(groups: Sequence[Group]) -> Any | None:
+    """Measured peaks as bars and predictions as marks, of each group's largest run; ``None`` without measurements."""
     places: list[tuple[str, list[tuple[str, float, float | None]]]] = []
     for title, measured, planned in (
         ("host memory", "host_bytes", "host_planned"),
@@ -125,7 +125,8 @@ def memory_figure(groups: Sequence[Group]) -> bytes | None:
     if not places:
         return None
     size = (10.5, 1.1 + 0.27 * max(len(entries) for _, entries in places))
-    with _figure(len(places), 1, size=size) as (figure, axes):
+    with styled():
+        figure, axes = _panels(len(places), columns=1, size=size)
         for axis, (title, entries) in zip(axes, places):
             y = np.arange(len(entries))[::-1]
             axis.barh(y, [m / GIB for _, m, _ in entries], color=COLORS[5], height=0.62, label="measured peak")
@@ -137,27 +138,26 @@ def memory_figure(groups: Sequence[Group]) -> bytes | None:
             axis.set(title=title, xlabel="GiB", xlim=(0, None), ylim=(-0.7, len(entries) - 0.3))
             axis.grid(axis="y", visible=False)
         _legend(figure, axes)
-        return _png(figure)
+    return figure
 
 
-def comparison_figures(comparison: Comparison) -> dict[str, bytes]:
-    """Interquartile mean of the return over steps, wall-clock and GPU-hours, one picture per environment."""
-    style = _Styles(sorted(comparison.arms, key=natural))  # the order, so the colours, of the other pictures
-    pictures = {}
-    for env in list(dict.fromkeys(c.env for c in comparison.curves))[:MOST_PICTURES]:
-        here = [c for c in comparison.curves if c.env == env]
-        axes_here = [axis for axis in AXES if any(c.axis == axis for c in here)]
-        with _figure(len(axes_here), _COLUMNS) as (figure, axes):
-            for panel, axis in zip(axes, axes_here):
-                for c in (c for c in here if c.axis == axis):
-                    _line(panel, c.x, c.mean, c.low, c.high, c.count == c.count.max(), **style[c.arm])
-                panel.set(xlabel=AXES[axis], ylabel="return, IQM over seeds")
-                if axis in ("env_steps", "epoch"):
-                    _steps(panel)
-            _head(figure, env)
-            _legend(figure, axes)
-            pictures[env] = _png(figure)
-    return pictures
+def comparison_figures(comparison: Comparison, most: int = MOST_FIGURES) -> dict[str, Any]:
+    """Interquartile mean of the return over steps, wall-clock hours and GPU-hours, one figure per environment."""
+    style = _Styles(sorted(comparison.arms, key=natural))  # in this order the colours are those of the other figures
+    figures = {}
+    for env, here in list(comparison.curves.groupby("env", sort=False))[:most]:
+        shown = [axis for axis in AXES if (here["axis"] == axis).any()]
+        with styled():
+            figure, panels = _panels(len(shown))
+            for panel, axis in zip(panels, shown):
+                for arm, c in here[here["axis"] == axis].groupby("arm", sort=False):
+                    complete = c["runs"] == c["runs"].max()
+                    _partly_strong(panel, c["x"], c["iqm"], c["low"], c["high"], complete, **style[str(arm)])
+                finish_axis(panel, "", AXES[axis], "return, IQM over seeds", steps=axis in ("env_steps", "epoch"))
+            _heading(figure, str(env))
+            _legend(figure, panels)
+        figures[str(env)] = figure
+    return figures
 
 
 class _Styles:
@@ -173,50 +173,40 @@ class _Styles:
 
 
 def _over(groups: Sequence[Group]) -> tuple[str, str]:
-    """Column and name of what the curves of these groups are drawn over."""
+    """Column and label of the x axis for these groups."""
     return progress_axis(run.metrics for group in groups for run in group.runs if run.metrics)
 
 
-def _curves(group: Group, column: str, over: str) -> list[Curve]:
+def _curves(group: Group, column: str, over: str) -> list[pd.Series]:
     found = (curve(run.metrics, column, over) for run in group.runs)
-    return [thin(points) for points in found if len(points[0])]
+    return [thin(points) for points in found if len(points)]
 
 
-def _band(axis: Any, curves: Sequence[Curve], seeds: int, **style: Any) -> None:
+def _mean_line(axis: Any, curves: Sequence[pd.Series], seeds: int, **style: Any) -> None:
     """Mean of a group's curves, with their spread where there are two or more."""
-    grid = common_grid(curves)
-    mean, spread, count = mean_and_spread(on_grid(curves, grid))
-    spread = np.where(count > 1, spread, np.nan)
-    _line(axis, grid, mean, mean - spread, mean + spread, count == seeds, **style)
+    found = mean_and_spread(aligned(curves))
+    mean, spread = found["mean"], found["spread"].where(found["count"] > 1)
+    _partly_strong(axis, found.index, mean, mean - spread, mean + spread, found["count"] == seeds, **style)
 
 
-def _line(axis: Any, x: Array, y: Array, low: Array, high: Array, complete: Any, **style: Any) -> None:
-    """A line, strong where all runs reach, and its band."""
-    thin_style = {**style, "linewidth": 0.9, "alpha": 0.75, "label": None}
-    marker = {"marker": "o", "markersize": 3} if len(x) == 1 else {}  # one point makes no line
-    axis.plot(x, y, **thin_style, **marker)
-    axis.plot(x, np.where(complete, y, np.nan), **style)
-    if np.isfinite(low).any():
-        axis.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
-
-
-def _steps(axis: Any) -> None:
-    axis.locator_params(axis="x", nbins=6)
-    axis.xaxis.set_major_formatter(format_steps)
-    axis.margins(x=0.02)
+def _partly_strong(axis: Any, x: Any, y: Any, low: Any, high: Any, complete: Any, **style: Any) -> None:
+    """A line with its band, strong where it is ``complete`` and thin elsewhere."""
+    x, y, low, high, complete = (np.asarray(each) for each in (x, y, low, high, complete))
+    draw_line(axis, x, y, **{**style, "linewidth": 0.9, "alpha": 0.75, "label": None})
+    draw_line(axis, x, np.where(complete, y, np.nan), low, high, **style)
 
 
 def _short(text: str, most: int = 30) -> str:
-    """A panel's title, without its middle if it would reach into the next panel."""
+    """A panel's title; the middle of one that would run into the next panel is cut."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
-def _head(figure: Any, text: str) -> None:
+def _heading(figure: Any, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 
 def _legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend for all panels, below them: no panel has room for ten lines."""
+    """One legend below all panels, which are too small for ten lines each."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
@@ -228,27 +218,13 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     figure.legend(shown.values(), shown.keys(), loc="outside lower left", ncols=columns)
 
 
-@contextmanager
-def _figure(panels: int, columns: int, size: tuple[float, float] | None = None) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure without pyplot, so without global state or a display, and its panels."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    columns = min(columns, panels)
-    rows = math.ceil(panels / columns)
+def _panels(count: int, columns: int = _COLUMNS, size: tuple[float, float] | None = None) -> tuple[Any, list[Any]]:
+    """A figure and its panels; ``size`` is that of one panel in inches."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
     width, height = size or _PANELS[columns]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout=ConstrainedLayoutEngine(w_pad=0.1))
-        FigureCanvasAgg(figure)
-        axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
-        for axis in axes[panels:]:
-            axis.set_visible(False)
-        yield figure, axes[:panels]
-
-
-def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=_DPI)
-    return file.getvalue()
+    figure = new_figure((width * columns, height * rows))
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
+import pandas as pd
 
 from pwm_torchrl.envs.tasks import PUBLISHED_SETS
 from pwm_torchrl.report.collect import RunReport, last
-from pwm_torchrl.report.statistics import bootstrap_interval
+from pwm_torchrl.report.statistics import bootstrap_interval, mean_of_means
 from pwm_torchrl.report.tables import Table, number_text
 
 __all__ = ["SCORE_TEXT", "score_table"]
 
 SCORE_TEXT = (
-    "Normalised scores of extracted policies, 0 to 100: return / 10 of DMControl's tasks, percent of successful "
-    "episodes of Meta-World's; mean ± standard deviation over seeds of the last evaluation. Set means are over tasks, "
-    "with a 95 % bootstrap interval over seeds within each task, or, where a task has a single seed, over tasks. A set "
-    "of which not all tasks have a score is marked partial."
+    "Normalised scores of extracted policies, 0 to 100: return / 10 of DMControl tasks, percent of successful episodes "
+    "of Meta-World tasks; mean ± population standard deviation over seeds of the last evaluation. Means of a set are "
+    "over its tasks, with a 95 % bootstrap interval over the seeds of each task, or over tasks where a task has a "
+    "single seed. A set in which not all tasks have a score is marked partial."
 )
 
 _SCALE = 100.0
@@ -26,29 +26,42 @@ _SCALE = 100.0
 
 def score_table(runs: Sequence[RunReport]) -> Table | None:
     """A row per task and one per set of tasks, a column per model and size; ``None`` without extracted policies."""
-    scores: dict[str, dict[str, list[float]]] = {}
-    returns: dict[str, dict[str, list[float]]] = {}
-    for run in runs:
-        if run.config is None or run.config.mode != "extract":
-            continue
-        values = [value for value in run.metrics.get("eval/score", []) if math.isfinite(value)]
-        score = last(values)
-        arm, task = f"{run.model} {run.size}", str(run.config.task)
-        kept = scores.setdefault(arm, {}).setdefault(task, [])
-        told = returns.setdefault(arm, {}).setdefault(task, [])
-        if score is not None:
-            kept.append(_SCALE * score)
-            if run.final_return is not None:
-                told.append(run.final_return)
-    if not scores:
+    scores = _scores(runs)
+    if scores.empty:
         return None
-    arms = sorted(scores)
-    found = {task for by_task in scores.values() for task in by_task}
-    tasks = _ordered(found)
-    rows = [[task, *(_cell(scores[arm].get(task, []), returns[arm].get(task, [])) for arm in arms)] for task in tasks]
-    for name, members in _sets(found).items():
-        rows.append([name, *(_mean(members, scores[arm]) for arm in arms)])
+    arms = sorted(scores["arm"].unique())
+    tasks = _ordered(set(scores["task"]))
+    cells = scores.groupby(["task", "arm"]).apply(_cell).unstack(fill_value="-")
+    rows = [[task, *(cells.loc[task, arm] for arm in arms)] for task in tasks]
+    by_task = {
+        arm: dict(list(part.dropna(subset="score").groupby("task")["score"])) for arm, part in scores.groupby("arm")
+    }
+    for name, members in _sets(set(tasks)).items():
+        rows.append([name, *(_mean(members, by_task[arm]) for arm in arms)])
     return Table(["task", *arms], rows)
+
+
+def _scores(runs: Sequence[RunReport]) -> pd.DataFrame:
+    """A row per extracted policy: ``arm`` (model and size), ``task``, ``score`` in percent and ``final`` return."""
+    rows = []
+    for run in runs:
+        if run.config is not None and run.config.mode == "extract":
+            score = last(run.metrics.get("eval/score", []))
+            scaled = math.nan if score is None else _SCALE * score
+            final = math.nan if score is None or run.final_return is None else run.final_return
+            rows.append((f"{run.model} {run.size}", str(run.config.task), scaled, final))
+    return pd.DataFrame(rows, columns=["arm", "task", "score", "final"])
+
+
+def _cell(policies: pd.DataFrame) -> str:
+    """One task's policies of one model and size."""
+    scores = policies["score"].dropna()
+    if scores.empty:
+        return "-"
+    spread = f" ± {scores.std(ddof=0):.1f}" if len(scores) > 1 else ""
+    final = policies["final"].mean()
+    raw = "" if math.isnan(final) else f" (return {number_text(float(final))})"
+    return f"{scores.mean():.1f}{spread}{raw}"
 
 
 def _ordered(found: set[str]) -> list[str]:
@@ -57,7 +70,7 @@ def _ordered(found: set[str]) -> list[str]:
 
 
 def _sets(found: set[str]) -> dict[str, list[str]]:
-    """The published sets that the runs have reached into for more than half of their tasks, and all tasks there are."""
+    """Published sets of which more than half of the tasks are here, and the set of all tasks that are here."""
     sets = {
         f"mean of {name}": list(tasks)
         for name, tasks in PUBLISHED_SETS.items()
@@ -67,36 +80,16 @@ def _sets(found: set[str]) -> dict[str, list[str]]:
     return {**sets, **({} if any(set(tasks) == found for tasks in sets.values()) else {own: _ordered(found)})}
 
 
-def _cell(scores: Sequence[float], returns: Sequence[float]) -> str:
-    if not scores:
-        return "-"
-    spread = f" ± {np.std(scores):.1f}" if len(scores) > 1 else ""
-    raw = f" (return {number_text(float(np.mean(returns)))})" if returns else ""
-    return f"{np.mean(scores):.1f}{spread}{raw}"
-
-
-def _mean(tasks: Sequence[str], scores: dict[str, list[float]]) -> str:
-    strata = [scores[task] for task in tasks if scores.get(task)]
+def _mean(tasks: Sequence[str], scores: dict[str, pd.Series]) -> str:
+    strata = [scores[task].to_numpy() for task in tasks if task in scores]
     if not strata:
         return "-"
-    means = [float(np.mean(stratum)) for stratum in strata]
+    mean = float(mean_of_means(*strata))
     partial = f" (partial: {len(strata)} of {len(tasks)})" if len(strata) < len(tasks) else ""
     if min(map(len, strata)) > 1:
-        # A task counts once, however many seeds it has: equal weights by drawing task means.
-        low, high = _within(strata)
-    elif len(means) > 1:
-        low, high = (float(x) for x in bootstrap_interval([means], np.mean))
+        low, high = bootstrap_interval(strata, mean_of_means)
+    elif len(strata) > 1:
+        low, high = bootstrap_interval([[stratum.mean() for stratum in strata]], mean_of_means)
     else:
-        return f"{means[0]:.1f}{partial}"
-    return f"{np.mean(means):.1f} [{low:.1f}, {high:.1f}]{partial}"
-
-
-def _within(strata: Sequence[Sequence[float]], resamples: int = 2000) -> tuple[float, float]:
-    """Interval of the mean over tasks of means over seeds, seeds drawn within each task."""
-    generator = np.random.default_rng(0)
-    total = np.zeros(resamples)
-    for stratum in strata:
-        values = np.asarray(stratum)
-        total += values[generator.integers(len(values), size=(resamples, len(values)))].mean(1)
-    low, high = np.percentile(total / len(strata), [2.5, 97.5])
-    return float(low), float(high)
+        return f"{mean:.1f}{partial}"
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]{partial}"

@@ -24,12 +24,13 @@ from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.files import Reserve
 from pwm_torchrl.memory.watch import RunMemory
 from pwm_torchrl.modules import policy_module
-from pwm_torchrl.run.artifacts import write_curves, write_run_readme
+from pwm_torchrl.run.artifacts import write_run_readme
 from pwm_torchrl.run.checkpoints import AllocatedStateAdapter, CheckpointFault, CheckpointStore, load_checkpoint
 from pwm_torchrl.run.claims import RunClaim, claimed
 from pwm_torchrl.run.collector import RunRNGState, seed_everything
 from pwm_torchrl.run.debugging import failpoint
 from pwm_torchrl.run.directory import save_config, write_event
+from pwm_torchrl.run.drawing import write_curves
 from pwm_torchrl.run.ending import Closing, named, record_end
 from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.load import load_pretrained

@@ -1,65 +1,62 @@
-"""Curves on a common grid, and which runs are averaged."""
+"""Curves on a common axis, and which runs are averaged."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("hydra")
 
 from report_cases import report
 
-from pwm_torchrl.report.statistics import average, common_grid, curve, group_runs, mean_and_spread, on_grid, thin
+from pwm_torchrl.report.grouping import group_runs
+from pwm_torchrl.report.statistics import aligned, curve, mean_and_spread, thin
 
 NAN = math.nan
 
 
-def pair(x, y):
-    return np.array(x, dtype=float), np.array(y, dtype=float)
+def series(x, y):
+    return pd.Series(np.array(y, dtype=float), index=np.array(x, dtype=float))
 
 
 def test_a_curve_has_finite_points_only_and_the_newest_of_each_place():
-    metrics = {"env_steps": [1.0, 2.0, 3.0, 3.0, NAN, 4.0], "y": [5.0, NAN, 7.0, 8.0, 9.0, math.inf]}
-    x, y = curve(metrics, "y")
-    assert x.tolist() == [1.0, 3.0]
-    assert y.tolist() == [5.0, 8.0]
-    assert curve({}, "y")[0].size == 0
+    metrics = {"env_steps": [1.0, 3.0, 2.0, 3.0, NAN, 4.0], "y": [5.0, 7.0, NAN, 8.0, 9.0, math.inf]}
+    found = curve(metrics, "y")
+    assert found.index.tolist() == [1.0, 3.0]
+    assert found.tolist() == [5.0, 8.0]
+    assert curve({}, "y").empty
+    assert curve({"y": [1.0]}, "y").empty
 
 
 def test_values_are_interpolated_within_a_seed_and_never_beyond():
-    curves = [pair([0, 10], [0, 100]), pair([5, 20], [1, 4])]
-    grid = common_grid(curves)
-    assert grid.tolist() == [0, 5, 10, 20]
-    assert np.array_equal(on_grid(curves, grid), [[0, 50, 100, NAN], [NAN, 1, 2, 4]], equal_nan=True)
+    frame = aligned([series([0, 10], [0, 100]), series([5, 20], [1, 4])])
+    assert frame.index.tolist() == [0, 5, 10, 20]
+    assert np.array_equal(frame.T, [[0, 50, 100, NAN], [NAN, 1, 2, 4]], equal_nan=True)
 
 
 def test_mean_and_spread_of_those_that_reach():
-    mean, spread, count = mean_and_spread(np.array([[NAN, 1.0, 2.0], [NAN, 3.0, NAN]]))
-    assert np.array_equal(mean, [NAN, 2.0, 2.0], equal_nan=True)
-    assert np.array_equal(spread, [NAN, 1.0, 0.0], equal_nan=True)
-    assert count.tolist() == [0, 2, 1]
+    found = mean_and_spread(pd.DataFrame([[NAN, 1.0, 2.0], [NAN, 3.0, NAN]]).T)
+    assert np.array_equal(found["mean"], [NAN, 2.0, 2.0], equal_nan=True)
+    assert np.array_equal(found["spread"], [NAN, 1.0, 0.0], equal_nan=True)
+    assert found["count"].tolist() == [0, 2, 1]
 
 
 def test_long_curves_are_averaged_over_blocks():
-    x, y = thin(pair(range(10), [0, 2] * 5), most=5)
-    assert x.tolist() == [0.5, 2.5, 4.5, 6.5, 8.5]
-    assert y.tolist() == [1.0] * 5
-    short = pair([1, 2], [3, 4])
+    found = thin(series(range(10), [0, 2] * 5), most=5)
+    assert found.index.tolist() == [0.5, 2.5, 4.5, 6.5, 8.5]
+    assert found.tolist() == [1.0] * 5
+    short = series([1, 2], [3, 4])
     assert thin(short, most=5) is short
-    assert thin(pair(range(11), range(11)), most=4)[0].size == 4
+    assert len(thin(series(range(11), range(11)), most=4)) == 4
 
 
-def test_a_long_grid_keeps_its_ends():
-    grid = common_grid([pair(range(1000), range(1000))], most=10)
-    assert (len(grid), grid[0], grid[-1]) == (10, 0, 999)
-    assert common_grid([]).size == 0
-
-
-def test_average_of_what_is_known():
-    assert average([1.0, None, 3.0, NAN]) == (2.0, 1.0, 2)
-    assert average([None]) is None
+def test_a_long_axis_keeps_its_ends():
+    frame = aligned([series(range(1000), range(1000))], most=10)
+    assert (len(frame), frame.index[0], frame.index[-1]) == (10, 0, 999)
+    assert aligned([]).empty
 
 
 def test_seeds_are_one_group_and_other_settings_another():

@@ -80,18 +80,19 @@ def test_curves_over_three_axes():
         }
     runs[1].metrics = {key: values[:2] for key, values in runs[1].metrics.items()}
     curves = compare(pair_runs(runs, "model")).curves
-    assert [(c.arm, c.axis) for c in curves] == [
+    found = dict(list(curves.groupby(["arm", "axis"], sort=False)))
+    assert list(found) == [
         ("mlp", "env_steps"), ("mlp", "hours"), ("mlp", "gpu_hours"), ("residual", "env_steps"), ("residual", "hours"),
     ]  # fmt: skip
-    steps, hours, gpu_hours, complete, _ = curves
-    assert steps.x.tolist() == [100.0, 200.0]
-    assert hours.x.tolist() == [1.0, 2.0]
-    assert gpu_hours.x.tolist() == [2.0, 4.0]
-    assert steps.mean.tolist() == [15.0, 20.0]
-    assert steps.count.tolist() == [2, 1]
-    assert np.array_equal(steps.low, [10.0, math.nan], equal_nan=True)
-    assert complete.mean.tolist() == [15.0, 25.0]
-    assert complete.high.tolist() == [20.0, 30.0]
+    steps, hours, gpu_hours, complete, _ = found.values()
+    assert steps["x"].tolist() == [100.0, 200.0]
+    assert hours["x"].tolist() == [1.0, 2.0]
+    assert gpu_hours["x"].tolist() == [2.0, 4.0]
+    assert steps["iqm"].tolist() == [15.0, 20.0]
+    assert steps["runs"].tolist() == [2, 1]
+    assert np.array_equal(steps["low"], [10.0, math.nan], equal_nan=True)
+    assert complete["iqm"].tolist() == [15.0, 25.0]
+    assert complete["high"].tolist() == [20.0, 30.0]
 
 
 def test_all_tasks_are_on_one_scale():

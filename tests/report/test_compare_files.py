@@ -6,13 +6,12 @@ import csv
 import io
 import math
 
-import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("hydra")
 
 from pwm_torchrl.report.compare import (
-    CompareCurve,
     Comparison,
     Row,
     compare_csv,
@@ -32,11 +31,10 @@ def comparison() -> Comparison:
         Row("walker_run", "mlp", 3, 0, 0, final=three, peak=three, difference=Estimate(29.79, 1.0, 60.0, 3)),
         Row("a&b", "flow_v2", 0, 0, 1, final=None, peak=None),
     ]
-    x = np.array([1.0, 2.0])
-    curve = CompareCurve(
-        "walker_run", "mlp", "hours", x, x * 10, np.array([5.0, math.nan]), x * 20, np.array([3.0, 1.0])
-    )
-    return Comparison("model", ["flow_v2", "mlp"], rows, [curve], ["100 % of it said"])
+    names = {"env": "walker_run", "arm": "mlp", "axis": "hours"}
+    values = {"x": [1.0, 2.0], "iqm": [10.0, 20.0], "low": [5.0, math.nan], "high": [20.0, 40.0], "runs": [3, 1]}
+    curves = pd.DataFrame({**{name: [value] * 2 for name, value in names.items()}, **values})
+    return Comparison("model", ["flow_v2", "mlp"], rows, curves, ["100 % of it said"])
 
 
 def test_table(comparison):

@@ -1,4 +1,4 @@
-"""What the pictures show; how they look is for people to see."""
+"""What the figures show."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from report_cases import report
 
 from pwm_torchrl.report import figures
 from pwm_torchrl.report.compare import compare
+from pwm_torchrl.report.grouping import group_runs
 from pwm_torchrl.report.pairing import pair_runs
-from pwm_torchrl.report.statistics import group_runs
+from pwm_torchrl.run.drawing import png
 
 GIB = 2**30
 
@@ -33,20 +34,6 @@ def run(*words, upto=5, **known):
     return made
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures instead of their pictures."""
-    found = []
-
-    def keep(figure):
-        figure.canvas.draw()
-        found.append(figure)
-        return b"png"
-
-    monkeypatch.setattr(figures, "_png", keep)
-    return found
-
-
 def labels(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
@@ -55,25 +42,23 @@ def bands(axis):
     return len(axis.collections)
 
 
-def test_runs_without_environment_steps_are_drawn_over_epochs(drawn):
+def test_runs_without_environment_steps_are_drawn_over_epochs():
     """Pre-training and extraction learn from stored episodes: over environment steps they would be a single point."""
     offline = [run(f"model={model}", "seed=0") for model in ("mlp", "residual")]
     for each in offline:
         each.metrics |= {"epoch": [10.0, 20.0, 30.0, 40.0, 50.0], "env_steps": [0.0] * 5}
-    figures.returns_figures(group_runs(offline))
-    figures.losses_figures(group_runs(offline))
-    figures.comparison_figures(compare(pair_runs(offline, "model")))
-    returns, losses, comparison = drawn
+    (returns,) = figures.returns_figures(group_runs(offline))
+    losses = figures.column_figures(group_runs(offline), "loss/")["pendulum"]
+    comparison = figures.comparison_figures(compare(pair_runs(offline, "model")))["pendulum"]
     for axis in (returns.axes[0], losses.axes[0], comparison.axes[0]):
         assert axis.get_xlabel() == "epochs"
         assert axis.lines[0].get_xdata().tolist() == [10, 20, 30, 40, 50]
 
 
-def test_a_line_per_model_and_a_panel_per_environment(drawn):
+def test_a_line_per_model_and_a_panel_per_environment():
     runs = [run("model=mlp", "seed=0"), run("model=mlp", "seed=2", upto=3), run("model=residual", "seed=0")]
     runs.append(run("model=mlp", "env=hopper", "seed=0"))
-    figures.returns_figures(group_runs(runs))
-    (figure,) = drawn
+    (figure,) = figures.returns_figures(group_runs(runs))
     hopper, pendulum = (axis for axis in figure.axes if axis.get_visible())
     assert (hopper.get_title(loc="left"), pendulum.get_title(loc="left")) == ("hopper", "pendulum")
     assert labels(figure) == ["mlp tiny", "residual tiny"]
@@ -84,28 +69,28 @@ def test_a_line_per_model_and_a_panel_per_environment(drawn):
     assert hopper.lines[0].get_color() == pendulum.lines[0].get_color()
 
 
-def test_returns_while_collecting_stand_in_for_evaluations(drawn):
+def test_returns_while_collecting_stand_in_for_evaluations():
     made = run("model=mlp")
     made.metrics["train/return"] = made.metrics.pop("eval/return_mean")
-    figures.returns_figures(group_runs([made]))
-    assert drawn[0].axes[0].get_ylabel() == "return while collecting"
+    (figure,) = figures.returns_figures(group_runs([made]))
+    assert figure.axes[0].get_ylabel() == "return while collecting"
     assert figures.returns_figures(group_runs([report()])) == []
 
 
-def test_losses_of_each_environment(drawn):
+def test_losses_of_each_environment():
     runs = [run("model=mlp"), run("model=mlp", "env=hopper")]
-    assert list(figures.losses_figures(group_runs(runs))) == ["hopper", "pendulum"]
-    model, actor = (axis for axis in drawn[0].axes if axis.get_visible())
+    drawn = figures.column_figures(group_runs(runs), "loss/")
+    assert list(drawn) == ["hopper", "pendulum"]
+    model, actor = (axis for axis in drawn["hopper"].axes if axis.get_visible())
     assert (model.get_title(loc="left"), actor.get_title(loc="left")) == ("model", "actor")
     assert model.get_yscale() == "linear"  # 1/100 to 1/500
-    assert figures.losses_figures(group_runs([report()])) == {}
+    assert figures.column_figures(group_runs([report()]), "loss/") == {}
 
 
-def test_many_environments_do_not_have_pictures_of_their_own(drawn, monkeypatch):
-    monkeypatch.setattr(figures, "MOST_PICTURES", 1)
+def test_many_environments_do_not_have_pictures_of_their_own():
     groups = group_runs([run("model=mlp"), run("model=mlp", "env=hopper")])
-    assert len(figures.losses_figures(groups)) == 1
-    assert len(figures.returns_figures(groups)) == 2  # pages
+    assert len(figures.column_figures(groups, "loss/", most=1)) == 1
+    assert len(figures.returns_figures(groups, most=1)) == 2  # pages
 
 
 def test_a_long_name_stays_in_its_panel():
@@ -116,15 +101,16 @@ def test_a_long_name_stays_in_its_panel():
     assert figures._short("pendulum") == "pendulum"
 
 
-def test_memory_of_the_run_that_holds_most(drawn):
+def test_memory_of_the_run_that_holds_most():
     runs = [
         report("seed=0", host_bytes=1 * GIB, host_planned=4 * GIB),
         report("seed=1", host_bytes=3 * GIB, host_planned=5 * GIB, device_bytes=2 * GIB),
         report("model=mlp", host_bytes=2 * GIB),
         report("model=residual"),
     ]
-    figures.memory_figure(group_runs(runs))
-    host, device = drawn[0].axes
+    figure = figures.memory_figure(group_runs(runs))
+    figure.canvas.draw()
+    host, device = figure.axes
     assert [bar.get_width() for bar in host.patches] == [3, 2]
     assert [tick.get_text() for tick in host.get_yticklabels()] == ["pendulum flow_v2 tiny", "pendulum mlp tiny"]
     assert [segment[0][0] for segment in host.collections[0].get_segments()] == [5]
@@ -132,12 +118,13 @@ def test_memory_of_the_run_that_holds_most(drawn):
     assert figures.memory_figure(group_runs([report()])) is None
 
 
-def test_comparisons_over_what_there_is(drawn):
+def test_comparisons_over_what_there_is():
     runs = [run(f"model={model}", f"seed={seed}") for model in ("mlp", "residual") for seed in (0, 1)]
-    assert list(figures.comparison_figures(compare(pair_runs(runs, "model", "residual")))) == ["pendulum"]
-    axes = [axis for axis in drawn[0].axes if axis.get_visible()]
+    drawn = figures.comparison_figures(compare(pair_runs(runs, "model", "residual")))
+    assert list(drawn) == ["pendulum"]
+    axes = [axis for axis in drawn["pendulum"].axes if axis.get_visible()]
     assert [axis.get_xlabel() for axis in axes] == ["environment steps", "wall-clock hours"]
-    assert labels(drawn[0]) == ["residual", "mlp"]
+    assert labels(drawn["pendulum"]) == ["residual", "mlp"]
     assert [bands(axis) for axis in axes] == [2, 2]
 
 
@@ -148,5 +135,5 @@ def test_more_lines_than_colours_have_dashes():
 
 
 def test_pictures_are_png():
-    (picture,) = figures.returns_figures(group_runs([run("model=mlp")]))
-    assert picture.startswith(b"\x89PNG")
+    (figure,) = figures.returns_figures(group_runs([run("model=mlp")]))
+    assert png(figure).startswith(b"\x89PNG")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pwm_torchrl.report.statistics import bootstrap_interval, curve_interval, estimate, iqm
+from pwm_torchrl.report.statistics import bootstrap_interval, curve_interval, estimate, iqm, mean_of_means
 
 
 @pytest.mark.parametrize(
@@ -74,11 +75,19 @@ def test_resampling_stays_within_a_stratum():
     assert high > 60
 
 
-def test_chunks_change_nothing(monkeypatch):
-    values = [np.arange(12.0).reshape(4, 3), np.ones((2, 3))]
-    whole = bootstrap_interval(values, resamples=100)
-    monkeypatch.setattr("pwm_torchrl.report.statistics._CHUNK", 40)
-    assert np.array_equal(whole, bootstrap_interval(values, resamples=100))
+def test_a_task_counts_once_however_many_seeds_it_has():
+    strata = [np.zeros(100), np.full(2, 10.0)]
+    assert mean_of_means(*strata) == 5.0
+    assert bootstrap_interval(strata, mean_of_means) == (5.0, 5.0)
+
+
+def test_an_interval_at_every_place():
+    values = np.random.default_rng(0).normal([0.0, 10.0, 20.0], size=(6, 3))
+    low, high = bootstrap_interval([values[:4], values[4:]])
+    assert low.shape == high.shape == (3,)
+    assert ((low < iqm(values)) & (iqm(values) < high)).all()
+    alone = bootstrap_interval([values[:4, 1], values[4:, 1]])
+    assert [low[1], high[1]] == pytest.approx([float(end) for end in alone], abs=0.2)
 
 
 def test_one_value_has_no_interval():
@@ -100,8 +109,8 @@ def test_estimate_pools_the_strata():
 
 def test_curves_are_averaged_where_they_are():
     nan = math.nan
-    values = np.array([[nan, 1.0, 2.0, nan], [nan, 3.0, 4.0, 5.0]])
-    mean, low, high = curve_interval(values)
-    assert np.array_equal(mean, [nan, 2.0, 3.0, 5.0], equal_nan=True)
-    assert np.array_equal(low, [nan, 1.0, 2.0, nan], equal_nan=True)
-    assert np.array_equal(high, [nan, 3.0, 4.0, nan], equal_nan=True)
+    found = curve_interval(pd.DataFrame([[nan, 1.0, 2.0, nan], [nan, 3.0, 4.0, 5.0]]).T)
+    assert np.array_equal(found["iqm"], [nan, 2.0, 3.0, 5.0], equal_nan=True)
+    assert np.array_equal(found["low"], [nan, 1.0, 2.0, nan], equal_nan=True)
+    assert np.array_equal(found["high"], [nan, 3.0, 4.0, nan], equal_nan=True)
+    assert found["runs"].tolist() == [0, 2, 2, 1]

@@ -1,4 +1,4 @@
-"""summary.json, curves.png, video.mp4 and the run's README."""
+"""summary.json, video.mp4 and the run's README."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 
 from pwm_torchrl.config import Config, LoggerConfig, ModelConfig, SizeConfig, TrainingConfig
 from pwm_torchrl.errors import MissingLibraryError
-from pwm_torchrl.run.artifacts import write_curves, write_run_readme, write_summary, write_video
-from pwm_torchrl.run.metrics import CsvMetrics
+from pwm_torchrl.run.artifacts import write_run_readme, write_summary, write_video
 
 
 def config(**changes):
@@ -34,68 +33,6 @@ class TestSummary:
         with pytest.raises(TypeError):
             write_summary(tmp_path, {"peak_return": torch.tensor(1.0)})
         assert json.loads(file.read_text()) == {"status": "running"}
-
-
-class TestCurves:
-    def fill(self, run_dir, epochs):
-        with CsvMetrics(run_dir / "metrics.csv") as metrics:
-            for epoch in range(1, epochs + 1):
-                row = {"epoch": epoch, "env_steps": 128 * epoch, "train/return": -1000.0 + epoch}
-                row |= {"loss/model": 1 / epoch, "loss/actor": -0.1 * epoch, "loss/critic": 2.0, "grad_norm/actor": 0.5}
-                row |= {f"grad_norm/{i}": 1.0 + i for i in range(9)}
-                if epoch % 10 == 0:
-                    row |= {"eval/return_mean": -900.0 + epoch, "eval/return_std": 50.0}
-                metrics.write(row)
-
-    @pytest.mark.parametrize("epochs", [1, 100])
-    def test_draws_a_picture(self, tmp_path, epochs):
-        image = pytest.importorskip("matplotlib.image")
-        self.fill(tmp_path, epochs)
-        write_summary(tmp_path, {"env": "e", "model": "m", "size": "s", "seed": 0, "random_return": -1200.0})
-        picture = image.imread(write_curves(tmp_path))
-        assert picture.shape[0] > 500
-        assert picture.shape[1] > 1000
-        assert picture[..., :3].std() > 0.02
-        assert not list(tmp_path.glob("*tmp*"))
-
-    @pytest.mark.parametrize("validates", [True, False])
-    def test_a_run_on_stored_episodes(self, tmp_path, monkeypatch, validates):
-        """Over epochs; a pre-training shows its errors, and no panels of a policy that it does not have."""
-        figure = pytest.importorskip("matplotlib.figure")
-        drawn = []
-        monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **words: drawn.append(self) or path.touch())
-        with CsvMetrics(tmp_path / "metrics.csv") as metrics:
-            for epoch in range(1, 5):
-                row = {"epoch": epoch, "env_steps": 0, "loss/model": 1 / epoch, "validation/loss": 0.5}
-                more = {"validation/reward_nmse/walk": 0.1} if validates else {"loss/actor": 1.0}
-                metrics.write({**row, **more})
-        write_curves(tmp_path)
-        (picture,) = drawn
-        titles = [axis.get_title(loc="left") for axis in picture.axes]
-        assert ("Actor loss" in titles) is not validates
-        assert ("Errors on held-out episodes, open loop" in titles) is validates
-        assert {axis.get_xlabel() for axis in picture.axes} == {"epochs"}
-        model = picture.axes[titles.index("Model losses")]
-        assert model.lines[0].get_xdata().tolist() == [1, 2, 3, 4]
-
-    def test_copes_with_missing_columns_and_values(self, tmp_path):
-        pytest.importorskip("matplotlib")
-        (tmp_path / "metrics.csv").write_text("epoch,env_steps,loss/model\n1,128,nan\n2,256,inf\n3,,1.0\n")
-        assert write_curves(tmp_path).is_file()
-        (tmp_path / "metrics.csv").write_text("epoch\n")
-        assert write_curves(tmp_path).is_file()
-
-    def test_leaves_pyplot_alone(self, tmp_path):
-        matplotlib = pytest.importorskip("matplotlib")
-        before = dict(matplotlib.rcParams)
-        self.fill(tmp_path, 2)
-        write_curves(tmp_path)
-        assert dict(matplotlib.rcParams) == before
-
-    def test_missing_matplotlib_names_its_extra(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(MissingLibraryError, match=r"pip install 'pwm-torchrl\[plot\]'"):
-            write_curves(tmp_path)
 
 
 class TestVideo:
