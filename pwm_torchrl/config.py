@@ -145,9 +145,14 @@ class LoggerConfig:
     """Where metrics go besides metrics.csv, which is always written."""
 
     kind: str = "csv"  # csv | tensorboard | wandb
+    also: list[str] = field(default_factory=list)  # further ones; logger=[tensorboard,wandb] sets both keys
     project: str = "pwm_torchrl"  # wandb
     entity: Optional[str] = None  # wandb
-    group: Optional[str] = None  # wandb
+    group: Optional[str] = None  # wandb; None: one group for runs that differ in the seed only
+    job_type: Optional[str] = None  # wandb; None: the run's mode
+    tags: list[str] = field(default_factory=list)  # wandb
+    notes: Optional[str] = None  # wandb
+    artifacts: bool = True  # wandb: upload the best policy and the world model of a finished run
     mode: str = "auto"  # wandb: auto (online with key and network, else offline) | online | offline | disabled
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -61,3 +63,16 @@ def set_threads(threads: int | None) -> int:
     count = threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(count)
     return count
+
+
+def hardware_name(device: torch.device, threads: int) -> str:
+    """The GPU, or the CPU and its threads: ``"NVIDIA H200"``, ``"Intel(R) Xeon(R) Gold 6338, 8 threads"``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, name)}, {threads} thread{'s' if threads > 1 else ''}"

@@ -249,11 +249,14 @@ _MISSING_HINTS = {
 }
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
+def compose(overrides: Sequence[str] = (), *, without_data: bool = False) -> Config:
     """Composes and checks a run's configuration.
 
     Args:
         overrides: words of the command line, ``group=choice`` or ``group.key=value``.
+
+    Keyword Args:
+        without_data: whether a pre-training may be composed without ``data.path``, to plan it. Defaults to ``False``.
 
     Returns:
         The resolved configuration as an instance of the schema; ``env`` is a plain dict.
@@ -274,7 +277,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     check_meaning(resolved, typed)
     validate(resolved)
     apply_steps(resolved, typed)
-    check_stored(resolved)
+    check_stored(resolved, without_data)
     return resolved
 
 
@@ -331,6 +334,8 @@ def _parse(word: str) -> Override:
 def renamed(word: str) -> list[str]:
     """A word with the present names of its key; a key of earlier versions is accepted, and its new name told once."""
     written, equal, value = word.partition("=")
+    if written == "logger" and value.startswith("["):
+        return _several_loggers(value)
     sign = written[: len(written) - len(written.lstrip("+"))]
     now = RENAMED_KEYS.get(written[len(sign) :])
     if now is None or not equal:
@@ -339,6 +344,20 @@ def renamed(word: str) -> list[str]:
         _TOLD.add(written)
         warn(f"{written[len(sign) :]} is called {' and '.join(now)} now")
     return [f"{sign}{key}={value}" for key in now]
+
+
+def _several_loggers(value: str) -> list[str]:
+    """``logger=[tensorboard,wandb]`` as the words that Hydra takes, which composes one choice of a group."""
+    names = [name for name in (each.strip().strip("'\"") for each in value.strip("[]").split(",")) if name]
+    choices = group_choices()["logger"]
+    for name in names or [""]:
+        if name not in choices:
+            raise ConfigurationError(
+                f"logger={value}: {name!r} is not a choice of logger{nearest_sentence(name, choices)}\n"
+                f"choices of logger: {', '.join(choices)}"
+            )
+    first = "wandb" if "wandb" in names else names[0]  # whose file has settings
+    return [f"logger={first}", f"logger.also=[{','.join(name for name in names if name not in (first, 'csv'))}]"]
 
 
 def _is_integer(key: str) -> bool:

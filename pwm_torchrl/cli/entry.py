@@ -12,6 +12,7 @@ __all__ = [
     "data",
     "doctor",
     "evaluate",
+    "hub",
     "plan",
     "pretrain",
     "report",
@@ -47,6 +48,7 @@ check_env = partial(run, "check_env")
 data = partial(run, "data")
 doctor = partial(run, "doctor")
 evaluate = partial(run, "evaluate")
+hub = partial(run, "hub")
 plan = partial(run, "plan")
 pretrain = partial(run, "pretrain")
 report = partial(run, "report")

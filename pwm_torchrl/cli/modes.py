@@ -174,8 +174,12 @@ def length_in_words(config: Config) -> str:
     return f"{epochs:,} epochs = {total:,} environment steps{asked}; {epoch_in_words(config)}{each}"
 
 
-def check_stored(config: Config) -> None:
+def check_stored(config: Config, without_data: bool = False) -> None:
     """Check stored episodes, world model, tasks and simulator of a run against each other, before anything starts.
+
+    Args:
+        config (Config): the run.
+        without_data (bool): as for :func:`~pwm_torchrl.run.stored_episodes.run_facts`. Defaults to ``False``.
 
     Raises:
         ConfigurationError: for whatever disagrees.
@@ -186,7 +190,7 @@ def check_stored(config: Config) -> None:
         _require_simulator(task_info(config.task))
     from pwm_torchrl.run.stored_episodes import run_facts
 
-    run_facts(config)
+    run_facts(config, without_data)
 
 
 def _require_simulator(task: TaskInfo) -> None:

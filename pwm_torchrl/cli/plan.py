@@ -1,4 +1,4 @@
-"""``launch/plan.py``: a run's memory plan, without the run."""
+"""``launch/plan.py``: a run's memory plan, parameters and hours, without the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 @console.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Composes a configuration, plans its memory and prints the plan; ``--json FILE`` writes it too.
+    """Composes a configuration, plans its memory, and prints the plan, parameters and hours; ``--json FILE`` writes it.
 
     Returns:
         The exit code: 0, or 2 if the configuration is wrong or nothing fits.
@@ -26,12 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if answered("plan", line):
         return console.OK
     file = Path(line.options[JSON]) if JSON in line.options else None
-    config = compose(line.settings)
+    config = compose(line.settings, without_data=True)
     from pwm_torchrl.devices import pick_device
     from pwm_torchrl.memory.plan import budgets, make_plan, plan_table, profile_budgets
+    from pwm_torchrl.report.estimate import cost_lines, hardware_of
     from pwm_torchrl.run.stored_episodes import run_facts
 
-    facts = run_facts(config)
+    facts, device = run_facts(config, without_data=True), None
     if config.cluster.kind == "slurm":
         limits = profile_budgets(config)
     else:
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = budgets(config, str(device) if device.type == "cuda" else None)
     plan = make_plan(config, facts, limits, elsewhere=config.cluster.kind == "slurm")
     console.say(plan_table(plan, console.width()))
+    console.say("\n" + "\n".join(cost_lines(config, facts, hardware_of(config, device), device)))
     for shortage in plan.shortages():
         console.say(f"{coloured('warning', err=True)}: memory=fixed will not fit: {shortage}", err=True)
     if file is not None:

@@ -21,6 +21,8 @@ from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    import torch
+
     from pwm_torchrl.envs import EnvInfo
 
 __all__ = ["Prepared", "compose_all", "dry_run", "place_of", "plan_for_slurm"]
@@ -132,16 +134,20 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     """
     from pwm_torchrl.devices import pick_device
     from pwm_torchrl.memory.plan import budgets, make_plan, plan_table
+    from pwm_torchrl.report.estimate import cost_lines, hardware_of
     from pwm_torchrl.run.stored_episodes import run_facts
 
+    device: torch.device | None = None
     first = runs[0].config
     resources: Resources | None = None
     if place == SLURM:
         plans, resources = plan_for_slurm(runs)
+        facts = run_facts(first)
     else:
         device = pick_device(first.device)
         limits = budgets(first, str(device) if device.type == "cuda" else None)
-        plans = [make_plan(first, run_facts(first), limits)]
+        facts = run_facts(first)
+        plans = [make_plan(first, facts, limits)]
     width = console.width()
     several = "" if len(runs) == 1 else f" of the first of {len(runs)} runs"
     console.say("# runs")
@@ -150,6 +156,8 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     console.say(f"\n# length{several}")
     for line in textwrap.wrap(length_in_words(first), width - 2):
         console.say("  " + line)
+    for line in cost_lines(first, facts, hardware_of(first, device), device):
+        console.say("\n".join(textwrap.wrap(line, width - 2, initial_indent="  ", subsequent_indent="    ")))
     shown: list[str] = []
     for run, plan in zip(runs, plans, strict=False):
         table = plan_table(plan, width)

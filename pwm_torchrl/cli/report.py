@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pwm_torchrl.report import document as pages
 
     source = " ".join([", ".join(map(str, args.runs)), *([chosen] if chosen else [])])
-    document = pages.make_document(runs, source, pairs, console.terminal_width())
+    document = pages.make_document(runs, source, out, pairs, console.terminal_width())
     console.say(document.text + "\n")
     for note in document.notes:
         console.say(note)

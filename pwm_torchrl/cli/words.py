@@ -264,7 +264,13 @@ RULES = (
     Rule(("model.loss.self_consistency_weight",), _FORM, ("residual_endpoint",)),
     Rule(("model.loss.flow_matching_source",), "model.loss.flow_matching_weight, model.loss.self_consistency_weight"),
     Rule(("model.num_bins", "model.vmin", "model.vmax", "model.reward_space"), "model.reward_head", ("two_hot",)),
-    Rule(("logger.project", "logger.entity", "logger.group", "logger.mode"), "logger.kind", ("wandb",)),
+    Rule(
+        tuple(
+            f"logger.{key}" for key in ("project", "entity", "group", "mode", "job_type", "tags", "notes", "artifacts")
+        ),
+        "logger.kind",
+        ("wandb",),
+    ),
     Rule(("data.",), "mode", ("pretrain", "extract")),
     Rule(
         tuple(f"cluster.{key}" for key in ("partition", "account", "qos", "constraint", "gres", "mem_gb", "nodes")),

@@ -18,6 +18,7 @@ from typing import Any
 
 import pwm_torchrl
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.run.provenance import COMMIT_FILE, git_commit
 
 FOLDER = ".code"
 #: Larger files of a user's folder are data, not code.
@@ -142,6 +143,9 @@ def _copy(runs_dir: Path, root: Path, files: list[Path]) -> Path:
         place = draft / relative
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data)
+    commit = git_commit(root)
+    if commit is not None:
+        (draft / COMMIT_FILE).write_text(commit + "\n", encoding="utf-8")
     try:
         draft.rename(target)
     except OSError:  # somebody else was first

@@ -10,6 +10,7 @@ from typing import Any
 from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.memory.readings import GIB, MIB, format_bytes, read_process
 from pwm_torchrl.memory.storage import (
+    published_store_bytes,
     record_bytes,
     replay_bytes,
     replay_disk_bytes,
@@ -225,7 +226,7 @@ def _environments(cfg: Config, facts: Any) -> list[Item]:
 def _replay(cfg: Config, facts: Any, choices: Choices, compute: str) -> list[Item]:
     a, t = cfg.algorithm, cfg.training
     if cfg.mode != "online":
-        return _stored_episodes(cfg)
+        return _stored_episodes(cfg, facts)
     size = replay_bytes(facts.observation_dim, facts.action_dim, t.replay_capacity, facts.num_envs)
     what = f"{t.replay_capacity:,} transitions"
     if choices.replay_storage == "disk":
@@ -243,8 +244,11 @@ def _replay(cfg: Config, facts: Any, choices: Choices, compute: str) -> list[Ite
     ]
 
 
-def _stored_episodes(cfg: Config) -> list[Item]:
-    assert cfg.data.path is not None
+def _stored_episodes(cfg: Config, facts: Any) -> list[Item]:
+    if cfg.data.path is None:  # a plan without the data
+        expected = published_store_bytes(cfg.tasks, facts.observation_dim, facts.action_dim)
+        what = f"{cfg.tasks}'s published data, which data.path does not name yet (estimate)"
+        return [Item("stored episodes", expected, place, what) for place in (DISK, CACHE) if expected]
     files, index = store_bytes(cfg.data.path)
     return [
         Item("stored episodes", files, CACHE, "pages that the kernel takes back when others need them"),

@@ -17,6 +17,9 @@ MOST_SEGMENTS = 64
 
 _FLOAT, _BOOL = 4, 1
 
+#: Transitions of the data that TD-MPC2 publishes.
+PUBLISHED_TRANSITIONS = {"mt30": 345_000_000, "mt80": 545_000_000}
+
 
 def record_bytes(observation_dim: int, action_dim: int) -> int:
     """Bytes of one transition: two observations, an action and a reward in float32, two flags."""
@@ -94,6 +97,11 @@ def steps_since_checkpoint(epochs: int, steps_per_epoch: int, checkpoint_every: 
 EPISODES_FILE = "episodes.npy"
 #: Copies of the table of episodes: as read, its columns, and the sums by which starts are drawn.
 TABLE_COPIES = 4
+
+
+def published_store_bytes(tasks: str | None, observation_dim: int, action_dim: int) -> int:
+    """Bytes that TD-MPC2's data of a published set of tasks take as a store; 0 for other sets."""
+    return PUBLISHED_TRANSITIONS.get(str(tasks), 0) * _FLOAT * (observation_dim + action_dim + 1)
 
 
 def store_bytes(path: str | Path) -> tuple[int, int]:

@@ -79,6 +79,7 @@ class RunReport:
         device_planned: the same as predicted.
         gpus: how many GPUs it has, 0 without.
         last_error: the newest error that ended an attempt, and files that cannot be read.
+        wandb_url: its page at W&B, if it logged online.
         started: when it was submitted or started first, seconds since the epoch.
         owner: the process that trains it, or that ended without saying so.
         owner_state: whether that process lives, as :func:`settle` found out; see
@@ -109,6 +110,7 @@ class RunReport:
     config: Config | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
     started: float = 0.0
+    wandb_url: str | None = None
     owner: Identity | None = None
     owner_state: str | None = None
 
@@ -162,6 +164,8 @@ def read_run(path: Path) -> RunReport:
     _identify(report, summary)
     _progress(report, summary, outcome, events)
     report.started = _started(path, events)
+    url = summary.get("wandb_url")
+    report.wandb_url = url if isinstance(url, str) and url.startswith(("https://", "http://")) else None
     report.restarts = restart_reasons(events, int(number(summary.get("restarts")) or 0))
     _memory(report, summary, _read_json(path / "memory_plan.json"))
     gpus = number(_read_json(path / "job.json").get("gpus"))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.errors import MissingLibraryError
@@ -25,7 +26,7 @@ from pwm_torchrl.report.grouping import Group, group_runs
 from pwm_torchrl.report.page import Section, render
 from pwm_torchrl.report.pairing import Pairs
 from pwm_torchrl.report.run_tables import group_table, memory_table, run_table
-from pwm_torchrl.report.scores import SCORE_TEXT, score_table
+from pwm_torchrl.report.scores import HELD_OUT_TEXT, SCORE_TEXT, held_out_table, score_table
 from pwm_torchrl.run.drawing import png, require_matplotlib
 
 __all__ = ["REPORT_FILE", "Document", "make_document"]
@@ -44,6 +45,8 @@ _LOSSES = (
     "Means over seeds with one standard deviation; logarithmic where all values are positive and span more than a "
     f"factor of ten. At most {MOST_FIGURES} environments have figures of losses and comparisons."
 )
+_RUNS = "Click a column's name to sort by it. Files are linked where the runs lie now."
+_HELD_OUT = ("validation/loss", "validation/latent_mse", "validation/reward_nmse")
 _MEMORY = (
     "Host memory is the anonymous and shared memory of all processes of a run, excluding memory-mapped files; GPU "
     "memory is what PyTorch's allocator held. The figure shows, for each model, size and environment, the run that "
@@ -73,13 +76,14 @@ class Document:
 
 
 def make_document(
-    runs: Sequence[RunReport], source: str, pairs: Pairs | None = None, width: int | None = None
+    runs: Sequence[RunReport], source: str, out: Path, pairs: Pairs | None = None, width: int | None = None
 ) -> Document:
     """Makes the tables, figures and page of some runs.
 
     Args:
         runs: the runs.
         source: where they are from and how they were selected, for the page's subtitle.
+        out: the folder that the page will be in, which its links to runs are relative to.
         pairs: the runs to compare. Defaults to ``None``: no comparison.
         width: terminal columns. Defaults to ``None``: no limit.
     """
@@ -92,7 +96,7 @@ def make_document(
         document.files["compare.csv"] = compare_csv(comparison)
         document.files["compare.tex"] = compare_tex(comparison)
         document.files["compare_curves.csv"] = curves_csv(comparison)
-    document.files[REPORT_FILE] = _page(runs, groups, comparison, figures, source)
+    document.files[REPORT_FILE] = _page(runs, groups, comparison, figures, source, out)
     return document
 
 
@@ -106,6 +110,9 @@ def _text(runs: Sequence[RunReport], groups: Sequence[Group], comparison: Compar
     scores = score_table(runs)
     if scores is not None:
         blocks.append(f"normalised scores, 0 to 100:\n{scores.text(width)}")
+    held_out = held_out_table(runs)
+    if held_out is not None:
+        blocks.append(f"errors on held-out episodes:\n{held_out.text(width)}")
     if comparison is not None:
         notes = [f"note: {note}" for note in comparison.notes]
         blocks.append("\n".join([compare_table(comparison).text(width), *notes]))
@@ -126,6 +133,7 @@ def _figures(groups: Sequence[Group], comparison: Comparison | None, notes: list
     if comparison is not None:
         found.update(_named("compare", comparison_figures(comparison)))
     found.update(_named("report_losses", column_figures(groups, "loss/")))
+    found.update(_named("report_held_out", column_figures(groups, _HELD_OUT)))
     memory = memory_figure(groups)
     if memory is not None:
         found["report_memory"] = memory
@@ -146,6 +154,7 @@ def _page(
     comparison: Comparison | None,
     figures: Mapping[str, bytes],
     source: str,
+    out: Path,
 ) -> str:
     def those(prefix: str) -> dict[str, bytes]:
         return {name: content for name, content in figures.items() if name.startswith(prefix)}
@@ -162,9 +171,12 @@ def _page(
     scores = score_table(runs)
     if scores is not None:
         sections.append(Section("Scores", SCORE_TEXT, scores))
+    held_out = held_out_table(runs)
+    if held_out is not None:
+        sections.append(Section("Held-out errors", HELD_OUT_TEXT, held_out, those("report_held_out")))
     sections.append(Section("Learning curves", _CURVES, pictures=those("report_returns")))
     sections.append(Section("Losses", _LOSSES, pictures=those("report_losses")))
     sections.append(Section("Memory against plan", _MEMORY, memory_table(runs), those("report_memory")))
-    sections.append(Section("Runs", table=run_table(runs)))
+    sections.append(Section("Runs", _RUNS, run_table(runs, out)))
     shown = [s for s in sections if s.pictures or (s.table is not None and s.table.rows)]
     return render("Report of runs", subtitle, shown)

@@ -72,12 +72,12 @@ def returns_figures(groups: Sequence[Group], most: int = MOST_FIGURES) -> list[A
     return figures
 
 
-def column_figures(groups: Sequence[Group], prefix: str, most: int = MOST_FIGURES) -> dict[str, Any]:
+def column_figures(groups: Sequence[Group], columns: str | Sequence[str], most: int = MOST_FIGURES) -> dict[str, Any]:
     """Columns of ``metrics.csv`` over environment steps: one figure per environment, one panel per column.
 
     Args:
         groups: the runs.
-        prefix: of the columns, such as ``"loss/"``.
+        columns: their names, or their common prefix such as ``"loss/"``.
         most: environments. Defaults to ``12``.
 
     Returns:
@@ -88,7 +88,8 @@ def column_figures(groups: Sequence[Group], prefix: str, most: int = MOST_FIGURE
     for env in list(dict.fromkeys(group.env for group in groups))[:most]:
         here = [group for group in groups if group.env == env]
         over = _over(here)
-        names = dict.fromkeys(n for g in here for run in g.runs for n in run.metrics if n.startswith(prefix))
+        logged = dict.fromkeys(name for group in here for run in group.runs for name in run.metrics)
+        names = [n for n in logged if n.startswith(columns)] if isinstance(columns, str) else columns
         panels = [(name, [(g, c) for g in here if (c := _curves(g, name, over[0]))]) for name in names]
         panels = [(name, drawn) for name, drawn in panels if drawn]
         if not panels:
@@ -99,7 +100,7 @@ def column_figures(groups: Sequence[Group], prefix: str, most: int = MOST_FIGURE
                 for group, curves in drawn:
                     _mean_line(axis, curves, len(group.runs), **style[group.label])
                 log_where_wide(axis, pd.concat([points for _, curves in drawn for points in curves]))
-                finish_axis(axis, _short(name.removeprefix(prefix)), over[1])
+                finish_axis(axis, _short(name.partition("/")[2]), over[1])
             _heading(figure, str(env))
             _legend(figure, axes)
         figures[str(env)] = figure

@@ -1,4 +1,4 @@
-"""``report.html``: one file with everything in it, for a screen and for paper."""
+"""``report.html``: one file that holds the tables and figures, for screen and print."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .3rem .65rem; text-align: left; vertical-align: top; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-.band { background: var(--band); }
+tbody:nth-of-type(even) { background: var(--band); }
+th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--busy); }
+th[aria-sort] { color: var(--ink); } th[aria-sort=ascending] button::after { content: " ▲"; }
+th[aria-sort=descending] button::after { content: " ▼"; }
+a { color: var(--busy); }
 .right { text-align: right; }
 .words { white-space: normal; min-width: 6rem; max-width: 14rem; }
 .name { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; max-width: 22rem; }
@@ -51,16 +55,33 @@ img { display: block; max-width: 100%; height: auto; background: #fff; border-ra
 }
 """
 
+# Sorts a table by the column that is clicked; a row's long texts lie in the same tbody and move with it.
+_SCRIPT = """
+for (const table of document.querySelectorAll("table")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => {
+    const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+    const key = body => body.rows[0].cells[column].dataset.key ?? body.rows[0].cells[column].textContent;
+    const known = text => text !== "" && text !== "-";
+    const order = (a, b) => known(a) !== known(b) ? (known(a) ? -1 : 1) : sign * (
+      isNaN(a) || isNaN(b) ? a.localeCompare(b, undefined, {numeric: true}) : a - b);
+    table.append(...[...table.tBodies].sort((a, b) => order(key(a), key(b))));
+  }));
+}
+"""
+
 _TONES = {"good": ("finished",), "bad": FAILED, "busy": ("running", "waiting")}
 
 
 @dataclass
 class Section:
-    """A heading with sentences, a table and pictures below it.
+    """A heading, and below it a text, figures and a table.
 
     Attributes:
-        pictures: PNG files by what they show.
-        notes: listed below the rest.
+        pictures: PNG files by their names.
+        notes: sentences listed at the end.
     """
 
     title: str
@@ -71,7 +92,7 @@ class Section:
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page, which loads nothing."""
+    """The page. It is one file: it loads nothing, and its script only sorts tables."""
     return "\n".join(
         [
             "<!doctype html>",
@@ -81,6 +102,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             f"<style>{_CSS}</style></head>",
             f'<body><header><h1>{html.escape(title)}</h1><p class="soft">{html.escape(subtitle)}</p></header>',
             *map(_section, sections),
+            f"<script>{_SCRIPT}</script>",
             "</body></html>",
             "",
         ]
@@ -105,24 +127,37 @@ def _picture(name: str, content: bytes) -> str:
 
 
 def _table(table: Table) -> str:
-    """A row of cells per row; long text has a row of its own below, which is as wide as the table."""
+    """A ``tbody`` per row: its cells, and below them a line for each long text, as wide as the table."""
     long = table.wide | {"settings"}
     short = [name for name in table.head if name not in long and not table.blank(name)]
     styles = {name: _style(table, name) for name in short}
-    head = "".join(f"<th{_css(styles[name])}>{html.escape(name)}</th>" for name in short)
+    head = [f"<th{_css(styles[name])}><button>{html.escape(name)}</button></th>" for name in short]
+    head += [f"<th>{html.escape(name)}</th>" for name in table.links]
     rows = []
     for index, row in enumerate(table.rows):
         cells = dict(zip(table.head, row))
-        texts = (f"<td{_css(_toned(n, styles[n], cells[n]))}>{html.escape(cells[n])}</td>" for n in short)
-        band = _css("band" if index % 2 else "")
-        rows.append(f"<tr{band}>{''.join(texts)}</tr>")
+        texts = [_cell(table, name, index, _toned(name, styles[name], cells[name]), cells[name]) for name in short]
+        texts += [f"<td>{' · '.join(_link(*each) for each in rows_of[index])}</td>" for rows_of in table.links.values()]
+        rows.append(f"<tbody><tr>{''.join(texts)}</tr>")
         for name in table.head:
             if name in long and cells[name]:
                 text = html.escape(f"{name}: {cells[name]}")
-                rows.append(f'<tr{band}><td class="long" colspan="{len(short)}">{text}</td></tr>')
+                rows.append(f'<tr><td class="long" colspan="{len(head)}">{text}</td></tr>')
+        rows.append("</tbody>")
     return "\n".join(
-        ['<div class="scroll"><table>', f"<thead><tr>{head}</tr></thead><tbody>", *rows, "</tbody></table></div>"]
+        ['<div class="scroll"><table>', f"<thead><tr>{''.join(head)}</tr></thead>", *rows, "</table></div>"]
     )
+
+
+def _cell(table: Table, name: str, row: int, style: str, text: str) -> str:
+    """A cell, with the number that it is sorted by if its text is not that number."""
+    keys = table.keys.get(name)
+    key = "" if keys is None else f' data-key="{"" if keys[row] is None else repr(keys[row])}"'
+    return f"<td{_css(style)}{key}>{html.escape(text)}</td>"
+
+
+def _link(text: str, address: str) -> str:
+    return f'<a href="{html.escape(address)}">{html.escape(text)}</a>'
 
 
 def _style(table: Table, column: str) -> str:
@@ -132,7 +167,7 @@ def _style(table: Table, column: str) -> str:
 
 
 def _toned(column: str, style: str, cell: str) -> str:
-    """The class of a cell; a status that is the same for all runs of a row has a colour."""
+    """The CSS class of a cell; a status that all runs of a row share has a colour."""
     if column != "status":
         return style
     words = [part.lstrip("0123456789 ") for part in cell.split(", ")]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -25,6 +28,13 @@ _NUMBERS = {
     "host": "host_bytes",
     "GPU": "device_bytes",
 }  # columns of a table, by what they are called in a RunReport
+_FILES = (
+    ("configuration", "config.yaml"),
+    ("curves", "curves.png"),
+    ("video", "video.mp4"),
+    ("metrics", "metrics.csv"),
+    ("log", "log.txt"),
+)  # linked from the page where a run has them
 _LABELS = ("name", *_NAMES, "status")
 
 
@@ -47,8 +57,13 @@ def frame_of(runs: Sequence[RunReport]) -> pd.DataFrame:
     return frame
 
 
-def run_table(runs: Sequence[RunReport]) -> Table:
-    """One row per run."""
+def run_table(runs: Sequence[RunReport], out: Path | None = None) -> Table:
+    """One row per run.
+
+    Args:
+        runs: the runs.
+        out: the folder of the page, whose links are relative to it. Defaults to ``None``: no links.
+    """
     rows = []
     for run in runs:
         rows.append([_text(value) for value in (run.model, run.size, run.env, run.seed)])
@@ -62,8 +77,16 @@ def run_table(runs: Sequence[RunReport]) -> Table:
         wide=frozenset({"last error"}),
         narrow=("run", "GPU", "host", "time", "restarts", "random", "peak"),
         below={"run": ""},
+        links={} if out is None else {"files": [_links(run, out) for run in runs]},
         keys=_sort_keys(frame_of(runs), [run.restarts.total() for run in runs]),
     )
+
+
+def _links(run: RunReport, out: Path) -> list[tuple[str, str]]:
+    """What a run has to look at: its directory, files that are there, and its page at W&B."""
+    folder = quote(os.path.relpath(run.path.resolve(), out.resolve()))
+    found = [(text, f"{folder}/{name}") for text, name in _FILES if (run.path / name).exists()]
+    return [("directory", f"{folder}/"), *found, *([("W&B", run.wandb_url)] if run.wandb_url else [])]
 
 
 def group_table(groups: Sequence[Group]) -> Table:

@@ -1,4 +1,4 @@
-"""Scores of policies extracted for the tasks of a set, and their means, as multi-task results are published."""
+"""Results by task: scores of extracted policies, as multi-task results are published, and held-out errors of models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pwm_torchrl.report.collect import RunReport, last
 from pwm_torchrl.report.statistics import bootstrap_interval, mean_of_means
 from pwm_torchrl.report.tables import Table, number_text
 
-__all__ = ["SCORE_TEXT", "score_table"]
+__all__ = ["HELD_OUT_TEXT", "SCORE_TEXT", "held_out_table", "score_table"]
 
 SCORE_TEXT = (
     "Normalised scores of extracted policies, 0 to 100: return / 10 of DMControl tasks, percent of successful episodes "
@@ -21,7 +21,15 @@ SCORE_TEXT = (
     "single seed. A set in which not all tasks have a score is marked partial."
 )
 
+HELD_OUT_TEXT = (
+    "Errors of pre-trained world models on episodes that were not trained on, rolled out without feedback over the "
+    "horizon: mean squared error of latents, and squared error of rewards over the variance of rewards; mean ± "
+    "population standard deviation over seeds, at the epoch with the lowest validation loss, whose weights are kept."
+)
+
 _SCALE = 100.0
+_ALL = "mean"  # over tasks
+_ERRORS = {"validation/latent_mse": "latent MSE", "validation/reward_nmse": "reward NMSE"}
 
 
 def score_table(runs: Sequence[RunReport]) -> Table | None:
@@ -93,3 +101,33 @@ def _mean(tasks: Sequence[str], scores: dict[str, pd.Series]) -> str:
     else:
         return f"{mean:.1f}{partial}"
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]{partial}"
+
+
+def held_out_table(runs: Sequence[RunReport]) -> Table | None:
+    """A row per task, and one for their mean, with two errors for each model and size; ``None`` without validations."""
+    errors = _held_out(runs)
+    if errors.empty:
+        return None
+    grouped = errors.groupby(["task", "arm", "error"])["value"]
+    cells = grouped.agg(lambda v: f"{v.mean():.3g}" + (f" ± {v.std(ddof=0):.2g}" if len(v) > 1 else ""))
+    arms = sorted(errors["arm"].unique())
+    tasks = [_ALL, *_ordered(set(errors["task"]) - {_ALL})]
+    columns = [(arm, error) for arm in arms for error in _ERRORS.values()]
+    rows = [[task, *(cells.get((task, arm, error), "-") for arm, error in columns)] for task in tasks]
+    return Table(["task", *(f"{arm}: {error}" for arm, error in columns)], rows)
+
+
+def _held_out(runs: Sequence[RunReport]) -> pd.DataFrame:
+    """A row per run, task and error: columns ``arm``, ``task``, ``error`` and ``value``."""
+    rows = []
+    for run in runs:
+        metrics = pd.DataFrame(run.metrics)
+        if "validation/loss" not in metrics or metrics["validation/loss"].isna().all():
+            continue
+        best = metrics.loc[metrics["validation/loss"].idxmin()]
+        for column, value in best.items():
+            for prefix, error in _ERRORS.items():
+                if str(column).startswith(prefix) and math.isfinite(value):
+                    task = str(column).removeprefix(prefix).removeprefix("/") or _ALL
+                    rows.append((f"{run.model} {run.size}", task, error, value))
+    return pd.DataFrame(rows, columns=["arm", "task", "error", "value"])

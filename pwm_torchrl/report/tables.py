@@ -44,7 +44,7 @@ class Table:
         narrow: columns that may be dropped on a narrow terminal, the first to be dropped first.
         below: those of them that are then printed on lines of their own below the row, with the text that precedes the
             cell; the others are left out.
-        links: by column, the address that each row's cell links to on the page, empty for none.
+        links: columns of the page alone: for each row, texts and the addresses that they link to.
         keys: by column, the number by which each row is sorted on the page. Defaults to what the cells say.
     """
 
@@ -53,12 +53,12 @@ class Table:
     wide: frozenset[str] = frozenset()
     narrow: Sequence[str] = ()
     below: Mapping[str, str] = field(default_factory=dict)
-    links: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    links: Mapping[str, Sequence[Sequence[tuple[str, str]]]] = field(default_factory=dict)
     keys: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     def right(self, column: str) -> bool:
         """Whether a column holds numbers, which are aligned to the right."""
-        return column in _NUMBERS or column.split()[-1] in ("measured", "predicted", "share")
+        return column in _NUMBERS or column.split()[-1] in ("measured", "predicted", "share", "MSE", "NMSE")
 
     def text(self, width: int | None = None) -> str:
         """Aligned lines; on a terminal each status is coloured.

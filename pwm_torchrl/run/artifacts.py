@@ -70,9 +70,10 @@ def _subject(cfg: Config, env: str) -> str:
 def _commands(cfg: Config) -> list[str]:
     uses = [(f"{typed(script)} {words}", meaning) for script, words, meaning in what_next(cfg.mode)]
     lines = [f"{command:<38} # {meaning}" for command, meaning in uses]
-    if cfg.logger.kind == "tensorboard":
+    loggers = (cfg.logger.kind, *cfg.logger.also)
+    if "tensorboard" in loggers:
         lines.append("tensorboard --logdir RUN/tensorboard")
-    if cfg.logger.kind == "wandb":
+    if "wandb" in loggers:
         lines.append("wandb sync RUN/wandb/offline-run-*     # upload what was logged offline")
     return lines
 
@@ -94,7 +95,7 @@ def _code(cfg: Config) -> list[str]:
 
 
 def _files(cfg: Config) -> list[tuple[str, str]]:
-    repeat = cfg.env.get("action_repeat", 1)
+    repeat, loggers = cfg.env.get("action_repeat", 1), (cfg.logger.kind, *cfg.logger.also)
     online, policy = cfg.mode == "online", cfg.mode != "pretrain"
     measured = "returns, losses" if policy else "losses, errors on held-out episodes"
     counts = (
@@ -132,9 +133,9 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
     files.append(("submitit/", "the same: files of the library that ran the job, one folder per attempt"))
     if cfg.training.replay_storage == "disk" and online:
         files.append(("replay/", "the replay buffer; checkpoints refer to it"))
-    if cfg.logger.kind == "tensorboard":
-        files.append(("tensorboard/", "the same metrics as TensorBoard events"))
-    if cfg.logger.kind == "wandb":
+    if "tensorboard" in loggers:
+        files.append(("tensorboard/", "the same metrics as TensorBoard events, and the video"))
+    if "wandb" in loggers:
         files.append(("wandb/", "W&B's own files; `wandb_id.txt` lets a resumed run continue the same curve there"))
     return files
 

@@ -24,29 +24,51 @@ from pwm_torchrl.run.checkpoints import CheckpointFault, CheckpointStore, checkp
 from pwm_torchrl.run.collector import fresh_env_seed
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.run.evaluation import film, frames_per_second, play
+from pwm_torchrl.run.export import fetched, is_export, read_export
 
 
 def load_networks(
-    run: str | Path, which: str | int = "best", device: str | torch.device = "cpu"
+    run: str | Path,
+    which: str | int = "best",
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Config, Networks]:
     """Configuration and trained networks of a run, in evaluation mode and without gradient.
 
     Args:
-        run (str or Path): run directory, finished or not.
+        run (str or Path): run directory, finished or not; a folder of
+            :func:`~pwm_torchrl.run.publish.export_run`, which has one set of networks, whatever ``which`` says; or
+            ``hf://ORG/NAME``, such a folder on the Hugging Face hub.
         which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"`` (or ``"latest"``), or the number of
             an epoch that has one. Defaults to ``"best"``.
         device (str or torch.device): where to put them. Defaults to ``"cpu"``.
 
+    Keyword Args:
+        revision (str, optional): branch, tag or commit on the hub. Defaults to ``None``: the newest.
+        trust_remote_code (bool): whether a configuration from the hub may name code of other packages that are
+            installed here, such as an environment of its author's. Defaults to ``False``.
+
     Raises:
-        ConfigurationError: if ``run`` is no run directory or has no such checkpoint.
+        ConfigurationError: if ``run`` is no run directory or has no such checkpoint, or a configuration from the hub
+            names code of other packages.
         CheckpointFault: if the checkpoint cannot be read.
+        MissingLibraryError: if ``run`` is on the hub and huggingface_hub is not installed.
     """
-    return _load(run, which, device)[:2]
+    return load_checkpointed(fetched(run, revision, trust_remote_code), which, device)[:2]
 
 
-def _load(run: str | Path, which: str | int, device: str | torch.device = "cpu") -> tuple[Config, Networks, Facts, int]:
-    """:func:`load_networks`, and the facts and the epoch of their checkpoint."""
+def load_checkpointed(
+    run: str | Path, which: str | int, device: str | torch.device = "cpu"
+) -> tuple[Config, Networks, Facts, int]:
+    """:func:`load_networks` of a local folder, and the facts and the epoch of its checkpoint."""
     run = Path(run)
+    if is_export(run):
+        cfg, networks, facts, epoch = read_export(run)
+        for _, network in networks.items():
+            network.requires_grad_(False).eval().to(device)
+        return cfg, networks, facts, epoch
     cfg = load_config(run)
     path = CheckpointStore(run).pick(which)
     metadata = checkpoint_metadata(path)
@@ -83,6 +105,8 @@ def load_policy(
     *,
     env: EnvBase | None = None,
     deterministic: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> TensorDictSequential:
     """The trained policy as a TorchRL module, ``observation`` -> ``action``, with actions in the environment's units.
 
@@ -93,7 +117,8 @@ def load_policy(
     The policy is **deterministic**, whatever TorchRL's exploration type is, unless ``deterministic=False``.
 
     Args:
-        run (str or Path): run directory, finished or not.
+        run (str or Path): run directory, finished or not, or what else :func:`load_networks` takes:
+            ``"hf://ORG/NAME"`` loads from the Hugging Face hub.
         which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"``, or the number of an epoch. Defaults
             to ``"best"``.
         device (str or torch.device, optional): where the policy is. Defaults to ``None``: the device of ``env``, or
@@ -106,6 +131,8 @@ def load_policy(
         deterministic (bool): act without noise. With ``False`` the policy is a
             :class:`~torchrl.modules.ProbabilisticActor` that samples, and follows
             :class:`~torchrl.envs.set_exploration_type`. Defaults to ``True``.
+        revision (str, optional): branch, tag or commit on the hub. Defaults to ``None``: the newest.
+        trust_remote_code (bool): as for :func:`load_networks`. Defaults to ``False``.
 
     Returns:
         TensorDictSequential: for TensorDicts of any batch size; called with a tensor, it returns the action.
@@ -119,10 +146,12 @@ def load_policy(
     Examples:
         >>> policy = load_policy("runs/my_run")  # doctest: +SKIP
         >>> GymEnv("Pendulum-v1").rollout(200, policy)["next", "reward"].sum()  # doctest: +SKIP
+        >>> policy = load_policy("hf://my-org/pendulum-pwm", revision="v1")  # doctest: +SKIP
     """
+    run = fetched(run, revision, trust_remote_code)
     if device is None:
         device = "cpu" if env is None or env.device is None else env.device
-    cfg, networks, facts, _ = _load(run, which, device)
+    cfg, networks, facts, _ = load_checkpointed(run, which, device)
     specs = PolicySpecs.standard(*_own_range(run, cfg, facts)) if env is None else _specs(env, cfg, facts)
     return _policy(networks, specs, deterministic).to(device)
 
@@ -133,16 +162,23 @@ def load_env(
     seed: int | None = None,
     device: str | torch.device = "cpu",
     render: bool = False,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> EnvBase:
     """The environment that a run was trained in, with actions in its own units, as :func:`load_policy` gives them.
 
     Args:
-        run (str or Path): run directory.
+        run (str or Path): run directory, or what else :func:`load_networks` takes.
         num_envs (int): ``N``. Defaults to ``1``.
         seed (int, optional): of the first of them; number i has ``seed + i``. Defaults to ``None``: the seed of
             ``launch/evaluate.py``, whose episodes training never saw.
         device (str or torch.device): where the tensors go. Defaults to ``"cpu"``.
         render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
+
+    Keyword Args:
+        revision (str, optional): branch, tag or commit on the hub. Defaults to ``None``: the newest.
+        trust_remote_code (bool): as for :func:`load_networks`. Defaults to ``False``.
 
     Returns:
         EnvBase: of batch size ``[N]``; ``observation`` is one float32 vector ``[N, O]``.
@@ -155,7 +191,7 @@ def load_env(
         >>> env = load_env("runs/my_run", num_envs=10)  # doctest: +SKIP
         >>> env.rollout(200, load_policy("runs/my_run"))["next", "reward"].sum(1).mean()  # doctest: +SKIP
     """
-    cfg = load_config(Path(run))
+    cfg = load_config(fetched(run, revision, trust_remote_code))
     if cfg.mode == "pretrain":
         raise ConfigurationError(f"{run} pre-trained a world model on stored episodes and has no environment.")
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
@@ -274,14 +310,20 @@ class _Termination(_Part):
 
 
 def load_world_model(
-    run: str | Path, which: str | int = "best", device: str | torch.device = "cpu"
+    run: str | Path,
+    which: str | int = "best",
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> TorchRLWorldModel:
     """The trained world model as a :class:`torchrl.modules.WorldModel`.
 
     Keys: ``observation`` -> ``latent``; ``latent``, ``action`` -> ``("next", "latent")``, ``("next", "reward")`` and,
     with a termination head, ``("next", "done")``. Arguments and errors as :func:`load_networks`.
     """
-    model = load_networks(run, which, device)[1].model
+    networks = load_networks(run, which, device, revision=revision, trust_remote_code=trust_remote_code)[1]
+    model = networks.model
     step = ["latent", "action"]
     done: TensorDictModuleBase | None = None
     if model.termination is not None:
@@ -311,7 +353,7 @@ def evaluate_run(
         the environment tells it, ``success_rate``; of a policy for one of the registry's tasks, ``score`` on the task's
         scale from 0 to 1.
     """
-    cfg, networks, facts, epoch = _load(run_dir, which)
+    cfg, networks, facts, epoch = load_checkpointed(run_dir, which)
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
     env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
     try:
@@ -349,7 +391,7 @@ def film_run(run_dir: str | Path, file: str | Path, seed: int | None = None, whi
         ConfigurationError: if the environment cannot be drawn here.
         MissingLibraryError: if a library that draws or encodes is missing.
     """
-    cfg, networks, facts, _ = _load(run_dir, which)
+    cfg, networks, facts, _ = load_checkpointed(run_dir, which)
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
     env = make_env(cfg.env, num_envs=1, seed=seed, device="cpu", render=True)
     try:

@@ -1,18 +1,23 @@
 """Loggers beside ``metrics.csv``: TorchRL's TensorBoard and Weights & Biases loggers, made from the configuration.
 
-Logging never ends a run. W&B in particular falls back from online to offline, and from offline to nothing, and says so
-in one sentence each time; while a run is under way W&B's own process does the uploading, so that no step waits for it.
+Logging never ends a run. W&B falls back from online to offline, and from there to nothing, with one sentence each time;
+while a run trains, W&B's own process uploads, so that no step waits for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import logging
 import netrc
 import os
 import secrets
 import socket
+import subprocess
 import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,10 +27,20 @@ from torchrl.record.loggers.common import Logger
 from torchrl.record.loggers.tensorboard import TensorboardLogger
 from torchrl.record.loggers.wandb import WandbLogger
 
-from pwm_torchrl.config import LoggerConfig
+from pwm_torchrl.config import Config, LoggerConfig
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.run.directory import settings_of
 
-__all__ = ["RunWandbLogger", "close_logger", "has_wandb_key", "make_logger", "offline_reason", "require_logging"]
+__all__ = [
+    "RunLoggers",
+    "RunTensorboardLogger",
+    "RunWandbLogger",
+    "group_name",
+    "has_wandb_key",
+    "make_loggers",
+    "offline_reason",
+    "require_logging",
+]
 
 KINDS = ("csv", "tensorboard", "wandb")
 MODES = ("auto", "online", "offline", "disabled")
@@ -35,125 +50,277 @@ SYNC = "wandb/offline-run-*"  # what `wandb sync` uploads
 CONNECT_TIMEOUT = 3.0  # seconds for finding out whether W&B can be reached
 INIT_TIMEOUT = 30.0  # seconds for opening a run there
 FINISH_TIMEOUT = 60.0  # seconds for the last upload
+GIF_FRAMES = 120  # frames of an episode in TensorBoard, evenly spaced
 
 _log = logging.getLogger(__name__)
 
 
-def make_logger(cfg: LoggerConfig, run_dir: Path, run_config: dict[str, Any], *, first_step: int = 0) -> Logger | None:
-    """Makes the logger that ``cfg`` asks for.
+class RunTensorboardLogger(TensorboardLogger):
+    """TorchRL's TensorBoard logger, which also takes a video file, without moviepy."""
+
+    def log_video_file(self, name: str, file: Path, step: int) -> None:
+        """Adds an episode as an animation, which TensorBoard shows under Images.
+
+        Args:
+            name (str): tag.
+            file (Path): an mp4 file.
+            step (int): of the run.
+
+        Raises:
+            MissingLibraryError: if imageio-ffmpeg is not installed.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        picture, height, width = _gif(file)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture)
+        self.experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        self.experiment.flush()
+
+
+class RunWandbLogger(WandbLogger):
+    """TorchRL's W&B logger, with video files, artifacts and an exit code.
+
+    Attributes:
+        exit_code (int): 0 if the run ended as it should; W&B shows others as failed.
+    """
+
+    exit_code = 0
+    _service_shutdown: bool
+
+    def log_video_file(self, name: str, file: Path, step: int) -> None:
+        """Uploads an mp4 file as a video of the run."""
+        import wandb
+
+        self._log_payload({name: wandb.Video(str(file), format="mp4")}, step=step)
+
+    def log_artifact(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any]) -> None:
+        """Uploads files as a version of an artifact.
+
+        Args:
+            name (str): of the artifact, unique within the W&B project.
+            kind (str): W&B's artifact type, such as ``"model"``.
+            files (sequence of Path): put at the artifact's top; have to stay where they are until they are uploaded.
+            metadata (mapping): plain values shown beside it.
+        """
+        import wandb
+
+        artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata))
+        for file in files:
+            # Uploaded from where it is, perhaps by a later `wandb sync`, instead of from a copy in the home directory.
+            artifact.add_file(str(file), name=file.name, policy="immutable", skip_cache=True)
+        self.experiment.log_artifact(artifact)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        if not self._service_shutdown:
+            self.experiment.finish(exit_code=self.exit_code)
+            self._service_shutdown = True
+
+
+class RunLoggers:
+    """The loggers of a run: what one of them raises is a warning, and that logger is not called again.
 
     Args:
-        cfg (LoggerConfig): ``kind`` and the settings of W&B.
+        loggers (sequence of Logger): may be empty.
+    """
+
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
+        self.loggers = list(loggers)
+
+    def __len__(self) -> int:
+        return len(self.loggers)
+
+    @property
+    def wandb(self) -> RunWandbLogger | None:
+        """The W&B logger, if there is one."""
+        return next((each for each in self.loggers if isinstance(each, RunWandbLogger)), None)
+
+    @property
+    def wandb_url(self) -> str | None:
+        """The run's page at W&B; ``None`` unless it logs online."""
+        logger = self.wandb
+        return None if logger is None or logger.offline else logger.experiment.url
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Logs numbers at a step."""
+        self._call(lambda logger: logger.log_metrics(dict(metrics), step=step))
+
+    def log_video_file(self, name: str, file: Path, step: int) -> None:
+        """Logs an mp4 file where loggers can show one."""
+        self._call(lambda logger: logger.log_video_file(name, file, step), RunTensorboardLogger, RunWandbLogger)
+
+    def log_artifact(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any]) -> None:
+        """Logs files at W&B, as :meth:`RunWandbLogger.log_artifact`."""
+        self._call(lambda logger: logger.log_artifact(name, kind, files, metadata), RunWandbLogger)
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Sets the run's summary at W&B, over which runs are sorted there."""
+        self._call(lambda logger: logger.experiment.summary.update(dict(values)), RunWandbLogger)
+
+    def close(self, failed: bool = False, timeout: float = FINISH_TIMEOUT) -> None:
+        """Flushes and closes every logger; waits no longer than ``timeout`` seconds for each and raises nothing.
+
+        Args:
+            failed (bool): whether the run failed. Defaults to ``False``.
+            timeout (float): seconds. Defaults to a minute.
+        """
+        for logger in self.loggers:
+            if isinstance(logger, RunWandbLogger):
+                logger.exit_code = int(failed)
+            _close(logger, timeout)
+        self.loggers = []
+
+    def _call(self, act: Callable[[Any], object], *kinds: type[Logger]) -> None:
+        for logger in list(self.loggers):
+            if kinds and not isinstance(logger, kinds):
+                continue
+            try:
+                act(logger)
+            except Exception as error:  # noqa: BLE001 - whatever a logger raises, the run goes on
+                self.loggers.remove(logger)
+                _log.warning("%s stopped logging (%s); metrics.csv goes on", _name(logger), _first_line(error))
+
+
+def make_loggers(cfg: Config, run_dir: Path, facts: Mapping[str, Any], *, first_step: int = 0) -> RunLoggers:
+    """Makes the loggers that ``cfg.logger`` asks for.
+
+    Args:
+        cfg (Config): the whole run, shown beside its metrics.
         run_dir (Path): the run's directory; everything local goes below it.
-        run_config (dict): the run's configuration as plain values, shown beside its metrics.
+        facts (mapping): shown beside the configuration, such as the git commit.
 
     Keyword Args:
         first_step (int): the step that will be logged first; a resumed run gives the one after its checkpoint, so that
             TensorBoard hides what an interrupted process logged beyond it. Defaults to ``0``.
 
     Returns:
-        The logger, or ``None`` where ``metrics.csv`` is all: ``kind=csv``, W&B disabled or impossible to start.
+        RunLoggers: empty where ``metrics.csv`` is all: ``logger=csv``, W&B disabled or impossible to start.
 
     Raises:
         ConfigurationError: if ``logger.kind`` or ``logger.mode`` is unknown.
-        MissingLibraryError: if the logger's library is not installed.
+        MissingLibraryError: if a logger's library is not installed.
     """
-    _require_library(cfg)
-    if not _logs(cfg):
-        return None
-    if cfg.kind == "tensorboard":
-        return _tensorboard_logger(Path(run_dir), run_config, first_step)
-    return _wandb_logger(cfg, Path(run_dir), run_config)
+    _require_libraries(cfg.logger)
+    shown = {**asdict(cfg), **facts}
+    made: list[Logger | None] = []
+    for kind in active_kinds(cfg.logger):
+        if kind == "tensorboard":
+            made.append(_tensorboard_logger(Path(run_dir), shown, first_step))
+        else:
+            made.append(_wandb_logger(cfg, Path(run_dir), shown))
+    return RunLoggers([logger for logger in made if logger is not None])
 
 
 def require_logging(cfg: LoggerConfig) -> None:
-    """Look up what the logger needs, before a run begins: its library, and W&B's key where it has to be online.
+    """Checks before a run begins what its loggers need: libraries, and W&B's key if it must log online.
 
     A compute node cannot ask for a key. Whether the server can be reached from there is not known before.
 
     Raises:
         ConfigurationError: if ``logger.kind`` or ``logger.mode`` is unknown, or no key is found.
-        MissingLibraryError: if the logger's library is not installed.
+        MissingLibraryError: if a logger's library is not installed.
     """
-    _require_library(cfg)
-    if cfg.kind == "wandb" and cfg.mode == "online" and not has_wandb_key():
+    _require_libraries(cfg)
+    if "wandb" in active_kinds(cfg) and cfg.mode == "online" and not has_wandb_key():
         raise ConfigurationError(
             "logger.mode=online needs a W&B key, and there is none (WANDB_API_KEY or `wandb login`); set one, or use "
             "logger.mode=auto"
         )
 
 
-def _require_library(cfg: LoggerConfig) -> None:
-    if cfg.kind not in KINDS:
-        raise ConfigurationError(f"logger.kind={cfg.kind!r} is unknown; choose {', '.join(KINDS)}")
-    if cfg.kind == "wandb" and cfg.mode not in MODES:
+def active_kinds(cfg: LoggerConfig) -> list[str]:
+    """Loggers beside ``metrics.csv``, each once."""
+    kinds = dict.fromkeys([cfg.kind, *cfg.also])
+    return [kind for kind in kinds if kind != "csv" and not (kind == "wandb" and cfg.mode == "disabled")]
+
+
+def group_name(cfg: Config) -> str:
+    """The W&B group of a run: equal for runs that differ in the seed only, such as those of ``seed=0,1,2``.
+
+    Returns:
+        str: environment, model and size, then eight hexadecimal digits of a hash of the settings that matter.
+    """
+    settings = {key: value for key, value in settings_of(cfg).items() if key != "seed"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    env = cfg.env.get("name") or cfg.env.get("_target_", "env")
+    return f"{env}_{cfg.model.name}_{cfg.size.name}_{digest[:8]}"
+
+
+def _require_libraries(cfg: LoggerConfig) -> None:
+    for key, kinds in (("logger.kind", [cfg.kind]), ("logger.also", cfg.also)):
+        for kind in kinds:
+            if kind not in KINDS:
+                raise ConfigurationError(f"{key}={kind!r} is unknown; choose {', '.join(KINDS)}")
+    if cfg.mode not in MODES:
         raise ConfigurationError(f"logger.mode={cfg.mode!r} is unknown; choose {', '.join(MODES)}")
-    if _logs(cfg) and importlib.util.find_spec(cfg.kind) is None:
-        raise MissingLibraryError(
-            f"logger={cfg.kind} needs the {cfg.kind} library: pip install 'pwm-torchrl[{cfg.kind}]'"
-        )
+    for kind in active_kinds(cfg):
+        if importlib.util.find_spec(kind) is None:
+            raise MissingLibraryError(f"logger={kind} needs the {kind} library: pip install 'pwm-torchrl[{kind}]'")
 
 
-def _logs(cfg: LoggerConfig) -> bool:
-    """Whether there is anything beside ``metrics.csv``."""
-    return cfg.kind != "csv" and not (cfg.kind == "wandb" and cfg.mode == "disabled")
-
-
-def close_logger(logger: Logger | None, timeout: float = FINISH_TIMEOUT) -> None:
-    """Flushes and closes a logger without waiting longer than ``timeout`` seconds and without raising."""
-    if logger is None:
-        return
-
+def _close(logger: Logger, timeout: float) -> None:
     def close() -> None:
         try:
             logger.shutdown()
         except Exception as error:  # noqa: BLE001 - a logger's last words must not fail a finished run
-            _log.warning("closing %s failed: %s", type(logger).__name__, _first_line(error))
+            _log.warning("closing %s failed: %s", _name(logger), _first_line(error))
 
     thread = threading.Thread(target=close, name="close-logger", daemon=True)
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        _log.warning("%s did not finish within %.0f s; its local files are complete", type(logger).__name__, timeout)
+        _log.warning("%s did not finish within %.0f s; its local files are complete", _name(logger), timeout)
 
 
-class RunWandbLogger(WandbLogger):
-    """TorchRL's W&B logger that stops logging, with one sentence, instead of ending a run."""
-
-    _broken = False
-
-    def _log_payload(self, payload: dict[str, Any], **kwargs: Any) -> None:
-        if self._broken:
-            return
-        try:
-            super()._log_payload(payload, **kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run goes on
-            self._broken = True
-            _log.warning("W&B stopped logging (%s); metrics.csv goes on", _first_line(error))
+def _name(logger: Logger) -> str:
+    names = {RunWandbLogger: "W&B", RunTensorboardLogger: "TensorBoard"}
+    return names.get(type(logger), type(logger).__name__)
 
 
-def _tensorboard_logger(run_dir: Path, run_config: dict[str, Any], first_step: int) -> Logger:
-    logger = TensorboardLogger(exp_name="tensorboard", log_dir=str(run_dir))
+# TensorBoard ----------------------------------------------------------------------------------------------------------
+
+
+def _tensorboard_logger(run_dir: Path, shown: dict[str, Any], first_step: int) -> Logger:
+    logger = RunTensorboardLogger(exp_name="tensorboard", log_dir=str(run_dir))
     if first_step > 0:
         from torch.utils.tensorboard import SummaryWriter
 
         logger.experiment.close()
         logger.experiment = SummaryWriter(log_dir=logger.log_dir, purge_step=first_step)
-    lines = "\n".join(f"    {key}: {value}" for key, value in _flat(run_config).items())
+    lines = "\n".join(f"    {key}: {value}" for key, value in _flat(shown).items())
     logger.experiment.add_text("config", lines, global_step=first_step)
     return logger
 
 
-def _wandb_logger(cfg: LoggerConfig, run_dir: Path, run_config: dict[str, Any]) -> Logger | None:
-    online = cfg.mode == "online"
-    if cfg.mode == "auto":
+def _gif(file: Path) -> tuple[bytes, int, int]:
+    """A video as an animated GIF of at most :data:`GIF_FRAMES` frames, its height and its width."""
+    try:
+        from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
+    except ImportError as error:
+        raise MissingLibraryError(
+            "a video in TensorBoard needs imageio-ffmpeg: pip install 'pwm-torchrl[video]'"
+        ) from error
+    frames, seconds = count_frames_and_secs(str(file))
+    rate = min(frames, GIF_FRAMES) / seconds
+    filters = f"fps={rate:.6f},split[a][b];[a]palettegen[p];[b][p]paletteuse"
+    command = [get_ffmpeg_exe(), "-v", "error", "-i", str(file), "-vf", filters, "-f", "gif", "-"]
+    content = subprocess.run(command, capture_output=True, check=True, timeout=FINISH_TIMEOUT).stdout
+    width, height = (int.from_bytes(content[at : at + 2], "little") for at in (6, 8))
+    return content, height, width
+
+
+# Weights & Biases -----------------------------------------------------------------------------------------------------
+
+
+def _wandb_logger(cfg: Config, run_dir: Path, shown: dict[str, Any]) -> Logger | None:
+    online = cfg.logger.mode == "online"
+    if cfg.logger.mode == "auto":
         reason = offline_reason()
         online = reason is None
         if reason is not None:
             _log.warning("W&B logs offline because %s; upload later with: wandb sync %s", reason, run_dir / SYNC)
     if online:
         try:
-            return _start_wandb(cfg, run_dir, run_config, "online")
+            return _start_wandb(cfg, run_dir, shown, "online")
         except Exception as error:  # noqa: BLE001 - W&B raises many kinds; the fallback is announced
             _log.warning(
                 "W&B could not start online (%s), so it logs offline; upload later with: wandb sync %s",
@@ -163,13 +330,13 @@ def _wandb_logger(cfg: LoggerConfig, run_dir: Path, run_config: dict[str, Any]) 
             # W&B's service still holds the run's id after a failed start; a new service does not.
             _teardown()
     try:
-        return _start_wandb(cfg, run_dir, run_config, "offline")
+        return _start_wandb(cfg, run_dir, shown, "offline")
     except Exception as error:  # noqa: BLE001 - see above
         _log.warning("W&B could not start (%s); metrics go to metrics.csv only", _first_line(error))
         return None
 
 
-def _start_wandb(cfg: LoggerConfig, run_dir: Path, run_config: dict[str, Any], mode: str) -> RunWandbLogger:
+def _start_wandb(cfg: Config, run_dir: Path, shown: dict[str, Any], mode: str) -> RunWandbLogger:
     import wandb
 
     wanted: dict[str, Any] = {
@@ -178,20 +345,23 @@ def _start_wandb(cfg: LoggerConfig, run_dir: Path, run_config: dict[str, Any], m
         "login_timeout": INIT_TIMEOUT,
         "console": "off",  # the job's own log.txt holds the output
         "silent": True,
-        "disable_git": True,
+        "disable_git": True,  # the commit is among the facts: a job runs a copy of the code, without .git
     }
-    # An older W&B lacks some of them; the run does without.
+    # Older versions of W&B lack some of these settings and run without them.
     known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
     # `mode` instead of TorchRL's `offline=True`, which sets WANDB_MODE for this process and all that it starts.
     logger = RunWandbLogger(
         exp_name=run_dir.name,
         save_dir=run_dir,
         id=_stable_id(run_dir),
-        project=cfg.project,
-        entity=cfg.entity,
-        group=cfg.group,
+        project=cfg.logger.project,
+        entity=cfg.logger.entity,
+        group=group_name(cfg) if cfg.logger.group is None else cfg.logger.group,
+        job_type=cfg.mode if cfg.logger.job_type is None else cfg.logger.job_type,
+        tags=cfg.logger.tags or None,
+        notes=cfg.logger.notes,
         mode=mode,
-        config=run_config,
+        config=shown,
         settings=wandb.Settings(**known),
         log_env_packages=False,
     )
@@ -251,13 +421,17 @@ def _netrc_has(host: str) -> bool:
 
 
 def _stable_id(run_dir: Path) -> str:
-    """The run's W&B id, kept in its directory so that a resumed run continues the same curve."""
+    """The run's W&B id, kept in its directory so that a resumed run continues the same curve.
+
+    An agent of a W&B sweep gives its run an id.
+    """
     file = run_dir / WANDB_ID_FILE
     if file.is_file():
         stored = file.read_text(encoding="utf-8").strip()
         if stored:
             return stored
-    new = secrets.token_hex(4)  # not from the seeded generators: two runs of one seed are two runs
+    given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    new = given or secrets.token_hex(4)  # not from the seeded generators: two runs of one seed are two runs
     file.write_text(new + "\n", encoding="utf-8")
     return new
 

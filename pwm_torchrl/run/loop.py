@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.checkpoint import Checkpoint
-from torchrl.record.loggers.common import Logger
 
 from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.pwm import PWM
@@ -32,6 +31,7 @@ from pwm_torchrl.run.debugging import GraphCheck, failpoint
 from pwm_torchrl.run.directory import write_event
 from pwm_torchrl.run.ending import named
 from pwm_torchrl.run.evaluation import Evaluation
+from pwm_torchrl.run.loggers import RunLoggers
 from pwm_torchrl.run.metrics import CsvMetrics
 from pwm_torchrl.run.sources import Source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest
@@ -56,7 +56,7 @@ class Recording:
         summary (RunSummary): ``summary.json``.
         csv (CsvMetrics): ``metrics.csv``.
         memory (RunMemory): watches the memory of the run's processes.
-        logger (Logger, optional): TensorBoard or W&B.
+        loggers (RunLoggers): TensorBoard and W&B, if they are wanted.
         progress (Progress): the terminal.
     """
 
@@ -68,7 +68,7 @@ class Recording:
     csv: CsvMetrics
     memory: RunMemory
     progress: Progress
-    logger: Logger | None = None
+    loggers: RunLoggers = field(default_factory=RunLoggers)
 
 
 class Loop:
@@ -219,9 +219,7 @@ class Loop:
             **numbers,
         }
         record.csv.write(numbers)
-        if record.logger is not None:
-            for name, value in numbers.items():
-                record.logger.log_scalar(name, value, step=self.log_step)
+        record.loggers.log_metrics(numbers, step=self.log_step)
         trained = numbers.get("train/return")
         shown = {
             # Evaluations are with the policy's mean, training with its noise: once there is one, that is the return.

@@ -31,14 +31,22 @@ SPLIT_SEED = 0
 SCRATCH_VARIABLES = ("SLURM_TMPDIR", "TMPDIR")
 
 
-def run_facts(cfg: Config) -> EnvInfo:
+def run_facts(cfg: Config, without_data: bool = False) -> EnvInfo:
     """Dimensions of what a run of any mode learns from: of its environment, or of its tasks as the registry knows them.
+
+    Args:
+        cfg (Config): the run.
+        without_data (bool): whether a pre-training that names its tasks needs no stored episodes: to plan it before
+            they are there. Defaults to ``False``.
 
     Raises:
         ConfigurationError: if environment or data are not there, disagree with the registry, or episodes are shorter
             than the horizon.
     """
     if cfg.mode == "pretrain":
+        if without_data and cfg.data.path is None and cfg.tasks is not None:
+            tasks = task_set(cfg.tasks)
+            return _widths(tasks, max(task.episode_length for task in tasks.tasks))
         return pretraining_facts(cfg, open_store(cfg))
     if cfg.mode == "extract":
         return extraction_facts(cfg)
@@ -142,12 +150,15 @@ def check_task(store: EpisodeStore, name: str) -> int:
 
 def pretraining_facts(cfg: Config, store: EpisodeStore) -> EnvInfo:
     """Widths of a pre-training's padded observations and actions."""
-    tasks = pretraining_tasks(cfg, store)
+    return _widths(pretraining_tasks(cfg, store), int(store.length.max()))
+
+
+def _widths(tasks: TaskSet, episode_length: int) -> EnvInfo:
     return EnvInfo(
         name=tasks.name,
         observation_dim=tasks.observation_dim,
         action_dim=tasks.action_dim,
-        episode_length=int(store.length.max()),
+        episode_length=episode_length,
         action_repeat=1,
         num_envs=0,
         terminates=False,

@@ -14,6 +14,7 @@ import torch
 
 from pwm_torchrl.config import Config
 from pwm_torchrl.run.artifacts import write_summary
+from pwm_torchrl.run.provenance import git_commit, versions
 
 #: What training adds to, by the keys of ``summary.json``.
 PROGRESS = (
@@ -44,6 +45,7 @@ class RunSummary:
     earlier_device_bytes: int = 0
     earlier_own_bytes: int = 0
     own_bytes: int = 0  # peak of this attempt
+    wandb_url: str | None = None  # of a run that logs online
     status: str = "running"
     started: float = field(default_factory=time.monotonic)
 
@@ -58,6 +60,8 @@ class RunSummary:
                 "env": cfg.env.get("name", cfg.env.get("_target_")),
                 "seed": cfg.seed,
                 "epochs_planned": cfg.training.epochs,
+                "git_commit": git_commit(),
+                "versions": versions(),
             },
         )
         file = run_dir / "summary.json"
@@ -65,6 +69,7 @@ class RunSummary:
             before = json.loads(file.read_text(encoding="utf-8"))
             summary.restarts = int(before.get("restarts", 0)) + 1
             summary.random_return = before.get("random_return")
+            summary.wandb_url = before.get("wandb_url")
             summary.earlier_host_bytes = int(before.get("peak_host_bytes", 0))
             summary.earlier_device_bytes = int(before.get("peak_device_bytes", 0))
             summary.earlier_own_bytes = int(before.get("peak_own_bytes", 0))
@@ -120,6 +125,8 @@ class RunSummary:
             "peak_device_bytes": max(self.earlier_device_bytes, peak_device_bytes()),
             "restarts": self.restarts,
             "resume_exact": self.resume_exact,
+            **({} if self.wandb_url is None else {"wandb_url": self.wandb_url}),
+            **{key: self.fixed[key] for key in ("git_commit", "versions", "hardware") if key in self.fixed},
         }
 
     def _validation(self) -> dict[str, float | None]:
@@ -148,6 +155,7 @@ class RunSummary:
             "started",
             "restarts",
             "random_return",
+            "wandb_url",
             "earlier_host_bytes",
             "earlier_device_bytes",
             "earlier_own_bytes",

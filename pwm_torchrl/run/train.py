@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchrl.checkpoint import Checkpoint
 from torchrl.data import Bounded
 
@@ -17,7 +17,7 @@ from pwm_torchrl.algorithm.build import Parts, build_parts, facts_of
 from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import Config
-from pwm_torchrl.devices import pick_device, set_threads
+from pwm_torchrl.devices import hardware_name, pick_device, set_threads
 from pwm_torchrl.distributed.ranks import Ranks, joined
 from pwm_torchrl.distributed.updates import SharedExecutor
 from pwm_torchrl.errors import ConfigurationError, StorageFault
@@ -34,10 +34,11 @@ from pwm_torchrl.run.drawing import write_curves
 from pwm_torchrl.run.ending import Closing, named, record_end
 from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.load import load_pretrained
-from pwm_torchrl.run.loggers import close_logger, make_logger
+from pwm_torchrl.run.loggers import make_loggers
 from pwm_torchrl.run.loop import Loop, Recording
 from pwm_torchrl.run.memory_plan import RunPlan
 from pwm_torchrl.run.metrics import CsvMetrics
+from pwm_torchrl.run.publish import log_artifacts
 from pwm_torchrl.run.replica import check_device, serve, start_replicas
 from pwm_torchrl.run.sources import StoredSource, open_source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest, stop_on_interrupt
@@ -177,6 +178,7 @@ class Run:
         self.stop = stop or StopRequest()
         set_threads(cfg.training.threads)
         self.device = pick_device(cfg.device)
+        summary.fixed["hardware"] = hardware_name(self.device, torch.get_num_threads())
         seed_everything(cfg.seed)
         opening = "opening the environments" if cfg.mode == "online" else "opening the stored episodes"
         with progress.phase(opening, forks=True):
@@ -301,8 +303,13 @@ class Run:
         except StopInEpoch:
             return "stopped"
         self.summary.write()
-        record.logger = make_logger(self.cfg.logger, self.run_dir, asdict(self.cfg), first_step=loop.env_steps)
-        self.closing.later("logger", partial(close_logger, record.logger))
+        facts = {key: self.summary.fixed[key] for key in ("git_commit", "versions", "hardware")}
+        record.loggers = make_loggers(self.cfg, self.run_dir, facts, first_step=loop.env_steps)
+        self.closing.later("loggers", self._close_loggers)
+        if record.loggers.wandb_url is not None:
+            self.summary.wandb_url = record.loggers.wandb_url
+            self.summary.write()
+            say(f"W&B: {self.summary.wandb_url}")
         try:
             with record.memory.watching():
                 loop.run()
@@ -319,6 +326,27 @@ class Run:
             say(f"no curves: {error}")
         if status == "finished":
             self.evaluation.finish()
+        self._publish(status)
+
+    def _publish(self, status: str) -> None:
+        """Give the loggers the end result; of a finished run its video and networks too."""
+        loggers, summary = self.loop.record.loggers, self.summary.as_dict()
+        if not len(loggers):
+            return
+        told = ("status", "peak_return", "final_return", "validation_loss", "best_validation_loss")
+        loggers.summarize({key: summary[key] for key in told if summary.get(key) is not None})
+        if status != "finished":
+            return
+        video = self.run_dir / "video.mp4"
+        if video.is_file():
+            loggers.log_video_file("video", video, self.loop.log_step)
+        if self.cfg.logger.artifacts and loggers.wandb is not None:
+            with self.progress.phase("giving W&B the networks"):
+                log_artifacts(loggers, self.run_dir, summary)
+
+    def _close_loggers(self) -> None:
+        failed = self.summary.status not in ("finished", "stopped")
+        self.loop.record.loggers.close(failed)
 
     def _micro_batch_halved(self, update: str, refused: int, size: int, message: str) -> None:
         write_event(self.run_dir, "micro_batch", update=update, refused=refused, size=size, error=message)

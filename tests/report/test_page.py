@@ -1,4 +1,4 @@
-"""The page: whole, and loading nothing."""
+"""The page: whole, loading nothing, with links to runs and rows that sort."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Tree(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
-        if self.open and self.open[-1] in ("td", "th"):
+        if self.open and (self.open[-1] in ("td", "th") or "th" in self.open):
             self.cells[-1] = (self.cells[-1][0], data)
 
 
@@ -54,7 +54,8 @@ def test_the_page_is_whole_and_loads_nothing():
     page = render("A & B", "now", [Section("One", "text", table, {'a"b': b"\x89PNG"}, ["note <1>"]), Section("Two")])
     tree = parse(page)
     assert tree.sources == ["data:image/png;base64,iVBORw=="]
-    assert "<script" not in page
+    assert page.count("<script") == 1  # which sorts
+    assert "alert(1)</script>" not in page
     assert "url(" not in page
     assert "@import" not in page
     assert {"A & B", "note <1>", "Two"} <= set(tree.text)
@@ -65,7 +66,17 @@ def test_long_text_has_a_row_of_its_own():
     table = Table(["run", "seed", "error"], [["a", "0", "boom <x>"], ["b", "1", ""]], frozenset({"error"}))
     page = render("t", "s", [Section("One", table=table)])
     assert [cell for _, cell in parse(page).cells] == ["run", "seed", "a", "0", "error: boom <x>", "b", "1"]
-    assert '<tr><td class="long" colspan="2">error: boom &lt;x&gt;</td></tr>' in page
+    assert '<tr><td class="long" colspan="2">error: boom &lt;x&gt;</td></tr>\n</tbody>' in page  # moves with its row
+
+
+def test_links_and_the_numbers_that_rows_are_sorted_by():
+    links = {"files": [[("video", "a%20b/video.mp4"), ("W&B", "https://wandb.ai/x?a=1&b=2")], []]}
+    table = Table(["run", "time"], [["a", "1 min 00 s"], ["b", "-"]], links=links, keys={"time": [60.0, None]})
+    page = render("t", "s", [Section("One", table=table)])
+    assert parse(page).sources == ["a%20b/video.mp4", "https://wandb.ai/x?a=1&b=2"]
+    assert 'data-key="60.0">1 min 00 s<' in page
+    assert 'data-key="">-<' in page
+    assert [cell for _, cell in parse(page).cells][:3] == ["run", "time", "files"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from report_cases import report
 
 from pwm_torchrl.report.grouping import group_runs
 from pwm_torchrl.report.run_tables import frame_of, group_table, memory_table, run_table
+from pwm_torchrl.report.scores import held_out_table
 from pwm_torchrl.report.tables import (
     Table,
     bytes_text,
@@ -84,6 +86,39 @@ def test_one_row_per_run():
          "-", "pendulum_flow_v2_3", "boom"]
     ]  # fmt: skip
     assert "boom" not in table.text()
+
+
+def test_links_to_what_a_run_has(tmp_path):
+    run = report(name="a b")
+    run.path = tmp_path / "runs" / "a b"
+    run.path.mkdir(parents=True)
+    for name in ("config.yaml", "video.mp4"):
+        (run.path / name).touch()
+    run.wandb_url = "https://wandb.ai/1"
+    assert run_table([run], tmp_path / "page").links["files"] == [[
+        ("directory", "../runs/a%20b/"), ("configuration", "../runs/a%20b/config.yaml"),
+        ("video", "../runs/a%20b/video.mp4"), ("W&B", "https://wandb.ai/1"),
+    ]]  # fmt: skip
+    assert run_table([run]).links == {}
+
+
+def test_held_out_errors_by_task():
+    """At the epoch of the lowest validation loss, whose weights are kept; means over seeds."""
+
+    def pretrained(seed, latent):
+        made = report(f"seed={seed}", "model=mlp")
+        made.metrics = {
+            "epoch": [1.0, 2.0, 3.0, 4.0], "validation/loss": [2.0, math.nan, 0.5, 1.0],
+            "validation/latent_mse": [9.0, math.nan, latent, 9.0], "validation/reward_nmse": [9.0, math.nan, 0.25, 9.0],
+            "validation/latent_mse/walker-walk": [9.0, math.nan, 2 * latent, 9.0],
+        }  # fmt: skip
+        return made
+
+    table = held_out_table([pretrained(0, 1.0), pretrained(1, 3.0), report()])
+    assert table is not None
+    assert table.head == ["task", "mlp tiny: latent MSE", "mlp tiny: reward NMSE"]
+    assert table.rows == [["mean", "2 ± 1", "0.25 ± 0"], ["walker-walk", "4 ± 2", "-"]]
+    assert held_out_table([report()]) is None
 
 
 def test_one_row_per_group():

@@ -1,0 +1,10 @@
+"""Runs on the Hugging Face hub: python launch/hub.py push RUN org/name."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there under python -P
+from _start import start
+
+if __name__ == "__main__":
+    sys.exit(start("hub"))

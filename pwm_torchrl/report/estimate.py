@@ -1,0 +1,188 @@
+"""What a run will cost before it starts: its parameters, and its hours from earlier runs or from its operations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from pwm_torchrl.algorithm.build import EnvFacts, build_networks
+from pwm_torchrl.config import UPDATES, Config, trained_networks
+from pwm_torchrl.devices import available_cpus, hardware_name
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.report.collect import find_runs
+from pwm_torchrl.run.directory import load_config, read_summary
+from pwm_torchrl.run.metrics import read_metrics
+
+__all__ = ["Duration", "cost_lines", "earlier_duration", "operations", "parameter_counts", "predicted_duration"]
+
+_LABELS = {"model": "world model", "actor": "actor", "critic": "critics"}
+#: Keys on which an epoch's time depends; those that end in a dot stand for their whole section.
+_TIMED = (
+    "mode", "model.dynamics.", "size.", "algorithm.horizon", "algorithm.collect_steps", "algorithm.actor_batch",
+    "algorithm.actor_updates", "algorithm.model_batch", "algorithm.model_updates", "algorithm.critic_passes",
+    "algorithm.critic_minibatches", "algorithm.compile",
+)  # fmt: skip
+_NEWEST = 200  # run directories that are looked at, at most
+_EPOCHS = 5  # of an earlier run whose time says something, at least
+_MEASURED_S = 0.2  # seconds for measuring the rate of this machine
+_AT_ONCE = 4  # matrix products in a measurement
+_FORWARD, _TRAINED = 2, 6  # operations per parameter and row, without and with a backward pass
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a run will take.
+
+    Attributes:
+        hours: the estimate.
+        source: where it is from.
+        lower_bound: whether it counts arithmetic alone, without environments and the overhead of small operations.
+    """
+
+    hours: float
+    source: str
+    lower_bound: bool = False
+
+
+def cost_lines(cfg: Config, facts: EnvFacts, hardware: str, device: torch.device | None) -> list[str]:
+    """Parameters and hours in words.
+
+    Args:
+        cfg: the run.
+        facts: of its environment or its tasks.
+        hardware: name of what it will run on, as in ``summary.json``.
+        device: the same if it is of this machine, whose rate can be measured; else ``None``.
+    """
+    counts = parameter_counts(cfg, facts)
+    words = ", ".join(f"{_LABELS[name]} {count:,}" for name, count in counts.items())
+    lines = [f"parameters: {sum(counts.values()):,} ({words})"]
+    found = earlier_duration(cfg, hardware)
+    if found is None and device is not None:
+        found = predicted_duration(cfg, facts, device)
+    if found is None:
+        return [*lines, f"hours: unknown, there is no earlier run of this size on {hardware} in {cfg.runs_dir}"]
+    return [*lines, f"hours: {'at least ' if found.lower_bound else ''}{_hours(found.hours)}, {found.source}"]
+
+
+def parameter_counts(cfg: Config, facts: EnvFacts) -> dict[str, int]:
+    """Parameters of each network of a run, trained or not; nothing is allocated."""
+    with torch.device("meta"):
+        networks = build_networks(cfg, facts, "meta")
+    return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+
+
+def earlier_duration(cfg: Config, hardware: str) -> Duration | None:
+    """Hours from earlier runs in ``runs_dir`` with equal networks and updates on equal hardware; ``None`` without any.
+
+    Runs of the same environment count if there are some, else those of all environments.
+    """
+    try:
+        paths = find_runs([Path(cfg.runs_dir).expanduser()])
+    except ConfigurationError:  # no such folder, or no run in it
+        return None
+    newest = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[:_NEWEST]
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    wanted = _timed(cfg)
+    for run in newest:
+        if read_summary(run).get("hardware") != hardware:
+            continue
+        try:
+            other = load_config(run)
+            times = [t for t in read_metrics(run / "metrics.csv").get("time/epoch_s", [])[1:] if t == t]
+        except (ConfigurationError, OSError, ValueError):  # damaged: the report says so, here it just does not count
+            continue
+        if len(times) >= _EPOCHS and _timed(other) == wanted:
+            seconds[other.env.get("name") == cfg.env.get("name")].append(fmean(times))
+    alike = seconds[True] or seconds[False]
+    if not alike:
+        return None
+    where = "" if seconds[True] else " of other environments"
+    source = (
+        f"as {len(alike)} earlier run{'s' if len(alike) > 1 else ''}{where} of this size took per epoch on {hardware}"
+    )
+    return Duration(cfg.training.epochs * fmean(alike) / 3600, source)
+
+
+def predicted_duration(cfg: Config, facts: EnvFacts, device: torch.device) -> Duration:
+    """Hours from the operations of the updates and the rate that matrix products reach here: a lower bound."""
+    count, rate = operations(cfg, facts), measured_rate(cfg, device)
+    source = f"{count:.2g} operations per epoch at the {rate / 1e9:.2g} GFLOP/s measured here, there is no earlier run"
+    return Duration(cfg.training.epochs * count / rate / 3600, source, lower_bound=True)
+
+
+def operations(cfg: Config, facts: EnvFacts) -> float:
+    """Floating-point operations of an epoch's updates.
+
+    A linear layer takes two operations per parameter and row forward, and twice that backward.
+    """
+    with torch.device("meta"):
+        networks = build_networks(cfg, facts, "meta")
+    a, trained = cfg.algorithm, trained_networks(cfg)
+
+    def size(*modules: Any) -> int:
+        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+
+    model = networks.model
+    step = size(model.dynamics) * model.dynamics.evaluations + size(model.reward)
+    total = 0.0
+    for name in trained:
+        rows = UPDATES[name].batch(a) * UPDATES[name].per_epoch(a)
+        if name == "model":  # slices: an encoded target and a transition at every step
+            total += rows * a.horizon * (_TRAINED * step + _FORWARD * size(model.encoder))
+        elif name == "actor":  # rollouts: an action and a transition at every step
+            total += rows * a.horizon * _TRAINED * (step + size(networks.actor))
+        else:
+            total += rows * _TRAINED * size(networks.critic)
+    return total
+
+
+def measured_rate(cfg: Config, device: torch.device) -> float:
+    """Operations per second of matrix products as large as those of the dynamics' hidden layers on ``device``.
+
+    The fastest of several measurements counts, since other processes may be busy.
+    """
+    rows, width = cfg.algorithm.model_batch, max([*cfg.size.units, 1])
+    x, weight = torch.ones(rows, width, device=device), torch.ones(width, width, device=device)
+    _ = x @ weight
+    fastest, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < _MEASURED_S:
+        before = time.perf_counter()
+        for _ in range(_AT_ONCE):
+            x @ weight
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - before)
+    return _AT_ONCE * 2.0 * rows * width * width / fastest
+
+
+def hardware_of(cfg: Config, device: torch.device | None) -> str:
+    """Name of the hardware of a run: this machine's, or the GPU that its cluster profile names."""
+    if device is not None:
+        return hardware_name(device, cfg.training.threads or available_cpus())
+    return str(cfg.cluster.gpu or cfg.cluster.name)
+
+
+def _timed(cfg: Config) -> dict[str, Any]:
+    found = dict(_leaves({key: getattr(cfg, key) for key in ("mode", "model", "size", "algorithm")}))
+    keys = (key for key in found if any(key == each or (each[-1] == "." and key.startswith(each)) for each in _TIMED))
+    timed = {key: found[key] for key in keys if key not in ("size.name", "model.name")}
+    return {**timed, "env.num_envs": cfg.env.get("num_envs")}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items: Iterable[tuple[str, Any]] = tree.items() if isinstance(tree, dict) else vars(tree).items()
+    for key, value in items:
+        if hasattr(value, "__dataclass_fields__"):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
