@@ -28,19 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = Path(line.options[JSON]) if JSON in line.options else None
     config = compose(line.settings, without_data=True)
     from pwm_torchrl.devices import pick_device
-    from pwm_torchrl.memory.plan import budgets, make_plan, plan_table, profile_budgets
-    from pwm_torchrl.report.estimate import cost_lines, hardware_of
+    from pwm_torchrl.memory import plan as memory_plan
+    from pwm_torchrl.report import estimate
     from pwm_torchrl.run.stored_episodes import run_facts
 
     facts, device = run_facts(config, without_data=True), None
     if config.cluster.kind == "slurm":
-        limits = profile_budgets(config)
+        limits = memory_plan.profile_budgets(config)
     else:
         device = pick_device(config.device)
-        limits = budgets(config, str(device) if device.type == "cuda" else None)
-    plan = make_plan(config, facts, limits, elsewhere=config.cluster.kind == "slurm")
-    console.say(plan_table(plan, console.width()))
-    console.say("\n" + "\n".join(cost_lines(config, facts, hardware_of(config, device), device)))
+        limits = memory_plan.budgets(config, str(device) if device.type == "cuda" else None)
+    plan = memory_plan.make_plan(config, facts, limits, elsewhere=config.cluster.kind == "slurm")
+    console.say(memory_plan.plan_table(plan, console.width()))
+    console.say("\n" + "\n".join(estimate.cost_lines(config, facts, estimate.hardware_of(config, device), device)))
     for shortage in plan.shortages():
         console.say(f"{coloured('warning', err=True)}: memory=fixed will not fit: {shortage}", err=True)
     if file is not None:

@@ -134,7 +134,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     """
     from pwm_torchrl.devices import pick_device
     from pwm_torchrl.memory.plan import budgets, make_plan, plan_table
-    from pwm_torchrl.report.estimate import cost_lines, hardware_of
+    from pwm_torchrl.report import estimate
     from pwm_torchrl.run.stored_episodes import run_facts
 
     device: torch.device | None = None
@@ -156,7 +156,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     console.say(f"\n# length{several}")
     for line in textwrap.wrap(length_in_words(first), width - 2):
         console.say("  " + line)
-    for line in cost_lines(first, facts, hardware_of(first, device), device):
+    for line in estimate.cost_lines(first, facts, estimate.hardware_of(first, device), device):
         console.say("\n".join(textwrap.wrap(line, width - 2, initial_indent="  ", subsequent_indent="    ")))
     shown: list[str] = []
     for run, plan in zip(runs, plans, strict=False):

@@ -67,7 +67,8 @@ def cost_lines(cfg: Config, facts: EnvFacts, hardware: str, device: torch.device
         found = predicted_duration(cfg, facts, device)
     if found is None:
         return [*lines, f"hours: unknown, there is no earlier run of this size on {hardware} in {cfg.runs_dir}"]
-    return [*lines, f"hours: {'at least ' if found.lower_bound else ''}{_hours(found.hours)}, {found.source}"]
+    hours = f"at least {_hours(found.hours)} of arithmetic" if found.lower_bound else _hours(found.hours)
+    return [*lines, f"hours: {hours}, {found.source}"]
 
 
 def parameter_counts(cfg: Config, facts: EnvFacts) -> dict[str, int]:
@@ -185,4 +186,6 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+    if hours >= 1:
+        return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h"
+    return f"{60 * hours:.0f} min" if 60 * hours >= 1 else f"{3600 * hours:.0f} s"

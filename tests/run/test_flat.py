@@ -17,6 +17,7 @@ from training_cases import Bench, config, rows_of, run_with
 from pwm_torchrl.errors import GraphLeak
 from pwm_torchrl.run.debugging import GraphCheck, live_nodes, live_tensors
 from pwm_torchrl.run.directory import differing_keys
+from pwm_torchrl.run.loggers import RunLoggers
 
 
 def graph() -> Tensor:
@@ -239,7 +240,7 @@ class TestNothingThatOutlivesAStepOwnsAGraph:
                 return "Recorder()"
 
         def attach(run):
-            run.loop.record.logger = Recorder()
+            run.loop.record.loggers = RunLoggers([Recorder()])
 
         run_with(monkeypatch, config(), tmp_path, after_epoch=attach)
         assert set(rows_of(tmp_path)[-1]) <= seen.keys()

@@ -39,7 +39,9 @@ SUMMARY_KEYS = {
     "model", "size", "env", "seed", "epochs_done", "epochs_planned", "env_steps", "peak_return", "final_return",
     "random_return", "status", "wall_clock_s", "peak_host_bytes", "peak_device_bytes", "restarts",
 }  # fmt: skip
-EXTRA_KEYS = {"agent_steps", "final_return_std", "resume_exact", "peak_own_bytes"}
+EXTRA_KEYS = {
+    "agent_steps", "final_return_std", "resume_exact", "peak_own_bytes", "git_commit", "versions", "hardware",
+}  # fmt: skip
 COLUMNS = {
     "epoch", "agent_steps", "env_steps", "wall_clock_s", "train/return", "eval/return_mean", "eval/return_std",
     "loss/model", "loss/actor", "loss/critic", "grad_norm/model", "grad_norm/actor", "grad_norm/critic",
