@@ -1,6 +1,6 @@
-"""Memory of a run: what it will need, what it may have, and what it holds while it trains.
+"""Memory of a run: the prediction of what it needs, the budget that it has, and the use measured while it trains.
 
-May import modules, objectives and algorithm, which ``trace``, ``predict`` and ``plan`` do. ``readings``,
-``cgroups``, ``budget`` and ``watch`` import the schema alone, and torch only where GPU memory is asked for; ``storage``
-needs no torch.
+May import modules, objectives and algorithm; ``trace``, ``predict`` and ``plan`` do. ``readings``, ``cgroups``,
+``budget`` and ``watch`` import only the configuration schema, and torch only to query a GPU; ``storage`` needs no
+torch.
 """

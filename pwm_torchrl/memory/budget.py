@@ -1,8 +1,8 @@
-"""How much memory a run may have, and who says so.
+"""The run's memory budget and where it comes from.
 
-A budget is the memory of all processes of the run together, what this process holds already included, and counts what
-the kernel cannot take back (anonymous and shared memory). Several things bound it; the smallest binds, and all are kept
-so that a plan can show them.
+A budget covers all processes of the run together, including what this process already holds. It counts memory that the
+kernel cannot reclaim (anonymous and shared). Several limits apply at once; the smallest one is the budget, and all are
+kept so that a plan can show them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One bound: bytes, and in words where it comes from."""
+    """One limit, in bytes, with a description of its source."""
 
     bytes: int
     source: str
@@ -40,53 +40,54 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Budget:
-    """The tightest of several bounds.
+    """The smallest of several limits.
 
     Args:
-        candidates (tuple of Candidate): all bounds, at least one.
+        candidates (tuple of Candidate): all limits, at least one.
 
     Raises:
-        ValueError: without a bound.
+        ValueError: if there are no limits.
     """
 
     candidates: tuple[Candidate, ...]
 
     def __post_init__(self) -> None:
         if not self.candidates:
-            raise ValueError("a budget needs at least one bound")
+            raise ValueError("candidates=() is empty; a budget needs at least one limit")
 
     @property
     def binding(self) -> Candidate:
-        """The smallest bound, the first of equals."""
+        """The smallest limit; the first one if several are equal."""
         return min(self.candidates, key=lambda candidate: candidate.bytes)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the smallest bound, not negative."""
+        """The smallest limit in bytes; 0 if it is negative."""
         return max(self.binding.bytes, 0)
 
     @property
     def source(self) -> str:
-        """Where the smallest bound comes from."""
+        """Source of the smallest limit."""
         return self.binding.source
 
 
 def host_budget(*, environ: Mapping[str, str] | None = None, root: Path = _ROOT) -> Budget:
-    """RAM that this run may have here.
+    """RAM that this run can use on this machine.
 
-    The bounds: the limit of each cgroup this process is in, less what others hold in it; SLURM's variables; a finite
-    ``ulimit -v``; free RAM, which is MemAvailable and what this run holds already. Where free RAM is not told (macOS),
-    it is all RAM of the machine.
+    The limits are: each cgroup of this process, minus what other processes in it hold; SLURM's variables; a finite
+    ``ulimit -v``; and free RAM, which is MemAvailable plus what this run already holds. On systems that do not report
+    free RAM (macOS), the total RAM is used.
 
-    ``ulimit -v`` bounds addresses, of which code, libraries and reservations take more than they use; the bound is what
-    is left of them, and what the run holds already. It holds for each process, and is applied to the run.
+    ``ulimit -v`` limits the address space, of which code, libraries and reservations take more than they use. The limit
+    used here is the remaining address space plus what the run already holds. The kernel applies it to each process;
+    here it is applied to the whole run.
 
     Args:
-        environ (Mapping, optional): where SLURM's variables are looked up. Defaults to ``None``, ``os.environ``.
-        root (Path, optional): where /proc and cgroups are found. Defaults to ``/``.
+        environ (Mapping, optional): environment variables. Defaults to ``None``, meaning ``os.environ``.
+        root (Path, optional): root directory of /proc and the cgroup mounts. Defaults to ``/``.
 
     Raises:
-        ValueError: for a variable of SLURM that is not a number.
+        ValueError: if a SLURM variable is not a number.
     """
     tree = read_tree(root=root)
     own = 0 if tree is None else tree.own
@@ -100,28 +101,28 @@ def host_budget(*, environ: Mapping[str, str] | None = None, root: Path = _ROOT)
         candidates.append(Candidate(own + machine.available, f"free RAM of this machine ({_of(machine.total)})"))
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        candidates.append(Candidate(total, "all RAM of this machine, which does not tell how much is free"))
+        candidates.append(Candidate(total, "total RAM of this machine, which does not report how much is free"))
     return Budget(tuple(candidates))
 
 
 def device_budget(gpu: str | None = None, *, device: int | str | None = None) -> Budget | None:
-    """GPU memory that this run may have.
+    """GPU memory that this run can use.
 
     Args:
-        gpu (str, optional): a type of GPU, as in :func:`~pwm_torchrl.memory.readings.gpu_bytes`, for a plan made
-            elsewhere. Defaults to ``None``, the device of this machine, which initializes CUDA in this process.
-        device (int or str, optional): the device. Defaults to ``None``, the current one.
+        gpu (str, optional): a GPU type, see :func:`~pwm_torchrl.memory.readings.gpu_bytes`, for a plan for another
+            machine. Defaults to ``None``, meaning this machine's device; this initializes CUDA in this process.
+        device (int or str, optional): the device. Defaults to ``None``, meaning the current one.
 
     Returns:
-        Budget | None: ``None`` without a type and without a usable device. Of a device that is here: what is free, and
-        what this process's allocator holds already.
+        Budget | None: for a local device, its free memory plus what this process's allocator already holds; ``None``
+        if no type is given and no device is usable.
 
     Raises:
-        ValueError: for a type that is not known.
+        ValueError: for an unknown type.
     """
     if gpu is not None:
         total = format_bytes(gpu_bytes(gpu))
-        source = f"a {gpu} has {total}, less the driver's and a CUDA context's share; not asked of the device"
+        source = f"{total} of a {gpu}, minus an estimate for the driver and a CUDA context; the device was not queried"
         return Budget((Candidate(usable_gpu_bytes(gpu), source),))
     import torch
 
@@ -139,19 +140,19 @@ def _cgroup_bounds(own: int, root: Path) -> Iterator[Candidate]:
             continue
         source = f"limit of cgroup {group.name} ({group.limit_file})"
         others = max((group.held or 0) - own, 0)
-        # Less than this is noise: pages that are charged to the group and mapped by nobody.
+        # A smaller amount is noise: pages that are charged to the group but not mapped by any process.
         if others >= 16 * MIB:
-            source += f", {format_bytes(group.limit)}, less {format_bytes(others)} that others in it hold"
+            source += f", {format_bytes(group.limit)}, minus {format_bytes(others)} held by other processes in it"
         else:
             others = 0
         yield Candidate(group.limit - others, source)
 
 
 def _slurm_bounds(environ: Mapping[str, str]) -> Iterator[Candidate]:
-    """SLURM gives MiB: per node, or per CPU or GPU of the job on this node.
+    """Limits from SLURM's variables, which are in MiB per node, or per CPU or GPU of the job on this node.
 
-    Zero asks for all memory of the node, and a request per CPU or GPU whose number is not told is a default of srun
-    outside of a job: neither bounds anything here.
+    Zero requests all memory of the node. A request per CPU or GPU without their number is srun's default outside of a
+    job. Neither is a limit.
     """
     node = _slurm(environ, "SLURM_MEM_PER_NODE")
     if node:
@@ -163,7 +164,7 @@ def _slurm_bounds(environ: Mapping[str, str]) -> Iterator[Candidate]:
 
 
 def _slurm(environ: Mapping[str, str], name: str) -> int:
-    """Bytes of a variable in MiB, or with a unit of its own; 0 if it is not set."""
+    """Value of a variable in bytes, 0 if it is not set. A number without a unit is in MiB."""
     text = environ.get(name, "").strip()
     if not text:
         return 0
@@ -185,9 +186,9 @@ def _address_space_bound(tree: TreeMemory | None) -> Iterator[Candidate]:
     if limit == resource.RLIM_INFINITY:
         return
     taken = 0 if tree is None else tree.main.virtual - tree.main.own
-    source = f"ulimit -v, {format_bytes(limit)} of addresses, less {format_bytes(taken)} that hold no such memory"
+    source = f"ulimit -v, {format_bytes(limit)} of addresses, minus {format_bytes(taken)} used for other mappings"
     yield Candidate(limit - taken, source)
 
 
 def _of(total: int) -> str:
-    return f"{format_bytes(total)} in all"
+    return f"{format_bytes(total)} in total"

@@ -1,10 +1,11 @@
-"""Memory limits and usage of the control groups (cgroups) that this process is in.
+"""Memory limits and usage of this process's control groups (cgroups).
 
-SLURM, containers and systemd limit memory by cgroups, and the kernel kills in the group that reaches its limit. The
-memory controller is in a hierarchy of version 1 or 2; with both mounted (hybrid), it is in exactly one of them.
+SLURM, containers and systemd limit memory with cgroups, and the kernel kills a process of the group that reaches its
+limit. The memory controller belongs to a hierarchy of version 1 or 2; if both are mounted (hybrid), it belongs to
+exactly one of them.
 
-What fills a group is not all alike. Clean page cache is given up when the group needs room, so that a group at its
-limit is often in perfect health; anonymous memory, shared memory and pages still to be written are not.
+The kernel drops clean page cache when a group needs memory, so a group at its limit can be healthy. It cannot drop
+anonymous memory, shared memory or pages that are not yet written to disk.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ __all__ = ["CgroupMemory", "memory_cgroups", "tightest"]
 
 _ROOT = Path("/")
 
-# Version 1 writes "no limit" as the largest count of pages, a number that depends on the page size.
+# Version 1 reports "no limit" as the largest number of pages, in bytes; the value depends on the page size.
 _UNLIMITED = 2**62
 
 
 @dataclass(frozen=True)
 class CgroupMemory:
-    """Memory of one group and of the groups below it, in bytes.
+    """Memory of a group and its descendants, in bytes.
 
     Attributes:
-        name: the group's path below the mount, "/" for the outermost that can be seen.
+        name: the group's path below the mount, "/" for the outermost visible group.
         path: the group's directory.
         version: 1 or 2.
-        limit: the tighter of the group's limits, ``None`` without one.
-        limit_file: the file that sets it: ``memory.max`` or ``memory.high``, ``memory.limit_in_bytes``, or
-            ``memory.stat`` for a limit above the groups that can be seen.
-        usage: all memory charged to the group, page cache included.
-        anon: anonymous memory. This and what follows is ``None`` where the kernel does not split the usage.
+        limit: the smallest of the group's limits, ``None`` if it has none.
+        limit_file: the file that contains this limit: ``memory.max``, ``memory.high``, ``memory.limit_in_bytes``, or
+            ``memory.stat`` for a limit above the visible groups.
+        usage: all memory charged to the group, including page cache.
+        anon: anonymous memory. This and the following are ``None`` if the kernel does not report them.
         shmem: shared memory and files on tmpfs.
-        file: page cache, ``shmem`` included.
-        dirty: pages changed and not yet on their way to the disk.
-        writeback: pages on their way to the disk.
+        file: page cache, including ``shmem``.
+        dirty: modified pages that are not yet being written.
+        writeback: pages that are being written to disk.
     """
 
     name: str
@@ -55,23 +56,23 @@ class CgroupMemory:
 
     @property
     def held(self) -> int | None:
-        """Anonymous and shared memory: only who holds it gives it back."""
+        """Anonymous and shared memory, which only its owner can free."""
         return None if self.anon is None else self.anon + (self.shmem or 0)
 
     @property
     def unwritten(self) -> int | None:
-        """Pages that can be reclaimed once they are on the disk: dirty and under writeback."""
+        """Dirty pages and pages under writeback, which can be reclaimed once they are on disk."""
         return None if self.anon is None else (self.dirty or 0) + (self.writeback or 0)
 
     @property
     def unreclaimable(self) -> int | None:
-        """What the kernel cannot take back now: anonymous + shared + dirty + under writeback."""
+        """Memory that the kernel cannot reclaim now: anonymous + shared + dirty + under writeback."""
         return None if self.held is None else self.held + (self.unwritten or 0)
 
 
 @dataclass(frozen=True)
 class _Version:
-    """Names of files, and of lines in ``memory.stat``, in one version of cgroups."""
+    """File names and ``memory.stat`` line names of one cgroup version."""
 
     number: int
     usage: str
@@ -83,7 +84,7 @@ class _Version:
     writeback: str
 
 
-# Version 1 counts the groups below in the lines that start with "total_"; version 2 does so in all.
+# In version 1, the lines that start with "total_" include descendants; in version 2, all lines do.
 _V1 = _Version(
     number=1,
     usage="memory.usage_in_bytes",
@@ -107,13 +108,13 @@ _V2 = _Version(
 
 
 def memory_cgroups(root: Path = _ROOT) -> tuple[CgroupMemory, ...]:
-    """The groups of this process that count memory, from the innermost to the outermost that can be seen.
+    """This process's groups that account for memory, from the innermost to the outermost visible one.
 
     Args:
-        root (Path, optional): where /proc and the mounts are found. Defaults to ``/``.
+        root (Path, optional): root directory of /proc and the cgroup mounts. Defaults to ``/``.
 
     Returns:
-        tuple of CgroupMemory: empty where there are none (macOS, or no memory controller).
+        tuple of CgroupMemory: empty on systems without cgroups or without a memory controller.
     """
     try:
         membership = (root / "proc/self/cgroup").read_text(encoding="utf-8")
@@ -124,25 +125,25 @@ def memory_cgroups(root: Path = _ROOT) -> tuple[CgroupMemory, ...]:
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         paths.update(dict.fromkeys(controllers.split(","), path))
-    # Version 2 has one hierarchy, which names no controllers.
+    # Version 2 has a single hierarchy, listed without controller names.
     for version, controller in ((_V1, "memory"), (_V2, "")):
         if controller in paths:
             for mount, mounted in _mounts(mounts, version.number):
-                place = _place(root / mount.lstrip("/"), mounted, paths[controller])
-                groups = _read_up(*place, version)
+                outermost, own = _directories(root / mount.lstrip("/"), mounted, paths[controller])
+                groups = _read_up(outermost, own, version)
                 if groups:
                     return groups
     return ()
 
 
 def tightest(groups: Iterable[CgroupMemory]) -> CgroupMemory | None:
-    """The group with the smallest limit, the innermost of equals; ``None`` if none has one."""
+    """The group with the smallest limit, the innermost one if several are equal; ``None`` if no group has a limit."""
     limited = [(group.limit, group) for group in groups if group.limit is not None]
     return min(limited, key=lambda pair: pair[0])[1] if limited else None
 
 
 def _mounts(mountinfo: str, version: int) -> list[tuple[str, str]]:
-    """Where the hierarchy of the memory controller is mounted: mount points, and the group that each one shows."""
+    """Mount points of the memory controller's hierarchy, each with the group that it shows."""
     found = []
     for line in mountinfo.splitlines():
         # 35 31 0:32 /shown /mount/point options ... - type source options
@@ -155,14 +156,14 @@ def _mounts(mountinfo: str, version: int) -> list[tuple[str, str]]:
 
 
 def _unescape(path: str) -> str:
-    r"""A path of mountinfo, which writes spaces and the like in octal: ``\040``."""
+    r"""Decode a path of mountinfo, which escapes spaces and other characters in octal: ``\040``."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
-def _place(mount: Path, shown: str, path: str) -> tuple[Path, Path]:
-    """The outermost visible directory and the process's own.
+def _directories(mount: Path, shown: str, path: str) -> tuple[Path, Path]:
+    """Directories of the outermost visible group and of the process's group.
 
-    In a container, /proc may tell a path outside of what is mounted; what is mounted is the process's group then.
+    In a container, /proc may report a path outside of the mount; the mount itself is the process's group then.
     """
     inside = Path(path).is_relative_to(shown) and ".." not in Path(path).parts
     own = mount / Path(path).relative_to(shown) if inside else mount
@@ -170,14 +171,14 @@ def _place(mount: Path, shown: str, path: str) -> tuple[Path, Path]:
 
 
 def _read_up(mount: Path, own: Path, version: _Version) -> tuple[CgroupMemory, ...]:
-    """Readings from a directory up to the mount point."""
+    """Read all groups from a directory up to the mount point."""
     groups = []
     for directory in (own, *own.parents):
-        # The root of version 2 counts nothing, nor does a group to which its parent does not delegate memory.
+        # These groups have no usage file: the root of version 2, and groups without the memory controller.
         if (directory / version.usage).exists():
             groups.append(_read(directory, mount, version))
         above = directory.parent / "memory.use_hierarchy"
-        # With 0, in version 1, the groups above neither count nor limit this one.
+        # With 0, in version 1, the ancestors neither account for nor limit this group.
         if directory == mount or (above.exists() and above.read_text(encoding="utf-8").strip() == "0"):
             break
     return tuple(groups)
@@ -187,14 +188,14 @@ def _read(directory: Path, mount: Path, version: _Version) -> CgroupMemory:
     stat = _stat(directory / "memory.stat")
     limits = {name: _limit((directory / name).read_text(encoding="utf-8")) for name in version.limits}
     if directory == mount:
-        # In a container the groups above are out of sight, but version 1 tells the tightest of their limits.
+        # In a container the ancestors are not visible, but version 1 reports the smallest of their limits.
         limits["memory.stat"] = _limit(str(stat.get("hierarchical_memory_limit", "max")))
     set_ones = {name: limit for name, limit in limits.items() if limit is not None}
     limit_file = min(set_ones, key=lambda name: set_ones[name], default=None)
     split = {}
     if version.anon in stat:
         lines = {"shmem": version.shmem, "file": version.file, "dirty": version.dirty, "writeback": version.writeback}
-        # Kernels that lack a line do not count that kind apart from the others.
+        # A kernel without one of these lines does not count that kind separately.
         split = {"anon": stat[version.anon], **{kind: stat.get(line, 0) for kind, line in lines.items()}}
     return CgroupMemory(
         name="/" + "/".join(directory.relative_to(mount).parts),
@@ -208,13 +209,13 @@ def _read(directory: Path, mount: Path, version: _Version) -> CgroupMemory:
 
 
 def _limit(text: str) -> int | None:
-    """Bytes, ``None`` for no limit."""
+    """Parse a limit file: bytes, or ``None`` for no limit."""
     text = text.strip()
     return None if text == "max" or int(text) >= _UNLIMITED else int(text)
 
 
 def _stat(path: Path) -> dict[str, int]:
-    """The lines ``name 123`` of a file, empty without the file."""
+    """Parse the lines ``name 123`` of a file; empty if the file does not exist."""
     if not path.exists():
         return {}
     pairs = (line.split() for line in path.read_text(encoding="utf-8").splitlines())

@@ -1,4 +1,4 @@
-"""The plan by which a run fits its budget: what may be chosen, what is chosen, and the table that explains it."""
+"""Memory plan of a run: the settings it may choose, the settings that fit its budget, and the table that shows them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from pwm_torchrl.memory.trace import Transient, UpdateTracer
 
 
 def budgets(cfg: Config, device: str | None) -> dict[str, Budget]:
-    """Budgets by place, where the run is about to start.
+    """Budgets of this machine, by place (``"host"``, ``"device"``).
 
     Args:
-        cfg (Config): its ``memory.host_gb`` and ``memory.device_gb`` bound what the machine offers.
+        cfg (Config): ``memory.host_gb`` and ``memory.device_gb`` are additional limits.
         device (str, optional): the CUDA device of the networks, or ``None`` on the CPU.
 
     Raises:
-        ConfigurationError: if a variable of SLURM that tells memory makes no sense.
+        ConfigurationError: if a SLURM variable with an amount of memory is invalid.
     """
     try:
         found = {HOST: host_budget().candidates}
@@ -48,11 +48,11 @@ def budgets(cfg: Config, device: str | None) -> dict[str, Budget]:
 
 
 def profile_budgets(cfg: Config) -> dict[str, Budget]:
-    """Budgets by place of the nodes that a cluster profile describes, which need not be this machine.
+    """Budgets of the nodes that a cluster profile describes, by place (``"host"``, ``"device"``).
 
     Raises:
-        ConfigurationError: if the profile does not say what its nodes have, has no GPU that the run asks for, or names
-            an unknown one.
+        ConfigurationError: if the profile does not state the memory of its nodes, lacks the GPU that the run needs, or
+            names an unknown GPU.
     """
     profile = cfg.cluster
     if cfg.device.startswith("cuda") and profile.gpu is None:
@@ -62,8 +62,8 @@ def profile_budgets(cfg: Config) -> dict[str, Budget]:
         )
     if profile.host_gb is None and profile.mem_gb is None and cfg.memory.host_gb is None:
         raise ConfigurationError(
-            f"cluster={profile.name} does not say how much host memory its nodes have; set cluster.host_gb, "
-            "cluster.mem_gb or memory.host_gb."
+            f"cluster={profile.name} does not state the host memory of its nodes; set cluster.host_gb, cluster.mem_gb "
+            "or memory.host_gb."
         )
     host = [] if profile.host_gb is None else [Candidate(int(profile.host_gb * 1e9), f"cluster={profile.name}")]
     if profile.mem_gb is not None:
@@ -85,19 +85,19 @@ def _bounded(cfg: Config, place: str, candidates: tuple[Candidate, ...]) -> Budg
     return Budget(candidates)
 
 
-#: Rows below which a micro-batch costs more time than recomputing a flow's substeps does.
+#: Smallest micro-batch in rows; a smaller one costs more time than recomputing a flow's substeps.
 EFFICIENT = {"model": 64, "actor": 32, "critic": 256}
 
 
-class PlanSpace:
-    """The choices that a configuration leaves open.
+class PlanOptions:
+    """The settings that a configuration leaves open, and what each choice of them needs.
 
     Args:
         cfg (Config): the run's configuration.
         facts (EnvInfo): its environment's dimensions and number.
-        compute (str): where the networks are, ``"host"`` or ``"device"``.
-        framework (tuple, optional): what a process holds before it builds anything, in bytes, and how that is known.
-            Defaults to ``None``: what this process holds.
+        compute (str): location of the networks, ``"host"`` or ``"device"``.
+        framework (tuple, optional): bytes that a process holds before it builds anything, and their source. Defaults
+            to ``None``, which measures this process.
     """
 
     def __init__(self, cfg: Config, facts: Any, compute: str, framework: tuple[int, str] | None = None) -> None:
@@ -106,45 +106,45 @@ class PlanSpace:
         self._framework = framework
 
     @property
-    def written(self) -> Choices:
-        """What the configuration says; the fastest way of the rest."""
-        return self._choices(self.recomputes[0], self.storages[0], self._said)
+    def fastest(self) -> Choices:
+        """The configured settings, and the fastest choice for each setting that is open."""
+        return self._choices(self.recomputes[0], self.storages[0], self._configured_size)
 
     @property
     def updates(self) -> tuple[str, ...]:
-        """Names of the updates that the run makes."""
+        """Names of the run's updates."""
         return trained_networks(self.cfg)
 
-    def free(self, update: str) -> bool:
-        """Whether an update's micro-batch is open."""
-        return self._said(update) is None
+    def is_open(self, update: str) -> bool:
+        """Whether the configuration leaves an update's micro-batch open."""
+        return self._configured_size(update) is None
 
-    def _said(self, update: str) -> int | None:
+    def _configured_size(self, update: str) -> int | None:
         size: int | None = getattr(self.cfg.memory, UPDATES[update].micro_batch_key)
         return size
 
     def _choices(self, recompute: bool, storage: str, size: Callable[[str], int | None]) -> Choices:
         choices = Choices(checkpoint_substeps=recompute, replay_storage=storage)
         for update in self.updates:
-            choices = choices.split(update, size(update))
+            choices = choices.with_micro_batch(update, size(update))
         return choices
 
     @property
     def recomputes(self) -> list[bool]:
-        """Whether to recompute substeps, the faster first; only a flow has any, and the configuration may have said."""
-        said = self.cfg.model.dynamics.checkpoint_substeps
+        """Options for recomputing substeps, the fastest first; only a flow has substeps."""
+        configured = self.cfg.model.dynamics.checkpoint_substeps
         if self.cfg.model.dynamics.kind != "flow":
             return [False]
         if self.cfg.memory.kind == "fixed":
-            return [bool(said)]
-        return [False, True] if said is None else [said]
+            return [bool(configured)]
+        return [False, True] if configured is None else [configured]
 
     @property
     def storages(self) -> list[str]:
-        """Where the replay may lie, the faster first; one that is large goes to disk."""
+        """Options for the location of the replay buffer, the fastest first; a large one is always on disk."""
         t = self.cfg.training
         if self.cfg.mode != "online":
-            return ["disk"]  # stored episodes are read where they lie
+            return ["disk"]  # stored episodes are read from their files
         if t.replay_storage != "auto":
             return [t.replay_storage]
         size = replay_bytes(self.facts.observation_dim, self.facts.action_dim, t.replay_capacity, self.facts.num_envs)
@@ -153,7 +153,7 @@ class PlanSpace:
         return [*(["device"] if self.compute == DEVICE else []), "memory", "disk"]
 
     def tracer(self, recompute: bool) -> UpdateTracer:
-        """Of the configuration with or without recomputed substeps."""
+        """A tracer of the configuration with or without recomputed substeps."""
         if recompute not in self._tracers:
             cfg = copy.deepcopy(self.cfg)
             cfg.model.dynamics.checkpoint_substeps = recompute
@@ -164,38 +164,39 @@ class PlanSpace:
         """Rows of an update's batch."""
         return self.tracer(self.recomputes[0]).batches[update]
 
-    def taken(self, update: str, choices: Choices) -> Transient:
-        """What an update takes beside what persists."""
+    def transient(self, update: str, choices: Choices) -> Transient:
+        """Memory of one update in addition to what persists."""
         return self.tracer(choices.checkpoint_substeps).transient(update, choices.micro_batch(update))
 
     def predict(self, choices: Choices) -> Prediction:
-        """What a run with these choices needs; all predictions of a plan begin from the same base."""
+        """Predicted memory of a run with these choices; all predictions of one plan use the same base."""
         if self._framework is None:
-            self.tracer(choices.checkpoint_substeps).persistent  # noqa: B018 - what tracing imports belongs to the base
+            self.tracer(choices.checkpoint_substeps).persistent  # noqa: B018 - the base includes what tracing imports
             self._framework = framework_bytes()
         tracer = self.tracer(choices.checkpoint_substeps)
         return predict(self.cfg, self.facts, choices, self.compute, tracer, self._framework)
 
-    def needed(self, choices: Choices) -> int:
-        """Bytes in all where the networks are."""
+    def bytes_needed(self, choices: Choices) -> int:
+        """Peak bytes in the place of the networks."""
         return self.predict(choices).total(self.compute)
 
     @property
-    def least(self) -> Choices:
-        """The choices that need the least."""
-        return self._choices(self.recomputes[-1], self.storages[-1], lambda update: self._said(update) or 1)
+    def smallest(self) -> Choices:
+        """The choices that need the least memory."""
+        return self._choices(self.recomputes[-1], self.storages[-1], lambda update: self._configured_size(update) or 1)
 
-    def kept(self, given: Choices) -> Choices:
-        """Earlier choices, as far as they are still open."""
+    def restricted(self, given: Choices) -> Choices:
+        """Earlier choices, replaced where the configuration now says otherwise."""
         return self._choices(
-            _one_of(given.checkpoint_substeps, self.recomputes),
-            _one_of(given.replay_storage, self.storages),
-            lambda update: self._said(update) or given.micro_batch(update),
+            _allowed(given.checkpoint_substeps, self.recomputes),
+            _allowed(given.replay_storage, self.storages),
+            lambda update: self._configured_size(update) or given.micro_batch(update),
         )
 
 
-def _one_of(wish: Any, options: list[Any]) -> Any:
-    return wish if wish in options else options[0]
+def _allowed(value: Any, options: list[Any]) -> Any:
+    """``value`` if it is one of the options, otherwise the first option."""
+    return value if value in options else options[0]
 
 
 def halvings(batch: int) -> list[int]:
@@ -206,86 +207,86 @@ def halvings(batch: int) -> list[int]:
     return sizes
 
 
-_WHERE = {"device": "the replay on the GPU", "memory": "the replay in host memory", "disk": "the replay on disk"}
+_REPLAY_IN = {"device": "the replay on the GPU", "memory": "the replay in host memory", "disk": "the replay on disk"}
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another plan: what differs, and what it would need where the networks are."""
+    """Another plan: the difference in words, and the bytes it needs in the place of the networks."""
 
     change: str
     bytes: int
 
 
-def larger_plan(space: PlanSpace, choices: Choices) -> Alternative | None:
-    """One step back towards the fastest way; ``None`` if there is none that needs more."""
-    needed = space.needed(choices)
-    found = (Alternative(change, space.needed(other)) for other, change in _larger(space, choices))
+def larger_plan(options: PlanOptions, choices: Choices) -> Alternative | None:
+    """The next faster plan that needs more memory; ``None`` if there is none."""
+    needed = options.bytes_needed(choices)
+    found = (Alternative(change, options.bytes_needed(other)) for other, change in _larger(options, choices))
     return next((other for other in found if other.bytes > needed), None)
 
 
-def cheaper_plan(space: PlanSpace, choices: Choices) -> Alternative | None:
-    """One step further, the fastest of those that need less; ``None`` if there is none."""
-    needed = space.needed(choices)
-    found = (Alternative(change, space.needed(other)) for other, change in _cheaper(space, choices))
+def cheaper_plan(options: PlanOptions, choices: Choices) -> Alternative | None:
+    """The fastest plan among the next ones that need less memory; ``None`` if there is none."""
+    needed = options.bytes_needed(choices)
+    found = (Alternative(change, options.bytes_needed(other)) for other, change in _cheaper(options, choices))
     return next((other for other in found if other.bytes < needed), None)
 
 
-def _larger(space: PlanSpace, choices: Choices) -> Iterator[tuple[Choices, str]]:
-    """The update that is split the most in larger parts, then substeps kept, then a nearer replay."""
-    sizes = {update: choices.micro_batch(update) for update in space.updates if space.free(update)}
-    split = {update: size for update, size in sizes.items() if size is not None and size < space.batch(update)}
-    for update in sorted(split, key=lambda update: -space.batch(update) / split[update]):
+def _larger(options: PlanOptions, choices: Choices) -> Iterator[tuple[Choices, str]]:
+    """Larger micro-batches for the update split into the most parts, then no recomputation, then a faster replay."""
+    sizes = {update: choices.micro_batch(update) for update in options.updates if options.is_open(update)}
+    split = {update: size for update, size in sizes.items() if size is not None and size < options.batch(update)}
+    for update in sorted(split, key=lambda update: -options.batch(update) / split[update]):
         size = split[update]
-        while size < space.batch(update):
-            size = min(2 * size, space.batch(update))
-            whole = size == space.batch(update)
+        while size < options.batch(update):
+            size = min(2 * size, options.batch(update))
+            whole = size == options.batch(update)
             how = "at once" if whole else f"in micro-batches of {size}"
-            yield choices.split(update, None if whole else size), f"the {update} update {how}"
-    if choices.checkpoint_substeps and False in space.recomputes:
+            yield choices.with_micro_batch(update, None if whole else size), f"the {update} update {how}"
+    if choices.checkpoint_substeps and False in options.recomputes:
         yield replace(choices, checkpoint_substeps=False), "substeps kept instead of recomputed"
-    for storage in reversed(space.storages[: _place(space, choices)]):
-        yield replace(choices, replay_storage=storage), _WHERE[storage]
+    for storage in reversed(options.storages[: _storage_index(options, choices)]):
+        yield replace(choices, replay_storage=storage), _REPLAY_IN[storage]
 
 
-def _cheaper(space: PlanSpace, choices: Choices) -> Iterator[tuple[Choices, str]]:
-    """A replay farther away, the update at the peak in smaller parts, recomputed substeps, still smaller parts."""
-    for storage in space.storages[_place(space, choices) + 1 :]:
-        yield replace(choices, replay_storage=storage), _WHERE[storage]
-    update = max(space.updates, key=lambda update: space.taken(update, choices).peak)
-    size = min(choices.micro_batch(update) or space.batch(update), space.batch(update))
+def _cheaper(options: PlanOptions, choices: Choices) -> Iterator[tuple[Choices, str]]:
+    """A slower replay, smaller micro-batches for the update at the peak, recomputation, still smaller micro-batches."""
+    for storage in options.storages[_storage_index(options, choices) + 1 :]:
+        yield replace(choices, replay_storage=storage), _REPLAY_IN[storage]
+    update = max(options.updates, key=lambda update: options.transient(update, choices).peak)
+    size = min(choices.micro_batch(update) or options.batch(update), options.batch(update))
     half = -(-size // 2)
-    smaller = choices.split(update, half), f"the {update} update in micro-batches of {half}"
-    can_halve = space.free(update) and size > 1
+    smaller = choices.with_micro_batch(update, half), f"the {update} update in micro-batches of {half}"
+    can_halve = options.is_open(update) and size > 1
     if can_halve and half >= EFFICIENT[update]:
         yield smaller
-    if not choices.checkpoint_substeps and True in space.recomputes:
+    if not choices.checkpoint_substeps and True in options.recomputes:
         yield replace(choices, checkpoint_substeps=True), "substeps recomputed in the backward pass"
     if can_halve:
         yield smaller
 
 
-def _place(space: PlanSpace, choices: Choices) -> int:
-    return space.storages.index(choices.replay_storage)
+def _storage_index(options: PlanOptions, choices: Choices) -> int:
+    return options.storages.index(choices.replay_storage)
 
 
-#: By how much host memory two processes of the same run may differ before they build anything.
+#: Host memory by which two processes of the same run may differ before they build anything.
 SPREAD = 16 * MIB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices, what they need and what there is.
+    """Choices, the memory they need and the budgets.
 
     Attributes:
-        choices (Choices): what the run does.
-        prediction (Prediction): what it will need.
+        choices (Choices): the settings of the run.
+        prediction (Prediction): the memory it needs.
         budgets (dict of Budget): by place, ``"host"`` and, with a GPU, ``"device"``.
-        margin (float): share of each budget's reach that is left free.
-        stop_at (float): how far a run's own guard lets it reach into the host's budget, a share of it.
-        automatic (bool): whether the choices were made here; else they were given.
-        larger (Alternative, optional): the next plan that needs more and is faster.
-        cheaper (Alternative, optional): the next plan that needs less.
+        margin (float): fraction of each usable budget that stays free.
+        stop_at (float): fraction of the host budget at which the run's memory guard stops it.
+        automatic (bool): whether the planner made the choices; otherwise they were configured.
+        larger (Alternative, optional): the next faster plan, which needs more memory.
+        cheaper (Alternative, optional): the next plan that needs less memory.
     """
 
     choices: Choices
@@ -298,11 +299,11 @@ class Plan:
     cheaper: Alternative | None = None
 
     def usable(self, place: str) -> int:
-        """Bytes of a budget that a plan may use: what is below the guard's threshold, without the margin."""
+        """Bytes of a budget that a plan may use: the part below the guard's threshold, minus the margin."""
         return int(self.budgets[place].bytes * self.share(place))
 
     def share(self, place: str) -> float:
-        """The same as a share of the budget."""
+        """Fraction of a budget that a plan may use."""
         return (self.stop_at if place == HOST else 1.0) * (1 - self.margin)
 
     def shortages(self) -> list[str]:
@@ -311,15 +312,15 @@ class Plan:
             f"{place} memory: {format_bytes(self.prediction.total(place))} needed, {format_bytes(self.usable(place))} "
             f"usable ({self.share(place):.0%} of {format_bytes(budget.bytes)}, {budget.source})"
             for place, budget in self.budgets.items()
-            if self.lacks(place)
+            if self.exceeds(place)
         ]
 
-    def lacks(self, place: str) -> bool:
-        """Whether the run does not fit into a budget."""
+    def exceeds(self, place: str) -> bool:
+        """Whether the run needs more than it may use of a budget."""
         return self.prediction.total(place) > self.usable(place)
 
     def applied(self, cfg: Config) -> Config:
-        """A copy of the configuration with the choices written in."""
+        """A copy of the configuration with the choices filled in."""
         cfg = copy.deepcopy(cfg)
         for name in (update.micro_batch_key for update in UPDATES.values()):
             setattr(cfg.memory, name, getattr(self.choices, name))
@@ -328,7 +329,7 @@ class Plan:
         return cfg
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for ``memory_plan.json``."""
+        """Contents of ``memory_plan.json``."""
         return {
             "choices": asdict(self.choices),
             "prediction": self.prediction.as_dict(),
@@ -345,22 +346,22 @@ class Plan:
 def make_plan(
     cfg: Config, facts: Any, budgets: dict[str, Budget], given: Choices | None = None, *, elsewhere: bool = False
 ) -> Plan:
-    """Choose how to run within budgets; what the configuration sets is kept.
+    """Choose the settings that fit the budgets, keeping those that the configuration sets.
 
     Args:
-        cfg (Config): the run's configuration. With ``memory.kind="fixed"`` only the replay's storage is chosen, if that
-            is ``"auto"``.
+        cfg (Config): the run's configuration. With ``memory.kind="fixed"``, only the location of the replay buffer is
+            chosen, if it is ``"auto"``.
         facts (EnvInfo): its environment's dimensions and number.
         budgets (dict of Budget): ``"host"``, and ``"device"`` if the networks are on a GPU.
-        given (Choices, optional): choices of an earlier plan, to be kept if they still fit, but for those that the
-            configuration sets by now. Defaults to ``None``.
+        given (Choices, optional): choices of an earlier plan. They are kept if they still fit, except where the
+            configuration now says otherwise. Defaults to ``None``.
 
     Keyword Args:
-        elsewhere (bool): whether the run will have a process of its own, on another machine, so that what this process
-            holds says nothing. Defaults to ``False``.
+        elsewhere (bool): whether the run will use another process, so that the memory of this process must not be
+            counted. Defaults to ``False``.
 
     Raises:
-        ConfigurationError: if nothing fits; it names the smallest budget that would do.
+        ConfigurationError: if nothing fits; the message states the smallest sufficient budget.
     """
     return _Planner(cfg, facts, budgets, FRAMEWORK_ESTIMATE if elsewhere else None).plan(given)
 
@@ -368,93 +369,95 @@ def make_plan(
 class _Planner:
     def __init__(self, cfg: Config, facts: Any, budgets: dict[str, Budget], framework: tuple[int, str] | None) -> None:
         self.cfg, self.budgets = cfg, budgets
-        self.space = PlanSpace(cfg, facts, DEVICE if DEVICE in budgets else HOST, framework)
+        self.options = PlanOptions(cfg, facts, DEVICE if DEVICE in budgets else HOST, framework)
 
     def build(self, choices: Choices) -> Plan:
         memory = self.cfg.memory
-        prediction = self.space.predict(choices)
+        prediction = self.options.predict(choices)
         return Plan(choices, prediction, self.budgets, memory.margin, memory.stop_at, memory.kind != "fixed")
 
     def plan(self, given: Choices | None) -> Plan:
         if self.cfg.memory.kind == "fixed":
-            return self.with_storage(self.space.written)
+            return self.with_storage(self.options.fastest)
         if given is not None:
-            kept = self.build(self.space.kept(given))
+            kept = self.build(self.options.restricted(given))
             if not kept.shortages():
-                return self.with_neighbours(kept)
+                return self.with_alternatives(kept)
         for choices in self.candidates():
             plan = self.with_storage(choices)
             if not plan.shortages():
-                return self.with_neighbours(plan)
-        raise self.impossible()
+                return self.with_alternatives(plan)
+        raise self.does_not_fit()
 
     def candidates(self) -> Iterator[Choices]:
-        """From fast to small: large micro-batches, then recomputed substeps, then small micro-batches."""
-        for recompute in self.space.recomputes:
+        """Choices from fast to small: large micro-batches, then recomputed substeps, then small micro-batches."""
+        for recompute in self.options.recomputes:
             yield from self.sized(recompute, EFFICIENT)
-        yield from self.sized(self.space.recomputes[-1], dict.fromkeys(self.space.updates, 1))
+        yield from self.sized(self.options.recomputes[-1], dict.fromkeys(self.options.updates, 1))
 
     def sized(self, recompute: bool, smallest: dict[str, int]) -> Iterator[Choices]:
-        """The largest micro-batches that fit, none below ``smallest``, if there are such."""
-        chosen = replace(self.space.written, checkpoint_substeps=recompute)
+        """Choices with the largest micro-batches that fit; none if one would be below ``smallest``."""
+        chosen = replace(self.options.fastest, checkpoint_substeps=recompute)
         limit = self.limit(chosen)
-        for update in self.space.updates:
-            if not self.space.free(update):
+        for update in self.options.updates:
+            if not self.options.is_open(update):
                 continue
             size = self.largest(chosen, update, limit, smallest[update])
             if size is None:
                 return
-            chosen = chosen.split(update, None if size == self.space.batch(update) else size)
+            chosen = chosen.with_micro_batch(update, None if size == self.options.batch(update) else size)
         yield chosen
 
     def limit(self, choices: Choices) -> int:
-        """Bytes that an update may take where the networks are, the replay moved out of the way if that is allowed."""
-        plan = self.build(replace(choices, replay_storage=self.space.storages[-1]))
-        compute = self.space.compute
+        """Bytes that an update may use in the place of the networks, with the replay in its slowest allowed place."""
+        plan = self.build(replace(choices, replay_storage=self.options.storages[-1]))
+        compute = self.options.compute
         return plan.usable(compute) - sum(
             item.bytes for item in plan.prediction.items if item.place == compute and not item.shared
         )
 
     def largest(self, choices: Choices, update: str, limit: int, smallest: int) -> int | None:
-        """The largest micro-batch, by halving, whose update stays within ``limit``."""
-        batch, *sizes = halvings(self.space.batch(update))
-        whole = self.space.taken(update, choices)
+        """The largest micro-batch whose update stays within ``limit``, found by halving the batch."""
+        batch, *sizes = halvings(self.options.batch(update))
+        whole = self.options.transient(update, choices)
         if whole.peak <= limit:
             return batch
-        # Activations shrink with the micro-batch, which says where to look; a trace decides.
+        # Activations shrink roughly in proportion to the micro-batch; this only selects which sizes to trace.
         rest = whole.gradients + whole.data
         sizes = [size for size in sizes if size >= smallest]
         likely = [size for size in sizes if rest + whole.activations * size / batch <= 1.05 * limit] or sizes[-1:]
-        fitting = (s for s in likely if self.space.taken(update, choices.split(update, s)).peak <= limit)
+        fitting = (
+            s for s in likely if self.options.transient(update, choices.with_micro_batch(update, s)).peak <= limit
+        )
         return next(fitting, None)
 
     def with_storage(self, choices: Choices) -> Plan:
-        """The nearest replay that fits: on the GPU, else in RAM, else on disk."""
-        plans = [self.build(replace(choices, replay_storage=storage)) for storage in self.space.storages]
+        """The plan with the fastest replay that fits: on the GPU, else in RAM, else on disk."""
+        plans = [self.build(replace(choices, replay_storage=storage)) for storage in self.options.storages]
         return next((plan for plan in plans if not plan.shortages()), plans[-1])
 
-    def with_neighbours(self, plan: Plan) -> Plan:
-        larger, cheaper = larger_plan(self.space, plan.choices), cheaper_plan(self.space, plan.choices)
+    def with_alternatives(self, plan: Plan) -> Plan:
+        larger, cheaper = larger_plan(self.options, plan.choices), cheaper_plan(self.options, plan.choices)
         return replace(plan, larger=larger, cheaper=cheaper)
 
-    def impossible(self) -> ConfigurationError:
-        """What the least plan would need."""
-        plan = self.build(self.space.least)
-        needed = [self.needed(plan, place) for place in self.budgets if plan.lacks(place)]
+    def does_not_fit(self) -> ConfigurationError:
+        """An error with the budget that the smallest plan needs."""
+        plan = self.build(self.options.smallest)
+        needed = [self.needed(plan, place) for place in self.budgets if plan.exceeds(place)]
         capacity = f"less than training.replay_capacity={self.cfg.training.replay_capacity}"
-        on_disk = self.space.storages[-1] == "disk"
+        on_disk = self.options.storages[-1] == "disk"
         remedies = "a smaller size" if on_disk else f"a smaller size, training.replay_storage=disk or {capacity}"
         return ConfigurationError(
             f"{self.cfg.model.name} {self.cfg.size.name} does not fit, even in the smallest micro-batches: "
-            f"{'; '.join(plan.shortages())}. The smallest budget that would work: {', '.join(needed)}. Give it more, "
-            f"or choose {remedies}."
+            f"{'; '.join(plan.shortages())}. The smallest budget that would work: {', '.join(needed)}. Raise the "
+            f"budget, or choose {remedies}."
         )
 
     def needed(self, plan: Plan, place: str) -> str:
-        """The smallest budget, and the key that sets it."""
+        """The smallest sufficient budget and the key that sets it."""
         least = plan.prediction.total(place) / plan.share(place) + (SPREAD if place == HOST else 0)
         group = "cluster" if place == HOST and self.budgets[place].source.startswith("cluster=") else "memory"
-        gigabytes = -(-least // 1e7) / 100  # rounded up to what the configuration takes
+        gigabytes = -(-least // 1e7) / 100  # rounded up to two decimals
         return f"{place} memory of {format_bytes(least)} ({group}.{place}_gb={gigabytes:g})"
 
 
@@ -464,24 +467,26 @@ _NAME, _AMOUNT = 22, 11
 
 
 def plan_table(plan: Plan, width: int = WIDTH) -> str:
-    """What the run needs, where, how much, why; then the budgets, the choices and the neighbouring plans.
+    """Text table of a plan: the memory needed in each place, the budgets, the choices and the alternative plans.
 
     Args:
         plan (Plan): the plan.
-        width (int): columns that a line has at most. Defaults to :data:`WIDTH`.
+        width (int): maximum line width in columns. Defaults to :data:`WIDTH`.
     """
     lines: list[str] = []
     for place in (DEVICE, HOST, CACHE, DISK):
         if any(item.place == place for item in plan.prediction.items):
             lines += [*_place_lines(plan, place, width), ""]
-    return "\n".join([*lines, *_choices(plan, width), "", *_neighbours(plan, width)])
+    return "\n".join([*lines, *_choices(plan, width), "", *_alternatives(plan, width)])
 
 
 def _place_lines(plan: Plan, place: str, width: int) -> list[str]:
-    """What is needed in one place, and whether it is there."""
+    """The memory needed in one place, and whether it fits."""
     prediction = plan.prediction
     unverified = place == DEVICE and not prediction.verified
-    lines = [f"{TITLES[place]}, predicted" + (", unverified: not measured on such a device" if unverified else "")]
+    lines = [
+        f"{TITLES[place]}, predicted" + (", unverified: not measured on this kind of device" if unverified else "")
+    ]
     items = [item for item in prediction.items if item.place == place]
     for item in items:
         if not item.shared:
@@ -490,10 +495,10 @@ def _place_lines(plan: Plan, place: str, width: int) -> list[str]:
     for item in shared[:1]:
         lines += _row(item.what, format_bytes(item.bytes), item.why, width)
     if shared[1:]:
-        lines.append("  at other times, and less:")
+        lines.append("  other phases, never at the same time:")
     for item in shared[1:]:
         lines += _row(item.what, f"({format_bytes(item.bytes)})", item.why, width)
-    return lines + _row("together", format_bytes(prediction.total(place)), _verdict(plan, place), width)
+    return lines + _row("total", format_bytes(prediction.total(place)), _verdict(plan, place), width)
 
 
 def _row(what: str, amount: str, why: str, width: int) -> list[str]:
@@ -507,18 +512,18 @@ def _verdict(plan: Plan, place: str) -> str:
     budget = plan.budgets.get(place)
     if budget is None:
         return ""
-    fits = "DOES NOT FIT into" if plan.lacks(place) else "fits into"
-    guard = f", of which runs stop at {plan.stop_at:.0%}" if place == HOST else ""
+    fits = "DOES NOT FIT into" if plan.exceeds(place) else "fits into"
+    guard = f", a run stops at {plan.stop_at:.0%} of it" if place == HOST else ""
     return (
-        f"{fits} {format_bytes(plan.usable(place))}: {format_bytes(budget.bytes)} ({budget.source}){guard}, less a "
+        f"{fits} {format_bytes(plan.usable(place))}: {format_bytes(budget.bytes)} ({budget.source}){guard}, minus a "
         f"margin of {plan.margin:.0%}"
     )
 
 
 def _choices(plan: Plan, width: int) -> list[str]:
-    """The choices as words of the command line."""
+    """The choices as command-line overrides."""
     choices = plan.choices
-    lines = ["choices" if plan.automatic else "choices, as written (memory=fixed)"]
+    lines = ["choices" if plan.automatic else "choices, as configured (memory=fixed)"]
     for field in (update.micro_batch_key for update in UPDATES.values()):
         size = getattr(choices, field)
         word = f"  memory.{field}={'null' if size is None else size}"
@@ -526,14 +531,14 @@ def _choices(plan: Plan, width: int) -> list[str]:
     lines.append(f"  model.dynamics.checkpoint_substeps={str(choices.checkpoint_substeps).lower()}")
     lines.append(f"  training.replay_storage={choices.replay_storage}")
     if plan.prediction.returns_freed_memory:
-        text = "freed memory goes back to the kernel at once: updates are slower and hold what they use"
+        text = "freed memory is returned to the kernel at once: updates are slower and use less memory"
         lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
-def _neighbours(plan: Plan, width: int) -> list[str]:
+def _alternatives(plan: Plan, width: int) -> list[str]:
     if not plan.automatic:
-        return ["next plans: none was looked for; memory=auto chooses what is open"]
+        return ["next plans: not searched; memory=auto chooses the open settings"]
 
     def lines(name: str, other: Alternative | None, end: str) -> list[str]:
         text = f"none, {end}"
@@ -542,6 +547,6 @@ def _neighbours(plan: Plan, width: int) -> list[str]:
         return textwrap.wrap(f"next {name} plan: {text}", width, subsequent_indent="  ", break_on_hyphens=False)
 
     return [
-        *lines("larger", plan.larger, "nothing that is open would make this one faster"),
-        *lines("cheaper", plan.cheaper, "nothing that is open would make this one smaller"),
+        *lines("larger", plan.larger, "no open setting would make this one faster"),
+        *lines("cheaper", plan.cheaper, "no open setting would make this one smaller"),
     ]

@@ -1,4 +1,4 @@
-"""What a run will need, from its configuration alone: on the compute device, in RAM, in the page cache and on disk."""
+"""Prediction of a run's memory from its configuration: on the compute device, in RAM, in the page cache and on disk."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from pwm_torchrl.memory.storage import (
 )
 from pwm_torchrl.memory.trace import Transient, UpdateTracer
 
-#: Blocks of at least so many bytes are given back when they are freed.
+#: malloc allocates blocks of at least this many bytes with mmap, so that freeing them returns them to the kernel.
 THRESHOLD = 64 * 1024
-#: Below so many bytes alive, holes do not matter and small tensors gain from a heap that stays.
+#: An update that needs less than this many bytes is faster with the usual heap, whose fragmentation then costs little.
 WORTHWHILE = 128 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def return_freed_memory() -> bool:
-    """Fix the threshold for the rest of this process; False where the C library is not glibc."""
+    """Make the C library return freed memory to the kernel, for the rest of this process.
+
+    Returns:
+        bool: ``False`` if the C library is not glibc.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
@@ -36,16 +40,16 @@ def return_freed_memory() -> bool:
 
 HOST, DEVICE, CACHE, DISK = "host", "device", "page cache", "disk"
 
-# Estimates, not traces; each was measured once and is small beside the tolerance of a prediction.
-FRAMEWORK_BYTES = 450 * MIB  # a process that has imported PyTorch, TorchRL and a simulator, where it cannot be read
-CUDA_HOST_BYTES = 2 * GIB  # what CUDA's libraries take of the host's memory (unverified)
-LIBRARY_BYTES = 40 * MIB  # buffers of the math libraries, and what the C library's heap loses to holes
-ENVIRONMENT_BYTES = MIB // 2  # a simulator's state and model
+# Estimates, each measured once and small compared with the tolerance of a prediction.
+FRAMEWORK_BYTES = 450 * MIB  # a process that has imported PyTorch, TorchRL and a simulator, if it cannot be measured
+CUDA_HOST_BYTES = 2 * GIB  # host memory of the CUDA libraries (unverified)
+LIBRARY_BYTES = 40 * MIB  # buffers of the math libraries and fragmentation of the C library's heap
+ENVIRONMENT_BYTES = MIB // 2  # state and model of one simulator
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a plan decides; none of it changes what a run computes, up to rounding."""
+    """The settings that a plan decides. None of them changes the result of a run, up to rounding."""
 
     model_micro_batch: int | None = None
     actor_micro_batch: int | None = None
@@ -54,12 +58,12 @@ class Choices:
     replay_storage: str = "memory"
 
     def micro_batch(self, update: str) -> int | None:
-        """Rows per backward pass of an update; ``None``: all at once."""
+        """Rows per backward pass of an update; ``None`` for the whole batch at once."""
         size: int | None = getattr(self, UPDATES[update].micro_batch_key)
         return size
 
-    def split(self, update: str, size: int | None) -> Choices:
-        """The same with other micro-batches in one update."""
+    def with_micro_batch(self, update: str, size: int | None) -> Choices:
+        """A copy with another micro-batch size for one update."""
         changed: dict[str, Any] = {UPDATES[update].micro_batch_key: size}
         return replace(self, **changed)
 
@@ -72,18 +76,18 @@ class Item:
     bytes: int
     place: str  # host | device | page cache | disk
     why: str
-    shared: bool = False  # one of several that are never needed at once: only the largest counts
+    shared: bool = False  # one of several that are never needed at the same time: only the largest counts
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run will need.
+    """Predicted memory of a run.
 
     Attributes:
         items (tuple of Item): everything that takes memory.
-        compute (str): where the networks are: ``"host"`` or ``"device"``.
-        verified (bool): whether predictions of this kind have been compared with measurements on such a device.
-        base (int): bytes that the process holds before it builds anything, part of the host's.
+        compute (str): location of the networks: ``"host"`` or ``"device"``.
+        verified (bool): whether predictions have been compared with measurements on this kind of device.
+        base (int): host bytes that the process holds before it builds anything; part of the host's total.
         recomputes (bool): whether substeps are recomputed in the backward pass.
     """
 
@@ -94,26 +98,26 @@ class Prediction:
     recomputes: bool = False
 
     def total(self, place: str) -> int:
-        """Bytes needed at once in one place."""
+        """Peak bytes in one place."""
         here = [item for item in self.items if item.place == place]
         shared = [item.bytes for item in here if item.shared]
         return sum(item.bytes for item in here if not item.shared) + max(shared, default=0)
 
     @property
     def growth(self) -> int:
-        """Peak of the host's memory above what the process holds before it builds anything."""
+        """Peak host memory above :attr:`base`."""
         return self.total(HOST) - self.base
 
     @property
     def returns_freed_memory(self) -> bool:
-        """Whether updates on the host are so large that the C library should give freed blocks back."""
-        # Recomputing leaves more holes: it allocates and frees most of what it needs many times in an update.
+        """Whether updates on the host are so large that the C library should return freed blocks to the kernel."""
+        # Recomputation fragments the heap more: it allocates and frees most of its memory many times per update.
         enough = WORTHWHILE // 8 if self.recomputes else WORTHWHILE
         updates = [item for item in self.items if item.what in (f"{name} update" for name in UPDATES)]
         return self.compute == HOST and any(item.bytes > enough for item in updates)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a file."""
+        """Contents as JSON-compatible values."""
         return {
             "items": [vars(item) for item in self.items],
             "totals": {place: self.total(place) for place in (HOST, DEVICE, CACHE, DISK)},
@@ -123,16 +127,16 @@ class Prediction:
         }
 
 
-#: What a process holds before it builds anything, where it cannot be read, or is another one.
+#: Memory of a process before it builds anything, and its source, if it cannot be measured.
 FRAMEWORK_ESTIMATE = (FRAMEWORK_BYTES, "estimate for PyTorch, TorchRL and a simulator")
 
 
 def framework_bytes() -> tuple[int, str]:
-    """Anonymous memory of a process that has imported everything, and how that is known."""
+    """Anonymous and shared memory of this process, which has imported everything, and a description of the source."""
     process = read_process()
     if process is None:
         return FRAMEWORK_ESTIMATE
-    return process.anon + process.shmem, "this process, which has them imported"
+    return process.anon + process.shmem, "measured in this process, which has imported them"
 
 
 def predict(
@@ -148,11 +152,11 @@ def predict(
     Args:
         cfg (Config): the run's configuration.
         facts (EnvInfo): its environment's dimensions and number.
-        choices (Choices): micro-batches, recomputation and where the replay lies.
-        compute (str): ``"host"`` or ``"device"``, where the networks are. Defaults to ``"host"``.
-        tracer (UpdateTracer, optional): of the same configuration and ``checkpoint_substeps``, to trace only once.
-            Defaults to a new one.
-        framework (tuple, optional): of :func:`framework_bytes`. Defaults to what it says now.
+        choices (Choices): micro-batches, recomputation and location of the replay buffer.
+        compute (str): location of the networks, ``"host"`` or ``"device"``. Defaults to ``"host"``.
+        tracer (UpdateTracer, optional): a tracer of the same configuration and ``checkpoint_substeps``, to reuse its
+            traces. Defaults to a new one.
+        framework (tuple, optional): result of :func:`framework_bytes`. Defaults to calling it now.
     """
     if tracer is None:
         cfg = copy.deepcopy(cfg)
@@ -165,7 +169,7 @@ def predict(
         Item("parameters", kept.parameters, compute, _networks(cfg)),
         Item("optimizer state", kept.optimizer, compute, "Adam's two moments"),
         Item(
-            "undo copies", kept.undo, compute, "weights and optimizer state, to repeat an update that ran out of memory"
+            "undo copies", kept.undo, compute, "weights and optimizer state, to retry an update that ran out of memory"
         ),
     ]
     updates = {name: tracer.transient(name, choices.micro_batch(name)) for name in tracer.updates}
@@ -178,11 +182,11 @@ def predict(
         if choices.replay_storage != "device" and "model" in updates:
             sampled = updates["model"].data
             items.append(
-                Item("pinned buffer", 2 * sampled, HOST, "the sampled batch, and its copy for the GPU to read")
+                Item("pinned buffer", 2 * sampled, HOST, "the sampled batch and its pinned copy for the transfer")
             )
     items += _environments(cfg, facts)
     items += _replay(cfg, facts, choices, compute)
-    checkpoints = cfg.training.keep_checkpoints + 2  # the best, and the one being written
+    checkpoints = cfg.training.keep_checkpoints + 2  # plus the best one and the one being written
     saved = kept.parameters + kept.optimizer
     items.append(
         Item("checkpoints", checkpoints * saved, DISK, f"up to {checkpoints} with weights and optimizer state")
@@ -217,9 +221,7 @@ def _environments(cfg: Config, facts: Any) -> list[Item]:
     batch = 3 * facts.num_envs * steps * record_bytes(facts.observation_dim, facts.action_dim)
     return [
         Item("environments", count * ENVIRONMENT_BYTES, HOST, f"{count} in this process, no workers (estimate)"),
-        Item(
-            "collected batch", batch, HOST, f"{facts.num_envs} environments x {steps} steps, on its way to the replay"
-        ),
+        Item("collected batch", batch, HOST, f"{facts.num_envs} environments x {steps} steps, before they are stored"),
     ]
 
 
@@ -233,8 +235,8 @@ def _replay(cfg: Config, facts: Any, choices: Choices, compute: str) -> list[Ite
         steps = steps_since_checkpoint(t.epochs, a.collect_steps or a.horizon, t.checkpoint_every, t.keep_checkpoints)
         files = replay_disk_bytes(facts.observation_dim, facts.action_dim, t.replay_capacity, facts.num_envs, steps)
         return [
-            Item("replay", files, DISK, f"{what}, and those since the oldest checkpoint"),
-            Item("replay", files, CACHE, "pages that the kernel takes back when others need them"),
+            Item("replay", files, DISK, f"{what}, plus those since the oldest checkpoint"),
+            Item("replay", files, CACHE, "pages that the kernel reclaims when memory is needed"),
         ]
     place = compute if choices.replay_storage == "device" else HOST
     return [
@@ -251,6 +253,6 @@ def _stored_episodes(cfg: Config, facts: Any) -> list[Item]:
         return [Item("stored episodes", expected, place, what) for place in (DISK, CACHE) if expected]
     files, index = store_bytes(cfg.data.path)
     return [
-        Item("stored episodes", files, CACHE, "pages that the kernel takes back when others need them"),
-        Item("index of episodes", index, HOST, "where each begins, its length and task"),
+        Item("stored episodes", files, CACHE, "pages that the kernel reclaims when memory is needed"),
+        Item("index of episodes", index, HOST, "start, length and task of each episode"),
     ]

@@ -1,4 +1,4 @@
-"""What memory there is and who holds it: of this process and its children, of cgroups, of GPUs; bytes throughout."""
+"""Memory of this process and its children, of its cgroups, of the machine and of GPUs. All amounts are in bytes."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _QUANTITY = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<letter>[kmgtp]
 
 
 def format_bytes(count: float) -> str:
-    """Three digits and a binary unit: ``1.5 GiB``, ``400 MiB``, ``12 B``.
+    """Format an amount with three digits and a binary unit: ``1.5 GiB``, ``400 MiB``, ``12 B``.
 
     Args:
         count (float): bytes; a difference may be negative.
     """
     value, unit = abs(float(count)), "B"
     for letter in _LETTERS:
-        # 1023.7 would be shown as 1024.
+        # 1023.7 would be printed as 1024.
         if round(value) < 1024:
             break
         value, unit = value / 1024, f"{letter}iB"
@@ -62,13 +62,13 @@ def format_bytes(count: float) -> str:
 
 
 def parse_bytes(quantity: str | int) -> int:
-    """Bytes of a quantity: ``"1.5 GiB"``, ``"64G"`` (binary), ``"48 GB"`` (decimal), ``"1024"`` or an integer (bytes).
+    """Parse an amount: ``"1.5 GiB"``, ``"64G"`` (binary), ``"48 GB"`` (decimal), ``"1024"`` or an integer (bytes).
 
     Args:
-        quantity (str or int): the quantity, not negative.
+        quantity (str or int): the amount, not negative.
 
     Raises:
-        ValueError: if it is not a quantity of memory.
+        ValueError: if it is not an amount of memory.
     """
     if isinstance(quantity, int) and not isinstance(quantity, bool) and quantity >= 0:
         return quantity
@@ -92,10 +92,11 @@ class ProcessMemory:
         rss: resident memory, the sum of the next three.
         anon: anonymous memory: heaps and stacks. It can be reclaimed only by swapping.
         shmem: shared memory: tmpfs, /dev/shm, shared anonymous mappings. As ``anon``.
-        file: mapped files: code, libraries, memory-mapped data. The kernel drops clean pages of it when it needs room.
-        peak: the largest resident size so far, as the kernel noted it; not a share.
-        virtual: size of the address space; not a share.
-        proportional: whether the first four count pages shared between processes by their share.
+        file: mapped files: code, libraries, memory-mapped data. The kernel drops clean pages when memory is needed.
+        peak: the largest resident size so far, as recorded by the kernel; never proportional.
+        virtual: size of the address space; never proportional.
+        proportional: whether ``rss``, ``anon``, ``shmem`` and ``file`` divide a shared page by the number of processes
+            that map it.
     """
 
     pid: int
@@ -109,20 +110,20 @@ class ProcessMemory:
 
     @property
     def own(self) -> int:
-        """Memory that the kernel cannot take back: anonymous and shared."""
+        """Memory that the kernel cannot reclaim: anonymous and shared."""
         return self.anon + self.shmem
 
 
 @dataclass(frozen=True)
 class TreeMemory:
-    """Memory of a process and of its descendants, the workers."""
+    """Memory of a process and its descendants (worker processes)."""
 
     main: ProcessMemory
     workers: tuple[ProcessMemory, ...] = ()
 
     @property
     def processes(self) -> tuple[ProcessMemory, ...]:
-        """All of them, the main process first."""
+        """All processes, the main process first."""
         return (self.main, *self.workers)
 
     @property
@@ -147,13 +148,13 @@ class TreeMemory:
 
     @property
     def own(self) -> int:
-        """Memory that the kernel cannot take back: anonymous and shared, in bytes."""
+        """Memory that the kernel cannot reclaim: anonymous and shared, in bytes."""
         return self.anon + self.shmem
 
 
 @dataclass(frozen=True)
 class MachineMemory:
-    """RAM of the machine in bytes: all of it, and what new allocations can have without swapping (MemAvailable)."""
+    """RAM of the machine in bytes: the total, and the part available without swapping (MemAvailable)."""
 
     total: int
     available: int
@@ -163,20 +164,20 @@ def read_process(pid: int | None = None, *, proportional: bool = False, root: Pa
     """Memory of one process.
 
     Args:
-        pid (int, optional): the process. Defaults to ``None``, this one.
-        proportional (bool, optional): count shared pages by share. It walks all pages of the process, about 10 ms per
-            GiB, and is exact; the plain numbers cost nothing, and since Linux 6.2 may be off by some pages per CPU.
-            Where the kernel refuses, or is too old to split the shares (Linux < 5.4), the plain numbers are given.
-            Defaults to ``False``.
-        root (Path, optional): where /proc is found. Defaults to ``/``.
+        pid (int, optional): the process. Defaults to ``None``, this process.
+        proportional (bool, optional): divide shared pages by the number of processes that map them. This is exact but
+            walks all pages of the process, which takes about 10 ms per GiB. The plain numbers are immediate, but since
+            Linux 6.2 they may be off by some pages per CPU. If the kernel denies access or is older than 5.4, the plain
+            numbers are returned. Defaults to ``False``.
+        root (Path, optional): root directory of /proc. Defaults to ``/``.
 
     Returns:
-        ProcessMemory | None: ``None`` if the process has ended, or if the system does not tell.
+        ProcessMemory | None: ``None`` if the process has ended or the system has no /proc.
     """
     pid = os.getpid() if pid is None else pid
     directory = root / "proc" / str(pid)
     status = _kilobytes(_text(directory / "status"))
-    if "RssAnon" not in status:  # ended, a zombie, or no such file here
+    if "RssAnon" not in status:  # the process has ended, is a zombie, or there is no /proc
         return None
     plain = {
         "rss": status["VmRSS"],
@@ -196,13 +197,13 @@ def read_process(pid: int | None = None, *, proportional: bool = False, root: Pa
 
 
 def descendants(pid: int | None = None, *, root: Path = _ROOT) -> list[int]:
-    """Process ids of the children of a process, of their children, and so on; ascending.
+    """Process ids of all descendants of a process, in ascending order.
 
     A process whose parent has ended belongs to init and is not found.
 
     Args:
-        pid (int, optional): the process. Defaults to ``None``, this one.
-        root (Path, optional): where /proc is found. Defaults to ``/``.
+        pid (int, optional): the process. Defaults to ``None``, this process.
+        root (Path, optional): root directory of /proc. Defaults to ``/``.
     """
     children: dict[int, list[int]] = defaultdict(list)
     try:
@@ -210,16 +211,16 @@ def descendants(pid: int | None = None, *, root: Path = _ROOT) -> list[int]:
     except FileNotFoundError:
         return []
     for name in filter(str.isdigit, names):
-        # The name of the program stands in parentheses and may hold anything, spaces and parentheses too.
+        # The program's name is in parentheses and may itself contain spaces and parentheses.
         fields = _text(root / "proc" / name / "stat").rpartition(")")[2].split()
         if fields:
             children[int(fields[1])].append(int(name))
     found: list[int] = []
-    ahead = [os.getpid() if pid is None else pid]
-    while ahead:
-        generation = children.pop(ahead.pop(), [])
+    pending = [os.getpid() if pid is None else pid]
+    while pending:
+        generation = children.pop(pending.pop(), [])
         found += generation
-        ahead += generation
+        pending += generation
     return sorted(found)
 
 
@@ -227,28 +228,28 @@ def read_tree(pid: int | None = None, *, root: Path = _ROOT) -> TreeMemory | Non
     """Memory of a process and its descendants.
 
     Args:
-        pid (int, optional): the process. Defaults to ``None``, this one.
-        root (Path, optional): where /proc is found. Defaults to ``/``.
+        pid (int, optional): the process. Defaults to ``None``, this process.
+        root (Path, optional): root directory of /proc. Defaults to ``/``.
 
     Returns:
-        TreeMemory | None: ``None`` if the process has ended, or if the system does not tell. A worker that ends
-        meanwhile is left out.
+        TreeMemory | None: ``None`` if the process has ended or the system has no /proc. A worker that ends during the
+        call is left out.
     """
     workers = descendants(pid, root=root)
-    # One process alone shares nothing within the run, and its plain numbers cost nothing.
+    # A single process shares no pages within the run, so the plain numbers are right and faster.
     main = read_process(pid, proportional=bool(workers), root=root)
     if main is None:
         return None
     readings = [read_process(worker, proportional=True, root=root) for worker in workers]
-    # From a list: a tuple that a generator still fills breaks when another thread asks gc for all objects meanwhile.
+    # Built from a list: a tuple being filled from a generator breaks if another thread calls gc.get_objects() then.
     return TreeMemory(main, tuple([reading for reading in readings if reading is not None]))
 
 
 def read_machine(root: Path = _ROOT) -> MachineMemory | None:
-    """RAM of the machine, ``None`` where the system does not tell.
+    """RAM of the machine; ``None`` if the system has no /proc/meminfo.
 
     Args:
-        root (Path, optional): where /proc is found. Defaults to ``/``.
+        root (Path, optional): root directory of /proc. Defaults to ``/``.
     """
     info = _kilobytes(_text(root / "proc" / "meminfo"))
     if "MemTotal" not in info or "MemAvailable" not in info:
@@ -257,16 +258,16 @@ def read_machine(root: Path = _ROOT) -> MachineMemory | None:
 
 
 def _text(path: Path) -> str:
-    """Content of a file in /proc; empty if its process has ended, or is hidden from us and so not ours."""
+    """Content of a file in /proc; empty if its process has ended or belongs to another user."""
     try:
-        # A program's name may be any bytes.
+        # A program's name may contain arbitrary bytes.
         return path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
 
 
 def _kilobytes(text: str) -> dict[str, int]:
-    """The lines ``Name:  123 kB``, in bytes."""
+    """Parse the lines ``Name:  123 kB``; values in bytes."""
     amounts = {}
     for line in text.splitlines():
         name, _, rest = line.partition(":")
@@ -276,8 +277,8 @@ def _kilobytes(text: str) -> dict[str, int]:
     return amounts
 
 
-# Type -> {nominal GB: total in MiB as nvidia-smi reports it}; with several sizes, the smallest comes first. Where
-# the total depends on whether ECC is on, it is the smaller one.
+# Type -> {nominal GB: total in MiB as reported by nvidia-smi}, the smallest size first. If the total depends on ECC,
+# the smaller one is listed.
 _GPUS: dict[str, dict[int, int]] = {
     "a10": {24: 23028},
     "a10g": {24: 23028},
@@ -301,28 +302,28 @@ _GPUS: dict[str, dict[int, int]] = {
     "8000": {48: 46080},
 }
 
-# Words that say nothing of the memory: "Tesla V100-SXM2-32GB", "nvidia_h100_80gb_hbm3", "quadro_rtx_8000".
+# Words that are ignored in names such as "Tesla V100-SXM2-32GB", "nvidia_h100_80gb_hbm3", "quadro_rtx_8000".
 _NOISE = {"nvidia", "tesla", "geforce", "quadro", "rtx", "gpu", "generation", "pcie", "pcie4", "hbm2", "hbm2e", "hbm3",
           "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "sxm6", "nvl"}  # fmt: skip
 
 
 def gpu_names() -> list[str]:
-    """Names that :func:`gpu_bytes` knows; types with several sizes with each of them (``a100-40gb``)."""
+    """Names that :func:`gpu_bytes` accepts; a type with several sizes is listed once per size (``a100-40gb``)."""
     return [f"{name}-{size}gb" if len(sizes) > 1 else name for name, sizes in sorted(_GPUS.items()) for size in sizes]
 
 
 def gpu_bytes(name: str) -> int:
-    """Total memory of a type of GPU, as ``nvidia-smi`` reports it.
+    """Total memory of a GPU type, as reported by ``nvidia-smi``.
 
     Args:
         name (str): ``l40s``, ``a100-80gb``, ``rtx4090``, ``NVIDIA H100 80GB HBM3``, ``v100-sxm2-32gb``, ... A type with
-            several sizes, named without one, is taken for its smallest.
+            several sizes means the smallest one unless the size is given.
 
     Returns:
-        int: bytes; less is free for a program, see :func:`usable_gpu_bytes`.
+        int: bytes; a program can use less, see :func:`usable_gpu_bytes`.
 
     Raises:
-        ValueError: for a name that is not known, with the nearest one that is.
+        ValueError: for an unknown name; the message lists the nearest known ones.
     """
     words = [word for word in re.split(r"[\s_\-]+", name.lower()) if word and word not in _NOISE]
     sizes = [int(match[1]) for word in words if (match := re.fullmatch(r"(\d+)g(?:i?b)?", word))]
@@ -337,10 +338,10 @@ def gpu_bytes(name: str) -> int:
 
 
 def usable_gpu_bytes(name: str) -> int:
-    """What PyTorch can have of a type of GPU: its total less what the driver reserves and a CUDA context takes.
+    """Memory of a GPU type that PyTorch can use: the total minus the driver's reservation and a CUDA context.
 
-    The two together are taken as 3 % of the total, at least 1 GiB; on the types for which PyTorch's own count of the
-    total is known (0.97 to 0.995 of nvidia-smi's), that leaves room for the context.
+    The two together are estimated as 3 % of the total, at least 1 GiB. For the types whose total as reported by PyTorch
+    is known (0.97 to 0.995 of nvidia-smi's), this leaves enough memory for the context.
 
     Args:
         name (str): as in :func:`gpu_bytes`.
@@ -349,7 +350,7 @@ def usable_gpu_bytes(name: str) -> int:
         int: bytes.
 
     Raises:
-        ValueError: for a name that is not known.
+        ValueError: for an unknown name.
     """
     total = gpu_bytes(name)
     return total - max(GIB, total * 3 // 100)
@@ -357,15 +358,15 @@ def usable_gpu_bytes(name: str) -> int:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """What PyTorch's allocator holds on the GPUs of this process, in bytes, and how often it was short of memory.
+    """Memory of PyTorch's CUDA allocator on all GPUs of this process, in bytes, and counts of failed allocations.
 
     Attributes:
         allocated: held by tensors.
         reserved: held by the allocator, for tensors or for reuse.
-        peak_allocated: the most ever allocated, since PyTorch's peaks were last reset.
-        peak_reserved: the most ever reserved, likewise.
-        alloc_retries: allocations that succeeded only after cached blocks were released.
-        ooms: out-of-memory errors, recovered ones included.
+        peak_allocated: maximum of ``allocated`` since PyTorch's peaks were last reset.
+        peak_reserved: maximum of ``reserved`` since PyTorch's peaks were last reset.
+        alloc_retries: number of allocations that succeeded only after cached blocks were released.
+        ooms: number of out-of-memory errors, including recovered ones.
     """
 
     allocated: int
@@ -378,14 +379,14 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class Reading:
-    """A run's memory at one time. What the system does not tell is ``None``, or empty.
+    """A run's memory at one point in time. Values that the system does not report are ``None`` or empty.
 
     Attributes:
-        time: seconds, of ``time.monotonic``.
+        time: seconds, from ``time.monotonic``.
         processes: the run's processes.
-        cgroups: groups of the main process, the innermost first.
+        cgroups: the main process's groups, the innermost first.
         machine: RAM of the machine.
-        gpu: memory of PyTorch's CUDA allocator, once CUDA is in use in this process.
+        gpu: memory of PyTorch's CUDA allocator, ``None`` until this process uses CUDA.
     """
 
     time: float
@@ -396,18 +397,18 @@ class Reading:
 
     @property
     def limits(self) -> tuple[CgroupMemory, ...]:
-        """Groups whose limit can be reached: one as large as the machine's RAM is none."""
+        """Groups whose limit is smaller than the machine's RAM."""
         most = self.machine.total if self.machine is not None else None
         return tuple(
             [group for group in self.cgroups if group.limit is not None and (most is None or group.limit < most)]
         )
 
     def metrics(self) -> dict[str, int]:
-        """Numbers to log, in bytes where nothing else is said; what is not known is absent.
+        """Metrics to log, in bytes unless stated otherwise; unknown ones are absent.
 
         ``memory/``: ``rss``, ``anon``, ``shmem``, ``file`` and ``own`` (anonymous and shared) of all processes of the
-        run, ``processes`` (their number), ``main_peak_rss`` (as the kernel noted it), ``available`` (RAM); of the
-        cgroup with the smallest limit, or of the innermost one: ``cgroup_usage``, ``cgroup_limit``,
+        run, ``processes`` (their number), ``main_peak_rss`` (recorded by the kernel), ``available`` (RAM); for the
+        cgroup with the smallest limit, or else the innermost one: ``cgroup_usage``, ``cgroup_limit``,
         ``cgroup_unreclaimable``, ``cgroup_unwritten``; and ``gpu_allocated``, ``gpu_reserved``, ``gpu_peak_allocated``,
         ``gpu_peak_reserved``, ``gpu_alloc_retries`` and ``gpu_ooms`` (counts).
         """
@@ -430,12 +431,12 @@ class Reading:
 
 
 def read_memory(pid: int | None = None, *, root: Path = _ROOT) -> Reading:
-    """Look at all memory now.
+    """Take a reading of all memory.
 
     Args:
-        pid (int, optional): main process of the run. Defaults to ``None``, this one. Cgroups and GPU memory are always
-            those of this process.
-        root (Path, optional): where /proc and cgroups are found. Defaults to ``/``.
+        pid (int, optional): main process of the run. Defaults to ``None``, this process. Cgroups and GPU memory are
+            always those of this process.
+        root (Path, optional): root directory of /proc and the cgroup mounts. Defaults to ``/``.
     """
     return Reading(
         time=time.monotonic(),
@@ -447,12 +448,12 @@ def read_memory(pid: int | None = None, *, root: Path = _ROOT) -> Reading:
 
 
 def read_gpu() -> GpuMemory | None:
-    """What PyTorch's CUDA allocator holds on all devices of this process.
+    """Memory of PyTorch's CUDA allocator on all devices of this process.
 
-    ``None`` until this process uses CUDA: neither torch is imported nor CUDA initialized for it.
+    Returns ``None`` until this process uses CUDA; it neither imports torch nor initializes CUDA.
     """
     torch = sys.modules.get("torch")
-    # While another thread imports torch, it is there without its parts.
+    # While another thread is importing torch, the module may still lack these attributes.
     cuda = getattr(torch, "cuda", None)
     is_initialized = getattr(cuda, "is_initialized", None)
     if cuda is None or is_initialized is None or not is_initialized():

@@ -1,4 +1,4 @@
-"""What stored transitions take in RAM and on disk, by arithmetic on shapes and file sizes alone."""
+"""Sizes of stored transitions in RAM and on disk, computed from shapes and file sizes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from pwm_torchrl.errors import ConfigurationError
 
-# A replay
+# Replay buffer
 
-#: Segments that the capacity is divided into.
+#: Number of segments that the capacity is divided into, if each stays below LARGE_SEGMENT.
 SEGMENTS = 16
-#: Bytes of a segment above which there are more of them, ...
+#: Segments larger than this many bytes are divided further, ...
 LARGE_SEGMENT = 64 << 20
-#: ... up to this number: each is an open file.
+#: ... up to this number of segments, because each one is an open file.
 MOST_SEGMENTS = 64
 
 _FLOAT, _BOOL = 4, 1
@@ -22,12 +22,12 @@ PUBLISHED_TRANSITIONS = {"mt30": 345_000_000, "mt80": 545_000_000}
 
 
 def record_bytes(observation_dim: int, action_dim: int) -> int:
-    """Bytes of one transition: two observations, an action and a reward in float32, two flags."""
+    """Bytes of one transition: two observations, an action and a reward in float32, and two flags."""
     return _FLOAT * (2 * observation_dim + action_dim + 1) + _BOOL * 2
 
 
 def segment_steps(capacity_steps: int, step_bytes: int) -> int:
-    """Time steps of a segment.
+    """Time steps per segment.
 
     Args:
         capacity_steps (int): capacity in time steps.
@@ -40,14 +40,14 @@ def segment_steps(capacity_steps: int, step_bytes: int) -> int:
 def replay_bytes(
     observation_dim: int, action_dim: int, capacity: int, num_envs: int, since_checkpoint_steps: int = 0
 ) -> int:
-    """Bytes of the transitions that a replay holds; a replay in RAM or on the device takes exactly these.
+    """Bytes of the transitions in a replay buffer; in RAM or on the device, this is exactly what it allocates.
 
     Args:
         observation_dim (int): ``O``.
         action_dim (int): ``A``.
         capacity (int): transitions.
         num_envs (int): ``N``.
-        since_checkpoint_steps (int): time steps held beside the capacity, only on disk. Defaults to ``0``.
+        since_checkpoint_steps (int): time steps kept in addition to the capacity, only on disk. Defaults to ``0``.
     """
     steps = capacity // num_envs + since_checkpoint_steps
     return steps * num_envs * record_bytes(observation_dim, action_dim)
@@ -56,46 +56,46 @@ def replay_bytes(
 def replay_disk_bytes(
     observation_dim: int, action_dim: int, capacity: int, num_envs: int, since_checkpoint_steps: int
 ) -> int:
-    """Bytes of the most files that a replay on disk ever has: :func:`replay_bytes` in whole segments.
+    """Maximum bytes of a replay buffer's files on disk: :func:`replay_bytes` rounded up to whole segments.
 
     Args:
         observation_dim (int): ``O``.
         action_dim (int): ``A``.
         capacity (int): transitions.
         num_envs (int): ``N``.
-        since_checkpoint_steps (int): most time steps written since the oldest checkpoint that can be resumed, see
-            :func:`steps_since_checkpoint`; at least those of one batch.
+        since_checkpoint_steps (int): maximum number of time steps written since the oldest checkpoint that can be
+            resumed, see :func:`steps_since_checkpoint`; at least one batch.
     """
     step_bytes = num_envs * record_bytes(observation_dim, action_dim)
     return disk_bytes(capacity // num_envs, step_bytes, since_checkpoint_steps)
 
 
 def disk_bytes(capacity_steps: int, step_bytes: int, since_checkpoint_steps: int, segment: int | None = None) -> int:
-    """Bytes of the segments that ``capacity_steps + since_checkpoint_steps`` consecutive steps touch at most."""
+    """Maximum bytes of the segments that ``capacity_steps + since_checkpoint_steps`` consecutive steps lie in."""
     segment = segment or segment_steps(capacity_steps, step_bytes)
     steps = capacity_steps + since_checkpoint_steps
-    # Steps that begin with the last one of a segment touch the most.
+    # The worst case begins at the last step of a segment.
     return (1 + -(-(steps - 1) // segment)) * segment * step_bytes
 
 
 def steps_since_checkpoint(epochs: int, steps_per_epoch: int, checkpoint_every: int, keep_checkpoints: int) -> int:
-    """Most time steps that are written while the oldest checkpoint that can be resumed stays.
+    """Maximum number of time steps written while the oldest checkpoint that can be resumed is kept.
 
     Args:
         epochs (int): epochs of the run.
         steps_per_epoch (int): agent steps per environment and epoch.
-        checkpoint_every (int): epochs between checkpoints; 0 saves at the end and when an evaluation is the best only,
-            so that the whole run may lie between two of them.
-        keep_checkpoints (int): newest ones kept.
+        checkpoint_every (int): epochs between checkpoints. 0 saves only at the end and after the best evaluation, so
+            the whole run may lie between two checkpoints.
+        keep_checkpoints (int): number of newest checkpoints kept.
     """
     kept = checkpoint_every * max(1, keep_checkpoints) or epochs
     return max(1, min(epochs, kept)) * steps_per_epoch
 
 
-# A store of episodes
+# Episode store
 
 EPISODES_FILE = "episodes.npy"
-#: Copies of the table of episodes: as read, its columns, and the sums by which starts are drawn.
+#: Copies of the episode table in RAM: the table, its columns, and the cumulative sums for drawing start steps.
 TABLE_COPIES = 4
 
 
@@ -105,14 +105,14 @@ def published_store_bytes(tasks: str | None, observation_dim: int, action_dim: i
 
 
 def store_bytes(path: str | Path) -> tuple[int, int]:
-    """Bytes of a store's files, which the page cache may hold, and of its index in RAM.
+    """Bytes of an episode store's files (which may be in the page cache) and of its index in RAM.
 
     Raises:
-        ConfigurationError: if there is no store.
+        ConfigurationError: if the path contains no store.
     """
     folder = Path(path).expanduser()
     table = folder / EPISODES_FILE
     if not table.is_file():
-        raise ConfigurationError(f"data.path={path} holds no episodes: there is no {EPISODES_FILE}")
+        raise ConfigurationError(f"data.path={path} contains no episodes: {EPISODES_FILE} is missing")
     files = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     return files, TABLE_COPIES * table.stat().st_size

@@ -1,7 +1,8 @@
-"""What the updates of an epoch need, traced with tensors that have no data.
+"""Memory of the updates of an epoch, traced with fake tensors.
 
-The traced calls are those of training: the losses' ``backward``, clipping, the copy that undoes an update, the
-optimizer's step. Of a batch in micro-batches the last one is run, beside what those before it leave behind.
+The trace runs the calls of training: the losses' ``backward``, clipping, the copy for undoing an update, and the
+optimizer's step. If the batch is split into micro-batches, only the last one is run, together with the tensors that the
+earlier ones leave behind.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of the storages that operations made and that are still alive, on real tensors or fake ones.
+    """Counts the bytes of all live storages that operations have created, of real or fake tensors.
 
     Attributes:
-        live (int): bytes now.
-        peaks (list of int): highest ``live`` of each phase since :meth:`begin`.
+        live (int): current bytes.
+        peaks (list of int): maximum of ``live`` in each phase since :meth:`begin`.
     """
 
     def __init__(self) -> None:
@@ -45,55 +46,55 @@ class StorageCounter(TorchDispatchMode):
 
     @property
     def peak(self) -> int:
-        """Highest :attr:`live` since :meth:`begin`."""
+        """Maximum of :attr:`live` since :meth:`begin`."""
         return max(self.peaks)
 
     def begin(self) -> int:
-        """Forget earlier peaks; returns the bytes alive now."""
+        """Forget earlier peaks and return :attr:`live`."""
         self.peaks = [self.live]
         return self.live
 
     def next_phase(self) -> None:
-        """From now on, a peak of its own is noted."""
+        """Start a new phase, which has its own peak."""
         self.peaks.append(self.live)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # autograd asks more often than it computes
+            return args[0].fake_device  # a shortcut: autograd calls this very often
         if func is _ITEM and isinstance(args[0], FakeTensor):
-            # Initialisers that repeat until no sample lies outside their range ask for one number; "none does" ends it.
+            # Initialisers resample until no value is out of range; False ("no value is") ends their loop.
             return False
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
-            self._see(out.untyped_storage())
+            self._add(out.untyped_storage())
             return out
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return out
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
         if key in self._known:
             return
         size = storage.nbytes()
-        finalizer = weakref.finalize(storage, self._gone, key, size)
+        finalizer = weakref.finalize(storage, self._remove, key, size)
         finalizer.atexit = False
         self._known[key] = finalizer
         self.live += size
         self.peaks[-1] = max(self.peaks[-1], self.live)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         del self._known[key]
         self.live -= size
 
 
 class FakeTensors:
-    """Inside ``with``, tensors have shapes and no data, and :attr:`counter` counts their storages.
+    """Context manager in which new tensors have shapes but no data; :attr:`counter` counts their storages.
 
-    Can be entered again; modules made inside have parameters without data and are of use only there.
+    It can be entered repeatedly. Modules created inside have parameters without data and can only be used inside.
     """
 
     def __init__(self) -> None:
@@ -112,8 +113,8 @@ class FakeTensors:
         self._mode.__exit__(kind, error, trace)
 
 
-#: Horizons that are traced in place of a longer one: a phase's peak is a line in the horizon (a test compares), but for
-#: short ones, from which lines were up to 11 % low. The usual horizon of 16 is traced as it is.
+#: Horizons traced in place of a longer one. The peak of a phase is linear in the horizon (a test checks this), except
+#: for short horizons, from which extrapolations were up to 11 % too low. The usual horizon of 16 is traced directly.
 SHORT = (15, 16)
 
 
@@ -123,29 +124,29 @@ class Persistent:
 
     parameters: int
     optimizer: int
-    undo: int  # copies of weights and optimizer state, to take an unfinished update back
+    undo: int  # copies of weights and optimizer state, for undoing an unfinished update
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return self.parameters + self.optimizer + self.undo
 
 
 @dataclass(frozen=True)
 class Transient:
-    """What an update takes beside what persists, bytes."""
+    """Memory of one update in addition to what persists, in bytes."""
 
-    phases: tuple[int, ...]  # peak of each of its phases
+    phases: tuple[int, ...]  # peak of each phase
     gradients: int  # part of the peak
     data: int  # part of the peak: the batch
 
     @property
     def peak(self) -> int:
-        """The highest of all phases."""
+        """Maximum over all phases."""
         return max(self.phases)
 
     def extended(self, longer: Transient, steps: float) -> Transient:
-        """The line through this and ``longer``, ``steps`` times as far as from one to the other."""
+        """Linear extrapolation: this plus ``steps`` times the difference between ``longer`` and this."""
 
         def extend(here: int, there: int) -> int:
             return round(here + (there - here) * steps)
@@ -155,15 +156,15 @@ class Transient:
 
     @property
     def activations(self) -> int:
-        """What autograd saves, temporaries and the rollout that critics learn from."""
+        """Tensors saved by autograd, temporaries, and the rollout for the critic updates."""
         return max(0, self.peak - self.gradients - self.data)
 
 
 class UpdateTracer:
-    """Traces one configuration's updates; results are kept for the process, since plans ask for the same ones again.
+    """Traces the updates of one configuration. Results are cached in the process, because plans reuse them.
 
     Args:
-        cfg (Config): the run's configuration. A compiled loss is traced as the eager one that it equals.
+        cfg (Config): the run's configuration. A compiled loss is traced in eager mode.
         facts (EnvFacts): the environment's dimensions.
     """
 
@@ -182,7 +183,7 @@ class UpdateTracer:
         self._made: _Updates | None = None
 
     def _updates(self) -> _Updates:
-        """To be called within the fake tensors."""
+        """The updates, built on first use; call this only inside :class:`FakeTensors`."""
         if self._made is None:
             self._made = _Updates(self.cfg, self.facts, self._fake.counter)
         return self._made
@@ -194,14 +195,14 @@ class UpdateTracer:
 
     @property
     def persistent(self) -> Persistent:
-        """Parameters, optimizer state and undo copies of all networks."""
+        """Bytes of parameters, optimizer state and undo copies of all networks."""
         if self.key not in self._persistent:
             with self._fake:
                 self._persistent[self.key] = self._updates().persistent
         return self._persistent[self.key]
 
     def transient(self, update: str, micro_batch: int | None = None) -> Transient:
-        """Peak of one update with ``micro_batch`` rows per backward pass, ``None`` for all at once."""
+        """Memory of one update with ``micro_batch`` rows per backward pass; ``None`` for the whole batch at once."""
         batch = self.batches[update]
         size = batch if micro_batch is None else min(micro_batch, batch)
         key = (self.key, update, size)
@@ -220,7 +221,7 @@ class UpdateTracer:
 
 
 class _Updates:
-    """The updates of a run on tensors without data; lives inside :class:`FakeTensors`."""
+    """The updates of a run on fake tensors; used only inside :class:`FakeTensors`."""
 
     def __init__(self, cfg: Config, facts: EnvFacts, counter: StorageCounter) -> None:
         self.cfg, self.facts, self.counter = cfg, facts, counter
@@ -230,7 +231,7 @@ class _Updates:
         parameters = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         self.undo = {name: Undo(optimizer) for name, optimizer in self.optimizers.items()}
         for name, optimizer in self.optimizers.items():
-            for _ in range(2):  # the first makes the optimizer's state, the second the copies of it
+            for _ in range(2):  # the first step creates the optimizer's state, the second the undo copies of it
                 for parameter in optimizer.parameters:
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step(self.undo[name].before_step)
@@ -242,29 +243,30 @@ class _Updates:
             if isinstance(value, torch.Tensor)
         )
         self.persistent = Persistent(parameters, moments, counter.live - parameters - moments)
-        # Phases are told apart where memory begins to grow with the horizon in another way.
+        # A new phase begins where memory starts to grow with the horizon at another rate.
         if self.losses.actor is not None:
-            self.losses.actor.value_network.module.register_forward_pre_hook(self._values_begin)
-        self.networks.model.encoder.register_forward_hook(self._encoded)
+            self.losses.actor.value_network.module.register_forward_pre_hook(self._before_values)
+        self.networks.model.encoder.register_forward_hook(self._after_encoder)
 
-    def _values_begin(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """A rollout is complete; later, its values are differentiated and its steps follow."""
+    def _before_values(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The rollout is complete here; in the backward pass, the steps follow the values."""
         self._phase_now_and_backward(inputs[0])
 
-    def _encoded(self, module: nn.Module, inputs: tuple[Tensor, ...], latent: Tensor) -> None:
-        """Targets are encoded, then the first observations, where the way back through the steps ends."""
+    def _after_encoder(self, module: nn.Module, inputs: tuple[Tensor, ...], latent: Tensor) -> None:
+        """The targets or the first observations are encoded; the backward pass through the steps ends here."""
         self._phase_now_and_backward(latent)
 
     def _phase_now_and_backward(self, tensor: Tensor) -> None:
+        """Start a phase now and another one when the backward pass has computed the tensor's gradient."""
         self.counter.next_phase()
         if tensor.requires_grad:
-            tensor.register_hook(self._gradient_known)
+            tensor.register_hook(self._after_gradient)
 
-    def _gradient_known(self, gradient: Tensor) -> None:
+    def _after_gradient(self, gradient: Tensor) -> None:
         self.counter.next_phase()
 
     def measure(self, update: str, batch: int, size: int, horizon: int) -> Transient:
-        """Run the last micro-batch of ``size`` out of ``batch`` rows of an update of ``horizon`` steps."""
+        """Run the last micro-batch of an update: ``size`` of ``batch`` rows, ``horizon`` steps."""
         run: dict[str, Callable[[int, int, int], Transient]] = {
             "model": self.model,
             "actor": self.actor,
@@ -273,7 +275,7 @@ class _Updates:
         return run[update](batch, size, horizon)
 
     def _finish(self, name: str) -> None:
-        """The optimizer's step."""
+        """Run the optimizer's step in a phase of its own."""
         self.counter.next_phase()
         self.optimizers[name].step(self.undo[name].before_step)
         self.counter.next_phase()
@@ -283,7 +285,7 @@ class _Updates:
         return Transient(tuple(peak - before for peak in self.counter.peaks), gradients, data)
 
     def _accumulated(self, name: str) -> list[Tensor]:
-        """Gradients of earlier micro-batches."""
+        """Gradients accumulated from earlier micro-batches."""
         return [torch.empty_like(p) for p in self.optimizers[name].parameters]
 
     def _accumulate(self, name: str) -> None:
@@ -292,7 +294,7 @@ class _Updates:
 
     def model(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
-        # As it comes from the replay: batch-major, every key, then read time-major by the loss.
+        # In the form that the replay buffer returns: batch-major with all keys. The loss reads it time-major.
         facts, shape = self.facts, [batch, horizon]
         step = {
             "observation": torch.empty(*shape, facts.observation_dim),
@@ -328,7 +330,7 @@ class _Updates:
         self.losses.actor.horizon = horizon
         _, imagined = self.losses.actor.backward(start[:size])
         self._finish("actor")
-        # The rollouts of earlier micro-batches were there all the time; joining them copies all.
+        # The rollouts of earlier micro-batches stay alive; concatenating them copies all of them.
         each = (self.counter.live - held) // size
         used = self._transient("actor", before, batch * self.facts.observation_dim * 4)
         phases = [peak + each * (batch - size) for peak in used.phases]
@@ -340,7 +342,7 @@ class _Updates:
     def critic(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
         a, keys = self.cfg.algorithm, self.losses.critic.tensor_keys
-        # The rollout of the actor update lives on while the critics learn from its states.
+        # The rollout of the actor update stays alive during the critic updates.
         imagined = self._rollout(a.actor_batch, horizon)
         states = imagined.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
         minibatch = states[torch.randperm(len(states))[:batch]]
@@ -352,7 +354,7 @@ class _Updates:
         return self._transient("critic", before, data)
 
     def _rollout(self, batch: int, horizon: int) -> TensorDictBase:
-        """A detached rollout as the policy loss leaves it, without the work."""
+        """A detached rollout with the tensors that the actor loss returns."""
         self.losses.actor.horizon = horizon
         rollout = Imagined(
             torch.empty(horizon + 1, batch, self.cfg.size.latent_dim),

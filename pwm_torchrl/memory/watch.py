@@ -1,4 +1,4 @@
-"""Memory while a run trains: sampled by a thread, logged with every epoch, and checked at its end."""
+"""Memory use during training: sampled by a thread, logged with every epoch, and checked at the end of each epoch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 
 from pwm_torchrl.config import MemoryConfig
@@ -17,24 +16,24 @@ from pwm_torchrl.memory.readings import Reading, format_bytes, read_memory
 
 __all__ = ["Alarm", "Growth", "MemoryGuard", "MemoryWatch"]
 
-_ROOT = Path("/")
 
-# Of one core, at most, for looking: with many processes or much memory a look takes long, and comes less often.
-_SHARE = 0.02
+# Maximum fraction of one core spent on sampling. A sample of many processes or much memory takes long, so the interval
+# grows.
+_MAX_LOAD = 0.02
 
 
 class MemoryWatch:
-    """Samples the memory of a run, and keeps the newest reading and the peaks.
+    """Samples the memory of a run in a thread, and keeps the newest reading and the peaks.
 
     Args:
-        interval (float, optional): seconds between two looks; more where a look takes longer than a fiftieth of that.
-            Defaults to ``1.0``.
-        pid (int, optional): main process of the run. Defaults to ``None``, this one.
-        root (Path, optional): where /proc and cgroups are found. Defaults to ``/``.
+        interval (float, optional): seconds between two samples; it is extended so that sampling takes at most a
+            fiftieth of the time. Defaults to ``1.0``.
+
+    Keyword Args:
+        read (callable, optional): takes a reading. Defaults to :func:`~pwm_torchrl.memory.readings.read_memory`.
 
     .. note::
-        Python 3.12 and later warn when a process with threads forks. Start the watch after worker processes that are
-        forked.
+        Python 3.12 and later warn when a process with threads forks. Fork worker processes before starting the watch.
 
     Examples:
         >>> with MemoryWatch() as watch:
@@ -42,12 +41,11 @@ class MemoryWatch:
         True
     """
 
-    def __init__(self, interval: float = 1.0, *, pid: int | None = None, root: Path = _ROOT) -> None:
+    def __init__(self, interval: float = 1.0, *, read: Callable[[], Reading] = read_memory) -> None:
         if interval <= 0:
             raise ValueError(f"interval={interval} must be positive")
         self.interval = interval
-        self._pid = pid
-        self._root = root
+        self._read = read
         self._lock = threading.Lock()
         self._newest: Reading | None = None
         self._peaks: dict[str, int] = {}
@@ -57,12 +55,12 @@ class MemoryWatch:
 
     @property
     def running(self) -> bool:
-        """Whether the thread is at work."""
+        """Whether the thread is running."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def newest(self) -> Reading:
-        """The newest reading: the thread's, or, while it does not run, one taken now.
+        """The thread's newest reading, or a new one if the thread is not running.
 
         Raises:
             RuntimeError: if the thread has failed.
@@ -73,12 +71,12 @@ class MemoryWatch:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """The largest value so far of each of :meth:`Reading.metrics`."""
+        """The largest value so far of each metric of :meth:`Reading.metrics`."""
         with self._lock:
             return dict(self._peaks)
 
     def sample(self) -> Reading:
-        """Look now.
+        """Take a reading now.
 
         Raises:
             RuntimeError: if the thread has failed.
@@ -87,8 +85,8 @@ class MemoryWatch:
         return self._sample()
 
     def metrics(self) -> dict[str, int]:
-        """Numbers of the newest reading (:meth:`Reading.metrics`), and ``memory/peak_own``: the largest sum of
-        anonymous and shared memory that was seen.
+        """Metrics of the newest reading (:meth:`Reading.metrics`) and ``memory/peak_own``, the largest sum of anonymous
+        and shared memory so far.
 
         Raises:
             RuntimeError: if the thread has failed.
@@ -98,10 +96,10 @@ class MemoryWatch:
         return metrics if peak is None else {**metrics, "memory/peak_own": peak}
 
     def start(self) -> None:
-        """Look once, then start the thread; nothing if it runs.
+        """Take one reading, then start the thread. Does nothing if it is running.
 
         Raises:
-            RuntimeError: if the thread has failed before.
+            RuntimeError: if the thread failed earlier.
         """
         if self.running:
             return
@@ -111,10 +109,10 @@ class MemoryWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and forget its failure once it is told; nothing if it does not run.
+        """Stop the thread. Does nothing if it is not running.
 
         Raises:
-            RuntimeError: if the thread has failed.
+            RuntimeError: if the thread has failed; this is raised once.
         """
         self._join()
         try:
@@ -131,7 +129,7 @@ class MemoryWatch:
     ) -> None:
         if error is None:
             self.stop()
-        else:  # what ended the block matters more than what may have ended the thread
+        else:  # do not replace the block's error by the thread's
             self._join()
 
     def _join(self) -> None:
@@ -146,13 +144,13 @@ class MemoryWatch:
             start = time.perf_counter()
             try:
                 self._sample()
-            except BaseException as error:  # noqa: BLE001 - raised where the watch is asked next
+            except BaseException as error:  # noqa: BLE001 - raised by the next call
                 self._failure = error
                 return
-            pause = max(self.interval, (time.perf_counter() - start) / _SHARE)
+            pause = max(self.interval, (time.perf_counter() - start) / _MAX_LOAD)
 
     def _sample(self) -> Reading:
-        reading = read_memory(self._pid, root=self._root)
+        reading = self._read()
         with self._lock:
             self._newest = reading
             for name, number in reading.metrics().items():
@@ -161,12 +159,12 @@ class MemoryWatch:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise RuntimeError(f"watching memory failed: {self._failure!r}") from self._failure
+            raise RuntimeError(f"sampling memory failed: {self._failure!r}") from self._failure
 
 
 @dataclass(frozen=True)
 class Growth:
-    """One kind of memory, in words, and its bytes at the baseline and now."""
+    """A kind of memory, and its bytes at the baseline and now."""
 
     kind: str
     before: int
@@ -174,20 +172,20 @@ class Growth:
 
     @property
     def bytes(self) -> int:
-        """Bytes gained."""
+        """Increase in bytes."""
         return self.now - self.before
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Memory that cannot be reclaimed is close to a limit.
+    """Reports that memory that cannot be reclaimed is close to a limit.
 
     Attributes:
-        used: such memory, in bytes.
+        used: memory that cannot be reclaimed, in bytes.
         limit: the limit, in bytes.
-        place: the limit, in words.
-        growth: every kind of memory, the one that grew most first.
-        message: one sentence: what reached which limit, and what grew.
+        place: description of the limit.
+        growth: all kinds of memory, sorted by decreasing growth.
+        message: one sentence with the amount, the limit and the kinds that grew.
     """
 
     used: int
@@ -198,28 +196,28 @@ class Alarm:
 
     @property
     def fraction(self) -> float:
-        """Share of the limit that is used."""
+        """Fraction of the limit that is used."""
         return self.used / self.limit
 
 
 class MemoryGuard:
-    """Says when a run comes close to a memory limit with memory that the kernel cannot take back.
+    """Raises an alarm when memory that the kernel cannot reclaim comes close to a limit.
 
-    Page cache never counts: a group that is full of it is healthy. What counts, and against what:
+    Page cache does not count, because the kernel drops it when memory is needed. The checks are:
 
-    - in each cgroup with a limit: the group's anonymous and shared memory, and its dirty pages;
-    - against the explicit budget: anonymous and shared memory of all processes of the run;
-    - without a limit by a cgroup: the same, against the same and the RAM that is still available.
+    - for each cgroup with a limit: the group's anonymous memory, shared memory and dirty pages;
+    - for the explicit budget: anonymous and shared memory of all processes of the run;
+    - without a cgroup limit: the same memory, compared with its sum with the RAM that is still available.
 
-    ``ulimit -v`` is not watched: it bounds addresses and not memory, and running into it is an error that a program
-    can handle, no kill. On systems that tell nothing (macOS) there is never an alarm.
+    ``ulimit -v`` is not checked: it limits addresses, and exceeding it raises an error instead of killing the process.
+    On systems that report no memory (macOS), there is never an alarm.
 
     Args:
-        limit_fraction (float, optional): share of a limit that raises the alarm. Defaults to ``0.85``.
+        limit_fraction (float, optional): fraction of a limit at which the alarm is raised. Defaults to ``0.85``.
         budget_bytes (int, optional): budget of the run, in bytes. Defaults to ``None``, no budget.
-        dirty_seconds (float, optional): an alarm that depends on dirty pages waits this long, in the readings' time.
-            The kernel writes them, and by default starts at the latest after 30 s; under cgroups of version 1, a
-            burst of writes may fill much of a group with them and do no harm. Defaults to ``30.0``.
+        dirty_seconds (float, optional): delay of an alarm that depends on dirty pages, in the readings' time. By
+            default, the kernel starts to write dirty pages after 30 s at the latest; with cgroups of version 1, a
+            burst of writes may fill much of a group without harm. Defaults to ``30.0``.
 
     Examples:
         >>> from pwm_torchrl.memory.readings import read_memory
@@ -241,13 +239,11 @@ class MemoryGuard:
         self._dirty_since: dict[str, float] = {}
 
     def set_baseline(self, reading: Reading) -> None:
-        """Compare with this reading from now on, for example with one after warm-up; otherwise with the first one
-        checked.
-        """
+        """Report growth relative to this reading, for example one after warm-up, instead of the first one checked."""
         self._baseline = reading
 
     def check(self, reading: Reading) -> Alarm | None:
-        """The alarm of the limit that is closest, ``None`` if all are far enough."""
+        """The alarm for the limit with the largest fraction used; ``None`` if no limit is close."""
         if self._baseline is None:
             self._baseline = reading
         alarms = [alarm for group in reading.limits if (alarm := self._check_group(reading, group)) is not None]
@@ -258,13 +254,13 @@ class MemoryGuard:
             if not reading.limits and reading.machine is not None:
                 reachable = own + reading.machine.available
                 if own >= self.limit_fraction * reachable:
-                    place = "what this machine can give this run"
+                    place = "the memory that this machine can give this run"
                     alarms.append(self._alarm(reading, own, reachable, place, _machine_parts))
         return max(alarms, key=lambda alarm: alarm.fraction, default=None)
 
     def _check_group(self, reading: Reading, group: CgroupMemory) -> Alarm | None:
         held, unwritten, limit = group.held, group.unwritten, group.limit or 0
-        if held is None or unwritten is None:  # not told: what the run itself holds is a part of it
+        if held is None or unwritten is None:  # not reported: use the run's own memory, which is part of it
             held, unwritten = 0 if reading.processes is None else reading.processes.own, 0
         threshold = self.limit_fraction * limit
         if held + unwritten < threshold:
@@ -292,7 +288,7 @@ class MemoryGuard:
 
 
 def _run_parts(reading: Reading) -> dict[str, int]:
-    """Bytes by kind, in words, of what the run's processes hold."""
+    """Bytes of each kind of memory that the run's processes hold."""
     tree = reading.processes
     if tree is None:
         return {}
@@ -304,7 +300,7 @@ def _run_parts(reading: Reading) -> dict[str, int]:
 
 
 def _group_parts(reading: Reading, name: str) -> dict[str, int]:
-    """The same of what a cgroup holds."""
+    """Bytes of each kind of memory that a cgroup holds."""
     parts = _run_parts(reading)
     group = next((group for group in reading.cgroups if group.name == name), None)
     if group is None or group.anon is None:
@@ -312,15 +308,15 @@ def _group_parts(reading: Reading, name: str) -> dict[str, int]:
     own_anon = 0 if reading.processes is None else reading.processes.anon
     return {
         **parts,
-        # Files on tmpfs and shared memory that nobody has mapped are in the group's count only.
+        # The group's count includes files on tmpfs and shared memory that no process has mapped.
         "shared memory": group.shmem or 0,
         "dirty pages": group.unwritten or 0,
-        "anonymous memory of processes outside of the run": max(group.anon - own_anon, 0),
+        "anonymous memory of processes outside the run": max(group.anon - own_anon, 0),
     }
 
 
 def _machine_parts(reading: Reading) -> dict[str, int]:
-    """The same of what the machine holds."""
+    """Bytes of each kind of memory that the machine holds."""
     parts = _run_parts(reading)
     if reading.machine is not None:
         others = reading.machine.total - reading.machine.available - sum(parts.values())
@@ -329,27 +325,27 @@ def _machine_parts(reading: Reading) -> dict[str, int]:
 
 
 def _what_grew(growth: list[Growth], used: int) -> str:
-    """The kinds that gained most: the second too if it gained at least a quarter of the first."""
+    """The kind that grew most, and the second one if it grew at least a quarter as much."""
     grown = [part for part in growth[:2] if part.bytes >= max(used // 100, growth[0].bytes // 4, 1)]
     if grown:
         return " and ".join(
             f"{part.kind} grew from {format_bytes(part.before)} to {format_bytes(part.now)}" for part in grown
         )
     largest = max(growth, key=lambda part: part.now, default=None)
-    return "nothing grew" + (f"; the most is {largest.kind}, {format_bytes(largest.now)}" if largest else "")
+    return "nothing grew" + (f"; the largest part is {largest.kind}, {format_bytes(largest.now)}" if largest else "")
 
 
 INTERVAL_S = 1.0
 
 
 class RunMemory:
-    """Watch and guard of a run.
+    """Memory watch and memory guard of a run.
 
-    If watching fails, the run goes on without: it is told once, and nothing is logged or guarded any more.
+    If sampling fails, the failure is reported once and the run continues without memory metrics and alarms.
 
     Args:
         cfg (MemoryConfig): ``stop_at`` and ``host_gb``.
-        on_failure (callable): called with a sentence if watching fails.
+        on_failure (callable): called with a message if sampling fails.
     """
 
     def __init__(self, cfg: MemoryConfig, on_failure: Callable[[str], None]) -> None:
@@ -361,9 +357,9 @@ class RunMemory:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch inside the block; whatever ends it, no thread is left.
+        """Run the sampling thread inside the block.
 
-        Worker processes are forked before: a process that has threads should not fork.
+        Fork worker processes before: a process with threads should not fork.
         """
         self.watch.start()
         try:
@@ -375,7 +371,7 @@ class RunMemory:
                 self._fail(error)
 
     def metrics(self) -> dict[str, int]:
-        """The newest numbers, ``memory/...``; a look costs nothing here, the watch's thread took it."""
+        """Metrics ``memory/...`` of the thread's newest reading; empty after a failure."""
         if self._failed:
             return {}
         try:
@@ -385,11 +381,11 @@ class RunMemory:
             return {}
 
     def check(self, warm: bool) -> Alarm | None:
-        """Whether the run should stop.
+        """An alarm if the run should stop, otherwise ``None``.
 
         Args:
-            warm (bool): whether everything that training needs has been allocated by now. What grew is told by
-                comparison with the first time that it is so.
+            warm (bool): whether training has allocated everything it needs. Growth is reported relative to the first
+                reading for which this is true.
         """
         if self._failed:
             return None
@@ -404,10 +400,10 @@ class RunMemory:
 
     @property
     def peak_own(self) -> int:
-        """Most anonymous and shared memory of all processes of the run that was seen, in bytes; 0 if none was."""
+        """Largest sum of anonymous and shared memory of all processes so far, in bytes; 0 before the first reading."""
         return self.watch.peaks.get("memory/own", 0)
 
     def _fail(self, error: RuntimeError) -> None:
         if not self._failed:
             self._failed = True
-            self.on_failure(f"{error}; the run goes on without a watch on its memory")
+            self.on_failure(f"{error}; the run continues without memory metrics and without the memory guard")

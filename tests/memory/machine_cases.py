@@ -1,4 +1,4 @@
-"""Machines made of files, for readings that must be right on systems other than this one."""
+"""Files of /proc and cgroups of imaginary machines, for readings on other systems."""
 
 from __future__ import annotations
 

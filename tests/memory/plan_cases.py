@@ -1,4 +1,4 @@
-"""A run whose updates are large beside everything else, and budgets for it."""
+"""A run whose memory is mostly that of its updates, and budgets for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pwm_torchrl.memory.predict import Choices
 
 FACTS = EnvInfo("test", 3, 1, 30, 1, 2, False)
 PLENTY = 2**45
-#: What the guard leaves of the host's budget, less the margin.
+#: Usable fraction of the host budget: the guard's threshold minus the margin.
 USABLE = 0.85 * 0.9
 AUTO = {
     "memory.kind": "auto",
@@ -26,7 +26,7 @@ AUTO = {
 
 
 def automatic(changes: dict[str, Any] | None = None) -> Config:
-    """A run of which everything is planned."""
+    """A configuration that leaves every setting open."""
     return config({**AUTO, **(changes or {})})
 
 

@@ -1,4 +1,4 @@
-"""Predictions against real runs."""
+"""Predicted memory compared with real runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "memory_accurac
 
 
 @pytest.mark.slow
-def test_predictions_are_near_what_runs_take(tmp_path):
+def test_predictions_match_runs(tmp_path):
     """The benchmark's quick rows: within 10 % or 64 MiB."""
     file = tmp_path / "rows.json"
     command = [sys.executable, str(BENCHMARK), "--quick", "--json", str(file)]

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the kernel."""
+"""Freed memory is returned to the kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from pwm_torchrl.memory import predict as allocator
 
 ROOT = Path(__file__).resolve().parents[2]
-#: 256 blocks of 512 KiB are written and every second one is freed: holes that only a block of its own can leave.
+#: Writes 256 blocks of 512 KiB and frees every second one. The kernel gets them back only if each has its own mapping.
 PROGRAM = """
 import ctypes, sys
 from pwm_torchrl.memory.predict import return_freed_memory
@@ -44,7 +44,7 @@ def held(mode: str) -> tuple[str, int, int]:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
-def test_freed_blocks_go_back_to_the_kernel():
+def test_freed_blocks_are_returned():
     returned, full, after = held("return")
     assert returned == "True"
     assert full >= 128 * 2**20
@@ -52,11 +52,11 @@ def test_freed_blocks_go_back_to_the_kernel():
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
-def test_otherwise_their_holes_stay():
+def test_freed_blocks_are_kept_by_default():
     _, full, after = held("keep")
     assert after > 0.9 * full
 
 
-def test_another_library_is_left_alone(monkeypatch):
+def test_another_c_library_is_not_changed(monkeypatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     assert allocator.return_freed_memory() is False

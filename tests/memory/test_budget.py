@@ -1,4 +1,4 @@
-"""How much memory a run may have, and who says so."""
+"""The run's memory budget and where it comes from."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class TestHost:
     def test_free_ram_and_what_the_run_holds(self, tmp_path):
         files = process(os.getpid(), 1, anon=100, shmem=20, file=900) | meminfo(10_000, 4_000)
         budget = host_budget(environ={}, root=write(tmp_path, files))
-        assert budget.candidates == (Candidate(4_120 * KIB, "free RAM of this machine (9.77 MiB in all)"),)
+        assert budget.candidates == (Candidate(4_120 * KIB, "free RAM of this machine (9.77 MiB in total)"),)
         assert budget.bytes == 4_120 * KIB
 
     @pytest.mark.parametrize("version", [1, 2])
-    def test_cgroup_limits_less_what_others_hold(self, tmp_path, version):
-        """This process holds 100 MiB; the inner group 110 with noise, the outer one 500."""
+    def test_cgroup_limits_minus_other_processes(self, tmp_path, version):
+        """This process holds 100 MiB, the inner group 110 MiB (noise), the outer group 500 MiB."""
         if version == 2:
             top = "sys/fs/cgroup"
             mount = f"41 31 0:38 / /{top} rw - cgroup2 cgroup2 rw\n"
@@ -58,8 +58,8 @@ class TestHost:
             60 * GIB + 100 * MIB,
         ]
         assert budget.bytes == 2 * GIB - 400 * MIB
-        assert budget.source == f"limit of cgroup /job ({outer}), 2 GiB, less 400 MiB that others in it hold"
-        assert budget.candidates[0].source == f"limit of cgroup /job/step ({inner})"
+        assert all(part in budget.source for part in (f"cgroup /job ({outer})", "2 GiB", "400 MiB"))
+        assert f"cgroup /job/step ({inner})" in budget.candidates[0].source
 
     @pytest.mark.parametrize(
         ("environ", "expected"),
@@ -79,7 +79,7 @@ class TestHost:
     @pytest.mark.parametrize(
         "environ", [{}, {"SLURM_MEM_PER_NODE": "0"}, {"SLURM_MEM_PER_NODE": ""}, {"SLURM_MEM_PER_CPU": "2048"}]
     )
-    def test_slurm_that_bounds_nothing(self, tmp_path, environ):
+    def test_slurm_values_that_are_no_limit(self, tmp_path, environ):
         budget = host_budget(environ=environ, root=write(tmp_path, meminfo(1000, 500)))
         assert [candidate.bytes for candidate in budget.candidates] == [500 * KIB]
 
@@ -87,7 +87,7 @@ class TestHost:
         ("name", "value"),
         [("SLURM_MEM_PER_NODE", "much"), ("SLURM_MEM_PER_CPU", "-1"), ("SLURM_CPUS_ON_NODE", "72(x2)")],
     )
-    def test_slurm_that_makes_no_sense(self, tmp_path, name, value):
+    def test_invalid_slurm_values(self, tmp_path, name, value):
         with pytest.raises(ValueError, match=name):
             host_budget(environ={name: value}, root=write(tmp_path, meminfo(1000, 500)))
 
@@ -95,20 +95,20 @@ class TestHost:
         monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
         assert host_budget(root=write(tmp_path, meminfo(10**6, 10**6))).bytes == MIB
 
-    def test_a_system_that_tells_little(self, tmp_path):
+    def test_without_proc_total_ram_is_used(self, tmp_path):
         budget = host_budget(environ={}, root=tmp_path)
         assert budget.bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        assert "does not tell" in budget.source
+        assert "total RAM" in budget.source
 
-    def test_a_budget_names_what_binds(self):
+    def test_the_smallest_limit_is_the_budget(self):
         budget = Budget((Candidate(3, "three"), Candidate(-2, "overdrawn"), Candidate(-2, "the same")))
         assert (budget.bytes, budget.source) == (0, "overdrawn")
-        with pytest.raises(ValueError, match="at least one bound"):
+        with pytest.raises(ValueError, match=r"candidates=\(\)"):
             Budget(())
 
 
 def test_address_space(tmp_path, monkeypatch):
-    """Of 10 MiB of addresses, 400 KiB are taken, 100 KiB of them by memory that counts."""
+    """Of 10 MiB of addresses, 400 KiB are used, 100 KiB of them for memory that counts."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (10 * MIB, resource.RLIM_INFINITY))
     files = process(os.getpid(), 1, anon=100) | meminfo(10**6, 10**6)
     budget = host_budget(environ={}, root=write(tmp_path, files))
@@ -141,10 +141,10 @@ else:
             out = subprocess.run([*command, directory], capture_output=True, text=True, check=True, cwd=ROOT).stdout
             other.communicate("\n")
     count, _, source = out.partition(" ")
-    # What the process held before it joined is its own, but not charged to the group.
+    # Memory that the process held before it joined the group is not charged to the group.
     assert 225 * MIB < int(count) < 250 * MIB
     assert source.startswith("limit of cgroup ")
-    assert "300 MiB, less " in source
+    assert "300 MiB, minus " in source
 
 
 class TestGpuTypes:
@@ -193,16 +193,16 @@ class TestGpuTypes:
     @pytest.mark.parametrize(
         ("name", "seen_gib"), [("l40s", 44.40), ("l4", 22.03), ("rtx4090", 23.52), ("t4", 14.58), ("b200", 178.35)]
     )
-    def test_what_is_usable_leaves_room_for_a_context(self, name, seen_gib):
-        """PyTorch's own count of the total, as its out-of-memory messages give it, less 300 MiB."""
+    def test_usable_memory_excludes_a_context(self, name, seen_gib):
+        """Below the total in PyTorch's out-of-memory messages by at least 300 MiB."""
         assert usable_gpu_bytes(name) <= seen_gib * GIB - 300 * MIB
 
 
 class TestDevice:
-    def test_of_a_type_that_is_not_here(self):
+    def test_of_a_gpu_type(self):
         budget = device_budget("l40s")
         assert budget.bytes == usable_gpu_bytes("l40s")
-        assert "not asked of the device" in budget.source
+        assert "a l40s" in budget.source
         with pytest.raises(ValueError, match="unknown GPU type"):
             device_budget("l40x")
 
@@ -213,7 +213,7 @@ class TestDevice:
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: {1: 2 * GIB}[device])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: {1: "Some GPU"}[device])
         budget = device_budget(device=1)
-        assert (budget.bytes, budget.source) == (12 * GIB, "free memory of Some GPU (24 GiB in all)")
+        assert (budget.bytes, budget.source) == (12 * GIB, "free memory of Some GPU (24 GiB in total)")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_without_a_device(self):
@@ -227,6 +227,6 @@ class TestDevice:
         after = device_budget(device="cuda")
         total = torch.cuda.get_device_properties("cuda").total_memory
         assert 0 < before.bytes <= total
-        # What this process takes leaves its own budget as it was, but for others on the same device.
+        # An allocation of this process does not change its budget, apart from other processes on the device.
         assert abs(after.bytes - before.bytes) < 2**27
         assert block.numel() == 2**28

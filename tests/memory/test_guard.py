@@ -1,4 +1,4 @@
-"""When the guard acts, on what, and what it says."""
+"""Alarms of the memory guard."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from pwm_torchrl.memory.watch import MemoryGuard
 
 
 class TestCgroup:
-    def test_page_cache_is_harmless(self):
+    def test_page_cache_does_not_count(self):
         """As measured: a 600 MB file read in a group of 400 MB shows a usage of 398 MB."""
         full = reading(main=20 * MIB, cache=378 * MIB, limit=400 * MIB)
         assert full.cgroups[0].usage == 398 * MIB
         assert MemoryGuard().check(full) is None
 
     @pytest.mark.parametrize(("main", "raised"), [(339, False), (340, True), (350, True)])
-    def test_anonymous_memory_is_not(self, main, raised):
+    def test_anonymous_memory_counts(self, main, raised):
         guard = MemoryGuard()
         assert guard.check(reading(main=20 * MIB, limit=400 * MIB)) is None
         assert (guard.check(reading(main=main * MIB, cache=50 * MIB, limit=400 * MIB)) is not None) == raised
 
-    def test_what_it_says_of_a_leak(self):
+    def test_message_of_a_leak(self):
         guard = MemoryGuard()
         guard.check(reading(main=20 * MIB, limit=400 * MIB))
         alarm = guard.check(reading(main=345 * MIB, shmem=MIB, cache=40 * MIB, limit=400 * MIB))
-        assert alarm.message == (
-            "memory that cannot be reclaimed reached 346 MiB, 86 % of the limit of cgroup /job (memory.max), 400 MiB: "
-            "anonymous memory of the main process grew from 20 MiB to 345 MiB"
+        assert all(
+            part in alarm.message
+            for part in ("346 MiB, 86 %", "cgroup /job (memory.max), 400 MiB", "main process", "20 MiB to 345 MiB")
         )
         assert (alarm.used, alarm.limit) == (346 * MIB, 400 * MIB)
         assert alarm.fraction == pytest.approx(0.865)
         assert alarm.growth[0].bytes == 325 * MIB
 
     @pytest.mark.parametrize(
-        ("now", "said"),
+        ("now", "grown"),
         [
             (
                 {"workers": (100 * MIB, 230 * MIB)},
                 "anonymous memory of 2 worker processes grew from 0 B to 330 MiB",
             ),
             ({"shmem": 330 * MIB}, "shared memory grew from 0 B to 330 MiB"),
-            ({"others": 330 * MIB}, "anonymous memory of processes outside of the run grew from 0 B to 330 MiB"),
+            ({"others": 330 * MIB}, "anonymous memory of processes outside the run grew from 0 B to 330 MiB"),
             (
                 {"workers": (200 * MIB,), "shmem": 130 * MIB},
                 "anonymous memory of 1 worker process grew from 0 B to 200 MiB "
@@ -56,11 +56,11 @@ class TestCgroup:
             ),
         ],
     )
-    def test_what_it_says_grew(self, now, said):
+    def test_message_names_what_grew(self, now, grown):
         guard = MemoryGuard()
         guard.check(reading(main=20 * MIB, limit=400 * MIB))
         alarm = guard.check(reading(main=20 * MIB, limit=400 * MIB, **now))
-        assert alarm.message.partition("400 MiB: ")[2] == said
+        assert alarm.message.partition("400 MiB: ")[2] == grown
 
     def test_a_baseline_after_warm_up(self):
         guard = MemoryGuard()
@@ -71,22 +71,23 @@ class TestCgroup:
 
     def test_full_from_the_start(self):
         alarm = MemoryGuard().check(reading(main=345 * MIB, limit=400 * MIB))
-        assert alarm.message.endswith("nothing grew; the most is anonymous memory of the main process, 345 MiB")
+        assert "nothing grew" in alarm.message
+        assert alarm.message.endswith("anonymous memory of the main process, 345 MiB")
 
-    def test_a_group_above_counts_on_its_own(self):
-        """The inner group has room; the outer one, which others fill too, has none."""
+    def test_an_outer_group_is_checked_too(self):
+        """Other processes fill the outer group; the inner one is far from its limit."""
         inside = reading(main=100 * MIB, limit=400 * MIB)
         outer = replace(inside.cgroups[0], name="/", limit=GIB, anon=900 * MIB, limit_file="memory.high")
         alarm = MemoryGuard().check(replace(inside, cgroups=(inside.cgroups[0], outer)))
         assert alarm.place == "the limit of cgroup / (memory.high)"
         assert alarm.used == 900 * MIB
 
-    def test_the_closest_of_several_limits_is_told(self):
+    def test_the_closest_of_several_limits_is_reported(self):
         found = reading(main=360 * MIB, limit=400 * MIB)
         outer = replace(found.cgroups[0], name="/", limit=370 * MIB)
         assert MemoryGuard().check(replace(found, cgroups=(*found.cgroups, outer))).limit == 370 * MIB
 
-    def test_where_the_usage_is_not_split_the_run_itself_counts(self):
+    def test_without_detailed_usage_the_run_itself_counts(self):
         def found(main: int) -> Reading:
             whole = reading(main=main * MIB, limit=400 * MIB)
             return replace(
@@ -98,7 +99,7 @@ class TestCgroup:
 
 
 class TestDirtyPages:
-    def test_they_count_when_they_stay(self):
+    def test_count_after_a_delay(self):
         guard = MemoryGuard(dirty_seconds=30)
         calm = reading(main=100 * MIB, limit=400 * MIB)
         assert guard.check(calm) is None
@@ -108,7 +109,7 @@ class TestDirtyPages:
         assert alarm.used == 350 * MIB
         assert alarm.message.endswith("dirty pages grew from 0 B to 250 MiB")
 
-    def test_a_burst_that_is_written_starts_anew(self):
+    def test_a_written_burst_resets_the_delay(self):
         guard = MemoryGuard(dirty_seconds=30)
         burst = reading(main=100 * MIB, dirty=250 * MIB, limit=400 * MIB)
         assert guard.check(burst) is None
@@ -116,11 +117,11 @@ class TestDirtyPages:
         assert guard.check(replace(burst, time=31.0)) is None
         assert guard.check(replace(burst, time=61.0)) is not None
 
-    def test_without_waiting(self):
+    def test_without_delay(self):
         burst = reading(main=100 * MIB, dirty=250 * MIB, limit=400 * MIB)
         assert MemoryGuard(dirty_seconds=0).check(burst).used == 350 * MIB
 
-    def test_what_is_held_does_not_wait(self):
+    def test_held_memory_is_not_delayed(self):
         assert MemoryGuard().check(reading(main=345 * MIB, dirty=10 * MIB, limit=400 * MIB)).used == 355 * MIB
 
 
@@ -135,33 +136,30 @@ class TestBudget:
 
 class TestMachine:
     @pytest.mark.parametrize(("available", "raised"), [(2 * GIB, False), (1 * GIB, True)])
-    def test_without_a_limit_the_machine_is_one(self, available, raised):
+    def test_without_a_cgroup_limit_the_machine_is_checked(self, available, raised):
         found = reading(main=9 * GIB, available=available)
         assert (MemoryGuard().check(found) is not None) == raised
 
-    def test_with_a_limit_it_is_not(self):
+    def test_with_a_cgroup_limit_the_machine_is_not_checked(self):
         assert MemoryGuard().check(reading(main=9 * GIB, available=GIB, limit=32 * GIB)) is None
 
-    def test_who_else_took_it_is_told(self):
+    def test_message_names_other_processes(self):
         guard = MemoryGuard()
         assert guard.check(reading(main=9 * GIB, available=50 * GIB)) is None
         alarm = guard.check(reading(main=9 * GIB, available=GIB))
-        assert alarm.message == (
-            "memory that cannot be reclaimed reached 9 GiB, 90 % of what this machine can give this run, 10 GiB: "
-            "memory of everything else on this machine grew from 5 GiB to 54 GiB"
-        )
+        assert all(part in alarm.message for part in ("9 GiB, 90 %", "10 GiB", "everything else", "5 GiB to 54 GiB"))
 
 
-def test_a_system_that_tells_nothing_raises_no_alarm():
+def test_no_alarm_without_readings():
     assert MemoryGuard(budget_bytes=1).check(Reading(0.0)) is None
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
-def test_the_fraction_is_one(fraction):
-    with pytest.raises(ValueError, match="limit_fraction"):
+def test_invalid_fraction(fraction):
+    with pytest.raises(ValueError, match=f"limit_fraction={fraction}"):
         MemoryGuard(fraction)
 
 
-def test_a_budget_is_positive():
+def test_invalid_budget():
     with pytest.raises(ValueError, match="budget_bytes=0"):
         MemoryGuard(budget_bytes=0)

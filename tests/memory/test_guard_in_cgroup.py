@@ -1,4 +1,4 @@
-"""The guard against the kernel: in a real group of 400 MB, page cache is harmless and a leak is not."""
+"""The guard in a real cgroup of 400 MB: page cache raises no alarm, a leak does."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ print(json.dumps({"leaked": len(leaked) * 2**22, "message": alarm.message, "frac
 
 
 def in_group(directory: Path, code: str, *arguments: object) -> dict:
-    """What a script prints that runs in the group."""
+    """Run a script in the group; returns what it prints."""
     command = [sys.executable, "-c", JOIN + code, str(directory), *map(str, arguments)]
     out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     # -9 is the kernel's kill.
@@ -60,7 +60,7 @@ def in_group(directory: Path, code: str, *arguments: object) -> dict:
 
 @pytest.fixture
 def large_file(tmp_path: Path) -> Path:
-    """A file on a disk, and not in the page cache: pages belong to the group that reads them first."""
+    """A file on disk that is not in the page cache; a page is charged to the group that reads it first."""
     device = tmp_path.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
@@ -76,17 +76,17 @@ def large_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_reading_a_large_mapped_file_is_harmless(large_file):
+def test_reading_a_large_mapped_file_raises_no_alarm(large_file):
     with limited_cgroup(LIMIT) as directory:
         found = in_group(directory, READ, large_file)
     assert found["limit"] == LIMIT
-    assert found["peak"] > 0.9 * LIMIT  # full of page cache, to the eye that looks at usage
+    assert found["peak"] > 0.9 * LIMIT  # by its usage alone, the group looks full
     assert found["unreclaimable"] < 0.2 * LIMIT
     assert found["metrics"]["memory/cgroup_limit"] == LIMIT
     assert found["metrics"]["memory/file"] > 0.5 * LIMIT
 
 
-def test_a_leak_is_told_before_the_kernel_kills():
+def test_a_leak_raises_an_alarm_before_the_kernel_kills():
     with limited_cgroup(LIMIT) as directory:
         found = in_group(directory, LEAK)
     assert 0.7 * LIMIT < found["leaked"] < 0.9 * LIMIT
@@ -96,7 +96,7 @@ def test_a_leak_is_told_before_the_kernel_kills():
 
 
 def test_without_the_guard_the_kernel_kills():
-    """The same leak, to know that the test before this one would notice."""
+    """The same leak without a guard; shows that the previous test can fail."""
     with limited_cgroup(LIMIT) as directory:
         command = [sys.executable, "-c", JOIN + "guard.check = lambda reading: None" + LEAK, str(directory)]
         out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

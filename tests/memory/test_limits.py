@@ -1,4 +1,4 @@
-"""Which budgets hold."""
+"""Budgets of this machine and of cluster profiles."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class TestHere:
         assert set(found) == {HOST}
         assert found[HOST].bytes > 0
 
-    def test_the_user_may_have_less(self):
+    def test_configured_limit(self):
         assert limits.budgets(config({"memory.host_gb": 0.5}), None)[HOST].binding == Candidate(
             500_000_000, "memory.host_gb"
         )
 
-    def test_and_not_more_than_there_is(self):
+    def test_configured_limit_above_the_machine(self):
         offered = limits.budgets(config(), None)[HOST]
         wished = limits.budgets(config({"memory.host_gb": 1e6}), None)[HOST]
         assert wished.source == offered.source != "memory.host_gb"
 
-    def test_a_job_of_slurm_has_what_slurm_gives(self, monkeypatch):
+    def test_slurm_limit(self, monkeypatch):
         monkeypatch.setenv("SLURM_MEM_PER_NODE", "64")
         assert limits.budgets(config(), None)[HOST].binding == Candidate(64 * 2**20, "SLURM_MEM_PER_NODE")
 
-    def test_a_variable_that_makes_no_sense_is_bad_input(self, monkeypatch):
+    def test_invalid_slurm_variable(self, monkeypatch):
         monkeypatch.setenv("SLURM_MEM_PER_NODE", "much")
         with pytest.raises(ConfigurationError, match="SLURM_MEM_PER_NODE='much'"):
             limits.budgets(config(), None)
@@ -65,28 +65,28 @@ class TestElsewhere:
         found = limits.profile_budgets(cfg)
         assert found[HOST].binding == Candidate(int(cfg.cluster.host_gb * 1e9), f"cluster={name}")
         assert found[DEVICE].bytes == usable_gpu_bytes(name)
-        assert "not asked of the device" in found[DEVICE].source
+        assert name in found[DEVICE].source
 
     def test_nodes_without(self):
         assert set(limits.profile_budgets(compose(["cluster=cpu"]))) == {HOST}
         assert set(limits.profile_budgets(compose(["cluster=l40s", "device=cpu"]))) == {HOST}
 
-    def test_a_gpu_that_nodes_do_not_have(self):
-        with pytest.raises(ConfigurationError, match="device=cuda needs a GPU, and cluster=cpu has none"):
+    def test_profile_without_the_gpu(self):
+        with pytest.raises(ConfigurationError, match=r"device=cuda.*cluster=cpu"):
             limits.profile_budgets(compose(["cluster=cpu", "device=cuda"]))
 
-    def test_a_type_that_nobody_knows(self):
-        with pytest.raises(ConfigurationError, match=r"cluster\.gpu=h1000: unknown GPU type 'h1000'; the nearest"):
+    def test_unknown_gpu_type(self):
+        with pytest.raises(ConfigurationError, match=r"cluster\.gpu=h1000"):
             limits.profile_budgets(compose(["cluster=l40s", "cluster.gpu=h1000"]))
 
-    def test_nodes_of_which_nothing_is_said(self):
+    def test_profile_without_memory(self):
         words = ["cluster.kind=slurm", "cluster.name=mine"]
-        with pytest.raises(ConfigurationError, match=r"cluster=mine does not say .* set cluster\.host_gb"):
+        with pytest.raises(ConfigurationError, match=r"cluster=mine .*cluster\.host_gb"):
             limits.profile_budgets(compose(words))
         found = limits.profile_budgets(compose([*words, "memory.host_gb=3"]))
         assert found == {HOST: Budget((Candidate(3 * 10**9, "memory.host_gb"),))}
 
-    def test_what_is_asked_of_slurm_is_a_limit(self):
+    def test_requested_memory_is_a_limit(self):
         assert limits.profile_budgets(compose(["cluster=l40s", "cluster.mem_gb=16"]))[HOST].binding == Candidate(
             16 * 2**30, "cluster.mem_gb"
         )
@@ -97,7 +97,7 @@ class TestElsewhere:
         monkeypatch.setenv("SLURM_MEM_PER_NODE", "64")
         assert limits.profile_budgets(compose(["cluster=h200"]))[HOST].bytes == 256 * 10**9
 
-    def test_the_user_may_have_less(self):
+    def test_configured_limit(self):
         words = ["cluster=h200", "memory.host_gb=10", "memory.device_gb=20"]
         found = limits.profile_budgets(compose(words))
         assert {place: budget.bytes for place, budget in found.items()} == {HOST: 10**10, DEVICE: 2 * 10**10}

@@ -1,4 +1,4 @@
-"""What a prediction is made of."""
+"""Items and totals of a prediction."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one(prediction: Prediction, what: str) -> Item:
 
 
 class TestTotals:
-    def test_count_what_is_needed_at_once(self):
+    def test_only_the_largest_shared_item_counts(self):
         rows = (Item("a", 1, HOST, ""), Item("b", 20, HOST, "", shared=True), Item("c", 300, HOST, "", shared=True))
         prediction = Prediction((*rows, Item("d", 7, DEVICE, "")), HOST, True, base=1)
         assert prediction.total(HOST) == 301
@@ -50,7 +50,7 @@ class TestTotals:
         assert found.base == one(found, "Python and libraries").bytes == pytest.approx(held, rel=0.2)
         assert predict(config(), FACTS, Choices(), framework=(7, "said")).base == 7
 
-    def test_without_a_system_that_tells_it_is_an_estimate(self, monkeypatch):
+    def test_base_is_an_estimate_without_proc(self, monkeypatch):
         monkeypatch.setattr(predict_module, "read_process", lambda: None)
         item = one(predict(config(), FACTS, Choices()), "Python and libraries")
         assert item.bytes == predict_module.FRAMEWORK_BYTES
@@ -74,7 +74,7 @@ class TestPlaces:
         assert not items(gpu, "library buffers")
         assert gpu.total(HOST) > gpu.base
 
-    def test_samples_are_pinned_unless_they_come_from_the_gpu(self):
+    def test_samples_are_pinned_unless_the_replay_is_on_the_gpu(self):
         cfg = config()
         sampled = UpdateTracer(cfg, FACTS).transient("model").data
         for storage in ("memory", "disk"):
@@ -116,8 +116,8 @@ class TestPlaces:
 
 
 class TestChoices:
-    def test_are_applied_without_a_tracer(self):
-        """Whatever the configuration says of recomputation, the choice counts."""
+    def test_apply_without_a_tracer(self):
+        """The choice takes precedence over the configuration."""
         cfg = config({"model.dynamics.substeps": 4, "algorithm.model_batch": 64})
         assert cfg.model.dynamics.checkpoint_substeps is None
         kept, recomputed = (predict(cfg, FACTS, Choices(checkpoint_substeps=choice)) for choice in (False, True))
@@ -126,14 +126,14 @@ class TestChoices:
         assert "recomputed" not in one(recomputed, "critic update").why
         assert cfg.model.dynamics.checkpoint_substeps is None
 
-    def test_say_how_a_batch_is_split(self):
+    def test_items_state_the_split(self):
         found = predict(config({"algorithm.model_batch": 64}), FACTS, Choices(model_micro_batch=16))
         assert one(found, "model update").why.startswith("64 slices in micro-batches of 16: activations ")
         assert one(found, "actor update").why.startswith("8 rollouts at once: activations ")
 
-    def test_of_one_update_are_split_apart_from_the_others(self):
+    def test_with_micro_batch_changes_one_update(self):
         choices = Choices(1, 2, 3, True, "disk")
-        assert choices.split("actor", None) == Choices(1, None, 3, True, "disk")
+        assert choices.with_micro_batch("actor", None) == Choices(1, None, 3, True, "disk")
         assert [choices.micro_batch(update) for update in ("model", "actor", "critic")] == [1, 2, 3]
 
 

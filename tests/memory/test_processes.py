@@ -33,7 +33,7 @@ def run_script(code: str, *arguments: object) -> str:
 
 @contextlib.contextmanager
 def worker(code: str, *arguments: object) -> Iterator[int]:
-    """Process id of a child that has said that it is ready, and waits until the block ends."""
+    """Process id of a child that is ready; it ends with the block."""
     code += "\nimport sys; print('ready', flush=True); sys.stdin.readline()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -53,7 +53,7 @@ class TestFakeTree:
         assert (found.peak, found.virtual, found.own) == (200 * KIB, 400 * KIB, 120 * KIB)
         assert not found.proportional
 
-    def test_descendants_of_descendants_whatever_their_names(self, tmp_path):
+    def test_descendants_with_unusual_names(self, tmp_path):
         for pid, parent, name in [
             (7, 1, "a"),
             (8, 7, "b) S 1 ("),
@@ -85,7 +85,7 @@ class TestFakeTree:
             (8, 40 * KIB, False),
         ]
 
-    def test_a_zombie_holds_nothing(self, tmp_path):
+    def test_a_zombie_is_ignored(self, tmp_path):
         files = process(7, 1, anon=100) | process(8, 7, anon=1)
         files["proc/8/status"] = "Name:\tpython\nState:\tZ (zombie)\nThreads:\t1\n"
         assert read_tree(7, root=write(tmp_path, files)).workers == ()
@@ -93,7 +93,7 @@ class TestFakeTree:
     def test_machine(self, tmp_path):
         assert read_machine(write(tmp_path, meminfo(1000, 600))) == MachineMemory(1000 * KIB, 600 * KIB)
 
-    def test_a_system_that_tells_nothing(self, tmp_path):
+    def test_without_proc(self, tmp_path):
         assert read_process(root=tmp_path) is None
         assert read_tree(root=tmp_path) is None
         assert read_machine(tmp_path) is None
@@ -102,7 +102,7 @@ class TestFakeTree:
 
 @linux
 class TestThisMachine:
-    def test_the_parts_make_the_whole(self):
+    def test_parts_sum_to_rss(self):
         found = read_process()
         assert found.pid == os.getpid()
         assert found.rss == found.anon + found.shmem + found.file
@@ -119,7 +119,7 @@ class TestThisMachine:
         assert 64 * MIB <= grown < 72 * MIB
 
     def test_shared_memory_is_counted_as_such_and_page_cache_is_not(self, tmp_path):
-        # In a process of its own: a long one's heap may keep what a test before it has freed, or what this one frees.
+        # In a separate process, because the heap of this one may keep memory freed by earlier tests.
         readings = """
 import json, mmap, sys
 from multiprocessing.shared_memory import SharedMemory
@@ -177,7 +177,7 @@ sum(block[offset] for offset in range(0, len(block), mmap.PAGESIZE))
             shared.unlink()
 
     def test_memory_of_forked_workers_counts_once(self):
-        """In a process of its own: this one has threads and should not fork."""
+        """In a separate process, because this one has threads and should not fork."""
         out = run_script("""
 import os
 from pwm_torchrl.memory.readings import read_process, read_tree
@@ -210,7 +210,7 @@ os.waitpid(child, 0)
             assert descendants(child)
             assert set(descendants(child)) < set(alive)
             assert ended.pid not in alive
-            # It may also end after it was found.
+            # A worker may also end after it was found.
             monkeypatch.setattr(processes, "descendants", lambda pid, root: [ended.pid, child])
             assert [part.pid for part in read_tree().workers] == [child]
 

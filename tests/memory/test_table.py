@@ -18,25 +18,25 @@ ITEMS = (
     Item("actor update", 90 * MIB, HOST, "128 rollouts at once", shared=True),
     Item("model update", 100 * MIB, HOST, "1024 slices in micro-batches of 64", shared=True),
     Item("replay", 2 * GIB, DISK, "1,000,000 transitions"),
-    Item("replay", 2 * GIB, CACHE, "pages that the kernel takes back"),
+    Item("replay", 2 * GIB, CACHE, "reclaimable pages"),
 )
 
 TABLE = """\
 host memory, predicted
   parameters                  3 MiB  world model, actor, critics
   model update              100 MiB  1024 slices in micro-batches of 64
-  at other times, and less:
+  other phases, never at the same time:
   actor update             (90 MiB)  128 rollouts at once
-  together                  103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), of which runs stop at 85%, less a margin
-                                     of 10%
+  total                     103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), a run stops at 85% of it, minus a
+                                     margin of 10%
 
 page cache, predicted
-  replay                      2 GiB  pages that the kernel takes back
-  together                    2 GiB
+  replay                      2 GiB  reclaimable pages
+  total                       2 GiB
 
 disk, predicted
   replay                      2 GiB  1,000,000 transitions
-  together                    2 GiB
+  total                       2 GiB
 
 choices
   memory.model_micro_batch=64
@@ -46,7 +46,7 @@ choices
   training.replay_storage=disk
 
 next larger plan: 600 MiB of host memory with the model update in micro-batches of 128
-next cheaper plan: none, nothing that is open would make this one smaller"""
+next cheaper plan: none, no open setting would make this one smaller"""
 
 
 def small(**changes) -> Plan:
@@ -63,12 +63,12 @@ def small(**changes) -> Plan:
     return replace(made, **changes)
 
 
-def test_says_what_how_much_why_and_what_next():
+def test_whole_table():
     assert plan_table(small()) == TABLE
 
 
-def test_the_choices_can_be_typed():
-    """As memory=fixed, they give the same plan."""
+def test_choices_are_valid_overrides():
+    """With memory=fixed, they give the same plan."""
     found = plan(changes={"training.replay_capacity": 3 * 10**8, "memory.model_micro_batch": 64})
     section = plan_table(found).split("choices\n")[1].split("\n\n")[0]
     words = [line.split("#")[0].strip() for line in section.splitlines()]
@@ -79,25 +79,25 @@ def test_the_choices_can_be_typed():
     assert again.training.replay_storage == found.choices.replay_storage == "disk"
 
 
-def test_what_does_not_fit_is_loud():
+def test_a_plan_that_does_not_fit():
     tight = {HOST: Budget((Candidate(MIB, "memory.host_gb"),))}
-    assert "DOES NOT FIT into 783 KiB: 1 MiB (memory.host_gb)" in plan_table(small(budgets=tight))
+    assert "DOES NOT FIT into 783 KiB" in plan_table(small(budgets=tight))
     assert "DOES NOT FIT" not in plan_table(small())
 
 
-def test_fixed_plans_look_for_nothing_else():
+def test_a_fixed_plan_has_no_alternatives():
     text = plan_table(small(automatic=False, larger=None))
-    assert "choices, as written (memory=fixed)" in text
+    assert "memory=fixed" in text
     assert "next larger" not in text
 
 
-def test_memory_that_is_given_back_is_mentioned():
+def test_returning_freed_memory_is_mentioned():
     large = replace(ITEMS[2], bytes=GIB)
-    assert "freed memory goes back" in plan_table(small(prediction=Prediction((large,), HOST, True, 0)))
-    assert "freed memory goes back" not in plan_table(small(prediction=Prediction(ITEMS[:2], HOST, True, 0)))
+    assert "freed memory" in plan_table(small(prediction=Prediction((large,), HOST, True, 0)))
+    assert "freed memory" not in plan_table(small(prediction=Prediction(ITEMS[:2], HOST, True, 0)))
 
 
-def test_of_a_gpu_it_is_unverified():
+def test_gpu_predictions_are_marked_unverified():
     text = plan_table(plan(PLENTY, PLENTY))
     assert text.startswith("GPU memory, predicted, unverified")
     assert "host memory, predicted\n" in text
@@ -108,7 +108,7 @@ def test_of_a_gpu_it_is_unverified():
 @pytest.mark.parametrize("host", [PLENTY, None])
 @pytest.mark.parametrize("device", [PLENTY, None])
 def test_lines_are_short(host, device):
-    """Whatever the words: a cgroup's name alone may be longer than a line."""
+    """Even with a cgroup name that is longer than a line."""
     group = "/sys/fs/cgroup/system.slice/slurmstepd.scope/" + 10 * "job_of_somebody/"
     bounds = budgets(host or 4 * GIB, device)
     bounds[HOST] = Budget((Candidate(bounds[HOST].bytes, f"limit of cgroup {group} (memory.max)"),))

@@ -1,4 +1,4 @@
-"""Counting live storages, on real tensors and on tensors without data."""
+"""Counting of live storages, for real and fake tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def counting(fake: bool):
 
 @contextmanager
 def address_space(beyond: int):
-    """At most so many bytes of addresses beyond those in use."""
+    """Limit the address space to ``beyond`` bytes more than those in use."""
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (read_process().virtual + beyond, hard))
     try:
@@ -40,7 +40,7 @@ def address_space(beyond: int):
 
 @pytest.mark.parametrize("fake", [True, False], ids=["fake", "real"])
 class TestCounting:
-    def test_views_and_work_in_place_own_nothing(self, fake):
+    def test_views_and_in_place_operations_add_nothing(self, fake):
         with counting(fake) as counter:
             x = torch.zeros(10, 100)
             views = x[2:], x.t(), x.view(-1), x.expand(3, 10, 100), x.detach(), *x.split(5)
@@ -56,7 +56,7 @@ class TestCounting:
     def test_temporaries_count_while_they_live(self, fake):
         with counting(fake) as counter:
             x = torch.zeros(1000)
-            y = (x + 1) * 2  # x + 1 is there beside x and y, then gone
+            y = (x + 1) * 2  # x + 1 is alive together with x and y, then freed
             assert (counter.live, counter.peak) == (8000, 12000)
             assert counter.begin() == 8000 == counter.peak
             del y
@@ -77,7 +77,7 @@ class TestCounting:
             assert counter.live == 2000
             assert len(chunks) == 5
 
-    def test_what_autograd_saves_lives_until_the_backward_pass(self, fake):
+    def test_saved_tensors_live_until_the_backward_pass(self, fake):
         with counting(fake) as counter:
             w = torch.zeros(100, requires_grad=True)
             out = (w.exp() * 2).sin().sum()  # saves exp's result and the product; the sine is gone
@@ -87,7 +87,7 @@ class TestCounting:
             del out
             assert counter.live == 800
 
-    def test_what_is_recomputed_is_not_saved(self, fake):
+    def test_recomputed_tensors_are_not_saved(self, fake):
         def chain(x):
             for _ in range(5):
                 x = x.sin()
@@ -102,12 +102,12 @@ class TestCounting:
             assert counter.peak >= 800 + 5 * 400
 
 
-def test_storages_of_before_do_not_count():
+def test_earlier_storages_do_not_count():
     x = torch.zeros(1000)
     with StorageCounter() as counter:
         y = x + 1
         assert counter.live == 4000
-    del y  # what goes outside is noticed
+    del y  # storages freed outside are subtracted
     assert counter.live == 0
 
 
@@ -132,7 +132,7 @@ class TestFakeTensors:
         assert _get_current_dispatch_mode() is None
         assert torch.ones(2).sum().item() == 2
 
-    def test_leaves_no_trace_of_itself(self):
+    def test_has_no_side_effects(self):
         """Seeds are set before a run is planned."""
         states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
         threads, modes = threading.enumerate(), torch.is_grad_enabled()
@@ -154,7 +154,7 @@ class TestFakeTensors:
 
 
 def test_nothing_is_allocated():
-    """Several GB in a process that could not have one."""
+    """Trace several GB in a process whose address space allows less than one."""
     cfg = config({"size.units": [8192, 8192], "size.latent_dim": 512, "algorithm.model_batch": 2048})
     with address_space(beyond=2**29):
         tracer = UpdateTracer(cfg, FACTS)
@@ -177,8 +177,8 @@ def test_nothing_is_allocated():
     ],
     ids=["mlp", "residual", "flow", "recomputed", "attached"],
 )
-def test_equals_what_real_tensors_take(changes):
-    """The same count over the same updates, with data: equal to the byte, phase by phase."""
+def test_equals_real_tensors(changes):
+    """Tracing the same updates with real tensors gives the same bytes in each phase."""
     cfg = config({"algorithm.horizon": 3, "algorithm.model_batch": 6, "algorithm.actor_batch": 6, **changes})
     tracer = UpdateTracer(cfg, FACTS)
     with StorageCounter() as counter:

@@ -1,4 +1,4 @@
-"""Bytes in words, and back."""
+"""Formatting and parsing of amounts of memory."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def test_parse(text, count):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "64 X", "-1", "1 2", "1e9", "inf", -1, True, 1.5, None])
-def test_refuses_what_is_no_amount(text):
+def test_refuses_invalid_amounts(text):
     with pytest.raises(ValueError, match="not an amount of memory"):
         parse_bytes(text)
 
 
 @given(st.integers(0, 2**59))
-def test_what_is_shown_is_right_to_three_digits(count):
+def test_round_trip_to_three_digits(count):
     assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.0051)

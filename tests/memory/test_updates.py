@@ -1,4 +1,4 @@
-"""What the updates of a run take: short traces against whole ones, and sums over real networks."""
+"""Memory of a run's updates: extrapolated traces against whole ones, and sums over real networks."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ MODELS = {
     },
 }
 BATCHES = {"algorithm.model_batch": 64, "algorithm.actor_batch": 64, "algorithm.horizon": 6}
-#: Of which a long horizon is traced whole in fast tests, too.
+#: Models whose long horizon is traced in the fast tests, too.
 FAST = ("mlp", "flow_v1_recomputed")
 
 
 def whole_trace(tracer: UpdateTracer, update: str, size: int | None = None) -> Transient:
-    """At the full horizon."""
+    """A trace at the full horizon."""
     batch = tracer.batches[update]
     return tracer._trace(update, batch, size or batch, tracer.cfg.algorithm.horizon)
 
 
 def in_parts(tracer: UpdateTracer, update: str, size: int) -> int:
-    """Peak of all micro-batches of an update, one after the other."""
+    """Peak of an update that runs all of its micro-batches."""
     batch = tracer.batches[update]
     with tracer._fake:
         made = tracer._updates()
@@ -57,11 +57,11 @@ class TestShortHorizons:
         [
             pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
             for name in MODELS
-            if not name.startswith(("flow_v2", "flow_v3"))  # flow_v1 over again, with more evaluations
+            if not name.startswith(("flow_v2", "flow_v3"))  # like flow_v1, with more evaluations
         ],
     )
-    def test_stand_for_a_long_one(self, name):
-        """Up to 16 steps nothing is left out; beyond, memory is a line in the horizon, to 1 %."""
+    def test_extrapolation_to_a_long_one(self, name):
+        """Beyond 16 steps, memory is linear in the horizon to 1 %."""
         tracer = UpdateTracer(config({**BATCHES, "algorithm.horizon": 20, **MODELS[name]}), FACTS)
         for update in ("model", "actor"):
             for size in (16,) if name in FAST else (None, 16):
@@ -82,16 +82,16 @@ class TestMicroBatches:
             ("critic", "mlp"),
         ],
     )
-    def test_the_last_one_stands_for_all(self, update, name):
+    def test_the_last_one_has_the_peak_of_all(self, update, name):
         sizes = {"algorithm.model_batch": 12, "algorithm.actor_batch": 12, "algorithm.horizon": 3}
         tracer = UpdateTracer(config({**sizes, **MODELS[name]}), FACTS)
         batch = tracer.batches[update]
         for size in (3, batch // 2):
             peak = tracer.transient(update, size).peak
-            # But for the running sums of losses and returns, some bytes for every part.
+            # Up to the running sums of losses and returns, some bytes per micro-batch.
             assert peak == pytest.approx(in_parts(tracer, update, size), abs=64 * batch // size + 256)
 
-    def test_a_smaller_last_one_is_taken_for_a_full_one(self):
+    def test_a_smaller_last_one_is_traced_at_full_size(self):
         sizes = {"algorithm.model_batch": 12, "algorithm.actor_batch": 12, "algorithm.horizon": 3}
         tracer = UpdateTracer(config(sizes), FACTS)
         for update in UPDATES:
@@ -104,7 +104,7 @@ class TestMicroBatches:
         assert peaks == sorted(peaks, reverse=True)
         assert peaks[-1] < 0.1 * peaks[0]
 
-    def test_one_as_large_as_the_batch_is_none(self):
+    def test_one_as_large_as_the_batch_equals_no_split(self):
         tracer = UpdateTracer(config(BATCHES), FACTS)
         assert tracer.transient("actor", 64) == tracer.transient("actor", 1000) == tracer.transient("actor")
 
@@ -144,7 +144,7 @@ class TestParts:
     def test_activations_are_never_negative(self):
         assert Transient(phases=(10, 20), gradients=15, data=15).activations == 0
 
-    def test_extends_every_phase_by_its_own_line(self):
+    def test_extrapolates_each_phase(self):
         long = Transient((10, 20), 7, 3).extended(Transient((20, 21), 7, 4), 10)
         assert long == Transient((110, 30), 7, 13)
         assert long.peak == 110
@@ -181,7 +181,7 @@ def test_a_compiled_loss_is_traced_as_the_eager_one():
     assert compiled.algorithm.compile
 
 
-def test_what_was_traced_is_known_to_the_process(monkeypatch):
+def test_traces_are_cached_in_the_process(monkeypatch):
     cfg = config({"algorithm.horizon": 2, "algorithm.model_batch": 11})
     first = UpdateTracer(cfg, FACTS)
     known = first.persistent, first.transient("model"), first.transient("actor", 2)

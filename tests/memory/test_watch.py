@@ -1,4 +1,4 @@
-"""A thread that looks at a run's memory."""
+"""The sampling thread and its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from machine_cases import meminfo, process, reading, v2_group, write
 
-from pwm_torchrl.memory import watch as watch_module
 from pwm_torchrl.memory.readings import GIB, MIB, Reading, read_memory
 from pwm_torchrl.memory.watch import MemoryWatch
 
@@ -25,7 +24,7 @@ def watching_threads() -> list[threading.Thread]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Return when it holds; a minute without is a failure, not slowness."""
+    """Wait for up to a minute."""
     pause = threading.Event()
     for _ in range(3000):
         if condition():
@@ -34,12 +33,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
     pytest.fail("did not happen")
 
 
-@pytest.fixture
-def readings(monkeypatch) -> list[Reading]:
-    """Readings that the watch takes instead of the machine's; the last one again and again."""
-    ahead: list[Reading] = []
-    monkeypatch.setattr(watch_module, "read_memory", lambda pid, root: ahead.pop(0) if len(ahead) > 1 else ahead[0])
-    return ahead
+def in_turn(readings: list[Reading]) -> Callable[[], Reading]:
+    """Returns the readings one after the other, then the last one repeatedly."""
+    return lambda: readings.pop(0) if len(readings) > 1 else readings[0]
+
+
+def failing_watch() -> MemoryWatch:
+    """A watch whose second reading fails with StopIteration."""
+    readings = iter([reading()])
+    return MemoryWatch(0.01, read=lambda: next(readings))
 
 
 class TestMetrics:
@@ -62,11 +64,11 @@ class TestMetrics:
             "memory/cgroup_unwritten": MIB,
         }
 
-    def test_what_is_not_known_is_absent(self):
+    def test_unknown_values_are_absent(self):
         assert Reading(0.0).metrics() == {}
         assert "memory/cgroup_limit" not in reading().metrics()
 
-    def test_a_limit_as_large_as_the_machine_is_none(self):
+    def test_a_limit_as_large_as_the_machine_is_ignored(self):
         assert reading(limit=64 * GIB, total=64 * GIB).limits == ()
         assert len(reading(limit=63 * GIB, total=64 * GIB).limits) == 1
 
@@ -98,7 +100,7 @@ class TestMetrics:
         names = ("allocated", "reserved", "peak_allocated", "peak_reserved", "alloc_retries", "ooms")
         assert [metrics[f"memory/gpu_{name}"] for name in names] == [2, 4, 6, 8, 10, 12]
 
-    def test_cuda_is_left_alone(self, monkeypatch):
+    def test_cuda_is_not_initialized(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
         monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: pytest.fail("asked a GPU"))
         assert read_memory().gpu is None
@@ -129,9 +131,8 @@ print({"torch", "numpy", "pwm_torchrl.errors"} & set(sys.modules))
 
 
 class TestThread:
-    def test_starting_and_stopping_twice(self, readings):
-        readings.append(reading())
-        watch = MemoryWatch(0.01)
+    def test_starting_and_stopping_twice(self):
+        watch = MemoryWatch(0.01, read=reading)
         watch.stop()
         for _ in range(2):
             watch.start()
@@ -147,9 +148,9 @@ class TestThread:
         assert not watch.running
         assert not watching_threads()
 
-    def test_newest_and_peaks(self, readings):
-        readings += [reading(main=main * MIB) for main in (1, 3, 2)]
-        watch = MemoryWatch(0.01)
+    def test_newest_and_peaks(self):
+        readings = [reading(main=main * MIB) for main in (1, 3, 2)]
+        watch = MemoryWatch(0.01, read=in_turn(readings))
         with watch:
             wait_until(lambda: watch.newest.processes.anon == 2 * MIB)
             assert watch.metrics()["memory/own"] == 2 * MIB
@@ -157,26 +158,22 @@ class TestThread:
         assert watch.peaks["memory/rss"] == 3 * MIB
         readings.append(reading(main=5 * MIB))
         readings.pop(0)
-        assert watch.newest.processes.anon == 5 * MIB  # taken now, as the thread no longer runs
+        assert watch.newest.processes.anon == 5 * MIB  # a new reading, because the thread is stopped
 
-    def test_a_failure_of_the_thread_surfaces(self, monkeypatch):
-        taken = iter([reading()])
-        monkeypatch.setattr(watch_module, "read_memory", lambda pid, root: next(taken))
-        watch = MemoryWatch(0.01)
+    def test_a_failure_of_the_thread_is_raised(self):
+        outcomes = [reading(), None, reading()]
+        watch = MemoryWatch(0.01, read=lambda: outcomes.pop(0) or int("no number"))
         watch.start()
         wait_until(lambda: not watch.running)
         for ask in (watch.metrics, watch.sample, watch.start, lambda: watch.newest, watch.stop):
-            with pytest.raises(RuntimeError, match="watching memory failed: StopIteration") as caught:
+            with pytest.raises(RuntimeError, match="no number") as caught:
                 ask()
-            assert isinstance(caught.value.__cause__, StopIteration)
-        watch.stop()  # told once, it can start anew
-        taken = iter([reading(), reading()])
+            assert isinstance(caught.value.__cause__, ValueError)
+        watch.stop()  # the failure is raised once, then the watch can be used again
         assert watch.sample() is not None
 
-    def test_a_failure_does_not_hide_what_ended_the_block(self, monkeypatch):
-        taken = iter([reading()])
-        monkeypatch.setattr(watch_module, "read_memory", lambda pid, root: next(taken))
-        watch = MemoryWatch(0.01)
+    def test_a_failure_does_not_replace_the_error_of_the_block(self):
+        watch = failing_watch()
 
         def block() -> None:
             with watch:
@@ -187,26 +184,23 @@ class TestThread:
             block()
         assert not watching_threads()
 
-    def test_a_failure_at_the_end_of_the_block_is_raised(self, monkeypatch):
-        taken = iter([reading()])
-        monkeypatch.setattr(watch_module, "read_memory", lambda pid, root: next(taken))
-        watch = MemoryWatch(0.01)
-        with pytest.raises(RuntimeError, match="watching memory failed"), watch:
+    def test_a_failure_is_raised_at_the_end_of_the_block(self):
+        watch = failing_watch()
+        with pytest.raises(RuntimeError, match="StopIteration"), watch:
             wait_until(lambda: not watch.running)
 
-    def test_a_first_look_that_fails_starts_no_thread(self, monkeypatch):
-        monkeypatch.setattr(watch_module, "read_memory", lambda pid, root: int("no number"))
+    def test_no_thread_starts_if_the_first_reading_fails(self):
         with pytest.raises(ValueError, match="no number"):
-            MemoryWatch().start()
+            MemoryWatch(read=lambda: int("no number")).start()
         assert not watching_threads()
 
     @pytest.mark.parametrize("interval", [0, -1.0])
     def test_an_interval_is_positive(self, interval):
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match=f"interval={interval}"):
             MemoryWatch(interval)
 
     @linux
-    def test_it_notices_a_worker_and_what_it_takes(self):
+    def test_memory_of_a_worker(self):
         code = "import sys\nfor line in sys.stdin: block = b'x' * 2**26; print(len(block), flush=True)"
         with MemoryWatch(0.01) as watch:
             before = watch.newest.processes
