@@ -13,7 +13,7 @@ from pwm_torchrl.cli.train import run_in_process, run_replica
 from pwm_torchrl.cli.validate import require_runnable
 from pwm_torchrl.cli.words import read_words, with_preset
 from pwm_torchrl.commands import named
-from pwm_torchrl.distributed.ranks import is_replica
+from pwm_torchrl.distributed.rendezvous import is_replica
 from pwm_torchrl.run.directory import prepare_run_dir
 
 __all__ = ["main"]

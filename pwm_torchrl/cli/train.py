@@ -12,7 +12,7 @@ from pwm_torchrl.cli.prepare import HERE
 from pwm_torchrl.cli.validate import require_runnable
 from pwm_torchrl.cli.words import read_words
 from pwm_torchrl.config import Config
-from pwm_torchrl.distributed.ranks import is_replica
+from pwm_torchrl.distributed.rendezvous import is_replica
 from pwm_torchrl.run.directory import RunDir, discard, prepare_run_dir
 from pwm_torchrl.terminal import say_after_interrupt
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.distributed.ranks import is_replica
+from pwm_torchrl.distributed.rendezvous import is_replica
 from pwm_torchrl.errors import is_ours, status_of
 from pwm_torchrl.files import write_durably
 from pwm_torchrl.run.stop import StopRequest, stop_on_signals

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pwm_torchrl.devices import available_cpus, set_threads
-from pwm_torchrl.distributed.ranks import Place, find_place, is_replica
+from pwm_torchrl.distributed.rendezvous import Place, find_place, is_replica
 from pwm_torchrl.errors import ConfigurationError
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
