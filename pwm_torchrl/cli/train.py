@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_replica() -> int:
     """Computes for rank 0, which reads the configuration and says everything there is to say."""
-    from pwm_torchrl.distributed.ranks import joined
+    from pwm_torchrl.distributed.ranks import connected_ranks
     from pwm_torchrl.run.replica import serve
     from pwm_torchrl.run.train import quiet_torchrl
 
     quiet_torchrl()
     try:
-        with joined() as ranks:
+        with connected_ranks() as ranks:
             if ranks is not None:
                 serve(ranks)
     except Exception as failure:

@@ -1,4 +1,4 @@
-"""Several processes that train one run: ranks that meet and exchange tensors, and updates that they share.
+"""Training of one run by several processes (ranks): rendezvous, exchange of tensors, and shared updates.
 
-May import modules, objectives, algorithm and memory; knows no environment, data or run directory.
+May import modules, objectives, algorithm and memory; knows nothing of environments, data or run directories.
 """

@@ -1,4 +1,7 @@
-"""The place of this process among those that train one run, from its launcher's environment; imports no torch."""
+"""This process's rank and the address of rank 0, read from the launcher's environment variables.
+
+Kept apart from ``ranks`` because commands that only ask for the rank should not import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,45 +10,48 @@ from dataclasses import dataclass
 
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
-#: Set by torchrun, and by whoever starts ranks by hand.
+#: Set by torchrun, or by hand when ranks are started without it.
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: Set in the jobs of submitit.
+#: Set in submitit's jobs.
 SUBMITIT = "SUBMITIT_EXECUTOR"
 
 
 @dataclass(frozen=True)
-class Place:
-    """One of the processes that train a run together. Rank 0 runs it; the others compute shares of its updates."""
+class Rendezvous:
+    """Identifies one of the processes that train a run and how it reaches the others.
+
+    Rank 0 executes the run; the other ranks compute shares of its updates.
+    """
 
     rank: int
-    size: int  # processes in all
-    local_rank: int  # among those of this node
-    address: str  # where rank 0 listens
+    size: int  # number of processes
+    local_rank: int  # rank among the processes of this node
+    address: str  # host of rank 0
     port: int
 
     def export(self) -> None:
-        """Set the variables from which :mod:`torch.distributed` starts."""
+        """Set the environment variables that :mod:`torch.distributed` reads."""
         values = (str(self.rank), str(self.size), self.address, str(self.port))
         os.environ.update(zip(VARIABLES, values, strict=True))
 
 
-def find_place() -> Place | None:
-    """This process's place among several; ``None`` if it is alone.
+def find_rendezvous() -> Rendezvous | None:
+    """This process's rank and rendezvous; ``None`` if it is the only process of the run.
 
     Raises:
-        ConfigurationError: if the environment names several processes and not which of them this is.
+        ConfigurationError: if the environment variables are incomplete or invalid.
     """
-    place = _of_variables() if "WORLD_SIZE" in os.environ else _of_submitit()
-    return None if place is None or place.size == 1 else place
+    found = _from_torchrun() if "WORLD_SIZE" in os.environ else _from_submitit()
+    return None if found is None or found.size == 1 else found
 
 
 def is_replica() -> bool:
-    """Whether this process only computes for another, which owns the run and everything that is written."""
-    place = find_place()
-    return place is not None and place.rank > 0
+    """Whether this process is a rank other than 0, which computes for rank 0 and writes no files."""
+    found = find_rendezvous()
+    return found is not None and found.rank > 0
 
 
-def _of_variables() -> Place:
+def _from_torchrun() -> Rendezvous:
     values = {name: os.environ.get(name, "") for name in VARIABLES}
     try:
         rank, size = int(values["RANK"] or 0), int(values["WORLD_SIZE"])
@@ -58,14 +64,14 @@ def _of_variables() -> Place:
     missing = [name for name, value in values.items() if not value]
     if size > 1 and missing:
         raise ConfigurationError(
-            f"WORLD_SIZE={size} asks for several processes, but {', '.join(missing)} is not set; torchrun sets them."
+            f"WORLD_SIZE={size} means several processes, but {', '.join(missing)} is not set; torchrun sets them."
         )
     if not 0 <= rank < max(1, size):
         raise ConfigurationError(f"RANK={rank} is not one of 0 to WORLD_SIZE - 1 = {size - 1}.")
-    return Place(rank, size, local_rank, values["MASTER_ADDR"], port)
+    return Rendezvous(rank, size, local_rank, values["MASTER_ADDR"], port)
 
 
-def _of_submitit() -> Place | None:
+def _from_submitit() -> Rendezvous | None:
     if SUBMITIT not in os.environ:
         return None
     try:
@@ -78,11 +84,13 @@ def _of_submitit() -> Place | None:
     try:
         job = JobEnvironment()
         tasks = job.num_tasks
-    except RuntimeError:  # the variable is left from a job that is none of submitit's here, such as one in-process
+    except (
+        RuntimeError
+    ):  # the variable is left over and this is not a submitit job, for example with its debug executor
         return None
-    if tasks == 1:  # the rest asks SLURM for the names of nodes
+    if tasks == 1:  # TorchDistributedEnvironment would ask SLURM for node names
         return None
     found = TorchDistributedEnvironment()
-    # A node's name need not lead anywhere; ranks of one node need none.
+    # The node's own name may not resolve; ranks on one node do not need it.
     address = "127.0.0.1" if job.num_nodes == 1 else found.master_addr
-    return Place(found.rank, found.world_size, found.local_rank, address, found.master_port)
+    return Rendezvous(found.rank, found.world_size, found.local_rank, address, found.master_port)

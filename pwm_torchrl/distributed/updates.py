@@ -1,8 +1,8 @@
-"""Updates on a batch that is shared out to ranks: each back-propagates its rows, all make the same step.
+"""Updates on a batch that is divided among ranks: each rank back-propagates its rows, and all take the same step.
 
-The arithmetic is that of one process with the whole batch. Rank 0 samples and draws the random numbers as ever, for the
-whole batch; what couples its rows (numbers of valid steps, the running variance of returns) is settled with all of it;
-gradients are added up before they are divided and clipped.
+The result is that of one process with the whole batch. Rank 0 samples the batch and draws its random numbers. Values
+that depend on all rows (the number of valid steps, the running variance of returns) are computed from the whole batch.
+Gradients are added up before they are divided and clipped.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor
 
 from pwm_torchrl.algorithm.build import Losses, NetworkOptimizer, Networks
 from pwm_torchrl.algorithm.updates import is_out_of_memory, undo_of
-from pwm_torchrl.distributed.ranks import Gathering, Ranks, Total
+from pwm_torchrl.distributed.ranks import RankGather, Ranks, RankSum
 from pwm_torchrl.objectives.actor_loss import Accumulated
 from pwm_torchrl.objectives.model_loss import MASK_KEY, FlowNoise
 
 NOISE = "noise"
-#: Model updates between comparisons of the ranks, where no actor update makes one.
+#: Number of model updates between comparisons of the ranks' weights, in runs without actor updates.
 COMPARE_EVERY = 50
-#: Whole numbers as large as the tensors' elements, to add up their bits.
+#: Integer type by element size, for the checksums.
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SharedExecutor:
-    """One rank's part in the updates, an :class:`~pwm_torchrl.algorithm.updates.Executor`.
+    """Executes one rank's part of the updates; an :class:`~pwm_torchrl.algorithm.updates.Executor`.
 
     Args:
-        networks (Networks): what is trained, the same on every rank.
-        losses (Losses): the objectives around them.
-        optimizers (dict of NetworkOptimizer): of the networks that are trained, by their names.
+        networks (Networks): the networks, equal on all ranks.
+        losses (Losses): their objectives.
+        optimizers (dict of NetworkOptimizer): optimizers of the trained networks, by name.
         ranks (Ranks): the processes.
-        start (callable, optional): called once, before rank 0's first update, to get the others ready. Defaults to
-            ``None``.
+        before_first_update (callable, optional): called once on rank 0 before its first update, to set up the other
+            ranks. Defaults to ``None``.
     """
 
     def __init__(
@@ -45,16 +45,16 @@ class SharedExecutor:
         losses: Losses,
         optimizers: Mapping[str, NetworkOptimizer],
         ranks: Ranks,
-        start: Callable[[SharedExecutor], None] | None = None,
+        before_first_update: Callable[[SharedExecutor], None] | None = None,
     ) -> None:
         self.networks, self.losses, self.optimizers = networks, losses, optimizers
         self.undo = undo_of(optimizers, losses.return_statistics)
         self.ranks = ranks
-        self._start = start
-        self._models = 0  # model updates
+        self._before_first_update = before_first_update
+        self._model_updates = 0
 
     def largest_share(self, batch: int) -> int:
-        """Rows of a batch that one rank has at most."""
+        """Number of rows of the largest share of a batch."""
         return self.ranks.largest_share(batch)
 
     def model(self, data: TensorDictBase, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -71,7 +71,7 @@ class SharedExecutor:
             rows[NOISE] = TensorDict({key: x.transpose(0, 1) for key, x in noise._asdict().items()}, data.batch_size)
         common = TensorDict(per_step=per_step, overall=overall)
         statistics = self.networks.model.observation_statistics
-        if statistics is not None:  # collecting changes them, which only rank 0 does
+        if statistics is not None:  # only rank 0 collects, which changes them
             common["observations"] = TensorDict(dict(statistics.named_buffers()))
         losses, norm = self._model(size, self._send("model", size, rows, common))
         return losses, slices.valid.float().mean(), norm
@@ -99,41 +99,41 @@ class SharedExecutor:
         return self._critic(size, self._send("critic", size, states, common), len(states))
 
     def follow(self, command: Mapping[str, Any]) -> None:
-        """Do this rank's part of the update that rank 0 commands; take it back if memory ran out on any of them."""
+        """Execute this rank's part of rank 0's update, and undo it if any rank ran out of memory."""
         update, size, count = command["update"], command["size"], command["count"]
         undo, optimizer = self.undo[update], self.optimizers[update]
         undo.note()
         for group in optimizer.optimizer.param_groups:
             group["lr"] = command["lr"]
         try:
-            parcel = self.ranks.receive(command)
+            payload = self.ranks.receive(command)
             if update == "model":
-                self._model(size, parcel)
+                self._model(size, payload)
             elif update == "actor":
-                self._actor(size, parcel, count)
+                self._actor(size, payload, count)
             else:
-                self._critic(size, parcel, count)
+                self._critic(size, payload, count)
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
         else:
             return
-        undo.restore()  # out of the handler, whose traceback holds the update's tensors
+        undo.restore()  # after the handler, because its traceback keeps the update's tensors alive
 
     def _send(self, update: str, size: int, rows: TensorDictBase, common: TensorDictBase) -> TensorDictBase:
-        if self._start is not None:
-            self._start(self)
-            self._start = None
+        if self._before_first_update is not None:
+            self._before_first_update(self)
+            self._before_first_update = None
         lr = self.optimizers[update].optimizer.param_groups[0]["lr"]
         return self.ranks.send({"update": update, "size": size, "lr": lr}, rows, common)
 
-    def _model(self, size: int, parcel: TensorDictBase) -> tuple[dict[str, Tensor], Tensor]:
+    def _model(self, size: int, payload: TensorDictBase) -> tuple[dict[str, Tensor], Tensor]:
         optimizer, ranks = self.optimizers["model"], self.ranks
-        with ranks.agreeing():
-            rows, common = parcel["rows"].auto_batch_size_(2), parcel["common"]
+        with ranks.all_or_none():
+            rows, common = payload["rows"].auto_batch_size_(2), payload["common"]
             noise = rows.get(NOISE, None)
             statistics = self.networks.model.observation_statistics
-            if statistics is not None and not ranks.leads:
+            if statistics is not None and not ranks.is_rank_zero:
                 for key, buffer in statistics.named_buffers():
                     buffer.copy_(common["observations", key])
             losses = self.losses.model.backward(
@@ -142,57 +142,57 @@ class SharedExecutor:
                 noise=None if noise is None else FlowNoise(*(noise[key].transpose(0, 1) for key in FlowNoise._fields)),
                 valid_counts=(common["per_step"], common["overall"]),
             )
-            total = Total(ranks, [*(p.grad for p in optimizer.parameters), *losses.values()])
+            total = RankSum(ranks, [*(p.grad for p in optimizer.parameters), *losses.values()])
         finished = self._finish("model", total, losses)
-        self._models += 1
-        if self._models % COMPARE_EVERY == 0 and self.losses.actor is None:
+        self._model_updates += 1
+        if self._model_updates % COMPARE_EVERY == 0 and self.losses.actor is None:
             ranks.idle = False
             self._compare()
             ranks.idle = True
         return finished
 
-    def _actor(self, size: int, parcel: TensorDictBase, count: int) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
+    def _actor(self, size: int, payload: TensorDictBase, count: int) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
         loss, ranks = self.losses.actor, self.ranks
-        with ranks.agreeing():
-            rows = parcel["rows"].auto_batch_size_(1)
+        with ranks.all_or_none():
+            rows = payload["rows"].auto_batch_size_(1)
             noise = rows.get(NOISE, None)
             part = loss.accumulate(rows, size, None if noise is None else noise.transpose(0, 1), count)
             returns = part.returns.new_zeros(count, 1)
             returns[ranks.share(count)] = part.returns
-            total = Total(ranks, [*part.gradients, returns])
-            rollouts = Gathering(ranks, part.rollouts, count)
+            total = RankSum(ranks, [*part.gradients, returns])
+            rollouts = RankGather(ranks, part.rollouts, count)
         total.exchange()
         rollouts.exchange()
-        with ranks.agreeing():
+        with ranks.all_or_none():
             *gradients, whole = total.tensors()
             assert whole is not None
             losses, imagined = loss.finish(Accumulated(gradients, whole, rollouts.whole()))
             norm = self.optimizers["actor"].step(self.undo["actor"].before_step)
-        self._compare()  # once an epoch, usually
+        self._compare()  # usually once per epoch
         ranks.idle = True
         return losses, imagined, norm
 
     def _compare(self) -> None:
-        """Ranks that drifted apart would train on, and each look healthy."""
-        with self.ranks.agreeing():
+        """Check that weights and optimizers are equal on all ranks; the losses would not show a difference."""
+        with self.ranks.all_or_none():
             checked = self.checksums()
-        self.ranks.compare(list(checked), torch.stack(list(checked.values())))
+        self.ranks.require_equal(list(checked), torch.stack(list(checked.values())))
 
-    def _critic(self, size: int, parcel: TensorDictBase, count: int) -> tuple[dict[str, Tensor], Tensor]:
+    def _critic(self, size: int, payload: TensorDictBase, count: int) -> tuple[dict[str, Tensor], Tensor]:
         optimizer, ranks = self.optimizers["critic"], self.ranks
-        with ranks.agreeing():
-            states = parcel["rows"].auto_batch_size_(1)
-            losses = self.losses.critic.backward(states, size, whole=(count, parcel["common", "counted"]))
-            total = Total(ranks, [*(p.grad for p in optimizer.parameters), *losses.values()])
+        with ranks.all_or_none():
+            states = payload["rows"].auto_batch_size_(1)
+            losses = self.losses.critic.backward(states, size, whole=(count, payload["common", "counted"]))
+            total = RankSum(ranks, [*(p.grad for p in optimizer.parameters), *losses.values()])
         return self._finish("critic", total, losses)
 
-    def _finish(self, name: str, total: Total, losses: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Add up gradients and losses, and step."""
+    def _finish(self, name: str, total: RankSum, losses: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Add up gradients and losses over the ranks, and take the optimizer's step."""
         optimizer = self.optimizers[name]
         total.exchange()
-        with self.ranks.agreeing():
+        with self.ranks.all_or_none():
             tensors = total.tensors()
-            for parameter, gradient in zip(optimizer.parameters, tensors, strict=False):  # losses follow
+            for parameter, gradient in zip(optimizer.parameters, tensors, strict=False):  # the losses come after them
                 parameter.grad = gradient
             whole = {
                 key: x for key, x in zip(losses, tensors[len(optimizer.parameters) :], strict=True) if x is not None
@@ -203,22 +203,22 @@ class SharedExecutor:
 
     @torch.no_grad()
     def checksums(self) -> dict[str, Tensor]:
-        """Of each network, with its optimizer, and of the return statistics: the sum of the bits as whole numbers."""
+        """Checksums of each network with its optimizer and of the return statistics, see :func:`checksum`."""
         sums = {}
         for name, network in self.networks.items():
             if name not in self.optimizers:
                 continue
             state = self.optimizers[name].optimizer.state
             moments = [x for p in self.optimizers[name].parameters for x in state.get(p, {}).values()]
-            # Buffers are left out: those of observations are rank 0's until the next model update.
-            sums[name] = bits([*network.parameters(), *(x for x in moments if isinstance(x, Tensor))])
+            # Without buffers: only rank 0 updates the observation statistics until the next model update.
+            sums[name] = checksum([*network.parameters(), *(x for x in moments if isinstance(x, Tensor))])
         if self.losses.return_statistics is not None:
-            sums["return_statistics"] = bits(list(self.losses.return_statistics.buffers()))
+            sums["return_statistics"] = checksum(list(self.losses.return_statistics.buffers()))
         return sums
 
 
-def bits(tensors: list[Tensor]) -> Tensor:
-    """The bits of tensors, added up as whole numbers: equal where they are equal, whatever the order."""
+def checksum(tensors: list[Tensor]) -> Tensor:
+    """Sum of all elements' bits, read as integers. It distinguishes NaNs and ignores the order of elements."""
     device = tensors[0].device
     each = [x.contiguous().view(BITS[x.element_size()]).sum(dtype=torch.int64).to(device) for x in tensors]
     return torch.stack(each).sum()

@@ -18,7 +18,7 @@ from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import hardware_name, pick_device, set_threads
-from pwm_torchrl.distributed.ranks import Ranks, joined
+from pwm_torchrl.distributed.ranks import Ranks, connected_ranks
 from pwm_torchrl.distributed.updates import SharedExecutor
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.files import Reserve
@@ -80,8 +80,8 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
     run_dir, stop = Path(run_dir), stop or StopRequest()
     quiet_torchrl()
     try:
-        with joined() as ranks:
-            if ranks is not None and not ranks.leads:
+        with connected_ranks() as ranks:
+            if ranks is not None and not ranks.is_rank_zero:
                 stop.reached.set()  # its signals are for rank 0 to answer: no step of this process ends on them
                 return {"rank": ranks.rank, "status": serve(ranks)}
             with (
@@ -256,7 +256,7 @@ class Run:
         if self.ranks is None:
             return LocalExecutor(parts.losses, parts.optimizers)
         start = partial(start_replicas, self.cfg, self.source.info)
-        return SharedExecutor(parts.networks, parts.losses, parts.optimizers, self.ranks, start)
+        return SharedExecutor(parts.networks, parts.losses, parts.optimizers, self.ranks, before_first_update=start)
 
     def restore(self) -> bool:
         """Load the newest readable checkpoint; False if there is none at all.

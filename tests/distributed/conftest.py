@@ -1,4 +1,4 @@
-"""Runs without their picture."""
+"""Fixtures for the tests of distributed runs."""
 
 from __future__ import annotations
 

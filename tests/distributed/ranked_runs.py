@@ -1,7 +1,7 @@
-"""Runs of one and of several processes, each forked from this one, which has only imported; see test_distributed.py.
+"""Runs of one and of several processes, forked from this process after its imports; see test_distributed.py.
 
-``python -m ranked_runs FOLDER [CASE...]``: every case leaves a folder with its run and the final weights, and beside it
-what each process printed; ``ends.json`` says how the processes ended.
+``python -m ranked_runs FOLDER [CASE...]`` writes, for each case, a folder with its run and the final weights, a file
+with the output of each process, and ``ends.json`` with the exit codes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 from pwm_torchrl.run.stored_episodes import StoredSamples
 from pwm_torchrl.run.train import train
 
-TIMEOUT_S = 60.0  # of one case; then its processes are killed, and the tests fail
+TIMEOUT_S = 60.0  # per case; afterwards its processes are killed and the tests fail
 
 
 def make_double_pendulum(num_envs: int, seed: int, episode_length: int) -> EnvBase:
-    """Pendulum with float64 observations and actions, as long as that is the default type."""
+    """Pendulum with float64 observations and actions."""
     env = make_gymnasium_env("Pendulum-v1", num_envs=num_envs, seed=seed, episode_length=episode_length)
     return TransformedEnv(
         env, DTypeCastTransform(torch.float32, torch.float64, in_keys=["observation"], in_keys_inv=["action"])
@@ -61,7 +61,7 @@ FEW = {
 }
 MLP = {"model.dynamics.kind": "mlp"}
 FLOW_V2 = {"model.dynamics.substeps": 4, "model.loss.flow_matching_weight": 0.5}
-#: Batches that two ranks cannot halve; of the critics' 28 states in minibatches of 3, the last is one, of rank 0.
+#: Batches with an odd number of rows; the last minibatch of the critics has one of 28 states, on rank 0.
 UNEVEN = {"algorithm.model_batch": 9, "algorithm.actor_batch": 7, "algorithm.critic_minibatches": 10}
 MICRO = {"memory.model_micro_batch": 2, "memory.actor_micro_batch": 3, "memory.critic_micro_batch": 1}
 STATISTICS = {
@@ -85,7 +85,7 @@ Fault = Callable[[pytest.MonkeyPatch, int], None]
 
 @dataclass
 class Case:
-    """What several processes do; ``alone``: one process does it, too."""
+    """A run of several processes; with ``alone``, also of a single process."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     size: int = 2
@@ -93,11 +93,11 @@ class Case:
     stop_after: int | None = None  # then resumed
     fault: Fault | None = None
     by_command: bool = False
-    stored: bool = False  # pre-training, on a store beside the run
+    stored: bool = False  # pre-training on an episode store
 
 
 def nth(call: int, function: Callable[..., Any], then: Callable[[], Any], after: bool = False) -> Callable[..., Any]:
-    """``function``, before or after whose ``call``-th call something happens."""
+    """Wrap ``function`` so that ``then`` runs before or after its ``call``-th call."""
     calls = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ def refuse() -> None:
 
 
 def refusals(patch: pytest.MonkeyPatch, rank: int) -> None:
-    """Memory runs out on rank 1 in a backward pass and, once both have made it, in a step; and on rank 0 in others."""
+    """Rank 1 runs out of memory in a backward pass and after a step; rank 0 in two other updates."""
     if rank == 1:
         patch.setattr(PWMModelLoss, "backward", nth(2, PWMModelLoss.backward, refuse))
         step = NetworkOptimizer.step
@@ -149,7 +149,7 @@ def die(rank: int) -> Fault:
 
 
 def interrupt(patch: pytest.MonkeyPatch, rank: int) -> None:
-    """Every process is told to stop, as by a terminal or by SLURM; only rank 0 does something about it."""
+    """Every process gets a stop signal, as from a terminal or SLURM; only rank 0 handles it."""
 
     def tell() -> None:
         for number in [signal.SIGINT] if rank == 0 else [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]:
@@ -183,7 +183,7 @@ def drift(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 CASES = {
     "mlp": Case({**MLP, "algorithm.normalize_returns": False, "training.check_graphs": True}),
-    # Rank 2 has none of two rollouts, and none of the states that are the last of a pass.
+    # Rank 2 has no row of two rollouts, and no row of the last minibatch of a pass.
     "mlp_micro": Case({**MLP, **UNEVEN, **MICRO, "algorithm.actor_batch": 2}, size=3, stop_after=2),
     "flow_v2": Case({**FLOW_V2, **UNEVEN, "algorithm.actor_starts": "current"}),
     "flow_v2_micro": Case({**FLOW_V2, **MICRO, **STATISTICS}),
@@ -205,9 +205,9 @@ COMMAND = [
 
 
 def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
-    """In a process of its own: train; rank 0 saves its weights."""
+    """Train in this forked process; rank 0 saves its weights."""
     with pytest.MonkeyPatch.context() as patch:
-        # Pictures and memory plans take longer than these runs.
+        # Figures and memory plans take longer than these runs.
         patch.setattr(run_module, "write_curves", lambda run_dir: None)
         patch.setattr(UpdateTracer, "transient", lambda self, update, micro_batch=None: Transient((1,), 0, 0))
         patch.setattr(UpdateTracer, "persistent", Persistent(1, 1, 1))
@@ -228,7 +228,9 @@ def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
             for attempt in range(1 if case.stop_after is None else 2):
                 os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[attempt]
                 stop = StopRequest()
-                with stop_on_signals(stop, 0.0, ignore_afterwards=True):  # a process without steps has no deadline
+                with stop_on_signals(
+                    stop, 0.0, ignore_afterwards=True
+                ):  # this process takes no steps, so it has no deadline
                     ends.append(train(cfg, folder, stop=stop))
             folder.with_name(f"{folder.name}_rank{rank}.json").write_text(json.dumps(ends))
             return 0
@@ -258,7 +260,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def fork_rank(case: Case, folder: Path, rank: int, size: int, ports: list[int]) -> int:
-    """A child that ends as a program does, with its exit code; its id."""
+    """Fork a child that trains and exits with an exit code; returns its process id."""
     child = os.fork()
     if child:
         return child
@@ -276,13 +278,13 @@ def fork_rank(case: Case, folder: Path, rank: int, size: int, ports: list[int]) 
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if case.alone:  # cleaning up takes longer than such a run, and others show that it ends
+    if case.alone:  # a regular exit takes longer than the run; other cases test it
         os._exit(code)
     sys.exit(code)
 
 
 def wait_for(children: dict[int, int]) -> list[int | str]:
-    """Exit codes by rank; ``"stuck"`` for one that had to be killed."""
+    """Exit codes by rank; ``"stuck"`` for a process that had to be killed."""
     ends: dict[int, int | str] = {}
     deadline = time.monotonic() + TIMEOUT_S
     while len(ends) < len(children):
@@ -303,7 +305,7 @@ def main(out: Path, names: list[str]) -> None:
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # or the tests' own is inherited, which may be to ignore it
-    gc.freeze()  # or a child's first collection would copy all memory that it shares with this process
+    gc.freeze()  # otherwise a child's first garbage collection would copy all shared memory
     ends: dict[str, list[int | str]] = {}
     write_store(out / "store")
     for name in names or CASES:
@@ -320,6 +322,6 @@ def main(out: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["ranked_runs"] = sys.modules["__main__"]  # where the environment's maker is looked for
-    make_double_pendulum(1, 0, 1).close()  # which imports
+    sys.modules["ranked_runs"] = sys.modules["__main__"]  # the module name of the environment's maker
+    make_double_pendulum(1, 0, 1).close()  # imports what it needs
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Updates shared out to several processes: the arithmetic of one, and an end for all of them. See ranked_runs.py."""
+"""Runs of several ranks: equal to those of one process, and ending together. See ranked_runs.py."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from training_cases import rows_of
 
 ROOT = Path(__file__).parents[2]
 EQUAL = [name for name, case in CASES.items() if case.alone]
-#: Says why the other end of a connection is gone.
-GONE = "cannot reach the others: one of them ended or is stuck"
+#: Part of the error after another rank has ended.
+GONE = "cannot reach the others"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and talks through the interface lo"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and connects through the interface lo"),
 ]
 
 
 class Ran:
-    """What all cases left behind."""
+    """Results of all cases."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,7 +50,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """All cases, one after the other, in one process that forks theirs: importing takes longest."""
+    """Runs all cases in one process that forks their ranks, because imports take the longest."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("SUBMITIT")},
@@ -64,7 +64,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         _, text = process.communicate(timeout=500)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has forked
+            os.killpg(process.pid, signal.SIGKILL)  # and its forked children
         process.wait()
     assert process.returncode == 0, text
     return Ran(folder)
@@ -81,7 +81,7 @@ def assert_same_training(ran: Ran, ours: Path, alone: Path) -> None:
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         for key, text in other.items():
-            # Profiled on as many rollouts as one process back-propagates at once.
+            # The gradient profile uses as many rollouts as one process back-propagates at once.
             if text and not key.startswith("grad_profile/"):
                 assert float(row[key]) == pytest.approx(float(text), rel=1e-10, abs=1e-10), key
 
@@ -93,10 +93,10 @@ class TestTheSameTraining:
         assert ran.codes(name) == [0] * case.size
         assert ran.ends[f"{name}_1"] == [0]
         assert_same_training(ran, ran.of(name), ran.folder / f"{name}_1")
-        assert "".join(ran.printed(name, rank) for rank in range(1, case.size)) == "", "only rank 0 speaks"
+        assert "".join(ran.printed(name, rank) for rank in range(1, case.size)) == "", "only rank 0 prints"
 
     def test_the_networks_did_learn(self, ran):
-        """Or equality would say little: every update of every epoch has moved its network."""
+        """Every update of every epoch has a gradient; otherwise the equality would prove little."""
         rows = csv_rows(ran.of("flow_v2"))
         for key in ("grad_norm/model", "grad_norm/actor", "grad_norm/critic"):
             assert all(float(row[key]) > 1e-6 for row in rows)
@@ -108,8 +108,8 @@ class TestTheSameTraining:
             ends = [{"rank": rank, "status": status} for status in ("stopped", "finished")]
             assert ran.returned("mlp_micro", rank) == ends
 
-    def test_memory_refused_on_one_rank_halves_on_all(self, ran):
-        """On rank 1 in a backward pass, and in a step that both had made; on rank 0 before others know, and after."""
+    def test_out_of_memory_on_one_rank_halves_the_micro_batch_on_all(self, ran):
+        """On rank 1 in a backward pass and after a step; on rank 0 before and after it sends the command."""
         assert ran.codes("refused") == [0, 0]
         told = events(ran.of("refused"), "micro_batch")
         assert [(e["update"], e["refused"], e["size"], e["error"]) for e in told] == [
@@ -122,52 +122,56 @@ class TestTheSameTraining:
 
 
 class TestTheEnd:
-    """Of one rank is that of all, in bounded time: none of them had to be killed."""
+    """If one rank fails, all end in bounded time; none of them had to be killed."""
 
     @pytest.mark.parametrize(("name", "codes"), [("replica_killed", [1, -9]), ("leader_killed", [-9, 1])])
     def test_a_rank_is_killed(self, ran, name, codes):
         assert ran.codes(name) == codes
         survivor = codes.index(1)
-        assert f"RankFault: Rank {survivor} of 2 {GONE}" in ran.printed(name, survivor)
+        assert "RankFault" in ran.printed(name, survivor)
+        assert f"Rank {survivor} of 2 {GONE}" in ran.printed(name, survivor)
         if survivor == 0:
             (event,) = events(ran.of(name), "failed")
             assert GONE in event["error"]
             assert summary_of(ran.of(name))["status"] == "failed"
 
     def test_a_bug_on_one_rank(self, ran):
-        """The others say what it was."""
+        """The others report its error."""
         assert ran.codes("bug") == [1, 1]
         assert "ZeroDivisionError: nothing is 1 / 0" in ran.printed("bug", 1)
         (event,) = events(ran.of("bug"), "failed")
-        assert event["error"] == "RankFault: Rank 1 of 2 failed: ZeroDivisionError: nothing is 1 / 0."
+        assert all(
+            part in event["error"] for part in ("RankFault", "Rank 1 of 2", "ZeroDivisionError: nothing is 1 / 0")
+        )
 
-    def test_memory_that_is_refused_at_the_start(self, ran):
-        """No smaller micro-batch would help, so none is tried."""
+    def test_out_of_memory_while_building_the_networks(self, ran):
+        """A smaller micro-batch would not help, so none is tried."""
         assert ran.codes("no_room") == [1, 1]
         assert [e["event"] for e in events(ran.of("no_room"))] == ["start", "failed"]
         error = events(ran.of("no_room"), "failed")[0]["error"]
-        assert "do not fit into the memory of every rank (rank 1: CUDA out of memory.)" in error
+        assert "rank 1: CUDA out of memory." in error
 
-    def test_weights_that_drift_apart(self, ran):
+    def test_weights_that_differ(self, ran):
         assert ran.codes("drift") == [1, 1]
         (event,) = events(ran.of("drift"), "failed")
-        assert event["error"] == "RankFault: Rank 1 of 2 differs from rank 0 in model."
+        assert "Rank 1 of 2" in event["error"]
+        assert event["error"].endswith("in model.")
 
-    def test_a_stop_is_for_rank_0_to_decide(self, ran):
-        """The others get the same signals."""
+    def test_only_rank_0_handles_signals(self, ran):
+        """The other ranks get the same signals and ignore them."""
         assert ran.codes("interrupted") == [0, 0]
         assert summary_of(ran.of("interrupted"))["status"] == "stopped"
         assert [e["event"] for e in events(ran.of("interrupted"))] == ["start", "stopped"]
 
     def test_rank_0_refuses_the_configuration(self, ran):
-        """Then the others have nothing to do, and did nothing wrong."""
+        """Then the other ranks end without an error."""
         assert ran.codes("start_up") == [1, 0]
         assert ran.returned("start_up", 1) == [{"rank": 1, "status": "failed"}]
-        assert "device='cuda:1' is one GPU for 2 ranks" in ran.printed("start_up", 0)
+        assert "device='cuda:1'" in ran.printed("start_up", 0)
 
 
 def test_the_command(ran):
-    """As torchrun starts it: one run, one directory, one voice."""
+    """The command as torchrun starts it: one run, one directory, output from rank 0 only."""
     assert ran.codes("command") == [0, 0]
     assert "finished" in ran.printed("command", 0)
     assert ran.printed("command", 1) == ""
