@@ -27,8 +27,8 @@ host memory, predicted
   model update              100 MiB  1024 slices in micro-batches of 64
   other phases, never at the same time:
   actor update             (90 MiB)  128 rollouts at once
-  total                     103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), a run stops at 85% of it, minus a
-                                     margin of 10%
+  total                     103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), a run stops at 85% of it, minus a margin
+                                     of 10%
 
 page cache, predicted
   replay                      2 GiB  reclaimable pages
