@@ -1,8 +1,7 @@
-"""Replay of collected trajectories, in RAM, on a device or on disk, and offline ``episodes`` in files of their own.
+"""Replay buffers in RAM, on a device or on disk, and stores of offline ``episodes``.
 
-Imports nothing of the package but errors; ``episodes`` knows the task registry's types.
-
-Names are loaded on first use: what only works with files needs no torch.
+May import the ground floor and ``memory``; ``episodes`` also uses the types of the task registry. Names are loaded on
+first use, so that modules that only handle files do not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a replay keeps of a trajectory, and which slices it has."""
+"""Stored entries of a step, their layout as bytes, and uniform sampling of slices."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torchrl.data.replay_buffers.storages import Storage
 
 from pwm_torchrl.errors import ConfigurationError
 
-# What is kept of a step, and how it lies in a record of bytes ---------------------------------------------------------
+# Stored entries of a step and their layout in a record of bytes -------------------------------------------------------
 
 
-#: What is kept of a collected batch.
+#: Keys of a collected batch that are stored.
 STORED_KEYS: tuple[str | tuple[str, ...], ...] = (
     "observation",
     "action",
@@ -31,19 +31,19 @@ STORED_KEYS: tuple[str | tuple[str, ...], ...] = (
 
 
 def key_name(key: str | tuple[str, ...]) -> str:
-    """A key as one word: ``"next.observation"``."""
+    """A nested key as a string: ``"next.observation"``."""
     return key if isinstance(key, str) else ".".join(key)
 
 
 @dataclass(frozen=True)
 class Field:
-    """One of :data:`STORED_KEYS` in a record.
+    """Position of one of :data:`STORED_KEYS` in a record.
 
     Attributes:
-        shape: of one step's entry, without batch sizes.
-        dtype: of its numbers.
-        start: its first byte in the record.
-        stop: the byte after its last.
+        shape: shape of one step's entry, without batch dimensions.
+        dtype: type of its elements.
+        start: index of its first byte in the record.
+        stop: index after its last byte.
     """
 
     shape: tuple[int, ...]
@@ -53,9 +53,9 @@ class Field:
 
 
 class RecordLayout:
-    """The entries of one step, packed one after the other without gaps.
+    """Layout of a record: the entries of one step, packed without gaps.
 
-    Packed, a slice of consecutive steps is one read instead of one per key, and takes no more room than its numbers.
+    Because entries are packed, a slice of consecutive steps needs one read instead of one per key, and no padding.
 
     Args:
         entries (dict): shape and dtype of one step's entry, for each of :data:`STORED_KEYS`.
@@ -94,7 +94,7 @@ class RecordLayout:
     def unpack(self, records: Tensor) -> TensorDict:
         """The entries of records uint8 ``[*size, R]``, copied."""
         size = records.shape[:-1]
-        # A part of a record does not start where its dtype may, so that it is copied before it is seen as numbers.
+        # A field may not be aligned for its dtype, so it is copied before it is viewed as numbers.
         entries = {
             key: records[..., field.start : field.stop]
             .clone(memory_format=torch.contiguous_format)
@@ -108,7 +108,7 @@ class RecordLayout:
         return out
 
     def describe(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """The layout as JSON-compatible values."""
         return {
             key_name(key): {"shape": list(field.shape), "dtype": str(field.dtype).removeprefix("torch.")}
             for key, field in self.fields.items()
@@ -116,7 +116,7 @@ class RecordLayout:
 
     @classmethod
     def described(cls, description: Mapping[str, Any]) -> RecordLayout:
-        """The inverse of :meth:`describe`."""
+        """Inverse of :meth:`describe`."""
         entries: dict[str | tuple[str, ...], tuple[tuple[int, ...], torch.dtype]] = {}
         for key in STORED_KEYS:
             entry = description[key_name(key)]
@@ -132,7 +132,7 @@ _DTYPES = (
 
 
 def refuse_other_shape(filled: int, envs: int, steps: int, num_envs: int, capacity: int) -> None:
-    """Refuse a checkpoint of a replay of another shape.
+    """Refuse a checkpoint of a replay buffer with another shape.
 
     Raises:
         ConfigurationError: if the number of environments or the capacity differs.
@@ -140,17 +140,17 @@ def refuse_other_shape(filled: int, envs: int, steps: int, num_envs: int, capaci
     if envs != num_envs or filled != min(steps, capacity):
         raise ConfigurationError(
             f"The checkpoint's replay holds {filled} steps of {envs} environments; this configuration has "
-            f"env.num_envs={num_envs} and room for {capacity} steps."
+            f"env.num_envs={num_envs} and a capacity of {capacity} steps."
         )
 
 
-# Which slices are drawn -----------------------------------------------------------------------------------------------
+# Sampling of slices ---------------------------------------------------------------------------------------------------
 
 
 def draw_starts(count: int, length: int, filled: int, envs: int) -> tuple[Tensor, Tensor]:
-    """Uniform starts of slices of ``length`` steps: (steps after the oldest, environment), int64 ``[count]`` each.
+    """Draw uniform starts of slices of ``length`` steps: (steps after the oldest, environment), int64 ``[count]`` each.
 
-    Every storage draws here and from the CPU's generator, so that a seed means the same batches on all of them.
+    All storages use this function and the CPU's generator, so a seed gives the same batches on each of them.
     """
     return torch.randint(filled - length + 1, (count,)), torch.randint(envs, (count,))
 
@@ -158,20 +158,20 @@ def draw_starts(count: int, length: int, filled: int, envs: int) -> tuple[Tensor
 class SliceStartSampler(Sampler):
     """Samples slices of ``horizon`` consecutive steps, uniformly over all starts, from a storage ``[time, env]``.
 
-    Constant time per slice, however large the storage: a start is drawn by arithmetic on the ring buffer's cursor
-    instead of by searching for trajectories, as :class:`~torchrl.data.SliceSampler` does. A slice never spans the
-    cursor, where the newest step lies beside the oldest. It may run past an episode's end; the steps behind the first
-    ``done`` belong to the next episode and are masked by the loss, so short episodes are used and never dropped.
+    The time per slice does not depend on the size of the storage: starts are computed from the ring buffer's cursor,
+    while :class:`~torchrl.data.SliceSampler` searches for trajectories. A slice never spans the cursor, where the
+    newest step is next to the oldest. It may continue past the end of an episode; the loss masks the steps after the
+    first ``done``, so short episodes are used, too.
 
     Args:
         horizon (int): steps per slice.
-        device (str or torch.device): of the indices. Defaults to ``"cpu"``.
+        device (str or torch.device): device of the indices. Defaults to ``"cpu"``.
     """
 
     def __init__(self, horizon: int, device: str | torch.device = "cpu") -> None:
         self.horizon = horizon
         self.device = torch.device(device)
-        self.steps = 0  # time steps ever written
+        self.steps = 0  # total number of time steps written
 
     def indices(self, count: int, length: int, capacity: int, envs: int) -> tuple[Tensor, Tensor]:
         """Indices (time, env) of slices, ``[count, length]`` each."""
@@ -190,10 +190,10 @@ class SliceStartSampler(Sampler):
         self.steps = 0
 
     def dumps(self, path: str | Path) -> None:
-        """Nothing to write: the replay saves the cursor."""
+        """No-op: the replay buffer saves the cursor."""
 
     def loads(self, path: str | Path) -> None:
-        """Nothing to read: the replay restores the cursor."""
+        """No-op: the replay buffer restores the cursor."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps}

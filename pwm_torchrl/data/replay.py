@@ -1,4 +1,4 @@
-"""Replay of trajectories: slices and start states, in memory, on a device or on disk."""
+"""Replay buffer of parallel trajectories, in memory, on a device or on disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "TrajectoryReplay",
 ]
 
-# Replay in RAM or on a device: a ring of the newest steps in a TorchRL buffer -----------------------------------------
+# Ring buffer in RAM or on a device ------------------------------------------------------------------------------------
 
 
 class RingStore:
@@ -37,7 +37,7 @@ class RingStore:
         capacity (int): time steps.
         num_envs (int): ``N``.
         horizon (int): steps per slice.
-        device (str or torch.device): of the tensors. Defaults to ``"cpu"``.
+        device (str or torch.device): device of the tensors. Defaults to ``"cpu"``.
     """
 
     def __init__(self, capacity: int, num_envs: int, horizon: int, device: str | torch.device = "cpu") -> None:
@@ -46,17 +46,17 @@ class RingStore:
         self.device = torch.device(device)
         self.sampler = SliceStartSampler(horizon, device)
         storage = LazyTensorStorage(capacity * num_envs, ndim=2, device=device)
-        # Not TensorDictReplayBuffer: its bookkeeping of indices fails on batches of one step.
+        # TensorDictReplayBuffer cannot be used: its index bookkeeping fails on batches of one step.
         self.buffer = ReplayBuffer(storage=storage, sampler=self.sampler, dim_extend=1)
 
     @property
     def steps(self) -> int:
-        """Time steps ever written."""
+        """Total number of time steps written."""
         return self.sampler.steps
 
     @property
     def filled(self) -> int:
-        """Time steps that can be sampled."""
+        """Number of time steps that can be sampled."""
         return min(self.steps, self.capacity)
 
     def extend(self, batch: TensorDictBase) -> None:
@@ -80,10 +80,10 @@ class RingStore:
         return self.buffer.storage.get((time.squeeze(1), env.squeeze(1))).get("observation")
 
     def release(self, kept: int | None) -> None:
-        """Nothing to delete: a checkpoint holds its own copy of the data."""
+        """No-op: a checkpoint contains its own copy of the data."""
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the filled part of the storage on the CPU, first slot first, and the cursor."""
+        """A copy of the filled part of the storage on the CPU, in slot order, and the cursor."""
         data = {}
         if self.filled:
             stored = self.buffer.storage.get(slice(0, self.filled))
@@ -91,7 +91,7 @@ class RingStore:
         return {"steps": self.steps, "data": data}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, cursor included.
+        """Restore the data and the cursor from :meth:`state_dict`.
 
         Raises:
             ConfigurationError: if the checkpoint has another number of environments or another capacity.
@@ -103,17 +103,17 @@ class RingStore:
         self.fill(steps, [state_slots(data)] if data else [])
 
     def fill(self, steps: int, parts: Iterable[TensorDictBase]) -> None:
-        """Replace the content by parts ``[time, env]`` of the slots in order; ``steps`` were ever written."""
+        """Replace the content by parts ``[time, env]`` in slot order; ``steps`` is the total number of steps written."""
         self.buffer.empty()
         for part in parts:
             self.buffer.extend(part.transpose(0, 1))
-        # A full ring is written back as it lay, so the next write must continue at the old cursor.
+        # The slots keep their order, so the next write must continue at the saved cursor.
         self.buffer.writer._cursor = steps % self.capacity
         self.sampler.steps = steps
 
 
 def state_slots(data: dict[str, Tensor], start: int = 0, stop: int | None = None) -> TensorDict:
-    """Slots of a state's data as ``[time, env]``."""
+    """Slots ``start`` to ``stop`` of a saved state's data as ``[time, env]``."""
     entries = {key: data[key_name(key)][start:stop] for key in STORED_KEYS}
     out = TensorDict({}, batch_size=entries["action"].shape[:2])
     for key, value in entries.items():
@@ -121,30 +121,30 @@ def state_slots(data: dict[str, Tensor], start: int = 0, stop: int | None = None
     return out
 
 
-# A checkpoint of a replay on disk continued in RAM, and the other way round -------------------------------------------
+# Conversion of checkpoints between storage on disk and in RAM ---------------------------------------------------------
 
 
-#: Time steps that are moved at once.
+#: Time steps copied at once.
 PART = 1024
 
 
 def slot_order(steps: int, capacity: int) -> list[tuple[int, int]]:
-    """The steps that a ring holds, as ranges (first, last + 1) in the order of its slots."""
+    """The steps in a ring buffer, as ranges (first, last + 1) in slot order."""
     oldest = max(0, steps - capacity)
-    # Step t lies in slot t % capacity; the first step of slot 0 is the seam.
+    # Step t is in slot t % capacity; the seam is the oldest step that is in slot 0.
     seam = -(-oldest // capacity) * capacity
     return [part for part in ((seam, steps), (oldest, min(seam, steps))) if part[0] < part[1]]
 
 
 def in_parts(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ranges (first, last + 1) cut into such that hold :data:`PART` steps at most."""
+    """Split ranges (first, last + 1) into ranges of at most :data:`PART` steps."""
     for first, last in ranges:
         for start in range(first, last, PART):
             yield start, min(start + PART, last)
 
 
 def disk_to_ring(source: SegmentStore, ring: RingStore) -> None:
-    """Fill a ring with what a store on disk holds."""
+    """Fill a ring buffer with the steps of a store on disk."""
     env = torch.arange(source.num_envs)
 
     def slots() -> Iterator[TensorDictBase]:
@@ -155,11 +155,11 @@ def disk_to_ring(source: SegmentStore, ring: RingStore) -> None:
 
 
 def ring_to_disk(state_dict: dict[str, Any], store: SegmentStore) -> None:
-    """Fill a store on disk with the state of a ring.
+    """Fill a store on disk with the saved state of a ring buffer.
 
     Raises:
         ConfigurationError: if the state has another number of environments or another capacity.
-        StorageFault: if the disk does not take it.
+        StorageFault: if it cannot be written.
     """
     data, steps = state_dict["data"], state_dict["steps"]
     filled, envs = data["action"].shape[:2] if data else (0, store.num_envs)
@@ -170,17 +170,17 @@ def ring_to_disk(state_dict: dict[str, Any], store: SegmentStore) -> None:
         store.extend(state_slots(data, slot, slot + last - first).transpose(0, 1))
 
 
-# Replay of parallel trajectories, sampled as slices by index arithmetic -----------------------------------------------
+# Replay buffer with a choice of storage -------------------------------------------------------------------------------
 
 
 STORAGES = ("memory", "disk", "device")
 
 
 class TrajectoryReplay:
-    """The last transitions of N parallel environments.
+    """Replay buffer of the newest transitions of N parallel environments.
 
-    The storage decides where they lie and nothing else: the same seed draws the same slices from each of them, and a
-    checkpoint of one loads into another.
+    The storage only determines where the data are: the same seed draws the same slices from all storages, and a
+    checkpoint of one can be loaded into another.
 
     Args:
         capacity (int): transitions; rounded down to a multiple of ``num_envs``.
@@ -188,19 +188,20 @@ class TrajectoryReplay:
         horizon (int): steps per sampled slice.
         storage (str): ``"memory"`` for host RAM, ``"disk"`` for files (:class:`~pwm_torchrl.data.SegmentStore`),
             ``"device"`` for the memory of ``device``. Defaults to ``"memory"``.
-        folder (Path, optional): where the files of ``"disk"`` go, and where a checkpoint of a replay on disk finds
-            them whatever ``storage`` is now. Defaults to ``None``: a temporary folder, gone with this object.
-        device (str or torch.device): of the sampled tensors. Defaults to ``"cpu"``.
-        observation_dim (int, optional): O; with ``action_dim``, a disk without room is refused now instead of with the
-            first batch. Defaults to ``None``.
+        folder (Path, optional): folder of the files of ``"disk"``, also for loading a checkpoint of a replay on disk
+            into another storage. Defaults to ``None``: a temporary folder, deleted with this object.
+        device (str or torch.device): device of the sampled tensors. Defaults to ``"cpu"``.
+        observation_dim (int, optional): O; with ``action_dim``, a disk with too little space is refused now instead of
+            with the first batch. Defaults to ``None``.
         action_dim (int, optional): ``A``. Defaults to ``None``.
-        since_checkpoint_steps (int): most time steps written since the oldest checkpoint kept, for which a disk needs
-            room beside the capacity; see :func:`~pwm_torchrl.data.steps_since_checkpoint`. Defaults to ``0``.
+        since_checkpoint_steps (int): maximum number of time steps written since the oldest checkpoint kept, which need
+            disk space in addition to the capacity; see :func:`~pwm_torchrl.data.steps_since_checkpoint`. Defaults to
+            ``0``.
 
     Raises:
-        ConfigurationError: if the storage is unknown, its folder is in RAM, or the capacity holds less than one slice
-            per environment.
-        StorageFault: if the disk has no room for it.
+        ConfigurationError: if the storage is unknown, its folder is in RAM, or the capacity is less than one slice per
+            environment.
+        StorageFault: if the disk has too little space.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class TrajectoryReplay:
             raise ConfigurationError(f"training.replay_storage={storage!r} is not one of {', '.join(STORAGES)}.")
         if capacity < num_envs * horizon:
             raise ConfigurationError(
-                f"training.replay_capacity={capacity} holds less than one slice of algorithm.horizon={horizon} steps "
+                f"training.replay_capacity={capacity} is less than one slice of algorithm.horizon={horizon} steps "
                 f"for each of {num_envs} environments; at least {num_envs * horizon} transitions are needed."
             )
         self.num_envs = num_envs
@@ -252,36 +253,36 @@ class TrajectoryReplay:
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """TorchRL's buffer; a replay on disk has none."""
+        """The TorchRL replay buffer; a replay on disk has none."""
         assert isinstance(self.store, RingStore), "a replay on disk has no TorchRL buffer"
         return self.store.buffer
 
     @property
     def steps(self) -> int:
-        """Time steps ever added."""
+        """Total number of time steps added."""
         return self.store.steps
 
     @property
     def collected(self) -> int:
-        """Transitions ever added, those that were overwritten too."""
+        """Total number of transitions added, including overwritten ones."""
         return self.steps * self.num_envs
 
     def extend(self, batch: TensorDictBase) -> None:
         """Add a collected batch ``[N, T]``.
 
         Raises:
-            StorageFault: if the disk does not take it; the replay is as before then.
+            StorageFault: if it cannot be written; the replay is then unchanged.
         """
         device = self.store.device if isinstance(self.store, RingStore) else torch.device("cpu")
         self.store.extend(batch.select(*STORED_KEYS).detach().to(device))
 
     def end_episodes(self) -> None:
-        """Mark the newest steps as the last of their episodes: what is added next does not continue them."""
+        """Mark the newest steps as the last of their episodes, because the next batch does not continue them."""
         self.store.end_episodes()
 
     @property
     def can_sample(self) -> bool:
-        """Whether there is a whole slice."""
+        """Whether there are enough steps for one slice."""
         return self.steps >= self.horizon
 
     def sample_slices(self, count: int) -> TensorDictBase:
@@ -300,15 +301,14 @@ class TrajectoryReplay:
         return on_host and self.device.type == "cuda" and torch.cuda.is_available()
 
     def _pinned(self, sample: Any) -> Any:
-        """In memory that the GPU can copy from while the host goes on."""
+        """The sample in pinned memory, so that the copy to the GPU is asynchronous."""
         return sample.pin_memory() if self._copies_to_cuda else sample
 
     def release(self, kept: int | None) -> None:
-        """Give back disk space that neither sampling nor a checkpoint needs.
+        """Delete files that neither sampling nor a checkpoint needs.
 
         Args:
-            kept (int, optional): :attr:`steps` at the oldest checkpoint from which the run may be resumed; ``None`` if
-                there is none.
+            kept (int, optional): :attr:`steps` at the oldest checkpoint that can be resumed; ``None`` if there is none.
 
         Raises:
             StorageFault: if a file cannot be deleted.
@@ -316,15 +316,15 @@ class TrajectoryReplay:
         self.store.release(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, and a copy of the data unless they lie on disk, where they are safe when this returns."""
+        """Counters and a copy of the data; data on disk are not copied, but flushed to the disk."""
         return self.store.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, from whichever storage.
+        """Restore the state from :meth:`state_dict`, of the same or another storage.
 
         Raises:
             ConfigurationError: if the checkpoint has another number of environments or another capacity.
-            StorageFault: if its data are not in the folder any more, or do not fit there.
+            StorageFault: if its data are no longer in the folder, or do not fit there.
         """
         store, from_disk = self.store, "writer" in state_dict
         if isinstance(store, SegmentStore) == from_disk:
@@ -337,6 +337,6 @@ class TrajectoryReplay:
             disk_to_ring(source, store)
         else:
             raise ConfigurationError(
-                "The checkpoint's replay lies on disk, and this one has no folder to find it in; set "
+                "The checkpoint's replay is on disk, and this replay has no folder to read it from; set "
                 "training.replay_storage=disk."
             )

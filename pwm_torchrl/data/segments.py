@@ -1,4 +1,4 @@
-"""Replay on disk: segments that are written through file calls, and the journal of what was written."""
+"""Replay buffer on disk: segment files, and a journal of the runs that wrote them."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.files import allocate, amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
 from pwm_torchrl.memory.storage import disk_bytes, segment_steps
 
-# What a folder of segments holds, and whose data: the small JSON file beside them -------------------------------------
+# Journal: a JSON file with the layout of the segments and their writers -----------------------------------------------
 
 
-#: Raised when the files' layout changes.
+#: Incremented when the files' layout changes.
 SCHEMA_VERSION = 1
 _JOURNAL_NAME = "replay.json"
 
 
 @dataclass(frozen=True)
 class Journal:
-    """The description of a folder of segments.
+    """Description of a folder of segments.
 
-    Nothing is overwritten while a run goes on; only one that is resumed from an earlier checkpoint writes again what
-    came after it, and one that starts anew writes everything again. Each of these is a *writer* with a name of its own
-    and the step that it began at, so that a checkpoint is never combined with the data of another.
+    A run never overwrites its own data. A run that is resumed from an earlier checkpoint overwrites the later steps, and
+    a new run overwrites everything. Each of these is a *writer* with a unique name and a first step, so that a
+    checkpoint is never combined with data of another writer.
 
     Attributes:
-        layout: of a record.
+        layout: layout of a record.
         num_envs: N.
-        segment_steps: time steps of a file; the records in it lie as ``[env, step]``.
+        segment_steps: time steps per file; its records are ordered ``[env, step]``.
         writers: (name, first step), oldest first.
     """
 
@@ -55,26 +55,26 @@ class Journal:
 
     @property
     def segment_bytes(self) -> int:
-        """Bytes of a file."""
+        """Bytes per file."""
         return self.segment_steps * self.step_bytes
 
-    def begun(self, step: int) -> tuple[Journal, str]:
-        """This journal with one more writer, and the writer's name."""
+    def with_writer(self, step: int) -> tuple[Journal, str]:
+        """A copy with a new writer that begins at ``step``, and the writer's name."""
         name = uuid.uuid4().hex
         return replace(self, writers=(*self.writers, (name, step))), name
 
-    def written_over(self, name: str, steps: int) -> str | None:
-        """How the first ``steps`` of a writer were lost, if they were; the end of a sentence."""
+    def overwritten(self, name: str, steps: int) -> str | None:
+        """Why the first ``steps`` of a writer are lost, as the end of a sentence; ``None`` if they are not."""
         names = [writer for writer, _ in self.writers]
         if name not in names:
-            return "they are another run's"
+            return "they belong to another run"
         later = [first for _, first in self.writers[names.index(name) + 1 :]]
         if later and min(later) < steps:
-            return f"they were written again from step {min(later)} on"
+            return f"they were overwritten from step {min(later)} on"
         return None
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder.
+        """Write the journal into a folder.
 
         Raises:
             StorageFault: if it cannot be written.
@@ -95,10 +95,10 @@ class Journal:
 
     @classmethod
     def load(cls, folder: Path) -> Journal | None:
-        """Read it; ``None`` if there is none.
+        """Read the journal of a folder; ``None`` if there is none.
 
         Raises:
-            StorageFault: if it cannot be read or is of another version.
+            StorageFault: if it cannot be read or has another version.
         """
         path = folder / _JOURNAL_NAME
         if not path.exists():
@@ -120,10 +120,10 @@ class Journal:
         )
 
 
-_REMEDY = "put it back, or delete the folder and start the run again without resume"
+_REMEDY = "restore it, or delete the folder and start the run again without resume"
 
 
-# Numbered files of equal size: allocated before use, written and read through file calls ------------------------------
+# Segment files: numbered, of equal size, allocated before use ---------------------------------------------------------
 
 
 _NAME = "segment_{:06d}.bin"
@@ -133,13 +133,13 @@ _PATTERN = "segment_*.bin"
 class SegmentFiles:
     """Files ``segment_000000.bin``, ``segment_000001.bin`` ... of a folder.
 
-    A file is complete or counts as missing. Reading by file calls instead of through a mapping costs no time here (both
-    take 2 ms for 1024 slices of 5 KB in the page cache), an I/O error is an exception instead of a signal, and the
-    pages count as the kernel's cache instead of as this process's memory.
+    A file that is not complete counts as missing. The files are read with file calls instead of memory mappings: this is
+    as fast (both take 2 ms for 1024 slices of 5 KB in the page cache), an I/O error is an exception instead of a signal,
+    and the pages count as page cache instead of this process's memory.
 
     Args:
-        folder (Path): where they lie; made with the first of them.
-        size (int): bytes of each.
+        folder (Path): the folder; created with the first file.
+        size (int): bytes per file.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -150,35 +150,35 @@ class SegmentFiles:
         weakref.finalize(self, _close_all, self._open)
 
     def path(self, number: int) -> Path:
-        """Where a file lies."""
+        """Path of a file."""
         return self.folder / _NAME.format(number)
 
     def exists(self, number: int) -> bool:
-        """Whether a file is there, whole."""
+        """Whether a file exists and is complete."""
         try:
             return self.path(number).stat().st_size == self.size
         except FileNotFoundError:
             return False
 
     def numbers(self) -> list[int]:
-        """The files that lie there, whole or not."""
+        """Numbers of all existing files, complete or not."""
         return sorted(_number(path) for path in self.folder.glob(_PATTERN))
 
     def held_bytes(self) -> int:
-        """Bytes of the files that lie there."""
+        """Bytes of all existing files."""
         return held_bytes(self.folder)
 
     def create(self, number: int) -> None:
-        """Make room for a file unless it is there.
+        """Allocate a file unless it exists.
 
         Raises:
-            StorageFault: if there is none.
+            StorageFault: if the disk has too little space.
         """
         if self.exists(number):
             return
         path = self.path(number)
         self._close(number)
-        with storage_faults(path, "make room for the replay file", self.size):
+        with storage_faults(path, "allocate the replay file", self.size):
             self.folder.mkdir(parents=True, exist_ok=True)
             allocate(path, self.size)
         self._unsynced.add(number)
@@ -196,7 +196,7 @@ class SegmentFiles:
                 write_all(descriptor, data, offset)
 
     def read(self, pieces: Sequence[tuple[int, int, int, int]], into: memoryview) -> None:
-        """Read pieces (file, offset, bytes, place in ``into``).
+        """Read pieces (file, offset, bytes, offset in ``into``).
 
         Raises:
             StorageFault: if a file is missing, short or cannot be read.
@@ -205,7 +205,7 @@ class SegmentFiles:
         number = -1
         try:
             if hasattr(os, "posix_fadvise"):
-                # All that is not cached is asked for at once: a disk serves many requests in the time of a few.
+                # Request all pieces in advance, because a disk serves many parallel requests in the time of a few.
                 for number, offset, count, _ in pieces:
                     os.posix_fadvise(descriptors[number], offset, count, os.POSIX_FADV_WILLNEED)
             for number, offset, count, place in pieces:
@@ -216,7 +216,7 @@ class SegmentFiles:
                 raise
 
     def sync(self) -> None:
-        """Wait until everything written is on the disk.
+        """Flush everything written to the disk.
 
         Raises:
             StorageFault: if it cannot be written.
@@ -243,16 +243,16 @@ class SegmentFiles:
                 self.path(number).unlink(missing_ok=True)
 
     def close_before(self, number: int) -> None:
-        """Close the files before this one; they are opened again if they are read."""
+        """Close the files before this one; they are reopened when they are read."""
         for each in [n for n in self._open if n < number and n not in self._unsynced]:
             self._close(each)
 
     def missing(self, number: int) -> str:
-        """The sentence about a file that is not whole."""
+        """Error message for a file that is missing or incomplete."""
         path = self.path(number)
         state = f"has {path.stat().st_size:,} of its {self.size:,} bytes" if path.exists() else "is missing"
         return (
-            f"The replay file {path} ({amount(self.size)}) {state}; put it back, or start the run again without resume."
+            f"The replay file {path} ({amount(self.size)}) {state}; restore it, or start the run again without resume."
         )
 
     def _descriptor(self, number: int) -> int:
@@ -262,7 +262,7 @@ class SegmentFiles:
             with storage_faults(self.path(number), "open the replay file"):
                 descriptor = os.open(self.path(number), os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
             if hasattr(os, "posix_fadvise"):
-                # Slices lie scattered: what follows one of them will not be asked for.
+                # No read-ahead: slices are scattered, so the data after a slice are not needed.
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
             self._open[number] = descriptor
         return self._open[number]
@@ -287,34 +287,33 @@ def _close_all(descriptors: dict[int, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-# Replay on disk: an append-only store of segments, of which sampling sees the newest steps ----------------------------
+# Append-only store of segments, whose newest steps can be sampled -----------------------------------------------------
 
 
 class SegmentStore:
     """Steps of N environments in files that are written once.
 
-    A ring on disk would overwrite what the last checkpoint refers to. Here time steps are numbered from the beginning
-    of the run and step t always lies in segment t // S: a checkpoint is a number of steps, all of them on the disk
-    before it is published, and to resume is to go on at that number. Segments that no checkpoint and no sample can
-    reach any more are deleted as a whole.
+    A ring buffer on disk would overwrite data that the last checkpoint needs. Here, time steps are numbered from the
+    beginning of the run, and step t is always in segment t // S. A checkpoint is a number of steps, which are flushed to
+    the disk before it is published; resuming continues at that number. Segments that neither a checkpoint nor sampling
+    needs are deleted.
 
-    In a segment, records lie as ``[env, step]``, so that a slice of one environment is one contiguous read and a batch
-    ``[N, T]`` is N contiguous writes. Data pass through file calls into room that was allocated before: a full disk is
-    an exception, before anything of a batch can be sampled. The kernel caches pages as it has room; the process holds
-    none of them.
+    Within a segment, records are ordered ``[env, step]``, so a slice of one environment is one contiguous read and a
+    batch ``[N, T]`` is N contiguous writes. Data are written into files that were allocated before, so a full disk
+    raises an exception before any part of a batch can be sampled. The pages are page cache, not memory of the process.
 
-    It is no :class:`~torchrl.data.replay_buffers.Storage`: those are addressed by slots of a ring that a writer chooses
-    and reuses, and saved by copying, which are the two things that this store is there to avoid.
+    This is not a :class:`~torchrl.data.replay_buffers.Storage`, because a TorchRL writer chooses and reuses slots of a
+    ring, and a storage is saved by copying it. This store avoids both.
 
     Args:
-        folder (Path): of the files; made when the first batch comes.
-        capacity (int): newest time steps that sampling sees.
+        folder (Path): folder of the files; created with the first batch.
+        capacity (int): number of newest time steps that can be sampled.
         num_envs (int): ``N``.
         horizon (int): steps per slice.
-        segment_steps (int, optional): ``S``. Defaults to ``None``: by the capacity, see
+        segment_steps (int, optional): ``S``. Defaults to ``None``: depends on the capacity, see
             :func:`pwm_torchrl.memory.storage.segment_steps`.
-        since_checkpoint_steps (int): most time steps written since the oldest checkpoint kept; what room is asked for
-            beside the capacity. Defaults to ``0``.
+        since_checkpoint_steps (int): maximum number of time steps written since the oldest checkpoint kept, which need
+            disk space in addition to the capacity. Defaults to ``0``.
     """
 
     def __init__(
@@ -335,16 +334,16 @@ class SegmentStore:
         self._reset()
 
     def _reset(self) -> None:
-        self.steps = 0  # time steps ever written
-        self._writer: str | None = None  # who wrote the newest of them
+        self.steps = 0  # total number of time steps written
+        self._writer: str | None = None  # name of the writer of the newest step
         self._begun = False  # whether this object has written
-        self._protected: int | None = None  # steps at the oldest checkpoint kept, None without one
+        self._protected: int | None = None  # steps at the oldest checkpoint kept, None if there is none
         self._journal: Journal | None = None
         self._files: SegmentFiles | None = None
 
     @property
     def filled(self) -> int:
-        """Time steps that can be sampled."""
+        """Number of time steps that can be sampled."""
         return min(self.steps, self.capacity)
 
     @property
@@ -353,11 +352,11 @@ class SegmentStore:
         return self.steps - self.filled
 
     def extend(self, batch: TensorDictBase) -> None:
-        """Add a batch ``[N, T]``; if that fails, the store is as before.
+        """Add a batch ``[N, T]``; if this fails, the store is unchanged.
 
         Raises:
             StorageFault: if it cannot be written.
-            ConfigurationError: if its entries are not those of the steps before.
+            ConfigurationError: if its entries differ in shape or type from those of earlier steps.
         """
         layout = RecordLayout.of(batch)
         if self._journal is not None and layout != self._journal.layout:
@@ -379,13 +378,13 @@ class SegmentStore:
         for number in touched:
             files.write(number, self._pieces(records, number))
         if end // segment > self.steps // segment:
-            # A finished segment goes to the disk now, so that no more than one is left for the next checkpoint.
+            # Flush the finished segment now, so that the next checkpoint has at most one segment to flush.
             files.sync()
         self.steps = end
         files.close_before(self.oldest // segment)
 
     def _pieces(self, records: Tensor, number: int) -> Iterator[tuple[int, memoryview]]:
-        """Where the part of a batch that belongs to a segment lies in it: (offset, bytes) of each environment."""
+        """The part of a batch that belongs to a segment, as (offset in the segment, bytes) for each environment."""
         journal, _ = self._opened()
         size = journal.layout.record_bytes
         first = number * journal.segment_steps
@@ -416,12 +415,12 @@ class SegmentStore:
         files.write(number, [(each * size + start, flag.numpy().data.cast("B")) for each, flag in zip(rows, flags)])
 
     def begin_at(self, step: int) -> None:
-        """Go on at a step as if those before had been written and lost; for data that come from elsewhere."""
+        """Start at a step, as if earlier steps had been written and deleted; for data from another storage."""
         self._reset()
         self.steps = step
 
     def _begin(self, layout: RecordLayout) -> None:
-        """Before the first batch: become the writer, in an empty folder unless a checkpoint was loaded."""
+        """Register as a writer before the first batch; empties the folder unless a checkpoint was loaded."""
         self.require_space(layout.record_bytes)
         journal, files, first = self._journal, self._files, self.steps
         if journal is None or files is None:
@@ -431,8 +430,8 @@ class SegmentStore:
             files = SegmentFiles(self.folder, journal.segment_bytes)
             files.remove(files.numbers())
             first = 0
-        # Before anything is written over, the files are known to be another writer's from this step on.
-        journal, writer = journal.begun(first)
+        # Record the new writer before it overwrites any data.
+        journal, writer = journal.with_writer(first)
         journal.save(self.folder)
         self._journal, self._files, self._writer, self._begun = journal, files, writer, True
 
@@ -442,13 +441,13 @@ class SegmentStore:
         return self._journal, self._files
 
     def require_space(self, record_bytes: int) -> None:
-        """Refuse to begin what will not fit.
+        """Check that the disk has enough space for the capacity and the steps between checkpoints.
 
         Args:
             record_bytes (int): bytes of one transition.
 
         Raises:
-            StorageFault: if the disk has less room than capacity and checkpoints need.
+            StorageFault: if it has not.
         """
         step_bytes = self.num_envs * record_bytes
         segment = self._journal.segment_steps if self._journal else self._segment_steps
@@ -456,20 +455,19 @@ class SegmentStore:
         held = held_bytes(self.folder)
         free = free_bytes(self.folder)
         if needed > held + free:
-            there = f" besides the {amount(held)} that it has" if held else ""
+            more = f" more than the {amount(held)} that it has" if held else ""
             raise StorageFault(
-                f"The replay in {self.folder} needs {amount(needed - held)}{there} (training.replay_capacity="
+                f"The replay in {self.folder} needs {amount(needed - held)}{more} (training.replay_capacity="
                 f"{self.capacity * self.num_envs} transitions of {record_bytes} bytes, and "
-                f"{self.since_checkpoint_steps} time steps between checkpoints), and {amount(free)} are free; free "
-                "space there, choose another run_dir, or lower training.replay_capacity."
+                f"{self.since_checkpoint_steps} time steps between checkpoints), but only {amount(free)} are free; "
+                "free space there, choose another run_dir, or lower training.replay_capacity."
             )
 
     def release(self, kept: int | None) -> None:
         """Delete segments that neither sampling nor a checkpoint needs.
 
         Args:
-            kept (int, optional): time steps at the oldest checkpoint from which the run may be resumed; ``None`` if
-                there is none.
+            kept (int, optional): time steps at the oldest checkpoint that can be resumed; ``None`` if there is none.
 
         Raises:
             StorageFault: if a file cannot be deleted.
@@ -495,12 +493,12 @@ class SegmentStore:
         return self.get(self.oldest + age, env, 1).get("observation").squeeze(1)
 
     def get(self, time: Tensor, env: Tensor, length: int) -> TensorDict:
-        """Slices of consecutive steps.
+        """Read slices of consecutive steps.
 
         Args:
-            time (Tensor): numbers of their first steps, int64 ``[B]``.
-            env (Tensor): their environments, int64 ``[B]``.
-            length (int): steps of each.
+            time (Tensor): number of each slice's first step, int64 ``[B]``.
+            env (Tensor): environment of each slice, int64 ``[B]``.
+            length (int): steps per slice.
 
         Returns:
             TensorDict: ``[B, length]``, a copy.
@@ -510,7 +508,7 @@ class SegmentStore:
         """
         journal, files = self._opened()
         size, segment = journal.layout.record_bytes, journal.segment_steps
-        # A slice is cut where segments meet; [B, 1] against [most parts of one slice].
+        # Split slices at segment boundaries: [B, 1] is broadcast against [maximum number of parts of a slice].
         time, env, row = (x.unsqueeze(1) for x in (time, env, torch.arange(len(time))))
         number = time // segment + torch.arange((length - 1) // segment + 2)
         start = torch.maximum(time, number * segment)
@@ -523,10 +521,10 @@ class SegmentStore:
         return journal.layout.unpack(records)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whose steps there are and how many, after they have reached the disk; the data stay where they are.
+        """The writer and the number of steps, after flushing them to the disk; the data are not copied.
 
         Raises:
-            StorageFault: if they do not get there.
+            StorageFault: if they cannot be flushed.
         """
         if self._files is not None:
             self._files.sync()
@@ -535,16 +533,16 @@ class SegmentStore:
             "envs": self.num_envs,
             "filled": self.filled,
             "writer": self._writer,
-            # The only numbers that are written over, by end_episodes.
+            # Saved because end_episodes may overwrite them later.
             "done": self._newest_done() if self.steps else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken. Nothing is deleted until :meth:`release` is called.
+        """Continue from :meth:`state_dict`. Nothing is deleted until :meth:`release` is called.
 
         Raises:
             ConfigurationError: if the checkpoint has another number of environments or another capacity.
-            StorageFault: if its data are not there any more.
+            StorageFault: if its data no longer exist.
         """
         steps, envs, filled = state_dict["steps"], state_dict["envs"], state_dict["filled"]
         if not steps:
@@ -552,10 +550,10 @@ class SegmentStore:
             return
         refuse_other_shape(filled, envs, steps, self.num_envs, self.capacity)
         journal = Journal.load(self.folder)
-        lost = "they are not there" if journal is None else journal.written_over(state_dict["writer"], steps)
+        lost = "they do not exist" if journal is None else journal.overwritten(state_dict["writer"], steps)
         if journal is None or lost:
             raise StorageFault(
-                f"The checkpoint needs steps {steps - filled} to {steps} of the replay in {self.folder}, and {lost}; "
+                f"The checkpoint needs steps {steps - filled} to {steps} of the replay in {self.folder}, but {lost}; "
                 "resume from another checkpoint, or start the run again without resume."
             )
         files = SegmentFiles(self.folder, journal.segment_bytes)

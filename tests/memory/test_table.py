@@ -102,7 +102,7 @@ def test_gpu_predictions_are_marked_unverified():
     assert text.startswith("GPU memory, predicted, unverified")
     assert "host memory, predicted\n" in text
     assert "unverified" not in plan_table(plan())
-    assert text.count("stop at 85%") == 1  # the guard watches the host
+    assert text.count("stops at 85%") == 1  # the guard checks host memory
 
 
 @pytest.mark.parametrize("host", [PLENTY, None])

@@ -1,6 +1,6 @@
-"""Offline episodes of many tasks in memory-mapped files: importing, sampling, inspecting, staging.
+"""Offline episodes of many tasks in memory-mapped files: import, sampling, inspection, copies on local disks.
 
-May import the task registry (``envs.tasks``) beside what ``data`` may. Names are loaded on first use.
+May import what ``data`` may, and the task registry (``envs.tasks``). Names are loaded on first use.
 """
 
 from __future__ import annotations
