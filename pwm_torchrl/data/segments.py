@@ -32,8 +32,8 @@ _JOURNAL_NAME = "replay.json"
 class Journal:
     """Description of a folder of segments.
 
-    A run never overwrites its own data. A run that is resumed from an earlier checkpoint overwrites the later steps, and
-    a new run overwrites everything. Each of these is a *writer* with a unique name and a first step, so that a
+    A run never overwrites its own data. A run that is resumed from an earlier checkpoint overwrites the later steps,
+    and a new run overwrites everything. Each of these is a *writer* with a unique name and a first step, so that a
     checkpoint is never combined with data of another writer.
 
     Attributes:
@@ -133,9 +133,9 @@ _PATTERN = "segment_*.bin"
 class SegmentFiles:
     """Files ``segment_000000.bin``, ``segment_000001.bin`` ... of a folder.
 
-    A file that is not complete counts as missing. The files are read with file calls instead of memory mappings: this is
-    as fast (both take 2 ms for 1024 slices of 5 KB in the page cache), an I/O error is an exception instead of a signal,
-    and the pages count as page cache instead of this process's memory.
+    A file that is not complete counts as missing. The files are read with file calls instead of memory mappings: this
+    is as fast (both take 2 ms for 1024 slices of 5 KB in the page cache), an I/O error is an exception instead of a
+    signal, and the pages count as page cache instead of this process's memory.
 
     Args:
         folder (Path): the folder; created with the first file.
@@ -294,9 +294,9 @@ class SegmentStore:
     """Steps of N environments in files that are written once.
 
     A ring buffer on disk would overwrite data that the last checkpoint needs. Here, time steps are numbered from the
-    beginning of the run, and step t is always in segment t // S. A checkpoint is a number of steps, which are flushed to
-    the disk before it is published; resuming continues at that number. Segments that neither a checkpoint nor sampling
-    needs are deleted.
+    beginning of the run, and step t is always in segment t // S. A checkpoint is a number of steps, which are flushed
+    to the disk before it is published; resuming continues at that number. Segments that neither a checkpoint nor
+    sampling needs are deleted.
 
     Within a segment, records are ordered ``[env, step]``, so a slice of one environment is one contiguous read and a
     batch ``[N, T]`` is N contiguous writes. Data are written into files that were allocated before, so a full disk

@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from pwm_torchrl.data.episodes.importing import import_chunks, import_episodes, import_sources
     from pwm_torchrl.data.episodes.index import SliceIndex, split_episodes
     from pwm_torchrl.data.episodes.inspection import Inspection, TaskReport, inspect_source, inspect_store
-    from pwm_torchrl.data.episodes.staging import stage_store
     from pwm_torchrl.data.episodes.store import EpisodeStore
-    from pwm_torchrl.data.episodes.writer import EpisodeRows, StoreWriter
+    from pwm_torchrl.data.episodes.writer import EpisodeRows, StoreWriter, stage_store
 
 __all__ = [
     "EpisodeRows",
@@ -45,7 +44,7 @@ _HOME = {
     "inspect_source": "inspection",
     "inspect_store": "inspection",
     "split_episodes": "index",
-    "stage_store": "staging",
+    "stage_store": "writer",
 }
 
 

@@ -28,7 +28,6 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from pwm_torchrl.commands import typed
-from pwm_torchrl.data.episodes import store as layout
 from pwm_torchrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -262,15 +261,15 @@ class EpisodeStore:
         self.action_dim: int = manifest["action_dim"]
         self.num_episodes: int = manifest["episodes"]
         self.num_transitions: int = manifest["transitions"]
-        table = _table(path / layout.EPISODES, (self.num_episodes, 3))
+        table = _table(path / EPISODES, (self.num_episodes, 3))
         self.first_row, self.length, self.task = (np.ascontiguousarray(column) for column in table.T)
-        self._returns = _table(path / layout.RETURNS, (self.num_episodes,))
+        self._returns = _table(path / RETURNS, (self.num_episodes,))
         rows = self.num_rows = self.num_transitions + self.num_episodes
-        self._files = {name: _mapped(path / name) for name, size in layout.file_sizes(manifest).items() if size}
-        self._observation = self._array(layout.OBSERVATION, "<f4").reshape(rows, self.observation_dim)
-        self._action = self._array(layout.ACTION, "<f4").reshape(rows, self.action_dim)
-        self._reward = self._array(layout.REWARD, "<f4")
-        self._terminated = self._array(layout.TERMINATED, "u1") if manifest["has_terminated"] else None
+        self._files = {name: _mapped(path / name) for name, size in file_sizes(manifest).items() if size}
+        self._observation = self._array(OBSERVATION, "<f4").reshape(rows, self.observation_dim)
+        self._action = self._array(ACTION, "<f4").reshape(rows, self.action_dim)
+        self._reward = self._array(REWARD, "<f4")
+        self._terminated = self._array(TERMINATED, "u1") if manifest["has_terminated"] else None
 
     @classmethod
     def open(cls, path: str | Path) -> EpisodeStore:
@@ -281,13 +280,13 @@ class EpisodeStore:
                 files are gone or cut short.
         """
         path = Path(path)
-        manifest = layout.read_manifest(path)
-        if manifest["state"] != layout.FINISHED:
+        manifest = read_manifest(path)
+        if manifest["state"] != FINISHED:
             raise ConfigurationError(
                 f"the import into the episode store {path} is not finished ({manifest['episodes']:,} episodes so far); "
                 f"run the same '{typed('data')} import' again to go on with it"
             )
-        for name, size in layout.file_sizes(manifest).items():
+        for name, size in file_sizes(manifest).items():
             found = (path / name).stat().st_size if (path / name).exists() else None
             if found != size:
                 what = "is gone" if found is None else f"has {found:,} bytes"
@@ -375,7 +374,7 @@ class EpisodeStore:
         """
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
-        widths = layout.bytes_per_row(self.observation_dim, self.action_dim)
+        widths = bytes_per_row(self.observation_dim, self.action_dim)
         first = np.sort(self._rows(rows))
         for name, mapping in self._files.items():
             begin = first * widths[name]

@@ -7,7 +7,7 @@ import pytest
 from episode_cases import digest_of, make_store, random_rows
 
 from pwm_torchrl.data.episodes import EpisodeStore, staging
-from pwm_torchrl.data.episodes.staging import stage_store
+from pwm_torchrl.data.episodes.writer import stage_store
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 
 
