@@ -103,7 +103,7 @@ class RingStore:
         self.fill(steps, [state_slots(data)] if data else [])
 
     def fill(self, steps: int, parts: Iterable[TensorDictBase]) -> None:
-        """Replace the content by parts ``[time, env]`` in slot order; ``steps`` is the total number of steps written."""
+        """Replace the content by parts ``[time, env]`` in slot order; ``steps`` counts all steps written."""
         self.buffer.empty()
         for part in parts:
             self.buffer.extend(part.transpose(0, 1))

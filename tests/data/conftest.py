@@ -1,4 +1,4 @@
-"""A disk that can be filled."""
+"""A small disk that tests can fill."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALL = 32 << 20
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 32 MiB of its own; the test is skipped where none can be mounted."""
+    """A file system of 32 MiB; the test is skipped if none can be mounted."""
     folder = tmp_path / "small_disk"
     folder.mkdir()
     try:
@@ -33,5 +33,5 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def any_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a replay on disk lie in RAM: the small disk does."""
+    """Allow a replay on disk in RAM, because the small disk is in RAM."""
     monkeypatch.setattr("pwm_torchrl.data.replay.refuse_memory", lambda folder: None)

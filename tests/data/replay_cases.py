@@ -1,4 +1,4 @@
-"""Steps that tell where they belong."""
+"""Steps whose entries encode their position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ N, H = 3, 4
 
 
 def numbered(first: int, steps: int, done_every: int | None = None, envs: int = N) -> TensorDict:
-    """Steps ``first`` .. of N environments; every entry tells the step and the environment it belongs to."""
+    """Steps ``first`` .. of N environments; every entry encodes its step and environment."""
     t = torch.arange(first, first + steps).view(1, -1, 1).expand(envs, -1, -1).float()
     n = torch.arange(envs).view(-1, 1, 1).expand(-1, steps, -1).float()
     done = torch.zeros(envs, steps, 1, dtype=torch.bool)
@@ -32,7 +32,7 @@ def numbered(first: int, steps: int, done_every: int | None = None, envs: int = 
 
 
 def filled(capacity_steps: int, written: list[int], storage: str = "memory", **kwargs) -> TrajectoryReplay:
-    """A replay that numbered batches of these lengths were added to."""
+    """A replay with numbered batches of these lengths."""
     replay = TrajectoryReplay(capacity_steps * N, N, H, storage, **kwargs)
     first = 0
     for steps in written:
@@ -42,7 +42,7 @@ def filled(capacity_steps: int, written: list[int], storage: str = "memory", **k
 
 
 def starts_of(slices: TensorDict) -> Counter:
-    """How often each (step, environment) is the first of a slice."""
+    """Number of slices that begin at each (step, environment)."""
     return Counter((int(t), int(n)) for t, n in slices["observation"][:, 0].tolist())
 
 
@@ -69,7 +69,7 @@ def random_steps(steps: int, envs: int, observation_dim: int = 2, action_dim: in
 
 
 def store_in(folder, capacity=10, segment=4, steps=0, **kwargs) -> SegmentStore:
-    """A store that numbered steps were written to."""
+    """A store with numbered steps."""
     store = SegmentStore(folder, capacity, N, H, segment, **kwargs)
     for first in range(0, steps, 3):
         store.extend(numbered(first, min(3, steps - first)))
@@ -77,5 +77,5 @@ def store_in(folder, capacity=10, segment=4, steps=0, **kwargs) -> SegmentStore:
 
 
 def times(store: SegmentStore) -> set[int]:
-    """The steps that sampling sees."""
+    """The steps that can be sampled."""
     return set(store.slices(500)["observation"][..., 0].flatten().int().tolist())

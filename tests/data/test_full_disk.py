@@ -1,4 +1,4 @@
-"""A disk of 32 MiB that fills up: an error and never a signal, and nothing is lost that was there before."""
+"""A disk of 32 MiB that fills up raises an error instead of a signal, and no earlier data are lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def occupy(folder, leave: int):
 class TestStore:
     @pytest.mark.parametrize("fallback", [False, True], ids=["allocated", "zeros"])
     def test_full_in_the_middle(self, fallback, small_disk, monkeypatch):
-        """Room for a part of the capacity, which the check at the beginning could not know."""
+        """Only part of the capacity fits, because other files appeared after the first check."""
         if fallback:
             monkeypatch.setattr(files_module, "_take_blocks", write_zeros)
         envs, observations = 8, 100
@@ -69,7 +69,7 @@ class TestStore:
         assert state["steps"] == steps
         again = TrajectoryReplay(disk.capacity * disk.num_envs, disk.num_envs, H)
         again.folder = disk.store.folder
-        again.load_state_dict(state)  # every file is whole
+        again.load_state_dict(state)  # every file is complete
         drawn = []
         for replay in (disk, again):
             torch.manual_seed(1)
@@ -146,7 +146,7 @@ class TestRun:
 
     @pytest.mark.parametrize(("part", "what"), [("replay", "segment_"), (FOLDER, r"checkpoint's file .*tensor_")])
     def test_keeps_the_last_checkpoint_and_resumes_exactly(self, part, what, small_disk, tmp_path, monkeypatch):
-        """While collecting, or while saving: the part that needs the room is on a disk of its own."""
+        """While collecting or saving; the part that needs space is on a separate disk."""
         _, whole = run_with(monkeypatch, self.cfg, tmp_path / "straight")
         run_dir = tmp_path / "run"
         run_dir.mkdir()

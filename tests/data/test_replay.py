@@ -1,4 +1,4 @@
-"""TrajectoryReplay: which slices can come out, and what is in them."""
+"""Replay buffer: distribution and content of its samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pwm_torchrl.objectives import PWMModelLoss
 
 @pytest.fixture(params=STORAGES)
 def storage(request) -> str:
-    """The same replay everywhere."""
+    """Run the test with every storage."""
     return request.param
 
 
@@ -84,7 +84,7 @@ class TestEpisodeEnds:
         assert set(counts) == {(t, n) for t in range(20 - H + 1) for n in range(N)}
 
     def test_they_do_not_reach_the_model_loss(self, storage):
-        """Whatever lies behind the end, the loss and its gradient are the same."""
+        """The loss and its gradient do not depend on the steps after the end."""
         torch.manual_seed(0)
         replay = TrajectoryReplay(20 * N, N, H, storage)
         replay.extend(numbered(0, 20, done_every=5))
@@ -108,7 +108,7 @@ class TestEpisodeEnds:
 
     @pytest.mark.parametrize("written", [[], *FILLS])
     def test_episodes_that_are_not_continued(self, written, storage):
-        """The newest step of each environment becomes the last of its episode, and no other."""
+        """Only the newest step of each environment becomes the last of its episode."""
         replay = filled(10, written, storage)
         replay.end_episodes()
         replay.extend(numbered(sum(written), H))
@@ -147,7 +147,7 @@ class TestCapacity:
             TrajectoryReplay(capacity, N, H)
 
     def test_unknown_storage(self):
-        with pytest.raises(ConfigurationError, match="'tape' is not one of memory, disk, device"):
+        with pytest.raises(ConfigurationError, match=r"'tape'.*memory, disk, device"):
             TrajectoryReplay(100, N, H, storage="tape")
 
     def test_a_batch_longer_than_the_ring_leaves_its_newest_steps(self, storage):
@@ -157,8 +157,8 @@ class TestCapacity:
 
 class TestState:
     @pytest.mark.parametrize("written", [[], *FILLS])
-    def test_goes_on_where_it_was(self, written, storage, tmp_path):
-        """Equal samples after loading, and after writing more: the next write goes to the old cursor."""
+    def test_continues_from_a_checkpoint(self, written, storage, tmp_path):
+        """Samples are equal after loading, and after more steps are written at the restored cursor."""
         replay = filled(10, written, storage, folder=tmp_path / "one")
         state = replay.state_dict()
         if storage == "disk":
@@ -200,5 +200,5 @@ class TestState:
     def test_another_shape_is_refused(self, capacity, envs, storage, tmp_path):
         state = filled(10, [8], storage, folder=tmp_path).state_dict()
         replay = TrajectoryReplay(capacity * envs, envs, H, storage, tmp_path)
-        with pytest.raises(ConfigurationError, match=rf"holds 8 steps of {N} environments.*env.num_envs={envs}"):
+        with pytest.raises(ConfigurationError, match=rf"8 steps of {N} environments.*env\.num_envs={envs}"):
             replay.load_state_dict(state)

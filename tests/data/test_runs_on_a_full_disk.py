@@ -1,4 +1,4 @@
-"""A run whose disk is full or broken: status ``storage``, the last checkpoint stays, nothing is half-written."""
+"""Runs on a full or failing disk: status ``storage``, the last checkpoint is kept, no file is partly written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fill(disk: Path) -> None:
 
 
 def fill_after(epoch: int, disk: Path) -> Any:
-    """A hook that leaves no room after an epoch."""
+    """A hook that fills the disk after an epoch."""
 
     def hook(run: Run) -> None:
         if run.loop.epoch == epoch:
@@ -44,7 +44,7 @@ def fill_after(epoch: int, disk: Path) -> Any:
 
 
 def leftovers(run_dir: Path) -> list[Path]:
-    """Files that were begun and not finished."""
+    """Unfinished files."""
     return [path for path in run_dir.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
 
 
@@ -131,7 +131,7 @@ class TestFullDisk:
 
 
 def refuse(number: int, path: Path | None = None) -> Any:
-    """Raises what a disk answers."""
+    """A function that raises a disk's error."""
 
     def raise_(*args: Any, **kwargs: Any) -> None:
         raise OSError(number, errno.errorcode[number], None if path is None else str(path))
@@ -143,7 +143,7 @@ class TestBrokenDisk:
     @pytest.mark.parametrize("name", ERRNOS)
     @pytest.mark.parametrize("what", ["checkpoint", "metrics", "summary", "replay"])
     def test_is_told_as_storage(self, what, name, tmp_path, monkeypatch):
-        """Whatever of the run cannot be written in the fourth epoch, and whatever the disk answers."""
+        """Any of the run's files cannot be written in the fourth epoch, with any error of the disk."""
         number = getattr(errno, name)
 
         def break_(run: Run) -> None:

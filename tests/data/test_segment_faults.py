@@ -1,4 +1,4 @@
-"""The store on disk when the disk fails, and where episodes end."""
+"""Replay on disk: errors of the disk, and ends of episodes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pwm_torchrl.objectives import PWMModelLoss
 
 
 class TestFaults:
-    def test_a_file_cut_behind_our_back(self, tmp_path):
-        """Through a mapping this would be a SIGBUS."""
+    def test_a_truncated_file(self, tmp_path):
+        """With a memory mapping, this would be a SIGBUS."""
         store = store_in(tmp_path, steps=30)
         os.truncate(tmp_path / "segment_000006.bin", 10)
         with pytest.raises(StorageFault, match=r"segment_000006\.bin .* has 10 of its"):
@@ -70,7 +70,7 @@ class TestFaults:
 class TestEpisodes:
     @pytest.mark.parametrize("segment", [1, 3, 7])
     def test_what_lies_behind_an_end_is_masked(self, segment, tmp_path):
-        """At the seams of files and of the ring as elsewhere; every start stays possible."""
+        """Also at the boundaries of files and of the ring; all starts can be drawn."""
         store = store_in(tmp_path, capacity=20, segment=segment)
         for first in range(0, 35, 5):
             store.extend(numbered(first, 5, done_every=6))
@@ -88,7 +88,7 @@ class TestEpisodes:
     @pytest.mark.parametrize("segment", [1, 4, 7])
     @pytest.mark.parametrize("steps", [8, 12, 13])
     def test_episodes_that_are_not_continued(self, steps, segment, tmp_path):
-        """After resuming too, where nothing has been written yet."""
+        """Also after resuming, before anything is written."""
         state = store_in(tmp_path, segment=segment, steps=steps).state_dict()
         store = store_in(tmp_path, segment=segment)
         store.load_state_dict(state)

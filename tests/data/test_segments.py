@@ -1,4 +1,4 @@
-"""The store on disk: what lies in its files, which files stay, and what a checkpoint of it means."""
+"""Replay on disk: contents of its files, deletion of old files, and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def segments(folder) -> list[int]:
 
 class TestFiles:
     def test_records_lie_as_described(self, tmp_path):
-        """Read with NumPy and the description alone."""
+        """Read the records with NumPy and the description."""
         batch = random_steps(9, N, observation_dim=3, action_dim=2)
         SegmentStore(tmp_path, 10, N, H, 4).extend(batch)
         described = json.loads((tmp_path / "replay.json").read_text())
@@ -37,7 +37,7 @@ class TestFiles:
         for key in STORED_KEYS:
             assert np.array_equal(stored[key_name(key)], batch.get(key).numpy())
 
-    def test_what_a_checkpoint_refers_to_is_never_written_again(self, tmp_path):
+    def test_data_of_a_checkpoint_are_never_overwritten(self, tmp_path):
         store = store_in(tmp_path, steps=10)
         store.release(store.state_dict()["steps"])
         before = {n: store._files.path(n).read_bytes() for n in segments(tmp_path)}
@@ -78,8 +78,8 @@ class TestFiles:
                 os.fstat(descriptor)
 
 
-class TestWhatStays:
-    """Segments of 4 steps, of which sampling sees 10."""
+class TestDeletion:
+    """Segments of 4 steps; the newest 10 steps can be sampled."""
 
     def test_without_a_checkpoint_the_capacity(self, tmp_path):
         store = store_in(tmp_path, steps=60)
@@ -99,7 +99,7 @@ class TestWhatStays:
         assert times(store) == set(range(50, 60))
 
     def test_nothing_goes_between_loading_and_the_first_release(self, tmp_path):
-        """Whoever falls back to a checkpoint does not know the others yet."""
+        """A run that falls back to a checkpoint does not yet know which others are kept."""
         store = store_in(tmp_path, steps=30)
         store.release(12)
         state = store.state_dict()
@@ -117,7 +117,7 @@ class TestWhatStays:
         store = store_in(tmp_path, segment=5, steps=6)
         assert segments(tmp_path) == [0, 1]
         assert times(store) == set(range(6))
-        with pytest.raises(StorageFault, match=r"needs steps 20 to 30 .*they are another run's"):
+        with pytest.raises(StorageFault, match=r"steps 20 to 30 .*another run"):
             store_in(tmp_path).load_state_dict(state)
 
     def test_a_failed_deletion_is_reported(self, tmp_path):
@@ -135,7 +135,7 @@ class TestCheckpoints:
         assert sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)) == N
 
     def test_data_reach_the_disk_first(self, tmp_path, monkeypatch):
-        """Every file that was written, and the folder that names it."""
+        """Every written file and its folder."""
         store = store_in(tmp_path, capacity=40, segment=4)
         synced = []
         fsync = os.fsync
@@ -179,7 +179,7 @@ class TestCheckpoints:
     def test_the_folder_is_gone(self, tmp_path):
         state = store_in(tmp_path / "replay", steps=30).state_dict()
         shutil.rmtree(tmp_path / "replay")
-        with pytest.raises(StorageFault, match=r"needs steps 20 to 30 of the replay in .*they are not there"):
+        with pytest.raises(StorageFault, match=r"needs steps 20 to 30 of the replay in .*do not exist"):
             store_in(tmp_path / "replay").load_state_dict(state)
 
     @pytest.mark.parametrize("damage", ["text", "key", "version"])
@@ -198,7 +198,7 @@ class TestCheckpoints:
             store_in(tmp_path).load_state_dict(state)
 
     def test_going_back_invalidates_what_came_later(self, tmp_path):
-        """Its data are written over by another writer, who may collect something else."""
+        """The later data are overwritten by another writer, which may collect different data."""
         store = store_in(tmp_path, steps=12)
         early = store.state_dict()
         store.release(12)
@@ -209,7 +209,7 @@ class TestCheckpoints:
             again.load_state_dict(state)
         again.extend(numbered(12, 2))
         latest = again.state_dict()
-        with pytest.raises(StorageFault, match=r"needs steps 8 to 18 .*written again from step 12 on"):
+        with pytest.raises(StorageFault, match=r"needs steps 8 to 18 .*from step 12 on"):
             store_in(tmp_path).load_state_dict(late)
         for state in (early, latest):
             again = store_in(tmp_path)

@@ -1,4 +1,4 @@
-"""What the planner is told is what the storages take."""
+"""Predicted sizes compared with those of real storages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_in_ram(capacity, observations, actions, storage):
 @pytest.mark.parametrize(("capacity", "since", "batch"), [(60, 7, 7), (60, 30, 5), (160, 1, 1), (33, 200, 10)])
 @pytest.mark.parametrize("segment", [None, 1, 7, 50])
 def test_on_disk(capacity, since, batch, segment, tmp_path):
-    """The most that ever lies there, with a checkpoint as often as it may be."""
+    """Maximum size of the folder, with checkpoints at every allowed step."""
     envs, observations, actions = 2, 3, 1
     store = SegmentStore(tmp_path, capacity, envs, 4, segment, since)
     limit = disk_bytes(capacity, envs * record_bytes(observations, actions), since, segment)
@@ -64,7 +64,7 @@ def test_on_disk(capacity, since, batch, segment, tmp_path):
 @pytest.mark.parametrize("capacity", [1, 10, 1000, 7812, 1_000_000])
 @pytest.mark.parametrize("step_bytes", [14, 43_000, 10_000_000, 10**9])
 def test_segments(capacity, step_bytes):
-    """Few enough to keep open, small enough to finish often and to waste little."""
+    """Few enough to keep open, and small enough to be deleted early."""
     steps = segment_steps(capacity, step_bytes)
     assert 1 <= steps <= capacity
     assert capacity / steps <= MOST_SEGMENTS

@@ -1,4 +1,4 @@
-"""Where a replay lies changes nothing: equal samples to the bit, before and after the ring is full."""
+"""All storages return bitwise equal samples, before and after the ring is full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pwm_torchrl.errors import ConfigurationError
 
 
 def on_disk(folder: Path, capacity: int, envs: int, horizon: int, segment: int) -> TrajectoryReplay:
-    """With segments of a chosen length."""
+    """A replay on disk with a given segment length."""
     replay = TrajectoryReplay(capacity * envs, envs, horizon, "disk", folder)
     replay.store = SegmentStore(folder, capacity, envs, horizon, segment)
     return replay
@@ -42,7 +42,7 @@ def assert_same_samples(first: TrajectoryReplay, second: TrajectoryReplay, seed:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_whatever_is_done_to_them(data):
-    """Batches of any length, episodes that do not continue, checkpoints of which some are gone back to."""
+    """Batches of any length, ended episodes, and returns to earlier checkpoints."""
     horizon, envs = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
     capacity, segment = data.draw(st.integers(horizon, 12)), data.draw(st.integers(1, 14))
     with tempfile.TemporaryDirectory() as name:
@@ -62,7 +62,7 @@ def test_whatever_is_done_to_them(data):
                 saved = [*saved[-1:], (memory.state_dict(), disk.state_dict())]
                 disk.release(saved[0][1]["steps"])
             elif saved:
-                # What the later checkpoint refers to is written over from here on.
+                # From here on, the data of the later checkpoint are overwritten.
                 del saved[data.draw(st.integers(1, len(saved))) :]
                 memory.load_state_dict(saved[-1][0])
                 disk = on_disk(Path(name) / "replay", capacity, envs, horizon, segment)
@@ -94,7 +94,7 @@ def test_on_the_device():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("storage", ["memory", "disk", "device"])
 def test_on_a_gpu(storage, tmp_path):
-    """The device draws nothing of its own: it sees what the CPU sees."""
+    """Indices are drawn on the CPU, so samples on the device are equal."""
     cpu = TrajectoryReplay(10 * N, N, H)
     gpu = TrajectoryReplay(10 * N, N, H, storage, tmp_path, "cuda")
     for seed in range(5):
@@ -125,15 +125,15 @@ def test_other_numbers(dtype, tmp_path):
 
 
 def test_one_slice(tmp_path):
-    """A batch of one is contiguous however it lies in its records."""
+    """A batch of one is contiguous with any strides."""
     memory, disk = TrajectoryReplay(H, 1, H), on_disk(tmp_path, H, 1, H, 3)
     for replay in (memory, disk):
         replay.extend(numbered(0, H, envs=1))
     assert_same_samples(memory, disk, 0, count=1)
 
 
-def test_batches_that_need_no_memory_of_their_own(tmp_path):
-    """Expanded and strided tensors arrive as they look."""
+def test_expanded_and_strided_batches(tmp_path):
+    """Views are stored by their values."""
     memory, disk = TrajectoryReplay(10 * N, N, H), on_disk(tmp_path, 10, N, H, 4)
     batch = random_steps(8, N)
     batch["next", "done"] = torch.zeros(1, 1, 1, dtype=torch.bool).expand(N, 8, 1)
@@ -144,7 +144,7 @@ def test_batches_that_need_no_memory_of_their_own(tmp_path):
 
 
 def test_episodes_that_ended_after_the_checkpoint(tmp_path):
-    """The one thing that is written over on disk does not reach what was saved before."""
+    """Overwritten done flags on disk do not change an earlier checkpoint."""
     memory, disk = TrajectoryReplay(10 * N, N, H), on_disk(tmp_path, 10, N, H, 4)
     batch = random_steps(9, N)
     for replay in (memory, disk):
@@ -157,7 +157,7 @@ def test_episodes_that_ended_after_the_checkpoint(tmp_path):
 
 
 class TestConversion:
-    """A checkpoint of one storage continued in another."""
+    """A checkpoint of one storage is loaded into another."""
 
     @pytest.mark.parametrize("written", [[], [3], [10], [4, 9], [10, 10], [7, 7, 7, 2]])
     @pytest.mark.parametrize(("before", "after"), [("memory", "disk"), ("disk", "memory"), ("device", "disk")])
@@ -187,13 +187,13 @@ class TestConversion:
         replay.extend(random_steps(8, N))
         for capacity, envs in ((10, N + 1), (6, N)):
             other = TrajectoryReplay(capacity * envs, envs, H, "disk", tmp_path)
-            with pytest.raises(ConfigurationError, match=rf"holds 8 steps of {N} environments"):
+            with pytest.raises(ConfigurationError, match=rf"8 steps of {N} environments"):
                 other.load_state_dict(replay.state_dict())
 
     def test_without_the_folder(self, tmp_path):
         replay = TrajectoryReplay(10 * N, N, H, "disk", tmp_path)
         replay.extend(random_steps(8, N))
-        with pytest.raises(ConfigurationError, match=r"lies on disk.*training\.replay_storage=disk"):
+        with pytest.raises(ConfigurationError, match=r"training\.replay_storage=disk"):
             TrajectoryReplay(10 * N, N, H).load_state_dict(replay.state_dict())
 
     @pytest.mark.parametrize(

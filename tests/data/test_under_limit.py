@@ -1,4 +1,4 @@
-"""A store on disk much larger than the memory that its process may have."""
+"""A replay on disk that is much larger than the memory limit of its process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MIB = 1 << 20
 
 
 @pytest.mark.slow
-def test_it_is_filled_and_sampled_without_dying(tmp_path):
-    """The quick benchmark: 2 GiB in a cgroup of 512 MiB, of which PyTorch alone takes half."""
+def test_a_replay_larger_than_memory(tmp_path):
+    """The quick benchmark: 2 GiB in a cgroup of 512 MiB, half of which PyTorch takes."""
     kind = filesystem_type(tmp_path)
     if kind in MEMORY_FILESYSTEMS:
         pytest.skip(f"temporary folders are on a {kind} file system, which is RAM")

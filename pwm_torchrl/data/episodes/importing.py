@@ -1,4 +1,4 @@
-"""Importing episodes of all kinds of sources into a store."""
+"""Import of episodes from files and data sets into a store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "open_sources",
 ]
 
-# What the words of a command line or a script mean as sources of episodes ---------------------------------------------
+# Sources from paths and names -----------------------------------------------------------------------------------------
 
 
 CHUNK_SUFFIXES = (".pt",)
@@ -33,17 +33,17 @@ CHUNK_SUFFIXES = (".pt",)
 def open_sources(
     given: Sequence[str | Path], task: str | None = None, *, suffixes: Sequence[str] = (*CHUNK_SUFFIXES, *OWN_SUFFIXES)
 ) -> list[Source]:
-    """Sources in the order given, files of a folder in the order of their names.
+    """Open sources in the given order; the files of a folder are sorted by name.
 
     Args:
         given (sequence of str or Path): folders, files, ``"minari:ID"`` or ``"minari:ID=TASK"``.
-        task (str, optional): name of the task of episodes that name none. Defaults to ``None``.
+        task (str, optional): task name for episodes without one. Defaults to ``None``.
 
     Keyword Args:
-        suffixes (sequence of str): of the files to read. Defaults to all that can be read.
+        suffixes (sequence of str): suffixes of the files to read. Defaults to all supported ones.
 
     Raises:
-        ConfigurationError: if one is not there, or two have the same name.
+        ConfigurationError: if a source does not exist, or two have the same name.
     """
     found: list[Source] = []
     for each in given:
@@ -52,21 +52,21 @@ def open_sources(
             found.append(MinariData(dataset_id, own_task or task))
             continue
         for path in find_files(Path(each), suffixes):
-            # One folder's files are known by their names wherever it lies; of several, the folder tells them apart.
+            # A single folder may be moved between imports, so its name is not part of the sources' names.
             name = path.name if len(given) == 1 else f"{path.parent.name}/{path.name}"
             found.append(ChunkFile(path, name) if path.suffix in CHUNK_SUFFIXES else EpisodeFile(path, task, name))
     names = [source.name for source in found]
     repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if repeated:
-        raise ConfigurationError(f"the sources have {repeated[0]} more than once; give each another name")
+        raise ConfigurationError(f"the sources contain {repeated[0]} more than once; give each a unique name")
     return found
 
 
-# Importing sources into a store: each once, in one step, and those that are wrong named -------------------------------
+# Import of sources into a store ---------------------------------------------------------------------------------------
 
 
 IMPORTED, LEFT_OUT = "imported", "left out"
-#: Small sources are committed together: a commit waits for the disk.
+#: Small sources are committed together, because each commit waits for the disk.
 _COMMIT_BYTES = 64 << 20
 _CHECKS = (
     "widths, padding and task indices agree with the task registry",
@@ -81,25 +81,26 @@ def import_chunks(
 ) -> EpisodeStore:
     """Import TD-MPC2's chunks, ``*.pt``, into a store.
 
-    Memory does not grow with the size of a chunk. A killed import goes on with the first chunk that was not finished
-    when it is started again.
+    Memory use does not depend on the size of a chunk. After a kill, the same import continues with the first unfinished
+    chunk.
 
     Args:
-        source (str or Path): folder of the chunks, or one of them.
-        store (str or Path): folder of the store; new, or one whose import is not finished.
-        tasks (TaskSet): the tasks that the chunks' indices number.
+        source (str or Path): folder of the chunks, or one chunk.
+        store (str or Path): folder of the store; new, or with an unfinished import.
+        tasks (TaskSet): the task set of the chunks' indices.
 
     Keyword Args:
-        keep_good (bool): finish the store without the chunks that are wrong. Defaults to ``False``.
-        progress (bool): show it on stderr. Defaults to ``False``.
+        keep_good (bool): finish the store without the bad chunks. Defaults to ``False``.
+        progress (bool): show progress on stderr. Defaults to ``False``.
 
     Returns:
         EpisodeStore: the finished store.
 
     Raises:
-        ConfigurationError: naming each chunk that is corrupt, cut short, of another shape or wrongly labelled, and
-            what is wrong with it, unless ``keep_good``; if another import is running; if the disk has no room.
-        StorageFault: if the disk fills up or breaks.
+        ConfigurationError: unless ``keep_good``, if chunks are corrupt, truncated, wrongly labelled or have another
+            shape; the message lists each one with its problem. Also if another import is running, or the disk has too
+            little space.
+        StorageFault: if the disk fills up or fails.
     """
     chunks = open_sources([source], suffixes=CHUNK_SUFFIXES)
     return import_sources(chunks, store, tasks, keep_good=keep_good, progress=progress)
@@ -118,23 +119,23 @@ def import_episodes(
 
     Args:
         sources (str, Path or sequence of them): folders or files of episodes (``*.npz``, ``*.h5``, ``*.hdf5``, laid out
-            as :mod:`~pwm_torchrl.data.episodes.own_files` says, and TD-MPC2's ``*.pt``), ``"minari:ID"`` or
+            as described in :mod:`~pwm_torchrl.data.episodes.own_files`, and TD-MPC2's ``*.pt``), ``"minari:ID"`` or
             ``"minari:ID=TASK"``.
-        store (str or Path): folder of the store; new, or one whose import is not finished.
+        store (str or Path): folder of the store; new, or with an unfinished import.
         tasks (TaskSet): the tasks of the store.
 
     Keyword Args:
-        task (str, optional): name of the task of episodes that name none. Defaults to ``None``.
-        keep_good (bool): finish the store without the sources that are wrong. Defaults to ``False``.
-        progress (bool): show it on stderr. Defaults to ``False``.
+        task (str, optional): task name for episodes without one. Defaults to ``None``.
+        keep_good (bool): finish the store without the bad sources. Defaults to ``False``.
+        progress (bool): show progress on stderr. Defaults to ``False``.
 
     Returns:
         EpisodeStore: the finished store.
 
     Raises:
-        ConfigurationError: as :func:`import_chunks` does.
-        MissingLibraryError: if a library that reads a source is not installed.
-        StorageFault: if the disk fills up or breaks.
+        ConfigurationError: as for :func:`import_chunks`.
+        MissingLibraryError: if a library for reading a source is not installed.
+        StorageFault: if the disk fills up or fails.
     """
     given = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if task is not None:
@@ -145,7 +146,7 @@ def import_episodes(
 def import_sources(
     sources: Sequence[Source], store: str | Path, tasks: TaskSet, *, keep_good: bool = False, progress: bool = False
 ) -> EpisodeStore:
-    """Import whatever gives episodes; arguments and errors are those of :func:`import_chunks`."""
+    """Import episodes from any sources; for arguments and errors, see :func:`import_chunks`."""
     with StoreWriter(store, tasks) as writer:
         if writer.finished:
             _check_same(writer, sources)
@@ -156,7 +157,7 @@ def import_sources(
 
 
 class _Import:
-    """One pass over all sources."""
+    """Imports all sources once."""
 
     def __init__(self, writer: StoreWriter, shown: ByteProgress) -> None:
         self.writer = writer
@@ -215,7 +216,7 @@ class _Import:
             self.shown.advance(step)
             shown += step
         if not episodes:
-            raise BadEpisodes("holds no episode")
+            raise BadEpisodes("contains no episode")
         self.shown.advance(source.size - shown)
         return {"episodes": episodes, "transitions": transitions}
 
@@ -231,18 +232,18 @@ class _Import:
     def _check_unchanged(self, source: Source, record: dict[str, Any]) -> None:
         if record["bytes"] != source.size:
             raise ConfigurationError(
-                f"{source.name} has {source.size:,} bytes now and had {record['bytes']:,} when it was imported into "
+                f"{source.name} has {source.size:,} bytes, but had {record['bytes']:,} when it was imported into "
                 f"the unfinished episode store {self.writer.path}; delete the store and import again"
             )
 
     def _end(self, sources: Sequence[Source], keep_good: bool) -> None:
-        """Finish the store, or say why not."""
+        """Finish the store, or raise an error that lists all problems."""
         good = len(self.writer.manifest["sources"])
         listed = "; ".join(f"{name}: {problem}" for name, problem in self.problems.items())
         if self.problems and not (keep_good and good):
             rest = (
-                f"the {good} good ones are kept for when you run the same import again, with the others repaired or "
-                "removed, or with --keep-good to do without them"
+                f"the {good} good ones are kept: repair or remove the others and run the same import again, or use "
+                "--keep-good to leave them out"
                 if good
                 else "there is no good one"
             )
@@ -259,11 +260,11 @@ class _Import:
 
 
 def _check_same(writer: StoreWriter, sources: Sequence[Source]) -> None:
-    """A finished store stays as it is: runs have divided and indexed its episodes."""
+    """Refuse to change a finished store, because runs depend on the numbers of its episodes."""
     known = {record["name"]: record["bytes"] for record in writer.manifest["sources"]}
     new = [source.name for source in sources if known.get(source.name) != source.size]
     if new:
         raise ConfigurationError(
-            f"the episode store {writer.path} is finished and does not have {new[0]} as it is now; import into "
+            f"the episode store {writer.path} is finished and does not contain the present {new[0]}; import into "
             "another folder"
         )

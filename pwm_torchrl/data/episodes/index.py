@@ -1,4 +1,4 @@
-"""Where slices of stored episodes begin, and how large a store is."""
+"""Sampling of slices from an episode store, and its split into training and validation episodes."""
 
 from __future__ import annotations
 
@@ -16,35 +16,33 @@ __all__ = [
     "split_episodes",
 ]
 
-# Which rows are drawn from an episode store, by arithmetic on its table of episodes -----------------------------------
-
 
 Ints = npt.NDArray[np.int64]
 _LARGE = 1 << 62
 
 
 class SliceIndex:
-    """Draws slices of ``horizon`` transitions that lie inside one episode.
+    """Samples slices of ``horizon`` transitions within one episode.
 
-    An episode of L transitions has L − horizon + 1 starts. A number below the count of all starts is drawn and its
-    episode found by bisection in the running sum, so that a draw takes as long in a small store as in a large one.
+    An episode of L transitions has L − horizon + 1 starts. Sampling draws a number below the total number of starts and
+    finds its episode by bisection in the cumulative sum, so its time hardly depends on the size of the store.
 
     Args:
         store (EpisodeStore): the store.
         horizon (int): H, transitions per slice.
 
     Keyword Args:
-        tasks (sequence of int, optional): indices of tasks to draw from. Defaults to ``None``, all that have data.
-        episodes (numpy.ndarray, optional): numbers of episodes to draw from. Defaults to ``None``, all.
-        balanced (bool): draw a task first, each with the same probability, then one of its starts; else all starts
-            have the same probability. Defaults to ``False``.
+        tasks (sequence of int, optional): indices of the tasks to sample. Defaults to ``None``, all that have data.
+        episodes (numpy.ndarray, optional): numbers of the episodes to sample. Defaults to ``None``, all.
+        balanced (bool): draw a task uniformly, then one of its starts; otherwise draw uniformly from all starts.
+            Defaults to ``False``.
 
     Raises:
-        ConfigurationError: if there is nothing to draw from, or nothing of one of ``tasks``.
+        ConfigurationError: if there are no starts, or one of ``tasks`` has none.
 
     Attributes:
-        num_starts (int): valid starts.
-        episodes (numpy.ndarray): numbers of the chosen episodes, the short ones too.
+        num_starts (int): number of valid starts.
+        episodes (numpy.ndarray): numbers of the chosen episodes, including those shorter than the horizon.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class SliceIndex:
         chosen = np.arange(store.num_episodes) if episodes is None else np.sort(np.asarray(episodes, dtype=np.int64))
         if tasks is not None:
             chosen = chosen[np.isin(store.task[chosen], np.asarray(list(tasks), dtype=np.int64))]
-        # One task's episodes lie together, so that its starts are one range of the running sum.
+        # Sorted by task, so that the starts of a task are one range of the cumulative sum.
         chosen = chosen[np.argsort(store.task[chosen], kind="stable")]
         self.episodes = chosen
         self._first, length = store.first_row[chosen], store.length[chosen]
@@ -76,11 +74,11 @@ class SliceIndex:
         self._task_counts, self._task_first = counts[present], (ends - counts)[present]
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Ints:
-        """First rows of ``count`` slices, int64 ``[count]``, drawn with replacement.
+        """Draw the first rows of ``count`` slices with replacement, int64 ``[count]``.
 
         Args:
-            count (int): slices.
-            generator (torch.Generator, optional): on the CPU. Defaults to ``None``, torch's own.
+            count (int): number of slices.
+            generator (torch.Generator, optional): a CPU generator. Defaults to ``None``, torch's global one.
         """
         if not self._balanced:
             drawn = _integers(self.num_starts, count, generator)
@@ -91,13 +89,13 @@ class SliceIndex:
         return self._first[episode] + offset
 
     def observation_rows(self, count: int, generator: torch.Generator | None = None) -> Ints:
-        """Rows of ``count`` observations, int64 ``[count]``, uniform over all of the chosen episodes."""
+        """Draw rows of ``count`` observations uniformly from the chosen episodes, int64 ``[count]``."""
         episode, offset = self._rows.locate(_integers(self._rows.total, count, generator))
         return self._first[episode] + offset
 
 
 class _Ranges:
-    """Ranges one after the other: which one a number falls into, and how far."""
+    """Consecutive ranges of integers; finds the range of a number and its offset in it."""
 
     def __init__(self, counts: Ints) -> None:
         self.counts = counts
@@ -105,7 +103,7 @@ class _Ranges:
         self.total = int(self.ends[-1]) if len(counts) else 0
 
     def locate(self, numbers: Ints) -> tuple[Ints, Ints]:
-        # Right of equal ends: a range without a number is skipped.
+        # side="right" skips empty ranges.
         found = np.searchsorted(self.ends, numbers, side="right")
         return found, numbers - self.ends[found] + self.counts[found]
 
@@ -115,7 +113,7 @@ def _integers(below: int, count: int, generator: torch.Generator | None) -> Ints
 
 
 def _check(store: EpisodeStore, horizon: int, tasks: Sequence[int] | None, counts: Ints) -> None:
-    """Refuse tasks without a start."""
+    """Raise an error if a task has no start."""
     for task in () if tasks is None else tasks:
         if not 0 <= task < len(counts):
             raise ConfigurationError(
@@ -128,30 +126,30 @@ def _check(store: EpisodeStore, horizon: int, tasks: Sequence[int] | None, count
             )
     if not counts.any():
         raise ConfigurationError(
-            f"the episode store {store.path} has no episode of at least {horizon} transitions to draw from; choose a "
-            "shorter algorithm.horizon or other data"
+            f"the episode store {store.path} has no chosen episode of at least {horizon} transitions; choose a shorter "
+            "algorithm.horizon or other data"
         )
 
 
 def split_episodes(store: EpisodeStore, fraction: float, seed: int) -> tuple[Ints, Ints]:
-    """Divide a store's episodes for training and validation, each task in the same proportion.
+    """Split a store's episodes into training and validation, with the same fraction for each task.
 
-    The division depends on the store's table of episodes and the arguments only: no library's random numbers, which
-    may change, decide it. Of a task with two or more episodes at least one goes to either side.
+    The split depends only on the store's episode table and the arguments. It does not use a library's random numbers,
+    which may change between versions. A task with two or more episodes has at least one on each side.
 
     Args:
         store (EpisodeStore): the store.
-        fraction (float): share of validation, in (0, 1).
-        seed (int): of the division.
+        fraction (float): fraction of validation episodes, in (0, 1).
+        seed (int): seed of the split.
 
     Returns:
-        tuple of numpy.ndarray: numbers of the episodes for training and for validation, increasing.
+        tuple of numpy.ndarray: increasing numbers of the training episodes and of the validation episodes.
 
     Raises:
         ConfigurationError: if ``fraction`` is not in (0, 1).
     """
     if not 0.0 < fraction < 1.0:
-        raise ConfigurationError(f"the share of validation {fraction} is not between 0 and 1")
+        raise ConfigurationError(f"the validation fraction {fraction} is not between 0 and 1")
     held_out = np.zeros(store.num_episodes, dtype=bool)
     order = _mixed(np.arange(store.num_episodes, dtype=np.uint64), seed)
     for task in range(len(store.task_names)):
@@ -163,7 +161,7 @@ def split_episodes(store: EpisodeStore, fraction: float, seed: int) -> tuple[Int
 
 
 def _mixed(numbers: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """Numbers that look random, a fixed function of each number and the seed: SplitMix64, twice."""
+    """Pseudo-random numbers, a fixed function of each number and the seed (SplitMix64, applied twice)."""
     state = np.full_like(numbers, seed & (1 << 64) - 1)
     for addend in (numbers, np.uint64(0)):
         state = state + addend + np.uint64(0x9E3779B97F4A7C15)

@@ -1,12 +1,12 @@
-"""What is in a store of episodes, and whether rewards or actions are shifted against observations.
+"""Summary of an episode store, and detection of actions or rewards that are shifted against the observations.
 
-*Actions.* The change of the observation over a transition is regressed on the observation before it and the actions of
-three neighbouring rows. Leaving out the action that caused the change makes the held-out error larger; leaving out
-another does not. There is one exception: the action after the transition was chosen by a policy that saw its result,
-and so tells something of it. Where such a leak may be all there is, nothing is claimed.
+*Actions.* The change of the observation in a transition is regressed on the observation before it and the actions of
+three adjacent rows. Leaving out the action that caused the change increases the held-out error; leaving out another one
+does not. The exception is the action after the transition: a policy chose it after seeing the result, so it carries
+information about the result. If such a leak could be the only effect, the verdict is "unknown".
 
-*Rewards.* The reward of a row is predicted from the observation of that row and of its neighbours; where it depends on
-actions too, those tell which transition it belongs to. Rewards that change slowly, or rarely, tell nothing.
+*Rewards.* The reward of a row is predicted from the observation of that row and from those of adjacent rows. If it also
+depends on actions, they show which transition it belongs to. Rewards that change slowly or rarely give no verdict.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ __all__ = [
     "inspect_store",
 ]
 
-# Whether actions and rewards lie in the rows where they belong, told from the data ------------------------------------
+# Detection of shifted actions and rewards -----------------------------------------------------------------------------
 
 
 Array = npt.NDArray[np.float64]
 
 ALIGNED, EARLY, LATE, UNKNOWN = "aligned", "early", "late", "unknown"
 _LAGS = (-1, 0, 1)
-#: Place of row t in a window of rows t − 2 to t + 1.
+#: Index of row t in a window of rows t − 2 to t + 1.
 _NOW = 2
-#: Share of the held-out error that a column must take away to count as a cause.
+#: Fraction by which an action must reduce the held-out error to count as a cause.
 _GAIN = 0.1
-#: The error with the right row's observation is below this share of the error with any other's.
+#: The error with the right row's observation must be below this fraction of the error with any other row's.
 _DISTINCT = 0.75
 _NEIGHBOURS = 3
 _MOST_NEIGHBOURS = 3000
 _FEWEST_ROWS = 200
 _MOST_ROWS = 6000
-#: Rows are fitted to and held out in turns, in blocks: both halves have seen every phase of every episode.
+#: Blocks of rows are alternately fitted and held out, so that both halves cover all phases of the episodes.
 _BLOCK_ROWS = 20
 _FEATURES = 160
 _RIDGES = (1e-5, 1e-3, 1e-1)
@@ -62,11 +62,11 @@ _RIDGES = (1e-5, 1e-3, 1e-1)
 
 @dataclass
 class Episode:
-    """Rows of one episode as a store holds them, without padding.
+    """Rows of one episode in the layout of a store, without padding.
 
     Attributes:
         observation (numpy.ndarray): ``[L + 1, O]``.
-        action (numpy.ndarray): ``[L + 1, A]``, that of row t led to row t.
+        action (numpy.ndarray): ``[L + 1, A]``; the action of row t led to row t.
         reward (numpy.ndarray): ``[L + 1]``.
     """
 
@@ -77,12 +77,12 @@ class Episode:
 
 @dataclass(frozen=True)
 class Shift:
-    """What was found.
+    """Result of a shift detection.
 
     Attributes:
-        verdict (str): ``"aligned"``; ``"late"``: values are stored one row after the one where they belong;
-            ``"early"``: one row before it; ``"unknown"``: the data do not tell.
-        reason (str): why.
+        verdict (str): ``"aligned"``; ``"late"``: values are stored one row too late; ``"early"``: one row too early;
+            ``"unknown"``: the data give no answer.
+        reason (str): the measured values behind the verdict.
     """
 
     verdict: str
@@ -90,10 +90,10 @@ class Shift:
 
 
 def find_action_shift(episodes: Sequence[Episode]) -> Shift:
-    """Whether actions are stored one row early or late.
+    """Detect whether actions are stored one row early or late.
 
     Args:
-        episodes (sequence of Episode): of one task.
+        episodes (sequence of Episode): episodes of one task.
     """
     windows = _Windows.of(episodes)
     if windows is None:
@@ -113,8 +113,8 @@ def find_action_shift(episodes: Sequence[Episode]) -> Shift:
         if _reacts(windows, 1):
             return Shift(UNKNOWN, f"the policy's reactions may explain it ({shown})")
         return Shift(LATE, shown)
-    # Two rows tell something: one caused the change. The other came after it and reacts, or came before it and still
-    # acts, where observations do not hold the whole state.
+    # Two rows are informative. One caused the change; the other is a reaction to it, or an earlier action that still
+    # has an effect because observations do not contain the whole state.
     if causes == [0, 1]:
         if gains[0] >= 2 * gains[1] or _reacts(windows, 1):
             return Shift(ALIGNED, shown)
@@ -129,11 +129,11 @@ def find_action_shift(episodes: Sequence[Episode]) -> Shift:
 
 
 def find_reward_shift(episodes: Sequence[Episode], action: Shift) -> Shift:
-    """Whether rewards are stored one row early or late.
+    """Detect whether rewards are stored one row early or late.
 
     Args:
-        episodes (sequence of Episode): of one task.
-        action (Shift): what :func:`find_action_shift` found for them.
+        episodes (sequence of Episode): episodes of one task.
+        action (Shift): the result of :func:`find_action_shift` for them.
     """
     windows = _Windows.of(episodes)
     if windows is None:
@@ -154,22 +154,20 @@ def find_reward_shift(episodes: Sequence[Episode], action: Shift) -> Shift:
 
 
 def _varies(windows: _Windows) -> bool:
-    """Whether enough rewards of both halves differ from the usual one."""
+    """Whether enough rewards differ from the median, in both halves."""
     reward = windows.reward[:, _NOW]
     unusual = np.abs(reward - np.median(reward)) > 1e-6 + 1e-3 * reward.std()
     return all(unusual[half].mean() >= 0.02 for half in (windows.training, ~windows.training))
 
 
 def _distinctness(errors: dict[int, float]) -> float:
-    """Smallest error as a share of the next."""
+    """Smallest error divided by the second smallest."""
     best, second, _ = sorted(errors.values())
     return best / max(second, 1e-12)
 
 
 def _smooth_errors(windows: _Windows) -> dict[int, float]:
-    """Errors of a smooth fit, of differences between rows: what it misses changes slowly, and would hide where the
-    rewards lie.
-    """
+    """Errors of a smooth fit to differences between rows; slowly varying residuals would hide the alignment."""
     target = (windows.reward[:, _NOW] - windows.reward[:, _NOW - 1])[:, None]
     variance = float(target[~windows.training].var())
     squares = [_squares(windows.action[:, row]) for row in range(4)]
@@ -183,7 +181,7 @@ def _smooth_errors(windows: _Windows) -> dict[int, float]:
 
 
 def _local_errors(windows: _Windows) -> dict[int, float]:
-    """Errors of the mean of the nearest neighbours, for rewards that jump."""
+    """Errors of a nearest-neighbour prediction, for discontinuous rewards."""
     fitted, held_out = (np.flatnonzero(half) for half in (windows.training, ~windows.training))
     fitted, held_out = (rows[_spread(len(rows), _MOST_NEIGHBOURS)] for rows in (fitted, held_out))
     reward = windows.reward[:, _NOW]
@@ -192,21 +190,24 @@ def _local_errors(windows: _Windows) -> dict[int, float]:
     for lag in _LAGS:
         state = windows.scaled[:, _NOW + lag]
         x, y = state[fitted], state[held_out]
-        distance = (x**2).sum(1) - 2 * y @ x.T  # less what is the same for all of a row
+        distance = (x**2).sum(1) - 2 * y @ x.T  # up to a constant per row
         nearest = np.argpartition(distance, _NEIGHBOURS, 1)[:, :_NEIGHBOURS]
         errors[lag] = float(((reward[fitted][nearest].mean(1) - reward[held_out]) ** 2).mean()) / max(variance, 1e-12)
     return errors
 
 
 def _reward_by_action(windows: _Windows, action: Shift, observed: int) -> Shift | None:
-    """From the action that the reward depends on beside one row's observation; ``None`` where it depends on none."""
+    """Shift derived from the action that the reward depends on, in addition to a row's observation.
+
+    Returns ``None`` if the reward depends on no action.
+    """
     if action.verdict == UNKNOWN or windows.action.std((0, 1)).max() < 1e-6:
         return None
     gains = _gains(windows, windows.scaled[:, _NOW + observed], windows.reward[:, [_NOW]])
     best, second = sorted(_LAGS, key=lambda lag: -gains[lag])[:2]
     if gains[best] < 2 * _GAIN or gains[second] > 0.25 * gains[best]:
         return None
-    # Row t's reward goes with the action of row t + best, which caused the transition into row t + offset.
+    # Row t's reward belongs to the action of row t + best, which caused the transition into row t + offset.
     offset = best - {ALIGNED: 0, LATE: 1, EARLY: -1}[action.verdict]
     verdict = {0: ALIGNED, -1: LATE, 1: EARLY}.get(offset)
     shown = f"it depends on the action of row {best:+d}, by {gains[best]:.2f}"
@@ -215,7 +216,7 @@ def _reward_by_action(windows: _Windows, action: Shift, observed: int) -> Shift 
 
 @dataclass
 class _Windows:
-    """Rows t − 2 to t + 1 around the transitions into row t, ``[N, 4, ...]``; a half of them to train on."""
+    """Rows t − 2 to t + 1 around the transitions into row t, ``[N, 4, ...]``, with a mask of the training half."""
 
     observation: Array
     scaled: Array
@@ -227,7 +228,7 @@ class _Windows:
     def of(cls, episodes: Sequence[Episode]) -> _Windows | None:
         observation, action, reward, training = [], [], [], []
         for episode in episodes:
-            # Row 0 holds no action and no reward; the last has no row after it.
+            # Row 0 has no action and no reward, and the last row has no successor.
             rows = np.arange(3, len(episode.reward) - 1)
             around = rows[:, None] + np.arange(-2, 2)
             observation.append(episode.observation[around])
@@ -252,8 +253,9 @@ def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
 
 
 def _gains(windows: _Windows, state: Array, target: Array) -> dict[int, float]:
-    """By how much each row's action lowers the held-out error when the other rows' are known: the share, of the target
-    where it is largest.
+    """Fraction by which each row's action reduces the held-out error, given the actions of the other rows.
+
+    The maximum over the columns of the target.
     """
     if not windows.observation.shape[2]:
         return dict.fromkeys(_LAGS, 0.0)
@@ -265,7 +267,7 @@ def _gains(windows: _Windows, state: Array, target: Array) -> dict[int, float]:
         actions[lag] = np.concatenate([action, action**2, products], 1)
     whole = _held_out_error(np.concatenate([base, *actions.values()], 1), target, windows.training)
     variance = target[~windows.training].var(0)
-    # What is predicted to the last digit either way has nothing to tell.
+    # Avoid ratios of rounding errors where both predictions are exact.
     floor = 1e-6 * variance + 1e-15
     gains = {}
     for lag in _LAGS:
@@ -276,8 +278,9 @@ def _gains(windows: _Windows, state: Array, target: Array) -> dict[int, float]:
 
 
 def _reacts(windows: _Windows, lag: int) -> bool:
-    """Whether the action of row t + lag rather was chosen after seeing row t than caused the change into it: then the
-    row before adds nothing to what row t tells of it.
+    """Whether the action of row t + lag is a reaction to row t, rather than the cause of the change into it.
+
+    If it is a reaction, row t alone predicts it as well as row t together with the row before.
     """
     action = windows.action[:, _NOW + lag]
     variance = np.maximum(action[~windows.training].var(0), 1e-9)
@@ -295,7 +298,7 @@ def _squares(action: Array) -> Array:
 
 
 def _nonlinear(state: Array) -> Array:
-    """The state and random waves of it, of two lengths."""
+    """The state and random Fourier features of it at two scales."""
     generator = np.random.RandomState(0)
     width = max(1, state.shape[1])
     half = _FEATURES // 2
@@ -305,11 +308,12 @@ def _nonlinear(state: Array) -> Array:
 
 
 def _held_out_error(features: Array, target: Array, training: npt.NDArray[np.bool_]) -> Array:
-    """Mean squared error of ridge regression on the rows that it was not fitted to, per column of the target: the
-    smallest of several penalties, the same ones for whatever is compared.
+    """Mean squared error of ridge regression on the held-out rows, per column of the target.
+
+    The minimum over a fixed set of penalties.
     """
     mean, spread = features[training].mean(0), features[training].std(0)
-    # Clipped: what was hardly seen in training must not be extrapolated from.
+    # Clipped, so that rare values are not extrapolated.
     scaled = np.clip(np.where(spread > 1e-9, (features - mean) / np.maximum(spread, 1e-9), 0.0), -10, 10)
     center = target[training].mean(0)
     x, y = scaled[training], target[training] - center
@@ -321,30 +325,30 @@ def _held_out_error(features: Array, target: Array, training: npt.NDArray[np.boo
     return np.min(errors, 0)
 
 
-# What a store, or data that are still to be imported, hold of each task -----------------------------------------------
+# Summary of each task -------------------------------------------------------------------------------------------------
 
 
-#: Episodes of a task whose rows are looked at, and rows of each.
+#: Maximum number of episodes per task whose rows are examined, and of rows per episode.
 _SAMPLED_EPISODES = 24
 _SAMPLED_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """One task's data.
+    """Summary of one task's data.
 
     Attributes:
-        name (str): of the task.
-        episodes (int): how many.
-        transitions (int): of all of them.
+        name (str): name of the task.
+        episodes (int): number of episodes.
+        transitions (int): total number of transitions.
         lengths (tuple of int): transitions of the shortest and the longest episode.
         return_quantiles (tuple of float): lowest, quartiles and highest return.
-        observation_used (int): columns of observations in use, of ``observation_dim``.
+        observation_used (int): number of observation columns in use, of ``observation_dim``.
         observation_dim (int): O of the task.
-        action_used (int): columns of actions in use, of ``action_dim``.
+        action_used (int): number of action columns in use, of ``action_dim``.
         action_dim (int): A of the task.
-        action_shift (Shift): whether actions lie in their rows.
-        reward_shift (Shift): whether rewards do.
+        action_shift (Shift): whether actions are shifted.
+        reward_shift (Shift): whether rewards are shifted.
     """
 
     name: str
@@ -362,12 +366,12 @@ class TaskReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """Summary of a store or of sources.
 
     Attributes:
-        tasks (tuple of TaskReport): of the tasks that have data.
-        absent (tuple of str): names of those that have none.
-        problems (dict): what is wrong with a source, by its name.
+        tasks (tuple of TaskReport): reports of the tasks with data.
+        absent (tuple of str): names of the tasks without data.
+        problems (dict): problem of each bad source, by the source's name.
     """
 
     tasks: tuple[TaskReport, ...]
@@ -377,7 +381,7 @@ class Inspection:
 
 @dataclass
 class _Collected:
-    """What is kept of one task while data pass by."""
+    """Statistics and sampled episodes of one task."""
 
     lengths: list[int] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
@@ -387,7 +391,7 @@ class _Collected:
 
 
 def inspect_store(store: EpisodeStore | str | Path) -> Inspection:
-    """Summary of a store; columns in use and shifts are told from some episodes of each task.
+    """Summarise a store; used columns and shifts are determined from a sample of each task's episodes.
 
     Args:
         store (EpisodeStore, str or Path): the store.
@@ -405,7 +409,7 @@ def inspect_store(store: EpisodeStore | str | Path) -> Inspection:
         chosen = members[np.unique(np.linspace(0, len(members) - 1, _SAMPLED_EPISODES).astype(np.int64))]
         collected = _Collected(store.length[members].tolist(), store.returns(members).tolist())
         for episode in chosen:
-            _look(collected, store.episode_rows(int(episode), _SAMPLED_ROWS))
+            _add_sample(collected, store.episode_rows(int(episode), _SAMPLED_ROWS))
         reports.append(_report(collected, name, store.observation_dims[task], store.action_dims[task]))
     return Inspection(tuple(reports), tuple(absent), {})
 
@@ -413,19 +417,19 @@ def inspect_store(store: EpisodeStore | str | Path) -> Inspection:
 def inspect_source(
     sources: str | Path | Sequence[str | Path], tasks: TaskSet, *, task: str | None = None, progress: bool = False
 ) -> Inspection:
-    """Summary of data that are still to be imported; all of them are read and checked as for an import.
+    """Summarise sources before an import; all data are read and checked as for an import.
 
     Args:
         sources (str, Path or sequence of them): as for :func:`~pwm_torchrl.data.episodes.import_episodes`.
-        tasks (TaskSet): the tasks that the data number or name.
+        tasks (TaskSet): the task set of the data's indices or names.
 
     Keyword Args:
-        task (str, optional): name of the task of episodes that name none. Defaults to ``None``.
-        progress (bool): show it on stderr. Defaults to ``False``.
+        task (str, optional): task name for episodes without one. Defaults to ``None``.
+        progress (bool): show progress on stderr. Defaults to ``False``.
 
     Raises:
-        ConfigurationError: if a source is not there.
-        MissingLibraryError: if a library that reads one is not installed.
+        ConfigurationError: if a source does not exist.
+        MissingLibraryError: if a library for reading a source is not installed.
     """
     given = open_sources([sources] if isinstance(sources, (str, Path)) else list(sources), task)
     found: dict[int, _Collected] = {}
@@ -451,7 +455,7 @@ def inspect_source(
 
 
 def _collect(found: dict[int, _Collected], rows: EpisodeRows, tasks: TaskSet, chance: np.random.RandomState) -> None:
-    """Count a block's episodes, and keep some, all with the same probability."""
+    """Add a block's statistics, and keep a uniform sample of its episodes (reservoir sampling)."""
     observation_used, action_used = used_widths(rows)
     for number, (first, value) in enumerate(zip(rows.first, rows.returns())):
         index, length = int(rows.task[number]), int(rows.length[number])
@@ -466,12 +470,12 @@ def _collect(found: dict[int, _Collected], rows: EpisodeRows, tasks: TaskSet, ch
         if place < _SAMPLED_EPISODES:
             part = slice(first, first + min(length + 1, _SAMPLED_ROWS))
             o, a = tasks.observation_dims[index], tasks.action_dims[index]
-            # Copies: a block is let go.
+            # Copies, so that the block can be freed.
             kept = Episode(rows.observation[part, :o].copy(), rows.action[part, :a].copy(), rows.reward[part].copy())
             collected.sample[place : place + 1] = [kept]
 
 
-def _look(collected: _Collected, rows: EpisodeRows) -> None:
+def _add_sample(collected: _Collected, rows: EpisodeRows) -> None:
     observation_used, action_used = used_widths(rows)
     collected.observation_used = max(collected.observation_used, int(observation_used[0]))
     collected.action_used = max(collected.action_used, int(action_used[0]))
@@ -497,11 +501,11 @@ def _report(collected: _Collected, name: str, observation_dim: int, action_dim: 
 
 
 def describe_shifts(report: TaskReport) -> list[str]:
-    """Sentences on one task's shifts, the bad ones plain."""
+    """One sentence for each shift of a task that is not aligned."""
     found = []
     for what, shift in (("actions", report.action_shift), ("rewards", report.reward_shift)):
         if shift.verdict == UNKNOWN:
-            found.append(f"{report.name}: cannot tell whether {what} are shifted: {shift.reason}")
+            found.append(f"{report.name}: cannot determine whether {what} are shifted: {shift.reason}")
         elif shift.verdict != "aligned":
-            found.append(f"{report.name}: {what} are shifted: they lie one row too {shift.verdict}; {shift.reason}")
+            found.append(f"{report.name}: {what} are stored one row too {shift.verdict}; {shift.reason}")
     return found

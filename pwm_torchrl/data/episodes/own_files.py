@@ -1,14 +1,15 @@
-"""Episodes in a user's own files, and Minari's data sets.
+"""Import of a user's own episode files and of Minari data sets.
 
-An episode of L transitions is
+An episode of L transitions consists of
 
-- ``observation`` ``[L + 1, O]``: the last one is that after the last transition,
-- ``action`` ``[L, A]`` in [−1, 1] and ``reward`` ``[L]``: of the transition from observation t to t + 1,
-- ``terminated``, optional: whether it ended by termination; false if it is not there,
-- ``task``, optional: the task's name; needed if the set has several and none is given for all.
+- ``observation`` ``[L + 1, O]``, including the observation after the last transition,
+- ``action`` ``[L, A]`` in [−1, 1] and ``reward`` ``[L]`` of the transition from observation t to t + 1,
+- ``terminated``, optional: whether it ended by termination; false by default,
+- ``task``, optional: the task's name; required if the set has several tasks and no common task is given.
 
-O and A are the task's own, without padding. In ``*.npz`` these are the arrays' names, or ``NAME/observation`` and so on
-for several episodes; in ``*.h5`` and ``*.hdf5`` datasets of the file, or of one group per episode.
+O and A are the task's own dimensions, without padding. In ``*.npz``, these are the arrays' names, or
+``NAME/observation`` and so on for several episodes. In ``*.h5`` and ``*.hdf5``, they are datasets of the file, or of
+one group per episode.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PREFIX", "EpisodeFile", "MinariData", "episode_rows"]
 
-# A user's own episodes: files with one or more episodes each ----------------------------------------------------------
+# Files with one or more episodes --------------------------------------------------------------------------------------
 
 
 SUFFIXES = (".npz", ".h5", ".hdf5")
@@ -43,12 +44,12 @@ Get = Callable[[str], Any]
 
 
 class EpisodeFile:
-    """One file.
+    """A file of episodes as a source.
 
     Args:
         path (Path): the file.
-        task (str, optional): name of the task of episodes that name none. Defaults to ``None``.
-        name (str, optional): of the source. Defaults to ``None``, the file's.
+        task (str, optional): task name for episodes without one. Defaults to ``None``.
+        name (str, optional): name of the source. Defaults to ``None``, the file's name.
     """
 
     def __init__(self, path: Path, task: str | None = None, name: str | None = None) -> None:
@@ -58,14 +59,14 @@ class EpisodeFile:
         self.size = path.stat().st_size
 
     def check(self, tasks: TaskSet) -> int:
-        """That it can be opened and has the arrays.
+        """Check that the file can be opened and contains the arrays; returns the estimated number of rows.
 
         Raises:
-            BadEpisodes: if not.
+            BadEpisodes: if it cannot be opened, or an array is missing.
         """
         with self._opened() as episodes:
             if not episodes:
-                raise BadEpisodes("holds no episode")
+                raise BadEpisodes("contains no episode")
             for label, (keys, _) in episodes.items():
                 missing = [key for key in _NEEDED if key not in keys]
                 if missing:
@@ -83,10 +84,10 @@ class EpisodeFile:
         return hash_file(self.path, advance)
 
     def blocks(self, tasks: TaskSet) -> Iterator[EpisodeRows]:
-        """Its episodes, one at a time.
+        """Yield the episodes one by one.
 
         Raises:
-            BadEpisodes: at the first that cannot go into a store.
+            BadEpisodes: at the first episode that cannot be imported.
         """
         with self._opened() as episodes:
             for label, (keys, get) in episodes.items():
@@ -109,13 +110,13 @@ def _of(label: str) -> str:
 
 @contextlib.contextmanager
 def _npz(path: Path) -> Iterator[Mapping[str, tuple[set[str], Get]]]:
-    """Episodes by label, each with its keys and a way to read one."""
+    """Episodes by label, each with its keys and a function that reads one of them."""
     try:
         archive = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadEpisodes("is no whole npz file") from error
+        raise BadEpisodes("is not a complete npz file") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise BadEpisodes("is no npz file")
+        raise BadEpisodes("is not an npz file")
     with archive:
         found: dict[str, tuple[set[str], Get]] = {}
         for full in archive.files:
@@ -137,7 +138,7 @@ def _hdf5(path: Path) -> Iterator[Mapping[str, tuple[set[str], Get]]]:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise BadEpisodes("is no whole HDF5 file") from error
+        raise BadEpisodes("is not a complete HDF5 file") from error
     with file:
         groups = {name: item for name, item in file.items() if isinstance(item, h5py.Group)}
         found = {name: (set(group), _dataset_getter(group)) for name, group in groups.items()}
@@ -151,15 +152,15 @@ def _dataset_getter(group: Any) -> Get:
 
 
 def episode_rows(values: Mapping[str, Any], tasks: TaskSet, task: str | None = None) -> EpisodeRows:
-    """One episode as rows of a store, padded and checked.
+    """Convert an episode to rows of a store, padded and checked.
 
     Args:
-        values (Mapping): the arrays that the module describes.
-        tasks (TaskSet): the set.
-        task (str, optional): the task's name where ``values`` have none. Defaults to ``None``.
+        values (Mapping): the arrays described in the module's docstring.
+        tasks (TaskSet): the task set.
+        task (str, optional): task name if ``values`` has none. Defaults to ``None``.
 
     Raises:
-        BadEpisodes: if it has other shapes, a task that the set does not have, or values that cannot be.
+        BadEpisodes: if a shape is wrong, the task is not in the set, or a value is invalid.
     """
     index = _task_index(values.get("task"), tasks, task)
     observation_dim, action_dim = tasks.observation_dims[index], tasks.action_dims[index]
@@ -175,8 +176,8 @@ def episode_rows(values: Mapping[str, Any], tasks: TaskSet, task: str | None = N
     for key, shape in wanted.items():
         if arrays[key].shape != shape or not length:
             raise BadEpisodes(
-                f"{key} has shape {list(arrays[key].shape)}; for task {tasks.names[index]!r} and {length} rewards "
-                f"{list(shape)} is needed, of at least 1 transition"
+                f"{key} has shape {list(arrays[key].shape)} instead of {list(shape)} for task {tasks.names[index]!r} "
+                f"and {length} rewards; at least 1 transition is needed"
             )
     rows = EpisodeRows(
         np.zeros((length + 1, tasks.observation_dim), np.float32),
@@ -197,7 +198,7 @@ def _as_float(key: str, value: Any) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise BadEpisodes(f"{key} is {array.dtype}; numbers are needed")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+    with np.errstate(over="ignore"):  # values beyond float32's range become infinite and are refused later
         return array.astype(np.float32)
 
 
@@ -226,18 +227,18 @@ def _task_index(value: Any, tasks: TaskSet, default: str | None) -> int:
         raise BadEpisodes(str(error)) from error
 
 
-# Minari's data sets as a source of episodes ---------------------------------------------------------------------------
+# Minari data sets -----------------------------------------------------------------------------------------------------
 
 
 PREFIX = "minari:"
 
 
 class MinariData:
-    """One data set of Minari that lies on this machine.
+    """A Minari data set on this machine as a source.
 
     Args:
-        dataset_id (str): Minari's name of it, like ``"mujoco/hopper/expert-v0"``.
-        task (str, optional): name of the task in the registry; a set of one task needs none. Defaults to ``None``.
+        dataset_id (str): Minari's name of the data set, such as ``"mujoco/hopper/expert-v0"``.
+        task (str, optional): task name in the registry; not needed for a set of one task. Defaults to ``None``.
 
     Raises:
         MissingLibraryError: if Minari is not installed.
@@ -263,14 +264,14 @@ class MinariData:
         self.size = int(self.data.total_steps) * width
 
     def check(self, tasks: TaskSet) -> int:
-        """That observations and actions are vectors.
+        """Check that observations and actions are vectors of floats; returns the number of rows.
 
         Raises:
-            BadEpisodes: if not.
+            BadEpisodes: if they are not.
         """
         for what, space in (("observations", self.data.observation_space), ("actions", self.data.action_space)):
             if len(getattr(space, "shape", None) or ()) != 1 or np.dtype(space.dtype).kind != "f":
-                raise BadEpisodes(f"has {what} in {space}; vectors of floats are needed")
+                raise BadEpisodes(f"has {what} in {space} instead of vectors of floats")
         return int(self.data.total_steps) + int(self.data.total_episodes)
 
     def digest(self, advance: Advance) -> str:
@@ -285,10 +286,10 @@ class MinariData:
         return found.hexdigest()
 
     def blocks(self, tasks: TaskSet) -> Iterator[EpisodeRows]:
-        """Its episodes, one at a time.
+        """Yield the episodes one by one.
 
         Raises:
-            BadEpisodes: at the first that cannot go into a store.
+            BadEpisodes: at the first episode that cannot be imported.
         """
         for number, episode in enumerate(self.data.iterate_episodes()):
             values = {

@@ -1,7 +1,7 @@
-"""What episodes are imported from, and TD-MPC2's chunks as the first of them.
+"""Sources of episodes for an import, and TD-MPC2's chunk files.
 
-A file is mapped, not read, and copied in blocks whose pages are given back: its size does not matter. Nothing in it is
-executed: the unpickler knows tensors, and a stand-in for TensorDict that only keeps what was stored.
+A file is memory-mapped and copied in blocks whose pages are released, so memory use does not depend on its size. No
+code in a file is executed: the unpickler only accepts tensors, and a class that keeps the stored state of a TensorDict.
 """
 
 from __future__ import annotations
@@ -35,60 +35,60 @@ __all__ = [
     "hash_file",
 ]
 
-# What episodes are read from: files that are hashed once and give their episodes in blocks ----------------------------
+# Interface of sources -------------------------------------------------------------------------------------------------
 
 
-#: Called with the number of bytes read since the last call.
+#: Progress callback; called with the number of bytes read since the last call.
 Advance = Callable[[int], None]
 _BLOCK = 1 << 22
 
 
 class Source(Protocol):
-    """One file, or data set, whose episodes enter a store together or not at all.
+    """A file or data set whose episodes are imported together or not at all.
 
     Attributes:
-        name (str): unique in its folder; the manifest knows it by this.
-        size (int): bytes.
+        name (str): unique name, used in the manifest.
+        size (int): size in bytes.
     """
 
     name: str
     size: int
 
     def check(self, tasks: TaskSet) -> int:
-        """Look at what can be told without reading the data.
+        """Check everything that does not require reading the data.
 
         Returns:
-            int: rows that a store needs for it, as far as they are known now.
+            int: number of rows for a store, possibly an estimate.
 
         Raises:
             BadEpisodes: if it cannot be read or has another layout.
         """
 
     def digest(self, advance: Advance) -> str:
-        """SHA-256 of the content, after whatever checksums it carries itself have been verified.
+        """SHA-256 of the content; also verifies checksums that the source itself contains.
 
         Raises:
-            BadEpisodes: if a checksum does not agree.
+            BadEpisodes: if a checksum is wrong.
         """
 
     def blocks(self, tasks: TaskSet) -> Iterator[EpisodeRows]:
-        """Its episodes, checked.
+        """Yield checked episodes.
 
         Raises:
-            BadEpisodes: at the first that cannot go into a store.
+            BadEpisodes: at the first episode that cannot be imported.
         """
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Files of a folder, or the one file given, in the order of their names; numbers in names count as numbers.
+    """Files of a folder, or a single given file, sorted by name with numbers compared as numbers.
 
     Raises:
-        ConfigurationError: if there is none.
+        ConfigurationError: if there are no files.
     """
     wanted = ", ".join(f"*{suffix}" for suffix in suffixes)
     if folder.is_file():
         if folder.suffix not in suffixes:
-            raise ConfigurationError(f"{folder} is no file of episodes; {wanted} are read")
+            raise ConfigurationError(f"{folder} is not a file of episodes ({wanted})")
         return [folder]
     if not folder.is_dir():
         raise ConfigurationError(f"there is no folder or file {folder} to read episodes from")
@@ -114,8 +114,8 @@ def hash_file(path: Path, advance: Advance, also: Iterable[Callable[[int, memory
 
     Args:
         path (Path): the file.
-        advance (callable): is told of the progress.
-        also (iterable of callable, optional): are shown every block with its offset. Defaults to none.
+        advance (callable): progress callback.
+        also (iterable of callable, optional): further functions, called with each offset and block. Defaults to none.
 
     Raises:
         BadEpisodes: if it cannot be read.
@@ -143,7 +143,7 @@ _KEYS = ("obs", "action", "reward", "task")
 
 
 class _Stored:
-    """Stands in for TensorDict while a file is read: keeps its state, whatever the version that wrote it."""
+    """Replaces TensorDict while a file is read; keeps the state written by any version of it."""
 
     def __init__(self, *state: Any) -> None:
         self.state = state[-1] if state else {}
@@ -152,7 +152,8 @@ class _Stored:
         self.state = state
 
 
-#: What a file may name beside tensors. TensorDict has lived in several modules and is stored in two ways.
+#: Classes that a file may contain in addition to tensors. Versions of TensorDict differ in module and in how they
+#: pickle.
 _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Stored, "tensordict._reductions._make_td"),
     (_Stored, "tensordict._td.TensorDict"),
@@ -161,11 +162,11 @@ _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 class ChunkFile:
-    """One chunk.
+    """A chunk file as a source.
 
     Args:
         path (Path): the file.
-        name (str, optional): of the source. Defaults to ``None``, the file's.
+        name (str, optional): name of the source. Defaults to ``None``, the file's name.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
@@ -174,34 +175,34 @@ class ChunkFile:
         self.size = path.stat().st_size
 
     def check(self, tasks: TaskSet) -> int:
-        """Keys, dtypes, shapes and widths; nothing of the data is read.
+        """Check keys, dtypes and shapes, without reading the data.
 
         Returns:
-            int: rows.
+            int: number of rows.
 
         Raises:
-            BadEpisodes: if one is not as it must be.
+            BadEpisodes: if one of them is wrong.
         """
         return int(self._open(tasks)["reward"].numel())
 
     def digest(self, advance: Advance) -> str:
-        """SHA-256 of the file; the archive's own checksums are verified in the same pass.
+        """SHA-256 of the file; also verifies the archive's own checksums in the same pass.
 
         Raises:
-            BadEpisodes: if one of those does not agree.
+            BadEpisodes: if one of them is wrong.
         """
         records = [_Record(self.path, info) for info in self._archive()]
-        found = hash_file(self.path, advance, [record.see for record in records])
+        found = hash_file(self.path, advance, [record.update for record in records])
         for record in records:
-            if not record.agrees():
-                raise BadEpisodes(f"is corrupt: the checksum of its part {record.name} does not agree")
+            if not record.matches():
+                raise BadEpisodes(f"is corrupt: the checksum of its part {record.name} is wrong")
         return found
 
     def blocks(self, tasks: TaskSet) -> Iterator[EpisodeRows]:
-        """Episodes in blocks of some tens of MB.
+        """Yield episodes in blocks of some tens of MB.
 
         Raises:
-            BadEpisodes: at the first that cannot go into a store.
+            BadEpisodes: at the first episode that cannot be imported.
         """
         chunk = self._open(tasks)
         episodes, steps = chunk["reward"].shape
@@ -212,7 +213,7 @@ class ChunkFile:
             rows = _rows(part, begin)
             check_rows(rows, tasks, begin)
             for value in part.values():
-                _give_back(value)
+                _release_pages(value)
             yield rows
 
     def _open(self, tasks: TaskSet) -> dict[str, Tensor]:
@@ -224,11 +225,11 @@ class ChunkFile:
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError) as error:
             raise BadEpisodes(f"cannot be loaded: {_first_sentence(error)}") from error
         except pickle.UnpicklingError as error:
-            raise BadEpisodes("holds something else than a TensorDict of tensors and is not loaded") from error
+            raise BadEpisodes("contains something other than a TensorDict of tensors and is not loaded") from error
         if isinstance(content, _Stored):
             content = content.state.get("_tensordict") if isinstance(content.state, dict) else None
         if not isinstance(content, dict):
-            raise BadEpisodes("holds no TensorDict")
+            raise BadEpisodes("contains no TensorDict")
         return _checked(content, tasks)
 
     def _archive(self) -> list[zipfile.ZipInfo]:
@@ -237,7 +238,7 @@ class ChunkFile:
                 return archive.infolist()
         except (zipfile.BadZipFile, EOFError, ValueError) as error:
             raise BadEpisodes(
-                f"is not a whole file of torch.save ({self.size:,} bytes): it is cut short or something else"
+                f"is not a complete file of torch.save ({self.size:,} bytes): it is truncated or of another kind"
             ) from error
         except OSError as error:
             raise BadEpisodes(f"cannot be read: {error.strerror}") from error
@@ -253,28 +254,28 @@ def _checked(content: dict[str, Any], tasks: TaskSet) -> dict[str, Tensor]:
     for key, value in chunk.items():
         integer = key == "task"
         if integer and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
-            raise BadEpisodes(f"task is {value.dtype}; integers are needed")
+            raise BadEpisodes(f"task is {value.dtype} instead of integers")
         if not integer and value.dtype != torch.float32:
-            raise BadEpisodes(f"{key} is {value.dtype}; torch.float32 is needed")
+            raise BadEpisodes(f"{key} is {value.dtype} instead of torch.float32")
     batch = list(chunk["reward"].shape)
     if len(batch) != 2 or batch[0] < 1 or batch[1] < 2:
-        raise BadEpisodes(f"reward has shape {batch}; [N, T] with N >= 1 episodes of T >= 2 steps is needed")
+        raise BadEpisodes(f"reward has shape {batch} instead of [N, T] with N >= 1 episodes of T >= 2 steps")
     for key, width in (("obs", tasks.observation_dim), ("action", tasks.action_dim)):
         found = list(chunk[key].shape)
         if found[:2] != batch or len(found) != 3:
-            raise BadEpisodes(f"{key} has shape {found} beside a reward of shape {batch}")
+            raise BadEpisodes(f"{key} has shape {found}, but reward has shape {batch}")
         if found[2] != width:
             raise BadEpisodes(
-                f"{key} is {found[2]} wide, but the widest task of the set {tasks.name} has {width}: dimensions that "
-                "disagree with the registry, or another set of tasks"
+                f"{key} has {found[2]} columns, but the widest task of the set {tasks.name} has {width}; the task "
+                "set or the registry is wrong"
             )
     if list(chunk["task"].shape) != batch:
-        raise BadEpisodes(f"task has shape {list(chunk['task'].shape)} beside a reward of shape {batch}")
+        raise BadEpisodes(f"task has shape {list(chunk['task'].shape)}, but reward has shape {batch}")
     return chunk
 
 
 def _rows(part: dict[str, Tensor], first_episode: int) -> EpisodeRows:
-    """A block as rows of its own."""
+    """Convert a block to rows of a store, as a copy."""
     episodes, steps = part["reward"].shape
     values = {key: np.array(value.numpy(), order="C") for key, value in part.items()}
     task = values["task"]
@@ -286,7 +287,7 @@ def _rows(part: dict[str, Tensor], first_episode: int) -> EpisodeRows:
         real = np.flatnonzero(~(np.isnan(filler) | (filler == 0)).all(1))
         if len(real):
             raise BadEpisodes(
-                f"episode {first_episode + real[0]}: {key} at index 0, which belongs to no transition, is not NaN: are "
+                f"episode {first_episode + real[0]}: {key} at index 0 belongs to no transition, but is not NaN; are "
                 "actions and rewards shifted by one?"
             )
     return EpisodeRows(
@@ -299,7 +300,7 @@ def _rows(part: dict[str, Tensor], first_episode: int) -> EpisodeRows:
 
 
 class _Record:
-    """A part of the archive, whose CRC-32 is computed while the file is read."""
+    """A part of a zip archive; its CRC-32 is computed while the file is read."""
 
     def __init__(self, path: Path, info: zipfile.ZipInfo) -> None:
         self.name = info.filename
@@ -312,18 +313,18 @@ class _Record:
         self.end = self.begin + info.compress_size
         self.found = 0
 
-    def see(self, offset: int, block: memoryview) -> None:
+    def update(self, offset: int, block: memoryview) -> None:
         begin, end = max(self.begin, offset), min(self.end, offset + len(block))
         if begin < end:
             self.found = zlib.crc32(block[begin - offset : end - offset], self.found)
 
-    def agrees(self) -> bool:
-        # Zero: written with torch.serialization.set_crc32_options(False), without checksums.
+    def matches(self) -> bool:
+        # Zero means no checksum: written with torch.serialization.set_crc32_options(False).
         return self.expected in (0, self.found)
 
 
-def _give_back(tensor: Tensor) -> None:
-    """Take a mapped tensor's pages out of this process; they are read from the file again if they are needed."""
+def _release_pages(tensor: Tensor) -> None:
+    """Release a mapped tensor's pages; they are read from the file again if they are needed."""
     if sys.platform != "linux" or not tensor.numel():
         return
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))

@@ -1,8 +1,8 @@
-"""A store of episodes: its layout on disk, rows as they are read, and drawing slices from it.
+"""Episode store: its layout on disk, checks of its rows, and reading slices from it.
 
 A store is a folder of flat little-endian arrays with one row per *observation*. An episode of L transitions has L + 1
-rows, one after the other; the action and the reward of row t belong to the transition from row t − 1 to row t, so that
-both are filler (0) in an episode's first row.
+consecutive rows. The action and the reward of row t belong to the transition from row t − 1 to row t, so both are
+filler (0) in the first row of an episode.
 
 - ``observation.f32``: float32 ``[rows, O]``, padded with zeros to the widest task.
 - ``action.f32``: float32 ``[rows, A]`` in [−1, 1], padded with zeros to the widest task.
@@ -10,7 +10,7 @@ both are filler (0) in an episode's first row.
 - ``terminated.u8``, optional: uint8 ``[rows]``, 1 in the last row of an episode that ended by termination.
 - ``episodes.npy``: int64 ``[E, 3]``: first row, transitions L, index of the task.
 - ``returns.npy``: float64 ``[E]``, undiscounted returns.
-- ``manifest.json``: what is in it, of which source files, and whether it is finished.
+- ``manifest.json``: contents, source files, and whether the import is finished.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ EPISODES, RETURNS, MANIFEST = "episodes.npy", "returns.npy", "manifest.json"
 
 
 def bytes_per_row(observation_dim: int, action_dim: int) -> dict[str, int]:
-    """Bytes of a row in each file."""
+    """Bytes per row in each file."""
     return {OBSERVATION: 4 * observation_dim, ACTION: 4 * action_dim, REWARD: 4, TERMINATED: 1}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a store, finished or not.
+    """Read the manifest of a store, finished or not.
 
     Raises:
-        ConfigurationError: if the folder is no store, or one of a newer version.
+        ConfigurationError: if the folder is not a store, or has a newer version.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigurationError(f"{path} is not an episode store: its {MANIFEST} is not JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ConfigurationError(f"{path} is not an episode store: its {MANIFEST} does not say format {FORMAT!r}")
+        raise ConfigurationError(f"{path} is not an episode store: the format in its {MANIFEST} is not {FORMAT!r}")
     if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
         raise ConfigurationError(
             f"the episode store {path} has version {manifest.get('version')}; this installation reads up to {VERSION}: "
@@ -84,38 +84,38 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def file_sizes(manifest: dict[str, Any]) -> dict[str, int]:
-    """Bytes of each data file that belong to the store."""
+    """Expected bytes of each data file."""
     widths = bytes_per_row(manifest["observation_dim"], manifest["action_dim"])
     rows = manifest["transitions"] + manifest["episodes"]
     return {name: rows * width for name, width in widths.items() if name != TERMINATED or manifest["has_terminated"]}
 
 
-# Episodes on their way into a store, and what must hold of them -------------------------------------------------------
+# Episodes to be written into a store, and their checks ----------------------------------------------------------------
 
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-#: How far an action may lie outside [−1, 1]: rounding, no more.
+#: Tolerance for actions outside [−1, 1], for rounding errors.
 ACTION_TOLERANCE = 1e-4
 
 
 class BadEpisodes(ValueError):
-    """Source data that cannot go into a store; the message says what is wrong with them."""
+    """Source data that cannot be imported; the message states the problem."""
 
 
 @dataclass
 class EpisodeRows:
-    """Whole episodes, one row per observation, as a store holds them.
+    """Complete episodes with one row per observation, in the layout of a store.
 
     Attributes:
         observation (numpy.ndarray): float32 ``[rows, O]``, padded with zeros to the widest task.
-        action (numpy.ndarray): float32 ``[rows, A]``, padded likewise; filler in first rows.
+        action (numpy.ndarray): float32 ``[rows, A]``, padded in the same way; filler in first rows.
         reward (numpy.ndarray): float32 ``[rows]``; filler in first rows.
         length (numpy.ndarray): transitions of each episode, int64 ``[E]``.
         task (numpy.ndarray): index of each episode's task, int64 ``[E]``.
         terminated (numpy.ndarray, optional): whether each episode ended by termination, bool ``[E]``. Defaults to
-            ``None``: none did.
+            ``None``, meaning that none did.
     """
 
     observation: Floats
@@ -136,27 +136,27 @@ class EpisodeRows:
 
 
 def check_rows(rows: EpisodeRows, tasks: TaskSet, first_episode: int | None = None, *, labels: bool = True) -> None:
-    """Compare episodes with the registry, and zero the filler of their first rows.
+    """Check episodes against the task registry, and set the filler of their first rows to zero.
 
     Args:
         rows (EpisodeRows): the episodes.
-        tasks (TaskSet): the set whose indices they use.
-        first_episode (int, optional): number of the first in its file, for messages. Defaults to ``None``: there is
-            one, and messages need not say which.
+        tasks (TaskSet): the task set of their indices.
+        first_episode (int, optional): number of the first episode in its file, for messages. Defaults to ``None``,
+            for a single episode that messages need not number.
 
     Keyword Args:
-        labels (bool): compare the columns in use with the labels; off for episodes that come with their own widths.
-            Defaults to ``True``.
+        labels (bool): whether to compare the columns in use with the task labels; off for episodes that were stored
+            with their own widths. Defaults to ``True``.
 
     Raises:
-        BadEpisodes: for task indices out of range, values that are not finite, actions outside [−1, 1] and dimensions
-            that disagree with the registry.
+        BadEpisodes: if a task index is out of range, a value is not finite, an action is outside [−1, 1], or the
+            dimensions disagree with the registry.
     """
     wrong = np.flatnonzero((rows.task < 0) | (rows.task >= len(tasks)))
     if len(wrong):
         raise BadEpisodes(
-            f"{_label(first_episode, wrong[0])}task index {rows.task[wrong[0]]}, but the task set {tasks.name} "
-            f"numbers its tasks 0 to {len(tasks) - 1}"
+            f"{_label(first_episode, wrong[0])}task index {rows.task[wrong[0]]} is not in the task set {tasks.name}, "
+            f"which has the indices 0 to {len(tasks) - 1}"
         )
     first = rows.first
     rows.action[first], rows.reward[first] = 0.0, 0.0
@@ -164,7 +164,7 @@ def check_rows(rows: EpisodeRows, tasks: TaskSet, first_episode: int | None = No
         _check_finite(name, values, rows, first_episode)
     extreme = np.abs(rows.action).max(1, initial=0.0)
     if (extreme > 1 + ACTION_TOLERANCE).any():
-        episode, step = _place(rows, int(extreme.argmax()))
+        episode, step = _locate(rows, int(extreme.argmax()))
         raise BadEpisodes(
             f"{_label(first_episode, episode)}action of size {extreme.max():.4g} at index {step}; actions must lie in "
             "[-1, 1]"
@@ -177,7 +177,7 @@ def _check_finite(name: str, values: Floats, rows: EpisodeRows, first_episode: i
     finite = np.isfinite(values)
     if not finite.all():
         row = int(np.argmin(finite if finite.ndim == 1 else finite.all(1)))
-        episode, step = _place(rows, row)
+        episode, step = _locate(rows, row)
         raise BadEpisodes(f"{_label(first_episode, episode)}{name} is not finite at index {step}")
 
 
@@ -185,18 +185,18 @@ def _label(first_episode: int | None, episode: int) -> str:
     return "" if first_episode is None else f"episode {first_episode + episode}: "
 
 
-def _place(rows: EpisodeRows, row: int) -> tuple[int, int]:
-    """Episode of a row, and which of its rows it is."""
+def _locate(rows: EpisodeRows, row: int) -> tuple[int, int]:
+    """The episode of a row, and the row's index in it."""
     first = rows.first
     episode = int(np.searchsorted(first, row, side="right")) - 1
     return episode, row - int(first[episode])
 
 
 def _check_dimensions(rows: EpisodeRows, tasks: TaskSet, first_episode: int | None) -> None:
-    """Columns beyond a task's own are padding and must be zero; those within should be in use.
+    """Check the number of used columns: columns beyond a task's dimensions must be zero, those within should be in use.
 
-    A feature may rest at zero for a whole episode (a touch sensor, a goal's height), so a label is only called wrong
-    from that side if a quarter of the observation or a column of the action at its end was never used.
+    A feature may be zero for a whole episode (a touch sensor, a goal's height). Unused columns are therefore an error
+    only if they are the last quarter of the observation or include the last column of the action.
     """
     observation_used, action_used = used_widths(rows)
     observation_dims, action_dims = (np.asarray(d) for d in (tasks.observation_dims, tasks.action_dims))
@@ -211,13 +211,13 @@ def _check_dimensions(rows: EpisodeRows, tasks: TaskSet, first_episode: int | No
             more = f", and {len(wrong) - 1} more episodes" if len(wrong) > 1 else ""
             raise BadEpisodes(
                 f"{_label(first_episode, episode)}labelled task {tasks.names[rows.task[episode]]!r}, but its "
-                f"{name}s use {used[episode]} dimensions where the registry says {dims[episode]}: wrong task index, or "
-                f"dimensions that disagree with the registry{more}"
+                f"{name}s use {used[episode]} dimensions and the registry has {dims[episode]}: the task index or "
+                f"the registry is wrong{more}"
             )
 
 
 def used_widths(rows: EpisodeRows) -> tuple[Ints, Ints]:
-    """Columns of observations and actions up to the last that is not zero throughout an episode, int64 ``[E]`` each."""
+    """Number of columns up to the last one that is not all zero, of observations and actions, int64 ``[E]`` each."""
     return _used(rows.observation, rows.first), _used(rows.action, rows.first)
 
 
@@ -230,10 +230,10 @@ def _used(values: Floats, first: Ints) -> Ints:
 
 
 class EpisodeStore:
-    """Episodes of many tasks in memory-mapped files, read-only; :mod:`~pwm_torchrl.data.episodes.store` describes
-    them. Open one with :meth:`open`.
+    """Read-only episodes of many tasks in memory-mapped files, see :mod:`~pwm_torchrl.data.episodes.store`.
 
-    Nothing but the table of episodes is held in memory, 32 bytes each; a read touches the rows that it returns.
+    Use :meth:`open` to create one. Only the episode table is in memory (32 bytes per episode); reading touches only the
+    rows that are returned.
 
     Attributes:
         path (Path): the folder.
@@ -244,7 +244,7 @@ class EpisodeStore:
         observation_dims (tuple of int): O of every task.
         action_dims (tuple of int): A of every task.
         num_episodes (int): ``E``.
-        num_transitions (int): of all episodes.
+        num_transitions (int): transitions of all episodes.
         first_row (numpy.ndarray): first row of every episode, int64 ``[E]``, increasing.
         length (numpy.ndarray): transitions of every episode, int64 ``[E]``.
         task (numpy.ndarray): index of every episode's task, int64 ``[E]``.
@@ -276,15 +276,15 @@ class EpisodeStore:
         """Open a finished store.
 
         Raises:
-            ConfigurationError: if the folder is no store, its import is not finished, it has a newer version, or its
-                files are gone or cut short.
+            ConfigurationError: if the folder is not a store, its import is not finished, it has a newer version, or its
+                files are missing or truncated.
         """
         path = Path(path)
         manifest = read_manifest(path)
         if manifest["state"] != FINISHED:
             raise ConfigurationError(
                 f"the import into the episode store {path} is not finished ({manifest['episodes']:,} episodes so far); "
-                f"run the same '{typed('data')} import' again to go on with it"
+                f"run the same '{typed('data')} import' again to continue it"
             )
         for name, size in file_sizes(manifest).items():
             found = (path / name).stat().st_size if (path / name).exists() else None
@@ -315,29 +315,29 @@ class EpisodeStore:
         return self._returns.copy() if episodes is None else self._returns[episodes]
 
     def episode_of(self, rows: Ints) -> Ints:
-        """Number of the episode that each row belongs to."""
+        """Number of each row's episode."""
         return np.searchsorted(self.first_row, rows, side="right") - 1
 
     def slices(self, rows: Ints | Tensor, horizon: int) -> TensorDict:
-        """Slices of consecutive transitions.
+        """Read slices of consecutive transitions.
 
         Args:
-            rows (numpy.ndarray or Tensor): row of the first observation of each slice, int64 ``[B]``.
+            rows (numpy.ndarray or Tensor): row of each slice's first observation, int64 ``[B]``.
             horizon (int): H, transitions per slice.
 
         Returns:
             TensorDict: batch size ``[B, H]``: ``observation``, ``action``, ``task`` (int64) and under ``next``
-            ``observation``, ``reward``, ``done`` and ``terminated`` (both bool, ``[B, H, 1]``). ``done`` is set in an
-            episode's last transition. The two observations are views of one tensor ``[B, H + 1, O]``.
+            ``observation``, ``reward``, ``done`` and ``terminated`` (both bool, ``[B, H, 1]``). ``done`` is set in the
+            last transition of an episode. The two observations are views of one tensor ``[B, H + 1, O]``.
 
         Raises:
-            IndexError: if a slice would begin or end outside its episode.
+            IndexError: if a slice is not within one episode.
         """
         rows = self._rows(rows)
         episode = self.episode_of(rows)
         last = self.first_row[episode] + self.length[episode]
         if horizon < 1 or (rows.size and (rows + horizon > last).any()):
-            raise IndexError(f"a slice of {horizon} transitions must begin and end in one episode")
+            raise IndexError(f"a slice of horizon={horizon} transitions is not within one episode")
         observation = torch.from_numpy(_windows(self._observation, horizon + 1)[rows])
         following = rows + 1
         ends = last[:, None] == following[:, None] + np.arange(horizon)
@@ -364,13 +364,13 @@ class EpisodeStore:
         )
 
     def prefetch(self, rows: Ints | Tensor, horizon: int) -> None:
-        """Ask the disk for all pages of a batch at once, before :meth:`slices` reads them one after the other.
+        """Request all pages of a batch in parallel, before :meth:`slices` reads them one after the other.
 
-        It pays where the store is larger than memory, and costs some milliseconds where it is cached.
+        This helps if the store is larger than memory; if it is cached, it costs a few milliseconds.
 
         Args:
             rows (numpy.ndarray or Tensor): as for :meth:`slices`.
-            horizon (int): likewise.
+            horizon (int): as for :meth:`slices`.
         """
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
@@ -388,11 +388,11 @@ class EpisodeStore:
         return torch.from_numpy(self._observation[self._rows(rows)])
 
     def episode_rows(self, episode: int, most: int | None = None) -> EpisodeRows:
-        """Copy of an episode's rows, without padding.
+        """A copy of an episode's rows, without padding.
 
         Args:
-            episode (int): its number.
-            most (int, optional): rows from its beginning. Defaults to ``None``, all.
+            episode (int): number of the episode.
+            most (int, optional): maximum number of rows, from the first one. Defaults to ``None``, all.
         """
         task, first, length = int(self.task[episode]), int(self.first_row[episode]), int(self.length[episode])
         count = length + 1 if most is None else min(length + 1, most)
@@ -411,18 +411,18 @@ class EpisodeStore:
         return np.frombuffer(self._files[name], dtype) if name in self._files else np.empty(0, dtype)
 
     def _rows(self, rows: Ints | Tensor) -> Ints:
-        """As an array, checked: numpy would count negative ones from the end."""
+        """Row numbers as a checked array; numpy would accept negative ones."""
         array = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, dtype=np.int64)
         if array.size and (array.min() < 0 or array.max() >= self.num_rows):
-            raise IndexError(f"rows must lie in [0, {self.num_rows})")
+            raise IndexError(f"rows from {array.min()} to {array.max()} are not all in [0, {self.num_rows})")
         return array
 
 
 def _table(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A small array that is read whole.
+    """Read a small array into memory.
 
     Raises:
-        ConfigurationError: if it is gone, damaged or of another shape.
+        ConfigurationError: if it is missing, damaged or has another shape.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -430,13 +430,13 @@ def _table(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         raise ConfigurationError(f"the episode store {path.parent} is damaged: {path.name} cannot be read") from error
     if array.shape != shape:
         raise ConfigurationError(
-            f"the episode store {path.parent} is damaged: {path.name} has shape {array.shape}, {shape} is expected"
+            f"the episode store {path.parent} is damaged: {path.name} has shape {array.shape} instead of {shape}"
         )
     return array
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """A file mapped for reading without looking ahead: the rows that are drawn lie far apart."""
+    """Map a file for reading, without read-ahead because the drawn rows are scattered."""
     with path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):
@@ -445,6 +445,6 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _windows(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
-    """View ``[rows − length + 1, length, ...]`` of an array ``[rows, ...]``: a slice is one contiguous copy."""
+    """View ``[rows − length + 1, length, ...]`` of an array ``[rows, ...]``, so that a slice is one contiguous copy."""
     shape = (max(0, len(array) - length + 1), length, *array.shape[1:])
     return np.lib.stride_tricks.as_strided(array, shape, (array.strides[0], *array.strides), writeable=False)

@@ -1,8 +1,8 @@
-"""Writing a store of episodes: one writer at a time, killed and resumed at any point.
+"""Writing an episode store, by one process at a time and resumable after a kill, and copying it to a local disk.
 
-A source's rows are appended behind what the manifest counts. Committing it waits for the data, then replaces the
-tables of episodes, then the manifest: whatever lies behind the manifest's counts was never committed and is cut off
-when the import goes on.
+The rows of a source are appended after the rows that the manifest counts. A commit flushes the data, then replaces the
+episode tables, then the manifest. Rows beyond the manifest's counts were never committed and are truncated when the
+import continues.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ __all__ = [
     "stage_store",
 ]
 
-# One process at a time ------------------------------------------------------------------------------------------------
+# Lock -----------------------------------------------------------------------------------------------------------------
 
 
 class Busy(RuntimeError):
-    """Another process holds the lock; the message names it as far as it is known."""
+    """Another process holds the lock; the message names the process if it is known."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock that the kernel gives back when the process ends, however it ends.
+    """Hold a lock inside the block. The kernel releases it if the process is killed.
 
     Args:
-        path (Path): the lock's file; it is made if needed, and stays.
+        path (Path): the lock file; it is created if needed and never deleted.
 
     Keyword Args:
-        wait (bool): wait for whoever holds it. Defaults to ``False``.
+        wait (bool): wait until the lock is free. Defaults to ``False``.
 
     Raises:
-        Busy: if another process holds it and ``wait`` is off.
+        Busy: if another process holds the lock and ``wait`` is off.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
@@ -79,14 +79,14 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-# How far an import has come: a bar on a terminal, lines elsewhere -----------------------------------------------------
+# Progress of an import: a bar on a terminal, lines elsewhere ----------------------------------------------------------
 
 
 class ByteProgress(contextlib.AbstractContextManager["ByteProgress"]):
-    """Shows on stderr how many of the bytes to read have been read.
+    """Shows on stderr how many bytes have been read.
 
     Args:
-        total (int): bytes.
+        total (int): bytes to read.
         enabled (bool): whether to show anything.
     """
 
@@ -110,13 +110,13 @@ class ByteProgress(contextlib.AbstractContextManager["ByteProgress"]):
             self.bar.stop()
 
     def describe(self, what: str) -> None:
-        """Say what is being read."""
+        """Set the name of what is being read."""
         self.what = what
         if self.bar is not None:
             self.bar.update(self.task, description=what)
 
     def advance(self, count: int) -> None:
-        """So many bytes more."""
+        """Add ``count`` bytes."""
         self.done += count
         if self.bar is not None:
             self.bar.advance(self.task, count)
@@ -125,31 +125,31 @@ class ByteProgress(contextlib.AbstractContextManager["ByteProgress"]):
             self.say(f"{self.done / max(1, self.total):.0%} of {self.total / 2**30:.1f} GiB  {self.what}")
 
     def say(self, line: str) -> None:
-        """A line beside the bar, if anything is shown."""
+        """Print a line above the bar, if progress is shown."""
         if self.enabled:
             say(line, err=True)
 
 
-# Writing an episode store, so that a kill at any moment loses only the source that was being read ---------------------
+# Writer ---------------------------------------------------------------------------------------------------------------
 
 
 LOCK_FILE = ".lock"
-#: Quantiles of the returns that the manifest lists.
+#: Quantiles of the returns in the manifest.
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
-    """Makes a store, or goes on with one that is not finished. Use it as a context manager: it holds the lock.
+    """Creates a store, or continues an unfinished one. It is a context manager that holds the store's lock.
 
     Args:
-        path (str or Path): the folder; made if needed.
+        path (str or Path): the folder; created if needed.
         tasks (TaskSet): the tasks, in the order of their indices.
 
     Attributes:
-        manifest (dict): what is committed so far.
+        manifest (dict): everything committed so far.
 
     Raises:
-        ConfigurationError: on entering, if another process writes the store, the folder holds something else, or an
+        ConfigurationError: on entering, if another process writes the store, or the folder contains other files or an
             import for other tasks.
     """
 
@@ -166,7 +166,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
 
     @property
     def finished(self) -> bool:
-        """Whether the store is finished already."""
+        """Whether the store is finished."""
         return self.manifest["state"] == layout.FINISHED
 
     def __enter__(self) -> StoreWriter:
@@ -188,10 +188,10 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         self._stack.close()
 
     def append(self, rows: EpisodeRows) -> None:
-        """Write episodes behind the others; they count once they are committed.
+        """Append episodes; they become part of the store with :meth:`commit`.
 
         Raises:
-            StorageFault: if the disk is full or broken.
+            StorageFault: if the disk is full or fails.
         """
         first = self._rows + rows.first
         with self._faults(f"write {amount(rows.observation.nbytes + rows.action.nbytes)} to"):
@@ -214,17 +214,17 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         self._episodes += len(rows.length)
 
     def mark(self) -> tuple[int, int, bool]:
-        """The present end, for :meth:`roll_back`."""
+        """The current end of the data, for :meth:`roll_back`."""
         return self._episodes, self._rows, self._terminated
 
     def commit(self, sources: Sequence[Mapping[str, Any]]) -> None:
-        """Make what was appended part of the store.
+        """Make the appended episodes part of the store.
 
         Args:
-            sources (sequence of Mapping): the manifest's records of where it came from.
+            sources (sequence of Mapping): manifest entries of their sources.
 
         Raises:
-            StorageFault: if the disk is full or broken.
+            StorageFault: if the disk is full or fails.
         """
         self._save_data()
         self._write_manifest(
@@ -235,10 +235,10 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         )
 
     def roll_back(self, mark: tuple[int, int, bool] | None = None) -> None:
-        """Forget what was appended since a mark.
+        """Remove the episodes appended after a mark.
 
         Args:
-            mark (tuple, optional): of :meth:`mark`. Defaults to ``None``: the last commit.
+            mark (tuple, optional): result of :meth:`mark`. Defaults to ``None``, the last commit.
         """
         if mark is None:
             episodes, transitions = self.manifest["episodes"], self.manifest["transitions"]
@@ -252,13 +252,13 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
             os.ftruncate(descriptor, keep * widths[name])
 
     def finish(self, **facts: Any) -> None:
-        """Open the store to readers.
+        """Finish the store, so that it can be opened.
 
         Args:
-            **facts: more entries of the manifest.
+            **facts: additional entries of the manifest.
 
         Raises:
-            StorageFault: if the disk is full or broken.
+            StorageFault: if the disk is full or fails.
         """
         self.roll_back()
         self._save_data()
@@ -273,7 +273,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
             (self.path / layout.TERMINATED).unlink()
 
     def require_room(self, rows: int) -> None:
-        """Refuse to begin what the disk has no room for.
+        """Check that the disk has enough space for a number of rows.
 
         Raises:
             ConfigurationError: if it has not.
@@ -282,17 +282,17 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         needed, free = rows * sum(widths.values()), free_bytes(self.path)
         if needed > free:
             raise ConfigurationError(
-                f"the episode store {self.path} needs {amount(needed)} more, and {amount(free)} are free there; free "
-                "space or choose another folder, then run the same import again"
+                f"the episode store {self.path} needs {amount(needed)} more, but only {amount(free)} are free there; "
+                "free space or choose another folder, then run the same import again"
             )
 
     def _save_data(self) -> None:
-        """Wait until all rows and the tables of episodes are on the disk."""
+        """Flush all rows and the episode tables to the disk."""
         self._table = [self._whole_table()]
         self._returns = [np.concatenate([np.empty(0), *self._returns])]
         with self._faults("write to"):
             if self._terminated:
-                os.ftruncate(self._files[layout.TERMINATED], self._rows)  # zeros where nothing was written
+                os.ftruncate(self._files[layout.TERMINATED], self._rows)  # fills unwritten rows with zeros
             for descriptor in self._files.values():
                 os.fsync(descriptor)
             _save_durably(self.path / layout.EPISODES, self._table[0])
@@ -303,7 +303,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         return np.concatenate([np.empty((0, 3), np.int64), *self._table])
 
     def _faults(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return storage_faults(self.path, doing, remedy="run the same import again: it goes on where it was")
+        return storage_faults(self.path, doing, remedy="run the same import again to continue it")
 
     def _begin_folder(self) -> None:
         try:
@@ -313,10 +313,11 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
             raise ConfigurationError(
                 f"the folder {self.path} of an episode store cannot be made: {error.strerror}"
             ) from error
-        # A draft of the first manifest is what a kill in the first moment leaves.
+        # A kill during the first write leaves a draft of the manifest.
         if others - {f".{layout.MANIFEST}.new"} and layout.MANIFEST not in others:
             raise ConfigurationError(
-                f"the folder {self.path} holds {min(others)} and is no episode store; choose an empty or new folder"
+                f"the folder {self.path} contains {min(others)} and is not an episode store; choose an empty or new "
+                "folder"
             )
 
     def _begin(self, stack: contextlib.ExitStack) -> None:
@@ -342,12 +343,12 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         found = [(task["name"], task["observation_dim"], task["action_dim"]) for task in self.manifest["tasks"]]
         if found != [(task.name, task.observation_dim, task.action_dim) for task in self.tasks.tasks]:
             raise ConfigurationError(
-                f"the episode store {self.path} was begun with other tasks ({_shortened([row[0] for row in found])}) "
-                f"than --tasks={self.tasks.name} gives; name the same tasks or choose another folder"
+                f"the episode store {self.path} was started with other tasks ({_shortened([row[0] for row in found])}) "
+                f"than those of --tasks={self.tasks.name}; use the same tasks or choose another folder"
             )
 
     def _check_sizes(self) -> None:
-        """Committed rows were on the disk before the manifest counted them."""
+        """Check that all committed rows are on the disk."""
         for name, size in layout.file_sizes(self.manifest).items():
             if os.fstat(self._files[name]).st_size < size:
                 raise ConfigurationError(
@@ -381,7 +382,7 @@ def _empty_manifest(tasks: TaskSet) -> dict[str, Any]:
 
 
 def _task_facts(table: npt.NDArray[np.int64], returns: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """The manifest's numbers of one task."""
+    """Manifest entries of one task."""
     if not len(table):
         return {"episodes": 0, "transitions": 0}
     return {
@@ -414,24 +415,24 @@ _BLOCK = 1 << 23
 
 
 def stage_store(path: str | Path, scratch: str | Path, *, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Copy a store to a node's own disk, once for all processes there.
+    """Copy a store to a node's local disk, once for all processes on the node.
 
-    Processes that come while one copies wait for it. A copy appears under its name when it is whole and its checksums
-    are those of what was read; one that is missing, incomplete or of another version of the store is made again.
+    While one process copies, others wait. The copy is renamed to its final name when it is complete and its checksums
+    match the source. A missing, incomplete or outdated copy is made again.
 
     Args:
         path (str or Path): the store.
-        scratch (str or Path): a folder on the node's disk; made if needed.
+        scratch (str or Path): a folder on the local disk; created if needed.
 
     Keyword Args:
-        say (callable): is told what is done. Defaults to silence.
+        say (callable): called with progress messages. Defaults to no messages.
 
     Returns:
         Path: the copy.
 
     Raises:
-        ConfigurationError: if there is no finished store, or no room for it in ``scratch``.
-        StorageFault: if the disk breaks, or what was written is not what is read back.
+        ConfigurationError: if there is no finished store, or too little space for it in ``scratch``.
+        StorageFault: if the disk fails, or the data read back differ from those written.
     """
     source, folder = EpisodeStore.open(path).path.resolve(), Path(scratch)
     try:
@@ -441,7 +442,7 @@ def stage_store(path: str | Path, scratch: str | Path, *, say: Callable[[str], N
     target = folder / _name(source)
     with locked(folder / f".{target.name}.lock", wait=True):
         if _is_copy(source, target):
-            say(f"{target} is a whole copy of {source}")
+            say(f"{target} is a complete copy of {source}")
             return target
         draft = folder / f".{target.name}.part"
         for old in (draft, target):
@@ -450,7 +451,7 @@ def stage_store(path: str | Path, scratch: str | Path, *, say: Callable[[str], N
         _require_room(source, folder)
         say(f"copying {source} to {target}")
         draft.mkdir()
-        # The manifest is last: without it nothing takes the folder for a store.
+        # The manifest is copied last; without it, the folder is not a store.
         for name in (*_data_files(source), layout.MANIFEST):
             _copy(source / name, draft / name)
         sync_folder(draft)
@@ -460,7 +461,7 @@ def stage_store(path: str | Path, scratch: str | Path, *, say: Callable[[str], N
 
 
 def _name(source: Path) -> str:
-    """The same for a store wherever it is asked for, another for another store of the same name."""
+    """Name of the copy: always the same for one store, and different for another store with the same name."""
     return f"{source.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:12]}"
 
 
@@ -470,7 +471,7 @@ def _data_files(source: Path) -> list[str]:
 
 
 def _is_copy(source: Path, target: Path) -> bool:
-    """Whether a whole copy lies there: of this store as it is now, and with all its bytes."""
+    """Whether ``target`` is a complete copy of the store in its present state."""
     with contextlib.suppress(ConfigurationError, FileNotFoundError):
         same = (source / layout.MANIFEST).read_bytes() == (target / layout.MANIFEST).read_bytes()
         return same and EpisodeStore.open(target).num_rows >= 0
@@ -482,16 +483,16 @@ def _require_room(source: Path, folder: Path) -> None:
     free = free_bytes(folder)
     if needed > free:
         raise ConfigurationError(
-            f"the scratch folder {folder} has no room for the episode store {source}: {amount(needed)} are needed and "
-            f"{amount(free)} are free; free space there, or read the store where it is (data.stage=none)"
+            f"the scratch folder {folder} has too little space for the episode store {source}: {amount(needed)} are "
+            f"needed and {amount(free)} are free; free space there, or do not copy the store (data.stage=none)"
         )
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file and read it back.
+    """Copy a file and verify the copy.
 
     Raises:
-        StorageFault: if the two differ, or the disk is full or broken.
+        StorageFault: if the copy differs, or the disk is full or fails.
     """
     with storage_faults(target, "copy the episode store to", source.stat().st_size, "start the job again"):
         written = 0
@@ -502,16 +503,16 @@ def _copy(source: Path, target: Path) -> None:
                 while view:
                     view = view[writer.write(view) :]
             os.fsync(writer.fileno())
-            _forget(writer.fileno())
+            _drop_cache(writer.fileno())
         found = 0
         with target.open("rb", buffering=0) as reader:
             while block := reader.read(_BLOCK):
                 found = zlib.crc32(block, found)
     if found != written:
-        raise StorageFault(f"What was written to {target} is not what is read back; check the disk of this node.")
+        raise StorageFault(f"The data read back from {target} differ from those written; check the disk of this node.")
 
 
-def _forget(descriptor: int) -> None:
-    """Let what is read back come from the disk."""
+def _drop_cache(descriptor: int) -> None:
+    """Drop a file's cached pages, so that it is read back from the disk."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

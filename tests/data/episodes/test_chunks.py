@@ -1,4 +1,4 @@
-"""What is wrong with a chunk is said; nothing in it is executed; its size costs no memory."""
+"""Checks of chunk files: their errors, no execution of code, constant memory."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def converted(key, how):
 
 
 WRONG = {
-    "missing": (lambda content: content.pop("reward"), "has no tensor reward; it has obs, action, task"),
-    "dtype": (converted("obs", torch.Tensor.double), "obs is torch.float64; torch.float32 is needed"),
-    "float task": (converted("task", torch.Tensor.float), "task is torch.float32; integers"),
+    "missing": (lambda content: content.pop("reward"), "reward;.* obs, action, task"),
+    "dtype": (converted("obs", torch.Tensor.double), "obs is torch.float64 .*torch.float32"),
+    "float task": (converted("task", torch.Tensor.float), "task is torch.float32"),
     "wide": (
         converted("obs", lambda x: torch.cat([x, x], -1)),
-        "obs is 16 wide, but the widest task of the set .* has 8: dimensions that disagree with the registry",
+        "obs has 16 columns.* has 8",
     ),
-    "narrow action": (converted("action", lambda x: x[..., :1]), "action is 1 wide"),
-    "flat": (converted("obs", lambda x: x[..., 0]), r"obs has shape \[4, 6\] beside a reward"),
+    "narrow action": (converted("action", lambda x: x[..., :1]), "action has 1 columns"),
+    "flat": (converted("obs", lambda x: x[..., 0]), r"obs has shape \[4, 6\]"),
     "task shape": (converted("task", lambda x: x.unsqueeze(-1)), r"task has shape \[4, 6, 1\]"),
-    "index": (changed("task", 2, 3), "episode 2: task index 3, but .* numbers its tasks 0 to 2"),
+    "index": (changed("task", 2, 3), "episode 2: task index 3 .*0 to 2"),
     "negative": (changed("task", 2, -1), "episode 2: task index -1"),
     "two tasks": (changed("task", (1, 3), 0), "episode 1 has more than one task index"),
     "nan": (changed("obs", (1, 0, 2), torch.nan), "episode 1: observation is not finite at index 0"),
@@ -65,16 +65,16 @@ WRONG = {
     "first action": (changed("action", (1, 0), 0.5), "episode 1: action at index 0.*shifted by one"),
     "padding": (
         changed("obs", (0, 3, 4), 0.1),
-        "episode 0: labelled task 'pendulum-swingup', but its observations use 5 dimensions .* registry says 3",
+        "episode 0: labelled task 'pendulum-swingup'.*observations use 5 dimensions.* 3:",
     ),
     "action padding": (changed("action", (1, 3, 1), 0.1), "episode 1: .* its actions use 2 dimensions"),
-    "label too narrow": (changed("task", 2, 1), "episode 2: labelled task 'cartpole-swingup'.*use 8 .* says 5"),
-    "label too wide": (changed("task", 0, 2), "episode 0: labelled task 'cup-catch'.*use 3 .* says 8"),
+    "label too narrow": (changed("task", 2, 1), "episode 2: labelled task 'cartpole-swingup'.*use 8 .* 5:"),
+    "label too wide": (changed("task", 0, 2), "episode 0: labelled task 'cup-catch'.*use 3 .* 8:"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said(tmp_path, name):
+def test_bad_chunks(tmp_path, name):
     change, message = WRONG[name]
     content = chunk(4, 6, [0, 1, 2, 0])
     change(content)
@@ -83,8 +83,8 @@ def test_what_is_wrong_is_said(tmp_path, name):
         read(tmp_path / "chunk.pt")
 
 
-def test_a_resting_feature_is_no_wrong_label(tmp_path):
-    """The last of eight never moves, as a touch sensor that nothing touches; and a policy that does nothing."""
+def test_a_constant_feature_is_not_a_wrong_label(tmp_path):
+    """The last of eight features is always zero, like an untouched touch sensor; and all actions are zero."""
     content = chunk(1, 6, [2])
     content["obs"][..., 7] = 0
     content["action"][:, 1:] = 0
@@ -97,7 +97,7 @@ def test_cut_short(tmp_path, kept):
     torch.save(chunk(40, 60, [0] * 40), tmp_path / "chunk.pt")
     content = (tmp_path / "chunk.pt").read_bytes()
     (tmp_path / "chunk.pt").write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(BadEpisodes, match=r"is not a whole file of torch.save"):
+    with pytest.raises(BadEpisodes, match=r"\([\d,]+ bytes\)"):
         read(tmp_path / "chunk.pt")
 
 
@@ -106,7 +106,7 @@ def test_one_changed_bit_in_the_data(tmp_path):
     content = bytearray((tmp_path / "chunk.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "chunk.pt").write_bytes(content)
-    with pytest.raises(BadEpisodes, match=r"is corrupt: the checksum of its part .*data/0 does not agree"):
+    with pytest.raises(BadEpisodes, match=r"corrupt.*data/0"):
         read(tmp_path / "chunk.pt")
 
 
@@ -128,13 +128,13 @@ class Exploit:
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "chunk.pt")
-    with pytest.raises(BadEpisodes, match=r"something else than a TensorDict|no TensorDict"):
+    with pytest.raises(BadEpisodes, match="TensorDict"):
         read(tmp_path / "chunk.pt")
     assert not (tmp_path / "exploited").exists()
 
 
 class OldTensorDict:
-    """Stored as tensordict did before it had a reduction of its own."""
+    """Pickled as by tensordict versions without a custom reduction."""
 
     def __init__(self, content):
         self._tensordict = dict(content)

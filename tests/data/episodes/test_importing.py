@@ -1,4 +1,4 @@
-"""Imports that are interrupted, repeated, concurrent or partly wrong."""
+"""Imports that are interrupted, repeated or concurrent, and imports with bad sources."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
-def test_every_episode_enters_once_and_unchanged(tmp_path):
+def test_every_episode_is_imported_once_and_unchanged(tmp_path):
     chunks = write_chunks(tmp_path / "source", count=11)
     store = import_chunks(tmp_path / "source", tmp_path / "store", tasks())
     assert store.num_episodes == 44
@@ -68,7 +68,7 @@ def test_tasks_without_data_are_reported(tmp_path):
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Simulates a kill of the process."""
 
 
 def kill_at(monkeypatch, moment):
@@ -91,12 +91,12 @@ def kill_at(monkeypatch, moment):
 
 @pytest.fixture
 def every_chunk_is_large(monkeypatch):
-    """So that each is committed by itself."""
+    """Commit each chunk separately."""
     monkeypatch.setattr("pwm_torchrl.data.episodes.importing._COMMIT_BYTES", 1)
 
 
-def test_a_kill_at_any_moment_loses_and_repeats_nothing(tmp_path, source, every_chunk_is_large, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of them take a disk's time
+def test_a_kill_at_any_moment_loses_and_duplicates_nothing(tmp_path, source, every_chunk_is_large, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of real ones are slow
     expected = import_chunks(source, tmp_path / "whole", tasks())
     moment, survived = 0, False
     while not survived:
@@ -110,7 +110,7 @@ def test_a_kill_at_any_moment_loses_and_repeats_nothing(tmp_path, source, every_
             except Killed:
                 manifest = store / "manifest.json"
                 if not manifest.exists() or json.loads(manifest.read_text())["state"] != "finished":
-                    with pytest.raises(ConfigurationError, match=r"not finished|no episode store|not an episode store"):
+                    with pytest.raises(ConfigurationError, match=r"not finished|not an episode store"):
                         EpisodeStore.open(store)
         found = import_chunks(source, store, tasks())
         assert digest_of(store).items() >= digest_of(expected.path).items()
@@ -121,7 +121,7 @@ def test_a_kill_at_any_moment_loses_and_repeats_nothing(tmp_path, source, every_
 def test_a_finished_chunk_is_not_read_again(tmp_path, source, every_chunk_is_large, monkeypatch):
     content = (source / "chunk_1.pt").read_bytes()
     (source / "chunk_1.pt").write_bytes(content[:-100])
-    with pytest.raises(ConfigurationError, match=r"chunk_1.pt: is not a whole file"):
+    with pytest.raises(ConfigurationError, match=r"chunk_1\.pt"):
         import_chunks(source, tmp_path / "store", tasks())
     (source / "chunk_1.pt").write_bytes(content)
     read = []
@@ -129,7 +129,7 @@ def test_a_finished_chunk_is_not_read_again(tmp_path, source, every_chunk_is_lar
         "pwm_torchrl.data.episodes.sources.hash_file",
         lambda path, *rest: read.append(path.name) or str(len(read)),
     )
-    monkeypatch.setattr("pwm_torchrl.data.episodes.sources._Record.agrees", lambda record: True)
+    monkeypatch.setattr("pwm_torchrl.data.episodes.sources._Record.matches", lambda record: True)
     store = import_chunks(source, tmp_path / "store", tasks())
     assert read == ["chunk_1.pt"]
     assert [record["name"] for record in store.manifest["sources"]] == ["chunk_0.pt", "chunk_2.pt", "chunk_1.pt"]
@@ -153,7 +153,7 @@ import_chunks(sys.argv[1], sys.argv[2], task_set(sys.argv[3]))
 """
 
 
-def test_after_a_real_kill_the_lock_is_free_and_the_first_chunk_kept(tmp_path, source):
+def test_after_a_real_kill_the_lock_is_free_and_the_first_chunk_is_kept(tmp_path, source):
     command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "store"), ",".join(NAMES)]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
@@ -164,36 +164,36 @@ def test_after_a_real_kill_the_lock_is_free_and_the_first_chunk_kept(tmp_path, s
 def test_one_importer_at_a_time(tmp_path, source):
     with (
         writer.StoreWriter(tmp_path / "store", tasks()),
-        pytest.raises(ConfigurationError, match=rf"process {os.getpid()} on .* is importing into the episode store"),
+        pytest.raises(ConfigurationError, match=rf"process {os.getpid()} on "),
     ):
         import_chunks(source, tmp_path / "store", tasks())
     import_chunks(source, tmp_path / "store", tasks())
 
 
-def test_a_finished_store_is_left_alone(tmp_path, source):
+def test_a_finished_store_is_not_changed(tmp_path, source):
     before = import_chunks(source, tmp_path / "store", tasks()).manifest
     assert import_chunks(source, tmp_path / "store", tasks()).manifest == before
     torch.save(chunk(1, 6, [0]), source / "chunk_9.pt")
-    with pytest.raises(ConfigurationError, match=r"is finished and does not have chunk_9.pt"):
+    with pytest.raises(ConfigurationError, match=r"finished .*chunk_9\.pt"):
         import_chunks(source, tmp_path / "store", tasks())
 
 
 def test_the_same_content_is_refused_under_another_name(tmp_path, source):
     (source / "copy.pt").write_bytes((source / "chunk_1.pt").read_bytes())
-    with pytest.raises(ConfigurationError, match=r"copy.pt: has the same content as chunk_1.pt"):
+    with pytest.raises(ConfigurationError, match=r"copy\.pt: .*chunk_1\.pt"):
         import_chunks(source, tmp_path / "store", tasks())
     store = import_chunks(source, tmp_path / "store", tasks(), keep_good=True)
     assert store.num_episodes == 12
 
 
-def test_bad_chunks_are_named_and_the_rest_kept_on_request(tmp_path, source):
+def test_bad_chunks_are_listed_and_the_others_kept_on_request(tmp_path, source):
     (source / "chunk_1.pt").write_bytes(b"nothing")
     content = chunk(3, 6, [0, 1, 2], seed=8)
     content["action"][2, 3, 0] = 1.5
     torch.save(content, source / "chunk_3.pt")
-    with pytest.raises(ConfigurationError, match=r"2 of 4 sources .*the 2 good ones are kept") as caught:
+    with pytest.raises(ConfigurationError, match=r"2 of 4 sources .*2 good ones") as caught:
         import_chunks(source, tmp_path / "store", tasks())
-    assert "chunk_1.pt: is not a whole file of torch.save" in str(caught.value)
+    assert "chunk_1.pt: " in str(caught.value)
     assert "chunk_3.pt: episode 2: action of size 1.5 at index 3" in str(caught.value)
     with pytest.raises(ConfigurationError, match="is not finished"):
         EpisodeStore.open(tmp_path / "store")
@@ -205,19 +205,19 @@ def test_bad_chunks_are_named_and_the_rest_kept_on_request(tmp_path, source):
     assert (store.path / "reward.f32").stat().st_size == 4 * rows
 
 
-def test_without_a_good_source_there_is_no_store(tmp_path):
+def test_all_sources_bad(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.pt").write_bytes(b"")
     with pytest.raises(ConfigurationError, match="there is no good one"):
         import_chunks(tmp_path / "source", tmp_path / "store", tasks(), keep_good=True)
 
 
-def test_a_changed_chunk_is_not_mistaken_for_the_imported_one(tmp_path, source):
+def test_a_chunk_changed_during_an_import(tmp_path, source):
     (source / "chunk_1.pt").write_bytes(b"nothing")
     with pytest.raises(ConfigurationError, match="the 2 good ones"):
         import_chunks(source, tmp_path / "store", tasks())
     torch.save(chunk(9, 6, [0] * 9), source / "chunk_0.pt")
-    with pytest.raises(ConfigurationError, match=r"chunk_0.pt has .* bytes now"):
+    with pytest.raises(ConfigurationError, match=r"chunk_0\.pt has [\d,]+ bytes"):
         import_chunks(source, tmp_path / "store", tasks())
 
 
@@ -225,34 +225,34 @@ def test_other_tasks_and_other_folders_are_refused(tmp_path, source):
     (source / "chunk_1.pt").write_bytes(b"nothing")
     with pytest.raises(ConfigurationError, match="the 2 good ones"):
         import_chunks(source, tmp_path / "store", tasks())
-    with pytest.raises(ConfigurationError, match="begun with other tasks"):
+    with pytest.raises(ConfigurationError, match="other tasks"):
         import_chunks(source, tmp_path / "store", task_set(NAMES[::-1]))
-    with pytest.raises(ConfigurationError, match=r"holds chunk_0.pt and is no episode store"):
+    with pytest.raises(ConfigurationError, match=r"contains chunk_0\.pt"):
         import_chunks(source, source, tasks())
     with pytest.raises(ConfigurationError, match="there is no folder"):
         import_chunks(tmp_path / "nowhere", tmp_path / "other", tasks())
-    with pytest.raises(ConfigurationError, match=r"has no file of episodes \(\*.pt\)"):
+    with pytest.raises(ConfigurationError, match=r"\(\*\.pt\)"):
         import_chunks(tmp_path / "store", tmp_path / "other", tasks())
 
 
-def test_a_disk_without_room_is_known_before_anything_is_written(tmp_path, source, monkeypatch):
+def test_too_little_space_is_an_error_before_writing(tmp_path, source, monkeypatch):
     monkeypatch.setattr("pwm_torchrl.data.episodes.writer.free_bytes", lambda path: 100)
-    with pytest.raises(ConfigurationError, match="100 bytes are free there"):
+    with pytest.raises(ConfigurationError, match="100 bytes"):
         import_chunks(source, tmp_path / "store", tasks())
 
 
-def test_a_disk_that_fills_up_is_one_sentence_and_the_import_goes_on_later(tmp_path, source, monkeypatch):
+def test_a_disk_that_fills_up(tmp_path, source, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "write_all", full)
-        with pytest.raises(StorageFault, match="run the same import again: it goes on where it was"):
+        with pytest.raises(StorageFault, match="run the same import again"):
             import_chunks(source, tmp_path / "store", tasks())
     assert import_chunks(source, tmp_path / "store", tasks()).num_episodes == 12
 
 
-def test_progress_is_told_on_stderr(tmp_path, source, capsys, monkeypatch):
+def test_progress_is_printed_on_stderr(tmp_path, source, capsys, monkeypatch):
     monkeypatch.setattr("pwm_torchrl.data.episodes.writer.LINE_EVERY_S", 0.0)
     (source / "chunk_1.pt").write_bytes(b"nothing")
     import_chunks(source, tmp_path / "store", tasks(), keep_good=True, progress=True)

@@ -43,7 +43,7 @@ def test_all_valid_starts_are_equally_likely(store):
     store.slices(rows[:2000], HORIZON)  # raises where one crosses an end
 
 
-def test_balanced_gives_each_task_the_same(store):
+def test_balanced_draws_each_task_equally_often(store):
     found = frequencies(SliceIndex(store, HORIZON, balanced=True).sample(24_000))
     valid = starts(store, range(6))
     assert found.keys() == valid.keys()
@@ -68,7 +68,7 @@ def test_observations_come_from_every_row(store):
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_draws_follow_the_generator(store, balanced):
+def test_sampling_uses_the_generator(store, balanced):
     index = SliceIndex(store, HORIZON, balanced=balanced)
     draws = [index.sample(50, torch.Generator().manual_seed(seed)).tolist() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
@@ -76,7 +76,7 @@ def test_draws_follow_the_generator(store, balanced):
     assert index.sample(50).tolist() == draws[0]
 
 
-def test_what_has_nothing_to_draw_is_refused(store):
+def test_no_starts(store):
     with pytest.raises(ConfigurationError, match="'cup-catch' has no episode of at least 4 transitions"):
         SliceIndex(store, HORIZON, tasks=[0, 2])
     with pytest.raises(ConfigurationError, match="no episode of at least 10"):
@@ -95,7 +95,7 @@ def many(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("split") / "store", random_rows([2] * len(task), task))
 
 
-def test_a_split_holds_out_a_share_of_every_task(many):
+def test_a_split_holds_out_a_fraction_of_every_task(many):
     training, validation = split_episodes(many, 0.1, seed=3)
     assert np.array_equal(np.sort(np.concatenate([training, validation])), np.arange(43))
     assert np.bincount(many.task[validation], minlength=3).tolist() == [4, 1, 0]
@@ -104,10 +104,10 @@ def test_a_split_holds_out_a_share_of_every_task(many):
     assert np.bincount(many.task[split_episodes(many, 0.99, seed=3)[1]], minlength=3).tolist() == [39, 1, 0]
 
 
-def test_a_split_stays_what_it_is(many):
+def test_a_split_is_reproducible(many):
     assert split_episodes(many, 0.1, seed=3)[1].tolist() == EXPECTED
     assert split_episodes(many, 0.1, seed=4)[1].tolist() != EXPECTED
-    with pytest.raises(ConfigurationError, match="between 0 and 1"):
+    with pytest.raises(ConfigurationError, match=r"fraction \S+ is not"):
         split_episodes(many, 1.0, seed=3)
 
 

@@ -13,7 +13,7 @@ from pwm_torchrl.errors import ConfigurationError
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """30 episodes of cup-catch from a linear system whose rewards lie a row late, and 2 of pendulum."""
+    """30 episodes of cup-catch from a linear system whose rewards are stored a row late, and 2 of pendulum."""
     folder = tmp_path_factory.mktemp("inspect")
     for number, each in enumerate(linear_system("random", "reached", episodes=30, length=60, o=8)):
         values = {"action": each.action[1:], "observation": each.observation, "reward": np.roll(each.reward, 1)[1:]}
@@ -47,7 +47,7 @@ def test_the_summary_of_each_task(found, source):
     np.testing.assert_allclose(cup.return_quantiles, np.quantile(returns, [0, 0.25, 0.5, 0.75, 1]), rtol=1e-4)
 
 
-def test_shifts_are_said_plainly(found):
+def test_shifts_are_described(found):
     pendulum, cup = found.tasks
     assert cup.action_shift.verdict == "aligned"
     assert cup.reward_shift.verdict == "late"
@@ -57,7 +57,7 @@ def test_shifts_are_said_plainly(found):
     )
 
 
-def test_bad_sources_are_named_and_the_rest_inspected(tmp_path):
+def test_bad_sources_are_listed_and_the_others_inspected(tmp_path):
     torch.save(chunk(2, 9, [0, 0]), tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(b"nothing")
     found = inspect_source(tmp_path, tasks())

@@ -1,4 +1,4 @@
-"""Minari: the stand-in has what is used of its API; where Minari itself is installed, that is used too."""
+"""Minari data sets, with a stand-in for the part of its API that is used, and with Minari itself if it is installed."""
 
 from __future__ import annotations
 
@@ -88,15 +88,15 @@ def check(store):
     assert store.slices(ends, 1)["next", "terminated"].flatten().tolist() == [True, False]
 
 
-def test_episodes_enter_as_they_are(library, tmp_path):
+def test_episodes_are_imported_unchanged(library, tmp_path):
     store = import_episodes("minari:pendulum/random-v0=pendulum-swingup", tmp_path / "store", tasks())
     check(store)
     assert store.manifest["sources"][0]["name"] == "minari:pendulum/random-v0"
     check(import_episodes("minari:pendulum/random-v0", tmp_path / "one", task_set("pendulum-swingup")))
 
 
-def test_what_cannot_be_is_said(library, tmp_path):
-    with pytest.raises(ConfigurationError, match="get it with 'minari download nothing/here-v0'"):
+def test_bad_data_sets(library, tmp_path):
+    with pytest.raises(ConfigurationError, match="minari download nothing/here-v0"):
         import_episodes("minari:nothing/here-v0", tmp_path / "store", tasks())
     library["discrete"] = Data(episodes(), action_space=Box((), "int64"))
     library["large"] = Data(episodes())
@@ -108,7 +108,7 @@ def test_what_cannot_be_is_said(library, tmp_path):
     assert "minari:large: episode 1: action of size 7" in str(caught.value)
 
 
-def test_says_what_to_install(tmp_path, monkeypatch):
+def test_minari_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(MissingLibraryError, match=r"pip install 'pwm-torchrl\[minari\]'"):
         import_episodes("minari:x", tmp_path / "store", tasks())

@@ -66,11 +66,11 @@ def test_hdf5(tmp_path, grouped):
     for number, each in enumerate(given):
         check(store, number, each, each["task"])
     (tmp_path / "a.h5").write_bytes((tmp_path / "a.h5").read_bytes()[:1000])
-    with pytest.raises(ConfigurationError, match=r"a.h5: is no whole HDF5 file"):
+    with pytest.raises(ConfigurationError, match=r"a\.h5: .*HDF5"):
         import_episodes(tmp_path, tmp_path / "other", tasks())
 
 
-def test_hdf5_says_what_to_install(tmp_path, monkeypatch):
+def test_h5py_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     (tmp_path / "a.h5").touch()
     with pytest.raises(MissingLibraryError, match=r"pip install 'pwm-torchrl\[hdf5\]'"):
@@ -81,7 +81,7 @@ def test_episodes_without_a_task(tmp_path):
     given = episode("cup-catch", 4)
     del given["task"]
     np.savez(tmp_path / "a.npz", **given)
-    with pytest.raises(ConfigurationError, match=r"a.npz: has no task, and the set .* has 3; add it, or give --task"):
+    with pytest.raises(ConfigurationError, match=r"a\.npz: .* 3;.*--task"):
         import_episodes(tmp_path, tmp_path / "store", tasks())
     check(import_episodes(tmp_path, tmp_path / "store", tasks(), task="cup-catch"), 0, given, "cup-catch")
     check(import_episodes(tmp_path, tmp_path / "one", task_set("cup-catch")), 0, given, "cup-catch")
@@ -92,26 +92,26 @@ def test_episodes_without_a_task(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"observation": np.zeros((4, 8))}, r"observation has shape \[4, 8\]; .*'cup-catch' and 4 rewards \[5, 8\]"),
+        ({"observation": np.zeros((4, 8))}, r"observation has shape \[4, 8\].*\[5, 8\].*'cup-catch'"),
         ({"observation": np.zeros((5, 3))}, r"observation has shape \[5, 3\]"),
         ({"action": np.zeros((5, 2))}, r"action has shape \[5, 2\]"),
         ({"action": np.full((4, 2), 1.1)}, "action of size 1.1 at index 1"),
         ({"reward": np.array([0, 1, np.nan, 0])}, "reward is not finite at index 3"),
         ({"reward": np.array([0, 1, 1e300, 0])}, "reward is not finite"),
-        ({"reward": np.zeros((0,))}, ".*of at least 1 transition"),
-        ({"reward": np.array(["a"] * 4)}, "reward is <U1; numbers are needed"),
+        ({"reward": np.zeros((0,))}, ".*at least 1 transition"),
+        ({"reward": np.array(["a"] * 4)}, "reward is <U1"),
         ({"terminated": np.zeros(4, bool)}, r"terminated has shape \[4\]"),
-        ({"task": "walker-walk"}, "task 'walker-walk' is not in the task set"),
+        ({"task": "walker-walk"}, "task 'walker-walk'"),
         ({"task": np.array(["cup-catch"] * 2)}, r"task has shape \[2\]"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, change, message):
+def test_bad_episodes(tmp_path, change, message):
     np.savez(tmp_path / "a.npz", **{f"x/{k}": v for k, v in {**episode("cup-catch", 4), **change}.items()})
     with pytest.raises(ConfigurationError, match="a.npz: episode 'x': " + message):
         import_episodes(tmp_path, tmp_path / "store", tasks())
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_of_other_kinds(tmp_path):
     np.savez(tmp_path / "a.npz", observation=np.zeros(3))
     (tmp_path / "b.npz").write_bytes(b"no zip")
     np.savez(tmp_path / "c.npz")
@@ -119,10 +119,10 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ConfigurationError, match="4 of 4 sources") as caught:
         import_episodes(tmp_path, tmp_path / "store", tasks())
     message = str(caught.value)
-    assert "a.npz: has no action, reward; it has observation" in message
-    assert "b.npz: is no whole npz file" in message
-    assert "c.npz: holds no episode" in message
-    assert "d.npz: cannot be read: Object arrays cannot be loaded" in message
+    assert "a.npz: has no action, reward; it has observation" in message  # the missing and the present arrays
+    assert "b.npz: " in message
+    assert "c.npz: " in message
+    assert "d.npz: " in message
 
 
 def test_several_sources_and_kinds_make_one_store(tmp_path):
@@ -132,8 +132,8 @@ def test_several_sources_and_kinds_make_one_store(tmp_path):
     given = [tmp_path / "chunks", tmp_path / "own" / "a.npz"]
     store = import_episodes(given, tmp_path / "store", tasks())
     assert [record["name"] for record in store.manifest["sources"]] == ["chunks/chunk_0.pt", "own/a.npz"]
-    with pytest.raises(ConfigurationError, match=r"have own/a.npz more than once"):
+    with pytest.raises(ConfigurationError, match=r"own/a\.npz"):
         import_episodes([given[1]] * 2, tmp_path / "other", tasks())
-    with pytest.raises(ConfigurationError, match="is no file of episodes"):
+    with pytest.raises(ConfigurationError, match="file of episodes"):
         import_episodes(store.path / "reward.f32", tmp_path / "other", tasks())
     assert torch.isfinite(store.observations(np.arange(store.num_rows))).all()

@@ -1,4 +1,4 @@
-"""Data of which is known where actions and rewards lie: linear systems, and dm_control's pendulum."""
+"""Shift detection on data with known shifts: linear systems and dm_control's pendulum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = {0: "aligned", 1: "late", -1: "early"}
 
 
 def linear_system(policy, reward, noise=0.05, episodes=16, length=200, o=4, a=2):
-    """x' = A x + B u + noise; ``reward`` of the state reached, or of the state before and the action."""
+    """x' = A x + B u + noise; the reward depends on the next state, or on the state before and the action."""
     rng = np.random.RandomState(0)
     transition = 0.95 * np.linalg.qr(np.eye(o) + 0.2 * rng.randn(o, o))[0]
     transition *= np.sign(np.trace(transition))
@@ -51,21 +51,21 @@ def test_shifted_actions_are_found(policy):
 @pytest.mark.parametrize("policy", ["random", "smooth", "feedback"])
 @pytest.mark.parametrize("actions", [0, 1])
 def test_shifted_rewards_are_found(policy, actions):
-    """Wherever the actions lie."""
+    """For actions that are aligned or shifted."""
     data = linear_system(policy, "reached")
     for shift, name in NAMES.items():
         moved = shifted(data, actions, shift)
         assert find_reward_shift(moved, find_action_shift(moved)).verdict == name
 
 
-def test_rewards_of_the_state_before_are_no_shift_where_actions_tell():
+def test_rewards_of_the_state_before_are_aligned_if_they_depend_on_actions():
     data = linear_system("random", "before")
     for shift, name in NAMES.items():
         moved = shifted(data, 0, shift)
         assert find_reward_shift(moved, find_action_shift(moved)).verdict == name
 
 
-def test_rewards_of_the_state_before_are_called_possible_where_nothing_tells():
+def test_rewards_of_the_state_before_are_ambiguous_without_actions():
     data = shifted(linear_system("random", "reached"), 0, 1)
     assert "or the environment rewards the state before" in find_reward_shift(data, find_action_shift(data)).reason
 
@@ -74,7 +74,7 @@ def without(episodes, **changes):
     return [Episode(**{**vars(e), **{k: change(getattr(e, k)) for k, change in changes.items()}}) for e in episodes]
 
 
-def test_says_when_it_cannot_tell():
+def test_unknown():
     data = linear_system("random", "reached")
     short = [Episode(e.observation[:5], e.action[:5], e.reward[:5]) for e in data]
     still = without(data, action=np.zeros_like, reward=np.zeros_like)
@@ -125,6 +125,6 @@ def test_the_pendulum_of_dm_control():
     for (
         shift,
         name,
-    ) in NAMES.items():  # one or two steps a turn in the reward's cone: it may not be told, but not wrongly
+    ) in NAMES.items():  # only one or two rewarded steps per turn: may be unknown, but must not be wrong
         moved = shifted(data, 0, shift)
         assert find_reward_shift(moved, find_action_shift(moved)).verdict in ("unknown", name)

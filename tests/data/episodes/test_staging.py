@@ -6,7 +6,7 @@ import os
 import pytest
 from episode_cases import digest_of, make_store, random_rows
 
-from pwm_torchrl.data.episodes import EpisodeStore, staging
+from pwm_torchrl.data.episodes import EpisodeStore, writer
 from pwm_torchrl.data.episodes.writer import stage_store
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 
@@ -30,7 +30,7 @@ def test_a_copy_is_made_once(tmp_path, store, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["gone", "short", "no manifest", "part", "table"])
-def test_what_is_missing_or_incomplete_is_copied_again(tmp_path, store, damage):
+def test_a_damaged_copy_is_made_again(tmp_path, store, damage):
     copy = stage_store(store.path, tmp_path / "scratch")
     if damage == "gone":
         copy.rename(tmp_path / "elsewhere")
@@ -47,7 +47,7 @@ def test_what_is_missing_or_incomplete_is_copied_again(tmp_path, store, damage):
     assert not list((tmp_path / "scratch").glob("*.part"))
 
 
-def test_another_store_of_the_same_name_and_a_new_one_in_its_place(tmp_path, store):
+def test_stores_with_the_same_name(tmp_path, store):
     other = make_store(tmp_path / "other" / "store", random_rows([3], [2]))
     copies = {stage_store(path, tmp_path / "scratch") for path in (store.path, other.path)}
     assert len(copies) == 2
@@ -59,22 +59,22 @@ def test_another_store_of_the_same_name_and_a_new_one_in_its_place(tmp_path, sto
     assert digest_of(copy) == digest_of(replaced.path)
 
 
-def test_room_is_checked_first(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(staging, "free_bytes", lambda path: 10)
-    with pytest.raises(ConfigurationError, match=r"10 bytes are free; .*data.stage=none"):
+def test_space_is_checked_first(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(writer, "free_bytes", lambda path: 10)
+    with pytest.raises(ConfigurationError, match=r"10 bytes are free.*data\.stage=none"):
         stage_store(store.path, tmp_path / "scratch")
     assert not [path for path in (tmp_path / "scratch").iterdir() if path.is_dir()]
 
 
-def test_what_is_read_back_is_compared(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(staging, "_forget", lambda descriptor: os.ftruncate(descriptor, 4))
-    with pytest.raises(StorageFault, match="is not what is read back"):
+def test_the_copy_is_verified(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(writer, "_drop_cache", lambda descriptor: os.ftruncate(descriptor, 4))
+    with pytest.raises(StorageFault, match="read back"):
         stage_store(store.path, tmp_path / "scratch")
     monkeypatch.undo()
     assert digest_of(stage_store(store.path, tmp_path / "scratch")) == digest_of(store.path)
 
 
-def test_what_is_no_finished_store_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_store(tmp_path):
     with pytest.raises(ConfigurationError, match="is not an episode store"):
         stage_store(tmp_path, tmp_path / "scratch")
 

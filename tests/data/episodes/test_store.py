@@ -26,7 +26,7 @@ def store(tmp_path, rows):
     return make_store(tmp_path / "store", rows)
 
 
-def test_says_what_it_holds(store, tmp_path, rows):
+def test_attributes(store, tmp_path, rows):
     assert store.path == tmp_path / "store"
     assert store.task_names == NAMES
     assert (store.observation_dim, store.action_dim) == (8, 2)
@@ -43,8 +43,8 @@ def test_says_what_it_holds(store, tmp_path, rows):
     np.testing.assert_allclose(store.returns(np.array([3, 1])), [expected[3], expected[1]])
 
 
-def test_every_slice_is_the_episode_s_own(store, rows):
-    """Each value against the arrays that were written, for every valid start of every horizon."""
+def test_every_slice_is_from_its_episode(store, rows):
+    """Compare each value with the written arrays, for every valid start of every horizon."""
     for horizon in (1, 3, 4):
         starts = [(e, s) for e, n in enumerate(LENGTHS) for s in range(n - horizon + 1)]
         first = np.array([rows.first[e] + s for e, s in starts])
@@ -67,9 +67,9 @@ def test_every_slice_is_the_episode_s_own(store, rows):
 
 def test_no_slice_crosses_an_end(store):
     store.slices(np.array([0]), 4)
-    with pytest.raises(IndexError, match="in one episode"):
+    with pytest.raises(IndexError, match="horizon="):
         store.slices(np.array([0]), 5)
-    with pytest.raises(IndexError, match="in one episode"):
+    with pytest.raises(IndexError, match="horizon="):
         store.slices(np.array([18, 4]), 1)  # row 4 is the last observation of its episode
     with pytest.raises(IndexError, match=r"\[0, 28\)"):
         store.slices(np.array([-1]), 1)
@@ -81,7 +81,7 @@ def test_prefetching_changes_nothing(store):
     rows = np.array([18, 0, 23, 12])
     expected = store.slices(rows, 4)
     store.prefetch(rows, 4)
-    store.prefetch(np.array([27]), 40)  # beyond the end there is nothing to fetch
+    store.prefetch(np.array([27]), 40)  # a range beyond the end is ignored
     assert (store.slices(rows, 4) == expected).all()
     with pytest.raises(IndexError):
         store.prefetch(np.array([28]), 4)
@@ -122,19 +122,19 @@ def damaged(store, name, change):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("manifest.json", {"format": "else"}, "does not say format"),
-        ("manifest.json", {"version": 2}, "has version 2; this installation reads up to 1"),
+        ("manifest.json", {"format": "else"}, "'pwm_torchrl.episodes'"),
+        ("manifest.json", {"version": 2}, "version 2.* 1:"),
         ("manifest.json", {"state": "importing"}, "is not finished .*4 episodes so far"),
-        ("manifest.json", None, "is not an episode store: it has no manifest.json"),
+        ("manifest.json", None, "no manifest.json"),
         ("manifest.json", 20, "is not JSON"),
-        ("action.f32", -1, "action.f32 has 223 bytes, 224 are expected"),
-        ("reward.f32", None, "reward.f32 is gone"),
+        ("action.f32", -1, "action.f32 has 223 bytes.*224"),
+        ("reward.f32", None, "reward.f32"),
         ("terminated.u8", 3, "terminated.u8 has 3 bytes"),
-        ("episodes.npy", 150, "episodes.npy cannot be read"),
-        ("returns.npy", None, "returns.npy cannot be read"),
+        ("episodes.npy", 150, "episodes.npy"),
+        ("returns.npy", None, "returns.npy"),
     ],
 )
-def test_what_is_no_whole_store_is_refused(store, name, change, message):
+def test_damaged_stores(store, name, change, message):
     damaged(store, name, change)
     with pytest.raises(ConfigurationError, match=message) as caught:
         EpisodeStore.open(store.path)
@@ -142,5 +142,5 @@ def test_what_is_no_whole_store_is_refused(store, name, change, message):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigurationError, match="there is no such folder"):
+    with pytest.raises(ConfigurationError, match="nothing"):
         EpisodeStore.open(tmp_path / "nothing")
