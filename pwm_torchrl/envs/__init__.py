@@ -1,8 +1,8 @@
-"""Real environments behind one interface: makers for gymnasium, dm_control, Meta-World and dflex, the tasks of MT30 and
-MT80, state saving, rendering; and imagination as an environment, with planning in it.
+"""Environments with one interface: makers for gymnasium, dm_control, Meta-World and dflex, the task registry, saved
+states, rendering, imagination as an environment, and planning.
 
-May import from ``modules`` and ``objectives``; environment libraries are loaded by the maker that needs them. Names are
-loaded on first use: the registry of tasks needs no torch.
+May import from ``modules`` and ``objectives``. Each maker loads its own environment library. Names are loaded on first
+use, so that the task registry can be used without torch.
 """
 
 from __future__ import annotations

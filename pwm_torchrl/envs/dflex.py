@@ -1,4 +1,4 @@
-"""dflex's differentiable simulations: the batched environment and its maker."""
+"""Batched environments of dflex's differentiable simulations, and their maker."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ INSTALL = "pip install 'git+https://github.com/imgeorgiev/DiffRL.git#subdirector
 class DFlexEnv(EnvBase):
     """A batched dflex simulation as a TorchRL environment of batch size ``[N]``.
 
-    dflex resets finished rows inside ``step``; here the step returns the true last observation, and the reset that
-    follows hands out the observation that the simulator already drew. Rewards are dflex's: of the state before the
-    transition.
+    dflex resets finished rows inside ``step``. Here, the step returns the true last observation, and the following
+    reset returns the observation that the simulator has already drawn. As in dflex, rewards are those of the state
+    before the transition.
 
     Args:
         simulator: an object with dflex's interface: ``num_envs``, ``num_obs``, ``num_actions``, ``episode_length``,
@@ -38,11 +38,11 @@ class DFlexEnv(EnvBase):
     Keyword Args:
         name (str): label for messages.
         seed (int): seed of the whole batch. Defaults to ``0``.
-        device (torch.device or str): the simulator's. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the simulator. Defaults to ``"cpu"``.
         terminates (bool): whether episodes can end before their time limit. Defaults to ``True``.
     """
 
-    state_support = "none: dflex has no complete copy of its state, so a resumed run begins with new episodes"
+    state_support = "none: dflex cannot save its complete state, so a resumed run begins with new episodes"
 
     def __init__(
         self,
@@ -77,9 +77,9 @@ class DFlexEnv(EnvBase):
         )
         self._random = RandomStream(self.device)
         self._set_seed(seed)
-        # Rows that the simulator has reset inside its last step, and the observation of every row's present state.
+        # Rows that the simulator has reset inside its last step, and the current observation of each row.
         self._already_reset = torch.zeros(n, dtype=torch.bool, device=self.device)
-        self._present = torch.zeros(n, observation_dim, device=self.device)
+        self._current = torch.zeros(n, observation_dim, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
@@ -89,20 +89,20 @@ class DFlexEnv(EnvBase):
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get("action").detach().clone()
         with self._guarded("step"), torch.no_grad(), self._random.active():
-            after, reward, done, extras = self.simulator.step(action)
+            observation_after_reset, reward, done, extras = self.simulator.step(action)
         try:
             last, terminated, truncated = (extras[k] for k in ("obs_before_reset", "termination", "truncation"))
         except KeyError as error:
             raise ConfigurationError(
-                f"{self.pwm_info.name}: this dflex's step gives no extras[{error.args[0]!r}], which tells true last "
-                f"observations and terminations apart; install the paper's version: {INSTALL}"
+                f"{self.pwm_info.name}: step of this dflex version returns no extras[{error.args[0]!r}], which has the "
+                f"last observations or terminations; install the paper's version: {INSTALL}"
             ) from error
-        # dflex reuses its buffers and its tensors may own graphs: everything that leaves here is a detached copy.
+        # dflex reuses its buffers, and its tensors may have graphs, so all results are detached copies.
         last, reward = last.detach().clone().float(), reward.detach().clone().float().view(-1, 1)
         terminated = terminated.detach().clone().bool().view(-1, 1)
         truncated = truncated.detach().clone().bool().view(-1, 1)
         done = done.detach().clone().bool().view(-1, 1) | terminated | truncated
-        self._present = after.detach().clone().float()
+        self._current = observation_after_reset.detach().clone().float()
         self._already_reset = done.view(-1).clone()
         self._check_finite(last, "observation")
         self._check_finite(reward, "reward")
@@ -121,21 +121,21 @@ class DFlexEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if mask is None:
-            self._present = self._simulator_reset(None)
+            self._current = self._simulator_reset(None)
             self._already_reset = torch.zeros_like(self._already_reset)
         else:
             rows = mask.view(-1)
             pending = rows & ~self._already_reset
             if pending.any():
                 fresh = self._simulator_reset(pending.nonzero().squeeze(-1))
-                self._present = torch.where(pending.unsqueeze(-1), fresh, self._present)
+                self._current = torch.where(pending.unsqueeze(-1), fresh, self._current)
             self._already_reset = self._already_reset & ~rows
-        self._check_finite(self._present, "observation after reset")
-        return TensorDict({"observation": self._present.clone()}, batch_size=self.batch_size, device=self.device)
+        self._check_finite(self._current, "observation after reset")
+        return TensorDict({"observation": self._current.clone()}, batch_size=self.batch_size, device=self.device)
 
     def _simulator_reset(self, rows: torch.Tensor | None) -> torch.Tensor:
         with self._guarded("reset"), torch.no_grad(), self._random.active():
-            # Some versions take force_reset=True as "all rows", whatever env_ids says.
+            # Some versions interpret force_reset=True as "all rows" and ignore env_ids.
             observation = self.simulator.reset(env_ids=rows, force_reset=rows is None)
         return observation.detach().clone().float()
 
@@ -156,15 +156,14 @@ class DFlexEnv(EnvBase):
             raise EnvironmentFault(self.pwm_info.name, f"{what} is not finite", seed=self._seed, index=row)
 
     def render_frame(self) -> np.ndarray:
-        """Dflex writes USD scenes, not pictures: always raises ConfigurationError."""
-        raise ConfigurationError(f"{self.pwm_info.name} cannot be filmed: dflex draws no pictures")
+        """Always raises ConfigurationError, because dflex writes USD scenes and no images."""
+        raise ConfigurationError(f"{self.pwm_info.name} cannot be rendered: dflex draws no images")
 
 
 class RandomStream:
-    """The global random state as the simulator sees it, kept apart from everyone else's.
+    """A separate state of torch's and numpy's global generators, used while the simulator runs.
 
-    dflex draws from torch's and numpy's global generators; sharing them would let an evaluation change the training
-    run, and vice versa.
+    dflex draws from the global generators; without a separate state, an evaluation would change the training run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -172,7 +171,7 @@ class RandomStream:
         self._state = self._get()
 
     def seed(self, seed: int) -> None:
-        """Start the stream anew."""
+        """Reseed the stream."""
         outside = self._get()
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
@@ -181,7 +180,7 @@ class RandomStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Let what runs inside draw from this stream."""
+        """Use this stream inside the block."""
         outside = self._get()
         self._set(self._state)
         try:
@@ -223,20 +222,20 @@ def make_dflex_env(
     render: bool = False,
     **simulator_kwargs: Any,
 ) -> EnvBase:
-    """One of dflex's simulations with N environments.
+    """Make a dflex simulation with N environments.
 
     Args:
-        name (str): ``"hopper"``, ``"ant"``, ``"anymal"``, ``"humanoid"`` or ``"snu_humanoid"``, also with ``dflex_`` in
-            front, as tables call them.
+        name (str): ``"hopper"``, ``"ant"``, ``"anymal"``, ``"humanoid"`` or ``"snu_humanoid"``, optionally with the
+            prefix ``dflex_``.
         num_envs (int): ``N``. Defaults to ``64``.
         seed (int): seed of the whole batch. Defaults to ``0``.
-        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the simulation. Defaults to ``"cpu"``.
         episode_length (int): steps per episode. Defaults to ``1000``.
         stochastic_init (bool): random initial states. Defaults to ``True``.
-        early_termination (bool): let a fall end the episode, where the simulation has falls. Defaults to ``True``.
-        no_grad (bool): simulate without gradients; PWM needs none. Defaults to ``True``.
-        module (str): dotted path of the module that has the simulator classes. Defaults to ``"dflex.envs"``.
-        render (bool): accepted like by the other makers; dflex draws no pictures. Defaults to ``False``.
+        early_termination (bool): end the episode after a fall, in simulations with falls. Defaults to ``True``.
+        no_grad (bool): simulate without gradients, which PWM does not need. Defaults to ``True``.
+        module (str): dotted path of the module with the simulator classes. Defaults to ``"dflex.envs"``.
+        render (bool): ignored, because dflex draws no images. Defaults to ``False``.
         **simulator_kwargs: further arguments of the simulator's constructor, such as ``MM_caching_frequency``.
 
     Returns:
@@ -289,7 +288,7 @@ def _load(module: str, name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and module.startswith(error.name) and module.startswith("dflex"):
             raise MissingLibraryError(
-                f"env.name={name} needs dflex, which is not installed; it is on no package index and licensed for "
+                f"env.name={name} needs dflex, which is not installed; it is not on a package index and licensed for "
                 f"research only: {INSTALL}"
             ) from error
         raise MissingLibraryError(f"env.module={module!r} needs {error.name}, which is not installed") from error
@@ -305,7 +304,7 @@ def _simulator_class(loaded: ModuleType, module: str, name: str) -> Any:
 
 
 def _accepted(cls: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Our arguments that the constructor knows, and all of the user's, which it must know."""
+    """The constructor's arguments: ours that it accepts, and all of the user's, which it must accept."""
     parameters = inspect.signature(cls).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return {**ours, **theirs}

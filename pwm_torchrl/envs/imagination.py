@@ -1,4 +1,4 @@
-"""Imagination as a TorchRL environment: specs, start states, the model behind it and the environment."""
+"""Imagination as a TorchRL environment, with its specs, start states and world model."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ __all__ = [
     "task_masks",
 ]
 
-#: Steps since the start of a rollout, beside the state: the environment keeps nothing between two steps.
+#: Entry with the number of steps since the start of a rollout; it is in the data because the environment is stateless.
 STEPS = "imagined_steps"
 
 
 class LatentSpecs(NamedTuple):
-    """Of one rollout, without batch."""
+    """Specs of one rollout, without batch dimensions."""
 
     state: Composite  # state entries and the task
-    observation: Composite  # the same and, with a horizon, the count of steps
+    observation: Composite  # the same and, with a horizon, the number of steps
     action: Composite
     reward: TensorSpec
     done: Composite
 
     def batched(self, batch: torch.Size, device: torch.device) -> LatentSpecs:
-        """The same for a batch of rollouts, on a device."""
+        """Specs of a batch of rollouts on a device."""
         specs = [spec.to(device) for spec in self]
         return LatentSpecs(*(spec.expand(*batch, *spec.shape).clone() if batch else spec for spec in specs))
 
@@ -59,33 +59,33 @@ def latent_specs(
     action: TensorSpec | None = None,
     latent: TensorSpec | None = None,
 ) -> LatentSpecs:
-    """Put together what is given and what a model of ours tells.
+    """Combine the given specs with those derived from a model of this package.
 
     Args:
-        model (LatentModel): which entries there are.
+        model (LatentModel): the entries of the model.
         module (nn.Module): the world model itself.
-        horizon (int, optional): of the environment.
-        action (TensorSpec, optional): of one action.
-        latent (TensorSpec, optional): of one state.
+        horizon (int, optional): horizon of the environment.
+        action (TensorSpec, optional): spec of one action.
+        latent (TensorSpec, optional): spec of one state.
 
     Raises:
-        ConfigurationError: if something is missing or does not fit.
+        ConfigurationError: if a spec is missing or does not fit the model.
     """
     latent_dim, action_dim = latent_and_action_dims(module)
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
     if latent is None and latent_dim is not None:
         latent = Unbounded((latent_dim,), dtype=dtype)
     if latent is None:
-        raise ConfigurationError("latent_spec is needed: neither world_model nor start tells what a state looks like.")
+        raise ConfigurationError("latent_spec is needed: it cannot be derived from world_model or start.")
     if action is None and action_dim is not None:
         action = Bounded(-1.0, 1.0, torch.Size([action_dim]), dtype=dtype)
     if action is None:
-        raise ConfigurationError("action_spec is needed: the world_model does not tell the range of actions.")
+        raise ConfigurationError("action_spec is needed: it cannot be derived from this world_model.")
     if not isinstance(latent, Composite):
         latent = Composite({model.states[0]: latent})
     if set(latent.keys(True, True)) != set(model.states):
         raise ConfigurationError(
-            f"latent_spec describes {sorted(map(str, latent.keys(True, True)))}, but states are made up of "
+            f"latent_spec has the entries {sorted(map(str, latent.keys(True, True)))}, but states have "
             f"{sorted(map(str, model.states))}."
         )
     state = latent.clone()
@@ -103,16 +103,16 @@ def latent_specs(
 
 
 def task_masks(module: nn.Module) -> Tensor | None:
-    """Masks ``[num_tasks, A]`` of the actions of a model of ours with several tasks; ``None`` for any other."""
+    """Action masks ``[num_tasks, A]`` of a model of this package with several tasks; ``None`` for any other model."""
     return module.task.action_mask if isinstance(module, WorldModel) and module.task is not None else None
 
 
 def check_task(model: LatentModel, task: int | None, masks: Tensor | None) -> None:
-    """Raise ``ConfigurationError`` if there is no such task."""
+    """Raise ``ConfigurationError`` if the model has no such task."""
     if task is None:
         return
     if model.task is None:
-        raise ConfigurationError(f"task={task}, but the world_model reads no task; leave task out.")
+        raise ConfigurationError(f"task={task} is given, but the world_model reads no task; remove it.")
     if task < 0 or (masks is not None and task >= len(masks)):
         raise ConfigurationError(
             f"task={task} is not one of the world_model's {'' if masks is None else f'{len(masks)} '}tasks."
@@ -120,15 +120,15 @@ def check_task(model: LatentModel, task: int | None, masks: Tensor | None) -> No
 
 
 def check_mask(model: LatentModel, mask: Tensor | None) -> None:
-    """Raise ``ConfigurationError`` if a mask has rows for tasks that the model does not tell apart."""
+    """Raise ``ConfigurationError`` if a mask has another shape, or rows per task for a model without tasks."""
     if mask is not None and (mask.ndim not in (1, 2) or (mask.ndim == 2 and model.task is None)):
         raise ConfigurationError(
-            f"action_mask of shape {list(mask.shape)} must be [A], or [num_tasks, A] where the world_model has tasks."
+            f"action_mask has shape {list(mask.shape)} instead of [A], or [num_tasks, A] for a world_model with tasks."
         )
 
 
 def latent_and_action_dims(module: nn.Module) -> tuple[int | None, int | None]:
-    """Widths D and A of a world model of ours, read from its layers; ``None`` where they cannot be."""
+    """Dimensions D and A of a model of this package, read from its layers; ``None`` if they are unknown."""
     if not isinstance(module, WorldModel):
         return None, None
     encoder, reward = (_linear_layers(part) for part in (module.encoder, module.reward))
@@ -147,7 +147,7 @@ def _linear_layers(module: nn.Module) -> list[nn.Linear]:
 
 @runtime_checkable
 class Observations(Protocol):
-    """A replay of ours: :class:`~pwm_torchrl.data.TrajectoryReplay`."""
+    """Interface of this package's replay buffer, :class:`~pwm_torchrl.data.TrajectoryReplay`."""
 
     def sample_observations(self, count: int) -> Tensor: ...
 
@@ -160,8 +160,8 @@ class StartStates:
 
     Args:
         start (Start, optional): see :class:`~pwm_torchrl.envs.LatentImaginationEnv`.
-        model (LatentModel): its encoder makes states of observations.
-        task (int, optional): index of the task of all of them. Defaults to ``None``: it comes with the start.
+        model (LatentModel): the model whose encoder converts observations to states.
+        task (int, optional): task index of all states. Defaults to ``None``: the start contains the task.
     """
 
     def __init__(self, start: Start | None, model: LatentModel, task: int | None = None) -> None:
@@ -172,32 +172,32 @@ class StartStates:
         known = (Tensor, TensorDictBase, Observations, ReplayBuffer)
         if start is not None and not isinstance(start, known) and not callable(start):
             raise ConfigurationError(
-                f"start is a {type(start).__name__}: latents, a TensorDict of them, a replay or a function of the "
-                "number of states is needed."
+                f"start is a {type(start).__name__} instead of latents, a TensorDict of them, a replay buffer, or a "
+                "function of the number of states."
             )
 
     def draw(self, count: int, device: torch.device) -> TensorDictBase:
-        """States ``[count]``: the model's state entries and, for a model of several tasks, the task.
+        """Draw states ``[count]`` with the model's state entries and, for several tasks, the task.
 
         Raises:
-            ConfigurationError: if there is no start, or it lacks something.
+            ConfigurationError: if there is no start, or it lacks an entry.
         """
         drawn = self._draw(count)
         if isinstance(drawn, Tensor):
             drawn = TensorDict({self.model.states[0]: drawn}, batch_size=drawn.shape[:1])
         if drawn.shape != (count,):
-            raise ConfigurationError(f"start gave states of batch size {list(drawn.shape)} instead of [{count}].")
+            raise ConfigurationError(f"start returned states of batch size {list(drawn.shape)} instead of [{count}].")
         with torch.no_grad():
             return self.complete(drawn, device).detach()
 
     def spec(self, device: torch.device) -> Composite:
-        """Spec of a state, from one that is drawn."""
+        """Spec of a state, derived from a drawn one."""
         drawn = self.draw(1, device)
         entries = {key: drawn.get(key) for key in self.model.states}
         return Composite({key: Unbounded(value.shape[1:], dtype=value.dtype) for key, value in entries.items()})
 
     def complete(self, drawn: TensorDictBase, device: torch.device) -> TensorDictBase:
-        """The entries of a state, of observations encoded unless there are states already, in a TensorDict of its own.
+        """A new TensorDict with the entries of a state; observations are encoded if there are no states.
 
         Raises:
             ConfigurationError: if entries are missing.
@@ -208,8 +208,8 @@ class StartStates:
             drawn = drawn.copy().set(task, torch.full(drawn.batch_size, self.task, device=device))
         if task is not None and drawn.get(task, None) is None:
             raise ConfigurationError(
-                f"world_model has several tasks and the start tells none: put {task!r} beside the states, or name one "
-                "task for all by task=."
+                f"world_model has several tasks, but the start has no entry {task!r}: add it to the states, or set one "
+                "task for all with task=."
             )
         encoder = self.model.encoder
         missing = [key for key in states if drawn.get(key, None) is None]
@@ -219,8 +219,8 @@ class StartStates:
         if missing:
             reads = [] if encoder is None else encoder.in_keys
             raise ConfigurationError(
-                f"start holds {sorted(map(str, drawn.keys(True, True)))} and lacks {missing}: states {states} are "
-                f"needed, or what the encoder makes them of, {reads}."
+                f"start has the entries {sorted(map(str, drawn.keys(True, True)))} and lacks {missing}: it needs the "
+                f"states {states}, or the encoder's inputs {reads}."
             )
         return drawn.select(*states, *([] if task is None else [task]))
 
@@ -228,7 +228,7 @@ class StartStates:
         start = self.start
         if start is None:
             raise ConfigurationError(
-                "start=None draws no states: give the environment a start, or reset it with the states themselves, "
+                "start=None provides no states: set start, or reset the environment with states, "
                 "env.reset(states, set_state=True)."
             )
         if isinstance(start, (Tensor, TensorDictBase)):
@@ -237,7 +237,7 @@ class StartStates:
         if isinstance(start, Observations):
             observations = start.sample_observations(count)
             if self.model.encoder is None:
-                raise ConfigurationError("start is a replay of observations, and this world_model has no encoder.")
+                raise ConfigurationError("start is a replay of observations, but this world_model has no encoder.")
             return TensorDict({self.model.encoder.in_keys[0]: observations}, batch_size=[count])
         if isinstance(start, ReplayBuffer):
             return start.sample(count).reshape(-1)
@@ -249,16 +249,16 @@ REWARD, TERMINATED, DONE = ("next", "reward"), ("next", "terminated"), ("next", 
 
 @dataclass(frozen=True)
 class LatentModel:
-    """What an environment needs of a world model.
+    """A world model with the entries that it reads and writes.
 
     Attributes:
-        step: one transition, from a state and an action to everything under ``"next"``.
-        encoder: observations to states; ``None`` if the model has none.
-        states: entries that make up the state, each of which ``step`` also writes under ``"next"``.
+        step: one transition, from a state and an action to the entries under ``"next"``.
+        encoder: converts observations to states; ``None`` if the model has no encoder.
+        states: entries of the state; ``step`` also writes each of them under ``"next"``.
         action: entry of the action.
         task: entry of the task index; ``None`` for a model without tasks.
-        ended: entry that tells termination; ``None`` for a model that writes none.
-        terminates: whether that is ever true.
+        ended: entry of the termination flag; ``None`` if the model writes none.
+        terminates: whether the flag can be true.
     """
 
     step: TensorDictModuleBase
@@ -279,20 +279,20 @@ class LatentModel:
         action: NestedKey = "action",
         task: NestedKey = "task",
     ) -> LatentModel:
-        """Wrap a world model; the keys of ours are free, those of others are read from them.
+        """Wrap a world model. Keys of other models are read from their modules.
 
         Args:
             model (nn.Module): a :class:`~pwm_torchrl.modules.WorldModel`, a TorchRL
                 :class:`~torchrl.modules.WorldModel`, or a TensorDictModule of one step.
 
         Keyword Args:
-            observation (NestedKey): what our encoder reads. Defaults to ``"observation"``.
-            latent (NestedKey): the state of our model. Defaults to ``"latent"``.
-            action (NestedKey): action, of any model. Defaults to ``"action"``.
-            task (NestedKey): task index, of any model that reads one. Defaults to ``"task"``.
+            observation (NestedKey): observation, only for this package's models. Defaults to ``"observation"``.
+            latent (NestedKey): state, only for this package's models. Defaults to ``"latent"``.
+            action (NestedKey): action, for any model. Defaults to ``"action"``.
+            task (NestedKey): task index, for any model that reads one. Defaults to ``"task"``.
 
         Raises:
-            ConfigurationError: if it is none of these, or reads and writes what an environment cannot give.
+            ConfigurationError: if it is none of these, or its entries do not fit an environment.
         """
         if isinstance(model, WorldModel):
             key = None if model.task is None else task
@@ -307,8 +307,8 @@ class LatentModel:
         if isinstance(model, TensorDictModuleBase):
             return cls._foreign(model, None, action, task)
         raise ConfigurationError(
-            f"world_model is a {type(model).__name__}: pwm_torchrl's WorldModel, TorchRL's WorldModel, or a "
-            "TensorDictModule of one step is needed."
+            f"world_model is a {type(model).__name__} instead of pwm_torchrl's WorldModel, TorchRL's WorldModel, or a "
+            "TensorDictModule of one step."
         )
 
     @classmethod
@@ -323,19 +323,21 @@ class LatentModel:
         if not states or others or action not in reads or REWARD not in writes:
             raise ConfigurationError(
                 f"world_model reads {reads} and writes {writes}: its step must read a state that it also writes under "
-                f"'next', the action {action!r}, at most the task {task!r} beside them, and write {REWARD}."
+                f"'next', the action {action!r}, optionally the task {task!r}, nothing else, and write {REWARD}."
             )
         ended = next((key for key in (TERMINATED, DONE) if key in writes), None)
         return cls(step, encoder, states, action, task if task in reads else None, ended, ended is not None)
 
     def predict(self, inputs: TensorDictBase) -> TensorDictBase:
-        """What one step writes under ``"next"``, from the state, action and task in ``inputs``, which stay as they are.
+        """Run one step from the state, action and task in ``inputs``, which are not changed.
 
         Returns:
-            TensorDictBase: the state's entries, ``"reward"`` ``[..., 1]`` and boolean ``"terminated"`` ``[..., 1]``.
+            TensorDictBase: the next state's entries, ``"reward"`` ``[..., 1]`` and boolean ``"terminated"``
+            ``[..., 1]``.
 
         Raises:
-            ValueError: if reward or termination have another shape, or termination is not boolean.
+            ValueError: if reward or termination have another shape.
+            ConfigurationError: if termination is not boolean.
         """
         read = [*self.states, self.action, *([] if self.task is None else [self.task])]
         following = self.step(inputs.select(*read)).get("next")
@@ -348,60 +350,58 @@ class LatentModel:
             terminated = following.get(self.ended[1:])
             check_shape("termination of the world_model", terminated, shape)
         if terminated.dtype != torch.bool:
-            raise ConfigurationError(
-                f"world_model writes {self.ended} as {terminated.dtype}, which is no decision: torch.bool is needed."
-            )
+            raise ConfigurationError(f"world_model writes {self.ended} as {terminated.dtype} instead of torch.bool.")
         return following.select(*self.states).update({"reward": reward, "terminated": terminated})
 
 
 class LatentImaginationEnv(ModelBasedEnvBase):
     """A world model as an environment whose observations are latents.
 
-    A rollout with a policy equals :func:`~pwm_torchrl.objectives.imagine` to the bit, gradients included, but goes
-    through TorchRL's collectors, losses and planners. The environment is stateless: the state travels in the
-    TensorDict. TorchRL's own ``WorldModelEnv`` takes a real environment's observations for its state and needs one to
-    copy specs from; its ``ImaginedEnv`` is for Gaussian beliefs and knows neither reward nor end.
+    A rollout with a policy is bitwise equal to :func:`~pwm_torchrl.objectives.imagine`, including gradients, and works
+    with TorchRL's collectors, losses and planners. The environment is stateless: the state is in the TensorDict.
+    TorchRL's ``WorldModelEnv`` uses a real environment's observations as its state and copies its specs; its
+    ``ImaginedEnv`` is for Gaussian beliefs and has neither rewards nor terminations.
 
     Args:
         world_model (nn.Module): a :class:`~pwm_torchrl.modules.WorldModel` (with or without tasks, or bound to one), a
-            TorchRL :class:`~torchrl.modules.WorldModel`, or a TensorDictModule of one step, from a state and an action
-            to the state, ``"reward"`` and perhaps ``"terminated"`` or ``"done"`` under ``"next"``.
+            TorchRL :class:`~torchrl.modules.WorldModel`, or a TensorDictModule of one step, which maps a state and an
+            action to the state, ``"reward"`` and optionally ``"terminated"`` or ``"done"`` under ``"next"``.
 
     Keyword Args:
-        start (Start, optional): where rollouts start. Latents ``[M, D]`` or a TensorDict of states: rows are drawn
-            uniformly, with replacement. A :class:`~pwm_torchrl.data.TrajectoryReplay` or TorchRL replay buffer:
-            observations are drawn and encoded. A function of the number of states that returns latents or a
-            TensorDict, of states or observations. Defaults to ``None``: every reset brings its own states.
-        horizon (int, optional): steps after which a rollout is truncated. Defaults to ``None``: never.
-        task (int, optional): index of the task of all rollouts, for a model of several tasks. Defaults to ``None``: the
-            start holds a task for each.
-        action_mask (Tensor, optional): 0 and 1, ``[A]`` or ``[num_tasks, A]``, by which actions are multiplied before
-            the model sees them. Defaults to the mask of a model of ours with several tasks.
+        start (Start, optional): source of start states. Latents ``[M, D]`` or a TensorDict of states: rows are drawn
+            uniformly, with replacement. A :class:`~pwm_torchrl.data.TrajectoryReplay` or a TorchRL replay buffer:
+            observations are drawn and encoded. A function of the number of states: returns latents or a TensorDict, of
+            states or observations. Defaults to ``None``: each reset must be given states.
+        horizon (int, optional): number of steps after which a rollout is truncated. Defaults to ``None``, never.
+        task (int, optional): task index of all rollouts, for a model with several tasks. Defaults to ``None``: the
+            start contains the tasks.
+        action_mask (Tensor, optional): zeros and ones, ``[A]`` or ``[num_tasks, A]``, multiplied with the actions
+            before the model reads them. Defaults to the mask of a model of this package with several tasks.
         differentiable (bool): keep the graph from step to step. Defaults to ``False``.
-        snapshot (bool): step a copy of the model that takes no gradient and changes only by :meth:`update_snapshot`.
+        snapshot (bool): step a copy of the model without gradients, which changes only by :meth:`update_snapshot`.
             Defaults to ``False``: the model itself, which gets gradients if ``differentiable``.
-        batch_size (sequence of int): of the environment, which is then locked. Defaults to ``()``: as many rollouts as
-            the TensorDict has that it is given.
-        device (torch.device or str, optional): Defaults to the model's; another one needs ``snapshot``.
-        action_spec (TensorSpec, optional): of one action. Defaults to [−1, 1] for a model of ours.
-        latent_spec (TensorSpec, optional): of one state, a Composite for one of several entries. Defaults to what a
-            model of ours has, and else to what ``start`` draws.
-        observation_key (NestedKey): what the encoder of a model of ours reads. Defaults to ``"observation"``.
-        latent_key (NestedKey): state of a model of ours. Defaults to ``"latent"``.
+        batch_size (sequence of int): batch size of the environment, which is then locked. Defaults to ``()``: the batch
+            size of the given TensorDict.
+        device (torch.device or str, optional): Defaults to the model's; another one requires ``snapshot``.
+        action_spec (TensorSpec, optional): spec of one action. Defaults to [−1, 1] for a model of this package.
+        latent_spec (TensorSpec, optional): spec of one state, a Composite for several entries. Defaults to that of a
+            model of this package, otherwise to that of the states that ``start`` draws.
+        observation_key (NestedKey): observation, only for a model of this package. Defaults to ``"observation"``.
+        latent_key (NestedKey): state, only for a model of this package. Defaults to ``"latent"``.
         action_key (NestedKey): action. Defaults to ``"action"``.
         task_key (NestedKey): task index ``[B]``. Defaults to ``"task"``.
 
     Raises:
         ConfigurationError: if the model, the start or the specs do not fit together.
 
-    .. note:: At the horizon ``truncated`` and ``done`` are true, and ``terminated`` is what the model says; value
-        estimators bootstrap from a truncated state as they should.
+    .. note:: At the horizon, ``truncated`` and ``done`` are true and ``terminated`` is the model's prediction, so value
+        estimators bootstrap from the truncated state.
 
-    .. note:: ``rollout`` samples actions only of a policy whose ``default_interaction_type`` is ``RANDOM``, or inside
-        ``set_exploration_type``; TorchRL's default is the mode, from which PPO learns nothing.
+    .. note:: ``rollout`` samples actions only if the policy's ``default_interaction_type`` is ``RANDOM``, or inside
+        ``set_exploration_type``. TorchRL's default is the mode, with which PPO does not learn.
 
-    .. note:: States of one's own go in by ``env.reset(states, set_state=True)`` or ``env.rollout(n, policy,
-        tensordict=states, set_state=True)``, which start exactly there.
+    .. note:: To start from given states, use ``env.reset(states, set_state=True)`` or ``env.rollout(n, policy,
+        tensordict=states, set_state=True)``.
 
     Examples:
         >>> from pwm_torchrl.modules import WorldModelSpec, make_world_model
@@ -441,18 +441,18 @@ class LatentImaginationEnv(ModelBasedEnvBase):
         device = home if device is None else torch.empty((), device=device).device
         if device != home and not snapshot:
             raise ConfigurationError(
-                f"device={device} is not the model's, {home}: move the model, or set snapshot=True."
+                f"device={device} differs from the model's device {home}: move the model, or set snapshot=True."
             )
         stepped = deepcopy(world_model).requires_grad_(False).to(device) if snapshot else world_model
         model = LatentModel.of(
             stepped, observation=observation_key, latent=latent_key, action=action_key, task=task_key
         )
-        # Not done after a reset by construction; TorchRL's check of that would wait for the device.
+        # A reset never returns done states; TorchRL's check of this would synchronise with the device.
         super().__init__(model.step, device=device, batch_size=torch.Size(batch_size), allow_done_after_reset=True)
-        # TorchRL calls every model-based environment unlocked, but a batch of its own fixes the shape.
+        # TorchRL marks all model-based environments as unlocked, but a given batch size fixes the shape.
         self.__dict__["_batch_locked"] = bool(self.batch_size)
         self.stepped_model = stepped
-        # Not registered: a snapshot's original is no part of the environment.
+        # Not registered as a submodule: the original of a snapshot is not part of the environment.
         self.__dict__["source"] = world_model if snapshot else None
         self.model = model
         self.horizon = horizon
@@ -470,10 +470,10 @@ class LatentImaginationEnv(ModelBasedEnvBase):
         self.full_action_spec, self.reward_spec, self.full_done_spec = specs.action, specs.reward, specs.done
 
     def update_snapshot(self) -> None:
-        """Take over the model's present parameters and buffers.
+        """Copy the model's current parameters and buffers into the snapshot.
 
         Raises:
-            ConfigurationError: if the environment steps the model itself.
+            ConfigurationError: if the environment has no snapshot.
         """
         if self.source is None:
             raise ConfigurationError("snapshot=False: the environment steps the model itself, which is always current.")
@@ -486,17 +486,17 @@ class LatentImaginationEnv(ModelBasedEnvBase):
 
     @torch.no_grad()
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """States of observations, by the model that is stepped, in a TensorDict of their own."""
+        """Encode observations to states in a new TensorDict."""
         return self.starts.complete(tensordict, self.device)
 
     def mask_action(self, action: Tensor, task: Tensor | None = None) -> Tensor:
-        """``action`` with zeros where :attr:`action_mask` has them: what the model sees."""
+        """``action`` multiplied with :attr:`action_mask`, as the model reads it."""
         if self.action_mask is None:
             return action
         return action * (self.action_mask if self.action_mask.ndim == 1 else self.action_mask[task])
 
     def any_done(self, tensordict: TensorDictBase) -> bool:
-        """Whether a rollout is over; known without waiting for the device where none ever is."""
+        """Whether any rollout is done; does not synchronise with the device if none can be."""
         return (self.horizon is not None or self.model.terminates) and super().any_done(tensordict)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -538,6 +538,6 @@ class LatentImaginationEnv(ModelBasedEnvBase):
         return f"{type(self).__name__}({model}, horizon={self.horizon}, batch_size={batch}, device={self.device})"
 
     def _set_seed(self, seed: int | None) -> None:
-        """Seed what the environment draws itself: rows of given starts. A replay and a function have their own."""
+        """Seed the draws from given start states; replay buffers and functions use their own generators."""
         if seed is not None:
             self.starts.generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What an environment is: the few facts that training, tables and reports need."""
+"""Facts of an environment that training, tables and reports use."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class EnvInfo:
         episode_length: agent steps after which an episode is truncated, ``None`` if there is no limit.
         action_repeat: environment steps per agent step.
         num_envs: size of the batch.
-        terminates: whether an episode can end by termination, that is otherwise than by its time limit.
+        terminates: whether an episode can end by termination, in addition to its time limit.
         seed: seed of sub-environment 0; sub-environment i has ``seed + i``.
-        action_dims: length of the action in each of several tasks whose observations and actions are padded to the
-            widest; empty for a single task.
-        action_low: smallest action in the environment's own units, of which [-1, 1] is the scaled range; empty where
-            it is not known without making the environment.
-        action_high: largest action, likewise.
+        action_dims: length of the action in each task, for several tasks that are padded to the widest one; empty for a
+            single task.
+        action_low: smallest action in the simulator's units, which is scaled to -1; empty if it is not known without
+            creating the environment.
+        action_high: largest action in the simulator's units, which is scaled to 1; empty in the same case.
     """
 
     name: str
@@ -45,23 +45,23 @@ class EnvInfo:
 
 
 def env_layers(env: Any) -> Iterator[Any]:
-    """``env`` and what it wraps, outermost first; through TorchRL's transforms, not into batches."""
+    """``env`` and the environments inside TorchRL's transforms, outermost first; does not enter batches."""
     while env is not None:
         yield env
         env = env.base_env if isinstance(env, TransformedEnv) else None
 
 
 def env_info(env: EnvBase) -> EnvInfo:
-    """Facts of an environment that :func:`~pwm_torchrl.envs.make_env` or one of the makers returned.
+    """Facts of an environment made by :func:`~pwm_torchrl.envs.make_env` or one of the makers.
 
     Args:
-        env (EnvBase): the environment, possibly with more transforms around it.
+        env (EnvBase): the environment, possibly inside further transforms.
 
     Returns:
         EnvInfo: its facts.
 
     Raises:
-        TypeError: if none of the layers of ``env`` comes from this package.
+        TypeError: if the environment was not made by this package.
     """
     for layer in env_layers(env):
         info = layer.__dict__.get("pwm_info")

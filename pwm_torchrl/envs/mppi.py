@@ -1,4 +1,4 @@
-"""Planning at decision time behind TorchRL's planner interface, with a policy's proposals and a terminal value."""
+"""Planning at decision time: MPPI with a policy's proposals and a terminal value, with TorchRL's planner interface."""
 
 from __future__ import annotations
 
@@ -27,40 +27,41 @@ class PolicySeededMPPI(MPCPlannerBase):
     the policy. The sum stops where a candidate is done; V counts 0 after a termination and is taken at the last state
     after a truncation.
 
-    Unlike TorchRL's :class:`~torchrl.modules.MPPIPlanner` it knows a policy, starts from the plan of the step before,
-    and its weights do not overflow for large returns. With ``ExplorationType.RANDOM`` it acts like TD-MPC2 in training,
-    with one of the K best, drawn by weight, plus the Gaussian's noise; otherwise with the Gaussian's mean.
+    Unlike TorchRL's :class:`~torchrl.modules.MPPIPlanner`, it uses a policy, starts from the previous step's plan, and
+    its weights do not overflow for large returns. With ``ExplorationType.RANDOM`` it acts as TD-MPC2 does in training:
+    one of the K best plans is drawn by weight, and the Gaussian's noise is added. Otherwise, the action is the
+    Gaussian's mean.
 
     Args:
-        env (EnvBase): the model, of continuous actions and not batch-locked, such as
+        env (EnvBase): the model, with continuous actions and not batch-locked, such as
             :class:`~torchrl.envs.ModelBasedEnvBase` or a stateless environment; it is stepped, never reset.
-        policy (TensorDictModuleBase): sets the action from the model's observations, random or not as TorchRL's
-            exploration type asks, such as :func:`~pwm_torchrl.modules.actor_module`.
+        policy (TensorDictModuleBase): sets the action from the model's observations according to TorchRL's exploration
+            type, such as :func:`~pwm_torchrl.modules.actor_module`.
         value_network (TensorDictModuleBase): sets the value of the model's observations, such as
-            :func:`~pwm_torchrl.modules.value_module`; for a Q-function, a sequence of the policy and that.
+            :func:`~pwm_torchrl.modules.value_module`. For a Q-function, a sequence of the policy and the Q-function.
 
     Keyword Args:
         planning_horizon (int): ``H``. Defaults to ``3``.
-        optim_steps (int): rounds. Defaults to ``6``.
-        num_candidates (int): N, the policy's among them. Defaults to ``512``.
+        optim_steps (int): number of rounds. Defaults to ``6``.
+        num_candidates (int): N, including the policy's candidates. Defaults to ``512``.
         num_policy_candidates (int): ``P``. Defaults to ``24``.
         top_k (int): ``K``. Defaults to ``64``.
-        temperature (float): how much better plans outweigh others; 0 weighs the K best equally. Defaults to ``0.5``.
-        min_std (float): least standard deviation, in halves of the actions' range. Defaults to ``0.05``.
-        max_std (float): largest and first standard deviation, likewise. Defaults to ``2.0``.
+        temperature (float): factor of the returns in the weights; 0 weights the K best equally. Defaults to ``0.5``.
+        min_std (float): smallest standard deviation, in units of half the action range. Defaults to ``0.05``.
+        max_std (float): largest and initial standard deviation, in the same units. Defaults to ``2.0``.
         gamma (float): discount. Defaults to ``0.99``.
-        warm_start (bool): begin with the plan of the step before, shifted by a step. Defaults to ``True``.
+        warm_start (bool): start with the previous step's plan, shifted by one step. Defaults to ``True``.
         reward_key (NestedKey): reward of a step of the model. Defaults to ``("next", "reward")``.
-        action_key (NestedKey): action of model and policy, and the planner's. Defaults to ``"action"``.
+        action_key (NestedKey): action of the model, the policy and the planner. Defaults to ``"action"``.
         value_key (NestedKey): output of the value network. Defaults to ``"state_value"``.
-        plan_key (NestedKey): the plan of the step before. Defaults to ``"plan"``.
+        plan_key (NestedKey): the previous step's plan. Defaults to ``"plan"``.
 
     Raises:
-        ConfigurationError: for arguments that cannot work.
+        ConfigurationError: for an argument out of range, or an unsuitable ``env``.
 
-    .. note:: the plan of the step before is part of the data, not of the module, as TorchRL's recurrent states are: a
-        warm-started planner needs :meth:`make_tensordict_primer` in the environment that it acts in, which also begins
-        every episode without a plan. TorchRL's collectors append it with ``auto_register_policy_transforms=True``.
+    .. note:: The previous step's plan is part of the data, not of the module, like TorchRL's recurrent states. With a
+        warm start, the environment needs :meth:`make_tensordict_primer`, which also resets the plan at the start of
+        each episode. TorchRL's collectors append it with ``auto_register_policy_transforms=True``.
 
     Examples:
         >>> from torchrl.envs import PendulumEnv
@@ -139,7 +140,7 @@ class PolicySeededMPPI(MPCPlannerBase):
         self.to(env.device)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that gives an environment's data a place for the plan, and every episode a new one."""
+        """A transform that adds the plan to an environment's data and resets it at the start of each episode."""
         shape = (self.planning_horizon, *self.action_spec.shape)
         return TensorDictPrimer({self.plan_key: Unbounded(shape, device=self.env.device)}, expand_specs=True)
 
@@ -149,8 +150,8 @@ class PolicySeededMPPI(MPCPlannerBase):
         """Set the action of states ``[*batch]`` and, with a warm start, the plan for the next step.
 
         Raises:
-            ConfigurationError: if a warm start is wanted and there is no plan in ``tensordict``.
-            DivergenceError: if the model gives no candidate a finite return.
+            ConfigurationError: with a warm start, if there is no plan in ``tensordict``.
+            DivergenceError: if no candidate has a finite return.
         """
         action, plan = self.plan(tensordict)
         outputs = (action, torch.cat([plan[..., 1:, :], torch.zeros_like(plan[..., :1, :])], -2))
@@ -162,7 +163,7 @@ class PolicySeededMPPI(MPCPlannerBase):
 
     @torch.no_grad()
     def plan(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Action ``[*batch, A]`` and the Gaussian's mean ``[*batch, H, A]`` in halves of the actions' range."""
+        """Action ``[*batch, A]`` and the Gaussian's mean ``[*batch, H, A]`` in units of half the action range."""
         batch = tensordict.batch_size
         mean = self._first_mean(tensordict)
         state = self._model_state(tensordict)
@@ -171,7 +172,7 @@ class PolicySeededMPPI(MPCPlannerBase):
         drawn = (len(state), self.num_candidates - self.num_policy_candidates, *mean.shape[-2:])
         for _ in range(self.optim_steps):
             noise = torch.randn(drawn, dtype=mean.dtype, device=mean.device)
-            candidates = torch.cat([proposed, self._possible(mean.unsqueeze(1) + std.unsqueeze(1) * noise)], 1)
+            candidates = torch.cat([proposed, self._clamped(mean.unsqueeze(1) + std.unsqueeze(1) * noise)], 1)
             elites, weight = self._elites(candidates, self.candidate_returns(state, candidates))
             mean = (weight * elites).sum(1)
             std = (weight * (elites - mean.unsqueeze(1)).square()).sum(1).sqrt().clamp(self.min_std, self.max_std)
@@ -180,22 +181,22 @@ class PolicySeededMPPI(MPCPlannerBase):
             chosen = torch.multinomial(weight.flatten(1), 1).squeeze(1)
             first = elites[torch.arange(len(elites), device=chosen.device), chosen, 0]
             first = first + std[:, 0] * torch.randn_like(first)
-        action = self.centre + self.half_range * self._possible(first)
+        action = self.centre + self.half_range * self._clamped(first)
         return action.unflatten(0, batch) if batch else action[0], mean.unflatten(0, batch) if batch else mean[0]
 
     @torch.no_grad()
     def policy_candidates(self, state: TensorDictBase) -> Tensor:
-        """Plans ``[B, P, H, A]`` that follow the policy in the model from states ``[B]``: its mode, then samples."""
+        """Plans ``[B, P, H, A]`` of the policy in the model from states ``[B]``: first its mode, then samples."""
         kinds = [(ExplorationType.DETERMINISTIC, 1), (ExplorationType.RANDOM, self.num_policy_candidates - 1)]
         plans = [torch.empty(len(state), 0, self.planning_horizon, *self.action_spec.shape, device=state.device)]
         for kind, count in kinds if self.num_policy_candidates else ():
             if count:
-                plans.append(self._followed(_repeated(state, count), kind).unflatten(0, (len(state), count)))
+                plans.append(self._policy_rollout(_repeated(state, count), kind).unflatten(0, (len(state), count)))
         return torch.cat(plans, 1)
 
     @torch.no_grad()
     def candidate_returns(self, state: TensorDictBase, candidates: Tensor) -> Tensor:
-        """J ``[B, N]`` of plans ``[B, N, H, A]``, in halves of the actions' range, from states ``[B]``."""
+        """J ``[B, N]`` of plans ``[B, N, H, A]``, in units of half the action range, from states ``[B]``."""
         count = candidates.shape[1]
         actions = self.centre + self.half_range * candidates.flatten(0, 1)
         data = _repeated(state, count)
@@ -207,7 +208,7 @@ class PolicySeededMPPI(MPCPlannerBase):
             total = total + weight * alive * data.get(self.reward_key)
             terminated, done = (data.get(("next", key)).to(weight.dtype) for key in ("terminated", "done"))
             data = self.env.step_mdp(data)
-            # Candidates that are done keep the state, and the weight of its value, of the step that ended them.
+            # Candidates that are done keep their last state and the weight of its value.
             last = data.select(*self.value_network.in_keys).where(alive.squeeze(-1) > 0, last)
             weight = torch.where(alive > 0, weight * self.gamma * (1 - terminated), weight)
             alive = alive * (1 - done)
@@ -215,43 +216,43 @@ class PolicySeededMPPI(MPCPlannerBase):
         return total.unflatten(0, (-1, count)).squeeze(-1)
 
     def _elites(self, candidates: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
-        """The K best ``[B, K, H, A]`` and their weights ``[B, K, 1, 1]``; what is not finite comes last."""
+        """The K best ``[B, K, H, A]`` and their weights ``[B, K, 1, 1]``; non-finite returns come last."""
         finite = returns.isfinite()
         if not finite.any(1).all():
-            raise DivergenceError("The model gives none of the planner's candidates a finite return.")
+            raise DivergenceError("None of the planner's candidates has a finite return in the model.")
         best, index = returns.masked_fill(~finite, -torch.inf).topk(self.top_k, 1)
         weight = (self.temperature * (best - best[:, :1])).exp().masked_fill(best == -torch.inf, 0.0)
         weight = weight / weight.sum(1, keepdim=True)
         return candidates[torch.arange(len(index), device=index.device).unsqueeze(1), index], weight[..., None, None]
 
-    def _followed(self, data: TensorDictBase, kind: ExplorationType) -> Tensor:
-        """Actions ``[B, H, A]`` of the policy in the model, in halves of their range."""
+    def _policy_rollout(self, data: TensorDictBase, kind: ExplorationType) -> Tensor:
+        """Actions ``[B, H, A]`` of the policy in the model, in units of half the action range."""
         actions = []
         for _ in range(self.planning_horizon):
             with set_exploration_type(kind):
                 data = self.policy(data)
-            actions.append(self._possible((data.get(self.action_key) - self.centre) / self.half_range))
+            actions.append(self._clamped((data.get(self.action_key) - self.centre) / self.half_range))
             data = self.env.step_mdp(self.env.step(data))
         return torch.stack(actions, 1)
 
-    def _possible(self, actions: Tensor) -> Tensor:
+    def _clamped(self, actions: Tensor) -> Tensor:
         return actions.clamp(-1, 1) if isinstance(self.action_spec, Bounded) else actions
 
     def _first_mean(self, tensordict: TensorDictBase) -> Tensor:
-        """Where the search begins, ``[B, H, A]``."""
+        """Initial mean of the search, ``[B, H, A]``."""
         shape = (tensordict.numel(), self.planning_horizon, *self.action_spec.shape)
         if not self.warm_start:
             return torch.zeros(shape, dtype=self.centre.dtype, device=self.centre.device)
         plan = tensordict.get(self.plan_key, None)
         if plan is None:
             raise ConfigurationError(
-                f"warm_start=True needs the plan of the step before under {self.plan_key!r}: append "
+                f"warm_start=True needs the previous step's plan in the entry {self.plan_key!r}: append "
                 "make_tensordict_primer() to the environment that the planner acts in, or set warm_start=False."
             )
         return plan.reshape(shape)
 
     def _model_state(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """What the model, the policy and the value read, ``[B]``."""
+        """The entries that the model, the policy and the value network read, ``[B]``."""
         keys = [*self.env.observation_spec.keys(True, True), *self.env.state_spec.keys(True, True)]
         keys += [key for key in [*self.policy.in_keys, *self.value_network.in_keys] if key != self.action_key]
         return tensordict.select(*keys, strict=False).reshape(-1)
@@ -265,11 +266,11 @@ def _check_env(env: EnvBase) -> None:
             "the planner needs a vector of real numbers."
         )
     if env.batch_locked:
-        raise ConfigurationError("env is batch-locked; the planner needs one that takes any number of states.")
+        raise ConfigurationError("env.batch_locked=True; the planner needs an environment for any number of states.")
 
 
 def _repeated(state: TensorDictBase, count: int) -> TensorDictBase:
-    """States ``[B]`` as ``[B · count]``, ``count`` times each."""
+    """Repeat each of the states ``[B]`` ``count`` times: ``[B · count]``."""
     return state.unsqueeze(1).expand(len(state), count).reshape(-1)
 
 

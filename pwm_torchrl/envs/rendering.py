@@ -1,4 +1,4 @@
-"""Headless rendering: choice of MuJoCo's OpenGL backend, and single frames."""
+"""Rendering without a display: choice of MuJoCo's OpenGL backend, and single frames."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ _ADVICE = "install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa before starti
 def import_mujoco_library(module: str, extra: str, wanted: str = "this environment") -> ModuleType:
     """Import a module that loads MuJoCo, with an OpenGL backend that needs no display.
 
-    gymnasium reads ``MUJOCO_GL`` when it first draws, dm_control when it is imported. Where the user has not set it,
-    EGL is chosen; where EGL does not start, the library is loaded without rendering, so that training does not need
-    what only videos need.
+    gymnasium reads ``MUJOCO_GL`` at the first frame, dm_control at import. If the user has not set it, EGL is chosen.
+    If EGL does not work, the library is loaded without rendering, because training does not need it.
 
     Args:
-        module (str): what to import, for example ``"dm_control.suite"``.
-        extra (str): extra of this package that installs it, for the message.
-        wanted (str): setting that needs it, for the message: ``"env.domain=walker"``.
-            Defaults to ``"this environment"``.
+        module (str): module to import, for example ``"dm_control.suite"``.
+        extra (str): extra of this package that installs it, for the error message.
+        wanted (str): setting that needs it, for the error message, such as ``"env.domain=walker"``. Defaults to
+            ``"this environment"``.
 
     Returns:
         ModuleType: the module.
@@ -50,7 +49,7 @@ def import_mujoco_library(module: str, extra: str, wanted: str = "this environme
             f"{wanted} needs {error.name}, which is not installed: pip install 'pwm-torchrl[{extra}]'"
         ) from error
     except (ImportError, AttributeError):
-        # EGL without a usable driver raises at import, ImportError or PyOpenGL's AttributeError.
+        # Without a usable driver, EGL raises ImportError or PyOpenGL's AttributeError at import.
         if not chosen:
             raise
         os.environ["MUJOCO_GL"] = "disabled"
@@ -58,50 +57,50 @@ def import_mujoco_library(module: str, extra: str, wanted: str = "this environme
 
 
 def render_frame(env: EnvBase) -> np.ndarray:
-    """Picture of an environment's present state.
+    """Render an environment's current state.
 
     Args:
-        env (EnvBase): made with ``num_envs=1, render=True``.
+        env (EnvBase): an environment made with ``num_envs=1, render=True``.
 
     Returns:
         numpy.ndarray: uint8, ``[height, width, 3]``.
 
     Raises:
-        ConfigurationError: if the environment cannot draw itself here.
+        ConfigurationError: if the environment cannot be rendered on this machine.
     """
     for layer in env_layers(env):
         draw = getattr(type(layer), "render_frame", None)
         if draw is not None:
             return _as_picture(draw(layer))
     base = list(env_layers(env))[-1]
-    try:  # an environment of the user's own: whatever TorchRL can reach under the usual name
+    try:  # a user's own environment, by the usual method
         return _as_picture(base.render())
     except (AttributeError, NotImplementedError, TypeError) as error:
-        raise ConfigurationError(f"{type(base).__name__} cannot be filmed: it has no render()") from error
+        raise ConfigurationError(f"{type(base).__name__} cannot be rendered: it has no render()") from error
 
 
 def without_display() -> None:
-    """Let SDL, which draws classic control, do without a display where there is none; keeps its complaints away."""
+    """Select SDL's dummy driver if there is no display; SDL renders classic control and would print warnings."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def draw_or_explain(name: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
-    """Call ``draw()`` and turn the ways in which a machine without graphics fails into one sentence."""
+    """Call ``draw()``, and convert the errors of a machine without graphics to a ConfigurationError."""
     without_display()
     try:
         return draw()
-    except Exception as error:  # every OpenGL stack raises a type of its own
+    except Exception as error:  # each OpenGL library raises its own exception types
         _drop_half_made_viewer(error)
         backend = os.environ.get("MUJOCO_GL", "unset")
         detail = " ".join(str(error).split())[:200]
         raise ConfigurationError(
-            f"{name} cannot be drawn here with MUJOCO_GL={backend} ({type(error).__name__}: {detail}): {_ADVICE}"
+            f"{name} cannot be rendered here with MUJOCO_GL={backend} ({type(error).__name__}: {detail}): {_ADVICE}"
         ) from error
 
 
 def _drop_half_made_viewer(error: Exception) -> None:
-    """Delete what a failed renderer left, without its complaints: gymnasium's viewer frees a context it never had."""
+    """Delete a failed renderer without its error output: gymnasium's viewer frees a context that does not exist."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:

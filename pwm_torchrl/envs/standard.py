@@ -1,4 +1,4 @@
-"""What every environment becomes: actions in [-1, 1], repeated, with float32 observations and a time limit."""
+"""The standard interface of environments: actions in [-1, 1], float32 observations, a time limit, and its checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def check_maker_arguments(num_envs: int, action_repeat: int, episode_length: int | None) -> None:
-    """Raise ConfigurationError unless the numbers are positive integers (``episode_length`` may be ``None``)."""
+    """Raise ConfigurationError unless the values are positive integers (``episode_length`` may be ``None``)."""
     for key, value in (("num_envs", num_envs), ("action_repeat", action_repeat), ("episode_length", episode_length)):
         if key == "episode_length" and value is None:
             continue
@@ -44,7 +44,7 @@ def check_maker_arguments(num_envs: int, action_repeat: int, episode_length: int
 class FlatObservation(Transform):
     """Flattens entries, casts them to float32 and concatenates them as ``"observation"``.
 
-    The entries themselves stay: environments without a state of their own read them back at the next step.
+    The entries themselves are kept, because stateless environments read them at the next step.
 
     Args:
         in_keys (sequence of NestedKey): entries, in the order of concatenation.
@@ -73,7 +73,7 @@ class FlatObservation(Transform):
 
 
 class CompleteDone(Transform):
-    """Adds the ``"truncated"`` entry to environments that know only ``"done"`` and ``"terminated"``."""
+    """Adds the ``"truncated"`` entry to environments that only have ``"done"`` and ``"terminated"``."""
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         if "truncated" not in next_tensordict.keys():
@@ -92,9 +92,9 @@ class CompleteDone(Transform):
 
 
 class OwnUnits(Transform):
-    """Takes actions in a range, and hands them on scaled to [-1, 1].
+    """Accepts actions in a given range and scales them to [-1, 1] for the environment inside.
 
-    The opposite of TorchRL's :class:`~torchrl.envs.transforms.ActionScaling`, for environments that have it inside.
+    The inverse of TorchRL's :class:`~torchrl.envs.transforms.ActionScaling`, for environments that contain it.
 
     Args:
         low (Tensor): smallest action ``[A]``.
@@ -125,9 +125,9 @@ class GuardedEnv(TransformedEnv):
     Args:
         env (EnvBase): the environment.
         transform (Transform, optional): as for ``TransformedEnv``. Defaults to ``None``.
-        name (str): name for the message.
+        name (str): name for error messages.
         seed (int): seed of its first row.
-        index (int, optional): its position, where it is itself one of a batch. Defaults to ``None``.
+        index (int, optional): its position in a batch, if it is a member of one. Defaults to ``None``.
     """
 
     def __init__(self, env: EnvBase, transform: Any = None, *, name: str, seed: int, index: int | None = None) -> None:
@@ -171,15 +171,15 @@ class GuardedEnv(TransformedEnv):
 
 @dataclass(frozen=True)
 class PolicySpecs:
-    """What a policy reads and writes.
+    """Entries that a policy reads and writes.
 
     Attributes:
-        observation_keys: entries that make up the observation, in order.
-        feature_dims: how many last dimensions of each of them are features, 0 for a single number.
+        observation_keys: entries that form the observation, in order.
+        feature_dims: number of trailing feature dimensions of each of them, 0 for a single number.
         action_key: entry of the action.
         low: smallest action ``[A]``, float32.
         high: largest action ``[A]``, float32.
-        action_dtype: of the action.
+        action_dtype: dtype of the action.
     """
 
     observation_keys: tuple[NestedKey, ...]
@@ -191,7 +191,7 @@ class PolicySpecs:
 
     @classmethod
     def standard(cls, low: Sequence[float], high: Sequence[float]) -> PolicySpecs:
-        """``observation`` -> ``action`` in a range."""
+        """Specs of a policy that reads ``observation`` and writes ``action`` in a range."""
         return cls(("observation",), (1,), "action", torch.tensor(low), torch.tensor(high))
 
 
@@ -201,23 +201,23 @@ def policy_specs(
     action_dim: int,
     observation_keys: Sequence[NestedKey] | None = None,
 ) -> PolicySpecs:
-    """The interface of any environment in which a policy of given dimensions can act.
+    """Specs for a policy of given dimensions in any environment.
 
     The observation is the entry ``"observation"`` if it has the policy's length, otherwise all entries together.
 
     Args:
         env (EnvBase): the environment, of any batch size.
-        observation_dim (int): numbers that the policy reads.
-        action_dim (int): numbers that it acts with.
-        observation_keys (sequence of NestedKey, optional): entries that the policy was trained on, in order; they are
-            preferred where ``env`` has them. Defaults to ``None``.
+        observation_dim (int): length of the policy's observation.
+        action_dim (int): length of the policy's action.
+        observation_keys (sequence of NestedKey, optional): entries that the policy was trained on, in order; preferred
+            if ``env`` has them. Defaults to ``None``.
 
     Raises:
-        ConfigurationError: if the policy does not fit.
+        ConfigurationError: if the policy does not fit the environment.
     """
     if not isinstance(env, EnvBase):
         raise ConfigurationError(
-            f"env is a {type(env).__name__} and not a TorchRL environment: wrap it, torchrl.envs.GymWrapper(env)"
+            f"env is a {type(env).__name__} and not a TorchRL environment: wrap it with torchrl.envs.GymWrapper(env)"
         )
     name = _name(env)
     entries = _entries(env, name, observation_dim, observation_keys)
@@ -237,17 +237,18 @@ def _entries(env: EnvBase, name: str, dim: int, chosen: Sequence[NestedKey] | No
     leaves = {
         key: spec.shape[len(env.batch_size) :]
         for key, spec in env.observation_spec.items(True, True)
-        if _is_numbers(spec) and key != "step_count"  # TorchRL's StepCounter adds it; the clock is no observation
+        if _is_numbers(spec) and key != "step_count"  # added by TorchRL's StepCounter, not an observation
     }
     wanted = [tuple(key) if not isinstance(key, str) else key for key in chosen or []]
-    ours = any("pwm_info" in layer.__dict__ for layer in env_layers(env))  # its "observation" has them all already
+    # The "observation" of an environment of this package already contains all entries.
+    ours = any("pwm_info" in layer.__dict__ for layer in env_layers(env))
     for keys in ([] if ours else wanted, ["observation"], list(leaves)):
         if keys and all(key in leaves for key in keys) and sum(leaves[key].numel() for key in keys) == dim:
             return {key: len(leaves[key]) for key in keys}
     seen = ", ".join(f"{key!r} {list(shape)}" for key, shape in leaves.items()) or "no numbers"
     raise ConfigurationError(
-        f"{name} observes {seen}, and the policy reads {dim} numbers: give an environment of the run's own kind, as "
-        "pwm_torchrl.load_env(run) makes"
+        f"{name} observes {seen}, but the policy reads {dim} numbers: use an environment like that of the run, for "
+        "example pwm_torchrl.load_env(run)"
     )
 
 
@@ -259,23 +260,23 @@ def _actions(env: EnvBase, name: str, dim: int) -> tuple[Tensor, Tensor, torch.d
     """Range ``[A]`` and dtype of the action."""
     keys = list(env.action_keys)
     if len(keys) != 1:
-        raise ConfigurationError(f"{name} has the action entries {keys}, and the policy writes exactly one")
+        raise ConfigurationError(f"{name} has the action entries {keys}, but the policy writes exactly one")
     spec = env.full_action_spec[keys[0]]
     if not spec.dtype.is_floating_point:
-        raise ConfigurationError(f"{name} has discrete actions ({spec.dtype}), and the policy's are continuous")
+        raise ConfigurationError(f"{name} has discrete actions ({spec.dtype}), but the policy's are continuous")
     shape = spec.shape[len(env.batch_size) :]
     if shape != (dim,):
         raise ConfigurationError(
-            f"{name} has actions of shape {list(shape)}, and the policy's are [{dim}]: give an environment of the "
-            "run's own kind, as pwm_torchrl.load_env(run) makes"
+            f"{name} has actions of shape {list(shape)}, but the policy's are [{dim}]: use an environment like that of "
+            "the run, for example pwm_torchrl.load_env(run)"
         )
     if not isinstance(spec, Bounded):
-        raise ConfigurationError(f"{name} has an unbounded action range: give its action_spec a low and a high")
+        raise ConfigurationError(f"{name} has an unbounded action range: set low and high in its action_spec")
     low, high = action_range(env)
     if not (torch.isfinite(low) & torch.isfinite(high) & (low < high)).all():
         raise ConfigurationError(
             f"{name} has the action range {low.tolist()} to {high.tolist()}: actions are scaled to it, so every "
-            "dimension needs finite, different bounds (give its action_spec a low and a high)"
+            "dimension needs finite, different bounds (set low and high in its action_spec)"
         )
     return low, high, spec.dtype
 
@@ -288,16 +289,16 @@ def action_range(env: EnvBase) -> tuple[Tensor, Tensor]:
 
 
 def in_own_units(env: EnvBase) -> EnvBase:
-    """An environment of :func:`~pwm_torchrl.envs.make_env` with actions in its simulator's range instead of [-1, 1].
+    """Convert an environment of :func:`~pwm_torchrl.envs.make_env` to actions in its simulator's range.
 
-    It takes the place of ``env``, which must not be used any more.
+    It replaces ``env``, which must not be used afterwards.
     """
     info = env_info(env)
     low, high = (torch.tensor(bound, device=env.device) for bound in (info.action_low, info.action_high))
     if (low == -1).all() and (high == 1).all():
         return env
     transform = OwnUnits(low, high)
-    if isinstance(env, TransformedEnv):  # two of them inside each other cannot draw random actions
+    if isinstance(env, TransformedEnv):  # nested TransformedEnvs cannot draw random actions
         return env.append_transform(transform)
     return TransformedEnv(env, transform)
 
@@ -311,30 +312,30 @@ def standardize(
     terminates: bool | None = None,
     observation_keys: Sequence[NestedKey] | None = None,
 ) -> EnvBase:
-    """An environment with the interface of this package's own, which pass through unchanged.
+    """Give an environment the standard interface; environments of this package are returned unchanged.
 
     Args:
         env (EnvBase): any TorchRL environment of batch size ``[N]``.
         name (str): label for tables and messages.
         seed (int): seed of its first row. Defaults to ``0``.
-        episode_length (int, optional): truncate after so many agent steps. Defaults to ``None``: the environment
-            limits itself, or not at all.
-        terminates (bool, optional): whether episodes can end otherwise than by truncation. Defaults to ``None``:
-            they can.
-        observation_keys (sequence of NestedKey, optional): entries that make up the observation, in order. Defaults
-            to ``None``: all of them.
+        episode_length (int, optional): number of agent steps after which episodes are truncated. Defaults to ``None``:
+            the environment's own limit, if any.
+        terminates (bool, optional): whether episodes can terminate, in addition to truncation. Defaults to ``None``,
+            meaning that they can.
+        observation_keys (sequence of NestedKey, optional): entries that form the observation, in order. Defaults to
+            ``None``, all of them.
 
     Returns:
         EnvBase: ``observation`` float32 ``[N, O]``, ``action`` float32 ``[N, A]`` in [-1, 1], ``reward`` float32
         ``[N, 1]``, ``done``, ``terminated`` and ``truncated`` bool ``[N, 1]``.
 
     Raises:
-        ConfigurationError: for discrete or unbounded actions, image observations, or entries under other names.
+        ConfigurationError: for discrete or unbounded actions, image observations, or entries with other names.
     """
     if any("pwm_info" in layer.__dict__ for layer in env_layers(env)):
         return env
     if len(env.batch_size) != 1:
-        raise ConfigurationError(f"{name} has batch size {list(env.batch_size)}: one batch dimension is needed")
+        raise ConfigurationError(f"{name} has batch size {list(env.batch_size)}; one batch dimension is needed")
     keys = check_usable(env, name, observation_keys)
 
     transforms: list[Any] = []
@@ -361,7 +362,7 @@ def standardize(
 
 
 def check_usable(env: EnvBase, name: str, observation_keys: Sequence[NestedKey] | None = None) -> list[NestedKey]:
-    """Raise ConfigurationError unless the specs of ``env`` are ones that PWM can learn from.
+    """Raise ConfigurationError if PWM cannot learn from the specs of ``env``.
 
     Args:
         env (EnvBase): environment of any batch size.
@@ -369,7 +370,7 @@ def check_usable(env: EnvBase, name: str, observation_keys: Sequence[NestedKey] 
         observation_keys (sequence of NestedKey, optional): as for :func:`standardize`. Defaults to ``None``.
 
     Returns:
-        list of NestedKey: the entries that make up the observation, in order.
+        list of NestedKey: the entries that form the observation, in order.
     """
     _check_entries(env, name)
     _check_actions(env, name)
@@ -383,10 +384,10 @@ def _check_entries(env: EnvBase, name: str) -> None:
     ):
         if list(keys) != [wanted]:
             raise ConfigurationError(
-                f"{name} has the {kind} entries {list(keys)}: exactly one called {wanted!r} is supported"
+                f"{name} has the {kind} entries {list(keys)}; only a single entry {wanted!r} is supported"
             )
     if "done" not in env.done_keys:
-        raise ConfigurationError(f"{name} has the done entries {list(env.done_keys)}: one called 'done' is needed")
+        raise ConfigurationError(f"{name} has the done entries {list(env.done_keys)}; an entry 'done' is needed")
 
 
 def _check_actions(env: EnvBase, name: str) -> None:
@@ -397,11 +398,11 @@ def _check_actions(env: EnvBase, name: str) -> None:
             "so only continuous ones are supported (env._target_)"
         )
     if spec.ndim != len(env.batch_size) + 1:
-        raise ConfigurationError(f"{name} has actions of shape {list(spec.shape)}: one vector each is needed")
+        raise ConfigurationError(f"{name} has actions of shape {list(spec.shape)}; one vector per row is needed")
     if not isinstance(spec, Bounded) or not _finite(spec):
         raise ConfigurationError(
             f"{name} has an unbounded action range: actions are scaled from [-1, 1], so every dimension needs "
-            "finite bounds (give its action_spec a low and a high)"
+            "finite bounds (set low and high in its action_spec)"
         )
 
 
@@ -420,7 +421,7 @@ def _observation_keys(env: EnvBase, name: str, chosen: Sequence[NestedKey] | Non
                 f"env.observation_keys names {missing[0]!r}, but {name} observes {', '.join(map(str, leaves))}"
             )
         leaves = {key: leaves[key] for key in wanted}
-    leaves.pop("step_count", None)  # TorchRL's StepCounter adds it; the clock is no observation
+    leaves.pop("step_count", None)  # added by TorchRL's StepCounter, not an observation
     if not leaves:
         raise ConfigurationError(f"{name} has no observation entry")
     for key, spec in leaves.items():
@@ -434,11 +435,11 @@ def _check_observation(name: str, key: NestedKey, spec: TensorSpec, batch_dims: 
     if len(shape) >= 3 or (len(shape) == 2 and spec.dtype == torch.uint8) or last == "pixels":
         raise ConfigurationError(
             f"{name} observes images ({key!r}, shape {shape}): only vectors of numbers are supported "
-            "(choose entries by env.observation_keys)"
+            "(select entries with env.observation_keys)"
         )
     if spec.dtype is None or isinstance(spec, Composite):
         raise ConfigurationError(
-            f"{name} observes {key!r}, which is not a tensor (choose entries by env.observation_keys)"
+            f"{name} observes {key!r}, which is not a tensor (select entries with env.observation_keys)"
         )
 
 
@@ -451,7 +452,7 @@ def _cast_reward(env: EnvBase) -> list[Any]:
 
 
 def _scale_actions(env: EnvBase) -> list[Any]:
-    """Affine map from [-1, 1]; inverse transforms run last to first, so the cast to float64 comes before it."""
+    """Affine map from [-1, 1]. Inverse transforms run from last to first, so the cast to float64 comes before it."""
     spec = env.action_spec
     transforms: list[Any] = []
     if not ((spec.space.low == -1).all() and (spec.space.high == 1).all()):
@@ -462,7 +463,7 @@ def _scale_actions(env: EnvBase) -> list[Any]:
 
 
 def _simulators(env: EnvBase) -> list[Any]:
-    """What is inside: the first member of a batch and what TorchRL's wrappers wrap."""
+    """The environment, its inner environments (the first of a batch) and the simulators that TorchRL wraps."""
     found: list[Any] = []
     queue: list[Any] = [env]
     while queue:

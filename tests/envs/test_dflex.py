@@ -116,7 +116,7 @@ def test_arguments():
         make_dflex_env("hopper", 2, module=MODULE, termination_heigth=-0.1)
     with pytest.raises(ConfigurationError, match=r"env.name='hoper'.*did you mean hopper"):
         make_dflex_env("hoper", 2, module=MODULE)
-    with pytest.raises(ConfigurationError, match=r"cannot be filmed: dflex"):
+    with pytest.raises(ConfigurationError, match="dflex_"):
         render_frame(make_dflex_env("hopper", 1, module=MODULE))
 
 
@@ -128,7 +128,7 @@ def test_missing_extras_say_which_dflex_is_needed():
             return observation, reward, done, extras
 
     env = DFlexEnv(Old(num_envs=2), name="old")
-    with pytest.raises(ConfigurationError, match="no extras\\['obs_before_reset'\\]"):
+    with pytest.raises(ConfigurationError, match=r"extras\['obs_before_reset'\]"):
         env.rollout(1)
 
 

@@ -262,14 +262,14 @@ class TestStarts:
         assert LatentImaginationEnv(model, start=draw, batch_size=[2, 3]).reset()["latent"].shape == (2, 3, D)
         assert counts == [6]
 
-    def test_states_of_ones_own_are_where_a_rollout_starts(self) -> None:
+    def test_a_rollout_starts_at_given_states(self) -> None:
         own = states(True, 7)
         env = LatentImaginationEnv(model_of(**TASKS), start=states(True, 3), horizon=2)
         rollout = env.rollout(2, tensordict=own.copy(), set_state=True)
         assert torch.equal(rollout["latent"][:, 0], own["latent"])
         assert torch.equal(rollout["task"], own["task"].unsqueeze(1).expand(7, 2))
         assert not torch.equal(env.reset(own.copy(), set_state=False)["latent"], own["latent"])
-        # a rollout may go on from any state, the environment itself keeps none
+        # the environment is stateless, so a rollout can continue from any state
         on = env.rollout(3, tensordict=own.copy(), auto_reset=False)
         assert torch.equal(on["latent"][:, 0], own["latent"])
         assert on.shape == (7, 2)
@@ -282,16 +282,16 @@ class TestStarts:
             (lambda count: latents(count + 1), r"batch size \[7\] instead of \[6\]"),
         ],
     )
-    def test_what_is_missing_is_said(self, start: object, message: str) -> None:
+    def test_missing_entries(self, start: object, message: str) -> None:
         with pytest.raises(ConfigurationError, match=message):
             LatentImaginationEnv(model_of(), start=start, batch_size=[B]).reset()
 
-    def test_what_is_no_start_is_refused(self) -> None:
+    def test_a_start_of_another_type(self) -> None:
         with pytest.raises(ConfigurationError, match="start is a str"):
             LatentImaginationEnv(model_of(), start="replay")
 
     def test_a_state_without_its_task_is_refused(self) -> None:
-        with pytest.raises(ConfigurationError, match="name one task"):
+        with pytest.raises(ConfigurationError, match="'task'"):
             LatentImaginationEnv(model_of(**TASKS), start=latents(5), batch_size=[B]).reset()
 
 
@@ -343,11 +343,11 @@ class TestTasks:
         assert torch.equal(seen[-1] != 0, wanted > 0)
 
     def test_what_does_not_exist_is_refused(self) -> None:
-        with pytest.raises(ConfigurationError, match="task=4 is not one of the world_model's 4 tasks"):
+        with pytest.raises(ConfigurationError, match=r"task=4 .*4 tasks"):
             LatentImaginationEnv(model_of(**TASKS), task=4)
-        with pytest.raises(ConfigurationError, match="task=0, but the world_model reads no task"):
+        with pytest.raises(ConfigurationError, match="task=0 "):
             LatentImaginationEnv(model_of(), task=0)
-        with pytest.raises(ConfigurationError, match=r"action_mask of shape \[4, 3\]"):
+        with pytest.raises(ConfigurationError, match=r"action_mask .*\[4, 3\]"):
             LatentImaginationEnv(model_of(), action_mask=torch.ones(4, A))
 
 
@@ -399,7 +399,7 @@ class TestSnapshot:
             assert torch.equal(each.step(reset.clone())["next", "latent"], result)
 
     def test_another_device_needs_a_copy(self) -> None:
-        with pytest.raises(ConfigurationError, match="device=meta is not the model's, cpu"):
+        with pytest.raises(ConfigurationError, match=r"device=meta .*cpu"):
             LatentImaginationEnv(model_of(), device="meta")
         assert LatentImaginationEnv(model_of(), device="meta", snapshot=True).device.type == "meta"
 
@@ -464,27 +464,27 @@ class TestForeignModels:
         [
             (["latent", "action"], [("next", "latent")], "write"),
             (["latent"], [("next", "latent"), ("next", "reward")], "the action"),
-            (["z", "latent", "action"], [("next", "latent"), ("next", "reward")], "at most the task"),
+            (["z", "latent", "action"], [("next", "latent"), ("next", "reward")], "nothing else"),
             (["latent", "action"], ["latent", ("next", "reward")], "a state"),
         ],
     )
-    def test_modules_that_are_no_step(self, reads: list, writes: list, message: str) -> None:
+    def test_modules_with_other_entries(self, reads: list, writes: list, message: str) -> None:
         module = TensorDictModule(lambda *x: x[: len(writes)], reads, writes)
         with pytest.raises(ConfigurationError, match=message):
             LatentImaginationEnv(module, action_spec=self.ACTION)
 
-    def test_what_specs_cannot_be_read_from_is_asked_for(self) -> None:
+    def test_missing_specs(self) -> None:
         with pytest.raises(ConfigurationError, match="Linear"):
             LatentImaginationEnv(nn.Linear(2, 2))
         with pytest.raises(ConfigurationError, match="action_spec"):
             LatentImaginationEnv(torchrl_model(), latent_spec=Unbounded((D,)))
         with pytest.raises(ConfigurationError, match="latent_spec"):
             LatentImaginationEnv(torchrl_model(), action_spec=self.ACTION)
-        with pytest.raises(ConfigurationError, match="latent_spec describes"):
+        with pytest.raises(ConfigurationError, match=r"latent_spec .*'z'"):
             LatentImaginationEnv(torchrl_model(), action_spec=self.ACTION, latent_spec=Composite(z=Unbounded((D,))))
 
     @pytest.mark.parametrize("flat", ["reward", "done", "float"])
-    def test_flat_or_undecided_outputs_raise(self, flat: str) -> None:
+    def test_outputs_of_wrong_shape_or_dtype(self, flat: str) -> None:
         def step(z: Tensor, a: Tensor) -> tuple[Tensor, ...]:
             r, end = a.sum(-1, keepdim=True), a[..., :1] > 0
             end = end.float() if flat == "float" else end
@@ -494,7 +494,7 @@ class TestForeignModels:
             step, ["latent", "action"], [("next", "latent"), ("next", "reward"), ("next", "done")]
         )
         env = LatentImaginationEnv(module, start=latents(3), action_spec=self.ACTION, batch_size=[B])
-        with pytest.raises(ValueError, match="no decision" if flat == "float" else "nothing is broadcast"):
+        with pytest.raises(ValueError, match="torch.float32" if flat == "float" else "broadcast"):
             env.rollout(1)
 
 

@@ -123,7 +123,7 @@ class TestWarmStart:
         collector.shutdown()
 
     def test_without_a_place_for_the_plan(self) -> None:
-        with pytest.raises(ConfigurationError, match=r"'plan': append make_tensordict_primer\(\) .* warm_start=False"):
+        with pytest.raises(ConfigurationError, match=r"'plan'.*make_tensordict_primer\(\).*warm_start=False"):
             planner(warm_start=True)(STATES.clone())
 
 
@@ -152,7 +152,7 @@ class TestBadArguments:
         locked, discrete = Model(), Model()
         locked._batch_locked = True
         discrete.action_spec = Categorical(3)
-        with pytest.raises(ConfigurationError, match="batch-locked"):
+        with pytest.raises(ConfigurationError, match="batch_locked"):
             planner(locked)
-        with pytest.raises(ConfigurationError, match=r"Categorical of shape .* a vector of real numbers"):
+        with pytest.raises(ConfigurationError, match="Categorical"):
             planner(discrete)

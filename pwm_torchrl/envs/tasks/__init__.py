@@ -1,7 +1,7 @@
-"""The task registry: MT30, MT80 and users' own tasks, with their dimensions, lengths and scores.
+"""Task registry: MT30, MT80 and users' own tasks, with their dimensions, lengths and scores.
 
-Light: importing it loads no simulator and no torch, so that data and command lines can ask it. Makers are loaded on
-first use.
+Importing it loads no simulator and no torch, so that ``data`` and the commands can use it. Makers are loaded on first
+use.
 """
 
 from __future__ import annotations

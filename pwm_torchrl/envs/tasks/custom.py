@@ -1,7 +1,7 @@
 """The eleven tasks that TD-MPC2 added to the DeepMind Control suite.
 
-Imports dm_control; only :func:`~pwm_torchrl.envs.tasks.make_custom_dm_control_env` loads it. Each task is a function
-``DOMAIN_TASK``, as the suite's own tasks are functions of their domain's module.
+Imports dm_control; only :func:`~pwm_torchrl.envs.tasks.make_custom_dm_control_env` loads this module. Each task is a
+function ``DOMAIN_TASK``, similar to the suite's own tasks.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dm_control.utils import rewards
 
 
 def stock_model(domain: str) -> ElementTree.Element:
-    """The suite's model of a domain, to be changed."""
+    """The suite's model of a domain, as an XML tree that can be changed."""
     return ElementTree.fromstring(common.read_model(f"{domain}.xml"))
 
 
 def element(model: ElementTree.Element, tag: str, name: str) -> ElementTree.Element:
-    """The element of a model with a tag and a name.
+    """The element of a model with a given tag and name.
 
     Raises:
-        LookupError: if the model has none: it is not the one that the changes were written for.
+        LookupError: if there is none, because dm_control has another version.
     """
     found = model.find(f".//{tag}[@name='{name}']")
     if found is None:
@@ -35,7 +35,7 @@ def element(model: ElementTree.Element, tag: str, name: str) -> ElementTree.Elem
 
 
 def widen_floor(model: ElementTree.Element, name: str, length: str) -> None:
-    """Change the first of a floor plane's half sizes, for those who run the other way."""
+    """Change the first half size of a floor plane, for tasks that run backwards."""
     floor = element(model, "geom", name)
     floor.set("size", " ".join([length, *floor.attrib["size"].split()[1:]]))
 
@@ -75,11 +75,11 @@ def _walker_environment(speed: float, time_limit: float, random: Any) -> control
 
 
 class BackwardsWalker(walker.PlanarWalker):
-    """Rewards standing, and six times as much of it for moving backwards at the wanted speed.
+    """Rewards standing, with six times the reward for moving backwards at the desired speed.
 
     With tol(x, lo, hi) 1 inside the bounds and falling outside of them: S (5 M + 1) / 6, where S = (3 tol(torso height,
-    1.2 m, ∞) + (1 + upright) / 2) / 4 and M = tol(horizontal velocity, −∞, −speed), which falls linearly to 0 when the
-    walker stands still.
+    1.2 m, ∞) + (1 + upright) / 2) / 4 and M = tol(horizontal velocity, −∞, −speed), which is linear and 0 at a velocity
+    of 0.
     """
 
     def get_reward(self, physics: walker.Physics) -> float:
@@ -121,7 +121,7 @@ def cheetah_run_back(time_limit: float = _CHEETAH_TIME_LIMIT, random: Any = None
 
 
 def cheetah_jump(time_limit: float = _CHEETAH_TIME_LIMIT, random: Any = None) -> control.Environment:
-    """Be high above the ground without getting anywhere; see :class:`JumpingCheetah`."""
+    """Be high above the ground without moving forwards; see :class:`JumpingCheetah`."""
     return _cheetah_environment(JumpingCheetah(random=random), time_limit)
 
 
@@ -145,7 +145,7 @@ class BackwardsCheetah(cheetah.Cheetah):
 
 
 class OneFootCheetah(cheetah.Cheetah):
-    """Rewards a foot and the torso in the air, and six times as much of it for running forwards.
+    """Rewards a raised foot and torso, with six times the reward for running forwards.
 
     With tol(x, lo, hi) 1 inside the bounds and falling outside of them: U (5 V + 1) / 6, where U = (3 tol(foot height,
     1.2 m, ∞) + 2 tol(torso height, 1.2 m, ∞)) / 5 and V = tol(speed, 6 m/s, ∞), linear from 0 at standing still.
@@ -172,7 +172,7 @@ class OneFootCheetah(cheetah.Cheetah):
 
 
 class JumpingCheetah(cheetah.Cheetah):
-    """Rewards height of torso and feet, and staying where it is.
+    """Rewards the height of torso and feet, and a speed near 0.
 
     With tol(x, lo, hi) 1 inside the bounds and falling outside of them, the mean over both feet of (5 tol((torso height
     + foot height) / 2, 1.2 m, ∞) + tol(speed, −0.5 m/s, 0.5 m/s)) / 6, the latter linear to 0 at 1 m/s.

@@ -1,4 +1,4 @@
-"""The registry of tasks: MT30, MT80 and those that a user registers; needs no simulator and no torch."""
+"""Registry of the tasks of MT30 and MT80 and of users' own tasks; needs no simulator and no torch."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ __all__ = [
     "task_set",
 ]
 
-#: Names modules, with commas, that register tasks of a user's own: so that commands and jobs know them, too.
+#: Environment variable with comma-separated modules that register a user's own tasks, for commands and jobs.
 MODULES_VARIABLE = "PWM_TORCHRL_TASKS"
 SCORES = ("return", "success")
 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """Facts of a task, without making its environment.
+    """Facts of a task that are known without creating its environment.
 
     Attributes:
         name (str): ``"walker-walk"``, ``"mw-reach"``.
         observation_dim (int): O of the task itself, before padding.
         action_dim (int): A of the task itself.
         episode_length (int): agent steps.
-        maker (str): dotted path of a function that makes its environment, called with ``arguments`` and what
-            :func:`~pwm_torchrl.envs.make_env` offers.
+        maker (str): dotted path of the function that makes its environment; it is called with ``arguments`` and the
+            arguments that :func:`~pwm_torchrl.envs.make_env` passes.
         arguments (Mapping): keyword arguments of ``maker``.
-        action_repeat (int): environment steps per agent step, rewards summed; more than 1 needs a maker with an
+        action_repeat (int): environment steps per agent step, with summed rewards; more than 1 requires a maker with an
             argument of this name. Defaults to ``1``.
-        score (str): ``"return"``, or ``"success"``: the share of episodes that end with their success flag set.
+        score (str): ``"return"``, or ``"success"`` for the fraction of episodes that end with the success flag set.
             Defaults to ``"return"``.
-        score_range (tuple of float): the value that counts 0 and the one that counts 1 when scores of several tasks
-            are averaged. Defaults to ``(0.0, 1000.0)``.
-        extra (str): the package's extra that installs its simulator, the library's name with hyphens; empty if it needs
-            none. Defaults to ``""``.
-        terminates (bool): whether an episode can end otherwise than by its length. Defaults to ``False``.
+        score_range (tuple of float): values that are mapped to 0 and 1 when scores of several tasks are averaged.
+            Defaults to ``(0.0, 1000.0)``.
+        extra (str): this package's extra that installs the simulator, named after the library; empty if none is needed.
+            Defaults to ``""``.
+        terminates (bool): whether episodes can terminate, in addition to their length. Defaults to ``False``.
     """
 
     name: str
@@ -68,12 +68,12 @@ class TaskInfo:
     terminates: bool = False
 
     def normalized(self, value: float) -> float:
-        """A return, or a success rate, on the scale of :attr:`score_range`; not clipped."""
+        """A return or success rate, scaled by :attr:`score_range`; not clipped."""
         low, high = self.score_range
         return (value - low) / (high - low)
 
     def env_config(self) -> dict[str, Any]:
-        """The ``env`` section of a configuration that makes this task's environment."""
+        """The configuration section ``env`` for this task's environment."""
         return {"_target_": "pwm_torchrl.envs.make_task_env", "name": self.name, "task": self.name}
 
 
@@ -81,23 +81,23 @@ _TASKS: dict[str, TaskInfo] = {}
 
 
 def register_task(info: TaskInfo) -> TaskInfo:
-    """Make a task known by its name, for task sets, data and :func:`~pwm_torchrl.envs.make_task_env`.
+    """Register a task by its name, for task sets, data and :func:`~pwm_torchrl.envs.make_task_env`.
 
-    Do so in a module that the environment variable ``PWM_TORCHRL_TASKS`` names, and the commands know the task.
+    To use it in commands, register it in a module that the environment variable ``PWM_TORCHRL_TASKS`` names.
 
     Raises:
-        ConfigurationError: if the name is taken by another task, or a value cannot be right.
+        ConfigurationError: if another task has this name, or a value is invalid.
 
     Examples:
         >>> register_task(TaskInfo("my-task", 4, 2, 100, "my_package.make_my_task"))  # doctest: +SKIP
     """
     if not isinstance(info.name, str) or not re.fullmatch(r"\w[\w.+-]*", info.name):
         raise ConfigurationError(
-            f"a task cannot be called {info.name!r}: only letters, digits and _ . + - can be in name=..."
+            f"name={info.name!r} is not a valid task name: only letters, digits and _ . + - are allowed"
         )
     known = _TASKS.get(info.name)
     if known is not None and known != info:
-        raise ConfigurationError(f"a task called {info.name!r} is registered already; give the new one another name")
+        raise ConfigurationError(f"another task named {info.name!r} is already registered; choose another name")
     for name in ("observation_dim", "action_dim", "episode_length", "action_repeat"):
         value = getattr(info, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -111,7 +111,7 @@ def register_task(info: TaskInfo) -> TaskInfo:
 
 
 def known_tasks() -> dict[str, TaskInfo]:
-    """All registered tasks by name, in the order of their registration."""
+    """All registered tasks by name, in order of registration."""
     return dict(_TASKS)
 
 
@@ -119,21 +119,21 @@ def task_info(name: str) -> TaskInfo:
     """Facts of one task.
 
     Raises:
-        ConfigurationError: if it is not registered, also not by the modules that ``PWM_TORCHRL_TASKS`` names; the
-            nearest names are given.
+        ConfigurationError: if it is not registered, not even by the modules in ``PWM_TORCHRL_TASKS``; the message
+            contains the nearest names.
     """
     if name not in _TASKS:
         _import_own_tasks()
     if name not in _TASKS:
         near = nearest(str(name), _TASKS)
-        own = f"a task of your own, which a module that {MODULES_VARIABLE} names has to register"
-        hint = f"did you mean {near}, or {own}?" if near else f"is it {own}?"
-        raise ConfigurationError(f"task {name!r} is not known: {hint}")
+        own = f"your own tasks must be registered by a module named in {MODULES_VARIABLE}"
+        hint = f"did you mean {near}? Note that {own}" if near else own
+        raise ConfigurationError(f"task {name!r} is not known: {hint}.")
     return _TASKS[name]
 
 
 def _import_own_tasks() -> None:
-    """Import the modules of :data:`MODULES_VARIABLE`; the working directory counts as importable."""
+    """Import the modules of :data:`MODULES_VARIABLE`, also from the working directory."""
     modules = [name.strip() for name in os.environ.get(MODULES_VARIABLE, "").split(",") if name.strip()]
     if modules:
         make_cwd_importable()
@@ -233,13 +233,13 @@ MT30: tuple[str, ...] = tuple(row[0] for row in _DM_CONTROL)
 MT80: tuple[str, ...] = (*MT30, *(f"mw-{_task}" for _task in _METAWORLD_NAMES.split()))
 
 
-#: Names of the tasks of published sets, in the order in which data and checkpoints number them.
+#: Task names of the published sets, in the order of the task indices in data and checkpoints.
 PUBLISHED_SETS: dict[str, tuple[str, ...]] = {"mt30": MT30, "mt80": MT80}
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks in a fixed order; a task's index is its place.
+    """Tasks in a fixed order; a task's index is its position.
 
     Attributes:
         name (str): label.
@@ -269,19 +269,19 @@ class TaskSet:
 
     @property
     def observation_dim(self) -> int:
-        """Width to which observations are padded: that of the widest task."""
+        """Padded width of observations: the maximum over the tasks."""
         return max(self.observation_dims)
 
     @property
     def action_dim(self) -> int:
-        """Width to which actions are padded."""
+        """Padded width of actions: the maximum over the tasks."""
         return max(self.action_dims)
 
     def index(self, name: str) -> int:
-        """Place of a task.
+        """Index of a task.
 
         Raises:
-            ConfigurationError: if the set does not have it.
+            ConfigurationError: if the set does not contain it.
         """
         if name not in self.names:
             near = nearest(str(name), self.names)
@@ -291,14 +291,14 @@ class TaskSet:
 
 
 def task_set(tasks: str | Sequence[str]) -> TaskSet:
-    """The set that a configuration names.
+    """Create the task set of a configuration.
 
     Args:
-        tasks (str or sequence of str): ``"mt30"``, ``"mt80"``, the path of a YAML file with a list of names, names
-            separated by commas, or a sequence of names.
+        tasks (str or sequence of str): ``"mt30"``, ``"mt80"``, the path of a YAML file with a list of names,
+            comma-separated names, or a sequence of names.
 
     Raises:
-        ConfigurationError: for unknown, repeated or no tasks, or a file that is no list.
+        ConfigurationError: if a task is unknown or repeated, there are no tasks, or the file is not a list.
 
     Examples:
         >>> tasks = task_set("pendulum-swingup,cup-catch")
@@ -320,12 +320,12 @@ def task_set(tasks: str | Sequence[str]) -> TaskSet:
         raise ConfigurationError("tasks is empty: name at least one task, or mt30 or mt80")
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
-        raise ConfigurationError(f"tasks={label}: {', '.join(repeated)} is there more than once")
+        raise ConfigurationError(f"tasks={label} contains {', '.join(repeated)} more than once")
     return TaskSet(label, tuple(task_info(name) for name in names))
 
 
 def _check_set_name(names: Sequence[str]) -> None:
-    """A lone word without a hyphen is rather a misspelt set than a misspelt task."""
+    """Treat a single word without a hyphen as a misspelt set rather than a misspelt task."""
     if len(names) == 1 and "-" not in names[0] and nearest(names[0], PUBLISHED_SETS):
         raise ConfigurationError(
             f"tasks={names[0]!r} is not a task set: did you mean {nearest(names[0], PUBLISHED_SETS)}?"

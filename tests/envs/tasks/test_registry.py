@@ -127,7 +127,7 @@ class TestOwnTasks:
     def test_a_name_is_taken_once(self, own_task):
         own_task()
         own_task()  # the same again is no other task
-        with pytest.raises(ConfigurationError, match="registered already"):
+        with pytest.raises(ConfigurationError, match="my-swing"):
             own_task(score_range=(0.0, 1.0))
 
     @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ class TestOwnTasks:
             ({"score": "sucess"}, "must be return or success"),
         ],
     )
-    def test_values_that_cannot_be(self, own_task, changes, match):
+    def test_invalid_values(self, own_task, changes, match):
         with pytest.raises(ConfigurationError, match=f"my-swing.*{match}"):
             own_task(**changes)
 
     @pytest.mark.parametrize("name", ["", "a,b", "my task", "up/down"])
-    def test_names_that_cannot_be(self, name):
+    def test_invalid_names(self, name):
         """In lists with commas, in paths."""
-        with pytest.raises(ConfigurationError, match="a task cannot be called"):
+        with pytest.raises(ConfigurationError, match=f"name={name!r}"):
             register_task(TaskInfo(name, 3, 1, 25, "my_package.make"))
 
     def test_facts_and_a_maker_suffice(self, own_task):
@@ -158,7 +158,7 @@ class TestOwnTasks:
 
     def test_unknown_names_and_their_neighbours(self, own_task):
         own_task()
-        with pytest.raises(ConfigurationError, match="'my-swnig' is not known: did you mean my-swing"):
+        with pytest.raises(ConfigurationError, match=r"'my-swnig'.*my-swing"):
             make_task_env("my-swnig")
 
 
@@ -179,7 +179,7 @@ class TestOwnModules:
             "from pwm_torchrl.envs.tasks import TaskInfo\n"
             "register_task(TaskInfo('my-hop', 11, 3, 100, 'torchrl.envs.GymEnv', {'env_name': 'Hopper-v5'}))\n"
         )
-        with pytest.raises(ConfigurationError, match="a module that PWM_TORCHRL_TASKS names has to register"):
+        with pytest.raises(ConfigurationError, match="PWM_TORCHRL_TASKS"):
             task_set("my-hop")
         monkeypatch.setenv("PWM_TORCHRL_TASKS", " my_tasks_for_tests,")
         assert task_set("my-hop,walker-run").action_dims == (3, 6)
