@@ -18,7 +18,6 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from pwm_torchrl.algorithm.build import EnvFacts, build_parts
 from pwm_torchrl.algorithm.updates import Undo
@@ -67,13 +66,15 @@ class StorageCounter(TorchDispatchMode):
             # Initialisers resample until no value is out of range; False ("no value is") ends their loop.
             return False
         out = func(*args, **(kwargs or {}))
+        self._add_tensors(out)
+        return out
+
+    def _add_tensors(self, out: Any) -> None:
         if isinstance(out, torch.Tensor):
             self._add(out.untyped_storage())
-            return out
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return out
+        elif isinstance(out, (tuple, list)):  # an operation with several results
+            for item in out:
+                self._add_tensors(item)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
