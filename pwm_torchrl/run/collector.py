@@ -1,4 +1,4 @@
-"""Collecting data from the environments, with everything that an exact resume needs."""
+"""Data collection with a state that can be resumed exactly, and the seeds of a run."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def evaluation_env_seed(seed: int) -> int:
 
 
 def fresh_env_seed(seed: int) -> int:
-    """Seed of the first environment of an evaluation afterwards, which training never saw nor chose by."""
+    """Seed of the first environment of an evaluation after training, which training never used."""
     return training_env_seed(seed) + _STRIDE * 3 // 4
 
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Put the process-wide generators back afterwards, whatever an environment's seeding did to them."""
+    """Restore the process-wide generators after the block, because environments may reseed them."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         yield
@@ -59,9 +59,9 @@ def preserved_generators() -> Iterator[None]:
 
 
 class RunRNGState(GlobalRNGState):
-    """TorchRL's process-wide generator state, loadable on a machine with other accelerators.
+    """TorchRL's process-wide generator state, which can be loaded on a machine with another number of GPUs.
 
-    The generators of accelerators are restored only where their number is the same; the others always are.
+    The GPUs' generators are restored only if their number is the same; the others are always restored.
     """
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -69,8 +69,8 @@ class RunRNGState(GlobalRNGState):
         cuda = saved.get("torch_cuda")
         if cuda is not None and len(cuda) != torch.cuda.device_count():
             warnings.warn(
-                f"The checkpoint has the random state of {len(cuda)} CUDA devices and there are "
-                f"{torch.cuda.device_count()}: theirs starts anew, so the run is not resumed to the bit.",
+                f"The checkpoint has the random state of {len(cuda)} CUDA devices, but there are "
+                f"{torch.cuda.device_count()}: their generators are reseeded, so the run is not resumed exactly.",
                 stacklevel=2,
             )
             del saved["torch_cuda"]
@@ -78,20 +78,20 @@ class RunRNGState(GlobalRNGState):
 
 
 class ResumableCollector(Collector):
-    """TorchRL's collector, whose state includes the environments' own where these can save it.
+    """TorchRL's collector with a state that includes the environments' states, if they can save them.
 
-    TorchRL's collector starts new episodes after a restart, which makes a resumed run differ from an undisturbed one.
-    Here the state holds the environments' and the next policy input; where an environment cannot save its state, the
+    TorchRL's collector starts new episodes after a restart, so a resumed run differs from an uninterrupted one. Here,
+    the state contains those of the environments and the next policy input. If an environment cannot save its state, the
     episodes restart and :attr:`resumed_exactly` is False.
 
     Args:
         env (EnvBase): environments of batch size ``[N]``.
         policy (TensorDictModuleBase): acts on their observations.
         steps (int): agent steps per environment and batch.
-        random_steps (int): first agent steps, all environments together, with uniform actions; rounded up to whole
-            batches. Defaults to ``0``.
-        device (str or torch.device): of the policy; batches come on the CPU. Defaults to ``"cpu"``.
-        env_device (str or torch.device): of the environments. Defaults to ``"cpu"``.
+        random_steps (int): number of first agent steps, summed over environments, with uniform actions; rounded up to
+            whole batches. Defaults to ``0``.
+        device (str or torch.device): device of the policy; batches are on the CPU. Defaults to ``"cpu"``.
+        env_device (str or torch.device): device of the environments. Defaults to ``"cpu"``.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class ResumableCollector(Collector):
             env_device=env_device,
             storing_device="cpu",
             use_buffers=False,
-            auto_register_policy_transforms=False,  # the policy has no memory
+            auto_register_policy_transforms=False,  # the policy is not recurrent
         )
 
     def rollout(self) -> TensorDictBase:
-        """A batch."""
+        """Collect one batch."""
         first = max(self.init_random_frames, self.requested_frames_per_batch)
         if self._frames >= first:
             with self.progress.phase("collecting"):
@@ -132,7 +132,7 @@ class ResumableCollector(Collector):
             return super().rollout()
 
     def state_dict(self) -> dict[str, Any]:
-        """Frame count, the environments' state or ``None``, and the next policy input."""
+        """Frame count, the environments' state (``None`` if it cannot be saved), and the next policy input."""
         state = save_env_state(self.env) if self._env_state_valid else None
         carrier = None
         if state is not None:
@@ -141,11 +141,11 @@ class ResumableCollector(Collector):
         return {"frames": self._frames, "iter": self._iter, "env": state, "carrier": carrier}
 
     def forget_env_state(self) -> None:
-        """Leave the environments out of the state from now on: one of them failed in the middle of a batch."""
+        """Do not save the environments' state any more, because one of them failed in the middle of a batch."""
         self._env_state_valid = False
 
     def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Continue from :meth:`state_dict`."""
         self._frames = state_dict["frames"]
         self._iter = state_dict["iter"]
         self.resumed_exactly = state_dict["env"] is not None
@@ -167,7 +167,7 @@ class EpisodeReturns:
         self.running = torch.zeros(num_envs, dtype=torch.float64)
 
     def update(self, batch: TensorDictBase) -> Tensor:
-        """Add a batch ``[N, T]``; returns the returns of the episodes that ended in it, float64 ``[E]``."""
+        """Add a batch ``[N, T]`` and return the returns of the episodes that ended in it, float64 ``[E]``."""
         finished = []
         rewards = batch["next", "reward"].squeeze(-1).double().cpu()
         for reward, done in zip(rewards.unbind(1), batch["next", "done"].squeeze(-1).cpu().unbind(1), strict=True):

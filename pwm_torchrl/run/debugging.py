@@ -1,4 +1,4 @@
-"""What tests and debugging hook into: places to die at, and a count of live autograd graphs."""
+"""Failpoints for tests, and a check for leaked autograd graphs."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from pwm_torchrl.errors import GraphLeak
 __all__ = ["GraphCheck", "live_nodes", "live_tensors"]
 
 VARIABLE = "PWM_TORCHRL_FAILPOINT"
-#: Every place, and where it is.
+#: All failpoints, each with the state of the run at this point.
 FAILPOINTS = {
     "start.claimed": "the attempt owns the run and has built nothing",
     "start.built": "networks, environments and replay exist; nothing is restored",
     "resume.restoring": "a checkpoint is about to be read",
-    "resume.restored": "a checkpoint is restored, the metrics that follow it are not dropped yet",
-    "epoch.collected": "new data are in replay, no update has been made",
-    "epoch.updated": "the epoch's updates are done, its row is not written",
-    "epoch.logged": "the epoch's row is written, its checkpoint is not",
+    "resume.restored": "a checkpoint is restored, but the metrics after it are not yet dropped",
+    "epoch.collected": "new data are in the replay, but no update has been made",
+    "epoch.updated": "the epoch's updates are done, but its row is not written",
+    "epoch.logged": "the epoch's row is written, but its checkpoint is not",
     "save.begin": "a checkpoint is about to be written",
-    "save.written": "its files are written, not flushed",
-    "save.sealed": "it is flushed and sealed, under another name",
-    "save.renamed": "it has its name, older ones are still there",
-    "save.deleting": "an older one has lost its name, its files are still there",
-    "save.pruned": "older ones are deleted",
-    "stop.asked": "a stop was asked for, nothing is saved",
-    "stop.saved": "the checkpoint of a stop is saved, the outcome is not written",
-    "finish.summary": "the run has finished, its summary is not written",
-    "finish.outcome": "the summary is written, the attempt has not said that it ended",
+    "save.written": "its files are written, but not flushed",
+    "save.sealed": "it is flushed and has its checksums, but is not renamed",
+    "save.renamed": "it has its final name, and older checkpoints still exist",
+    "save.deleting": "an older checkpoint is renamed for deletion, but its files still exist",
+    "save.pruned": "older checkpoints are deleted",
+    "stop.asked": "a stop was requested, but nothing is saved",
+    "stop.saved": "the checkpoint of a stop is saved, but the outcome is not written",
+    "finish.summary": "the run has finished, but its summary is not written",
+    "finish.outcome": "the summary is written, but the attempt is not recorded as ended",
 }
 _passed: dict[str, int] = {}
 
 
 def failpoint(name: str) -> None:
-    """Die here, if the environment says so."""
+    """Kill the process here if the environment variable selects this failpoint."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return
@@ -55,19 +55,18 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-#: How far the owners of a tensor are followed, from the list that holds it to the name that holds the list.
+#: Number of references followed from a tensor to its owners, such as from a list to the variable that holds the list.
 OWNER_DEPTH = 3
 
 
 class GraphCheck:
-    """Compares the live autograd nodes at the end of each epoch with those at its beginning.
+    """Compares the number of live autograd nodes at the end of each epoch with that at its beginning.
 
-    An epoch lasts from the end of the one before (the first: from :meth:`start`) to its own, so that collection,
-    updates, hooks, evaluation, logging and checkpoints are all inside. Graphs that were alive before, whoever owns
-    them, are no fault of the epoch and may stay or go.
+    An epoch lasts from the end of the previous one (the first one from :meth:`start`) to its own end, so that it
+    includes collection, updates, hooks, evaluation, logging and checkpoints. Graphs that were alive before are ignored.
 
-    .. note:: Counting takes about 0.1 s and, only where any graph is alive, a garbage collection: a graph in an
-        unreachable cycle is not a leak. Graphs held by nothing but C++ are invisible to it.
+    .. note:: Counting takes about 0.1 s, and a garbage collection if any graph is alive, because a graph in an
+        unreachable cycle is not a leak. Graphs that are only held by C++ are not found.
 
     Examples:
         >>> check = GraphCheck()
@@ -84,50 +83,50 @@ class GraphCheck:
         self._known: dict[int, weakref.ref[Tensor]] = {}
 
     def start(self) -> None:
-        """Take note of what is alive."""
-        self._note(live_roots())
+        """Record the live nodes."""
+        self._record(live_roots())
 
     def compare(self, what: str) -> None:
-        """Raise if more nodes are alive than at the last call, and take note of what is alive now.
+        """Record the live nodes, and raise an error if there are more than at the last call.
 
         Args:
-            what (str): what ended, the beginning of the sentence.
+            what (str): what has ended, for the error message.
 
         Raises:
-            GraphLeak: in one sentence: how many nodes more, of which kinds, and who holds a tensor of them.
+            GraphLeak: with the number and kinds of the additional nodes, and the owner of one of their tensors.
         """
         before, known = self._before, self._known
         roots = live_roots()
-        self._note(roots)
+        self._record(roots)
         more = self._before.total() - before.total()
         if more <= 0:
             return
         kinds = (self._before - before).most_common(3)
         new = [x for x in roots if isinstance(x, Tensor) and (id(x) not in known or known[id(x)]() is not x)]
-        # Many tensors may share a graph; the one made last, a loss rather than its inputs, reaches most of it.
+        # Many tensors may share a graph; the one created last (a loss rather than its inputs) reaches the most nodes.
         culprit = max(new, key=lambda x: sum(count_nodes([x]).values()), default=None)
         del new
         held = "" if culprit is None else f"; a {_describe(culprit)} is held by {_owner(culprit, [roots])}"
         raise GraphLeak(
             f"{what} left {more} more live autograd nodes than it found ({before.total()} before; mostly "
-            f"{', '.join(f'{count} {name}' for name, count in kinds)}){held}; detach it where it is made."
+            f"{', '.join(f'{count} {name}' for name, count in kinds)}){held}; detach it where it is created."
         )
 
-    def _note(self, roots: list[Any]) -> None:
+    def _record(self, roots: list[Any]) -> None:
         self._before = count_nodes(roots)
         self._known = {id(x): weakref.ref(x) for x in roots if isinstance(x, Tensor)}
 
 
 def live_nodes() -> Counter[str]:
-    """Live autograd nodes by name: distinct nodes that a live tensor, or a node held by Python, leads to."""
+    """Number of live autograd nodes by name: all nodes reachable from a live tensor or a node held by Python."""
     return count_nodes(live_roots())
 
 
 def live_tensors(collect: bool = True) -> list[Tensor]:
-    """Every tensor that Python knows of.
+    """All live tensors.
 
     Args:
-        collect (bool): collect garbage first, so that unreachable cycles do not count. Defaults to ``True``.
+        collect (bool): collect garbage first, which removes unreachable cycles. Defaults to ``True``.
     """
     if collect:
         gc.collect()
@@ -135,10 +134,10 @@ def live_tensors(collect: bool = True) -> list[Tensor]:
 
 
 def live_roots() -> list[Any]:
-    """Every tensor that owns an autograd graph, and every node that Python holds, garbage excluded."""
+    """All tensors with an autograd graph and all nodes held by Python, without garbage."""
     found = _graph_owners()
     if not found:
-        return found  # then there is none in garbage either
+        return found  # the garbage contains none, either
     del found
     gc.collect()
     return _graph_owners()
@@ -148,7 +147,7 @@ def count_nodes(roots: Iterable[Any]) -> Counter[str]:
     """Distinct autograd nodes reachable from tensors and nodes, by name."""
     with torch._C.DisableTorchFunctionSubclass():
         waiting = [x.grad_fn if isinstance(x, Tensor) else x for x in roots]
-    # By identity: a node's Python object is one and the same as long as it is held, and here it is held.
+    # By identity: a node has one Python object as long as it is referenced, as it is here.
     seen: dict[int, Any] = {}
     while waiting:
         node = waiting.pop()
@@ -160,17 +159,17 @@ def count_nodes(roots: Iterable[Any]) -> Counter[str]:
 
 def _graph_owners() -> list[Any]:
     found = _living(lambda kind: issubclass(kind, (Tensor, Node)))
-    # A subclass may answer for its attributes itself; only the tensor's own graph is wanted.
+    # A subclass may override attribute access; this reads the tensor's own grad_fn.
     with torch._C.DisableTorchFunctionSubclass():
         return [x for x in found if not isinstance(x, Tensor) or x.grad_fn is not None]
 
 
 def _living(wanted: Callable[[type], bool]) -> list[Any]:
-    """Objects of the wanted types; asks each type once, since there are many objects and few types."""
+    """Objects of the wanted types; tests each type once, because there are many objects and few types."""
     answers: dict[type, bool] = {}
     found = []
     for x in gc.get_objects():
-        # isinstance would wake the deprecated proxies that some libraries keep among their objects
+        # isinstance would trigger the deprecation warnings of proxy objects in some libraries.
         kind = type(x)
         if kind not in answers:
             answers[kind] = wanted(kind)
@@ -185,7 +184,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _owner(held: Any, ours: list[Any]) -> str:
-    """Who holds an object, outwards: ``a list of 3 under 'history'``."""
+    """The chain of owners of an object, for messages: ``a list of 3 in the name 'history'``."""
     words: list[str] = []
     for _ in range(OWNER_DEPTH):
         owners = [x for x in gc.get_referrers(held) if not any(x is other for other in ours) and not _is_frame(x)]

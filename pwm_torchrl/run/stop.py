@@ -1,4 +1,4 @@
-"""Stopping a run at its next step, from a signal or from code."""
+"""Stopping a run at its next step, by a signal or from code."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from collections.abc import Iterator
 
 from pwm_torchrl.terminal import say_after_interrupt, warn
 
-#: What SLURM sends before it takes a job's nodes away: SIGUSR2 some time before, SIGTERM right before.
+#: Signals that SLURM sends before it ends a job: SIGUSR2 some time before, SIGTERM right before.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-#: Exit code of a process that reached no step in time and left its run to the last checkpoint.
+#: Exit code of a process that reached no step in time, so that its run continues from the last checkpoint.
 NO_STEP_IN_TIME = 76
 
 
 class StopInEpoch(Exception):
-    """A stop was asked for and a step's boundary inside an epoch is reached; the run saves and ends."""
+    """A stop was requested and the run has reached a step inside an epoch, where it saves and ends."""
 
 
 class StopRequest:
-    """Whether a run was asked to stop, and why. Asking only sets a flag; the run looks at it between two steps."""
+    """A request to stop a run, and its reason. It only sets a flag, which the run checks between two steps."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.reached = threading.Event()
 
     def ask(self, reason: str) -> None:
-        """Stop at the next step; the first reason stays."""
+        """Request a stop at the next step; the first reason is kept."""
         if self.reason is None:
             self.reason = reason
 
     def check(self) -> None:
-        """Called by the run between two steps.
+        """Check for a request; the run calls this between two steps.
 
         Raises:
-            StopInEpoch: if a stop was asked for.
+            StopInEpoch: if a stop was requested.
         """
         if self.reason is not None:
             self.reached.set()
@@ -45,13 +45,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_interrupt(stop: StopRequest) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM ask for a stop; a second SIGINT raises KeyboardInterrupt at once.
+    """Make SIGINT and SIGTERM request a stop inside the block; a second SIGINT raises KeyboardInterrupt at once.
 
-    Signals that another part of the program answers are left to it: a handler of SIGTERM that is not the default, both
-    signals outside of the main thread, and SIGINT where it is ignored.
+    Existing handlers are kept: a handler of SIGTERM that is not the default, and an ignored SIGINT. Outside of the main
+    thread, nothing is changed.
 
     Args:
-        stop (StopRequest): what is asked.
+        stop (StopRequest): the request that is set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -59,7 +59,7 @@ def stop_on_interrupt(stop: StopRequest) -> Iterator[None]:
     owner = os.getpid()
 
     def ask(signum: int, frame: object) -> None:
-        if os.getpid() != owner:  # a forked worker: end as it would have without us
+        if os.getpid() != owner:  # a forked worker: use the default handler
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             return
@@ -85,31 +85,30 @@ def stop_on_interrupt(stop: StopRequest) -> Iterator[None]:
 def stop_on_signals(
     stop: StopRequest, deadline_s: float | None = None, *, ignore_afterwards: bool = False
 ) -> Iterator[None]:
-    """Inside, SIGUSR2 and SIGTERM ask for a stop and do nothing else.
+    """Make SIGUSR2 and SIGTERM request a stop inside the block.
 
-    The signals are blocked and waited for by a thread, so that the flag is set while the main thread is inside a
-    library that does not return to Python for minutes, such as a compiler. Children inherit the block: those that are
-    forked never run a handler, and those that are started as programs begin deaf to both signals, which SLURM may send
-    to every process of a job.
+    The signals are blocked and a thread waits for them, so that the flag is set even while the main thread is inside a
+    library that does not return to Python for minutes, such as a compiler. Child processes inherit the block: forked
+    ones run no handler, and started programs ignore both signals, which SLURM may send to all processes of a job.
 
     Args:
-        stop (StopRequest): what is asked.
-        deadline_s (float, optional): seconds from the first signal in which a step must be reached; the process then
-            ends with :data:`NO_STEP_IN_TIME`, and the run continues from its last checkpoint. Defaults to ``None``: no
-            deadline.
-        ignore_afterwards (bool): leave both signals ignored, for a process that has only its end before it. Defaults to
-            ``False``: the handlers of before are put back.
+        stop (StopRequest): the request that is set.
+        deadline_s (float, optional): seconds after the first signal within which a step must be reached. Otherwise, the
+            process ends with :data:`NO_STEP_IN_TIME`, and the run continues from its last checkpoint. Defaults to
+            ``None``, no deadline.
+        ignore_afterwards (bool): ignore both signals after the block, for a process that is about to end. Defaults to
+            ``False``, which restores the earlier handlers.
 
     Raises:
         RuntimeError: outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("Signals can be taken over by a process's main thread only.")
+        raise RuntimeError("Only the main thread of a process can set signal handlers.")
 
     def note(signum: int, frame: object = None) -> None:
         stop.ask(signal.Signals(signum).name)
 
-    # A library's thread that was started earlier does not block them; the kernel may choose it.
+    # Threads that were started earlier do not block the signals, so the kernel may deliver them there.
     handlers = {each: signal.signal(each, note) for each in SIGNALS}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     closing = threading.Event()
@@ -124,7 +123,7 @@ def stop_on_signals(
         closing.set()
         waiter.join()
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)  # one that still waits is forgotten: it has been answered
+            signal.signal(each, signal.SIG_IGN)  # discards a pending signal, which has been handled
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for each, handler in handlers.items():
             if not ignore_afterwards:
@@ -142,7 +141,7 @@ def _wait_for_signals(stop: StopRequest, closing: threading.Event, deadline_s: f
         return
     if not stop.reached.wait(deadline_s):
         warn(
-            f"{stop.reason}: no step was completed within {deadline_s:g} s, so this process ends here and the run "
-            "continues from its last checkpoint"
+            f"{stop.reason}: no step was completed within {deadline_s:g} s, so this process ends and the run continues "
+            "from its last checkpoint"
         )
         os._exit(NO_STEP_IN_TIME)

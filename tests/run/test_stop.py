@@ -222,4 +222,4 @@ print("alive")
         thread = threading.Thread(target=enter)
         thread.start()
         thread.join()
-        assert errors == ["Signals can be taken over by a process's main thread only."]
+        assert errors == ["Only the main thread of a process can set signal handlers."]
