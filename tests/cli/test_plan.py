@@ -93,7 +93,7 @@ def test_fixed_is_warned_about(capsys):
     shown = capsys.readouterr()
     assert shown.err.startswith("warning: memory=fixed will not fit: host memory: ")
     assert "DOES NOT FIT" in shown.out
-    assert "choices, as written (memory=fixed)" in shown.out
+    assert "choices, as configured (memory=fixed)" in shown.out
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_fixed_is_warned_about(capsys):
     [
         (["cluster=l40s", "cluster.gpu=l41s"], "cluster.gpu=l41s: unknown GPU type 'l41s'; the nearest known: l40s"),
         (["cluster=cpu", "device=cuda"], "device=cuda needs a GPU, and cluster=cpu has none"),
-        (["cluster=cpu", "cluster.host_gb=null"], "does not say how much host memory"),
+        (["cluster=cpu", "cluster.host_gb=null"], "set cluster.host_gb"),
         (["cluster=l40"], "nearest: l40s"),
         (["--json"], "--json needs the name of a file"),
         (["--json", "missing/plan.json"], "--json missing/plan.json cannot be written: No such file or directory"),
