@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = memory_plan.budgets(config, str(device) if device.type == "cuda" else None)
     plan = memory_plan.make_plan(config, facts, limits, elsewhere=config.cluster.kind == "slurm")
     console.say(memory_plan.plan_table(plan, console.width()))
-    console.say("\n" + "\n".join(estimate.cost_lines(config, facts, estimate.hardware_of(config, device), device)))
+    console.say("")
+    for text in estimate.cost_lines(config, facts, estimate.hardware_of(config, device), device):
+        console.say("\n".join(textwrap.wrap(text, console.width(), subsequent_indent="  ")))
     for shortage in plan.shortages():
         console.say(f"{coloured('warning', err=True)}: memory=fixed will not fit: {shortage}", err=True)
     if file is not None:

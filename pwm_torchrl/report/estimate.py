@@ -113,7 +113,7 @@ def earlier_duration(cfg: Config, hardware: str) -> Duration | None:
 def predicted_duration(cfg: Config, facts: EnvFacts, device: torch.device) -> Duration:
     """Hours from the operations of the updates and the rate that matrix products reach here: a lower bound."""
     count, rate = operations(cfg, facts), measured_rate(cfg, device)
-    source = f"{count:.2g} operations per epoch at the {rate / 1e9:.2g} GFLOP/s measured here, there is no earlier run"
+    source = f"{count:.2g} operations per epoch at the {rate / 1e9:,.1f} GFLOP/s measured here, there is no earlier run"
     return Duration(cfg.training.epochs * count / rate / 3600, source, lower_bound=True)
 
 
@@ -130,7 +130,7 @@ def operations(cfg: Config, facts: EnvFacts) -> float:
         return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
     model = networks.model
-    step = size(model.dynamics) * model.dynamics.evaluations + size(model.reward)
+    step = 0 if model is None else size(model.dynamics) * model.dynamics.evaluations + size(model.reward)
     total = 0.0
     for name in trained:
         rows = UPDATES[name].batch(a) * UPDATES[name].per_epoch(a)

@@ -121,9 +121,9 @@ def _held_out(runs: Sequence[RunReport]) -> pd.DataFrame:
     """A row per run, task and error: columns ``arm``, ``task``, ``error`` and ``value``."""
     rows = []
     for run in runs:
-        metrics = pd.DataFrame(run.metrics)
-        if "validation/loss" not in metrics or metrics["validation/loss"].isna().all():
+        if last(run.metrics.get("validation/loss", [])) is None:
             continue
+        metrics = pd.DataFrame(run.metrics)
         best = metrics.loc[metrics["validation/loss"].idxmin()]
         for column, value in best.items():
             for prefix, error in _ERRORS.items():

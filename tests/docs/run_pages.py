@@ -49,7 +49,7 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Why a block may be left out.
-REASONS = ("needs a cluster", "needs W&B online", "runs make test", "runs the demo")
+REASONS = ("needs a cluster", "needs W&B online", "needs the hub", "runs make test", "runs the demo")
 SHELLS = ("bash", "sh", "console")
 SCRIPT = "python after-run"
 #: Seconds after which a command counts as hanging.
