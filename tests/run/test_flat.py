@@ -108,7 +108,7 @@ class TestGraphCheck:
         message = str(caught.value)
         assert "mostly 1 SumBackward0, 1 MulBackward0, 1 AccumulateGrad" in message
         assert "a tensor of shape [] made by SumBackward0 is held by the name 'loss/model'" in message
-        assert message.endswith("; detach it where it is made.")
+        assert "detach it" in message
         assert "\n" not in message
         del meter
 
