@@ -65,7 +65,14 @@ def measure(words: list[str], device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         # What is not written is planned; the budget is that of a 24 GB machine or GPU for every row alike.
-        command = [*SHORT, *words, f"device={device}", f"run_dir={run_dir}", "memory.host_gb=24", "memory.device_gb=24"]
+        command = [
+            *SHORT,
+            *words,
+            f"device={device}",
+            f"run_dir={run_dir}",
+            "memory.host_gib=24",
+            "memory.device_gib=24",
+        ]
         done = subprocess.run(
             [sys.executable, str(ROOT / "launch" / "train.py"), *command], capture_output=True, text=True, check=False
         )

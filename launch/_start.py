@@ -14,16 +14,16 @@ NEEDED = ("torch", "tensordict", "torchrl", "hydra", "omegaconf")
 
 
 def start(name):
-    """Calls the ``main`` of ``pwm_torchrl.cli.NAME`` with the words of the command line; returns the exit code."""
+    """Runs a command with the words of the command line; returns the exit code."""
     # A checkout works without installation; this folder's plan.py, data.py and so on must not pass for libraries.
     sys.path[:] = [ROOT] + [path for path in sys.path if os.path.abspath(path) != HERE]
     problem = unfit()
     if problem:
         sys.stderr.write("error: " + problem + ": " + remedy() + "\n")
         return 2
-    from pwm_torchrl.cli.entry import run
+    from pwm_torchrl.cli.entry import run_command
 
-    return run(name)
+    return run_command(name)
 
 
 def unfit():

@@ -1,4 +1,4 @@
-"""What the commands are called here: ``python launch/train.py`` in a checkout, ``pwm-train`` where one is installed.
+"""What the commands are called here: ``python launch/train.py`` in a checkout, ``pwm train`` where it is installed.
 
 Messages name a command as the user can type it. Imports nothing, so that every folder can use it.
 """
@@ -27,13 +27,13 @@ _USES = {
 
 
 def typed(name: str) -> str:
-    """A command as it is typed, ``"python launch/train.py"`` or ``"pwm-train"``; ``name`` is that of the script."""
+    """A command as it is typed, ``"python launch/train.py"`` or ``"pwm train"``; ``name`` is that of the script."""
     return f"python {named(name)}" if _scripts() else named(name)
 
 
 def named(name: str) -> str:
-    """A command in a sentence, ``"launch/train.py"`` or ``"pwm-train"``."""
-    return f"launch/{name}.py" if _scripts() else f"pwm-{name.replace('_', '-')}"
+    """A command in a sentence, ``"launch/train.py"`` or ``"pwm train"``."""
+    return f"launch/{name}.py" if _scripts() else f"pwm {name.replace('_', '-')}"
 
 
 def typed_here(name: str) -> str:
@@ -61,6 +61,6 @@ def _interpreter() -> str:
 
 def _scripts() -> bool:
     """Whether commands are scripts: there are some beside this package, and the user did not type another."""
-    if sys.argv and Path(sys.argv[0]).name.startswith("pwm-"):
+    if sys.argv and Path(sys.argv[0]).name == "pwm":
         return False
     return (Path(__file__).resolve().parents[1] / "launch" / "train.py").is_file()

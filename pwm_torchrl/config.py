@@ -158,12 +158,14 @@ class LoggerConfig:
 
 @dataclass
 class ClusterConfig:
-    """Where a submitted job runs, what its nodes have and what it asks SLURM for; GB are 10^9 bytes, GiB 2^30."""
+    """Where a submitted job runs, what its nodes have and what it asks SLURM for."""
 
     kind: str = "auto"  # auto: slurm where it is found, else local | local: a process of its own here | debug: in this
     # process | slurm: a job of SLURM
     name: str = "auto"  # label
-    host_gb: Optional[float] = None  # host memory a job may have on a node, at most; None: what this machine offers
+    host_gib: Optional[float] = (
+        None  # host memory a job may have on a node, at most, GiB; None: what this machine offers
+    )
     gpu: Optional[str] = None  # type of the GPU, such as l40s, for the memory plan; None: none, or this machine's
     gpus: int = 0  # GPUs per node; each has a task of its own, and without any there is one task
     nodes: int = 1
@@ -172,8 +174,8 @@ class ClusterConfig:
     qos: Optional[str] = None
     constraint: Optional[str] = None  # features that a node must have, such as l40s or "a100&nvlink"
     gres: Optional[str] = None  # what --gres asks for in place of gpus, such as gpu:l40s:1
-    cpus: Optional[int] = None  # CPUs per task; None: what the run can use
-    mem_gb: Optional[float] = None  # host memory per node, GiB; None: what the memory plan needs
+    cpus: Optional[int] = None  # CPUs per task; None: training.threads, or 2
+    mem_gib: Optional[float] = None  # host memory per node, GiB; None: what the memory plan needs
     time: Optional[str] = None  # time limit in SLURM's writing, "24:00:00"; read into time_min
     time_min: Optional[int] = None  # time limit, minutes; None: estimated from the run's length
     max_time_min: Optional[int] = (
@@ -188,17 +190,17 @@ class ClusterConfig:
 
 @dataclass
 class MemoryConfig:
-    """How a run fits into memory; GB are 10^9 bytes (see :mod:`pwm_torchrl.memory`)."""
+    """How a run fits into memory (see :mod:`pwm_torchrl.memory`)."""
 
     kind: str = "auto"  # auto: what is null here, and more, is planned | fixed: only what is written
     model_micro_batch: Optional[int] = None  # slices per backward pass of a model update; None: planned, or all
     actor_micro_batch: Optional[int] = None  # rollouts per backward pass of an actor update; None: likewise
     critic_micro_batch: Optional[int] = None  # states per backward pass of a critic update; None: likewise
-    host_gb: Optional[float] = None  # budget of host memory; None: what the machine, its cgroup or SLURM gives
-    device_gb: Optional[float] = None  # budget of GPU memory; None: what is free on the GPU
+    host_gib: Optional[float] = None  # budget of host memory, GiB; None: what the machine, its cgroup or SLURM gives
+    device_gib: Optional[float] = None  # budget of GPU memory, GiB; None: what is free on the GPU
     margin: float = 0.1  # share that a plan leaves free: of what lies below stop_at on the host, of the GPU's memory
     stop_at: float = 0.85  # share of the host limit, reclaimable memory apart, at which the run saves and stops
-    disk_above_gb: float = 8.0  # a replay larger than this goes to disk (training.replay_storage=auto)
+    disk_above_gib: float = 8.0  # GiB; a replay larger than this goes to disk (training.replay_storage=auto)
 
 
 @dataclass
@@ -247,7 +249,24 @@ RENAMED_KEYS: dict[str, tuple[str, ...]] = {
     "algorithm.policy_starts": ("algorithm.actor_starts",),
     "algorithm.policy_betas": ("algorithm.actor_betas", "algorithm.critic_betas"),
     "memory.imagination_micro_batch": ("memory.actor_micro_batch",),
+    "memory.host_gb": ("memory.host_gib",),
+    "memory.device_gb": ("memory.device_gib",),
+    "memory.disk_above_gb": ("memory.disk_above_gib",),
+    "cluster.host_gb": ("cluster.host_gib",),
+    "cluster.mem_gb": ("cluster.mem_gib",),
 }
+_GB = 1e9 / 2**30  # GiB
+#: Keys of earlier versions that had another unit, and by what their values are multiplied.
+RENAMED_UNITS: dict[str, float] = dict.fromkeys(
+    ("memory.host_gb", "memory.device_gb", "memory.disk_above_gb", "cluster.host_gb"), _GB
+)
+
+
+def in_present_unit(key: str, value: Any) -> Any:
+    """A value of an earlier key in the unit of the present one; what is no number stays."""
+    factor = RENAMED_UNITS.get(key)
+    return value if factor is None or not isinstance(value, (int, float)) else round(value * factor, 6)
+
 
 #: Metrics of earlier versions and their present names.
 RENAMED_METRICS = {

@@ -2,7 +2,8 @@
 
 A run reports to a :class:`Progress`: its phases, its epochs and their numbers. What shows them is a screen:
 :class:`~pwm_torchrl.display.Display` where this process has a terminal, :class:`Lines` where it has none, and
-:class:`StateFile` where another process owns the terminal and draws what it reads there.
+:class:`StateFile` where another process owns the terminal and draws what it reads there
+(:mod:`~pwm_torchrl.progress` chooses).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ __all__ = [
     "State",
     "StateFile",
     "coloured",
-    "counting",
     "has_terminal",
     "joined",
     "say",
@@ -55,7 +55,7 @@ _RECENT = 50  # epochs that speed and time left are taken from
 
 _COLOURS = {
     **dict.fromkeys(("ok", "finished"), "green"),
-    **dict.fromkeys(("warning", "stopped", "held"), "yellow"),
+    **dict.fromkeys(("warning", "stopped", "held", "cancelled"), "yellow"),
     **dict.fromkeys(("problem", "error", "failed", "died", "memory", "storage"), "bold red"),
     **dict.fromkeys(("running", "queued"), "cyan"),
 }
@@ -291,26 +291,6 @@ class Progress:
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
 
-    @classmethod
-    def here(cls, enabled: bool) -> Progress:
-        """One for this process: on its terminal, or as lines; and in a file for whoever asked for one.
-
-        Args:
-            enabled (bool): whether to show anything.
-        """
-        if not enabled:
-            return cls()
-        screens: list[Screen] = []
-        if has_terminal(sys.stdout) and find_spec("rich"):
-            from pwm_torchrl.display import Display
-
-            screens.append(Display())
-        else:
-            screens.append(Lines())
-        if os.environ.get(STATE_VARIABLE):
-            screens.append(StateFile(Path(os.environ[STATE_VARIABLE])))
-        return cls(screens)
-
     def __enter__(self) -> Progress:
         self._go_on()
         return self
@@ -407,23 +387,6 @@ class Progress:
         self.tick()
         while not self._over.wait(_TICK_S):
             self.tick()
-
-
-@contextlib.contextmanager
-def counting(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr for work of a known size, if there is a terminal; gives a function to advance it."""
-    if not has_terminal(sys.stderr) or not find_spec("rich"):
-        yield lambda count: None
-        return
-    from pwm_torchrl.display import counter
-
-    with counter(unit) as bar:
-        task = bar.add_task(f"{unit}s", total=total)
-
-        def advance(count: int) -> None:
-            bar.advance(task, count)
-
-        yield advance
 
 
 def _clock(seconds: float, *, hours: bool = False) -> str:

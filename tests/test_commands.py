@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pwm_torchrl import commands
+from pwm_torchrl.cli.entry import COMMANDS
 
 ROOT = Path(commands.__file__).parents[1]
 
@@ -51,22 +52,20 @@ def test_what_is_done_with_a_run_names_commands_that_are_there():
 
 
 def test_of_an_installed_command(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/venv/bin/pwm-plan"])
-    assert commands.typed("check_env") == commands.named("check_env") == "pwm-check-env"
-    assert commands.typed_here("check_env") == "pwm-check-env"
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/pwm"])
+    assert commands.typed("check_env") == commands.named("check_env") == "pwm check-env"
+    assert commands.typed_here("check_env") == "pwm check-env"
 
 
 def test_without_scripts(monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "__file__", str(tmp_path / "pwm_torchrl" / "commands.py"))
-    assert commands.typed("train") == "pwm-train"
+    assert commands.typed("train") == "pwm train"
 
 
-def test_every_script_has_a_console_command():
+def test_every_script_is_a_command_of_pwm():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
     with (ROOT / "pyproject.toml").open("rb") as file:
         scripts = tomllib.load(file)["project"]["scripts"]
     names = {path.stem for path in (ROOT / "launch").glob("[a-z]*.py")}
-    assert scripts == {f"pwm-{n.replace('_', '-')}": f"pwm_torchrl.cli.entry:{n}" for n in names}
-    from pwm_torchrl.cli import entry
-
-    assert set(entry.__all__) == names
+    assert scripts == {"pwm": "pwm_torchrl.cli.entry:main"}
+    assert set(COMMANDS) == names

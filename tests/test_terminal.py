@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from pwm_torchrl import terminal
+from pwm_torchrl.progress import progress_here
 from pwm_torchrl.terminal import PROGRESS_LINE, Lines, Progress, State, StateFile, coloured, joined, say_after_interrupt
 
 
@@ -193,8 +194,8 @@ class TestProgress:
 
     def test_nothing_is_shown_where_that_is_not_wanted(self, monkeypatch, tmp_path):
         monkeypatch.setenv(terminal.STATE_VARIABLE, str(tmp_path / "state"))
-        assert Progress.here(enabled=False).screens == ()
-        lines, file = Progress.here(enabled=True).screens
+        assert progress_here(enabled=False).screens == ()
+        lines, file = progress_here(enabled=True).screens
         assert isinstance(lines, Lines)
         assert isinstance(file, StateFile)
 
@@ -202,10 +203,10 @@ class TestProgress:
         pytest.importorskip("rich")
         on_terminal(monkeypatch)
         monkeypatch.delenv(terminal.STATE_VARIABLE, raising=False)
-        (screen,) = Progress.here(enabled=True).screens
+        (screen,) = progress_here(enabled=True).screens
         assert type(screen).__name__ == "Display"
         monkeypatch.setenv("TERM", "dumb")
-        (screen,) = Progress.here(enabled=True).screens
+        (screen,) = progress_here(enabled=True).screens
         assert isinstance(screen, Lines)
 
 

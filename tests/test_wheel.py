@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("pwm-train", "pwm-submit", "pwm-plan", "pwm-report")
+COMMANDS = ("train", "submit", "plan", "report")
 #: An epoch that does as little as it can.
 SHORT = (
     "training.epochs=1",
@@ -123,7 +123,7 @@ def test_from_a_clone(tmp_path):
     assert environment.added() == {"pwm_torchrl", "hydra_plugins"}
     out = environment("python", "-c", "import pwm_torchrl; print(pwm_torchrl.__file__)")
     assert Path(out.strip()).is_relative_to(environment.site_packages)
-    assert (environment.bin / "pwm-submit").is_file()
+    assert (environment.bin / "pwm").is_file()
 
 
 #: The pip of Python 3.11.7, to which dm_control and dm-control are two extras, and the newest.
@@ -230,18 +230,18 @@ def test_a_torchrl_program_finds_the_entries(installed):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_explain_themselves_by_their_names(installed, command):
-    text = installed(command, "--help")
-    assert f"usage: {command}" in text
+    text = installed("pwm", command, "--help")
+    assert f"usage: pwm {command}" in text
     assert "launch/" not in text
 
 
 def test_from_a_plan_to_a_report(installed):
-    assert "memory.actor_micro_batch" in installed("pwm-plan", *SHORT)
-    out = installed("pwm-train", *SHORT, "run_dir=first")
+    assert "memory.actor_micro_batch" in installed("pwm", "plan", *SHORT)
+    out = installed("pwm", "train", *SHORT, "run_dir=first")
     assert "finished" in out.splitlines()[-1]
     readme = (installed.folder / "first" / "README.md").read_text(encoding="utf-8")
-    assert "pwm-evaluate RUN " in readme
+    assert "pwm evaluate RUN " in readme
     assert "launch/" not in readme
-    assert "first" in installed("pwm-report", "first", "--out", "report")
+    assert "first" in installed("pwm", "report", "first", "--out", "report")
     assert (installed.folder / "report" / "report.html").is_file()
     assert sorted(path.name for path in installed.folder.iterdir()) == ["first", "report"]

@@ -7,7 +7,7 @@ import itertools
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -36,10 +36,10 @@ from pwm_torchrl.choices import (
     user_configs_dir,
     user_profiles,
 )
-from pwm_torchrl.cli.modes import apply_mode, apply_steps, check_stored, tasks_to_extract
+from pwm_torchrl.cli.modes import apply_mode, apply_steps
 from pwm_torchrl.cli.validate import CHOICES, INTEGERS_OF_ENV, read_time, validate
 from pwm_torchrl.cli.words import check_meaning, instead_of_hydras, option_hint, unknown_option
-from pwm_torchrl.config import MISSING, RENAMED_KEYS, Config
+from pwm_torchrl.config import MISSING, RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.terminal import warn
 from pwm_torchrl.user_code import make_cwd_importable
@@ -53,6 +53,7 @@ __all__ = [
     "expand",
     "explain",
     "type_words",
+    "typed_keys",
     "values_of",
 ]
 
@@ -132,6 +133,9 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _unknown_key(key: str, env_keys: list[str]) -> str:
+    if key in RENAMED_KEYS:  # in a file, such as a cluster profile of the user's own
+        unit = f" and counted in GiB: multiply its value by {RENAMED_UNITS[key]:.4g}" if key in RENAMED_UNITS else ""
+        return f"{key} is called {' and '.join(RENAMED_KEYS[key])} now{unit}"
     if key.startswith("env."):
         return (
             f"unknown key {key!r}{nearest_sentence(key, env_keys)}; "
@@ -165,11 +169,13 @@ EVERY_TASK = "task=all"
 MOST = 10_000
 
 
-def expand(words: Sequence[str]) -> list[list[str]]:
+def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
     """Every combination of the values of Hydra's sweeps, the last one changing fastest.
 
     Args:
         words (sequence of str): of the command line.
+        tasks (sequence of str): what ``task=all`` stands for, see :func:`~pwm_torchrl.cli.complete.expand_tasks`.
+            Defaults to ``()``: it is left out.
 
     Returns:
         list of list of str: the words of each run; one of them if nothing is swept.
@@ -177,19 +183,14 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigurationError: for a sweep without discrete values, or too many runs.
     """
-    options = [_tasks(words) if word == EVERY_TASK else values_of(word) for word in words]
+    every = [f"task={name}" for name in tasks]
+    options = [every if word == EVERY_TASK else values_of(word) for word in words if tasks or word != EVERY_TASK]
     count = 1
     for values in options:
         count *= len(values)
     if count > MOST:
         raise ConfigurationError(f"{count} runs in one command are more than {MOST}; submit them in parts")
     return [list(chosen) for chosen in itertools.product(*options)]
-
-
-def _tasks(words: Sequence[str]) -> list[str]:
-    """A word for every task that ``task=all`` means."""
-    first = [values_of(word)[0] for word in words if word != EVERY_TASK]  # what else is swept has no tasks of its own
-    return [f"task={name}" for name in tasks_to_extract(compose_unchecked(first))]
 
 
 def values_of(word: str) -> list[str]:
@@ -249,8 +250,11 @@ _MISSING_HINTS = {
 }
 
 
-def compose(overrides: Sequence[str] = (), *, without_data: bool = False) -> Config:
-    """Composes and checks a run's configuration.
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """Composes a run's configuration and checks it as far as that goes without files, environments and torch.
+
+    That is all there is to it for online runs in environments of this package; of others
+    :func:`~pwm_torchrl.cli.complete.complete` does the rest.
 
     Args:
         overrides: words of the command line, ``group=choice`` or ``group.key=value``.
@@ -274,10 +278,9 @@ def compose(overrides: Sequence[str] = (), *, without_data: bool = False) -> Con
     _label_honestly(resolved, typed)
     apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
-    check_meaning(resolved, typed)
+    check_meaning(resolved, typed, model_is_known=resolved.mode != "extract")
     validate(resolved)
     apply_steps(resolved, typed)
-    check_stored(resolved, without_data)
     return resolved
 
 
@@ -287,6 +290,11 @@ def compose_unchecked(overrides: Sequence[str]) -> Config:
     parsed = [_parse(word) for each in overrides for word in renamed(each)]
     _check_names(parsed)
     return _to_config(_compose([*_profile_words(parsed), *_env_words(parsed)], parsed))
+
+
+def typed_keys(overrides: Sequence[str]) -> dict[str, Any]:
+    """Every key that the words of a command line set, with its value."""
+    return _typed([_parse(word) for each in overrides for word in renamed(each)])
 
 
 def as_yaml(config: Config) -> str:
@@ -337,12 +345,17 @@ def renamed(word: str) -> list[str]:
     if written == "logger" and value.startswith("["):
         return _several_loggers(value)
     sign = written[: len(written) - len(written.lstrip("+"))]
-    now = RENAMED_KEYS.get(written[len(sign) :])
+    old = written[len(sign) :]
+    now = RENAMED_KEYS.get(old)
     if now is None or not equal:
         return [word]
+    given = value
+    with suppress(ValueError):  # not a number: composing tells whether it can be one
+        value = str(in_present_unit(old, float(value))) if old in RENAMED_UNITS else value
     if written not in _TOLD:
         _TOLD.add(written)
-        warn(f"{written[len(sign) :]} is called {' and '.join(now)} now")
+        unit = "" if value == given else f", in GiB: {old}={given} is {' and '.join(now)}={value}"
+        warn(f"{old} is called {' and '.join(now)} now{unit}")
     return [f"{sign}{key}={value}" for key in now]
 
 
@@ -510,7 +523,7 @@ def _to_config(composed: DictConfig) -> Config:
         hint = _MISSING_HINTS.get(key)
         raise ConfigurationError(f"{key} has no value; set {key}=..." + (f", {hint}" if hint else ""))
     try:
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+        config: Any = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise explain(error, [], []) from error
     check_types(config)

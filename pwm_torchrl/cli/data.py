@@ -1,56 +1,44 @@
-"""``data``: imports, generates, lists and checks stored episodes."""
+"""``launch/data.py``: imports, generates, lists and checks stored episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.evaluate import ArgumentParser
-from pwm_torchrl.cli.words import HELP
-from pwm_torchrl.commands import named, typed
+from pwm_torchrl.cli.arguments import TASKS
+from pwm_torchrl.commands import typed
+from pwm_torchrl.data.episodes import EpisodeStore, Inspection, import_episodes, inspect_source, inspect_store
+from pwm_torchrl.data.episodes.inspection import describe_shifts
+from pwm_torchrl.data.episodes.store import MANIFEST
 from pwm_torchrl.envs.tasks import TaskSet, task_set
 from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.progress import counting
 from pwm_torchrl.report.tables import Table
+from pwm_torchrl.run.generate import RANDOM, Behaviour, generate_episodes
 from pwm_torchrl.user_code import make_cwd_importable
 
-if TYPE_CHECKING:
-    from pwm_torchrl.data.episodes import EpisodeStore, Inspection
-    from pwm_torchrl.run.generate import Behaviour
-
-__all__ = ["generate_main", "main"]
+__all__ = ["run"]
 
 
-def generate_main(argv: Sequence[str]) -> int:
+def run(args: Namespace) -> int:
+    """Runs one of the commands.
+
+    Returns:
+        The exit code: 0, 1 if something is wrong with the data, 74 if a disk is full or broken.
+    """
+    make_cwd_importable()
+    try:
+        return {"import": _import, "inspect": _inspect, "generate": _generate}[args.command](args)
+    except StorageFault as fault:
+        console.error(str(fault))
+        return console.STORAGE
+
+
+def _generate(args: Namespace) -> int:
     """Plays episodes and writes the chunks; ``launch/data.py import`` reads them."""
-    parser = ArgumentParser(
-        prog=f"{typed('data')} generate",
-        description="Play episodes of the registry's tasks and write them in TD-MPC2's format, a chunk per task.",
-    )
-    parser.add_argument("--tasks", required=True, metavar="SET", help="mt30, mt80, names with commas, or a YAML list")
-    parser.add_argument("--episodes", type=int, default=100, metavar="N", help="episodes per task (default 100)")
-    parser.add_argument(
-        "--policy",
-        action="append",
-        metavar="[TASK=]RUN",
-        help="what acts: 'random', 'random:N', whose actions are held for 1 to N steps, or a run directory; of TASK "
-        "alone where it is named; several share a task's episodes equally (default: random)",
-    )
-    parser.add_argument(
-        "--noise", type=float, default=0.3, metavar="STD", help="largest noise on a run's actions (default 0.3)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of environments and actions (default 0)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chunks go")
-    args = parser.parse_args(list(argv))
-    if args.episodes < 1:
-        raise ConfigurationError(f"--episodes={args.episodes} is too small; it must be at least 1")
-    if args.noise < 0:
-        raise ConfigurationError(f"--noise={args.noise:g} must not be negative")
     tasks = task_set(args.tasks)
-    from pwm_torchrl.run.generate import generate_episodes
-    from pwm_torchrl.terminal import counting
-
     behaviours = _behaviours(args.policy or ["random"], tasks, args.noise)
     with counting(args.episodes * len(tasks), "episode") as advance:
         files = generate_episodes(args.out, tasks, behaviours, args.episodes, args.seed, advance)
@@ -81,8 +69,6 @@ def _behaviours(words: Sequence[str], tasks: TaskSet, noise: float) -> dict[str,
 
 def _behaviour(word: str, text: str, noise: float) -> Behaviour:
     """What a word of ``--policy`` means, without the task that it may begin with."""
-    from pwm_torchrl.run.generate import RANDOM, Behaviour
-
     kind, colon, steps = text.partition(":")
     if kind == RANDOM and not colon:
         return Behaviour(RANDOM, noise)
@@ -95,60 +81,7 @@ def _behaviour(word: str, text: str, noise: float) -> Behaviour:
     return Behaviour(RANDOM, noise, hold=int(steps))
 
 
-def _usage() -> str:
-    return f"""\
-usage: {typed("data")} COMMAND ...
-
-  import SOURCE... STORE --tasks TASKS   TD-MPC2's chunks, one's own episodes or Minari's, into a store
-  inspect SOURCE|STORE [--tasks TASKS]   what is in it, and whether actions or rewards lie in the wrong rows
-  generate ...                           episodes of random or trained policies, in the format of TD-MPC2
-
-Each of them explains itself: {typed("data")} COMMAND --help"""
-
-
-_SOURCES = (
-    "folder or file: *.pt (TD-MPC2's chunks), *.npz, *.h5 or *.hdf5 (one's own episodes); or minari:ID, minari:ID=TASK"
-)
-_TASKS = "mt30, mt80, names separated by commas, or a YAML list of names"
-_TASK = "the task of episodes that do not name theirs"
-
-
-@console.command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one of the commands."""
-    words = list(argv or ())
-    commands: dict[str, Callable[[Sequence[str]], int]] = {
-        "import": _import,
-        "inspect": _inspect,
-        "generate": _generate,
-    }
-    if not words or (words[0] not in commands and not HELP.isdisjoint(words)):
-        console.say(_usage())
-        return console.OK
-    if words[0] not in commands:
-        raise ConfigurationError(f"{words[0]!r} is not a command of {named('data')}; there are {', '.join(commands)}")
-    make_cwd_importable()
-    try:
-        return commands[words[0]](words[1:])
-    except StorageFault as fault:
-        console.error(str(fault))
-        return console.STORAGE
-
-
-def _import(argv: Sequence[str]) -> int:
-    parser = ArgumentParser(
-        prog=f"{typed('data')} import",
-        description="Import episodes into a memory-mapped store; the same command goes on with an import that stopped.",
-    )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCES)
-    parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store, new or of an unfinished import")
-    parser.add_argument("--tasks", required=True, help=f"the tasks of the store: {_TASKS}")
-    parser.add_argument("--task", metavar="NAME", help=_TASK)
-    parser.add_argument("--keep-good", action="store_true", help="finish the store without the files that are wrong")
-    args = parser.parse_args(argv)
-    from pwm_torchrl.data.episodes import import_episodes
-    from pwm_torchrl.envs.tasks import task_set
-
+def _import(args: Namespace) -> int:
     store = import_episodes(
         args.sources, args.store, task_set(args.tasks), task=args.task, keep_good=args.keep_good, progress=True
     )
@@ -180,22 +113,11 @@ def _report_store(store: EpisodeStore) -> None:
     console.say(f"{store.path}: {store.num_episodes:,} episodes, {store.num_transitions:,} transitions")
 
 
-def _inspect(argv: Sequence[str]) -> int:
-    parser = ArgumentParser(prog=f"{typed('data')} inspect", description="What a store or a source holds of each task.")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE|STORE", help=f"a store; or a {_SOURCES}")
-    parser.add_argument("--tasks", help=f"the tasks that a source numbers or names; a store knows its own: {_TASKS}")
-    parser.add_argument("--task", metavar="NAME", help=_TASK)
-    args = parser.parse_args(argv)
-    from pwm_torchrl.data.episodes import inspect_source, inspect_store
-    from pwm_torchrl.data.episodes.store import MANIFEST
-    from pwm_torchrl.envs.tasks import task_set
-
+def _inspect(args: Namespace) -> int:
     if len(args.sources) == 1 and (Path(args.sources[0]) / MANIFEST).exists():
         found = inspect_store(args.sources[0])
     elif args.tasks is None:
-        raise ConfigurationError(
-            f"{args.sources[0]} is no store; say which tasks it numbers or names: --tasks {_TASKS}"
-        )
+        raise ConfigurationError(f"{args.sources[0]} is no store; say which tasks it numbers or names: --tasks {TASKS}")
     else:
         found = inspect_source(args.sources, task_set(args.tasks), task=args.task, progress=True)
     return _report_inspection(found)
@@ -207,8 +129,6 @@ def _report_inspection(found: Inspection) -> int:
     Returns:
         The exit code: a failure if something is wrong with the data.
     """
-    from pwm_torchrl.data.episodes.inspection import describe_shifts
-
     head = ["task", "episodes", "transitions", "length", "returns: lowest, quartiles, highest"]
     rows = [
         [
@@ -241,9 +161,3 @@ def _report_inspection(found: Inspection) -> int:
 def _span(lengths: Sequence[int]) -> str:
     low, high = lengths
     return f"{low}" if low == high else f"{low}-{high}"
-
-
-def _generate(argv: Sequence[str]) -> int:
-    # MERGED
-
-    return generate_main(argv)

@@ -10,23 +10,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from pwm_torchrl.choices import user_configs_dir
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.draft import draft_profile, profile_file, write_profile
-from pwm_torchrl.cli.help import answered
-from pwm_torchrl.cli.words import DRAFT, FORCE, read_words
-from pwm_torchrl.cluster.fits import Demand, misfit
+from pwm_torchrl.cli.requests import Request
+from pwm_torchrl.cli.words import DRAFT, FORCE
+from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Partition, Site, SlurmError, from_minutes, site, slurm_available
-from pwm_torchrl.commands import named, typed, typed_here
+from pwm_torchrl.commands import named, typed_here
 from pwm_torchrl.config import ClusterConfig, Config
 from pwm_torchrl.files import MEMORY_FILESYSTEMS, existing, filesystem_type, free_bytes, write_durably
 from pwm_torchrl.memory.readings import gpu_bytes
+from pwm_torchrl.run.loggers import offline_reason
 from pwm_torchrl.terminal import coloured
 
 __all__ = [
@@ -40,13 +38,13 @@ __all__ = [
     "check_rendering",
     "check_slurm",
     "check_wandb",
-    "main",
+    "run",
 ]
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
 #: Free space below which a run will hardly finish, and below which a replay on disk or videos may not fit.
-NO_ROOM_GB, LITTLE_ROOM_GB = 1.0, 10.0
+NO_ROOM_GIB, LITTLE_ROOM_GIB = 1.0, 10.0
 #: File systems that belong to one machine.
 _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "f2fs", "apfs")
 _RENDER_TIMEOUT_S = 120
@@ -118,7 +116,7 @@ def _try_gpu(number: int) -> Finding:
     import torch
 
     properties = torch.cuda.get_device_properties(number)
-    name = f"cuda:{number} {properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+    name = f"cuda:{number} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     try:
         torch.ones(8, device=f"cuda:{number}").sum().item()
     except RuntimeError as error:
@@ -200,10 +198,10 @@ def check_disk(folder: Path, *, elsewhere: bool) -> list[Finding]:
     elif elsewhere and kind in _OF_ONE_MACHINE:
         text = f"{where} is usually a disk of this machine alone; set runs_dir to a folder that the nodes see too"
         findings.append(Finding(WARNING, "disk", text))
-    room = f"{free / 1e9:.1f} GB free"
-    if free < NO_ROOM_GB * 1e9:
+    room = f"{free / 2**30:.1f} GiB free"
+    if free < NO_ROOM_GIB * 2**30:
         findings.append(Finding(PROBLEM, "disk", f"{where}: {room}; free space or set runs_dir to another disk"))
-    elif free < LITTLE_ROOM_GB * 1e9:
+    elif free < LITTLE_ROOM_GIB * 2**30:
         text = f"{where}: {room}; a replay on disk may need more, {named('plan')} tells how much"
         findings.append(Finding(WARNING, "disk", text))
     elif not findings:
@@ -218,8 +216,6 @@ def check_wandb(config: Config) -> list[Finding]:
         if asked:
             return [Finding(PROBLEM, "W&B", "logger=wandb needs it: pip install 'pwm-torchrl[wandb]'")]
         return [Finding(OK, "W&B", "not installed, and not asked for")]
-    from pwm_torchrl.run.loggers import offline_reason
-
     reason = offline_reason()
     if reason is None:
         return [Finding(OK, "W&B", "there is a key, and the server can be reached")]
@@ -262,7 +258,7 @@ def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
         findings += [
             Finding(WARNING, "profile", f"cluster={profile.name}: {doubt}") for doubt in _doubts(profile, here)
         ]
-        reason = misfit(Demand.of(profile), here)
+        reason = why_impossible(JobRequest.of(profile), here)
         label = f"cluster={profile.name}"
         if reason is not None:
             findings.append(Finding(PROBLEM, "profile", f"{label}: {reason}"))
@@ -278,11 +274,11 @@ def _doubts(profile: ClusterConfig, here: Site) -> list[str]:
     if not nodes:
         return []
     doubts = []
-    most = max(node.memory_mb for node in nodes) * 2**20 / 1e9
-    if profile.host_gb is not None and profile.host_gb > most:
+    most = max(node.memory_mb for node in nodes) / 1024
+    if profile.host_gib is not None and profile.host_gib > most:
         doubts.append(
-            f"cluster.host_gb={profile.host_gb:g} is more than a node has, so that plans may ask for too much; set "
-            f"cluster.host_gb={math.floor(most * 10) / 10:g}"
+            f"cluster.host_gib={profile.host_gib:g} is more than a node has, so that plans may ask for too much; set "
+            f"cluster.host_gib={math.floor(most * 10) / 10:g}"
         )
     kinds = sorted({kind for node in nodes for kind in node.gpus if kind})
     if profile.gpu is not None and kinds and not any(_same_gpu(profile.gpu, kind) for kind in kinds):
@@ -333,22 +329,17 @@ def _partition_of(profile: ClusterConfig, here: Site) -> str:
     return f"the default partition, {', '.join(p.name for p in here.partitions if p.default)}"
 
 
-@console.command
-def main(argv: Sequence[str] | None = None) -> int:
+def run(request: Request) -> int:
     """Checks the machine for the runs that a command line describes, or drafts a cluster profile.
 
     Returns:
-        The exit code: 0, 1 if there is a problem, 2 for bad input.
+        The exit code: 0, or 1 if there is a problem.
     """
-    line = read_words("doctor", argv or ())
-    if answered("doctor", line, _help):
-        return console.OK
-    force = FORCE in line.options
-    if DRAFT in line.options:
-        return _draft(line.options[DRAFT], line.settings, force=force)
-    if force:
-        raise console.ConfigurationError(f"{FORCE} writes over a draft; give {DRAFT} NAME too")
-    found = _check(compose(line.settings))
+    (asked,) = request.runs
+    options = request.line.options
+    if DRAFT in options:
+        return _draft(options[DRAFT], asked.config.cluster.partition, force=FORCE in options)
+    found = _check(asked.config)
     problems = sum(finding.level == PROBLEM for finding in found)
     if problems:
         console.error(f"{problems} problem{'s' * (problems > 1)}, see above")
@@ -375,9 +366,8 @@ def _check(config: Config) -> list[Finding]:
     return found
 
 
-def _draft(name: str, words: Sequence[str], *, force: bool) -> int:
+def _draft(name: str, partition: str | None, *, force: bool) -> int:
     file = profile_file(name)
-    partition = compose(words).cluster.partition
     if not slurm_available():
         raise SlurmError(f"{DRAFT} {name} asks SLURM, and this machine belongs to no cluster; run it on a login node")
     text = draft_profile(name, site(), partition)
@@ -385,25 +375,3 @@ def _draft(name: str, words: Sequence[str], *, force: bool) -> int:
     console.say(text)
     console.say(f"written: {file}\ncheck it: {typed_here('doctor')} cluster={name}")
     return console.OK
-
-
-def _help() -> str:
-    doctor = typed("doctor")
-    return f"""\
-Say whether this machine is fit for runs: GPU, rendering, disk, SLURM and the cluster profile, W&B; or draft a profile.
-
-usage: {doctor} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
-       {doctor} --draft NAME [cluster.partition=PARTITION] [--force]
-
-A line per check: ok, warning (works, less well) or problem (does not), and what to do.
-The draft is written to
-  {user_configs_dir() / "cluster" / "NAME.yaml"}
-and is used by cluster=NAME. One that is there is kept without --force.
-
-Examples:
-  {doctor:<54} # this machine
-  {doctor + " cluster=l40s logger=wandb":<54} # does the profile fit SLURM, would W&B work
-  {doctor + " runs_dir=/scratch/me/runs":<54} # is that a good place for runs
-  {doctor} --draft my_cluster cluster.partition=gpu
-
-Exit codes: 0 no problem, 1 a problem, 2 bad input."""

@@ -86,7 +86,7 @@ def draft_profile(name: str, site: Site, partition: str | None, day: date | None
         "# account: my_group",
         "# qos: normal",
         *_constraint(alike),
-        "# mem_gb: 32  # --mem, GiB; otherwise what the memory plan needs",
+        "# mem_gib: 32  # --mem, GiB; otherwise what the memory plan needs",
         "# signal_delay_s: 120  # seconds before the limit at which the run is told to save",
         '# setup: ["module load cuda"]  # lines of shell before the job',
         "# array_parallelism: 8  # jobs of one submission that may run at a time",
@@ -107,8 +107,8 @@ def _choose(site: Site, name: str | None) -> Partition:
 def _memory(site: Site, partition: Partition, nodes: Sequence[Node]) -> list[str]:
     limits = [m for m in (partition.max_memory_mb, site.config.max_memory_mb) if m is not None]
     least = min([node.memory_mb for node in nodes] + limits)
-    gb = math.floor(least * 2**20 / 1e8) / 10
-    return [f"host_gb: {gb:g}  # host memory a job may have on a node, at most, 10^9 bytes: SLURM's {least} MiB"]
+    gib = math.floor(least / 1024 * 10) / 10
+    return [f"host_gib: {gib:g}  # host memory a job may have on a node, at most, GiB: SLURM's {least} MiB"]
 
 
 def _gpus(kind: str | None, kinds: Counter[str], nodes: Sequence[Node]) -> list[str]:

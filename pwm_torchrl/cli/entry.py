@@ -1,59 +1,130 @@
-"""The console commands of an installed package, ``pwm-train`` and the others: one for each script of ``launch/``."""
+"""The commands, ``pwm NAME`` or ``launch/NAME.py``: which modules read the words of each and do its work.
+
+The words are read by light modules first. A typo is refused and help is given before torch is imported, which takes
+seconds; only what is then left to do imports a command's own module, once. This is the one place with such imports.
+"""
 
 from __future__ import annotations
 
+import gc
 import importlib
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
+from pwm_torchrl import __version__
 from pwm_torchrl.cli import console
+from pwm_torchrl.errors import MissingLibraryError, nearest
 
-__all__ = [
-    "check_env",
-    "data",
-    "doctor",
-    "evaluate",
-    "hub",
-    "plan",
-    "pretrain",
-    "report",
-    "resume",
-    "status",
-    "submit",
-    "train",
-    "world_model",
-]
+__all__ = ["COMMANDS", "Command", "main", "run_command"]
 
 #: Libraries of the extra ``launch``, by the names under which they are imported.
 EXTRA = ("hydra", "omegaconf", "pandas", "psutil", "yaml", "safetensors", "scipy", "submitit", "rich")
 
 
-def run(name: str) -> int:
-    """Calls a command's ``main`` with the words of the command line.
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        summary (str): what it does, in a line.
+        stages (tuple of str): functions, each written ``module:name`` with a module below ``pwm_torchrl.cli``. The
+            first is called with the command's name and words, each other one with what the one before it returned; an
+            exit code ends it.
+    """
+
+    summary: str
+    stages: tuple[str, ...]
+
+
+COMMANDS = {
+    "submit": Command("train policies as jobs, of SLURM or of this machine", ("requests:read", "submit:run")),
+    "train": Command("train a policy in this process", ("requests:read", "train:run")),
+    "pretrain": Command("train a world model on stored episodes in this process", ("requests:read", "train:run")),
+    "plan": Command("say what a run will need of memory and time, and why", ("requests:read", "prepare:plan")),
+    "status": Command("list runs and what SLURM says of their jobs", ("arguments:read", "status:run")),
+    "resume": Command(
+        "submit unfinished runs again", ("arguments:read", "resume:to_bring_back", "submit:resume")
+    ),
+    "evaluate": Command("play episodes with trained policies", ("arguments:read", "evaluate:run")),
+    "report": Command("write tables, curves and comparisons", ("arguments:read", "report:choose", "page:write")),
+    "data": Command("import, inspect or generate stored episodes", ("arguments:read", "data:run")),
+    "world_model": Command("import a checkpoint, or say what a world model is", ("arguments:read", "world_model:run")),
+    "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:read", "hub:run")),
+    "check_env": Command("say what training would see of an environment", ("requests:read", "preflight:check_env")),
+    "doctor": Command("check this machine and a cluster profile, or draft one", ("requests:read", "doctor:run")),
+}  # fmt: skip
+#: The last stage where ``--cfg job`` asks for a configuration that has to be completed first.
+SHOW_CONFIG = "complete:show_config"
+_HELP = ("", "-h", "--help", "help")
+
+
+def main() -> int:
+    """``pwm NAME WORDS``; names may be written with hyphens or underscores."""
+    name, *words = sys.argv[1:] or [""]
+    if name in _HELP:
+        console.say(_usage())
+        return console.OK
+    if name == "--version":
+        console.say(f"pwm-torchrl {__version__}")
+        return console.OK
+    known = name.replace("-", "_")
+    if known not in COMMANDS:
+        near = nearest(known, COMMANDS).replace("_", "-")
+        console.error(
+            f"pwm {name}: there is no such command{f', did you mean {near}?' if near else ''}\n"
+            f"commands: {', '.join(COMMANDS).replace('_', '-')}"
+        )
+        return console.BAD_INPUT
+    return run_command(known, words)
+
+
+def run_command(name: str, words: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        name (str): a key of :data:`COMMANDS`.
+        words (sequence of str, optional): its words. Defaults to those of the command line.
 
     Returns:
-        The exit code; 2 if the package is installed without what its command line needs.
+        The exit code; 2 for bad input, or if the package is installed without what its command line needs.
     """
+    return console.command(partial(_run, name))(words)
+
+
+def _run(name: str, words: Sequence[str] | None) -> int:
+    first, *rest = COMMANDS[name].stages
+    gc.disable()  # reading makes thousands of small objects and next to no garbage: 8 % of the time of --help
     try:
-        main = importlib.import_module(f"pwm_torchrl.cli.{name}").main
+        asked = _find(first)(name, words or ())
+    finally:
+        gc.enable()
+    for stage in rest:
+        if isinstance(asked, int):
+            break
+        line = getattr(asked, "line", None)
+        asked = _find(SHOW_CONFIG if line is not None and line.shows_config else stage)(asked)
+    return int(asked)
+
+
+def _find(function: str) -> Callable[..., Any]:
+    """A stage's function.
+
+    Raises:
+        MissingLibraryError: if its module needs a library that is not installed.
+    """
+    module, _, name = function.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(f"pwm_torchrl.cli.{module}"), name)
     except ModuleNotFoundError as missing:
         library = (missing.name or "").partition(".")[0]
         if library not in EXTRA:
             raise
-        console.error(f"{library} is not installed; pip install 'pwm-torchrl[launch]'")
-        return console.BAD_INPUT
-    return int(main())
+        raise MissingLibraryError(f"{library} is not installed; pip install 'pwm-torchrl[launch]'") from missing
+    return found
 
 
-check_env = partial(run, "check_env")
-data = partial(run, "data")
-doctor = partial(run, "doctor")
-evaluate = partial(run, "evaluate")
-hub = partial(run, "hub")
-plan = partial(run, "plan")
-pretrain = partial(run, "pretrain")
-report = partial(run, "report")
-resume = partial(run, "resume")
-status = partial(run, "status")
-submit = partial(run, "submit")
-train = partial(run, "train")
-world_model = partial(run, "world_model")
+def _usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name.replace('_', '-'):<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: pwm COMMAND ...", "", *lines, "", "Each of them explains itself: pwm COMMAND --help"])

@@ -2,70 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from pwm_torchrl import training
 from pwm_torchrl.cli import console
-from pwm_torchrl.commands import typed
+from pwm_torchrl.cli.arguments import STDOUT, VIDEO_FILE
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.report.collect import names_of
+from pwm_torchrl.report.statistics import bootstrap_interval
+from pwm_torchrl.report.tables import Table, fit_names
+from pwm_torchrl.run.artifacts import json_text, swap_in
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.user_code import make_cwd_importable
 
-__all__ = ["ArgumentParser", "main"]
+__all__ = ["run"]
 
 #: What is printed beside the return, where the environment or the task defines it.
 OPTIONAL = {"success_rate": "success", "score": "score"}
-VIDEO_FILE = "evaluation.mp4"
-_STDOUT = "-"
-#: Options whose file name may be left out, and how that name ends: another word after them is a run.
-_FILES = {"--json": ".json", "--video": ".mp4"}
-
-_EPILOG = """\
---json writes a list with one object per run, in the order given:
-  run                    its directory
-  checkpoint, epoch      the checkpoint asked for, and the epoch it was saved at
-  return_mean, return_std
-                         mean and standard deviation of undiscounted returns
-  return_interval        95 % bootstrap interval of the mean: [low, high]
-  episodes, returns      their number, and each one's return
-  seed                   of the first episode; the next has seed + 1
-  success_rate, score    from 0 to 1, where the environment or the task has one
-  video                  the file that --video wrote
-  error                  why there is no result, or no video
-What is not known is null.
-
-Exit code: the highest of all runs; 0 evaluated, 1 failed, 2 bad input.
-
-examples:
-  EVALUATE runs/my_run --episodes 20
-  EVALUATE runs/a runs/b --checkpoint last --json results.json
-  EVALUATE runs/my_run --video
-"""
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with this project's way of saying what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises :class:`ConfigurationError` instead of printing the usage and exiting."""
-        raise ConfigurationError(f"{message}; {' '.join(self.format_usage().split())}")
-
-
-@console.command
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: Namespace) -> int:
     """Evaluates each run on fresh environments and prints mean and spread of its returns.
 
     Returns:
         The highest exit code of all runs.
     """
-    args = _arguments(argv)
     make_cwd_importable()
-    to_stdout = args.json == _STDOUT
+    to_stdout = args.json == STDOUT
     results: list[dict[str, Any]] = []
     code = console.OK
     for run in args.runs:
@@ -84,75 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog=typed("evaluate"),
-        description="Deterministic returns of trained policies in fresh environments.",
-        epilog=_EPILOG.replace("EVALUATE", typed("evaluate")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--episodes", type=int, default=10, metavar="N", help="episodes per run (default: 10)")
-    parser.add_argument(
-        "--seed", type=int, metavar="SEED", help="seed of the environments (default: derived from the run's)"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="best",
-        metavar="WHICH",
-        help="best by evaluation return, last, or the number of an epoch (default: best)",
-    )
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const=_STDOUT,
-        metavar="FILE.json",
-        help="write the results as JSON, to stdout unless a file is given",
-    )
-    parser.add_argument(
-        "--video",
-        nargs="?",
-        const="",
-        metavar="FILE.mp4",
-        help=f"film the first episode; without a name the video is RUN/{VIDEO_FILE}",
-    )
-    args = parser.parse_intermixed_args(_with_optional_names(sys.argv[1:] if argv is None else argv))
-    if args.episodes < 1:
-        raise ConfigurationError(f"--episodes={args.episodes} is too small; it must be at least 1")
-    if args.checkpoint not in ("best", "last", "latest") and not args.checkpoint.isdecimal():
-        raise ConfigurationError(f"--checkpoint={args.checkpoint}: give best, last or the number of an epoch")
-    if args.video and len(args.runs) > 1:
-        raise ConfigurationError(
-            f"--video={args.video} is one file for {len(args.runs)} runs; give --video without a name, "
-            f"and each run gets a {VIDEO_FILE} in its directory"
-        )
-    for option, file in (("--json", args.json), ("--video", args.video)):
-        if file and file != _STDOUT:
-            _check_file(option, Path(file))
-    return args
-
-
-def _with_optional_names(argv: Sequence[str]) -> list[str]:
-    """``--json RUN`` and ``--video RUN`` as argparse should read them: RUN is a run, not the name of a file."""
-    words = []
-    for i, word in enumerate(argv):
-        following = argv[i + 1] if i + 1 < len(argv) else ""
-        named = following == _STDOUT or (Path(following).suffix and not Path(following).is_dir())
-        if word in _FILES and (not named or following.startswith("--")):
-            word = f"{word}={_STDOUT if word == '--json' else ''}"
-        words.append(word)
-    return words
-
-
-def _check_file(option: str, file: Path) -> None:
-    if file.suffix != _FILES[option]:
-        raise ConfigurationError(f"{option}={file}: the name of the file must end in {_FILES[option]}")
-    if file.is_dir() or not file.parent.is_dir():
-        where = "is a directory" if file.is_dir() else f"cannot be written: there is no directory {file.parent}"
-        raise ConfigurationError(f"{option}={file} {where}")
-
-
-def _evaluate(run: Path, args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def _evaluate(run: Path, args: Namespace) -> tuple[dict[str, Any], int]:
     """A run's entry in the JSON, and its exit code; an error is printed, and does not end the command.
 
     Raises:
@@ -163,15 +64,11 @@ def _evaluate(run: Path, args: argparse.Namespace) -> tuple[dict[str, Any], int]
     entry.update(video=None, error=None)
     try:
         load_config(run)  # one sentence, before torch is imported, if this is no run directory
-        from pwm_torchrl.training import evaluate_run
-
-        found = evaluate_run(run, episodes=args.episodes, seed=args.seed, which=args.checkpoint)
+        found = training.evaluate_run(run, episodes=args.episodes, seed=args.seed, which=args.checkpoint)
         entry.update(found, return_interval=_interval(found["returns"]))
         if args.video is not None:
-            from pwm_torchrl.training import film_run
-
             file = Path(args.video) if args.video else run / VIDEO_FILE
-            entry["video"] = str(film_run(run, file, seed=args.seed, which=args.checkpoint))
+            entry["video"] = str(training.film_run(run, file, seed=args.seed, which=args.checkpoint))
     except Exception as failure:
         if not console.is_ours(failure):
             if len(args.runs) == 1:
@@ -188,8 +85,6 @@ def _evaluate(run: Path, args: argparse.Namespace) -> tuple[dict[str, Any], int]
 
 def _interval(returns: Sequence[float]) -> list[float] | None:
     """95 % bootstrap interval of the mean; ``None`` for a single return."""
-    from pwm_torchrl.report.statistics import bootstrap_interval
-
     if len(returns) < 2:
         return None
     low, high = bootstrap_interval([returns], lambda values, axis: values.mean(axis))
@@ -225,9 +120,6 @@ def _bounds(interval: Sequence[float] | None) -> str:
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> str:
-    from pwm_torchrl.report.collect import names_of
-    from pwm_torchrl.report.tables import Table, fit_names
-
     shown = {key: name for key, name in OPTIONAL.items() if any(result[key] is not None for result in results)}
     head = ["epoch", "return", "± std", *shown.values(), "95 % interval"]
     rows = []
@@ -244,10 +136,8 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _write_json(results: Sequence[Mapping[str, Any]], file: str) -> None:
-    from pwm_torchrl.run.artifacts import json_text, swap_in
-
     text = json_text(list(results))
-    if file == _STDOUT:
+    if file == STDOUT:
         console.say(text.rstrip("\n"))
         return
     try:

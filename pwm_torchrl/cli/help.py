@@ -1,20 +1,18 @@
-"""The text behind ``--help``, with the defaults that a run without words has, and that behind ``--cfg job``."""
+"""The text behind ``--help`` of the commands that take settings, with the defaults that a run without words has."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
 from pwm_torchrl.choices import default_choices, group_choices, user_configs_dir
-from pwm_torchrl.cli import console
-from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked, expand
+from pwm_torchrl.cli.compose import compose_unchecked
 from pwm_torchrl.cli.modes import epoch_in_words
 from pwm_torchrl.cli.validate import value_of
-from pwm_torchrl.cli.words import OPTIONS, PRESET, CommandLine, with_preset
+from pwm_torchrl.cli.words import OPTIONS, PRESET, with_preset
 from pwm_torchrl.commands import named, typed
 
-__all__ = ["answered", "help_text"]
+__all__ = ["doctor_help", "help_text"]
 
 WIDTH = 80
 _GLUE = "\u00a0"  # a blank at which no line is broken
@@ -67,7 +65,7 @@ _EXAMPLES = {
 _MORE_EXAMPLES = {
     "plan": {
         "model=flow_v3 size=48m env=dflex_ant cluster=l40s": "for nodes elsewhere",
-        "size=48m memory.host_gb=16 --json plan.json": "within a budget; also as a file",
+        "size=48m memory.host_gib=16 --json plan.json": "within a budget; also as a file",
     },
     "submit": {
         "model=flow_v1,flow_v2 seed=1,2,3": "six runs; on SLURM one job array",
@@ -86,28 +84,6 @@ _EXIT_CODES = (
     "Exit codes: 0 finished, 1 failed, 2 bad input, 74 storage (a disk is full or broken), 75 memory (it ran out), "
     "130 stopped. After 74, 75 and 130 the same command with run_dir=PATH goes on from the last checkpoint."
 )
-
-
-def answered(script: str, line: CommandLine, help_of: Callable[[], str] | None = None) -> bool:
-    """Prints what ``--help`` or ``--cfg job`` ask for.
-
-    Args:
-        script (str): the command.
-        line (CommandLine): what was typed.
-        help_of (callable, optional): the command's own help. Defaults to :func:`help_text`.
-
-    Returns:
-        bool: whether one of them was asked for, so that nothing is left to do.
-    """
-    if line.help:
-        console.say(help_text(script) if help_of is None else help_of())
-    elif line.shows_config:
-        words = with_preset(script, line.settings)
-        runs = expand(words) if script == "submit" else [words]
-        if len(runs) > 1:
-            console.say(f"# the first of {len(runs)} runs: {' '.join(runs[0])}")
-        console.say(as_yaml(compose(runs[0])))
-    return line.help or line.shows_config
 
 
 def help_text(script: str) -> str:
@@ -178,3 +154,26 @@ def _wrapped(text: str, head: str = "") -> list[str]:
         text, WIDTH, initial_indent=head, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
     return [line.replace(_GLUE, " ") for line in lines]
+
+
+def doctor_help() -> str:
+    """The help of ``doctor``."""
+    doctor = typed("doctor")
+    return f"""\
+Say whether this machine is fit for runs: GPU, rendering, disk, SLURM and the cluster profile, W&B; or draft a profile.
+
+usage: {doctor} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
+       {doctor} --draft NAME [cluster.partition=PARTITION] [--force]
+
+A line per check: ok, warning (works, less well) or problem (does not), and what to do.
+The draft is written to
+  {user_configs_dir() / "cluster" / "NAME.yaml"}
+and is used by cluster=NAME. One that is there is kept without --force.
+
+Examples:
+  {doctor:<54} # this machine
+  {doctor + " cluster=l40s logger=wandb":<54} # does the profile fit SLURM, would W&B work
+  {doctor + " runs_dir=/scratch/me/runs":<54} # is that a good place for runs
+  {doctor} --draft my_cluster cluster.partition=gpu
+
+Exit codes: 0 no problem, 1 a problem, 2 bad input."""

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from submitit.local.local import LocalExecutor
+
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.job import CUDA_VARIABLE, LOG_FILE, OUTCOME_FILE, PID_FILE, STATE_FILE, run_job
-from pwm_torchrl.commands import named
+from pwm_torchrl.cluster.job import CUDA_VARIABLE, LOG_FILE, OUTCOME_FILE, PID_FILE, STATE_FILE, run_job
+from pwm_torchrl.progress import drawn_here
 from pwm_torchrl.run.directory import set_status
-from pwm_torchrl.terminal import PROGRESS_LINE, STATE_VARIABLE, State, StateFile, has_terminal, say_after_interrupt
+from pwm_torchrl.terminal import PROGRESS_LINE, STATE_VARIABLE, State, StateFile, say_after_interrupt
 
 if TYPE_CHECKING:
     from pwm_torchrl.display import Display
@@ -71,7 +73,7 @@ class Follower:
         """Shows the job's output to its end; Ctrl-C stops the job, a second one kills it.
 
         Returns:
-            The job's outcome, see :func:`~pwm_torchrl.cli.job.run_job`.
+            The job's outcome, see :func:`~pwm_torchrl.cluster.job.run_job`.
         """
         try:
             return self._follow()
@@ -197,31 +199,17 @@ def submit_local(run_dir: Path, code: Sequence[Path], *, progress: bool) -> Foll
         code: copies of the code, see :func:`~pwm_torchrl.cluster.snapshot.snapshot`.
         progress: whether its progress is to be shown, ``training.progress``.
 
-    Raises:
-        ConfigurationError: if submitit is not installed.
     """
-    try:
-        from submitit.local.local import LocalExecutor
-    except ImportError as error:
-        raise console.ConfigurationError(
-            f"submitit is not installed; pip install 'pwm-torchrl[launch]', or use {named('train')}"
-        ) from error
     attempt = _new_attempt(run_dir)
     log = run_dir / LOG_FILE
     log_start = log.stat().st_size if log.exists() else 0
     executor = LocalExecutor(folder=attempt)
     executor.update_parameters(timeout_min=_TIMEOUT_MIN, stderr_to_stdout=True)
-    drawn = progress and has_terminal(sys.stdout)
-    with _job_environment(code, attempt / STATE_FILE if drawn else None), _terminal_signals_ignored():
+    display = drawn_here() if progress else None
+    with _job_environment(code, None if display is None else attempt / STATE_FILE), _terminal_signals_ignored():
         job: Any = executor.submit(run_job, str(run_dir))
     console.say(f"job {job.job_id} on this machine · log: {log.name} there · Ctrl-C stops it")
-    return Follower(job._process, run_dir, attempt, log_start, _display() if drawn else None)
-
-
-def _display() -> Display:
-    from pwm_torchrl.display import Display
-
-    return Display()
+    return Follower(job._process, run_dir, attempt, log_start, display)
 
 
 def refuse_while_running(run_dir: Path) -> None:

@@ -10,18 +10,27 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from pwm_torchrl.cli import console
 from pwm_torchrl.cli.prepare import LOCAL, SLURM
-from pwm_torchrl.commands import named
+from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.config import Config
-from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError
+from pwm_torchrl.devices import environment_device, pick_device
+from pwm_torchrl.envs import EnvInfo
+from pwm_torchrl.envs.facts import opened_facts, report_env, require_maker
+from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, is_ours
 from pwm_torchrl.run.directory import check_run_dir
+from pwm_torchrl.run.loggers import require_logging
+from pwm_torchrl.run.stored_episodes import (
+    check_horizon,
+    require_slices,
+    require_world_model,
+    run_facts,
+    scratch_directory,
+)
+from pwm_torchrl.terminal import coloured
 
-if TYPE_CHECKING:
-    from pwm_torchrl.envs import EnvInfo
-
-__all__ = ["preflight"]
+__all__ = ["check_env", "preflight"]
 
 
 def preflight(configs: Sequence[Config], place: str, *, again: bool = False) -> list[EnvInfo | None]:
@@ -83,10 +92,6 @@ def _may_be_set_up(config: Config, place: str) -> Iterator[None]:
 
 
 def _check_libraries(config: Config, place: str) -> None:
-    from pwm_torchrl.run.loggers import require_logging
-
-    if place in (LOCAL, SLURM):
-        require_submitit()
     require_logging(config.logger)
     if config.training.video and _acts(config) and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise MissingLibraryError(
@@ -95,23 +100,7 @@ def _check_libraries(config: Config, place: str) -> None:
         )
 
 
-def require_submitit() -> None:
-    """Jobs are submitted through it.
-
-    Raises:
-        MissingLibraryError: if it is not installed.
-    """
-    try:
-        import submitit.local.local  # noqa: F401
-    except ImportError as error:
-        raise MissingLibraryError(
-            f"submitit is not installed; pip install 'pwm-torchrl[launch]', or use {named('train')}"
-        ) from error
-
-
 def _check_devices(config: Config, place: str) -> None:
-    from pwm_torchrl.devices import environment_device, pick_device
-
     if place != SLURM:
         pick_device(config.device)
         environment_device(config)
@@ -128,8 +117,6 @@ def _check_data(config: Config, place: str) -> EnvInfo | None:
     """Stored episodes and the world model; facts of a run that learns from them."""
     if config.mode == "online":
         return None
-    from pwm_torchrl.run.stored_episodes import require_slices, require_world_model, run_facts, scratch_directory
-
     facts = run_facts(config)
     require_slices(config)
     if place != SLURM:  # there it waits for its world model, and the node has its own disk
@@ -141,10 +128,6 @@ def _check_data(config: Config, place: str) -> EnvInfo | None:
 
 def _open_environment(config: Config, place: str, opened: dict[str, EnvInfo]) -> EnvInfo | None:
     """Facts of a run's environment, made once for all runs that share it; ``None`` if it is not made here."""
-    from pwm_torchrl.devices import environment_device
-    from pwm_torchrl.envs.facts import opened_facts, require_maker
-    from pwm_torchrl.run.stored_episodes import check_horizon
-
     if str(config.env.get("device") or "").startswith("cuda") and place in (LOCAL, SLURM):
         require_maker(config.env)
         return None
@@ -172,3 +155,21 @@ def _graphics_as_before() -> Iterator[None]:
     finally:
         if before is None:
             os.environ.pop("MUJOCO_GL", None)
+
+
+def check_env(request: Request) -> int:
+    """``launch/check_env.py``: makes the environment of a run and prints what training would see of it.
+
+    Returns:
+        The exit code: 0, or 1 if no run can use it.
+    """
+    (run,) = request.runs
+    try:
+        console.say(report_env(run.config.env, run.config.env["num_envs"]))
+        console.say(f"{coloured('ok')}: a run can use this environment")
+    except Exception as failure:
+        if not is_ours(failure) or isinstance(failure, ConfigurationError):
+            raise
+        console.error(str(failure))
+        return console.FAILED
+    return console.OK

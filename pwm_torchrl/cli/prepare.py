@@ -7,59 +7,52 @@ import itertools
 import json
 import os
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.compose import as_yaml, compose, expand
-from pwm_torchrl.cli.modes import length_in_words
+from pwm_torchrl.cli.complete import complete, expand_tasks, length_in_words
+from pwm_torchrl.cli.compose import EVERY_TASK, as_yaml, compose
+from pwm_torchrl.cli.requests import Prepared, Request, refuse_shared_directories
+from pwm_torchrl.cli.words import JSON
 from pwm_torchrl.cluster.resources import Resources, node_memory_mb, require_fit, resources_for, sbatch_parameters
 from pwm_torchrl.cluster.slurm import Site, site, slurm_available
 from pwm_torchrl.config import Config
+from pwm_torchrl.devices import pick_device
+from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.memory.budget import Budget
+from pwm_torchrl.memory.plan import budgets, make_plan, plan_table, profile_budgets
+from pwm_torchrl.report.estimate import cost_lines, hardware_of
+from pwm_torchrl.run.loggers import require_logging
+from pwm_torchrl.run.stored_episodes import run_facts
+from pwm_torchrl.terminal import coloured
 
-if TYPE_CHECKING:
-    import torch
-
-    from pwm_torchrl.envs import EnvInfo
-
-__all__ = ["Prepared", "compose_all", "dry_run", "place_of", "plan_for_slurm"]
+__all__ = ["compose_all", "dry_run", "place_of", "plan", "plan_for_slurm"]
 
 LOCAL, DEBUG, SLURM, HERE = "local", "debug", "slurm", "here"
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run that can be submitted.
+def compose_all(words: Sequence[str], composed: Sequence[Prepared] = ()) -> list[Prepared]:
+    """Every run that a command line asks for, complete and checked.
 
-    Attributes:
-        config (Config): the whole run.
-        words (list of str): the command line that gives it.
-    """
-
-    config: Config
-    words: list[str]
-
-
-def compose_all(words: Sequence[str]) -> list[Prepared]:
-    """Every run that a command line asks for, composed and checked.
+    Args:
+        words (sequence of str): its settings.
+        composed (sequence of Prepared): the runs, composed, where ``words`` does not ask for every task. Defaults to
+            ``()``: they are composed here.
 
     Raises:
         ConfigurationError: for whatever cannot work, before anything is written.
     """
-    runs = [Prepared(compose(each), each) for each in expand(words)]
-    folders = Counter(run.config.run_dir for run in runs if run.config.run_dir is not None)
-    for folder, count in folders.items():
-        if count > 1:
-            raise ConfigurationError(
-                f"run_dir={folder} is one directory, and this command starts {count} runs in it; give runs_dir=..., or "
-                "a name that differs, such as run_dir='runs/${model.name}_s${seed}' in quotes"
-            )
-    from pwm_torchrl.run.loggers import require_logging
-
+    runs = list(composed)
+    if not runs or EVERY_TASK in words:
+        runs = [Prepared(compose(each), each) for each in expand_tasks(words)]
+        refuse_shared_directories(runs)
     for run in runs:
+        complete(run.config, run.words)
         require_logging(run.config.logger)
     places = {place_of(run.config) for run in runs}
     if len(places) > 1:
@@ -95,9 +88,6 @@ def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = (
     Raises:
         ConfigurationError: if a run cannot fit the nodes of its profile.
     """
-    from pwm_torchrl.memory.plan import make_plan, profile_budgets
-    from pwm_torchrl.run.stored_episodes import run_facts
-
     plans: dict[str, Any] = {}
     found, resources, here = [], None, site()
     for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
@@ -122,8 +112,8 @@ def fill_in_node_memory(config: Config, here: Site) -> None:
         ConfigurationError: if there are no such nodes.
     """
     cluster = config.cluster
-    if cluster.host_gb is None:
-        cluster.host_gb = round(node_memory_mb(cluster.partition, here) * 2**20 / 1e9, 3)
+    if cluster.host_gib is None:
+        cluster.host_gib = round(node_memory_mb(cluster.partition, here) / 1024, 3)
 
 
 def dry_run(runs: Sequence[Prepared], place: str) -> None:
@@ -132,22 +122,15 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     Raises:
         ConfigurationError: as submitting would.
     """
-    from pwm_torchrl.devices import pick_device
-    from pwm_torchrl.memory.plan import budgets, make_plan, plan_table
-    from pwm_torchrl.report import estimate
-    from pwm_torchrl.run.stored_episodes import run_facts
-
-    device: torch.device | None = None
     first = runs[0].config
+    facts = run_facts(first)
+    device: torch.device | None = None
     resources: Resources | None = None
     if place == SLURM:
         plans, resources = plan_for_slurm(runs)
-        facts = run_facts(first)
     else:
         device = pick_device(first.device)
-        limits = budgets(first, str(device) if device.type == "cuda" else None)
-        facts = run_facts(first)
-        plans = [make_plan(first, facts, limits)]
+        plans = [make_plan(first, facts, _budgets_of(first, device))]
     width = console.width()
     several = "" if len(runs) == 1 else f" of the first of {len(runs)} runs"
     console.say("# runs")
@@ -156,7 +139,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     console.say(f"\n# length{several}")
     for line in textwrap.wrap(length_in_words(first), width - 2):
         console.say("  " + line)
-    for line in estimate.cost_lines(first, facts, estimate.hardware_of(first, device), device):
+    for line in cost_lines(first, facts, hardware_of(first, device), device):
         console.say("\n".join(textwrap.wrap(line, width - 2, initial_indent="  ", subsequent_indent="    ")))
     shown: list[str] = []
     for run, plan in zip(runs, plans, strict=False):
@@ -176,3 +159,40 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
                 console.say(f"  {key}:{listed}")
     console.say(f"\n# configuration{several}")
     console.say(as_yaml(first))
+
+
+def plan(request: Request) -> int:
+    """``launch/plan.py``: plans the memory of a run and prints the plan, parameters and hours; ``--json FILE`` writes
+    the plan too.
+
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        ConfigurationError: if nothing fits.
+    """
+    (run,) = request.runs
+    config = complete(run.config, run.words, without_data=True)
+    facts = run_facts(config, without_data=True)
+    elsewhere = config.cluster.kind == SLURM
+    device = None if elsewhere else pick_device(config.device)
+    limits = profile_budgets(config) if device is None else _budgets_of(config, device)
+    made = make_plan(config, facts, limits, elsewhere=elsewhere)
+    console.say(plan_table(made, console.width()))
+    console.say("")
+    for text in cost_lines(config, facts, hardware_of(config, device), device):
+        console.say("\n".join(textwrap.wrap(text, console.width(), subsequent_indent="  ")))
+    for shortage in made.shortages():
+        console.say(f"{coloured('warning', err=True)}: memory=fixed will not fit: {shortage}", err=True)
+    if JSON in request.line.options:
+        file = Path(request.line.options[JSON])
+        try:
+            file.write_text(json.dumps(made.as_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"--json {file} cannot be written: {error.strerror}") from error
+    return console.OK
+
+
+def _budgets_of(config: Config, device: torch.device) -> dict[str, Budget]:
+    """What this machine offers to a run on one of its devices."""
+    return budgets(config, str(device) if device.type == "cuda" else None)

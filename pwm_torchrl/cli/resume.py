@@ -1,56 +1,38 @@
-"""``launch/resume.py``: brings back whatever is unfinished and neither queued nor running; safe to call at any time."""
+"""``launch/resume.py``: finds whatever is unfinished and neither queued nor running; safe to call at any time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from argparse import Namespace
 from pathlib import Path
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.evaluate import ArgumentParser
-from pwm_torchrl.cli.preflight import preflight
-from pwm_torchrl.cli.prepare import LOCAL, SLURM
 from pwm_torchrl.cluster.deaths import read_job
-from pwm_torchrl.cluster.slurm import JobState, job_states, slurm_available
-from pwm_torchrl.commands import typed
+from pwm_torchrl.cluster.job import require_submitit
+from pwm_torchrl.cluster.slurm import JobState, job_states
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import find_runs
 from pwm_torchrl.run.claims import ENDED, open_owner, owner_state
 from pwm_torchrl.run.directory import load_config, read_summary
-from pwm_torchrl.user_code import make_cwd_importable
 
-__all__ = ["main", "reason_to_leave"]
+__all__ = ["reason_to_leave", "to_bring_back"]
 
 
-@console.command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Submits what can go on and says of the rest why it is left alone.
-
-    Returns:
-        The exit code: 0, or 1 if a run that should go on could not be submitted.
-    """
-    parser = ArgumentParser(
-        prog=typed("resume"),
-        description="Submit again every run that is unfinished and neither queued nor running.",
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
-    parser.add_argument("--failed", action="store_true", help="also runs that ended with an error of their own")
-    args = parser.parse_args(argv)
+def to_bring_back(args: Namespace) -> list[Path] | int:
+    """Runs to be submitted again, or the exit code if there are none; says of the others why they are left alone."""
     runs = sorted((path.resolve() for path in find_runs(args.runs)), key=lambda path: path.name)
     newest = {run: job_id for run in runs for job_id in read_job(run).get("job_ids", [])[-1:]}
     states = job_states(newest.values()) if newest else {}
-    code = console.OK
+    found = []
     for run in sorted(runs, key=_waits):
         reason = reason_to_leave(run, states.get(newest.get(run, "")), failed=args.failed)
-        if reason is not None:
+        if reason is None:
+            found.append(run)
+        else:
             console.say(f"{run.name}: left alone, {reason}")
-            continue
-        try:
-            console.say(f"{run.name}: {_bring_back(run)}")
-        except ConfigurationError as error:
-            console.error(f"{run.name}: {error}")
-            code = console.FAILED
-    return code
+    if not found:
+        return console.OK
+    require_submitit()
+    return found
 
 
 def reason_to_leave(run: Path, job: JobState | None, *, failed: bool) -> str | None:
@@ -82,24 +64,3 @@ def _waits(run: Path) -> bool:
         return load_config(run).world_model is not None
     except ConfigurationError:
         return True  # told when it is its turn
-
-
-def _bring_back(run: Path) -> str:
-    """Submit a run as it was submitted before; returns what was done."""
-    cfg = load_config(run)
-    job = read_job(run)
-    on_slurm = bool(job) and slurm_available()
-    if cfg.cluster.kind == "slurm" and not on_slurm:
-        raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and no SLURM is found here")
-    make_cwd_importable()
-    preflight([cfg], SLURM if on_slurm else LOCAL, again=True)
-    if on_slurm:
-        from pwm_torchrl.cluster.submission import resubmit
-
-        return f"job {resubmit(run, cfg, int(job['mem_mb']))}"
-    from pwm_torchrl.cli.local import submit_local
-    from pwm_torchrl.cluster.snapshot import snapshot, targets_of
-
-    code = snapshot(run.parent, targets_of(asdict(cfg)))
-    outcome = submit_local(run, code, progress=cfg.training.progress).follow()
-    return str(outcome["status"])

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from argparse import Namespace
 from datetime import datetime, timezone
-from pathlib import Path
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.evaluate import ArgumentParser
 from pwm_torchrl.cluster.deaths import events_of, read_job
 from pwm_torchrl.cluster.slurm import JobState, SlurmError, job_states
-from pwm_torchrl.commands import typed
 from pwm_torchrl.memory.readings import format_bytes
 from pwm_torchrl.report.collect import FAILED, RunReport, find_runs, read_runs, settle
 from pwm_torchrl.report.tables import Table
 from pwm_torchrl.run.claims import UNKNOWN, describe
 
-__all__ = ["line_of", "main"]
+__all__ = ["line_of", "run"]
 
 #: Metrics rows that the speed is taken from.
 _RECENT = 50
 _COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory", "what happened last")
 
 
-@console.command
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: Namespace) -> int:
     """Prints the table; one call of squeue for all runs."""
-    parser = ArgumentParser(prog=typed("status"), description="One line per run: state, restarts, progress.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
-    args = parser.parse_args(argv)
     runs = read_runs(find_runs(args.runs))
     newest = {run.path: job_id for run in runs for job_id in read_job(run.path).get("job_ids", [])[-1:]}
     owners = [run.owner.job_id for run in runs if run.owner is not None and run.owner.job_id is not None]
@@ -41,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.say(f"{error}; what follows is from the run directories alone", err=True)
             states = None
     settle(runs, states)
-    rows = [list(line_of(run, (states or {}).get(newest.get(run.path, "")))) for run in runs]
+    rows = []
+    for run in runs:
+        job = (states or {}).get(newest.get(run.path, ""))
+        if states is not None and run.path in newest and job is None and not _has_begun(run):
+            job = JobState(newest[run.path], "CANCELLED")  # SLURM has forgotten it, which left the queue unstarted
+        rows.append(list(line_of(run, job)))
     narrow = ("what happened last", "host memory", "run", "restarts", "left")
     below = dict.fromkeys(("what happened last", "run"), "")
     console.say(Table(list(_COLUMNS), rows, narrow=narrow, below=below).text(console.terminal_width()))
@@ -72,7 +70,14 @@ def line_of(run: RunReport, job: JobState | None) -> tuple[str, ...]:
     )
 
 
+def _has_begun(run: RunReport) -> bool:
+    """Whether any job of the run got as far as to leave a trace in its directory."""
+    return run.status != "not started" or any((run.path / "attempts").glob("*"))
+
+
 def _status(said: str, job: JobState | None) -> str:
+    if job is not None and job.state == "CANCELLED" and said in ("not started", "waiting"):
+        return "cancelled"
     if said == "finished" or job is None or job.ended:
         return said
     if job.held or job.impossible:

@@ -7,47 +7,46 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.chain import Chain, composed, lacks_world_model
-from pwm_torchrl.cli.help import answered
-from pwm_torchrl.cli.job import LOG_FILE
+from pwm_torchrl.cli.chain import Chain, composed
 from pwm_torchrl.cli.local import refuse_while_running, stop_signals_as_interrupt, submit_local
 from pwm_torchrl.cli.preflight import preflight
-from pwm_torchrl.cli.prepare import DEBUG, HERE, SLURM, Prepared, compose_all, dry_run, place_of, plan_for_slurm
+from pwm_torchrl.cli.prepare import DEBUG, HERE, LOCAL, SLURM, compose_all, dry_run, place_of, plan_for_slurm
+from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
 from pwm_torchrl.cli.train import run_in_process
-from pwm_torchrl.cli.words import DRY_RUN, read_words
+from pwm_torchrl.cli.words import DRY_RUN
+from pwm_torchrl.cluster.deaths import read_job
+from pwm_torchrl.cluster.job import LOG_FILE
+from pwm_torchrl.cluster.resources import Resources
+from pwm_torchrl.cluster.restarts import thriftier_plan
+from pwm_torchrl.cluster.slurm import live_job, slurm_available
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
+from pwm_torchrl.cluster.submission import leave_open, resubmit, submit_runs
 from pwm_torchrl.commands import typed_here
 from pwm_torchrl.config import Config
+from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.run.directory import RunDir, discard, prepare_run_dir, read_summary
+from pwm_torchrl.run.directory import RunDir, discard, load_config, prepare_run_dir, read_summary
+from pwm_torchrl.run.validation import announce
+from pwm_torchrl.user_code import make_cwd_importable
 
-if TYPE_CHECKING:
-    from pwm_torchrl.cluster.resources import Resources
-    from pwm_torchrl.envs import EnvInfo
-
-__all__ = ["main"]
+__all__ = ["resume", "run"]
 
 
-@console.command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Composes configurations, submits the runs, and on this machine follows them to their end.
+def run(request: Request) -> int:
+    """Submits runs, and on this machine follows them to their end.
 
     Returns:
         The exit code: 0 finished or queued, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130
         stopped; of several runs the highest.
     """
-    line = read_words("submit", argv or ())
-    if answered("submit", line):
-        return console.OK
-    words = line.settings
-    dry = DRY_RUN in line.options
-    if lacks_world_model(words):
-        with composed(words) as chain:
+    dry = DRY_RUN in request.line.options
+    if lacks_world_model(request.words):
+        with composed(request.words) as chain:
             return _both_stages(chain, dry)
-    runs = compose_all(words)
+    runs = compose_all(request.words, request.runs)
     place = place_of(runs[0].config)
     if dry:
         dry_run(runs, place)
@@ -102,8 +101,6 @@ def _prepare(config: Config, place: str) -> RunDir:
     """The directory of a run; that of a pre-training says at once what its world model will be."""
     prepared = prepare_run_dir(config, here=place in (DEBUG, HERE))
     if config.mode == "pretrain":
-        from pwm_torchrl.run.validation import announce
-
         announce(config, prepared.path)
     return prepared
 
@@ -123,8 +120,6 @@ def _here(run: Prepared, prepared: RunDir, place: str) -> int:
 
 def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
     """A job on this machine, again with a thriftier plan each time its memory ran out."""
-    from pwm_torchrl.cluster.restarts import thriftier_plan
-
     code = snapshot(run.path.parent, targets_of(asdict(config)))
     with stop_signals_as_interrupt():
         while True:
@@ -166,9 +161,6 @@ def _to_slurm(
 
 def _queue(runs: Sequence[Prepared], resources: Resources) -> list[Path]:
     """Queue runs as one array; returns their directories, which are removed again if SLURM refuses."""
-    from pwm_torchrl.cluster.deaths import read_job
-    from pwm_torchrl.cluster.submission import leave_open, submit_runs
-
     configs = [run.config for run in runs]
     for config in configs:
         leave_open(config)
@@ -197,8 +189,6 @@ def refuse_while_queued(run_dir: Path) -> None:
     Raises:
         ConfigurationError: if a job of the run is queued or runs.
     """
-    from pwm_torchrl.cluster.slurm import live_job
-
     job = live_job(run_dir)
     if job is not None:
         raise ConfigurationError(
@@ -223,3 +213,38 @@ def _conclude(outcome: dict[str, Any], run: RunDir, words: Sequence[str]) -> int
     message = f"{outcome.get('error', f'the run ended with status {status}')}{where}"
     code = console.fail(message, status, "submit", words, run_dir)
     return console.BAD_INPUT if refused else code
+
+
+# Runs that are there already ------------------------------------------------------------------------------------------
+
+
+def resume(runs: Sequence[Path]) -> int:
+    """Submits runs again that are unfinished, see :mod:`~pwm_torchrl.cli.resume`.
+
+    Returns:
+        The exit code: 0, or 1 if one could not be submitted.
+    """
+    code = console.OK
+    for run in runs:
+        try:
+            console.say(f"{run.name}: {_bring_back(run)}")
+        except ConfigurationError as error:
+            console.error(f"{run.name}: {error}")
+            code = console.FAILED
+    return code
+
+
+def _bring_back(run: Path) -> str:
+    """Submit a run as it was submitted before; returns what was done."""
+    cfg = load_config(run)
+    job = read_job(run)
+    on_slurm = bool(job) and slurm_available()
+    if cfg.cluster.kind == "slurm" and not on_slurm:
+        raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and no SLURM is found here")
+    make_cwd_importable()
+    preflight([cfg], SLURM if on_slurm else LOCAL, again=True)
+    if on_slurm:
+        return f"job {resubmit(run, cfg, int(job['mem_mb']))}"
+    code = snapshot(run.parent, targets_of(asdict(cfg)))
+    outcome = submit_local(run, code, progress=cfg.training.progress).follow()
+    return str(outcome["status"])

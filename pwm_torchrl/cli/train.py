@@ -1,49 +1,41 @@
-"""``launch/train.py``: a run in this process."""
+"""``launch/train.py`` and ``launch/pretrain.py``: a run in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pwm_torchrl import training
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.help import answered
+from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.preflight import preflight
 from pwm_torchrl.cli.prepare import HERE
-from pwm_torchrl.cli.validate import require_runnable
-from pwm_torchrl.cli.words import read_words
+from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.config import Config
-from pwm_torchrl.distributed.rendezvous import is_replica
+from pwm_torchrl.distributed.ranks import connected_ranks
 from pwm_torchrl.run.directory import RunDir, discard, prepare_run_dir
+from pwm_torchrl.run.replica import serve
+from pwm_torchrl.run.train import quiet_torchrl
 from pwm_torchrl.terminal import say_after_interrupt
 
-__all__ = ["main", "run_in_process"]
+__all__ = ["run", "run_in_process"]
 
 
-@console.command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Composes a configuration, trains to the end and prints the result.
+def run(request: Request) -> int:
+    """Trains to the end and prints the result.
 
     Returns:
         The exit code: 0 finished, 1 failed, 2 bad input, 74 disk full or broken, 75 out of memory, 130 stopped.
     """
-    line = read_words("train", argv or ())
-    if answered("train", line):
-        return console.OK
-    words = line.settings
-    if is_replica():
-        return run_replica()
-    config = compose(words)
-    require_runnable(config)
+    if not request.runs:
+        return _compute_for_another()
+    (run,) = request.runs
+    config = complete(run.config, run.words)
     preflight([config], HERE)
-    return run_in_process(config, prepare_run_dir(config, here=True), words, script="train")
+    return run_in_process(config, prepare_run_dir(config, here=True), request.words, script=request.script)
 
 
-def run_replica() -> int:
+def _compute_for_another() -> int:
     """Computes for rank 0, which reads the configuration and says everything there is to say."""
-    from pwm_torchrl.distributed.ranks import connected_ranks
-    from pwm_torchrl.run.replica import serve
-    from pwm_torchrl.run.train import quiet_torchrl
-
     quiet_torchrl()
     try:
         with connected_ranks() as ranks:
@@ -59,11 +51,9 @@ def run_replica() -> int:
 
 def run_in_process(config: Config, run: RunDir, words: Sequence[str], *, script: str) -> int:
     """Trains here; an error of the package ends in its sentence, a bug in its traceback."""
-    from pwm_torchrl.training import train
-
     console.say(f"{'resuming' if run.resume else 'run'}: {run.path}")
     try:
-        summary = train(config, run.path, resume=run.resume)
+        summary = training.train(config, run.path, resume=run.resume)
     except KeyboardInterrupt:
         say_after_interrupt(f"stopped; {console.resume_hint(script, words, run.path)}", err=True)
         return console.STOPPED

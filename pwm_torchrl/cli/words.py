@@ -20,7 +20,6 @@ __all__ = [
     "CommandLine",
     "Rule",
     "check_meaning",
-    "dynamics_rules",
     "instead_of_hydras",
     "option_hint",
     "read_words",
@@ -224,7 +223,7 @@ def instead_of_hydras(key: str) -> str:
     return next(instead() for beginning, instead in _HYDRAS_KEYS.items() if key.startswith(beginning))
 
 
-_DYNAMICS, _KIND, _FORM = "model.dynamics.", "model.dynamics.kind", "model.dynamics.parameterization"
+_KIND, _FORM = "model.dynamics.kind", "model.dynamics.parameterization"
 
 
 @dataclass(frozen=True)
@@ -254,8 +253,29 @@ class Rule:
         return value in self.values or not known
 
 
-#: What is not told by signatures.
+#: Which options of dynamics a kind takes follows from the signatures of :mod:`pwm_torchrl.modules.dynamics`; it is
+#: repeated here because reading those takes seconds (torch), and a test compares the two.
 RULES = (
+    Rule(
+        tuple(
+            f"model.dynamics.{option}"
+            for option in (
+                "parameterization",
+                "solver",
+                "substeps",
+                "condition_on_start",
+                "time_features",
+                "condition_on_step_size",
+                "checkpoint_substeps",
+            )
+        ),
+        _KIND,
+        ("flow",),
+    ),
+    Rule(
+        ("model.dynamics.condition_on_start", "model.dynamics.time_features"), _FORM, ("residual_endpoint", "tangent")
+    ),
+    Rule(("model.dynamics.condition_on_step_size",), _FORM, ("residual_endpoint",)),
     Rule(
         ("model.loss.flow_matching_weight", "model.loss.flow_matching_source", "model.loss.self_consistency_weight"),
         _KIND,
@@ -273,42 +293,26 @@ RULES = (
     ),
     Rule(("data.",), "mode", ("pretrain", "extract")),
     Rule(
-        tuple(f"cluster.{key}" for key in ("partition", "account", "qos", "constraint", "gres", "mem_gb", "nodes")),
+        tuple(f"cluster.{key}" for key in ("partition", "account", "qos", "constraint", "gres", "mem_gib", "nodes")),
         "cluster.kind",
         ("slurm", "auto"),
     ),
 )
 
 
-def dynamics_rules() -> list[Rule]:
-    """A rule for each option of latent dynamics: of the kinds that take it, and of the parameterisations of a flow."""
-    from pwm_torchrl.modules.dynamics.factory import CLASSES, options_of
-
-    takes: dict[str, list[tuple[str, str | None]]] = {}
-    for kind, form in CLASSES:
-        for option in options_of(kind, form):
-            takes.setdefault(option, []).append((kind, form))
-    rules = []
-    for option, places in takes.items():
-        rules.append(Rule((_DYNAMICS + option,), _KIND, tuple(dict.fromkeys(kind for kind, _ in places))))
-        if forms := tuple(form for _, form in places if form is not None):
-            rules.append(Rule((_DYNAMICS + option,), _FORM, forms))
-    return rules
-
-
-def check_meaning(config: Config, typed: Mapping[str, Any]) -> None:
+def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: bool = True) -> None:
     """Checks what was typed against what is chosen.
 
     Args:
         config (Config): what was composed.
         typed (Mapping): the keys of the command line with their values; null, false and a weight of 0 ask for nothing.
+        model_is_known (bool): whether the configuration describes the world model. An extraction's does once it has
+            been read from its file; until then, rules about it are left out. Defaults to ``True``.
 
     Raises:
         ConfigurationError: for the first key that is not used.
     """
-    rules = list(RULES)
-    if any(key.startswith(_DYNAMICS) for key in typed):
-        rules += dynamics_rules()
+    rules = [rule for rule in RULES if model_is_known or not rule.by.startswith("model.")]
     for key, value in typed.items():
         if value is None or value is False or (key.endswith("_weight") and value == 0):
             continue

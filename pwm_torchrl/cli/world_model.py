@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.evaluate import ArgumentParser
-from pwm_torchrl.commands import typed
 from pwm_torchrl.envs.tasks import TaskSet, task_set
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules import SIZES, WorldModelSpec, load_tdmpc2_world_model, save_world_model, world_model_facts
 
-if TYPE_CHECKING:
-    from pwm_torchrl.modules import WorldModelSpec
-
-__all__ = ["import_checkpoint", "main"]
+__all__ = ["import_checkpoint", "run"]
 
 
-@console.command
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: Namespace) -> int:
     """Imports a checkpoint, or says what a saved world model is."""
-    args = _parser().parse_args(argv)
     if args.command == "import":
         tasks = None if args.tasks is None else task_set(args.tasks)
         return import_checkpoint(args.checkpoint, args.folder, tasks)
     return _show(args.folder)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(prog=typed("world_model"), description="World models as files.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
-    bring = commands.add_parser(
-        "import",
-        help="bring in a checkpoint in TD-MPC2's format",
-        description="Bring in the world model of a checkpoint in TD-MPC2's format, {'model': state_dict}: policy and "
-        "value networks are left out, sizes come from the shapes, task embedding and action masks are kept.",
-    )
-    bring.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pt file")
-    bring.add_argument("folder", type=Path, metavar="FOLDER", help="where to; world_model=FOLDER then finds it")
-    bring.add_argument("--tasks", metavar="SET", help="its tasks in order: mt30, mt80, names with commas, a YAML file")
-    show = commands.add_parser("show", help="say what a saved world model is")
-    show.add_argument("folder", type=Path, metavar="FOLDER", help="of import, or a pre-training run")
-    return parser
-
-
 def import_checkpoint(checkpoint: Path, folder: Path, tasks: TaskSet | None) -> int:
     """Convert a TD-MPC2 checkpoint, and say what became of its entries."""
-    from pwm_torchrl.modules import load_tdmpc2_world_model, save_world_model
-
     if folder.exists() and any(folder.iterdir()):
         raise ConfigurationError(f"{folder} is not empty; give a new folder")
     model, report = load_tdmpc2_world_model(checkpoint, action_dims=None if tasks is None else tasks.action_dims)
@@ -91,8 +65,6 @@ def _check_tasks(checkpoint: Path, tasks: TaskSet, spec: WorldModelSpec) -> None
 
 def size_name(units: Sequence[int]) -> str:
     """The published size with these hidden widths, else ``custom``."""
-    from pwm_torchrl.modules import SIZES
-
     return next((name for name, size in SIZES.items() if tuple(size.units) == tuple(units)), "custom")
 
 
@@ -101,8 +73,6 @@ def _short(names: Sequence[str]) -> str:
 
 
 def _show(folder: Path) -> int:
-    from pwm_torchrl.modules import world_model_facts
-
     facts = world_model_facts(folder)
     for key, value in asdict(facts.spec).items():
         console.say(f"{key:<24} {value}")

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pwm_torchrl.cluster.fits import Demand, misfit
+from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Site
 from pwm_torchrl.config import UPDATES, ClusterConfig, Config, trained_networks
 from pwm_torchrl.errors import ConfigurationError
@@ -109,13 +109,13 @@ def resources_for(cfg: Config, plan: Plan) -> Resources:
         ConfigurationError: if the profile cannot give what its own keys ask for.
     """
     profile = cfg.cluster
-    ceiling = None if profile.host_gb is None else int(profile.host_gb * 1e9 / MIB)
-    if profile.mem_gb is not None:
-        mem_mb = int(profile.mem_gb * 1024)
+    ceiling = None if profile.host_gib is None else int(profile.host_gib * 1024)
+    if profile.mem_gib is not None:
+        mem_mb = int(profile.mem_gib * 1024)
         if ceiling is not None and mem_mb > ceiling:
             raise ConfigurationError(
-                f"cluster.mem_gb={profile.mem_gb:g} GiB is more than a node of cluster={profile.name} has, "
-                f"cluster.host_gb={profile.host_gb:g} GB; ask for at most {ceiling / 1024:.1f}"
+                f"cluster.mem_gib={profile.mem_gib:g} is more than a node of cluster={profile.name} has, "
+                f"cluster.host_gib={profile.host_gib:g}; ask for at most that"
             )
     else:
         # The run stops itself at a share of the limit and leaves a margin below that: both have to be asked for.
@@ -124,7 +124,13 @@ def resources_for(cfg: Config, plan: Plan) -> Resources:
         if ceiling is not None:
             mem_mb = min(mem_mb, ceiling)
     gpus = 0 if cfg.device == "cpu" else profile.gpus
-    cpus = profile.cpus or DEFAULT_CPUS
+    threads = cfg.training.threads
+    if threads is not None and profile.cpus is not None and threads > profile.cpus:
+        raise ConfigurationError(
+            f"training.threads={threads} are more than cluster.cpus={profile.cpus}, the CPUs that each task gets; set "
+            f"cluster.cpus={threads}, or leave training.threads out"
+        )
+    cpus = profile.cpus or threads or DEFAULT_CPUS
     minutes = profile.time_min
     if minutes is None:
         minutes = estimated_minutes(cfg, plan, cpus)
@@ -190,7 +196,7 @@ def node_memory_mb(partition: str | None, site: Site) -> int:
     found = [node.memory_mb for node in site.nodes if set(names) & set(node.partitions)]
     if not found:
         asked = f"cluster.partition={partition}" if partition else "a default partition"
-        raise ConfigurationError(f"SLURM has no nodes in {asked}; set cluster.partition, or cluster.host_gb")
+        raise ConfigurationError(f"SLURM has no nodes in {asked}; set cluster.partition, or cluster.host_gib")
     return min(found)
 
 
@@ -200,6 +206,6 @@ def require_fit(cluster: ClusterConfig, resources: Resources, site: Site) -> Non
     Raises:
         ConfigurationError: with the key to change.
     """
-    reason = misfit(Demand.of(cluster, resources), site)
+    reason = why_impossible(JobRequest.of(cluster, resources), site)
     if reason is not None:
         raise ConfigurationError(reason)

@@ -18,20 +18,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from submitit.core.utils import FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from pwm_torchrl.cluster.deaths import note_submission, read_job, write_job
+from pwm_torchrl.cluster.job import run_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.cluster.slurm import live_job, scontrol, site
-from pwm_torchrl.commands import named
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.run.stored_episodes import pretraining_run
-
-if TYPE_CHECKING:
-    pass
+from pwm_torchrl.run.directory import pretraining_run
 
 # submitit's SLURM executor with this project's batch script -----------------------------------------------------------
 
@@ -49,6 +46,9 @@ run=$(sed -n "$((task + 1))p" {runs})
 life=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}-${{SLURM_RESTART_COUNT:-0}}
 term=0
 step=
+if [ -n "${{SLURM_ARRAY_TASK_ID:-}}" ]; then  # its own name, the array has that of the first run
+    scontrol update JobId="${{SLURM_ARRAY_JOB_ID}}_$task" JobName="$(basename "$run")" > /dev/null 2>&1
+fi
 trap 'term=1; [ -z "$step" ] || kill -TERM "$step" 2> /dev/null' TERM
 srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" \\
     {python} -u {supervise} "$run/attempts/evidence-$life" {python} -u {start} submitit.core._submit {folder} &
@@ -60,7 +60,7 @@ while kill -0 "$step" 2> /dev/null; do
     code=$?
 done
 trap '' TERM
-exec {python} -u {start} pwm_torchrl.cluster.restarts "$run" --code "$code" --term "$term"
+exec {python} -u {start} pwm_torchrl.cluster.end_of_job "$run" --code "$code" --term "$term"
 """
 
 
@@ -135,7 +135,7 @@ def submit_runs(
         runs_dir (Path): where the files of an array go.
 
     Raises:
-        ConfigurationError: if submitit is not installed or SLURM refuses; nothing of that array is queued then.
+        ConfigurationError: if SLURM refuses; nothing of that array is queued then.
     """
     done: list[Submitted] = []
     limit = site().config.max_array_size if len(runs) > 1 else 1
@@ -162,14 +162,6 @@ def resubmit(run_dir: Path, cfg: Config, mem_mb: int) -> str:
 def _submit(
     runs: Sequence[Path], cfg: Config, resources: Resources, code: Sequence[Path], runs_dir: Path
 ) -> list[Submitted]:
-    try:
-        from submitit.core.utils import FailedSubmissionError
-    except ImportError as error:
-        raise ConfigurationError(
-            f"submitit is not installed; pip install 'pwm-torchrl[launch]', or use {named('train')}"
-        ) from error
-    from pwm_torchrl.cluster.job import run_slurm_job
-
     if len(runs) == 1:
         folder, name = runs[0] / FOLDER, runs[0].name
     else:
@@ -183,9 +175,9 @@ def _submit(
     with outside_of_a_job():
         try:
             if len(runs) == 1:
-                jobs = [executor.submit(run_slurm_job, str(runs[0]))]
+                jobs = [executor.submit(run_job, str(runs[0]))]
             else:
-                jobs = executor.map_array(run_slurm_job, [str(run) for run in runs])
+                jobs = executor.map_array(run_job, [str(run) for run in runs])
         except FailedSubmissionError as error:
             raise ConfigurationError(_refusal(str(error), cfg)) from error
     facts = {"cluster": cfg.cluster.name, "code": [str(each) for each in code], **resources.as_dict()}

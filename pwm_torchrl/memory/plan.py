@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,7 @@ def budgets(cfg: Config, device: str | None) -> dict[str, Budget]:
     """Budgets of this machine, by place (``"host"``, ``"device"``).
 
     Args:
-        cfg (Config): ``memory.host_gb`` and ``memory.device_gb`` are additional limits.
+        cfg (Config): ``memory.host_gib`` and ``memory.device_gib`` are additional limits.
         device (str, optional): the CUDA device of the networks, or ``None`` on the CPU.
 
     Raises:
@@ -60,14 +61,14 @@ def profile_budgets(cfg: Config) -> dict[str, Budget]:
             f"device={cfg.device} needs a GPU, and cluster={profile.name} has none; set cluster.gpu, or choose another "
             "cluster."
         )
-    if profile.host_gb is None and profile.mem_gb is None and cfg.memory.host_gb is None:
+    if profile.host_gib is None and profile.mem_gib is None and cfg.memory.host_gib is None:
         raise ConfigurationError(
-            f"cluster={profile.name} does not state the host memory of its nodes; set cluster.host_gb, cluster.mem_gb "
-            "or memory.host_gb."
+            f"cluster={profile.name} does not state the host memory of its nodes; set cluster.host_gib, "
+            "cluster.mem_gib or memory.host_gib."
         )
-    host = [] if profile.host_gb is None else [Candidate(int(profile.host_gb * 1e9), f"cluster={profile.name}")]
-    if profile.mem_gb is not None:
-        host.append(Candidate(int(profile.mem_gb * 2**30), "cluster.mem_gb"))
+    host = [] if profile.host_gib is None else [Candidate(int(profile.host_gib * 2**30), f"cluster={profile.name}")]
+    if profile.mem_gib is not None:
+        host.append(Candidate(int(profile.mem_gib * 2**30), "cluster.mem_gib"))
     found: dict[str, tuple[Candidate, ...]] = {HOST: tuple(host)}
     if profile.gpu is not None and cfg.device != "cpu":
         try:
@@ -79,9 +80,9 @@ def profile_budgets(cfg: Config) -> dict[str, Budget]:
 
 
 def _bounded(cfg: Config, place: str, candidates: tuple[Candidate, ...]) -> Budget:
-    given = cfg.memory.host_gb if place == HOST else cfg.memory.device_gb
+    given = cfg.memory.host_gib if place == HOST else cfg.memory.device_gib
     if given is not None:
-        candidates = (*candidates, Candidate(int(given * 1e9), f"memory.{place}_gb"))
+        candidates = (*candidates, Candidate(int(given * 2**30), f"memory.{place}_gib"))
     return Budget(candidates)
 
 
@@ -148,7 +149,7 @@ class PlanOptions:
         if t.replay_storage != "auto":
             return [t.replay_storage]
         size = replay_bytes(self.facts.observation_dim, self.facts.action_dim, t.replay_capacity, self.facts.num_envs)
-        if size > self.cfg.memory.disk_above_gb * 1e9:
+        if size > self.cfg.memory.disk_above_gib * 2**30:
             return ["disk"]
         return [*(["device"] if self.compute == DEVICE else []), "memory", "disk"]
 
@@ -457,8 +458,8 @@ class _Planner:
         """The smallest sufficient budget and the key that sets it."""
         least = plan.prediction.total(place) / plan.share(place) + (SPREAD if place == HOST else 0)
         group = "cluster" if place == HOST and self.budgets[place].source.startswith("cluster=") else "memory"
-        gigabytes = -(-least // 1e7) / 100  # rounded up to two decimals
-        return f"{place} memory of {format_bytes(least)} ({group}.{place}_gb={gigabytes:g})"
+        gib = math.ceil(least / 2**30 * 100) / 100  # rounded up to what the configuration takes
+        return f"{place} memory of {format_bytes(least)} ({group}.{place}_gib={gib:g})"
 
 
 TITLES = {HOST: "host memory", DEVICE: "GPU memory", CACHE: "page cache", DISK: "disk"}

@@ -344,13 +344,13 @@ class RunMemory:
     If sampling fails, the failure is reported once and the run continues without memory metrics and alarms.
 
     Args:
-        cfg (MemoryConfig): ``stop_at`` and ``host_gb``.
+        cfg (MemoryConfig): ``stop_at`` and ``host_gib``.
         on_failure (callable): called with a message if sampling fails.
     """
 
     def __init__(self, cfg: MemoryConfig, on_failure: Callable[[str], None]) -> None:
         self.watch = MemoryWatch(INTERVAL_S)
-        self.guard = MemoryGuard(cfg.stop_at, None if cfg.host_gb is None else round(cfg.host_gb * 1e9))
+        self.guard = MemoryGuard(cfg.stop_at, None if cfg.host_gib is None else round(cfg.host_gib * 2**30))
         self.on_failure = on_failure
         self._failed = False
         self._warm = False

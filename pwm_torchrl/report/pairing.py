@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,11 @@ class Pairs:
 
 
 def pair_runs(
-    runs: Sequence[RunReport], key: str, baseline: str | None = None, allow_differences: bool = False
+    runs: Sequence[RunReport],
+    key: str,
+    baseline: str | None = None,
+    allow_differences: bool = False,
+    compose: Callable[[Sequence[str]], Config] | None = None,
 ) -> Pairs:
     """Sorts runs by the value of a key and pairs them by environment and seed.
 
@@ -62,6 +66,8 @@ def pair_runs(
         key: a dotted key of the configuration, or a group such as ``model``.
         baseline: the value that others are compared with. Defaults to the first in reading order.
         allow_differences: whether runs may differ in other keys too; then a note says in which.
+        compose: gives the configuration that words of a command line stand for. With it, a sentence about a missing
+            run tells everything to type for it, else only the choices of groups.
 
     Raises:
         Ambiguous: if two runs have the same value, environment and seed, or runs differ in other keys.
@@ -76,7 +82,7 @@ def pair_runs(
     if len(arms) < 2:
         raise ConfigurationError(
             f"--compare {key}: every run has {key}={arms[0]}, and there is nothing to compare it with; "
-            f"{_another(runs, key)}"
+            f"{_another(runs, key, compose)}"
         )
     if baseline is not None and baseline not in arms:
         raise ConfigurationError(f"--baseline {baseline} is no value of {key} here; there are {', '.join(arms)}")
@@ -215,7 +221,7 @@ def _seeds(runs: Mapping[str, Mapping[str, Mapping[int, RunReport]]], arm: str) 
     return " and ".join(places)
 
 
-def _another(runs: Sequence[RunReport], key: str) -> str:
+def _another(runs: Sequence[RunReport], key: str, compose: Callable[[Sequence[str]], Config] | None) -> str:
     """How to train a run of another value, for a sentence."""
     choices = group_choices()
     first = runs[0]
@@ -229,15 +235,14 @@ def _another(runs: Sequence[RunReport], key: str) -> str:
         if group != key and name in choices[group]:
             words.append(f"{group}={name}")
     seeds = sorted({run.config.seed for run in runs if run.config is not None and run.env == first.env})
-    words += [*_overrides(first.config, words[1:], key), f"seed={','.join(map(str, seeds))}"]
+    if compose is not None:
+        words += _overrides(first.config, compose(words[1:]), key)
+    words += [f"seed={','.join(map(str, seeds))}"]
     return f"train one with another value, for example: {typed('submit')} {' '.join(map(shlex.quote, words))}"
 
 
-def _overrides(config: Config, words: Sequence[str], key: str) -> list[str]:
-    """What has to be typed beside ``words`` to get a configuration, the compared key apart."""
-    from pwm_torchrl.cli.compose import compose
-
-    composed = compose(list(words))
+def _overrides(config: Config, composed: Config, key: str) -> list[str]:
+    """What has to be typed to get from a composed configuration to another one, the compared key apart."""
     covered = {"seed", "model.name", "size.name", "env.name", *covered_keys(key, [value_of(composed, key)])}
     return [
         f"{name}={typed_value(asked)}"

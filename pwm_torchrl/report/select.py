@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pwm_torchrl.choices import nearest_sentence, schema_keys
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import RunReport, natural
 from pwm_torchrl.report.pairing import Ambiguous, Pairs, pair_runs, typed_value
@@ -100,7 +101,13 @@ def newest(runs: Sequence[RunReport]) -> list[RunReport]:
     return [run for run in runs if best[_settings(run)] is run]
 
 
-def pair_or_advise(runs: Sequence[RunReport], key: str, baseline: str | None, allow_differences: bool) -> Pairs:
+def pair_or_advise(
+    runs: Sequence[RunReport],
+    key: str,
+    baseline: str | None,
+    allow_differences: bool,
+    compose: Callable[[Sequence[str]], Config] | None = None,
+) -> Pairs:
     """As :func:`~pwm_torchrl.report.pairing.pair_runs`; if that is ambiguous, the error says what to add.
 
     Raises:
@@ -108,7 +115,7 @@ def pair_or_advise(runs: Sequence[RunReport], key: str, baseline: str | None, al
     """
 
     def pair(some: Sequence[RunReport]) -> Pairs:
-        return pair_runs(some, key, baseline, allow_differences)
+        return pair_runs(some, key, baseline, allow_differences, compose)
 
     try:
         return pair(runs)

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pwm_torchrl.config import RENAMED_KEYS, Config
+from pwm_torchrl.config import RENAMED_KEYS, Config, in_present_unit
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.files import append_text, existing
 from pwm_torchrl.run.claims import refuse_owned
@@ -95,7 +95,7 @@ def rename_keys(content: Any) -> None:
         if holder is None or leaf not in holder:
             continue
         for key in new:
-            OmegaConf.update(content, key, holder[leaf], force_add=True)
+            OmegaConf.update(content, key, in_present_unit(old, holder[leaf]), force_add=True)
         del holder[leaf]
 
 
@@ -135,6 +135,12 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):  # no JSON, or no text at all
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def pretraining_run(world_model: str | Path) -> Path | None:
+    """The run directory of the pre-training that makes a world model; ``None`` for one that came from elsewhere."""
+    path = Path(world_model).expanduser()
+    return next((each for each in (path, path.parent) if (each / CONFIG_FILE).is_file()), None)
 
 
 def set_status(run_dir: str | Path, status: str, *, whatever_it_was: bool = False) -> None:

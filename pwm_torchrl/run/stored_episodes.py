@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.config import Config
-from pwm_torchrl.data.episodes import EpisodeStore, SliceIndex, split_episodes
+from pwm_torchrl.data.episodes import EpisodeStore, SliceIndex, split_episodes, stage_store
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.envs.tasks import TaskSet, task_info, task_set
@@ -23,7 +23,7 @@ from pwm_torchrl.errors import ConfigurationError, nearest
 from pwm_torchrl.memory.readings import Reading, read_memory
 from pwm_torchrl.memory.storage import store_bytes
 from pwm_torchrl.modules import world_model_facts
-from pwm_torchrl.run.directory import CONFIG_FILE, read_summary, save_config
+from pwm_torchrl.run.directory import pretraining_run, read_summary, save_config
 
 #: Splits a store; the same for every run, so that no run trains on what another validates with.
 SPLIT_SEED = 0
@@ -83,8 +83,6 @@ def open_store(cfg: Config, staged: bool = False) -> EpisodeStore:
         raise ConfigurationError(f"mode={cfg.mode} learns from stored episodes; set data.path=STORE")
     path = Path(cfg.data.path).expanduser()
     if staged and cfg.data.stage == "scratch":
-        from pwm_torchrl.data.episodes import stage_store
-
         path = stage_store(path, scratch_directory(cfg))
     return EpisodeStore.open(path)
 
@@ -202,12 +200,6 @@ def extraction_facts(cfg: Config) -> EnvInfo:
         num_envs=0,
         terminates=model.spec.termination,
     )
-
-
-def pretraining_run(world_model: str | Path) -> Path | None:
-    """The run directory of the pre-training that makes a world model; ``None`` for one that came from elsewhere."""
-    path = Path(world_model).expanduser()
-    return next((each for each in (path, path.parent) if (each / CONFIG_FILE).is_file()), None)
 
 
 def pin_world_model(cfg: Config, run_dir: Path) -> None:

@@ -24,6 +24,7 @@ from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.files import Reserve
 from pwm_torchrl.memory.watch import RunMemory
 from pwm_torchrl.modules import policy_module
+from pwm_torchrl.progress import progress_here
 from pwm_torchrl.run.artifacts import write_run_readme
 from pwm_torchrl.run.checkpoints import AllocatedStateAdapter, CheckpointFault, CheckpointStore, load_checkpoint
 from pwm_torchrl.run.claims import RunClaim, claimed
@@ -87,7 +88,7 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
             with (
                 stop_on_interrupt(stop),
                 claimed(run_dir, CheckpointStore(run_dir).names()) as claim,
-                Progress.here(cfg.training.progress) as progress,
+                progress_here(cfg.training.progress) as progress,
             ):
                 failpoint("start.claimed")
                 result = _train(cfg, run_dir, claim, progress, resume, stop, ranks)

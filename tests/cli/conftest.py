@@ -8,23 +8,22 @@ from pathlib import Path
 
 import pytest
 
-import pwm_torchrl
+from pwm_torchrl import training
 
 STUB = Path(__file__).with_name("training_stub.py")
 
 
 @pytest.fixture
 def stub_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Puts the stub in the place of ``pwm_torchrl.training``.
+    """Puts the stub in the place of what ``pwm_torchrl.training`` names.
 
     A submitted job is a new interpreter: it is reached through a ``sitecustomize`` on its path.
     """
     spec = importlib.util.spec_from_file_location("training_stub", STUB)
     stub = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stub)
-    fake = stub.fake_training()
-    monkeypatch.setitem(sys.modules, "pwm_torchrl.training", fake)
-    monkeypatch.setattr(pwm_torchrl, "training", fake, raising=False)
+    for name in stub.FAKED:
+        monkeypatch.setitem(vars(training), name, getattr(stub, name))  # names that it would load on first use
 
     site = tmp_path / "site"
     site.mkdir()
@@ -35,7 +34,7 @@ def stub_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         "sys.modules['pwm_torchrl.training'] = training_stub.fake_training()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(site))
-    return fake
+    return training
 
 
 @pytest.fixture

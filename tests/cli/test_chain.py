@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -10,15 +11,18 @@ pytest.importorskip("hydra")
 
 from stored_cases import write_store
 
-from pwm_torchrl.cli.chain import composed, lacks_world_model
-from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.submit import main
+from pwm_torchrl.cli.chain import composed
+from pwm_torchrl.cli.complete import complete_config as compose
+from pwm_torchrl.cli.entry import run_command
+from pwm_torchrl.cli.requests import lacks_world_model
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import read_world_model, world_model_facts
 from pwm_torchrl.run.directory import load_config, prepare_run_dir
 from pwm_torchrl.run.stored_episodes import pin_world_model
 from pwm_torchrl.run.validation import announce
 from pwm_torchrl.training import train
+
+main = partial(run_command, "submit")
 
 TASKS = ("pendulum-swingup", "cup-catch")
 #: Both stages as small as can be.

@@ -11,7 +11,6 @@ import torch
 from pwm_torchrl.cli import doctor as checks
 from pwm_torchrl.cli.doctor import OK, PROBLEM, WARNING
 from pwm_torchrl.config import Config, LoggerConfig
-from pwm_torchrl.run import loggers
 
 
 def only(findings):
@@ -64,7 +63,7 @@ class TestGpu:
         monkeypatch.setattr(torch, "ones", tried)
         good, bad = checks.check_gpu(Config(), elsewhere=False)
         assert good.level == OK
-        assert good.text.startswith("cuda:0 NVIDIA H100, 80 GB")
+        assert good.text.startswith("cuda:0 NVIDIA H100, 75 GiB")
         assert bad.level == PROBLEM
         assert "CUDA error: out of memory); free it" in bad.text
 
@@ -124,21 +123,21 @@ class TestRendering:
 
 class TestDisk:
     @pytest.mark.parametrize(
-        ("kind", "free_gb", "elsewhere", "level", "part"),
+        ("kind", "free_gib", "elsewhere", "level", "part"),
         [
-            ("ext4", 100, False, OK, "100.0 GB free"),
+            ("ext4", 100, False, OK, "100.0 GiB free"),
             ("nfs4", 100, True, OK, "(nfs4)"),
             ("lustre", 100, True, OK, "(lustre)"),
             ("ext4", 100, True, WARNING, "a folder that the nodes see"),
             ("tmpfs", 100, False, PROBLEM, "is RAM"),
             ("ext4", 5, False, WARNING, "launch/plan.py tells how much"),
-            ("ext4", 0.5, False, PROBLEM, "0.5 GB free; free space"),
+            ("ext4", 0.5, False, PROBLEM, "0.5 GiB free; free space"),
             (None, 100, True, OK, "(unknown)"),
         ],
     )
-    def test_by_kind_and_room(self, monkeypatch, tmp_path, kind, free_gb, elsewhere, level, part):
+    def test_by_kind_and_room(self, monkeypatch, tmp_path, kind, free_gib, elsewhere, level, part):
         monkeypatch.setattr(checks, "filesystem_type", lambda folder: kind)
-        monkeypatch.setattr(checks, "free_bytes", lambda folder: int(free_gb * 1e9))
+        monkeypatch.setattr(checks, "free_bytes", lambda folder: int(free_gib * 2**30))
         found, text = only(checks.check_disk(tmp_path / "runs", elsewhere=elsewhere))
         assert found == level
         assert part in text
@@ -169,7 +168,7 @@ class TestWandb:
         ],
     )
     def test_by_what_is_asked(self, monkeypatch, kind, mode, reason, level, part):
-        monkeypatch.setattr(loggers, "offline_reason", lambda: reason)
+        monkeypatch.setattr(checks, "offline_reason", lambda: reason)
         found, text = only(checks.check_wandb(Config(logger=LoggerConfig(kind=kind, mode=mode))))
         assert found == level
         assert part in text

@@ -370,7 +370,7 @@ def test_the_commented_keys_of_a_profile_can_be_used(file, tmp_path, monkeypatch
     used = [re.sub(r"^# (?=[a-z_]+: )", "", line) for line in lines[1:]]
     keys = {line.partition(":")[0] for line in used if re.match(r"\w+: ", line)}
     if "kind: slurm" in lines:
-        assert keys >= {"partition", "account", "qos", "constraint", "gres", "cpus", "mem_gb", "host_gb"}
+        assert keys >= {"partition", "account", "qos", "constraint", "gres", "cpus", "mem_gib", "host_gib"}
         assert keys >= {"time", "max_time_min", "signal_delay_s", "setup"}
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "all.yaml").write_text("\n".join(used))
@@ -414,6 +414,30 @@ class TestEarlierKeys:
         told = capsys.readouterr().err
         assert "algorithm.policy_updates is called algorithm.actor_updates now" in told
         assert "algorithm.actor_betas and algorithm.critic_betas" in told
+
+    @pytest.mark.parametrize(
+        ("word", "key", "value"),
+        [
+            ("memory.host_gb=16", "memory.host_gib", 16e9 / 2**30),
+            ("memory.disk_above_gb=1e3", "memory.disk_above_gib", 1e12 / 2**30),
+            ("cluster.host_gb=64", "cluster.host_gib", 64e9 / 2**30),
+            ("cluster.mem_gb=3", "cluster.mem_gib", 3),
+            ("memory.device_gb=null", "memory.device_gib", None),
+        ],
+    )
+    def test_gigabytes_become_gib(self, word, key, value, capsys, monkeypatch):
+        monkeypatch.setattr("pwm_torchrl.cli.compose._TOLD", set())
+        assert value_of(compose([word]), key) == (value if value is None else pytest.approx(value))
+        assert key in capsys.readouterr().err
+
+    def test_of_a_profile_the_new_name_is_told(self, tmp_path, monkeypatch):
+        (tmp_path / "cluster").mkdir()
+        (tmp_path / "cluster" / "mine.yaml").write_text("kind: slurm\nhost_gb: 64\n")
+        monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(tmp_path))
+        message = error_of("cluster=mine")
+        assert "mine.yaml" in message
+        assert "cluster.host_gb is called cluster.host_gib now" in message
+        assert "0.9313" in message
 
     def test_every_new_name_is_a_key(self):
         for old, now in RENAMED_KEYS.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ import torch
 from tensordict import TensorDict
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.data import main
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.data.episodes import EpisodeStore
+
+main = partial(run_command, "data")
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "data.py"
 
@@ -126,13 +128,6 @@ def test_a_full_disk_has_its_exit_code(capsys, source, tmp_path, monkeypatch):
     code, _, err = run(capsys, "import", source, tmp_path / "store", *TASKS)
     assert code == console.STORAGE
     assert "then run the same import again" in err
-
-
-def test_generate_is_handed_its_words(capsys, monkeypatch):
-    module = types.ModuleType("pwm_torchrl.cli.data")
-    module.generate_main = lambda argv: len(argv)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert main(["generate", "--tasks", "mt30", "out"]) == 3
 
 
 def test_the_script_explains_itself():

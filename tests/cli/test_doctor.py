@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ pytest.importorskip("hydra")
 from slurm_texts import SITE
 
 from pwm_torchrl.cli import doctor
-from pwm_torchrl.cli.doctor import OK, PROBLEM, WARNING, Finding, main
+from pwm_torchrl.cli.doctor import OK, PROBLEM, WARNING, Finding
+from pwm_torchrl.cli.entry import run_command
+
+main = partial(run_command, "doctor")
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "doctor.py"
 CHECKS = ("check_packages", "check_gpu", "check_rendering", "check_disk", "check_slurm", "check_wandb")

@@ -13,7 +13,7 @@ from slurm_texts import SITE
 
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.draft import draft_profile, profile_file, write_profile
-from pwm_torchrl.cluster.fits import Demand, misfit
+from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Node, Partition
 from pwm_torchrl.errors import ConfigurationError
 
@@ -41,15 +41,15 @@ def test_a_partition_with_gpus(composed):
     # Most nodes have L40S; a job may have 400,000 MiB on each, and an L40S's share is 16 of 64 CPUs.
     assert (cluster.kind, cluster.name, cluster.partition) == ("slurm", "mine", "gpu")
     assert (cluster.gpu, cluster.gpus, cluster.gres) == ("l40s", 1, "gpu:l40s:1")
-    assert (cluster.host_gb, cluster.cpus, cluster.max_time_min) == (419.4, 16, None)
-    assert misfit(Demand.of(cluster), SITE) is None
+    assert (cluster.host_gib, cluster.cpus, cluster.max_time_min) == (390.6, 16, None)
+    assert why_impossible(JobRequest.of(cluster), SITE) is None
 
 
 def test_the_default_partition_without_gpus(composed):
     cluster = composed(draft_profile("mine", SITE, None))
     assert (cluster.partition, cluster.gpu, cluster.gpus, cluster.gres) == ("main", None, 0, None)
-    assert (cluster.host_gb, cluster.cpus, cluster.max_time_min) == (6.2, None, 1440)
-    assert misfit(Demand.of(cluster), SITE) is None
+    assert (cluster.host_gib, cluster.cpus, cluster.max_time_min) == (5.8, None, 1440)
+    assert why_impossible(JobRequest.of(cluster), SITE) is None
 
 
 def test_gpus_without_a_name_are_asked_for(composed):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ pytest.importorskip("hydra")
 from training_stub import BAD_INPUT, BUG, FAULT, NO_DISK, NO_MEMORY
 
 from pwm_torchrl.choices import group_choices
-from pwm_torchrl.cli import check_env, console, submit, train
+from pwm_torchrl.cli import console, preflight
+from pwm_torchrl.cli.entry import run_command
 
 SCRIPTS = Path(__file__).parents[2] / "launch"
 pytestmark = pytest.mark.usefixtures("stub_training", "workdir")
@@ -55,20 +55,20 @@ def test_a_typo_is_a_few_lines_without_traceback(name):
 
 
 def test_train_runs_here_and_ends_with_the_summary(capsys):
-    assert train.main(["run_dir=run", "training.epochs=2"]) == 0
+    assert run_command("train", ["run_dir=run", "training.epochs=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"run: {Path('run').absolute()}"
     assert lines[-1] == (
         "pendulum flow_v2 tiny seed 0: finished · final return -120.0 (peak -100.0, random -1200.0) · epochs 2/2 · 1 s "
         f"· {Path('run').absolute()}"
     )
-    assert train.main(["run_dir=run", "training.epochs=2"]) == 2
+    assert run_command("train", ["run_dir=run", "training.epochs=2"]) == 2
     assert "finished run" in capsys.readouterr().err
 
 
 def test_train_errors_of_ours_are_sentences(capsys):
-    assert train.main(["run_dir=a", f"seed={BAD_INPUT}"]) == 2
-    assert train.main(["run_dir=b", f"seed={FAULT}"]) == 1
+    assert run_command("train", ["run_dir=a", f"seed={BAD_INPUT}"]) == 2
+    assert run_command("train", ["run_dir=b", f"seed={FAULT}"]) == 1
     err = capsys.readouterr().err
     assert "error: algorithm.horizon=9 is longer than an episode" in err
     assert "error: pendulum, seed 3: reward is nan" in err
@@ -78,12 +78,12 @@ def test_train_errors_of_ours_are_sentences(capsys):
 @pytest.mark.parametrize(
     ("seed", "code", "sentence", "remedy"),
     [
-        (NO_MEMORY, 75, "the critic update does not fit", "with more memory (or a larger memory.host_gb, if that is"),
+        (NO_MEMORY, 75, "the critic update does not fit", "with more memory (or a larger memory.host_gib, if that is"),
         (NO_DISK, 74, "could not write segment_000001.bin", "with room on the disk"),
     ],
 )
 def test_train_without_memory_or_disk_says_how_to_resume(capsys, seed, code, sentence, remedy):
-    assert train.main(["run_dir=run", f"seed={seed}"]) == code
+    assert run_command("train", ["run_dir=run", f"seed={seed}"]) == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == [f"error: {sentence}", f"run directory: {Path('run').absolute()}"]
     assert lines[2].startswith(f"to resume {remedy}")
@@ -101,7 +101,7 @@ def test_help_tells_the_exit_codes(name):
 
 def test_train_shows_a_bug():
     with pytest.raises(KeyError):
-        train.main(["run_dir=run", f"seed={BUG}"])
+        run_command("train", ["run_dir=run", f"seed={BUG}"])
 
 
 def test_train_stopped_says_how_to_resume(capsys, stub_training, monkeypatch):
@@ -112,16 +112,14 @@ def test_train_stopped_says_how_to_resume(capsys, stub_training, monkeypatch):
     Path("stopped_robot.py").write_text(
         "from torchrl.envs import GymEnv\n\n\ndef make():\n    return GymEnv('Pendulum-v1')\n"
     )
-    assert train.main(["model=mlp", "env._target_=stopped_robot.make"]) == 130
+    assert run_command("train", ["model=mlp", "env._target_=stopped_robot.make"]) == 130
     err = capsys.readouterr().err
     assert "python launch/train.py model=mlp env._target_=stopped_robot.make run_dir=" in err
 
 
 def test_check_env_prints_the_report(capsys, monkeypatch):
-    report = types.ModuleType("pwm_torchrl.envs.facts")
-    report.report_env = lambda env, num_envs: f"{env['id']} x {num_envs}"
-    monkeypatch.setitem(sys.modules, "pwm_torchrl.envs.facts", report)
-    assert check_env.main(["env=gymnasium", "env.id=Walker2d-v5"]) == 0
+    monkeypatch.setattr(preflight, "report_env", lambda env, num_envs: f"{env['id']} x {num_envs}")
+    assert run_command("check_env", ["env=gymnasium", "env.id=Walker2d-v5"]) == 0
     assert capsys.readouterr().out == "Walker2d-v5 x 8\nok: a run can use this environment\n"
     assert list(Path().iterdir()) == []
 
@@ -134,13 +132,13 @@ def test_what_to_type_next_with_a_world_model():
 
 
 def test_without_submitit_a_sentence(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit.local.local", None)
-    assert submit.main(["run_dir=run"]) == 2
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert run_command("submit", ["run_dir=run"]) == 2
     assert "pip install 'pwm-torchrl[launch]'" in capsys.readouterr().err
 
 
 def test_result_without_returns_is_still_a_line(capsys, stub_training, monkeypatch):
     summary = {"status": "failed", "model": "mlp", "final_return": None}
     monkeypatch.setattr(stub_training, "train", lambda *a, **k: json.loads(json.dumps(summary)))
-    assert train.main(["run_dir=run"]) == 1
+    assert run_command("train", ["run_dir=run"]) == 1
     assert "failed" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from training_stub import BUG, FAULT
 
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.evaluate import main
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import save_config
+
+main = partial(run_command, "evaluate")
 
 pytestmark = pytest.mark.usefixtures("stub_training", "workdir")
 

@@ -11,7 +11,7 @@ pytest.importorskip("hydra")
 from pwm_torchrl.choices import schema_keys
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.validate import CHOICES
-from pwm_torchrl.cli.words import RULES, dynamics_rules
+from pwm_torchrl.cli.words import RULES
 from pwm_torchrl.config import DynamicsConfig
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.factory import CLASSES, COMMON, KINDS, PARAMETERIZATIONS, make_dynamics, options_of
@@ -87,9 +87,18 @@ def test_options_of_a_kind_are_those_that_it_is_made_with():
     assert everything | set(COMMON) | {"kind", "match_parameters"} == set(inspect.signature(make_dynamics).parameters)
 
 
+def test_rules_about_dynamics_are_what_their_signatures_say():
+    for option in sorted(set(vars(DynamicsConfig())) - {"kind"}):
+        key, takes = f"model.dynamics.{option}", [place for place in CLASSES if option in options_of(*place)]
+        ruled = {rule.by: rule.values for rule in RULES if rule.covers(key)}
+        assert set(ruled["model.dynamics.kind"]) == {kind for kind, _ in takes}
+        forms = set(ruled.get("model.dynamics.parameterization", PARAMETERIZATIONS))
+        assert forms == {form for _, form in takes if form is not None}
+
+
 def test_rules_are_about_keys_that_exist():
     keys = schema_keys()
-    for rule in [*RULES, *dynamics_rules()]:
+    for rule in RULES:
         for key in rule.keys:
             assert key.rstrip(".") in keys
         for by in rule.by.split(", "):

@@ -8,8 +8,9 @@ pytest.importorskip("hydra")
 
 from stored_cases import write_store
 
-from pwm_torchrl.cli import modes
-from pwm_torchrl.cli.compose import compose, expand
+from pwm_torchrl.cli import complete as module
+from pwm_torchrl.cli.complete import complete_config as compose
+from pwm_torchrl.cli.complete import expand_tasks as expand
 from pwm_torchrl.cli.words import with_preset
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.modules import WorldModelSpec, make_world_model, save_world_model
@@ -53,7 +54,7 @@ class TestPretrain:
 
     @pytest.mark.parametrize(("name", "task_dim"), [("mt30", 64), ("mt80", 96)])
     def test_published_presets(self, monkeypatch, name, task_dim):
-        monkeypatch.setattr("pwm_torchrl.cli.compose.check_stored", lambda config: None)
+        monkeypatch.setattr(module, "_check_stored", lambda config: None)
         cfg = compose([f"experiment={name}_pretrain", "data.path=somewhere"])
         assert (cfg.tasks, cfg.size.name, cfg.size.task_dim, cfg.model.name) == (name, "48m", task_dim, "flow_v2")
         assert cfg.model.reward_head == "two_hot"
@@ -133,7 +134,7 @@ class TestExtract:
             compose([*words, "task=cup-catch", word] if not word.startswith("task=") else [*words, word])
 
     def test_without_the_simulator(self, words, monkeypatch):
-        monkeypatch.setattr(modes.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
         compose([*words, "task=cup-catch"])  # it evaluates nothing
         with pytest.raises(MissingLibraryError, match=r"pwm-torchrl\[dm-control\]"):
             compose([*words, "task=cup-catch", "training.eval_episodes=2"])

@@ -6,15 +6,19 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pwm_torchrl.cli.entry import run_command
+
+main = partial(run_command, "plan")
+submit = partial(run_command, "submit")
+train = partial(run_command, "train")
+
 pytest.importorskip("hydra")
 
-from pwm_torchrl.cli.plan import main
-from pwm_torchrl.cli.submit import main as submit
-from pwm_torchrl.cli.train import main as train
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "plan.py"
 SMALL = ["model=mlp", "algorithm.horizon=3"]
@@ -52,7 +56,7 @@ def test_of_a_cluster_from_anywhere(capsys):
 
 
 def test_as_a_file(capsys):
-    assert main([*SMALL, "--json", "plan.json", "memory.host_gb=500"]) == 0
+    assert main([*SMALL, "--json", "plan.json", "memory.host_gib=500"]) == 0
     assert "host memory, predicted" in capsys.readouterr().out
     saved = json.loads(Path("plan.json").read_text())
     assert saved["prediction"]["totals"]["host"] > saved["prediction"]["base"] > 0
@@ -62,34 +66,34 @@ def test_as_a_file(capsys):
 
 def test_an_impossible_request_names_a_budget_that_works(capsys):
     words = [*SMALL, "device=cpu"]
-    assert main([*words, "memory.host_gb=0.1"]) == 2
+    assert main([*words, "memory.host_gib=0.1"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert len(shown.err.splitlines()) == 1
-    (least,) = re.findall(r"The smallest budget that would work: .* \((memory\.host_gb=[0-9.]+)\)", shown.err)
+    (least,) = re.findall(r"The smallest budget that would work: .* \((memory\.host_gib=[0-9.]+)\)", shown.err)
     assert main([*words, least]) == 0
-    assert "(memory.host_gb)" in capsys.readouterr().out
+    assert "(memory.host_gib)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_it_works_in_another_process_too():
     """Processes need not be of the same size."""
-    refused = run_script(*SMALL, "device=cpu", "memory.host_gb=0.1")
+    refused = run_script(*SMALL, "device=cpu", "memory.host_gib=0.1")
     assert refused.returncode == 2
-    (least,) = re.findall(r"\((memory\.host_gb=[0-9.]+)\)", refused.stderr)
+    (least,) = re.findall(r"\((memory\.host_gib=[0-9.]+)\)", refused.stderr)
     enough = run_script(*SMALL, "device=cpu", least)
     assert enough.returncode == 0, enough.stderr
 
 
 def test_of_a_cluster_too_small(capsys):
-    words = [*ELSEWHERE, "cluster=l40s", "cluster.host_gb=0.2"]
+    words = [*ELSEWHERE, "cluster=l40s", "cluster.host_gib=0.2"]
     assert main(words) == 2
-    (least,) = re.findall(r"\((cluster\.host_gb=[0-9.]+)\)", capsys.readouterr().err)
+    (least,) = re.findall(r"\((cluster\.host_gib=[0-9.]+)\)", capsys.readouterr().err)
     assert main([*words[:-1], least]) == 0
 
 
 def test_fixed_is_warned_about(capsys):
-    assert main([*SMALL, "memory=fixed", "memory.host_gb=0.01"]) == 0
+    assert main([*SMALL, "memory=fixed", "memory.host_gib=0.01"]) == 0
     shown = capsys.readouterr()
     assert shown.err.startswith("warning: memory=fixed will not fit: host memory: ")
     assert "DOES NOT FIT" in shown.out
@@ -101,7 +105,7 @@ def test_fixed_is_warned_about(capsys):
     [
         (["cluster=l40s", "cluster.gpu=l41s"], "cluster.gpu=l41s: unknown GPU type 'l41s'; the nearest known: l40s"),
         (["cluster=cpu", "device=cuda"], "device=cuda needs a GPU, and cluster=cpu has none"),
-        (["cluster=cpu", "cluster.host_gb=null"], "set cluster.host_gb"),
+        (["cluster=cpu", "cluster.host_gib=null"], "set cluster.host_gib"),
         (["cluster=l40"], "nearest: l40s"),
         (["--json"], "--json needs the name of a file"),
         (["--json", "missing/plan.json"], "--json missing/plan.json cannot be written: No such file or directory"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -19,8 +18,9 @@ from slurm_texts import SITE
 from stored_cases import write_store
 from training_stub import BAD_INPUT, BUG
 
-from pwm_torchrl.cli import prepare, pretrain, resume, submit, train
+from pwm_torchrl.cli import prepare, submit
 from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.cli.preflight import preflight
 from pwm_torchrl.cli.prepare import HERE, LOCAL, SLURM
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
@@ -150,7 +150,7 @@ def login_node(monkeypatch):
 
     monkeypatch.setattr(prepare, "slurm_available", lambda: True)
     monkeypatch.setattr(prepare, "site", lambda: SITE)
-    monkeypatch.setattr("pwm_torchrl.cluster.submission.submit_runs", refuse)
+    monkeypatch.setattr(submit, "submit_runs", refuse)
     return submitted
 
 
@@ -174,7 +174,7 @@ def fill(words, folder):
 def refusal(command, words, capsys):
     """The sentence of a command that ends with exit code 2 and leaves the folder as it was."""
     before = sorted(Path().rglob("*"))
-    assert command(words) == 2
+    assert run_command(command, words) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ")
     assert "Traceback" not in shown.out + shown.err
@@ -186,7 +186,7 @@ def refusal(command, words, capsys):
 
 
 @pytest.mark.parametrize("case", {**CASES, **HERE_ONLY})
-@pytest.mark.parametrize("command", [train.main, submit.main], ids=["train", "submit"])
+@pytest.mark.parametrize("command", ["train", "submit"])
 def test_on_this_machine(command, case, user, monkeypatch, capsys):
     words, library, sentence = {**CASES, **HERE_ONLY}[case]
     fill(words, user)
@@ -199,7 +199,7 @@ def test_on_a_login_node(case, user, login_node, monkeypatch, capsys):
     words, library, sentence = {**CASES, **SLURM_ONLY}[case]
     fill(words, user)
     hide(monkeypatch, library)
-    assert sentence in refusal(submit.main, [*words, "cluster=cpu"], capsys)
+    assert sentence in refusal("submit", [*words, "cluster=cpu"], capsys)
     assert not login_node
 
 
@@ -211,15 +211,15 @@ def test_of_a_pretraining(case, user, monkeypatch, capsys):
         words = list(dict.fromkeys([*words, "data.path=store"]))
     fill(words, user)
     hide(monkeypatch, library)
-    assert sentence in refusal(pretrain.main, words, capsys)
+    assert sentence in refusal("pretrain", words, capsys)
 
 
 @pytest.mark.parametrize("slurm", [False, True])
 def test_without_submitit(slurm, request, monkeypatch, capsys):
     if slurm:
         request.getfixturevalue("login_node")
-    hide(monkeypatch, "submitit.local.local")
-    assert "pip install 'pwm-torchrl[launch]'" in refusal(submit.main, ["cluster=cpu" if slurm else "seed=1"], capsys)
+    hide(monkeypatch, "submitit")
+    assert "pip install 'pwm-torchrl[launch]'" in refusal("submit", ["cluster=cpu" if slurm else "seed=1"], capsys)
 
 
 @pytest.mark.parametrize("slurm", [False, True])
@@ -227,7 +227,7 @@ def test_every_run_of_a_sweep_comes_before_the_first_directory(slurm, request, c
     if slurm:
         request.getfixturevalue("login_node")
     words = ["env=gymnasium", "env.id=Pendulum-v1,Nothing-v0", "cluster=cpu" if slurm else "cluster=local"]
-    assert "env.id='Nothing-v0'" in refusal(submit.main, words, capsys)
+    assert "env.id='Nothing-v0'" in refusal("submit", words, capsys)
 
 
 def test_runs_that_share_an_environment_make_it_once(monkeypatch):
@@ -244,8 +244,8 @@ def test_the_memory_plan_takes_the_facts(login_node, monkeypatch, capsys):
     def again(config):
         raise AssertionError("the environment was made a second time")
 
-    monkeypatch.setattr(importlib.import_module("pwm_torchrl.run.stored_episodes"), "run_facts", again)
-    assert submit.main(["cluster=cpu", "model=mlp", "algorithm.horizon=3"]) == 2
+    monkeypatch.setattr(prepare, "run_facts", again)
+    assert run_command("submit", ["cluster=cpu", "model=mlp", "algorithm.horizon=3"]) == 2
     assert "SLURM refused" in capsys.readouterr().err
     assert len(login_node) == 1  # it was planned, and would have been submitted
 
@@ -285,17 +285,17 @@ class TestRefusedInTraining:
     """A run directory that a command has made does not stay where its run was refused before it trained."""
 
     def test_is_removed(self, capsys):
-        assert "algorithm.horizon=9 is longer" in refusal(train.main, [f"seed={BAD_INPUT}", "runs_dir=a/b"], capsys)
-        assert "run directory" not in refusal(train.main, [f"seed={BAD_INPUT}", "run_dir=c/d"], capsys)
+        assert "algorithm.horizon=9 is longer" in refusal("train", [f"seed={BAD_INPUT}", "runs_dir=a/b"], capsys)
+        assert "run directory" not in refusal("train", [f"seed={BAD_INPUT}", "run_dir=c/d"], capsys)
 
     def test_other_runs_stay(self, capsys):
-        assert train.main(["seed=1", "training.epochs=1", "runs_dir=runs"]) == 0
+        assert run_command("train", ["seed=1", "training.epochs=1", "runs_dir=runs"]) == 0
         capsys.readouterr()
-        refusal(train.main, [f"seed={BAD_INPUT}", "runs_dir=runs"], capsys)
+        refusal("train", [f"seed={BAD_INPUT}", "runs_dir=runs"], capsys)
 
     def test_a_directory_that_was_there_stays(self, capsys):
         Path("mine").mkdir()
-        assert train.main([f"seed={BAD_INPUT}", "run_dir=mine"]) == 2
+        assert run_command("train", [f"seed={BAD_INPUT}", "run_dir=mine"]) == 2
         assert f"run directory: {Path('mine').absolute()}" in capsys.readouterr().err
         assert Path("mine/config.yaml").is_file()
 
@@ -305,18 +305,18 @@ class TestRefusedInTraining:
             raise ConfigurationError("training.epochs=3 is refused in the middle")
 
         monkeypatch.setattr(stub_training, "train", refused_later)
-        assert train.main(["run_dir=run"]) == 2
+        assert run_command("train", ["run_dir=run"]) == 2
         assert Path("run/metrics.csv").is_file()
         assert "run directory: " in capsys.readouterr().err
 
     def test_a_bug_leaves_its_traces(self):
         with pytest.raises(KeyError):
-            train.main(["run_dir=run", f"seed={BUG}"])
+            run_command("train", ["run_dir=run", f"seed={BUG}"])
         assert Path("run/config.yaml").is_file()
 
     def test_what_slurm_refuses(self, login_node, capsys):
         words = ["cluster=cpu", "model=mlp", "algorithm.horizon=3", "seed=1,2", "runs_dir=queued"]
-        assert submit.main(words) == 2
+        assert run_command("submit", words) == 2
         assert "SLURM refused the job" in capsys.readouterr().err
         assert len(login_node) == 2
         assert [each.name for each in Path("queued").iterdir()] == [".code"]  # of all jobs that have this code
@@ -336,7 +336,7 @@ class TestRunsThatAreThere:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(run.parent))])
         before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-        assert resume.main([str(run)]) == 1
+        assert run_command("resume", [str(run)]) == 1
         assert "env._target_='robots.pendulum': there is no module 'robots'" in capsys.readouterr().err
         assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
@@ -347,7 +347,7 @@ class TestRunsThatAreThere:
             preflight([config], LOCAL, again=True)
         assert preflight([config], SLURM, again=True) == [None]
 
-    @pytest.mark.parametrize("command", [train.main, submit.main], ids=["train", "submit"])
+    @pytest.mark.parametrize("command", ["train", "submit"])
     def test_one_in_use_keeps_its_configuration(self, command, run, capsys):
         """``train.py`` runs in another terminal, and the same is typed again with another setting."""
         (run / claims.FOLDER).mkdir()

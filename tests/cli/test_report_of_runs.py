@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import pytest
 pytest.importorskip("hydra")
 
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.report import main
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.config import Config
 from pwm_torchrl.run.directory import prepare_run_dir
+
+main = partial(run_command, "report")
 
 pytestmark = pytest.mark.usefixtures("workdir")
 

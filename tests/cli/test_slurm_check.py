@@ -33,7 +33,7 @@ def test_a_cluster_and_a_profile_that_fits():
 
 
 def test_a_profile_that_does_not_fit():
-    *_, profile = check_slurm(dataclasses.replace(GPU, mem_gb=500), available=True)
+    *_, profile = check_slurm(dataclasses.replace(GPU, mem_gib=500), available=True)
     assert profile.level == PROBLEM
     assert profile.text.startswith("cluster=mine: 512000 MiB of host memory are more than")
 
@@ -41,7 +41,7 @@ def test_a_profile_that_does_not_fit():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"host_gb": 2000}, "cluster.host_gb=2000 is more than a node has"),
+        ({"host_gib": 2000}, "cluster.host_gib=2000 is more than a node has"),
         ({"gpu": "v100"}, "cluster.gpu=v100 is planned with, but gpu has l40s, nvidia_h100_80gb_hbm3"),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pwm_torchrl.cli import console, resume, status
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.cluster.slurm import JobState
 from pwm_torchrl.config import Config
 from pwm_torchrl.report.collect import read_run
@@ -66,10 +67,35 @@ class TestStatus:
             "launch failed requeued held; let it go on with: scontrol release 7"
         )
 
+    @pytest.mark.parametrize(
+        ("states", "said"),
+        [
+            ({"7": OVER}, "cancelled"),
+            ({"7": QUEUED}, "queued"),
+            ({"7": JobState("7", "FAILED")}, "not"),
+            ({}, "cancelled"),  # SLURM has forgotten it
+        ],
+    )
+    def test_a_job_that_never_began(self, run, states, said, monkeypatch, capsys):
+        for file in ("summary.json", "metrics.csv"):
+            (run / file).unlink()
+        monkeypatch.setattr(status, "job_states", lambda ids: states)
+        assert run_command("status", [str(run)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].split()[1] == said
+
+    def test_a_job_that_left_traces_was_not_cancelled(self, run, monkeypatch, capsys):
+        for file in ("summary.json", "metrics.csv"):
+            (run / file).unlink()
+        (run / "attempts").mkdir()
+        (run / "attempts" / "evidence-7-0-0.json").write_text("{}")
+        monkeypatch.setattr(status, "job_states", lambda ids: {})
+        assert run_command("status", [str(run)]) == 0
+        assert "cancelled" not in capsys.readouterr().out
+
     def test_slurm_is_asked_once_for_all(self, run, monkeypatch, capsys):
         asked = []
         monkeypatch.setattr(status, "job_states", lambda ids: asked.append(list(ids)) or {"7": RUNNING})
-        assert status.main([str(run.parent)]) == 0
+        assert run_command("status", [str(run.parent)]) == 0
         assert asked == [["7"]]
         assert "7 running on n1" in capsys.readouterr().out
 
@@ -86,7 +112,7 @@ class TestStatus:
             (replace(here, host="far"), "running", "process"),
         ):
             claim.write_text(json.dumps(claims.Claim(1, owner).as_dict()))
-            assert status.main([str(run)]) == 0
+            assert run_command("status", [str(run)]) == 0
             line = capsys.readouterr().out.splitlines()[-1]
             assert line.split()[1] == shown
             assert ("5 min" in line) == (shown == "running")
@@ -96,7 +122,7 @@ class TestStatus:
         monkeypatch.setattr(console, "terminal_width", lambda: 40)
         monkeypatch.setattr(status, "job_states", lambda ids: {"7": RUNNING})
         write_event(run, "restart", reason="memory", detail="a long story " * 5, attempt=1, answer="requeue")
-        assert status.main([str(run)]) == 0
+        assert run_command("status", [str(run)]) == 0
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
 
     def test_without_an_answer_the_rest_is_shown(self, run, monkeypatch, capsys):
@@ -104,7 +130,7 @@ class TestStatus:
             raise status.SlurmError("SLURM did not answer squeue within 20 s")
 
         monkeypatch.setattr(status, "job_states", silent)
-        assert status.main([str(run)]) == 0
+        assert run_command("status", [str(run)]) == 0
         out, err = capsys.readouterr()
         assert "5/10 50 %" in out
         assert "did not answer" in err

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ pytest.importorskip("submitit")
 import yaml
 
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.submit import main
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.cluster.resources import Resources
+
+main = partial(run_command, "submit")
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("stub_training", "workdir", "free_signals")
@@ -44,7 +47,7 @@ def test_pickle_holds_only_the_run_directory(capfd):
     (submitted,) = Path("run/submitit/attempt_1").glob("*_submitted.pkl")
     with open(submitted, "rb") as stream:
         job = pickle.load(stream)
-    assert (job.function.__module__, job.function.__name__) == ("pwm_torchrl.cli.job", "run_job")
+    assert (job.function.__module__, job.function.__name__) == ("pwm_torchrl.cluster.job", "run_job")
     assert job.args == (str(Path("run").absolute()),)
     assert job.kwargs == {}
 
@@ -101,16 +104,15 @@ def test_without_memory_or_disk_it_says_how_to_resume(capfd, seed, code, status,
 
 def test_a_job_whose_disk_takes_no_summary_still_tells(capfd, monkeypatch):
     """The outcome is written beside it; here only the summary cannot be."""
-    from pwm_torchrl.cli.job import _train
-    from pwm_torchrl.run import directory as run_dir
+    from pwm_torchrl.cluster import job
+    from pwm_torchrl.run.directory import prepare_run_dir
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_dir, "set_status", full)
-    run = run_dir.prepare_run_dir(compose(["run_dir=run", f"seed={NO_DISK}"]))
-    outcome = _train(run.path, run.path)
-    assert outcome["status"] == "storage"
+    monkeypatch.setattr(job, "set_status", full)
+    run = prepare_run_dir(compose(["run_dir=run"]))
+    job._tell(run.path, {"status": "storage"}, run.path / "outcome.json")
     assert json.loads((run.path / "outcome.json").read_text())["status"] == "storage"
     assert "summary.json could not be written ([Errno 28] No space left on device)" in capfd.readouterr().err
 
@@ -187,13 +189,13 @@ def test_debug_runs_in_this_process(capfd, stub_training, monkeypatch):
 
 def test_the_job_sees_the_gpus_that_the_user_sees(capfd, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    from pwm_torchrl.cli.job import CUDA_VARIABLE, _restore_cuda
     from pwm_torchrl.cli.local import _job_environment
+    from pwm_torchrl.cluster.job import CUDA_VARIABLE, restore_cuda
 
     with _job_environment([]):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what submitit's local executor does
         assert os.environ[CUDA_VARIABLE] == "3"
-        _restore_cuda()
+        restore_cuda()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
         assert CUDA_VARIABLE not in os.environ
 

@@ -10,32 +10,25 @@ pytest.importorskip("hydra")
 
 import yaml
 
-from pwm_torchrl.cli import check_env, data, doctor, plan, pretrain, submit, train
 from pwm_torchrl.cli.compose import compose, expand
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.cli.words import OPTIONS, read_words
 from pwm_torchrl.errors import ConfigurationError
 
-COMMANDS = {
-    "submit": submit.main,
-    "train": train.main,
-    "pretrain": pretrain.main,
-    "plan": plan.main,
-    "check_env": check_env.main,
-    "doctor": doctor.main,
-}
+COMMANDS = ("submit", "train", "pretrain", "plan", "check_env", "doctor")
 pytestmark = pytest.mark.usefixtures("workdir")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["model=no", "-h"], ["--json", "--help"], ["help"], ["-x", "--help"]])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_in_any_position(name, words, capsys):
-    assert COMMANDS[name](words) == 0
+    assert run_command(name, words) == 0
     assert f"usage: python launch/{name}.py" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--tasks", "mt30", "-h"], ["store", "--help"]])
 def test_help_of_data(words, capsys):
-    assert data.main(words) == 0
+    assert run_command("data", words) == 0
     assert "usage: python launch/data.py" in capsys.readouterr().out
 
 
@@ -91,7 +84,7 @@ def test_multirun_is_what_submit_does_anyway(word):
     ],
 )  # fmt: skip
 def test_other_options_are_answered(script, words, parts, capsys):
-    assert COMMANDS[script](words) == 2
+    assert run_command(script, words) == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
     for part in parts:
@@ -140,14 +133,14 @@ def test_words_that_work():
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "pretrain"])
 @pytest.mark.parametrize("words", [["--cfg", "job"], ["--cfg=job"], ["-c", "job", "--resolve"]])
 def test_the_composed_configuration(name, words, capsys):
-    assert COMMANDS[name](["model=mlp", *words, "algorithm.collect_steps=${seed}", "seed=5"]) == 0
+    assert run_command(name, ["model=mlp", *words, "algorithm.collect_steps=${seed}", "seed=5"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["model"]["name"], shown["seed"], shown["algorithm"]["collect_steps"]) == ("mlp", 5, 5)
     assert list(Path().iterdir()) == []
 
 
 def test_the_composed_configuration_of_the_first_of_several(capsys):
-    assert submit.main(["--cfg", "job", "seed=4,5"]) == 0
+    assert run_command("submit", ["--cfg", "job", "seed=4,5"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("# the first of 2 runs: seed=4\n")
     assert yaml.safe_load(out)["seed"] == 4

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from pwm_torchrl.cli.world_model import main
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.envs.tasks import task_set
 from pwm_torchrl.modules import WorldModelSpec, make_world_model, read_world_model
+
+main = partial(run_command, "world_model")
 
 TASKS = "pendulum-swingup,cup-catch"
 THEIRS = {

@@ -12,12 +12,13 @@ import types
 SECONDS, BAD_INPUT, BUG, KILLED, SLOW, FAULT, NO_MEMORY, NO_DISK = 0, 2, 3, 4, 5, 6, 7, 8
 
 
+FAKED = ("train", "evaluate_run", "film_run")
+
+
 def fake_training() -> types.ModuleType:
     """A module to stand for ``pwm_torchrl.training``."""
     module = types.ModuleType("pwm_torchrl.training")
-    module.train = train
-    module.evaluate_run = evaluate_run
-    module.film_run = film_run
+    vars(module).update({name: globals()[name] for name in FAKED})
     return module
 
 
@@ -42,7 +43,7 @@ def film_run(run, file, seed, which):
     return file
 
 
-def train(cfg, run_dir, *, resume=False):
+def train(cfg, run_dir, *, resume=False, stop=None):
     """Prints a line per epoch, writes the run's files, and fails in the way that ``cfg.seed`` asks for."""
     from pwm_torchrl import errors
 
@@ -67,9 +68,9 @@ def train(cfg, run_dir, *, resume=False):
         if cfg.seed == seed:
             write(status=status)
             raise fault
-    from pwm_torchrl.terminal import Progress
+    from pwm_torchrl.progress import progress_here
 
-    with open(run_dir / "metrics.csv", "a") as metrics, Progress.here(cfg.training.progress) as progress:
+    with open(run_dir / "metrics.csv", "a") as metrics, progress_here(cfg.training.progress) as progress:
         progress.begin(cfg.training.epochs, done, 100 * done, 100 * cfg.training.epochs, {})
         if not resume:
             metrics.write("epoch,env_steps,eval/return_mean,eval/return_std\n")
@@ -80,6 +81,8 @@ def train(cfg, run_dir, *, resume=False):
                 progress.epoch(epoch, 100 * epoch, {"return": -1000.0 + epoch, "best": -500.0})
                 print(f"epoch {epoch}", flush=True)
                 summary["epochs_done"] = epoch
+                if stop is not None and stop.reason is not None:
+                    raise KeyboardInterrupt
                 if cfg.seed == BUG:
                     raise KeyError("a bug\nwith lines")
                 if cfg.seed == KILLED:

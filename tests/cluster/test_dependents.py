@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pwm_torchrl.cluster import restarts as after
-from pwm_torchrl.cluster import submission
+from pwm_torchrl.cluster import end_of_job, submission
 from pwm_torchrl.cluster.deaths import write_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.cluster.restarts import Life, NextPlan
@@ -68,13 +67,13 @@ def test_dependents_move_to_the_job_that_takes_over(pretraining, monkeypatch):
 def test_dependents_are_told_before_their_job_is_cancelled(pretraining, monkeypatch, capsys):
     """Where a site forbids changing a request, another job takes over; cancelling first would cancel them, too."""
     done = []
-    monkeypatch.setattr(after, "load_config", lambda run: Config())
-    monkeypatch.setattr(after, "scontrol", lambda *words: "Access denied")
-    monkeypatch.setattr(submission, "resubmit", lambda run, cfg, mem_mb: done.append(f"queued {mem_mb}") or "9")
+    monkeypatch.setattr(end_of_job, "load_config", lambda run: Config())
+    monkeypatch.setattr(end_of_job, "scontrol", lambda *words: "Access denied")
+    monkeypatch.setattr(end_of_job, "resubmit", lambda run, cfg, mem_mb: done.append(f"queued {mem_mb}") or "9")
     monkeypatch.setattr(submission, "scontrol", lambda *words: done.append(" ".join(words)))
-    monkeypatch.setattr(after.subprocess, "run", lambda command, check: done.append(" ".join(command)))
+    monkeypatch.setattr(end_of_job.subprocess, "run", lambda command, check: done.append(" ".join(command)))
     write_job(pretraining, awaited_by=["8"])
     life = Life("7", 0)
-    assert after._ask_for_memory(pretraining, life, NextPlan(2048, {}, "more memory")) == 75
+    assert end_of_job._ask_for_memory(pretraining, life, NextPlan(2048, {}, "more memory")) == 75
     assert done == ["queued 2048", "update JobId=8 Dependency=afterok:9", "scancel 7"]
     assert "a new job takes over" in capsys.readouterr().out

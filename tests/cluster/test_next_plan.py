@@ -19,9 +19,9 @@ CHOICES = {
 }
 
 
-def config(host_gb=None, **changes) -> Config:
+def config(host_gib=None, **changes) -> Config:
     cfg = Config()
-    cfg.cluster.host_gb = host_gb
+    cfg.cluster.host_gib = host_gib
     for key, value in changes.items():
         setattr(cfg.memory, key, value)
     return cfg
@@ -35,14 +35,14 @@ def write(run_dir, compute="host", **changes):
 class TestMoreMemory:
     def test_comes_first(self, tmp_path):
         write(tmp_path)
-        plan = next_plan(tmp_path, config(host_gb=64), 8000)
+        plan = next_plan(tmp_path, config(host_gib=64), 8000)
         assert (plan.mem_mb, plan.choices) == (12000, {})
         apply_plan(tmp_path, plan)
         assert read_plan(tmp_path)["choices"] == CHOICES
 
     def test_ends_at_the_ceiling(self, tmp_path):
-        """64 GB are 61035 MiB."""
-        assert next_plan(tmp_path, config(host_gb=64), 50000).mem_mb == 61035
+        """64 GiB are 65536 MiB."""
+        assert next_plan(tmp_path, config(host_gib=64), 50000).mem_mb == 65536
 
 
 class TestAtTheCeiling:

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from training_cases import config, run_with, stop_after, weights_of
 
 import pwm_torchrl.run.train as run_module
 from pwm_torchrl.algorithm.build import NetworkOptimizer
-from pwm_torchrl.cli.train import main as train_command
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.distributed import updates as shared_updates
 from pwm_torchrl.envs import make_gymnasium_env
 from pwm_torchrl.memory.trace import Persistent, Transient, UpdateTracer
@@ -37,6 +38,8 @@ from pwm_torchrl.run import replica
 from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 from pwm_torchrl.run.stored_episodes import StoredSamples
 from pwm_torchrl.run.train import train
+
+train_command = partial(run_command, "train")
 
 TIMEOUT_S = 60.0  # per case; afterwards its processes are killed and the tests fail
 

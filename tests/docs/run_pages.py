@@ -60,11 +60,11 @@ _MARKER = re.compile(r"^\s*<!--\s*ci\b\s*(?P<body>.*?)\s*-->\s*$")
 _WORD = re.compile(r"^(\+{0,2}|~)[\w./@]+=\S*$|^--?[\w-]+(=\S+)?$")
 #: First words of what a reader would paste into a terminal.
 _COMMAND = re.compile(
-    r"^\s*(\$ )?(python3?|pip3?|make|source|git|cd|export|conda|torchrun|sbatch|srun|apt-get|pytest|pwm-[a-z-]+) +\S"
+    r"^\s*(\$ )?(python3?|pip3?|make|source|git|cd|export|conda|torchrun|sbatch|srun|apt-get|pytest|pwm) +\S"
 )
 _TRAINS = re.compile(
     r"^(?:\S+=\S+ +)*"
-    r"(?:make +run|torchrun .*launch/train\.py|(?:python launch/|pwm-)(?:submit|train|pretrain)(?:\.py)?)"
+    r"(?:make +run|torchrun .*launch/train\.py|(?:python launch/|pwm )(?:submit|train|pretrain)(?:\.py)?)"
     r"(?=\s|$)"
 )
 _LAUNCH = re.compile(r"^python launch/\w+\.py\b")

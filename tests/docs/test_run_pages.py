@@ -51,7 +51,7 @@ def test_python_runs_here_only_if_it_needs_a_run():
         ("make run ARGS='training.epochs=9'", 'make run ARGS=" training.epochs=2"'),
         ("python launch/submit.py seed=1,2", "python launch/submit.py seed=1,2 training.epochs=2"),
         ("python launch/submit.py a='x # y'  # two", "python launch/submit.py a='x # y' training.epochs=2  # two"),
-        ("pwm-train training.epochs=9 model=mlp", "pwm-train model=mlp training.epochs=2"),
+        ("pwm train training.epochs=9 model=mlp", "pwm train model=mlp training.epochs=2"),
         (
             "torchrun --nproc-per-node 2 launch/train.py",
             "torchrun --nproc-per-node 2 launch/train.py training.epochs=2",

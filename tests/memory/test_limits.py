@@ -26,14 +26,14 @@ class TestHere:
         assert found[HOST].bytes > 0
 
     def test_configured_limit(self):
-        assert limits.budgets(config({"memory.host_gb": 0.5}), None)[HOST].binding == Candidate(
-            500_000_000, "memory.host_gb"
+        assert limits.budgets(config({"memory.host_gib": 0.5}), None)[HOST].binding == Candidate(
+            2**29, "memory.host_gib"
         )
 
     def test_configured_limit_above_the_machine(self):
         offered = limits.budgets(config(), None)[HOST]
-        wished = limits.budgets(config({"memory.host_gb": 1e6}), None)[HOST]
-        assert wished.source == offered.source != "memory.host_gb"
+        wished = limits.budgets(config({"memory.host_gib": 1e6}), None)[HOST]
+        assert wished.source == offered.source != "memory.host_gib"
 
     def test_slurm_limit(self, monkeypatch):
         monkeypatch.setenv("SLURM_MEM_PER_NODE", "64")
@@ -52,9 +52,9 @@ class TestHere:
             return Budget((Candidate(10**10, "free memory of a GPU"),))
 
         monkeypatch.setattr(limits, "device_budget", device_budget)
-        found = limits.budgets(config({"memory.device_gb": 4}), "cuda:1")
+        found = limits.budgets(config({"memory.device_gib": 4}), "cuda:1")
         assert asked == ["cuda:1"]
-        assert found[DEVICE].binding == Candidate(4 * 10**9, "memory.device_gb")
+        assert found[DEVICE].binding == Candidate(4 * 2**30, "memory.device_gib")
         assert limits.budgets(config(), "cuda")[DEVICE].source == "free memory of a GPU"
 
 
@@ -63,7 +63,7 @@ class TestElsewhere:
     def test_nodes_with_a_gpu(self, name):
         cfg = compose([f"cluster={name}"])
         found = limits.profile_budgets(cfg)
-        assert found[HOST].binding == Candidate(int(cfg.cluster.host_gb * 1e9), f"cluster={name}")
+        assert found[HOST].binding == Candidate(int(cfg.cluster.host_gib * 2**30), f"cluster={name}")
         assert found[DEVICE].bytes == usable_gpu_bytes(name)
         assert name in found[DEVICE].source
 
@@ -81,23 +81,23 @@ class TestElsewhere:
 
     def test_profile_without_memory(self):
         words = ["cluster.kind=slurm", "cluster.name=mine"]
-        with pytest.raises(ConfigurationError, match=r"cluster=mine .*cluster\.host_gb"):
+        with pytest.raises(ConfigurationError, match=r"cluster=mine .*cluster\.host_gib"):
             limits.profile_budgets(compose(words))
-        found = limits.profile_budgets(compose([*words, "memory.host_gb=3"]))
-        assert found == {HOST: Budget((Candidate(3 * 10**9, "memory.host_gb"),))}
+        found = limits.profile_budgets(compose([*words, "memory.host_gib=3"]))
+        assert found == {HOST: Budget((Candidate(3 * 2**30, "memory.host_gib"),))}
 
     def test_requested_memory_is_a_limit(self):
-        assert limits.profile_budgets(compose(["cluster=l40s", "cluster.mem_gb=16"]))[HOST].binding == Candidate(
-            16 * 2**30, "cluster.mem_gb"
+        assert limits.profile_budgets(compose(["cluster=l40s", "cluster.mem_gib=16"]))[HOST].binding == Candidate(
+            16 * 2**30, "cluster.mem_gib"
         )
-        words = ["cluster.kind=slurm", "cluster.name=mine", "cluster.mem_gb=2"]
+        words = ["cluster.kind=slurm", "cluster.name=mine", "cluster.mem_gib=2"]
         assert limits.profile_budgets(compose(words))[HOST].bytes == 2**31
 
     def test_this_machine_does_not_matter(self, monkeypatch):
         monkeypatch.setenv("SLURM_MEM_PER_NODE", "64")
-        assert limits.profile_budgets(compose(["cluster=h200"]))[HOST].bytes == 256 * 10**9
+        assert limits.profile_budgets(compose(["cluster=h200"]))[HOST].bytes == 238 * 2**30
 
     def test_configured_limit(self):
-        words = ["cluster=h200", "memory.host_gb=10", "memory.device_gb=20"]
+        words = ["cluster=h200", "memory.host_gib=10", "memory.device_gib=20"]
         found = limits.profile_budgets(compose(words))
-        assert {place: budget.bytes for place, budget in found.items()} == {HOST: 10**10, DEVICE: 2 * 10**10}
+        assert {place: budget.bytes for place, budget in found.items()} == {HOST: 10 * 2**30, DEVICE: 20 * 2**30}

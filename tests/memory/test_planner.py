@@ -48,8 +48,8 @@ def need(changes=None, device=None) -> int:
 
 
 def named(error: ConfigurationError, place: str) -> float | None:
-    """The budget in GB that an error states."""
-    found = re.search(rf"{place}_gb=([0-9.e+]+)\)", str(error))
+    """The budget in GiB that an error states."""
+    found = re.search(rf"{place}_gib=([0-9.e+]+)\)", str(error))
     return None if found is None else float(found[1])
 
 
@@ -98,7 +98,7 @@ class TestAnyBudget:
     def test_the_key_of_a_cluster_is_named_for_a_cluster(self):
         from_profile = {HOST: replace(budgets(MIB)[HOST], candidates=(budgets(MIB)[HOST].candidates[0],))}
         candidate = replace(from_profile[HOST].candidates[0], source="cluster=tiny")
-        with pytest.raises(ConfigurationError, match=r"\(cluster\.host_gb="):
+        with pytest.raises(ConfigurationError, match=r"\(cluster\.host_gib="):
             make_plan(automatic(), FACTS, {HOST: replace(from_profile[HOST], candidates=(candidate,))})
 
     def test_error_suggests_a_smaller_replay(self):
@@ -184,7 +184,7 @@ class TestReplay:
             assert found.choices.replay_storage == "disk"
             assert found.prediction.total(DISK) > 8e9
             assert found.larger is None
-        higher = {"training.replay_capacity": 3 * 10**8, "memory.disk_above_gb": 100}
+        higher = {"training.replay_capacity": 3 * 10**8, "memory.disk_above_gib": 100}
         assert plan(changes=higher).choices.replay_storage == "memory"
 
     def test_goes_to_disk_if_host_memory_is_short(self):

@@ -27,8 +27,8 @@ host memory, predicted
   model update              100 MiB  1024 slices in micro-batches of 64
   other phases, never at the same time:
   actor update             (90 MiB)  128 rollouts at once
-  total                     103 MiB  fits into 783 MiB: 1 GiB (memory.host_gb), a run stops at 85% of it, minus a margin
-                                     of 10%
+  total                     103 MiB  fits into 783 MiB: 1 GiB (memory.host_gib), a run stops at 85% of it, minus a
+                                     margin of 10%
 
 page cache, predicted
   replay                      2 GiB  reclaimable pages
@@ -50,7 +50,7 @@ next cheaper plan: none, no open setting would make this one smaller"""
 
 
 def small(**changes) -> Plan:
-    budget = Budget((Candidate(GIB, "memory.host_gb"), Candidate(2 * GIB, "free RAM")))
+    budget = Budget((Candidate(GIB, "memory.host_gib"), Candidate(2 * GIB, "free RAM")))
     made = Plan(
         Choices(64, None, None, True, "disk"),
         Prediction(ITEMS, HOST, True, 0),
@@ -80,7 +80,7 @@ def test_choices_are_valid_overrides():
 
 
 def test_a_plan_that_does_not_fit():
-    tight = {HOST: Budget((Candidate(MIB, "memory.host_gb"),))}
+    tight = {HOST: Budget((Candidate(MIB, "memory.host_gib"),))}
     assert "DOES NOT FIT into 783 KiB" in plan_table(small(budgets=tight))
     assert "DOES NOT FIT" not in plan_table(small())
 

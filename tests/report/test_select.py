@@ -179,8 +179,8 @@ class TestAdvice:
         """The run that the command trains can be compared with the one that is there."""
         run = report("model=flow_v2", *words, name="only")
         with pytest.raises(ConfigurationError, match="every run has model=flow_v2") as raised:
-            pair_or_advise([run], "model", None, False)
-        told = str(raised.value).partition("submit.py ")[2] or str(raised.value).partition("pwm-submit ")[2]
+            pair_or_advise([run], "model", None, False, compose)
+        told = str(raised.value).partition("submit.py ")[2] or str(raised.value).partition("pwm submit ")[2]
         assert told.startswith("model=mlp ")
         other = report(name="other")
         other.config = compose(shlex.split(told))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from pwm_torchrl import load_policy, load_world_model
-from pwm_torchrl.cli.report import main as report
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.run.metrics import read_metrics
 from pwm_torchrl.training import evaluate_run
+
+report = partial(run_command, "report")
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_schema_2.tar.xz"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,14 @@ from training_cases import config, run_with
 
 pytest.importorskip("dm_control")
 
-from pwm_torchrl.cli.data import _behaviours, generate_main
-from pwm_torchrl.cli.data import main as data_main
+from pwm_torchrl.cli.data import _behaviours
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.envs.tasks import task_info, task_set
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.generate import Behaviour, generate_episodes
+
+data_main = partial(run_command, "data")
 
 NAMES = "pendulum-swingup,cup-catch"
 RANDOM = {name: [Behaviour("random")] for name in NAMES.split(",")}
@@ -26,7 +30,7 @@ RANDOM = {name: [Behaviour("random")] for name in NAMES.split(",")}
 def chunks(tmp_path_factory):
     """Three episodes of each task."""
     folder = tmp_path_factory.mktemp("data") / "chunks"
-    assert generate_main(["--tasks", NAMES, "--episodes", "3", "--seed", "4", "--out", str(folder)]) == 0
+    assert data_main(["generate", "--tasks", NAMES, "--episodes", "3", "--seed", "4", "--out", str(folder)]) == 0
     return folder
 
 
@@ -126,7 +130,7 @@ def test_random_actions_that_are_held(tmp_path):
         (["--noise=-1"], "must not be negative"),
     ],
 )
-def test_bad_input(tmp_path, words, told):
-    with pytest.raises(ConfigurationError, match=told):
-        generate_main(["--tasks", NAMES, "--out", str(tmp_path / "out"), *words])
+def test_bad_input(tmp_path, words, told, capsys):
+    assert data_main(["generate", "--tasks", NAMES, "--out", str(tmp_path / "out"), *words]) == 2
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

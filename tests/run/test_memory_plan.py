@@ -56,13 +56,13 @@ def test_a_resumed_run_keeps_its_choices(monkeypatch, tmp_path):
 
 def test_impossible_stops_before_anything_is_built(tmp_path):
     with pytest.raises(ConfigurationError, match="The smallest budget that would work"):
-        train(config({**AUTO, "memory.host_gb": 0.01}), tmp_path)
+        train(config({**AUTO, "memory.host_gib": 0.01}), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_fixed_warns_and_goes_on(monkeypatch, tmp_path):
     # The guard, which would stop such a run, has tests of its own.
-    cfg = config({"memory.host_gb": 0.01, "training.epochs": 1, "memory.stop_at": 1.0})
+    cfg = config({"memory.host_gib": 0.01, "training.epochs": 1, "memory.stop_at": 1.0})
     with pytest.warns(UserWarning, match="memory=fixed will not fit: host memory"):
         run_with(monkeypatch, cfg, tmp_path)
 
@@ -86,7 +86,7 @@ def test_a_budget_that_needs_parts_trains_in_parts(monkeypatch, tmp_path):
     (update,) = (item.bytes for item in whole.prediction.items if item.what == "model update")
     usable = whole.prediction.total(HOST) - update // 2
     _, split = run_with(
-        monkeypatch, config({**LARGE, "memory.host_gb": usable / whole.share(HOST) / 1e9}), tmp_path / "split"
+        monkeypatch, config({**LARGE, "memory.host_gib": usable / whole.share(HOST) / 2**30}), tmp_path / "split"
     )
     assert split.cfg.memory.model_micro_batch in (256, 512, 1024)
     used = split.algorithm.updates.used

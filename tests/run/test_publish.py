@@ -14,7 +14,7 @@ from hub_stand_in import running_hub
 from training_cases import config, run_with
 
 from pwm_torchrl import load_env, load_policy, load_world_model
-from pwm_torchrl.cli import hub as command
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.run.directory import save_config
 from pwm_torchrl.run.export import EXPORT_FILE, foreign_names, read_export
@@ -98,16 +98,16 @@ class TestExport:
             read_export(tmp_path)
 
     def test_a_command_exports(self, trained, tmp_path, capsys):
-        assert command.main(["export", str(trained), str(tmp_path / "out")]) == 0
+        assert run_command("hub", ["export", str(trained), str(tmp_path / "out")]) == 0
         assert (tmp_path / "out" / EXPORT_FILE).is_file()
-        assert command.main(["export", str(trained), str(tmp_path / "out")]) == 2
+        assert run_command("hub", ["export", str(trained), str(tmp_path / "out")]) == 2
         assert "not empty" in capsys.readouterr().err
 
 
 class TestHub:
     def test_there_and_back(self, hub, trained, tmp_path, capsys):
         (trained / "curves.png").write_bytes(b"picture")
-        assert command.main(["push", str(trained), NAME, "--checkpoint", "last", "--private"]) == 0
+        assert run_command("hub", ["push", str(trained), NAME, "--checkpoint", "last", "--private"]) == 0
         assert f"{hub.address}/{NAME}/commit/" in capsys.readouterr().out
         (files,) = hub.repositories[NAME]
         assert hub.private == {NAME: True}
@@ -164,9 +164,9 @@ class TestHub:
 
     def test_without_a_token(self, hub, trained, monkeypatch, capsys):
         monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
-        assert command.main(["push", str(trained), NAME]) == 2
+        assert run_command("hub", ["push", str(trained), NAME]) == 2
         assert "HF_TOKEN" in capsys.readouterr().err
-        assert command.main(["push", str(trained), "pendulum"]) == 2
+        assert run_command("hub", ["push", str(trained), "pendulum"]) == 2
         assert "ORG/NAME" in capsys.readouterr().err
 
     def test_without_the_library(self, trained, monkeypatch):

@@ -40,7 +40,7 @@ class TestGuard:
         leak = Leak(32 * 10**6)
         gc.collect()
         room = read_memory().processes.own + 8 * leak.per_epoch
-        cfg.memory.host_gb = room / cfg.memory.stop_at / 1e9
+        cfg.memory.host_gib = room / cfg.memory.stop_at / 2**30
         with pytest.raises(OutOfMemory, match=r"^Stopped with a checkpoint after epoch ") as caught:
             run_with(monkeypatch, cfg, tmp_path / "parts", after_epoch=leak)
         leak.held.clear()
@@ -58,7 +58,7 @@ class TestGuard:
         assert message in event["error"]
         assert not watching_threads()
 
-        cfg.memory.host_gb = None
+        cfg.memory.host_gib = None
         summary, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
         assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 40, True)
         assert summary["peak_own_bytes"] >= ended["peak_own_bytes"]
@@ -76,11 +76,11 @@ class TestGuard:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-        short = submit("memory.host_gb=0.05")
+        short = submit("memory.host_gib=0.05")
         assert short.returncode == 75
         assert "error: Stopped with a checkpoint after epoch 1: memory that cannot be reclaimed reached" in short.stderr
         assert "of the budget, 47.7 MiB" in short.stderr
-        assert "to resume with more memory (or a larger memory.host_gb, if that is the limit): python" in short.stderr
+        assert "to resume with more memory (or a larger memory.host_gib, if that is the limit): python" in short.stderr
         assert "Traceback" not in short.stdout + short.stderr
         assert summary_of(tmp_path / "run")["status"] == "memory"
         again = submit()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from throwaway import Cluster
 
-from pwm_torchrl.cli.submit import main
+from pwm_torchrl.cli.entry import run_command
+
+main = partial(run_command, "submit")
 
 #: An environment of the user's own, in a folder of theirs.
 USER_CODE = '''
@@ -120,7 +123,7 @@ SMALL = [
     "training.checkpoint_every=3",
     "training.epochs=12",
     "training.gradient_profile_every=0",
-    "cluster.mem_gb=1.2",
+    "cluster.mem_gib=1.2",
     "cluster.cpus=1",
     "cluster.time_min=5",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pwm_torchrl.cluster import slurm as query
-from pwm_torchrl.cluster.fits import Demand, misfit
+from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Partition
 
 
@@ -55,18 +55,18 @@ def test_nodes_partitions_and_settings(on_cluster):
 @pytest.mark.parametrize(
     ("demand", "options"),
     [
-        (Demand(memory_mb=7000), ["--mem=7000"]),
-        (Demand(gpus=(("", 3),)), ["--gpus-per-node=3"]),
-        (Demand(partition="nope"), ["--partition=nope"]),
-        (Demand(cpus=5), ["--cpus-per-task=5"]),
-        (Demand(nodes=3), ["--nodes=3"]),
-        (Demand(minutes=1441), ["--time=1441"]),
+        (JobRequest(memory_mb=7000), ["--mem=7000"]),
+        (JobRequest(gpus=(("", 3),)), ["--gpus-per-node=3"]),
+        (JobRequest(partition="nope"), ["--partition=nope"]),
+        (JobRequest(cpus=5), ["--cpus-per-task=5"]),
+        (JobRequest(nodes=3), ["--nodes=3"]),
+        (JobRequest(minutes=1441), ["--time=1441"]),
     ],
     ids=str,
 )
 def test_what_is_said_to_never_run_never_runs(on_cluster, tmp_path, demand, options):
     """Slurm refuses some of it and lets the rest wait for ever, which is why it is looked at before."""
-    assert misfit(demand, query.site())
+    assert why_impossible(demand, query.site())
     (tmp_path / "job.sh").write_text("#!/bin/bash\n")
     done = on_cluster.run(["sbatch", "--parsable", *options, tmp_path / "job.sh"], check=False)
     if done.returncode == 0:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
 from run_cases import Place, events, last_epoch, metrics, summary
 
-from pwm_torchrl.cli.resume import main as resume
-from pwm_torchrl.cli.status import main as status
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.training import train
+
+resume = partial(run_command, "resume")
+status = partial(run_command, "status")
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_three_different_deaths_and_the_same_result(place, tmp_path, monkeypatch
 def test_a_step_killed_for_memory_comes_back_with_more(place, tmp_path, capsys):
     """The environment holds more than was asked for; the answer is the next plan, by the same job."""
     place.trouble.write_text("grow 20 900")
-    run_dir, job = place.submit("cluster.mem_gb=1", "memory.stop_at=1")
+    run_dir, job = place.submit("cluster.mem_gib=1", "memory.stop_at=1")
     ended = place.wait_for(run_dir, "finished", 120)
     (restart,) = events(run_dir, "restart")
     assert (restart["reason"], restart["answer"]) == ("memory", "resubmit")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("hydra")
 
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.doctor import OK, PROBLEM, check_slurm, main
+from pwm_torchrl.cli.doctor import OK, PROBLEM, check_slurm
+from pwm_torchrl.cli.entry import run_command
+
+main = partial(run_command, "doctor")
 
 
 def test_a_draft_of_the_cluster(on_cluster, tmp_path, monkeypatch):
@@ -15,10 +20,10 @@ def test_a_draft_of_the_cluster(on_cluster, tmp_path, monkeypatch):
     assert main(["--draft", "here", "cluster.partition=low"]) == 0
     profile = compose(["cluster=here"]).cluster
     assert (profile.kind, profile.partition, profile.gpu, profile.gpus) == ("slurm", "low", "l40s", 1)
-    assert (profile.cpus, profile.host_gb, profile.max_time_min) == (2, 6.2, 1440)
+    assert (profile.cpus, profile.host_gib, profile.max_time_min) == (2, 5.8, 1440)
     assert {finding.level for finding in check_slurm(profile, available=True)} == {OK}
     options = [f"--partition={profile.partition}", f"--gpus-per-node={profile.gpus}", f"--cpus-per-task={profile.cpus}"]
-    options += [f"--mem={int(profile.host_gb * 1e9 / 2**20)}M", f"--time={profile.max_time_min}"]
+    options += [f"--mem={int(profile.host_gib * 1024)}M", f"--time={profile.max_time_min}"]
     job = on_cluster.sbatch("echo $CUDA_VISIBLE_DEVICES", *options, cwd=tmp_path)
     on_cluster.wait_state(job, {"COMPLETED"})
     assert (tmp_path / f"{job}.out").read_text() == "0\n"

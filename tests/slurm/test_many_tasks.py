@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 from run_cases import Place, summary
 from stored_cases import write_store
 
-from pwm_torchrl.cli.resume import main as resume
-from pwm_torchrl.cli.submit import main
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.modules import world_model_facts
 from pwm_torchrl.run.directory import load_config
+
+resume = partial(run_command, "resume")
+main = partial(run_command, "submit")
 
 TASKS = ("pendulum-swingup", "cup-catch")
 FIRST = ("algorithm.horizon=4", "algorithm.model_batch=8", "algorithm.model_updates=2", "training.epochs=3")
@@ -20,7 +23,7 @@ SMALL = (
     *("experiment=extract", "task=all", "model=mlp", "size=tiny", "size.latent_dim=16", "size.units=[16]"),
     *("size.encoder_units=[16]", "size.actor_units=[8]", "size.critic_units=[8]", "data.validation_slices=4"),
     *("data.validation_fraction=0.2", "algorithm.horizon=4", "algorithm.actor_batch=4", "training.epochs=2"),
-    *("training.eval_every=0", "training.eval_episodes=0", "cluster.mem_gb=1.2", "cluster.cpus=1"),
+    *("training.eval_every=0", "training.eval_episodes=0", "cluster.mem_gib=1.2", "cluster.cpus=1"),
     *("cluster.time_min=5", "device=cpu"),
     *(f"pretraining.{word}" for word in (*FIRST, "algorithm.first_model_updates=2", "training.eval_every=1")),
 )

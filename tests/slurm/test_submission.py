@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 from run_cases import SMALL, Place, events, last_row, summary
 
-from pwm_torchrl.cli.submit import main
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.training import train
+
+main = partial(run_command, "submit")
 
 
 @pytest.fixture
@@ -55,13 +58,25 @@ def test_an_array_with_a_throttle(place, capsys):
         cfg = load_config(run)
         found.append((cfg.model.name, cfg.seed))
         assert place.job(run) == f"{array}_{task}"
+        assert place.cluster.job(f"{array}_{task}")["JobName"] == run.name
     assert found == [("mlp", 1), ("mlp", 2), ("residual", 1), ("residual", 2)]
+
+
+def test_a_job_that_is_cancelled_before_it_begins(place, capsys):
+    blocker = place.cluster.sbatch("sleep 60", "-N2", "--exclusive", cwd=place.folder)
+    place.cluster.wait_state(blocker, {"RUNNING"})
+    run_dir, job = place.submit("training.epochs=2")
+    place.cluster.run(["scancel", job])
+    place.cluster.wait_state(job, {"CANCELLED"})
+    capsys.readouterr()
+    assert run_command("status", [str(run_dir)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[1] == "cancelled"
 
 
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("cluster.mem_gb=100", "cluster.mem_gb"),
+        ("cluster.mem_gib=100", "cluster.mem_gib"),
         ("cluster.cpus=64", "cluster.cpus"),
         ("cluster.nodes=9", "cluster.nodes"),
         ("cluster.partition=nowhere", "cluster.partition=nowhere does not exist; choose one of main, low, high"),
@@ -105,7 +120,7 @@ def test_a_checkout_edited_while_queued_changes_no_job(place):
 
 def test_two_tasks_train_as_one(place, tmp_path):
     """Data-parallel, a task for each of two (fake) GPUs on a node, computing on the CPU; equal to one process."""
-    words = ["cluster.gres=gpu:2", "cluster.gpus=2", "cluster.gpu=l40s", "cluster.mem_gb=3.5", "training.epochs=3"]
+    words = ["cluster.gres=gpu:2", "cluster.gpus=2", "cluster.gpu=l40s", "cluster.mem_gib=3.5", "training.epochs=3"]
     run_dir, job = place.submit(*words)
     ended = place.wait_for(run_dir, "finished", 120)
     assert place.cluster.job(job)["NumTasks"] == "2"

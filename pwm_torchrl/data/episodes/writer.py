@@ -13,11 +13,9 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -29,11 +27,10 @@ from pwm_torchrl.data.episodes import store as layout
 from pwm_torchrl.data.episodes.store import EpisodeRows, EpisodeStore
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.files import amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
-from pwm_torchrl.terminal import LINE_EVERY_S, has_terminal, say
+from pwm_torchrl.progress import new_bar
+from pwm_torchrl.terminal import LINE_EVERY_S, say
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-
     from pwm_torchrl.envs.tasks import TaskSet
 
 __all__ = [
@@ -94,12 +91,9 @@ class ByteProgress(contextlib.AbstractContextManager["ByteProgress"]):
         self.total, self.done = total, 0
         self.shown = time.monotonic()
         self.enabled = enabled
-        self.bar: RichProgress | None = None
+        self.bar = new_bar("B") if enabled else None
         self.what = ""
-        if enabled and has_terminal(sys.stderr) and find_spec("rich"):
-            from pwm_torchrl.display import counter
-
-            self.bar = counter("B")
+        if self.bar is not None:
             self.task = self.bar.add_task("", total=total)
             self.bar.start()
 

@@ -1,0 +1,361 @@
+"""The command lines of the commands that take paths and options instead of settings. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.words import HELP
+from pwm_torchrl.commands import named, typed
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.run.directory import load_config
+
+__all__ = ["STDOUT", "TASKS", "VIDEO_FILE", "ArgumentParser", "read"]
+
+VIDEO_FILE = "evaluation.mp4"
+#: A file's name that stands for stdout.
+STDOUT = "-"
+#: Options whose file name may be left out, and how that name ends: another word after them is a run.
+_FILES = {"--json": ".json", "--video": ".mp4"}
+_RUNS = "run directories, or folders that hold them"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with this project's way of saying what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises :class:`ConfigurationError` instead of printing the usage and exiting."""
+        raise ConfigurationError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
+def read(command: str, words: Sequence[str]) -> argparse.Namespace | int:
+    """Reads the words of a command.
+
+    Args:
+        command (str): a command without settings, such as ``"evaluate"``.
+        words (sequence of str): what was typed behind it.
+
+    Returns:
+        Namespace or int: what was asked for, or the exit code if nothing is left to do.
+
+    Raises:
+        ConfigurationError: for words that cannot be what was meant.
+        SystemExit: after help was given.
+    """
+    return _READERS[command](list(words))
+
+
+# evaluate -------------------------------------------------------------------------------------------------------------
+
+
+_EPILOG = """\
+--json writes a list with one object per run, in the order given:
+  run                    its directory
+  checkpoint, epoch      the checkpoint asked for, and the epoch it was saved at
+  return_mean, return_std
+                         mean and standard deviation of undiscounted returns
+  return_interval        95 % bootstrap interval of the mean: [low, high]
+  episodes, returns      their number, and each one's return
+  seed                   of the first episode; the next has seed + 1
+  success_rate, score    from 0 to 1, where the environment or the task has one
+  video                  the file that --video wrote
+  error                  why there is no result, or no video
+What is not known is null.
+
+Exit code: the highest of all runs; 0 evaluated, 1 failed, 2 bad input.
+
+examples:
+  EVALUATE runs/my_run --episodes 20
+  EVALUATE runs/a runs/b --checkpoint last --json results.json
+  EVALUATE runs/my_run --video
+"""
+
+
+def _evaluate(words: Sequence[str]) -> argparse.Namespace | int:
+    parser = ArgumentParser(
+        prog=typed("evaluate"),
+        description="Deterministic returns of trained policies in fresh environments.",
+        epilog=_EPILOG.replace("EVALUATE", typed("evaluate")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--episodes", type=int, default=10, metavar="N", help="episodes per run (default: 10)")
+    parser.add_argument(
+        "--seed", type=int, metavar="SEED", help="seed of the environments (default: derived from the run's)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="WHICH",
+        help="best by evaluation return, last, or the number of an epoch (default: best)",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE.json",
+        help="write the results as JSON, to stdout unless a file is given",
+    )
+    parser.add_argument(
+        "--video",
+        nargs="?",
+        const="",
+        metavar="FILE.mp4",
+        help=f"film the first episode; without a name the video is RUN/{VIDEO_FILE}",
+    )
+    args = parser.parse_intermixed_args(_with_optional_names(words))
+    if args.episodes < 1:
+        raise ConfigurationError(f"--episodes={args.episodes} is too small; it must be at least 1")
+    if args.checkpoint not in ("best", "last", "latest") and not args.checkpoint.isdecimal():
+        raise ConfigurationError(f"--checkpoint={args.checkpoint}: give best, last or the number of an epoch")
+    if args.video and len(args.runs) > 1:
+        raise ConfigurationError(
+            f"--video={args.video} is one file for {len(args.runs)} runs; give --video without a name, "
+            f"and each run gets a {VIDEO_FILE} in its directory"
+        )
+    for option, file in (("--json", args.json), ("--video", args.video)):
+        if file and file != STDOUT:
+            _check_file(option, Path(file))
+    return _of_runs(args)
+
+
+def _of_runs(args: argparse.Namespace) -> argparse.Namespace | int:
+    """The same, unless none of its runs can be read: that is told at once."""
+    told = []
+    for run in args.runs:
+        try:
+            load_config(run)
+            return args
+        except ConfigurationError as unreadable:
+            told.append(unreadable)
+    if args.json is not None:
+        return args  # it has to be written, with what is wrong
+    for each in told:
+        console.error(str(each))
+    return console.BAD_INPUT
+
+
+def _with_optional_names(argv: Sequence[str]) -> list[str]:
+    """``--json RUN`` and ``--video RUN`` as argparse should read them: RUN is a run, not the name of a file."""
+    words = []
+    for i, word in enumerate(argv):
+        following = argv[i + 1] if i + 1 < len(argv) else ""
+        named = following == STDOUT or (Path(following).suffix and not Path(following).is_dir())
+        if word in _FILES and (not named or following.startswith("--")):
+            word = f"{word}={STDOUT if word == '--json' else ''}"
+        words.append(word)
+    return words
+
+
+def _check_file(option: str, file: Path) -> None:
+    if file.suffix != _FILES[option]:
+        raise ConfigurationError(f"{option}={file}: the name of the file must end in {_FILES[option]}")
+    if file.is_dir() or not file.parent.is_dir():
+        where = "is a directory" if file.is_dir() else f"cannot be written: there is no directory {file.parent}"
+        raise ConfigurationError(f"{option}={file} {where}")
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+
+
+_SOURCES = (
+    "folder or file: *.pt (TD-MPC2's chunks), *.npz, *.h5 or *.hdf5 (one's own episodes); or minari:ID, minari:ID=TASK"
+)
+TASKS = "mt30, mt80, names separated by commas, or a YAML list of names"
+_TASK = "the task of episodes that do not name theirs"
+
+
+def _usage_of_data() -> str:
+    return f"""\
+usage: {typed("data")} COMMAND ...
+
+  import SOURCE... STORE --tasks TASKS   TD-MPC2's chunks, one's own episodes or Minari's, into a store
+  inspect SOURCE|STORE [--tasks TASKS]   what is in it, and whether actions or rewards lie in the wrong rows
+  generate ...                           episodes of random or trained policies, in the format of TD-MPC2
+
+Each of them explains itself: {typed("data")} COMMAND --help"""
+
+
+def _data(words: Sequence[str]) -> argparse.Namespace | int:
+    if not words or (words[0] not in _DATA and not HELP.isdisjoint(words)):
+        console.say(_usage_of_data())
+        return console.OK
+    if words[0] not in _DATA:
+        raise ConfigurationError(f"{words[0]!r} is not a command of {named('data')}; there are {', '.join(_DATA)}")
+    args = _DATA[words[0]](words[1:])
+    args.command = words[0]
+    return args
+
+
+def _import(words: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog=f"{typed('data')} import",
+        description="Import episodes into a memory-mapped store; the same command goes on with an import that stopped.",
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCES)
+    parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store, new or of an unfinished import")
+    parser.add_argument("--tasks", required=True, help=f"the tasks of the store: {TASKS}")
+    parser.add_argument("--task", metavar="NAME", help=_TASK)
+    parser.add_argument("--keep-good", action="store_true", help="finish the store without the files that are wrong")
+    return parser.parse_args(words)
+
+
+def _inspect(words: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog=f"{typed('data')} inspect", description="What a store or a source holds of each task.")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE|STORE", help=f"a store; or a {_SOURCES}")
+    parser.add_argument("--tasks", help=f"the tasks that a source numbers or names; a store knows its own: {TASKS}")
+    parser.add_argument("--task", metavar="NAME", help=_TASK)
+    return parser.parse_args(words)
+
+
+def _generate(words: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog=f"{typed('data')} generate",
+        description="Play episodes of the registry's tasks and write them in TD-MPC2's format, a chunk per task.",
+    )
+    parser.add_argument("--tasks", required=True, metavar="SET", help="mt30, mt80, names with commas, or a YAML list")
+    parser.add_argument("--episodes", type=int, default=100, metavar="N", help="episodes per task (default 100)")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        metavar="[TASK=]RUN",
+        help="what acts: 'random', 'random:N', whose actions are held for 1 to N steps, or a run directory; of TASK "
+        "alone where it is named; several share a task's episodes equally (default: random)",
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.3, metavar="STD", help="largest noise on a run's actions (default 0.3)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of environments and actions (default 0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chunks go")
+    args = parser.parse_args(words)
+    if args.episodes < 1:
+        raise ConfigurationError(f"--episodes={args.episodes} is too small; it must be at least 1")
+    if args.noise < 0:
+        raise ConfigurationError(f"--noise={args.noise:g} must not be negative")
+    return args
+
+
+_DATA: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
+    "import": _import,
+    "inspect": _inspect,
+    "generate": _generate,
+}
+
+
+# world_model, hub, resume, status, report -----------------------------------------------------------------------------
+
+
+def _world_model(words: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog=typed("world_model"), description="World models as files.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
+    bring = commands.add_parser(
+        "import",
+        help="bring in a checkpoint in TD-MPC2's format",
+        description="Bring in the world model of a checkpoint in TD-MPC2's format, {'model': state_dict}: policy and "
+        "value networks are left out, sizes come from the shapes, task embedding and action masks are kept.",
+    )
+    bring.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pt file")
+    bring.add_argument("folder", type=Path, metavar="FOLDER", help="where to; world_model=FOLDER then finds it")
+    bring.add_argument("--tasks", metavar="SET", help="its tasks in order: mt30, mt80, names with commas, a YAML file")
+    show = commands.add_parser("show", help="say what a saved world model is")
+    show.add_argument("folder", type=Path, metavar="FOLDER", help="of import, or a pre-training run")
+    return parser.parse_args(words)
+
+
+def _hub(words: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog=typed("hub"), description="Runs for others: as a folder, or on the Hugging Face hub.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
+    push = commands.add_parser(
+        "push",
+        help="upload a run to the Hugging Face hub",
+        description="Upload weights (safetensors), configuration, metrics, curves, video and model card. The token is "
+        "HF_TOKEN, or that of `hf auth login`.",
+    )
+    export = commands.add_parser(
+        "export",
+        help="write the same weights and configuration to a folder",
+        description="Write weights (safetensors) and configuration to a folder, which load_policy reads.",
+    )
+    for command in (push, export):
+        command.add_argument("run", type=Path, metavar="RUN", help="run directory with a checkpoint")
+        command.add_argument(
+            "--checkpoint", default="best", metavar="WHICH", help="best (default), last, or the number of an epoch"
+        )
+    push.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
+    push.add_argument("--private", action="store_true", help="a repository that is created is private")
+    push.add_argument("--message", metavar="TEXT", help="of the commit (default: the run's name)")
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; new or empty")
+    args = parser.parse_args(words)
+    if args.command == "push" and args.repository.count("/") != 1:
+        raise ConfigurationError(f"{args.repository} is not a repository of the hub; write ORG/NAME")
+    return args
+
+
+def _resume(words: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog=typed("resume"),
+        description="Submit again every run that is unfinished and neither queued nor running.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help=_RUNS)
+    parser.add_argument("--failed", action="store_true", help="also runs that ended with an error of their own")
+    return parser.parse_args(words)
+
+
+def _status(words: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog=typed("status"), description="One line per run: state, restarts, progress.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help=_RUNS)
+    return parser.parse_args(words)
+
+
+def _report(words: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog=typed("report"), description="Tables, learning curves and memory of runs, finished or not."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders that hold them")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where report.html and its pictures go (default: the folder given)"
+    )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs with this value; KEY is env, model, size, seed, status or a dotted key of the configuration; "
+        "also KEY=VALUE,VALUE and KEY!=VALUE; may be given several times",
+    )
+    parser.add_argument(
+        "--newest",
+        action="store_true",
+        help="of runs with the same settings and seed (wherever they ran) only the newest that finished, or the newest "
+        "of all if none has",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="KEY",
+        help="compare runs that differ in this key (model, size, algorithm.horizon, ...) and in the seed: "
+        "interquartile means with bootstrap intervals, also as compare.csv and compare.tex",
+    )
+    parser.add_argument("--baseline", metavar="VALUE", help="the value to compare with (default: the first)")
+    parser.add_argument(
+        "--allow-differences",
+        action="store_true",
+        help="compare runs that differ in other keys too, and list those keys",
+    )
+    args = parser.parse_args(words)
+    if args.compare is None and (args.baseline is not None or args.allow_differences):
+        raise ConfigurationError("--baseline and --allow-differences say how to compare; give --compare KEY too")
+    return args
+
+
+_READERS: dict[str, Callable[[Sequence[str]], argparse.Namespace | int]] = {
+    "evaluate": _evaluate,
+    "data": _data,
+    "world_model": _world_model,
+    "hub": _hub,
+    "resume": _resume,
+    "status": _status,
+    "report": _report,
+}

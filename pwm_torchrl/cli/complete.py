@@ -1,0 +1,172 @@
+"""What words alone cannot tell of a configuration: it takes files, the user's code, an environment, and so torch.
+
+:func:`~pwm_torchrl.cli.compose.compose` refuses everything that it can without these, in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import fields
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.compose import EVERY_TASK, as_yaml, compose, compose_unchecked, expand, typed_keys, values_of
+from pwm_torchrl.cli.modes import epoch_in_words, known_action_repeat, set_epochs, steps_per_epoch
+from pwm_torchrl.cli.requests import Request
+from pwm_torchrl.cli.validate import validate
+from pwm_torchrl.cli.words import check_meaning
+from pwm_torchrl.config import Config, DynamicsConfig
+from pwm_torchrl.envs.facts import environment_facts
+from pwm_torchrl.envs.tasks import TaskInfo, task_info, task_set
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.modules import world_model_facts
+from pwm_torchrl.modules.dynamics.factory import find_dynamics
+from pwm_torchrl.run.stored_episodes import run_facts
+
+__all__ = [
+    "complete", "complete_config", "expand_tasks", "length_in_words", "show_config", "tasks_to_extract",
+]  # fmt: skip
+
+
+def complete_config(words: Sequence[str]) -> Config:
+    """The whole configuration of a run, see :func:`complete`."""
+    return complete(compose(words), words)
+
+
+def complete(config: Config, words: Sequence[str], *, without_data: bool = False) -> Config:
+    """Completes a composed configuration, in place, and checks it against what it refers to.
+
+    Args:
+        config (Config): of :func:`~pwm_torchrl.cli.compose.compose`.
+        words (sequence of str): from which it was composed.
+
+    Keyword Args:
+        without_data (bool): whether a pre-training may do without ``data.path``, to be planned. Defaults to ``False``.
+
+    Returns:
+        Config: the same.
+
+    Raises:
+        ConfigurationError: for dynamics, a world model, a task, episodes or an environment that are not there or do not
+            fit each other.
+    """
+    if "." in config.model.dynamics.kind:
+        find_dynamics(config.model.dynamics.kind)
+    if config.mode == "extract":
+        _adopt_world_model(config)
+        check_meaning(config, typed_keys(words))
+        validate(config)
+    if config.training.steps is not None and known_action_repeat(config) is None:
+        set_epochs(config, _action_repeat(config))
+    _check_stored(config, without_data)
+    return config
+
+
+def show_config(request: Request) -> int:
+    """Prints the configuration that a command line asks for, the first one of several."""
+    first = request.runs[0]
+    console.say(as_yaml(complete(first.config, first.words)))
+    return console.OK
+
+
+def _adopt_world_model(config: Config) -> None:
+    """Write the architecture of the pre-trained world model into the configuration, where people look for it."""
+    if config.world_model is None:
+        return  # said later, with what to do
+    facts = world_model_facts(config.world_model)
+    spec, model, size = facts.spec, config.model, config.size
+    config.world_model_sha256 = facts.sha256 or None  # a model that is yet to be trained is pinned when runs begin
+    recompute = model.dynamics.checkpoint_substeps
+    known = {field.name for field in fields(DynamicsConfig)}
+    options = {key: value for key, value in spec.dynamics.items() if key in known and key != "checkpoint_substeps"}
+    model.dynamics = DynamicsConfig(**options, checkpoint_substeps=recompute)  # type: ignore[arg-type]
+    model.reward_head, model.num_bins, model.vmin, model.vmax = (
+        spec.reward_head,
+        spec.num_bins,
+        spec.vmin,
+        spec.vmax,
+    )
+    model.termination_head = spec.termination
+    size.latent_dim, size.simnorm_dim = spec.latent_dim, spec.simnorm_dim
+    size.units, size.encoder_units = list(spec.units), list(spec.encoder_units)
+    size.task_dim = spec.task_dim or size.task_dim
+    model.name = facts.labels.get("model", {}).get("name", model.name)
+    size.name = facts.labels.get("size", {}).get("name", size.name)
+
+
+def _action_repeat(config: Config) -> int:
+    """Environment steps per agent step; a maker of the user's own is asked by making an environment.
+
+    Raises:
+        ConfigurationError: if that cannot be made.
+    """
+    known = known_action_repeat(config)
+    return environment_facts(config.env).action_repeat if known is None else known
+
+
+def length_in_words(config: Config) -> str:
+    """How long a run is, in epochs and, where it collects any, in environment steps."""
+    epochs = config.training.epochs
+    if config.mode != "online":
+        return f"{epochs:,} epochs; {epoch_in_words(config)}"
+    repeat = _action_repeat(config)
+    total = epochs * steps_per_epoch(config) * repeat
+    asked = "" if config.training.steps is None else f" (training.steps={config.training.steps:,})"
+    each = "" if repeat == 1 else f", {repeat} environment steps each"
+    return f"{epochs:,} epochs = {total:,} environment steps{asked}; {epoch_in_words(config)}{each}"
+
+
+def _check_stored(config: Config, without_data: bool = False) -> None:
+    """Checks stored episodes, world model, tasks and simulator of a run against each other, before anything starts.
+
+    Raises:
+        ConfigurationError: for whatever disagrees.
+    """
+    if config.mode == "online":
+        return
+    if config.mode == "extract" and config.task is not None and config.training.eval_episodes:
+        _require_simulator(task_info(config.task))
+    run_facts(config, without_data)
+
+
+def _require_simulator(task: TaskInfo) -> None:
+    library = task.extra.replace("-", "_")
+    if library and importlib.util.find_spec(library) is None:
+        raise MissingLibraryError(
+            f"task={task.name} is evaluated in {library}, which is not installed: pip install "
+            f"'pwm-torchrl[{task.extra}]', or extract without evaluating, training.eval_episodes=0"
+        )
+
+
+def expand_tasks(words: Sequence[str]) -> list[list[str]]:
+    """As :func:`~pwm_torchrl.cli.compose.expand`, with a run for every task that ``task=all`` means.
+
+    Raises:
+        ConfigurationError: as there, and as :func:`tasks_to_extract`.
+    """
+    if EVERY_TASK not in words:
+        return expand(words)
+    first = [values_of(word)[0] for word in words if word != EVERY_TASK]  # what else is swept has no tasks of its own
+    return expand(words, tasks_to_extract(compose_unchecked(first)))
+
+
+def tasks_to_extract(config: Config) -> list[str]:
+    """The tasks that ``task=all`` means: those of the world model, or those of them that ``tasks`` names.
+
+    Raises:
+        ConfigurationError: without a world model, or with tasks that it does not have.
+    """
+    if config.mode != "extract" or config.world_model is None:
+        raise ConfigurationError(
+            "task=all extracts a policy for every task of a pre-trained world model; set world_model=DIRECTORY, that "
+            "of a pre-training run (experiment=mt30_pretrain) or of an imported checkpoint, and experiment=extract, "
+            "mt30 or mt80"
+        )
+    known = world_model_facts(config.world_model).task_names
+    names = known if config.tasks is None else task_set(config.tasks).names
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigurationError(
+            f"world_model={config.world_model} was not trained on {', '.join(missing)}; it has {', '.join(known)}"
+        )
+    return list(names)

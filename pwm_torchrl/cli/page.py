@@ -1,0 +1,52 @@
+"""Prints the tables of a report and writes its page and figures; the last stage of ``launch/report.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.report import Chosen
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.report.document import REPORT_FILE, make_document
+
+__all__ = ["write"]
+
+_LISTED = 8  # figures named on the console, at most
+
+
+def write(chosen: Chosen) -> int:
+    """Prints the tables and writes the page and its figures."""
+    out = chosen.out
+    document = make_document(chosen.runs, chosen.source, out, chosen.pairs, console.terminal_width())
+    console.say(document.text + "\n")
+    for note in document.notes:
+        console.say(note)
+    _write(out, document.files)
+    console.say(f"report: {out / REPORT_FILE}")
+    others = [name for name in document.files if name != REPORT_FILE]
+    if others:
+        drawn = [name for name in others if name.endswith(".png")]
+        listed = drawn if len(drawn) <= _LISTED else [f"{len(drawn)} pictures"]
+        console.say(f"beside it: {', '.join([*listed, *(name for name in others if name not in drawn)])}")
+    return console.OK
+
+
+def _write(out: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes each file in one step, so that a browser never loads half of one.
+
+    Raises:
+        ConfigurationError: if one cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            partial = out / f"{name}.tmp"
+            try:
+                partial.write_bytes(content.encode() if isinstance(content, str) else content)
+                os.replace(partial, out / name)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--out={out} cannot be written: {error.strerror}") from error

@@ -1,0 +1,205 @@
+"""What the commands that take settings were asked for: words read, composed and checked without torch.
+
+A typo is refused here, and help is given here, before the modules that do the work are imported.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pwm_torchrl.cli import console
+from pwm_torchrl.cli.compose import EVERY_TASK, as_yaml, compose, compose_unchecked, expand, values_of
+from pwm_torchrl.cli.help import doctor_help, help_text
+from pwm_torchrl.cli.modes import known_action_repeat, of_world_model
+from pwm_torchrl.cli.validate import require_runnable
+from pwm_torchrl.cli.words import DRAFT, FORCE, CommandLine, read_words, with_preset
+from pwm_torchrl.cluster.job import require_submitit
+from pwm_torchrl.commands import named
+from pwm_torchrl.config import Config
+from pwm_torchrl.distributed.rendezvous import is_replica
+from pwm_torchrl.errors import ConfigurationError
+
+__all__ = [
+    "Prepared",
+    "Request",
+    "both_stages",
+    "lacks_world_model",
+    "read",
+    "refuse_shared_directories",
+]
+
+#: What concerns both stages; what belongs to a world model goes to its pre-training, the rest to the policies.
+SHARED = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
+#: Begins a word that is for the pre-training alone.
+PREFIX = "pretraining."
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can be submitted.
+
+    Attributes:
+        config (Config): the whole run.
+        words (list of str): the command line that gives it.
+    """
+
+    config: Config
+    words: list[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command was asked for.
+
+    Attributes:
+        script (str): the command.
+        line (CommandLine): its words.
+        runs (list of Prepared): composed, and to be completed; none in a process that computes for another. Of
+            ``task=all`` they are those of a single task.
+    """
+
+    script: str
+    line: CommandLine
+    runs: list[Prepared] = field(default_factory=list)
+
+    @property
+    def words(self) -> list[str]:
+        """The settings that were typed."""
+        return self.line.settings
+
+
+def read(script: str, words: Sequence[str]) -> Request | int:
+    """Reads a command line, and answers it if it asks for help or for a configuration that needs nothing else.
+
+    Args:
+        script (str): the command, a key of :data:`~pwm_torchrl.cli.words.OPTIONS`.
+        words (sequence of str): what was typed behind it.
+
+    Returns:
+        Request or int: what to do, or the exit code if nothing is left to do.
+
+    Raises:
+        ConfigurationError: for words that cannot be what was meant.
+    """
+    line = read_words(script, words)
+    if line.help:
+        console.say(doctor_help() if script == "doctor" else help_text(script))
+        return console.OK
+    if script in ("train", "pretrain") and is_replica() and not line.shows_config:
+        return Request(script, line)
+    if FORCE in line.options and DRAFT not in line.options:
+        raise ConfigurationError(f"{FORCE} writes over a draft; give {DRAFT} NAME too")
+    request = Request(script, line, _composed(script, line.settings))
+    if line.shows_config:
+        return _shown(request)
+    if script in ("train", "pretrain"):
+        _check_here(script, request.runs[0].config)
+    if script == "submit":
+        require_submitit()
+    return request
+
+
+def _composed(script: str, settings: Sequence[str]) -> list[Prepared]:
+    """The runs that settings ask for, of which there may be several in ``submit`` alone."""
+    if script != "submit":
+        words = with_preset(script, settings)
+        return [Prepared(compose(words), words)]
+    if lacks_world_model(settings):
+        own, settings = both_stages(settings)
+        compose_pretraining(own)
+    runs = [Prepared(compose(each), each) for each in expand(settings)]
+    refuse_shared_directories(runs)
+    return runs
+
+
+def refuse_shared_directories(runs: Sequence[Prepared]) -> None:
+    """Refuses several runs in one directory.
+
+    Raises:
+        ConfigurationError: if two of the runs have the same ``run_dir``.
+    """
+    folders = Counter(run.config.run_dir for run in runs if run.config.run_dir is not None)
+    for folder, count in folders.items():
+        if count > 1:
+            raise ConfigurationError(
+                f"run_dir={folder} is one directory, and this command starts {count} runs in it; give runs_dir=..., or "
+                "a name that differs, such as run_dir='runs/${model.name}_s${seed}' in quotes"
+            )
+
+
+def _check_here(script: str, config: Config) -> None:
+    if script == "pretrain" and config.mode != "pretrain":
+        raise ConfigurationError(
+            f"{named(script)} pre-trains world models, and this is mode={config.mode}; use {named('train')}"
+        )
+    require_runnable(config)
+
+
+def _shown(request: Request) -> Request | int:
+    """Prints the configuration, unless it has to be completed first."""
+    if len(request.runs) > 1:
+        console.say(f"# the first of {len(request.runs)} runs: {' '.join(request.runs[0].words)}")
+    config = request.runs[0].config
+    counted = config.training.steps is None or known_action_repeat(config) is not None
+    if config.mode == "online" and counted and "." not in config.model.dynamics.kind:
+        console.say(as_yaml(config))
+        return console.OK
+    return request
+
+
+# ``task=all`` without a world model: a pre-training first, then a policy for every task in what it made --------------
+
+
+def lacks_world_model(words: Sequence[str]) -> bool:
+    """Whether the words ask for a policy per task without saying in which world model, and can be given one."""
+    if EVERY_TASK not in words:
+        return False
+    config = _first(words)
+    return config.mode == "extract" and config.world_model is None and config.pretraining is not None
+
+
+def both_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the pre-training, and those of the policies without the world model that it will make.
+
+    Raises:
+        ConfigurationError: if the pre-training is given several values of something: there is one pre-training.
+    """
+    own = [f"experiment={_first(words).pretraining}", *_of_pretraining(words)]
+    return own, [word for word in words if not word.startswith(PREFIX) and not of_world_model(_key(word))]
+
+
+def compose_pretraining(words: list[str]) -> Prepared:
+    """The pre-training's composed run.
+
+    Raises:
+        ConfigurationError: for words that cannot be what was meant.
+    """
+    try:
+        return Prepared(compose(words), words)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"in the pre-training: {error}") from error
+
+
+def _first(words: Sequence[str]) -> Config:
+    kept = [word for word in words if word != EVERY_TASK and not word.startswith(PREFIX)]
+    return compose_unchecked([values_of(word)[0] for word in kept])
+
+
+def _of_pretraining(words: Sequence[str]) -> list[str]:
+    """Those of the words that concern the pre-training."""
+    keys = {word: _key(word) for word in words}
+    chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED or of_world_model(key)]
+    chosen += [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
+    for word in chosen:
+        if len(values_of(word)) > 1:
+            raise ConfigurationError(
+                f"{word} would need several pre-trainings; pre-train each by itself, then give {EVERY_TASK} a "
+                "world_model=DIRECTORY"
+            )
+    return chosen
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")

@@ -1,0 +1,130 @@
+"""The last words of a job's batch script: why the step ended, and what is done about it.
+
+python -m pwm_torchrl.cluster.end_of_job RUN_DIR --code N --term 0|1
+
+SLURM gives it seconds, so it imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pwm_torchrl.cluster.deaths import END, MEMORY, RESUBMIT, WAIT, Answer, Death, JobRecord, read_job, write_job
+from pwm_torchrl.cluster.restarts import Life, NextPlan, apply_plan, decide, next_plan, note
+from pwm_torchrl.cluster.slurm import SlurmError, job_records, scontrol
+from pwm_torchrl.cluster.submission import move_dependents, resubmit
+from pwm_torchrl.commands import typed
+from pwm_torchrl.run.directory import load_config
+
+#: SLURM's record of a step that was killed for memory may come this much later than srun's return.
+PATIENCE_S = 6.0
+#: Exit codes of the job by the run's status, as on the command line.
+_CODES = {"finished": 0, "stopped": 0, "superseded": 0, "storage": 74, "memory": 75}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Decide and act; returns the batch script's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pwm_torchrl.cluster.end_of_job")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--code", type=int, required=True, help="exit code of srun")
+    parser.add_argument("--term", type=int, choices=(0, 1), required=True, help="whether SIGTERM was received")
+    args = parser.parse_args(argv)
+    run, life = args.run, Life.here()
+    record = read_record(life)
+    if args.code != 0 and not life.evidence(run) and not record.requeued:
+        record = _wait_for_the_step(life)
+    death, reply = decide(run, life, term_received=bool(args.term), record=record)
+    say(f"{run.name}: {death.reason}" + (f" ({death.detail})" if death.detail else ""))
+    plan: NextPlan | None = None
+    if reply.action == RESUBMIT:
+        reply, plan = _next_memory_plan(run, death)
+        say(reply.why)
+    note(run, life, death, reply, reply.why)
+    return _act(run, life, reply, plan)
+
+
+def _act(run: Path, life: Life, reply: Answer, plan: NextPlan | None) -> int:
+    if reply.action == END:
+        say(f"ends here: {reply.status}" + (f", {reply.why}" if reply.why else ""))
+        return _CODES.get(reply.status, 1)
+    if reply.action == WAIT:
+        say("SLURM brings the job back")
+        return 0
+    say("requeued")
+    requeued = scontrol("requeue", life.job_id)
+    if requeued is not None:
+        say(f"scontrol requeue failed: {requeued}; {typed('resume')} brings the run back")
+        return 1
+    return 0 if plan is None else _ask_for_memory(run, life, plan)
+
+
+def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
+    """Change the request of this job, which is queued again by now; where a site forbids that, queue a new one."""
+    refused = scontrol("update", f"JobId={life.job_id}", f"MinMemoryNode={plan.mem_mb}")
+    if refused is None:
+        write_job(run, mem_mb=plan.mem_mb)
+        return 0
+    say(f"SLURM changes no request here ({refused}); a new job takes over")
+    job_id = resubmit(run, load_config(run), plan.mem_mb)
+    say(f"job {job_id}")
+    for complaint in move_dependents(run, job_id):  # before the job that they wait for is cancelled, and they with it
+        say(f"a job that waits for this one was not told: {complaint}; {typed('resume')} brings its run back")
+    subprocess.run(["scancel", life.job_id], check=False)
+    return _CODES[MEMORY]
+
+
+def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]:
+    """The next plan, its choices in place for the next attempt; an end if there is none."""
+    cfg = load_config(run)
+    plan = next_plan(run, cfg, int(read_job(run)["mem_mb"]))
+    if plan is None:
+        why = f"{death.detail}, and there is no larger or thriftier plan (cluster.host_gib, memory.*)"
+        return Answer(END, "memory", why), None
+    apply_plan(run, plan)
+    return Answer(RESUBMIT, why=f"{death.detail}; {plan.change}"), plan
+
+
+def read_record(life: Life) -> JobRecord:
+    """SLURM's record of this job now; an empty one if it does not answer."""
+    try:
+        found = job_records(life.job_id)
+    except SlurmError as error:
+        say(str(error))
+        return JobRecord()
+    return record_of(found[0], life.restart_count) if found else JobRecord()
+
+
+def record_of(facts: Mapping[str, str], restart_count: int) -> JobRecord:
+    """What matters of what ``scontrol show job`` tells."""
+    restarts = facts.get("Restarts", "0")
+    return JobRecord(
+        state=facts.get("JobState", ""),
+        reason=facts.get("Reason", ""),
+        requeued=restarts.isdigit() and int(restarts) > restart_count,
+        derived_oom=facts.get("DerivedExitCode", "").endswith(":125"),
+    )
+
+
+def _wait_for_the_step(life: Life) -> JobRecord:
+    """The record once it tells how the step ended, or after a while."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        record = read_record(life)
+        if record.derived_oom or record.requeued or time.monotonic() > end:
+            return record
+        time.sleep(0.5)
+
+
+def say(text: str) -> None:
+    """A line in the job's output."""
+    sys.stdout.write(f"[pwm_torchrl] {text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
