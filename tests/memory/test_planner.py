@@ -62,12 +62,12 @@ class TestAnyBudget:
             found = plan(host, changes=written)
         except ConfigurationError as error:
             least = named(error, HOST)
-            assert host < least * 1e9
-            enough = plan(least * 1e9, changes=written)
+            assert host < least * 2**30
+            enough = plan(least * 2**30, changes=written)
             assert not enough.shortages()
             # A smaller one does not fit, up to the difference between processes and the rounding.
             with pytest.raises(ConfigurationError):
-                plan(least * 1e9 - (16 * MIB + 1e7 + 1), changes=written)
+                plan(least * 2**30 - (16 * MIB + 2**30 / 100 + 1), changes=written)
         else:
             assert not found.shortages()
             assert found.prediction.total(HOST) <= USABLE * host
@@ -82,8 +82,8 @@ class TestAnyBudget:
         try:
             found = plan(host, device)
         except ConfigurationError as error:
-            least = {place: named(error, place) or PLENTY / 1e9 for place in (HOST, DEVICE)}
-            assert not plan(least[HOST] * 1e9, least[DEVICE] * 1e9).shortages()
+            least = {place: named(error, place) or PLENTY / 2**30 for place in (HOST, DEVICE)}
+            assert not plan(least[HOST] * 2**30, least[DEVICE] * 2**30).shortages()
         else:
             assert found.prediction.total(HOST) <= USABLE * host
             assert found.prediction.total(DEVICE) <= 0.9 * device
