@@ -113,7 +113,8 @@ class AlgorithmConfig:
     critic_grad_norm: float = 100.0
     log_std_init: float = -1.0  # actor's state-independent log standard deviation
     log_std_min: float = -1.427
-    compile: bool = False  # compile the world-model loss and the imagined rollout; the first epoch then takes minutes
+    compile: Any = "auto"  # auto | true | false: compile the evaluation of the dynamics; auto: where a run is
+    # long enough to pay for it, as measured on a CPU (:func:`pwm_torchrl.algorithm.build.pays_to_compile`)
 
 
 @dataclass
@@ -136,6 +137,7 @@ class TrainingConfig:
     gradient_profile_every: int = 50  # epochs between logs of the gradient norm per horizon step; 0: never
     video: bool = True  # film one deterministic episode at the end
     threads: Optional[int] = None  # torch threads; None: the CPUs of the allocation
+    precision: str = "fp32"  # fp32 | tf32 | bf16: of matrix products in updates; all else is float32; tf32 is for GPUs
     progress: bool = True  # progress bar
     check_graphs: bool = False  # debug: fail an epoch that leaves more live autograd nodes than it found
 

@@ -55,6 +55,14 @@ def available_cpus() -> int:
     return min(count, int(given)) if given.isdigit() and int(given) > 0 else count
 
 
+def set_precision(precision: str) -> None:
+    """Let GPUs round the factors of float32 products to TensorFloat-32 with ``tf32``, and not otherwise.
+
+    ``bf16`` is no setting of the process: the losses round by themselves.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
 def set_threads(threads: int | None) -> int:
     """Use ``threads`` for tensor operations, or as many as there are CPUs; returns the number.
 

@@ -105,7 +105,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.loss.flow_matching_source": ("teacher", "detached", "attached"),
     "model.reward_head": ("scalar", "two_hot"),
     "model.reward_space": ("raw", "symlog"),
+    "algorithm.compile": ("auto", "true", "false"),
     "algorithm.actor_starts": ("replay", "current"),
+    "training.precision": ("fp32", "tf32", "bf16"),
     "training.replay_storage": ("auto", "memory", "device", "disk"),
     "logger.kind": ("csv", "tensorboard", "wandb"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
@@ -199,6 +201,8 @@ def validate(config: Config) -> None:
     _check_finite(config)
     for key, accepted in CHOICES.items():
         value = value_of(config, key)
+        if isinstance(value, bool):
+            value = str(value).lower()
         if key == "model.dynamics.kind" and "." in value:
             continue  # a class of the user's own, which is looked up when the configuration is completed
         if value not in accepted:

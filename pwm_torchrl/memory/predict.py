@@ -7,6 +7,7 @@ import ctypes
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pwm_torchrl.algorithm.build import compiles, pays_to_compile
 from pwm_torchrl.config import UPDATES, Config, trained_networks
 from pwm_torchrl.memory.readings import GIB, MIB, format_bytes, read_process
 from pwm_torchrl.memory.storage import (
@@ -44,6 +45,7 @@ HOST, DEVICE, CACHE, DISK = "host", "device", "page cache", "disk"
 FRAMEWORK_BYTES = 450 * MIB  # a process that has imported PyTorch, TorchRL and a simulator, if it cannot be measured
 CUDA_HOST_BYTES = 2 * GIB  # host memory of the CUDA libraries (unverified)
 LIBRARY_BYTES = 40 * MIB  # buffers of the math libraries and fragmentation of the C library's heap
+COMPILER_BYTES = 400 * MIB  # 80 MiB that torch.compile keeps; the C++ compiler takes the rest for seconds
 ENVIRONMENT_BYTES = MIB // 2  # state and model of one simulator
 
 
@@ -184,6 +186,8 @@ def predict(
             items.append(
                 Item("pinned buffer", 2 * sampled, HOST, "the sampled batch and its pinned copy for the transfer")
             )
+    if compiles(cfg) or (str(cfg.algorithm.compile).lower() == "auto" and pays_to_compile(cfg)):
+        items.append(Item("compiler", COMPILER_BYTES, HOST, "torch.compile and the C++ compiler (estimate)"))
     items += _environments(cfg, facts)
     items += _replay(cfg, facts, choices, compute)
     checkpoints = cfg.training.keep_checkpoints + 2  # plus the best one and the one being written

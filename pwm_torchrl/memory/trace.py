@@ -177,7 +177,7 @@ class UpdateTracer:
         self.facts = facts
         dimensions = (facts.observation_dim, facts.action_dim, facts.terminates, facts.action_dims)
         mode = (cfg.mode, cfg.finetune, cfg.world_model, cfg.world_model_sha256, cfg.task)
-        self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, dimensions, mode))
+        self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, cfg.training.precision, dimensions, mode))
         #: Names of the updates of an epoch.
         self.updates = trained_networks(cfg)
         self._fake = FakeTensors()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules.compiled import Piece
 from pwm_torchrl.modules.dynamics import Dynamics, make_dynamics
 from pwm_torchrl.modules.heads import Encoder, RewardHead, ScalarRewardHead, TerminationHead, TwoHotRewardHead
 from pwm_torchrl.modules.layers import RunningStatistics, check_simnorm, init_world_model_weights
@@ -100,6 +101,14 @@ class WorldModel(nn.Module):
         """Initialise every network anew; statistics of observations stay."""
         self.apply(init_world_model_weights)
         self.reward.reset_parameters()
+
+    def compile_pieces(self) -> None:
+        """From now on, compile the evaluation of the dynamics' network; see :mod:`~pwm_torchrl.modules.compiled`.
+
+        Dynamics of one's own stay as they are, unless they evaluate their network through their ``piece``.
+        """
+        if self.dynamics.piece is None:
+            self.dynamics.piece = Piece()
 
     def embed(self, task: Tensor | None) -> Tensor | None:
         """Task embedding ``[..., E]``; ``None`` for a single-task model.

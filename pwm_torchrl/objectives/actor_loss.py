@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,19 +18,20 @@ from torch import Tensor
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from pwm_torchrl.modules import RunningStatistics
+from pwm_torchrl.modules import RunningStatistics, WorldModel
+from pwm_torchrl.modules.numerics import products_in
 from pwm_torchrl.objectives.base import PWMLoss, check_shape, micro_batches
 from pwm_torchrl.objectives.functional import (
     apart,
     delayed,
     distribution_parameters,
     frozen,
-    maybe_compiled,
     swapped,
     tensor_function,
 )
 from pwm_torchrl.objectives.imagination import (
     Imagined,
+    Step,
     alive_before,
     imagine,
     rollout_return,
@@ -132,7 +133,9 @@ class PWMActorLoss(PWMLoss):
             Defaults to ``"mean"``.
         delay_value (bool): take values from parameters that follow the value network's, moved by a TorchRL target
             updater such as :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``False``, its own.
-        compile (bool): compile the imagined rollout as one graph. Defaults to ``False``.
+        compile (bool): compile the evaluation of the dynamics' network of a
+            :class:`~pwm_torchrl.modules.WorldModel`, the piece that repeats. Defaults to ``False``.
+        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
 
     The input holds ``latent`` ``[B, D]`` (and ``task`` ``[B]``). The output is a TensorDict with ``loss_actor`` and
     detached metrics; :meth:`rollout_and_loss` also gives the rollout, from which critics learn, and :meth:`backward`
@@ -209,8 +212,9 @@ class PWMActorLoss(PWMLoss):
         reduction: str = "mean",
         delay_value: bool = False,
         compile: bool = False,
+        precision: str = "fp32",
     ) -> None:
-        super().__init__(reduction)
+        super().__init__(reduction, precision)
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1.")
         if entropy_weight < 0 or (entropy_weight and deterministic):
@@ -228,7 +232,10 @@ class PWMActorLoss(PWMLoss):
         if delay_value:
             self.target_value_network_params = delayed(value_network, world_model)
             self._has_update_associated["value_network"] = False
-        self._imagine = maybe_compiled(imagine, compile)
+        if compile:
+            for part in world_model.modules():
+                if isinstance(part, WorldModel):
+                    part.compile_pieces()
         self.gamma, self.lmbda = gamma, lmbda
         self.horizon = horizon
         self.detach = detach
@@ -279,7 +286,7 @@ class PWMActorLoss(PWMLoss):
     def imagine(
         self, start: Tensor, task: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Imagined, Tensor]:
-        """Differentiable rollout from ``[B, D]`` and V(z_1) .. V(z_H) ``[H, B, 1]``.
+        """Differentiable rollout from ``[B, D]`` and V(z_1) .. V(z_H) ``[H, B, 1]``; only the last has a graph.
 
         Args:
             start (Tensor): start latents ``[B, D]``.
@@ -307,19 +314,23 @@ class PWMActorLoss(PWMLoss):
 
         values = self.target_value_network_params  # detached, whether they are delayed or not
         with (
+            products_in(self.products),
             frozen(self.world_model),
             swapped(values, self.value_network),
             swapped(self.actor_network_params, self.actor_network),
         ):
-            rollout = self._imagine(
-                lambda latent, action: model(latent, action, *tasks),
+            rollout = imagine(
+                cast("Step", lambda latent, action: model(latent, action, *tasks)),
                 policy,
                 start.detach(),
                 self.horizon,
                 noise,
                 self.detach,
             )
-            return rollout, value(rollout.latent[1:])[0]
+            # Of all values, only the last enters J; the others are targets' and need no graph.
+            with torch.no_grad():
+                targets = value(rollout.latent[1:-1])[0]
+            return rollout, torch.cat([targets, value(rollout.latent[-1:])[0]])
 
     def returns(self, rollout: Imagined, next_value: Tensor) -> Tensor:
         """J ``[B, 1]`` of every rollout."""
@@ -343,7 +354,7 @@ class PWMActorLoss(PWMLoss):
         """
         if not self.entropy_weight or noise is None:
             return 0.0
-        with swapped(self.actor_network_params, self.actor_network):
+        with products_in(self.products), swapped(self.actor_network_params, self.actor_network):
             loc, scale = self._policy_parameters()(rollout.latent[:-1].detach())
         entropy = squashed_entropy(loc, scale, noise)
         if task is not None and self.action_mask is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
@@ -88,6 +89,9 @@ def backward_in_parts(
 
 
 REDUCTIONS = ("none", "mean", "sum")
+#: Precisions of matrix products and the dtype to which a layer rounds their factors. With ``tf32`` that is the GPU's
+#: affair: it is a setting of the process, see :func:`pwm_torchrl.devices.set_precision`.
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}
 
 
 class PWMLoss(LossModule):
@@ -95,16 +99,21 @@ class PWMLoss(LossModule):
 
     Args:
         reduction (str): ``"none"``, ``"mean"`` or ``"sum"``.
+        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``; norms, softmaxes, losses, solver
+            steps and gradients of parameters are float32 with each. Defaults to ``"fp32"``.
 
     Raises:
-        ConfigurationError: for another reduction.
+        ConfigurationError: for another reduction or precision.
     """
 
-    def __init__(self, reduction: str = "mean") -> None:
+    def __init__(self, reduction: str = "mean", precision: str = "fp32") -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
             raise ConfigurationError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}.")
+        if precision not in PRECISIONS:
+            raise ConfigurationError(f"training.precision={precision!r} is not one of {', '.join(PRECISIONS)}.")
         self.reduction = reduction
+        self.products = PRECISIONS[precision]
         self._selected_keys: list[NestedKey] | None = None
 
     def _forward_value_estimator_keys(self, **kwargs: object) -> None:

@@ -1,13 +1,11 @@
-"""Modules as functions of tensors with parameters of someone's choice: frozen, swapped, delayed, compiled."""
+"""Modules as functions of tensors with parameters of someone's choice: frozen, swapped, delayed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
@@ -101,31 +99,6 @@ def distribution_parameters(actor: TensorDictModuleBase) -> TensorDictModuleBase
         parts = list(actor)[:-1]
         return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
     return actor
-
-
-class Compiled:
-    """A function compiled as one graph; the first call takes minutes. Pickled and copied without what was compiled.
-
-    Args:
-        function (callable): what to compile; importable, if it is to be pickled.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        if self._compiled is None:
-            self._compiled = torch.compile(self.function, fullgraph=True)
-        return self._compiled(*args)
-
-    def __reduce__(self) -> tuple[type[Compiled], tuple[Callable[..., Any]]]:
-        return type(self), (self.function,)
-
-
-def maybe_compiled(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
-    """``function``, or :class:`Compiled` if ``enabled``."""
-    return Compiled(function) if enabled else function
 
 
 def shares_parameters(module: nn.Module, *others: nn.Module) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import FlowDynamics, ResidualEndpointFlow, WorldModel
+from pwm_torchrl.modules.numerics import products_in
 from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_shape
-from pwm_torchrl.objectives.functional import maybe_compiled, swapped
+from pwm_torchrl.objectives.functional import swapped
 from pwm_torchrl.objectives.imagination import discounts
 
 # World-model losses on slices of trajectories, as pure functions ------------------------------------------------------
@@ -176,22 +177,22 @@ def slice_losses(
     if target is None:
         with torch.no_grad():
             target = model.encode(slices.next_observation, task)
-    z = start = model.encode(slices.observation, task)
-    latents, logits, ends = [], [], []
+    start = model.encode(slices.observation, task)
+    action, embedding = model.mask_action(slices.action, task), model.embed(task)
+    latents = [start]
     for t in range(horizon):
-        z, logit, end = model.predict(z, slices.action[t], task)
-        latents.append(z)
-        logits.append(logit)
-        ends.append(end)
-    latent = torch.stack(latents)
+        latents.append(model.dynamics(latents[-1], action[t], embedding))
+    latent = torch.stack(latents[1:])
 
     zero = latent.new_zeros(())
     dynamics = reduced(by_step * mse(latent, target)) * weights.dynamics * weights.rollout
+    # The heads see all steps at once: nothing that follows depends on them.
+    logits = model.reward(torch.stack(latents[:-1]), action, embedding)
     by_reward = by_entry if weights.form == "pwm" else by_step
-    reward = reduced(by_reward * model.reward.loss(torch.stack(logits), slices.reward))
+    reward = reduced(by_reward * model.reward.loss(logits, slices.reward))
     termination = zero
     if model.termination is not None:
-        error = model.termination.loss(torch.stack([e for e in ends if e is not None]), slices.terminated)
+        error = model.termination.loss(model.termination(latent, embedding), slices.terminated)
         termination = reduced(by_entry * error) * weights.termination
 
     matching = consistency = zero
@@ -208,7 +209,6 @@ def slice_losses(
         else:
             source = torch.cat([start.unsqueeze(0), latent[:-1]])
             source = source.detach() if weights.flow_matching_source == "detached" else source
-        action, embedding = model.mask_action(slices.action, task), model.embed(task)
         if weights.flow_matching:
             error = flow.flow_matching_error(source, target, action, noise.tau, embedding)
             matching = reduced(by_step * error) * weights.flow_matching
@@ -256,7 +256,9 @@ class PWMModelLoss(PWMLoss):
             leaves ``[B, H, 1]`` per term, 0 at masked steps, with that sum. Defaults to ``"mean"``.
         delay_target (bool): encode the observations that followed by parameters that follow the model's, moved by a
             TorchRL target updater such as :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``False``, the model's.
-        compile (bool): compile the loss as one graph. Defaults to ``False``.
+        compile (bool): compile the evaluation of the dynamics' network, the piece that repeats. Defaults to
+            ``False``.
+        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
 
     The input has batch size ``[B, H]``; the output is a TensorDict of scalars: ``loss_dynamics``, ``loss_reward`` and,
     where they apply, ``loss_termination``, ``loss_flow_matching``, ``loss_self_consistency``; their sum is the loss.
@@ -329,11 +331,13 @@ class PWMModelLoss(PWMLoss):
         reduction: str = "mean",
         delay_target: bool = False,
         compile: bool = False,
+        precision: str = "fp32",
     ) -> None:
-        super().__init__(reduction)
+        super().__init__(reduction, precision)
         self.convert_to_functional(world_model, "world_model", create_target_params=delay_target)
         self.delay_target = delay_target
-        self._slice_losses = maybe_compiled(slice_losses, compile)
+        if compile:
+            world_model.compile_pieces()
         self.multi_task = world_model.task is not None
         self.weights = loss_weights(
             form,
@@ -466,15 +470,13 @@ class PWMModelLoss(PWMLoss):
     ) -> TensorDictBase:
         """Losses of time-major slices; see :func:`~pwm_torchrl.objectives.model_loss.slice_losses`."""
         target = self._delayed_target(slices) if self.delay_target else None
-        with swapped(self.world_model_params, self.world_model):
-            losses = self._slice_losses(
-                self.world_model, slices, self.weights, noise, valid_counts, target, self.reduction
-            )
+        with products_in(self.products), swapped(self.world_model_params, self.world_model):
+            losses = slice_losses(self.world_model, slices, self.weights, noise, valid_counts, target, self.reduction)
         named = {f"loss_{name}": value for name, value in losses._asdict().items()}
         return TensorDict({key: named[key] for key in self.written_keys}, [])
 
     @torch.no_grad()
     def _delayed_target(self, slices: Slices) -> Tensor:
         """Latents ``[H, B, D]`` of the observations that followed, by the target parameters."""
-        with swapped(self.target_world_model_params, self.world_model):
+        with products_in(self.products), swapped(self.target_world_model_params, self.world_model):
             return self.world_model.encode(slices.next_observation, slices.task)

@@ -11,6 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from pwm_torchrl.modules import CriticEnsemble
+from pwm_torchrl.modules.numerics import products_in
 from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_same_shape, check_shape
 from pwm_torchrl.objectives.functional import swapped
 
@@ -41,6 +42,7 @@ class PWMValueLoss(PWMLoss):
             mean over members. Defaults to ``"mean"``.
         deactivate_vmap (bool): evaluate the members one after another instead of all in batched products. Defaults to
             ``False``.
+        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
 
     The input holds ``latent`` ``[*batch, D]`` and ``value_target`` ``[*batch, 1]`` as
     :class:`~pwm_torchrl.objectives.PWMActorLoss` writes them; the output ``loss_value``, and detached ``value`` (mean).
@@ -75,8 +77,15 @@ class PWMValueLoss(PWMLoss):
     critics_params: TensorDictParams
     target_critics_params: TensorDictParams
 
-    def __init__(self, critics: CriticEnsemble, *, reduction: str = "mean", deactivate_vmap: bool = False) -> None:
-        super().__init__(reduction)
+    def __init__(
+        self,
+        critics: CriticEnsemble,
+        *,
+        reduction: str = "mean",
+        deactivate_vmap: bool = False,
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__(reduction, precision)
         self.convert_to_functional(critics, "critics")
         self.deactivate_vmap = deactivate_vmap
 
@@ -97,7 +106,7 @@ class PWMValueLoss(PWMLoss):
 
     def _errors(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Squared error ``[*batch, 1]``, mean over members, and values ``[K, *batch, 1]``."""
-        with swapped(self.critics_params, self.critics):
+        with products_in(self.products), swapped(self.critics_params, self.critics):
             evaluate = self.critics.one_by_one if self.deactivate_vmap else self.critics
             values = evaluate(tensordict[self.tensor_keys.latent].detach())
         return ensemble_value_loss(values, tensordict[self.tensor_keys.value_target]).mean(0), values

@@ -220,6 +220,7 @@ class PWMModelLossConfig(LossConfig):
     reduction: str = "mean"
     delay_target: bool = False
     compile: bool = False
+    precision: str = "fp32"
     _target_: str = "pwm_torchrl.objectives.PWMModelLoss"
 
 
@@ -244,6 +245,7 @@ class PWMActorLossConfig(LossConfig):
     reduction: str = "mean"
     delay_value: bool = False
     compile: bool = False
+    precision: str = "fp32"
     _target_: str = "pwm_torchrl.plugin.build.actor_loss"
     _convert_: str = "all"
 
@@ -255,6 +257,7 @@ class PWMValueLossConfig(LossConfig):
     critics: Any = MISSING
     deactivate_vmap: bool = False
     reduction: str = "mean"
+    precision: str = "fp32"
     _target_: str = "pwm_torchrl.objectives.PWMValueLoss"
 
 

@@ -1,4 +1,7 @@
-"""A run's memory plan: made before anything large is built, saved beside the run, compared with what was measured."""
+"""A run's memory plan: made before anything large is built, saved beside the run, compared with what was measured.
+
+Beside it, whether the run is compiled: the other thing that is decided before anything is built.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pwm_torchrl.algorithm.build import compiles, pays_to_compile
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
 from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
 from pwm_torchrl.memory.readings import format_bytes, read_process
+from pwm_torchrl.modules.compiled import compiler_missing
 from pwm_torchrl.run.artifacts import swap_in
 from pwm_torchrl.run.summary import peak_device_bytes
 from pwm_torchrl.terminal import warn
@@ -96,6 +102,41 @@ class RunPlan:
             amount = f"{format_bytes(measured[place])} measured" if place in measured else "not measured"
             lines.append(f"{name[place]}: {amount}, {format_bytes(predicted[place])} predicted")
         return lines
+
+
+COMPILE_FILE = "compile.json"
+
+
+def decided_compile(cfg: Config, device: torch.device, run_dir: Path, resume: bool) -> Config:
+    """``cfg`` with ``algorithm.compile`` true or false: a resumed run keeps the decision that it began with.
+
+    Compiled code rounds differently, and an exact resumption must round alike. Where there is no compiler, a sentence
+    says so and the run is eager.
+
+    Raises:
+        ConfigurationError: if the file of an earlier decision is not one that this version wrote.
+    """
+    file = run_dir / COMPILE_FILE
+    if resume and file.exists():
+        decision = _saved_decision(file)
+    elif str(cfg.algorithm.compile).lower() == "auto":
+        decision = device.type == "cpu" and pays_to_compile(cfg)
+    else:
+        decision = compiles(cfg)
+    if decision and (missing := compiler_missing()) is not None:
+        warn(f"{missing}: the run is not compiled; install one, or set algorithm.compile=false.")
+        decision = False
+    swap_in(file, json.dumps({"compile": decision}) + "\n")
+    return replace(cfg, algorithm=replace(cfg.algorithm, compile=decision))
+
+
+def _saved_decision(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8"))["compile"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{file} does not say whether the run was compiled ({error}); delete it, and that is decided anew."
+        ) from error
 
 
 def saved_choices(run_dir: Path) -> Choices | None:

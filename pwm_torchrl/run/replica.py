@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pwm_torchrl.algorithm.build import EnvFacts, Facts, build_parts, facts_of
 from pwm_torchrl.config import Config
-from pwm_torchrl.devices import set_threads
+from pwm_torchrl.devices import set_precision, set_threads
 from pwm_torchrl.distributed.ranks import Ranks, RemoteOutOfMemory
 from pwm_torchrl.distributed.updates import SharedExecutor
 from pwm_torchrl.errors import ConfigurationError, RankFault
@@ -65,6 +65,7 @@ def follow_start(command: Mapping[str, Any], ranks: Ranks) -> SharedExecutor:
     ranks.idle = False
     cfg = dataclass_from_dict(Config, command["start"])
     set_threads(cfg.training.threads)
+    set_precision(cfg.training.precision)
     device = device_of_rank(command["device"], ranks.local_rank)
     ranks.use_device(device)
     with ranks.all_or_none():

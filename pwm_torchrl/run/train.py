@@ -17,7 +17,7 @@ from pwm_torchrl.algorithm.build import Parts, build_parts, facts_of
 from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import Config
-from pwm_torchrl.devices import hardware_name, pick_device, set_threads
+from pwm_torchrl.devices import hardware_name, pick_device, set_precision, set_threads
 from pwm_torchrl.distributed.ranks import Ranks, connected_ranks
 from pwm_torchrl.distributed.updates import SharedExecutor
 from pwm_torchrl.errors import ConfigurationError, StorageFault
@@ -37,7 +37,7 @@ from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.load import load_pretrained
 from pwm_torchrl.run.loggers import make_loggers
 from pwm_torchrl.run.loop import Loop, Recording
-from pwm_torchrl.run.memory_plan import RunPlan
+from pwm_torchrl.run.memory_plan import RunPlan, decided_compile
 from pwm_torchrl.run.metrics import CsvMetrics
 from pwm_torchrl.run.publish import log_artifacts
 from pwm_torchrl.run.replica import check_device, serve, start_replicas
@@ -178,6 +178,7 @@ class Run:
         self.progress = progress = progress or Progress()
         self.stop = stop or StopRequest()
         set_threads(cfg.training.threads)
+        set_precision(cfg.training.precision)
         self.device = pick_device(cfg.device)
         summary.fixed["hardware"] = hardware_name(self.device, torch.get_num_threads())
         seed_everything(cfg.seed)
@@ -187,7 +188,7 @@ class Run:
         closing.later("environments", self.source.close)
         with progress.phase("planning memory"):
             self.memory_plan = RunPlan(cfg, self.source.info, self.device, run_dir, resume)
-        self.cfg = self.memory_plan.plan.applied(cfg)
+        self.cfg = decided_compile(self.memory_plan.plan.applied(cfg), self.device, run_dir, resume)
         with progress.phase("building the networks", forks=True):
             self.evaluation = self._evaluation()
             closing.later("evaluation environments", self.evaluation.close)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
-from copy import deepcopy
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from torch import nn
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import actor_module, world_model_module
-from pwm_torchrl.objectives import PWMActorLoss, imagine
-from pwm_torchrl.objectives.functional import Compiled, apart, frozen, maybe_compiled
+from pwm_torchrl.objectives import PWMActorLoss
+from pwm_torchrl.objectives.functional import apart, frozen
 
 
 def refuse(*_: object) -> None:
@@ -125,22 +123,3 @@ class TestApart:
         with pytest.warns(UserWarning, match="No target network updater"):
             value = loss(n.start())["loss_actor"]
         assert all(g is not None for g in gradients(value, n.actor))
-
-
-class TestCompiled:
-    def test_is_compiled_at_the_first_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls = []
-        monkeypatch.setattr(torch, "compile", lambda function, fullgraph: calls.append(fullgraph) or function)
-        function = maybe_compiled(imagine, True)
-        assert calls == []
-        for _ in range(2):
-            function(lambda z, a: (z, z, z), lambda z, noise: z, torch.rand(2, 1), 3)
-        assert calls == [True]
-        assert maybe_compiled(imagine, False) is imagine
-
-    def test_copies_hold_the_function(self) -> None:
-        function = Compiled(imagine)
-        function._compiled = lambda: None
-        for copy in (pickle.loads(pickle.dumps(function)), deepcopy(function)):
-            assert copy.function is imagine
-            assert copy._compiled is None

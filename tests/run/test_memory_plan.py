@@ -12,6 +12,7 @@ import pytest
 import torch
 from training_cases import CLOCKWORK, assert_equal, config, rows_of, run_with, stop_after, weights_of
 
+from pwm_torchrl.config import Config
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 from pwm_torchrl.memory import watch as run_memory
@@ -19,7 +20,7 @@ from pwm_torchrl.memory.plan import budgets, make_plan
 from pwm_torchrl.memory.predict import HOST
 from pwm_torchrl.memory.watch import MemoryGuard
 from pwm_torchrl.run import memory_plan
-from pwm_torchrl.run.memory_plan import RunPlan, saved_choices
+from pwm_torchrl.run.memory_plan import RunPlan, decided_compile, saved_choices
 from pwm_torchrl.training import train
 
 AUTO = {"memory.kind": "auto", "training.replay_storage": "auto"}
@@ -174,3 +175,46 @@ class TestFiles:
         (tmp_path / "memory_plan.json").write_text(text)
         with pytest.raises(ConfigurationError, match=r"memory_plan\.json does not hold .* delete it"):
             saved_choices(tmp_path)
+
+
+class TestCompile:
+    """What ``algorithm.compile=auto`` decides, and that a resumed run keeps it."""
+
+    @staticmethod
+    def decided(cfg: Config, run_dir: Path, resume: bool = False) -> bool:
+        return decided_compile(cfg, torch.device("cpu"), run_dir, resume).algorithm.compile
+
+    @staticmethod
+    def cfg(epochs: int, compile: object = "auto") -> Config:
+        cfg = Config()
+        cfg.training.epochs = epochs
+        cfg.algorithm.compile = compile
+        return cfg
+
+    def test_long_runs_are_compiled_and_short_ones_not(self, tmp_path: Path) -> None:
+        assert self.decided(self.cfg(15_000), tmp_path)
+        assert not self.decided(self.cfg(10), tmp_path)
+        assert not decided_compile(self.cfg(15_000), torch.device("cuda"), tmp_path, False).algorithm.compile
+
+    def test_what_is_written_is_done(self, tmp_path: Path) -> None:
+        for value, expected in ((True, True), ("true", True), (False, False), ("false", False)):
+            assert self.decided(self.cfg(10, value), tmp_path) is expected
+
+    def test_a_resumed_run_keeps_the_decision(self, tmp_path: Path) -> None:
+        assert self.decided(self.cfg(15_000), tmp_path)
+        assert self.decided(self.cfg(10), tmp_path, resume=True)
+        assert not self.decided(self.cfg(10), tmp_path)
+
+    def test_without_a_compiler_a_sentence_and_eager(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        assert not self.decided(self.cfg(10, True), tmp_path)
+        told = capsys.readouterr().err
+        assert "no-such-compiler" in told
+        assert "algorithm.compile=false" in told
+
+    def test_a_broken_file_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / "compile.json").write_text("{}")
+        with pytest.raises(ConfigurationError, match=r"compile\.json"):
+            self.decided(self.cfg(10), tmp_path, resume=True)

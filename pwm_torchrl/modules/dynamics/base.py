@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from pwm_torchrl.modules.compiled import Piece
+
 
 class Dynamics(nn.Module):
     """Latent dynamics d(z, a, e) -> z'.
@@ -19,6 +21,8 @@ class Dynamics(nn.Module):
 
     #: network evaluations per transition
     evaluations: int = 1
+    #: what evaluates the network instead of the modules one by one, if anything does
+    piece: Piece | None = None
 
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Next latent ``[..., D]``."""

@@ -45,6 +45,8 @@ class ResidualDynamics(Dynamics):
         self.net = normed_mlp(latent_dim + task_dim + action_dim, units, latent_dim, head=None)
 
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
+        if self.piece is not None:
+            return self.piece([latent, task_embedding, action], self.net, self.simnorm_dim, latent)
         logits = self.net(cat_features(latent, task_embedding, action))
         return residual_endpoint(latent, logits, self.simnorm_dim)
 
@@ -126,7 +128,7 @@ class ResidualEndpointFlow(FlowDynamics):
             step_size (float or Tensor): read only if the field is conditioned on it.
             task_embedding (Tensor, optional): ``[..., E]``.
         """
-        inputs = cat_features(
+        inputs = (
             latent,
             task_embedding,
             action,
@@ -134,7 +136,9 @@ class ResidualEndpointFlow(FlowDynamics):
             start if self.condition_on_start else None,
             time_inputs(step_size, latent, 0) if self.condition_on_step_size else None,
         )
-        return residual_endpoint(latent, self.net(inputs), self.simnorm_dim)
+        if self.piece is not None:
+            return self.piece(inputs, self.net, self.simnorm_dim, latent)
+        return residual_endpoint(latent, self.net(cat_features(*inputs)), self.simnorm_dim)
 
     def integrate(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Solve the flow from τ = 0 to 1 in K uniform substeps.

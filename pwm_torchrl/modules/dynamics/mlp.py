@@ -30,7 +30,10 @@ class MLPDynamics(Dynamics):
         simnorm_dim: int = 8,
     ) -> None:
         super().__init__()
+        self.simnorm_dim = simnorm_dim
         self.net = normed_mlp(latent_dim + task_dim + action_dim, units, latent_dim, SimNorm(simnorm_dim))
 
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
+        if self.piece is not None:
+            return self.piece([latent, task_embedding, action], self.net, self.simnorm_dim)
         return self.net(cat_features(latent, task_embedding, action))
