@@ -83,9 +83,7 @@ def run(cfg: Config, run_dir: Path) -> None:
     optimizer = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE, fused=True)
     target = SoftUpdate(loss, tau=0.005)
     replay = TensorDictReplayBuffer(storage=LazyTensorStorage(cfg.training.replay_capacity), batch_size=BATCH)
-    collector = ResumableCollector(
-        env, actor, cfg.algorithm.collect_steps or cfg.algorithm.horizon, cfg.algorithm.random_steps
-    )
+    collector = ResumableCollector(env, actor, cfg.algorithm.steps_per_env, cfg.algorithm.random_steps)
     returns = EpisodeReturns(info.num_envs)
     csv = CsvMetrics(run_dir / "metrics.csv")
     summary.random_return = play(eval_env, random_action(eval_env), seed).returns.mean().item()

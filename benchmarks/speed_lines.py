@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pwm_torchrl.modules import (
-    SIZES,
     Actor,
     CriticEnsemble,
     WorldModelSpec,
@@ -34,6 +33,13 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
+
+try:
+    from pwm_torchrl.choices import sizes
+
+    SIZES: Any = sizes()
+except ImportError:  # a tree from before the sizes had one home
+    from pwm_torchrl.modules import SIZES
 
 OBSERVATION, ACTION, HORIZON = 37, 8, 16  # dflex's Ant
 MODELS: dict[str, dict[str, Any]] = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import os
 import typing
 from collections.abc import Iterable
@@ -13,7 +16,8 @@ from typing import Any
 import yaml
 
 import pwm_torchrl
-from pwm_torchrl.config import Config
+from pwm_torchrl import config as schema
+from pwm_torchrl.config import Config, Rule, Section, SizeConfig
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
@@ -22,9 +26,12 @@ __all__ = [
     "default_choices",
     "exact_choice",
     "group_choices",
+    "key_comments",
     "nearest",
     "nearest_sentence",
+    "schema_choices",
     "schema_keys",
+    "sizes",
     "user_configs_dir",
     "user_profiles",
 ]
@@ -117,6 +124,53 @@ def schema_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(hint):
             keys.update(schema_keys(typing.cast(type, hint), f"{prefix}{field.name}."))
     return keys
+
+
+def schema_choices() -> dict[str, tuple[str, ...]]:
+    """The dotted keys that accept a few strings, with these."""
+    return {key: rule.choices for key, rule in _rules(Config).items() if rule.choices}
+
+
+def _rules(cls: type[Section]) -> dict[str, Rule]:
+    rules: dict[str, Rule] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        if isinstance(hint, type) and issubclass(hint, Section):
+            rules.update(_rules(hint))
+        elif "rule" in field.metadata:
+            rules[cls.key + field.name] = field.metadata["rule"]
+    return rules
+
+
+def key_comments() -> dict[str, str]:
+    """What the comments beside the schema's fields say of each dotted key."""
+    source = inspect.getsource(schema)
+    lines, said = source.splitlines(), {}
+    sections = {cls.__name__: cls.key for cls in vars(schema).values() if isinstance(cls, type) and hasattr(cls, "key")}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef) or node.name not in sections:
+            continue
+        for field in node.body:
+            if (
+                not isinstance(field, ast.AnnAssign)
+                or not isinstance(field.target, ast.Name)
+                or field.target.id == "key"
+            ):
+                continue
+            first = lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode()
+            below = itertools.takewhile(lambda line: line.startswith("    # "), lines[field.end_lineno :])
+            words = [line.strip().removeprefix("#").strip() for line in (first, *below)]
+            said[sections[node.name] + field.target.id] = " ".join(filter(None, words))
+    return said
+
+
+def sizes() -> dict[str, SizeConfig]:
+    """The sizes of ``configs/size`` by their names."""
+    files = {name: choice_file("size", name) for name in group_choices()["size"]}
+    return {
+        name: SizeConfig(**yaml.safe_load(file.read_text(encoding="utf-8"))["size"]) for name, file in files.items()
+    }
 
 
 def nearest(value: str, choices: Iterable[str], n: int = 3) -> list[str]:

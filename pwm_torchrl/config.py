@@ -1,153 +1,353 @@
 """Typed configuration of a run: what Hydra composes and every part of the program reads.
 
-One field, one meaning: the comment beside it is its documentation. Defaults are the algorithm's; the YAML files in
-``configs/`` hold only what deviates from them.
+A field is declared once: its type, default, choices and range are written here, and the comment beside it is its
+documentation. Values are checked when a section is made, and again by :meth:`Section.check` once all is composed.
+Defaults are the algorithm's; the YAML files in ``configs/`` hold only what deviates from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
+
+from pwm_torchrl.errors import ConfigurationError, nearest
 
 # ``Optional[...]`` instead of ``... | None``: OmegaConf resolves these hints at run time, on Python 3.10 too.
+
+#: What a run may train; an update, its loss, optimizer, keys and metrics have the name of their network.
+NETWORKS = ("model", "actor", "critic")
+
+#: The algorithms and the classes that train by them; another one is named by the dotted path of its class.
+ALGORITHMS = {
+    "pwm_paper": "pwm_torchrl.algorithm.pwm_paper.PaperPWM",
+    "pwm": "pwm_torchrl.algorithm.pwm_paper.PaperPWM",
+    "shac": "pwm_torchrl.algorithm.shac.SHAC",
+}
 
 MISSING: Any = "???"  # OmegaConf's marker of a mandatory value, written out so that this file needs no OmegaConf
 
 
+def one_of(default: str, *others: str, path: bool = False) -> Any:
+    """A field that accepts a few strings, the first of which is its default.
+
+    Args:
+        default: its default.
+        *others: the other choices.
+        path: whether a dotted path is accepted beside them, which whoever imports it checks.
+    """
+    return field(default=default, metadata={"rule": Rule((default, *others), path)})
+
+
+def several_of(*choices: str) -> Any:
+    """A list of strings, each of them one of a few; empty by default."""
+    return field(default_factory=list, metadata={"rule": Rule(choices)})
+
+
+def setting(
+    default: Any,
+    *,
+    pattern: str | None = None,
+    words: str = "",
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    infinite: bool = False,
+    count: int | None = None,
+) -> Any:
+    """A field with what it accepts; ``None`` is accepted wherever the type has it.
+
+    Args:
+        default: its default, a list's elements included.
+        pattern: regular expression of the strings that it accepts.
+        words: the same in words.
+        least: smallest number, of a list of each.
+        above: number that it must be above.
+        most: largest number.
+        below: number that it must be below.
+        infinite: whether it may be infinite, which is no limit.
+        count: length of a list; without one, at least 1.
+    """
+    rule = Rule((), False, pattern, words, least, above, most, below, infinite, count)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"rule": rule})
+    return field(default=default, metadata={"rule": rule})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field accepts; see :func:`one_of` and :func:`setting`."""
+
+    choices: tuple[str, ...] = ()
+    path: bool = False
+    pattern: str | None = None
+    words: str = ""
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    infinite: bool = False
+    count: int | None = None
+
+    def check(self, key: str, value: Any) -> None:
+        """Raise ConfigurationError unless the value of a dotted key is accepted."""
+        if value is None or value == MISSING:
+            return
+        for each in value if isinstance(value, list) else [value]:
+            written = str(each).lower() if isinstance(each, bool) else each
+            if not self.choices or written in self.choices or (self.path and "." in str(each)):
+                continue
+            near = nearest(str(each), self.choices)
+            raise ConfigurationError(
+                f"{key}={each} is not accepted{near and f'; nearest: {near}'}; choose one of {', '.join(self.choices)}"
+                + (", or the dotted path of your own" if self.path else "")
+            )
+        if self.pattern is not None and re.fullmatch(self.pattern, str(value)) is None:
+            raise ConfigurationError(f"{key}={value} must be {self.words}")
+        if isinstance(value, list) and (self.choices or self == FINITE):
+            return
+        if isinstance(value, (list, tuple)):
+            if len(value) != (self.count or max(1, len(value))):
+                raise ConfigurationError(f"{key}={list(value)} must be a list of {self.count or 'one or more'} numbers")
+            for number in value:
+                self._check_number(f"{key}={list(value)}", number)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            self._check_number(f"{key}={value}", value)
+
+    def _check_number(self, said: str, number: Any) -> None:
+        if math.isnan(number):
+            raise ConfigurationError(f"{said} is not a number; give one")
+        if math.isinf(number) and not self.infinite:
+            raise ConfigurationError(f"{said} must be finite")
+        if self.least is not None and self.most is None and self.below is None and not number >= self.least:
+            raise ConfigurationError(f"{said} is too small; it must be at least {self.least:g}")
+        if self.above is not None and self.most is None and self.below is None and not number > self.above:
+            raise ConfigurationError(f"{said} must be above {self.above:g}")
+        low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
+        if low is None or high is None:
+            return
+        inside = (number > low if self.above is not None else number >= low) and (
+            number < high if self.below is not None else number <= high
+        )
+        if not inside:
+            brackets = "(" if self.above is not None else "[", ")" if self.below is not None else "]"
+            raise ConfigurationError(f"{said} must lie in {brackets[0]}{low:g}, {high:g}{brackets[1]}")
+
+
+def _has_type(value: Any, hint: str) -> bool:
+    """Whether a value is a list where its field is one, and of whole numbers where they are."""
+    if not hint.startswith("list["):
+        return not isinstance(value, list)
+    return isinstance(value, list) and (hint != "list[int]" or all(isinstance(number, int) for number in value))
+
+
+class Section:
+    """A group of fields, which checks its values."""
+
+    key: ClassVar[str]  # dotted, with a dot behind it
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Check the values against what their fields accept, and against each other.
+
+        Raises:
+            ConfigurationError: for the first one that is not accepted; it names key, value and what is accepted.
+        """
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if isinstance(value, Section):
+                value.check()
+            elif _has_type(value, str(each.type)):  # what composes a configuration says what has another one
+                each.metadata.get("rule", FINITE).check(self.key + each.name, value)
+
+
+#: What a field accepts that says nothing: any value, of numbers those that are finite.
+FINITE = Rule()
+
+
 @dataclass
-class DynamicsConfig:
+class DynamicsConfig(Section):
     """Latent dynamics d(z, a, e) -> z' (see :mod:`pwm_torchrl.modules.dynamics`)."""
 
-    kind: str = "flow"  # mlp | residual | flow, or the dotted path of a Dynamics of one's own
-    parameterization: str = "residual_endpoint"  # residual_endpoint | tangent | simnorm_velocity (flow only)
-    solver: str = "heun"  # euler | heun (flow only)
-    substeps: int = 4  # K >= 1 solver substeps per transition (flow only)
+    key: ClassVar[str] = "model.dynamics."
+
+    kind: str = one_of("flow", "mlp", "residual", path=True)  # a dotted path: a Dynamics of one's own
+    parameterization: str = one_of("residual_endpoint", "tangent", "simnorm_velocity")  # flow only
+    solver: str = one_of("heun", "euler")  # flow only
+    substeps: int = setting(4, least=1)  # K, solver substeps per transition (flow only)
     condition_on_start: bool = False  # feed z_t to the velocity field beside z_tau
-    time_features: int = 0  # number of sine/cosine pairs added to tau
+    time_features: int = setting(0, least=0)  # number of sine/cosine pairs added to tau
     condition_on_step_size: bool = False  # feed the step size (needed by self-consistency)
     checkpoint_substeps: Optional[bool] = None  # recompute substeps in the backward pass: less memory, same gradients;
     # None: the memory plan decides
 
 
 @dataclass
-class ModelLossConfig:
+class ModelLossConfig(Section):
     """World-model objective (see :class:`pwm_torchrl.objectives.PWMModelLoss`)."""
 
-    form: str = "pwm"  # pwm | tdmpc2: weights gamma^t, coefficients 1 | weights rho^t, coefficients 20 and 0.1
-    dynamics_coef: Optional[float] = None  # None: the form's own
-    reward_coef: Optional[float] = None  # None: the form's own
-    termination_coef: float = 1.0
-    rho: Optional[float] = None  # per-step weight; None: gamma for pwm, 0.5 for tdmpc2
-    rollout_weight: float = 1.0  # lambda_roll: weight of the rollout loss of the dynamics
-    flow_matching_weight: float = 0.0  # lambda_fm
-    flow_matching_source: str = "teacher"  # teacher | detached | attached: where z_s comes from
-    self_consistency_weight: float = 0.0  # lambda_sc
+    key: ClassVar[str] = "model.loss."
+
+    form: str = one_of("pwm", "tdmpc2")  # weights gamma^t, coefficients 1; tdmpc2: weights rho^t, coefficients 20 and
+    # 0.1
+    dynamics_coef: Optional[float] = setting(None, least=0)  # None: the form's own
+    reward_coef: Optional[float] = setting(None, least=0)  # None: the form's own
+    termination_coef: float = setting(1.0, least=0)
+    rho: Optional[float] = setting(None, least=0)  # per-step weight; None: gamma for pwm, 0.5 for tdmpc2
+    rollout_weight: float = setting(1.0, least=0)  # lambda_roll: weight of the rollout loss of the dynamics
+    flow_matching_weight: float = setting(0.0, least=0)  # lambda_fm
+    flow_matching_source: str = one_of("teacher", "detached", "attached")  # where z_s comes from
+    self_consistency_weight: float = setting(0.0, least=0)  # lambda_sc
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     """World model: dynamics, heads and their loss."""
+
+    key: ClassVar[str] = "model."
 
     name: str = MISSING
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     loss: ModelLossConfig = field(default_factory=ModelLossConfig)
-    reward_head: str = "scalar"  # scalar | two_hot
-    num_bins: int = 101  # two-hot bins
+    reward_head: str = one_of("scalar", "two_hot")  # scalar or two_hot: squared error of the reward, or cross-entropy
+    # over bins
+    num_bins: int = setting(101, least=2)  # two-hot bins
     vmin: float = -10.0  # lowest two-hot bin, symlog space
     vmax: float = 10.0  # highest two-hot bin, symlog space
-    reward_space: str = "raw"  # raw | symlog: the space in which the policy maximises a two-hot reward
+    reward_space: str = one_of("raw", "symlog")  # the space in which the policy maximises a two-hot reward
     termination_head: Optional[bool] = None  # None: where the environment terminates
 
+    def check(self) -> None:
+        super().check()
+        if not self.vmin < self.vmax:
+            raise ConfigurationError(f"model.vmin={self.vmin} must be below model.vmax={self.vmax}")
+
 
 @dataclass
-class SizeConfig:
+class SizeConfig(Section):
     """Widths of every network."""
 
+    key: ClassVar[str] = "size."
+
     name: str = MISSING
-    latent_dim: int = MISSING  # D, a multiple of simnorm_dim
-    units: list[int] = MISSING  # hidden widths of dynamics and reward head
-    encoder_units: list[int] = MISSING  # hidden widths of the encoder
-    simnorm_dim: int = 8  # V, size of a SimNorm group
-    task_dim: int = 96  # E, multi-task only
-    actor_units: list[int] = field(default_factory=lambda: [400, 200, 100])
-    critic_units: list[int] = field(default_factory=lambda: [400, 200])
-    num_critics: int = 3
+    latent_dim: int = setting(MISSING, least=1)  # D, a multiple of simnorm_dim
+    units: list[int] = setting(MISSING, least=1)  # hidden widths of dynamics and reward head
+    encoder_units: list[int] = setting(MISSING, least=1)  # hidden widths of the encoder
+    simnorm_dim: int = setting(8, least=1)  # V, size of a SimNorm group
+    task_dim: int = setting(96, least=1)  # E, multi-task only
+    actor_units: list[int] = setting([400, 200, 100], least=1)
+    critic_units: list[int] = setting([400, 200], least=1)
+    num_critics: int = setting(3, least=1)
+
+    def check(self) -> None:
+        super().check()
+        if MISSING not in (self.latent_dim, self.simnorm_dim) and self.latent_dim % self.simnorm_dim:
+            raise ConfigurationError(
+                f"size.latent_dim={self.latent_dim} is not a multiple of size.simnorm_dim={self.simnorm_dim}; SimNorm "
+                "needs groups of equal size"
+            )
 
 
 @dataclass
-class AlgorithmConfig:
-    """PWM: what one epoch does (see :mod:`pwm_torchrl.algorithm.pwm`).
+class AlgorithmConfig(Section):
+    """What trains, and what one of its epochs does (see :mod:`pwm_torchrl.algorithm`).
 
     An epoch collects ``collect_steps`` agent steps in every environment, then updates model, actor and critic
-    as often as is said here. In a pre-training or an extraction it consists of its updates alone.
+    as often as is said here. In a pre-training or an extraction it consists of its updates alone. Defaults are those of
+    the published algorithm, ``pwm_paper``; configs/algorithm has what others set.
     """
 
-    horizon: int = 16  # H of imagination and of the model's training slices, agent steps
-    collect_steps: Optional[int] = None  # agent steps per environment and epoch; None: horizon
-    random_steps: int = 0  # first agent steps (all environments together) with uniform actions
-    gamma: float = 0.99
-    lmbda: float = 0.95  # lambda of the TD(lambda) critic targets
+    key: ClassVar[str] = "algorithm."
+
+    name: str = one_of(*ALGORITHMS, path=True)  # pwm_paper: as published; a dotted path: an algorithm of one's own
+    horizon: int = setting(16, least=1)  # H of imagination and of the model's training slices, agent steps
+    collect_steps: Optional[int] = setting(None, least=1)  # agent steps per environment and epoch; None: horizon
+    random_steps: int = setting(0, least=0)  # first agent steps (all environments together) with uniform actions
+    gamma: float = setting(0.99, above=0, most=1)
+    lmbda: float = setting(0.95, least=0, most=1)  # lambda of the TD(lambda) critic targets
     detach: bool = True  # stop the gradient at the actor's input in imagination
-    entropy_weight: float = 0.0  # of the policy's entropy beside the scaled return; keeps actions from saturating
+    entropy_weight: float = setting(0.0, least=0)  # of the policy's entropy beside the scaled return; keeps actions
+    # from saturating
     normalize_returns: bool = True  # divide the actor loss by the running std of the imagined returns
     normalize_observations: bool = False  # running mean and std in front of the encoder
     normalize_rewards: bool = False  # divide rewards by a running scale; never shifts them
-    actor_starts: str = "replay"  # replay | current: where imagination starts
-    actor_batch: int = 128  # imagined rollouts per actor update
-    actor_updates: int = 1  # per epoch
-    model_batch: int = 256  # slices per model update
-    model_updates: int = 8  # per epoch
-    first_model_updates: Optional[int] = None  # in the first training epoch; None: an episode's length
-    critic_passes: int = 8  # passes over the rollouts of each actor update
-    critic_minibatches: int = 4  # minibatches per pass
-    model_lr: float = 3e-4
-    actor_lr: float = 5e-4
-    critic_lr: float = 5e-4
-    final_lr: float = 1e-5  # every learning rate falls linearly to this one
-    model_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of Adam
-    actor_betas: list[float] = field(default_factory=lambda: [0.7, 0.95])  # of Adam
-    critic_betas: list[float] = field(default_factory=lambda: [0.7, 0.95])  # of Adam
-    model_grad_norm: float = 20.0  # gradient-norm clip
-    actor_grad_norm: float = 1.0
-    critic_grad_norm: float = 100.0
+    actor_starts: str = one_of("replay", "current")  # where imagination starts: anywhere, or in the batch just
+    # collected
+    actor_batch: int = setting(128, least=1)  # imagined rollouts per actor update
+    actor_updates: int = setting(1, least=1)  # per epoch
+    model_batch: int = setting(256, least=1)  # slices per model update
+    model_updates: int = setting(8, least=0)  # per epoch
+    first_model_updates: Optional[int] = setting(None, least=0)  # in the first training epoch; None: an episode's
+    # length
+    critic_passes: int = setting(8, least=1)  # passes over the rollouts of each actor update
+    critic_minibatches: int = setting(4, least=1)  # minibatches per pass
+    model_lr: float = setting(3e-4, above=0)
+    actor_lr: float = setting(5e-4, above=0)
+    critic_lr: float = setting(5e-4, above=0)
+    final_lr: float = setting(1e-5, least=0)  # every learning rate falls linearly to this one
+    model_betas: list[float] = setting([0.9, 0.999], least=0, below=1, count=2)  # of Adam
+    actor_betas: list[float] = setting([0.7, 0.95], least=0, below=1, count=2)  # of Adam
+    critic_betas: list[float] = setting([0.7, 0.95], least=0, below=1, count=2)  # of Adam
+    model_grad_norm: float = setting(20.0, above=0, infinite=True)  # gradient-norm clip
+    actor_grad_norm: float = setting(1.0, above=0, infinite=True)
+    critic_grad_norm: float = setting(100.0, above=0, infinite=True)
     log_std_init: float = -1.0  # actor's state-independent log standard deviation
     log_std_min: float = -1.427
-    compile: Any = "auto"  # auto | true | false: compile the evaluation of the dynamics; auto: where a run is
-    # long enough to pay for it, as measured on a CPU (:func:`pwm_torchrl.algorithm.build.pays_to_compile`)
+    compile: Any = one_of("auto", "true", "false")  # compile the evaluation of the dynamics; auto: where a run is long
+    # enough to pay for it, as measured on a CPU (:func:`pwm_torchrl.algorithm.base.pays_to_compile`)
+
+    @property
+    def steps_per_env(self) -> int:
+        """Agent steps that an epoch collects in each environment."""
+        return self.horizon if self.collect_steps is None else self.collect_steps
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Section):
     """Length of a run and what happens on the way.
 
     An epoch: ``algorithm.collect_steps`` agent steps in each of ``env.num_envs`` environments, then the updates.
     """
 
-    epochs: int = 15_000  # of the whole run
-    steps: Optional[int] = None  # the length in environment steps instead (agent steps times action repeat), as it was
-    # asked for: epochs then holds the whole epochs in which at least so many are collected
-    eval_every: int = 50  # epochs between evaluations; 0: only at the end
-    eval_episodes: int = 10  # deterministic episodes per evaluation, on environments of their own
-    checkpoint_every: int = 50  # epochs between checkpoints; 0: only at the end
-    checkpoint_minutes: float = 30.0  # minutes after which the end of an epoch saves one in any case; 0: never
-    keep_checkpoints: int = 2  # newest ones kept, beside the best
-    replay_capacity: int = 1_000_000  # transitions
-    replay_storage: str = "auto"  # auto | memory | device | disk: files in the run directory
-    gradient_profile_every: int = 50  # epochs between logs of the gradient norm per horizon step; 0: never
+    key: ClassVar[str] = "training."
+
+    epochs: int = setting(15_000, least=1)  # length of the run
+    steps: Optional[int] = setting(None, least=1)  # the length in environment steps instead, such as 1e6;
+    # epochs then holds the whole epochs in which at least so many are collected
+    eval_every: int = setting(50, least=0)  # epochs between evaluations; 0: only at the end
+    eval_episodes: int = setting(10, least=0)  # deterministic episodes per evaluation, on environments of their own
+    checkpoint_every: int = setting(50, least=0)  # epochs between checkpoints; 0: only at the end
+    checkpoint_minutes: float = setting(30.0, least=0, infinite=True)  # minutes after which the end of an epoch saves
+    # one in any case; 0: never
+    keep_checkpoints: int = setting(2, least=1)  # newest ones kept, beside the best
+    replay_capacity: int = setting(1_000_000, least=1)  # transitions
+    replay_storage: str = one_of("auto", "memory", "device", "disk")  # disk: files in the run directory; auto: the
+    # memory plan decides
+    gradient_profile_every: int = setting(50, least=0)  # epochs between logs of the gradient norm per horizon step; 0:
+    # never
     video: bool = True  # film one deterministic episode at the end
-    threads: Optional[int] = None  # torch threads; None: the CPUs of the allocation
-    precision: str = "fp32"  # fp32 | tf32 | bf16: of matrix products in updates; all else is float32; tf32 is for GPUs
+    threads: Optional[int] = setting(None, least=1)  # torch threads; None: the CPUs of the allocation
+    precision: str = one_of(
+        "fp32", "tf32", "bf16"
+    )  # of matrix products in updates; all else is float32; tf32 is for GPUs
     progress: bool = True  # progress bar
     check_graphs: bool = False  # debug: fail an epoch that leaves more live autograd nodes than it found
 
 
 @dataclass
-class LoggerConfig:
+class LoggerConfig(Section):
     """Where metrics go besides metrics.csv, which is always written."""
 
-    kind: str = "csv"  # csv | tensorboard | wandb
-    also: list[str] = field(default_factory=list)  # further ones; logger=[tensorboard,wandb] sets both keys
+    key: ClassVar[str] = "logger."
+
+    kind: str = one_of("csv", "tensorboard", "wandb")  # csv: nowhere else
+    also: list[str] = several_of("csv", "tensorboard", "wandb")
+    # further ones; logger=[tensorboard,wandb] sets both keys
     project: str = "pwm_torchrl"  # wandb
     entity: Optional[str] = None  # wandb
     group: Optional[str] = None  # wandb; None: one group for runs that differ in the seed only
@@ -155,73 +355,96 @@ class LoggerConfig:
     tags: list[str] = field(default_factory=list)  # wandb
     notes: Optional[str] = None  # wandb
     artifacts: bool = True  # wandb: upload the best policy and the world model of a finished run
-    mode: str = "auto"  # wandb: auto (online with key and network, else offline) | online | offline | disabled
+    mode: str = one_of("auto", "online", "offline", "disabled")
+    # wandb: auto is online with key and network, else offline
 
 
 @dataclass
-class ClusterConfig:
+class ClusterConfig(Section):
     """Where a submitted job runs, what its nodes have and what it asks SLURM for."""
 
-    kind: str = "auto"  # auto: slurm where it is found, else local | local: a process of its own here | debug: in this
-    # process | slurm: a job of SLURM
+    key: ClassVar[str] = "cluster."
+
+    kind: str = one_of("auto", "local", "debug", "slurm")  # auto: slurm where it is found, else local; local: a process
+    # of its own here; debug: in this process; slurm: a job of SLURM
     name: str = "auto"  # label
-    host_gib: Optional[float] = (
-        None  # host memory a job may have on a node, at most, GiB; None: what this machine offers
-    )
+    host_gib: Optional[float] = setting(None, above=0)  # host memory a job may have on a node, at most, GiB; None: what
+    # this machine offers
     gpu: Optional[str] = None  # type of the GPU, such as l40s, for the memory plan; None: none, or this machine's
-    gpus: int = 0  # GPUs per node; each has a task of its own, and without any there is one task
-    nodes: int = 1
+    gpus: int = setting(0, least=0)  # GPUs per node; each has a task of its own, and without any there is one task
+    nodes: int = setting(1, least=1)
     partition: Optional[str] = None  # None: SLURM's default, as for every key down to gres
     account: Optional[str] = None
     qos: Optional[str] = None
     constraint: Optional[str] = None  # features that a node must have, such as l40s or "a100&nvlink"
     gres: Optional[str] = None  # what --gres asks for in place of gpus, such as gpu:l40s:1
-    cpus: Optional[int] = None  # CPUs per task; None: training.threads, or 2
-    mem_gib: Optional[float] = None  # host memory per node, GiB; None: what the memory plan needs
+    cpus: Optional[int] = setting(None, least=1)  # CPUs per task; None: training.threads, or 2
+    mem_gib: Optional[float] = setting(None, above=0)  # host memory per node, GiB; None: what the memory plan needs
     time: Optional[str] = None  # time limit in SLURM's writing, "24:00:00"; read into time_min
-    time_min: Optional[int] = None  # time limit, minutes; None: estimated from the run's length
-    max_time_min: Optional[int] = (
-        None  # the longest limit asked for, minutes; longer runs come back until they are done
-    )
-    signal_delay_s: int = 120  # seconds before the limit at which the run is told to save; SLURM may be 60 s early
+    time_min: Optional[int] = setting(None, least=1)  # time limit, minutes; None: estimated from the run's length
+    max_time_min: Optional[int] = setting(None, least=1)
+    signal_delay_s: int = setting(120, least=1)  # seconds before the limit at which the run is told to save; SLURM may
+    # be 60 s early
     setup: list[str] = field(default_factory=list)  # lines of shell that run before the job, such as "module load cuda"
-    array_parallelism: Optional[int] = None  # jobs of one submission that may run at a time; None: all
-    max_memory_restarts: int = 3  # how often a job that ran out of memory comes back with more, or with smaller batches
+    array_parallelism: Optional[int] = setting(None, least=1)  # jobs of one submission that may run at a time; None:
+    # all
+    max_memory_restarts: int = setting(3, least=0)  # how often a job that ran out of memory comes back with more, or
+    # with smaller batches
     comment: Optional[str] = None  # shown by SLURM beside the job
 
 
 @dataclass
-class MemoryConfig:
+class MemoryConfig(Section):
     """How a run fits into memory (see :mod:`pwm_torchrl.memory`)."""
 
-    kind: str = "auto"  # auto: what is null here, and more, is planned | fixed: only what is written
-    model_micro_batch: Optional[int] = None  # slices per backward pass of a model update; None: planned, or all
-    actor_micro_batch: Optional[int] = None  # rollouts per backward pass of an actor update; None: likewise
-    critic_micro_batch: Optional[int] = None  # states per backward pass of a critic update; None: likewise
-    host_gib: Optional[float] = None  # budget of host memory, GiB; None: what the machine, its cgroup or SLURM gives
-    device_gib: Optional[float] = None  # budget of GPU memory, GiB; None: what is free on the GPU
-    margin: float = 0.1  # share that a plan leaves free: of what lies below stop_at on the host, of the GPU's memory
-    stop_at: float = 0.85  # share of the host limit, reclaimable memory apart, at which the run saves and stops
-    disk_above_gib: float = 8.0  # GiB; a replay larger than this goes to disk (training.replay_storage=auto)
+    key: ClassVar[str] = "memory."
+
+    kind: str = one_of("auto", "fixed")  # auto: what is null here, and more, is planned; fixed: only what is written
+    model_micro_batch: Optional[int] = setting(None, least=1)  # slices per backward pass of a model update; None:
+    # planned, or all
+    actor_micro_batch: Optional[int] = setting(None, least=1)  # rollouts per backward pass of an actor update; None:
+    # likewise
+    critic_micro_batch: Optional[int] = setting(None, least=1)  # states per backward pass of a critic update; None:
+    # likewise
+    host_gib: Optional[float] = setting(None, above=0)  # budget of host memory, GiB; None: what the machine, its cgroup
+    # or SLURM gives
+    device_gib: Optional[float] = setting(None, above=0)  # budget of GPU memory, GiB; None: what is free on the GPU
+    margin: float = setting(0.1, least=0, below=1)  # share that a plan leaves free: of what lies below stop_at on the
+    # host, of the GPU's memory
+    stop_at: float = setting(0.85, above=0, most=1)  # share of the host limit, reclaimable memory apart, at which the
+    # run saves and stops
+    disk_above_gib: float = setting(8.0, least=0, infinite=True)  # GiB; a replay larger than this goes to disk
+    # (training.replay_storage=auto)
+
+
+def micro_batch_key(network: str) -> str:
+    """The field of :class:`MemoryConfig` that sets the micro-batch of a network's update."""
+    return f"{network}_micro_batch"
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
     """Stored episodes (see :class:`pwm_torchrl.data.episodes.EpisodeStore`)."""
 
+    key: ClassVar[str] = "data."
+
     path: Optional[str] = None  # a store that launch/data.py import wrote
-    stage: str = "none"  # none | scratch: read from a copy on the node's own disk, made once per node
+    stage: str = one_of("none", "scratch")  # scratch: read from a copy on the node's own disk, made once per node
     scratch_dir: Optional[str] = None  # where that copy goes; None: SLURM_TMPDIR or TMPDIR
     balanced: bool = False  # draw tasks with equal probability; else every slice
-    validation_fraction: float = 0.02  # share of each task's episodes that training never sees
-    validation_slices: int = 256  # slices per task in a validation
+    validation_fraction: float = setting(0.02, least=0, below=1)  # share of each task's episodes that training never
+    # sees
+    validation_slices: int = setting(256, least=1)  # slices per task in a validation
 
 
 @dataclass
-class Config:
+class Config(Section):
     """A whole run."""
 
-    mode: str = "online"  # online: collect, learn a world model and a policy | pretrain: a world model from stored
+    key: ClassVar[str] = ""
+
+    mode: str = one_of("online", "pretrain", "extract")  # online: collect, learn a world model and a policy; pretrain:
+    # a world model from stored episodes of many tasks; extract: a policy for one task in a pre-trained world model
     # episodes of many tasks | extract: a policy for one task in a pre-trained world model
     tasks: Optional[str] = None  # pretrain: mt30 | mt80 | names with commas between | a YAML list of names
     task: Optional[str] = None  # extract: a task of the world model
@@ -238,10 +461,12 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    seed: int = 0  # one seed determines a run on the CPU
-    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    seed: int = setting(0, least=0)  # one seed determines a run on the CPU
+    device: str = setting("auto", pattern=r"auto|cpu|cuda(:\d+)?", words="auto, cpu, cuda or cuda:N")
+    # auto, cpu, cuda or cuda:N
     runs_dir: str = "runs"  # where new run directories are created
-    run_dir: Optional[str] = None  # this run's directory; None: a new one under runs_dir
+    run_dir: Optional[str] = None  # this run's directory; an unfinished run in it, of the same settings, is
+    # resumed; None: a new one under runs_dir
 
 
 #: Keys of earlier versions and those that took their place; command lines and the files of earlier runs may have them.
@@ -278,47 +503,3 @@ RENAMED_METRICS = {
     "lr/critics": "lr/critic",
     "memory/imagination_micro_batch": "memory/actor_micro_batch",
 }
-
-
-@dataclass(frozen=True)
-class Update:
-    """One of an epoch's updates, under the name of the network that it trains.
-
-    That name is the one word for it everywhere: keys ``algorithm.{name}_lr`` and ``memory.{name}_micro_batch``, losses,
-    optimizers, metrics ``loss/{name}``, checkpoints and messages.
-    """
-
-    name: str
-    rows: str  # what a batch consists of
-    batch: Callable[[AlgorithmConfig], int]  # rows of a batch
-    per_epoch: Callable[[AlgorithmConfig], int]  # updates in an epoch
-
-    @property
-    def micro_batch_key(self) -> str:
-        """The field of :class:`MemoryConfig` that sets its micro-batch."""
-        return f"{self.name}_micro_batch"
-
-
-#: The updates in the order in which an epoch makes them.
-UPDATES = {
-    update.name: update
-    for update in (
-        Update("model", "slices", lambda a: a.model_batch, lambda a: a.model_updates),
-        Update("actor", "rollouts", lambda a: a.actor_batch, lambda a: a.actor_updates),
-        Update(
-            "critic",
-            "states",
-            lambda a: -(-a.actor_batch * a.horizon // a.critic_minibatches),
-            lambda a: a.actor_updates * a.critic_passes * a.critic_minibatches,
-        ),
-    )
-}
-
-
-def trained_networks(cfg: Config) -> tuple[str, ...]:
-    """Names of the networks that a run trains, which are those of its updates."""
-    if cfg.mode == "pretrain":
-        return ("model",)
-    if cfg.mode == "extract" and not cfg.finetune:
-        return ("actor", "critic")
-    return tuple(UPDATES)

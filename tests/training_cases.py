@@ -18,7 +18,7 @@ from torchrl.envs import EnvBase, GymWrapper
 import pwm_torchrl.run.train as run_module
 from pwm_torchrl.algorithm.build import Facts, build_losses, build_networks, build_optimizers
 from pwm_torchrl.algorithm.metrics import MetricRow
-from pwm_torchrl.algorithm.pwm import PWM, EpochWork
+from pwm_torchrl.algorithm.pwm_paper import PaperPWM, PaperWork
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import (
     AlgorithmConfig,
@@ -228,7 +228,7 @@ class Bench:
         self.replay.extend(self.data)
         self.reduced: list[tuple[str, int, int]] = []
         updates = Updates(LocalExecutor(self.losses, self.optimizers), cfg.memory, self.reductions)
-        self.algorithm = PWM(
+        self.algorithm = PaperPWM(
             cfg.algorithm, self.networks, self.losses, self.optimizers, self.replay, updates, first_model_updates=3
         )
         self.epochs, self.epoch = cfg.training.epochs, 0
@@ -244,7 +244,7 @@ class Bench:
         keys = self.losses.critic.tensor_keys
         states = rollout.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
         passes = self.algorithm.cfg.critic_passes
-        self.algorithm.update_critic(EpochWork(0, 0, states=states, passes=passes, row=row))
+        self.algorithm.update_critic(PaperWork(0, actor_updates=0, states=states, passes=passes, row=row))
 
     def reductions(self, update: str, refused: int, size: int, message: str) -> None:
         self.reduced.append((update, refused, size))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from pwm_torchrl.config import UPDATES, Config, ModelConfig, trained_networks
+from pwm_torchrl.config import Config, ModelConfig
 from pwm_torchrl.modules import (
     Actor,
     CriticEnsemble,
@@ -42,6 +43,8 @@ class EnvFacts(Protocol):
     def action_low(self) -> tuple[float, ...]: ...
     @property
     def action_high(self) -> tuple[float, ...]: ...
+    @property
+    def simulator(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Facts:
     action_dims: tuple[int, ...] = ()  # of every task of a multi-task world model
     action_low: tuple[float, ...] = ()  # in the environment's own units; empty in checkpoints that do not say
     action_high: tuple[float, ...] = ()
+    simulator: ClassVar[None] = None  # of a differentiable environment; no part of what is saved
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Facts:
@@ -166,57 +170,31 @@ def build_world_model(cfg: Config, facts: EnvFacts) -> WorldModel:
 
 
 def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
-    """The networks of a run of any mode, on ``device``."""
-    algorithm, size = cfg.algorithm, cfg.size
+    """A world model, and actor and critics of its latents unless it is pre-trained alone; on ``device``."""
     if cfg.mode == "pretrain":
         return Networks(model=on(build_world_model(cfg, facts), device))
-    actor = Actor(  # first: a seed gives the same networks as ever
-        size.latent_dim,
-        facts.action_dim,
-        list(size.actor_units),
-        algorithm.log_std_init,
-        algorithm.log_std_min,
-    )
+    actor = build_actor(cfg, cfg.size.latent_dim, facts.action_dim)  # first: a seed gives the same networks as ever
     networks = Networks(model=on(build_world_model(cfg, facts), device), actor=on(actor, device))
-    networks.critic = on(CriticEnsemble(size.latent_dim, list(size.critic_units), size.num_critics), device)
+    networks.critic = on(build_critic(cfg, cfg.size.latent_dim), device)
     return networks
 
 
-@dataclass
-class Parts:
-    """What a run computes with."""
-
-    networks: Networks
-    losses: Losses
-    optimizers: dict[str, NetworkOptimizer]
+def build_actor(cfg: Config, input_dim: int, action_dim: int) -> Actor:
+    """A policy on latents or observations."""
+    return Actor(
+        input_dim, action_dim, list(cfg.size.actor_units), cfg.algorithm.log_std_init, cfg.algorithm.log_std_min
+    )
 
 
-def build_parts(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Parts:
-    """Networks, losses and optimizers of a run of any mode."""
-    networks = build_networks(cfg, facts, device)
-    return Parts(networks, build_losses(cfg, networks), build_optimizers(cfg, networks))
+def build_critic(cfg: Config, input_dim: int) -> CriticEnsemble:
+    """Values of latents or observations."""
+    return CriticEnsemble(input_dim, list(cfg.size.critic_units), cfg.size.num_critics)
 
 
 def on(module: AnyModule, device: torch.device | str) -> AnyModule:
     """``module`` on ``device``; no-op if it is there already, since meta tensors cannot be moved."""
     there = all(tensor.device == torch.device(device) for tensor in module.state_dict().values())
     return module if there else module.to(device)
-
-
-#: Evaluations of the dynamics' network, with their gradients, from which a run is compiled. Measured in CPU time, one
-#: thread, AVX-512: a compiled one takes 0.14 ms less of 1.05 at ``tiny`` and 1.1 ms less of 21.5 at ``5m`` (flow_v2,
-#: float32). Compiling takes up to two minutes of a busy machine the first time, and 2 s with a filled cache.
-COMPILE_FROM = 500_000
-
-
-def pays_to_compile(cfg: Config) -> bool:
-    """Whether a run on a CPU is long enough for ``algorithm.compile=auto``. On a GPU it was not measured: it is not."""
-    d, a = cfg.model.dynamics, cfg.algorithm
-    evaluations = 1 if d.kind != "flow" else d.substeps * (2 if d.solver == "heun" else 1)
-    updates = cfg.training.epochs * sum(
-        UPDATES[name].per_epoch(a) for name in trained_networks(cfg) if name in ("model", "actor")
-    )
-    return cfg.device in ("auto", "cpu") and updates * a.horizon * evaluations >= COMPILE_FROM
 
 
 def compiles(cfg: Config) -> bool:
@@ -251,11 +229,26 @@ def build_losses(cfg: Config, networks: Networks) -> Losses:
         losses.model = build_model_loss(cfg, networks.model)
     if networks.actor is None or networks.critic is None:
         return losses
+    losses.actor = build_actor_loss(cfg, networks.actor, world_model_module(networks.model), networks.critic)
+    losses.critic = PWMValueLoss(networks.critic, precision=cfg.training.precision)
+    return losses
+
+
+def build_actor_loss(cfg: Config, actor: Any, step: TensorDictModuleBase, critic: Any) -> PWMActorLoss:
+    """The actor's objective.
+
+    Args:
+        cfg (Config): the run's configuration.
+        actor (nn.Module): latents -> mean and standard deviation, as :class:`~pwm_torchrl.modules.Actor`.
+        step (TensorDictModuleBase): ``latent``, ``action`` -> what comes next, as
+            :func:`~pwm_torchrl.modules.world_model_module`.
+        critic (nn.Module): has ``value``, as :class:`~pwm_torchrl.modules.CriticEnsemble`.
+    """
     algorithm = cfg.algorithm
-    losses.actor = PWMActorLoss(
-        actor_module(networks.actor),
-        world_model_module(networks.model),
-        value_module(networks.critic),
+    loss = PWMActorLoss(
+        actor_module(actor),
+        step,
+        value_module(critic),
         horizon=algorithm.horizon,
         gamma=algorithm.gamma,
         lmbda=algorithm.lmbda,
@@ -265,9 +258,8 @@ def build_losses(cfg: Config, networks: Networks) -> Losses:
         compile=compiles(cfg),
         precision=cfg.training.precision,
     )
-    on(losses.actor.return_statistics, next(networks.actor.parameters()).device)
-    losses.critic = PWMValueLoss(networks.critic, precision=cfg.training.precision)
-    return losses
+    on(loss.return_statistics, next(actor.parameters()).device)
+    return loss
 
 
 @dataclass
@@ -301,11 +293,10 @@ class NetworkOptimizer:
 
 
 def build_optimizers(cfg: Config, networks: Networks) -> dict[str, NetworkOptimizer]:
-    """Adam for each network that is trained, by the networks' names."""
+    """Adam for each network that is not frozen, by the networks' names."""
     optimizers = {}
-    trained = trained_networks(cfg)
     for name, module in networks.items():
-        if name not in trained:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
             continue
         lr, betas, max_norm = (getattr(cfg.algorithm, f"{name}_{setting}") for setting in ("lr", "betas", "grad_norm"))
         parameters = list(module.parameters())

@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from pwm_torchrl.algorithm.build import Losses, NetworkOptimizer
-from pwm_torchrl.config import UPDATES, MemoryConfig
+from pwm_torchrl.config import NETWORKS, MemoryConfig, micro_batch_key
 from pwm_torchrl.errors import OutOfMemory, RankFault
 
 Result = TypeVar("Result")
@@ -122,9 +122,7 @@ class Updates:
         self, executor: Executor, memory: MemoryConfig, on_reduction: Callable[[str, int, int, str], None]
     ) -> None:
         self.executor = executor
-        self.sizes: dict[str, int | None] = {
-            name: getattr(memory, update.micro_batch_key) for name, update in UPDATES.items()
-        }
+        self.sizes: dict[str, int | None] = {name: getattr(memory, micro_batch_key(name)) for name in NETWORKS}
         self.reduced: dict[str, int] = {}
         self.used: dict[str, int] = {}  # by each update's last success
         self.on_reduction = on_reduction
@@ -187,7 +185,7 @@ class Updates:
 
     def metrics(self) -> dict[str, int]:
         """The sizes in use, under the names of their keys."""
-        return {f"memory/{UPDATES[update].micro_batch_key}": size for update, size in self.used.items()}
+        return {f"memory/{micro_batch_key(update)}": size for update, size in self.used.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The reduced sizes, and those from which they were reduced."""

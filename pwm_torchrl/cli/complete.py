@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import fields
 
+from pwm_torchrl.algorithm.base import find_algorithm
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.compose import EVERY_TASK, as_yaml, compose, compose_unchecked, expand, typed_keys, values_of
 from pwm_torchrl.cli.modes import epoch_in_words, known_action_repeat, set_epochs, steps_per_epoch
@@ -52,6 +53,7 @@ def complete(config: Config, words: Sequence[str], *, without_data: bool = False
     """
     if "." in config.model.dynamics.kind:
         find_dynamics(config.model.dynamics.kind)
+    find_algorithm(config.algorithm.name)
     if config.mode == "extract":
         _adopt_world_model(config)
         check_meaning(config, typed_keys(words))

@@ -32,12 +32,13 @@ from pwm_torchrl.choices import (
     exact_choice,
     group_choices,
     nearest_sentence,
+    schema_choices,
     schema_keys,
     user_configs_dir,
     user_profiles,
 )
 from pwm_torchrl.cli.modes import apply_mode, apply_steps
-from pwm_torchrl.cli.validate import CHOICES, INTEGERS_OF_ENV, read_time, validate
+from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
 from pwm_torchrl.cli.words import check_meaning, instead_of_hydras, option_hint, unknown_option
 from pwm_torchrl.config import MISSING, RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit
 from pwm_torchrl.errors import ConfigurationError
@@ -329,7 +330,7 @@ def _parse(word: str) -> Override:
         )
     if override.type == OverrideType.DEL:
         return override
-    key, value, accepted = override.key_or_group, override.value(), CHOICES.get(override.key_or_group)
+    key, value, accepted = override.key_or_group, override.value(), schema_choices().get(override.key_or_group)
     if isinstance(value, float) and value.is_integer() and _is_integer(key):
         return _read(f"{word.partition('=')[0]}={int(value)}")  # 1e6
     if isinstance(value, str):

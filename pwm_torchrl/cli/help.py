@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from pwm_torchrl.choices import default_choices, group_choices, user_configs_dir
+from pwm_torchrl.choices import default_choices, group_choices, key_comments, user_configs_dir
 from pwm_torchrl.cli.compose import compose_unchecked
 from pwm_torchrl.cli.modes import epoch_in_words
 from pwm_torchrl.cli.validate import value_of
 from pwm_torchrl.cli.words import OPTIONS, PRESET, with_preset
-from pwm_torchrl.commands import named, typed
+from pwm_torchrl.commands import typed
 
 __all__ = ["doctor_help", "help_text"]
 
@@ -29,27 +29,28 @@ _GROUPS = {
     "size": "widths of the networks",
     "env": "what is learned",
     "experiment": "a preset of everything",
-    "algorithm": "horizon, batches, learning rates",
+    "algorithm": "what trains: updates, batches, learning rates",
     "logger": "where metrics go besides metrics.csv",
     "cluster": "where the job runs: local, debug (in this process), or nodes of SLURM",
     "memory": "how the run is made to fit in memory",
 }
-#: Keys that are shown with their default; one with a word behind it has none, and the word stands for its value.
+#: Keys that are shown with their default, and with the comment of the schema, or one of their own where it has none; a
+#: key with a word behind it has no default, and the word stands for its value.
 _KEYS = {
-    "seed": "one seed determines a run on the CPU",
-    "run_dir=PATH": "this run's directory; an unfinished run of the same settings is resumed",
-    "device": "auto, cpu, cuda or cuda:N",
+    "seed": "",
+    "run_dir=PATH": "",
+    "device": "",
     "training.epochs": "length of the run; {epoch}",
-    "training.steps=N": "the length in environment steps instead, such as 1e6; rounded up to whole epochs",
-    "training.eval_every": "epochs between evaluations",
-    "training.threads": "torch threads",
+    "training.steps=N": "",
+    "training.eval_every": "",
+    "training.threads": "",
     "env.num_envs": "environments stepped together",
-    "algorithm.horizon": "steps imagined, and length of the model's training slices",
-    "algorithm.model_batch": "slices per model update",
-    "model.dynamics.substeps": "K, solver substeps of a flow",
-    "model.reward_head": "scalar or two_hot",
-    "data.path=STORE": "stored episodes ({data} import), for pre-training and extraction",
-    "world_model=PATH": "pre-trained world model, for extraction (experiment=extract task=NAME or all)",
+    "algorithm.horizon": "",
+    "algorithm.model_batch": "",
+    "model.dynamics.substeps": "",
+    "model.reward_head": "",
+    "data.path=STORE": "",
+    "world_model=PATH": "",
 }
 #: Keys that a pre-training has no use for.
 _ONLINE = ("training.steps=N", "env.num_envs", "world_model=PATH")
@@ -135,9 +136,9 @@ def _keys(script: str) -> list[str]:
     keys = {key: meaning for key, meaning in _KEYS.items() if script != "pretrain" or key not in _ONLINE}
     words = {key: key if "=" in key else f"{key}={_shown(value_of(config, key))}" for key in keys}
     column = max(map(len, words.values())) + 2
-    lines = []
+    lines, comments = [], key_comments()
     for key, meaning in keys.items():
-        text = meaning.format(data=named("data"), epoch=epoch_in_words(config))
+        text = meaning.format(epoch=epoch_in_words(config)) or comments[key.partition("=")[0]].replace("None", "null")
         lines += _wrapped(text, f"  {words[key]:<{column}}")
     return lines
 

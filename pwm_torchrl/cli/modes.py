@@ -13,7 +13,6 @@ from pwm_torchrl.envs.tasks import task_info, task_set
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
-    "MODES",
     "apply_mode",
     "apply_steps",
     "epoch_in_words",
@@ -23,7 +22,6 @@ __all__ = [
     "steps_per_epoch",
 ]
 
-MODES = ("online", "pretrain", "extract")
 
 #: What of ``model`` and ``size`` is no part of a pre-trained world model.
 OPEN_IN_EXTRACTION = ("model.reward_space", "model.loss.", "model.dynamics.checkpoint_substeps", "model.name")
@@ -45,8 +43,6 @@ def apply_mode(config: Config, keys: Sequence[str]) -> None:
     Raises:
         ConfigurationError: for keys that the mode decides, and for a task that is not there.
     """
-    if config.mode not in MODES:
-        return  # validation says so
     if config.mode == "online":
         for key in ("tasks", "task", "world_model", "pretraining", "finetune"):
             if getattr(config, key):
@@ -121,7 +117,7 @@ def known_action_repeat(config: Config) -> int | None:
 def steps_per_epoch(config: Config) -> int:
     """Agent steps that an epoch collects, all environments together."""
     algorithm = config.algorithm
-    return int(config.env["num_envs"]) * (algorithm.collect_steps or algorithm.horizon)
+    return int(config.env["num_envs"]) * algorithm.steps_per_env
 
 
 def epoch_in_words(config: Config) -> str:
@@ -131,8 +127,8 @@ def epoch_in_words(config: Config) -> str:
         return f"an epoch is {algorithm.model_updates} updates of the world model on stored slices"
     if config.mode == "extract":
         return f"an epoch is {algorithm.actor_updates} actor updates from stored states"
-    steps, envs = algorithm.collect_steps or algorithm.horizon, config.env["num_envs"]
+    steps, envs = algorithm.steps_per_env, config.env["num_envs"]
     return (
         f"an epoch collects {steps} agent steps in each of {envs} environments ({steps_per_epoch(config)}), then "
-        "updates model, policy and critics"
+        f"makes the updates of algorithm={algorithm.name}"
     )

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from pwm_torchrl.choices import CONFIG_DIR_VARIABLE, choice_file, group_choices, schema_keys
-from pwm_torchrl.cli.validate import CHOICES, value_of
+from pwm_torchrl.choices import CONFIG_DIR_VARIABLE, choice_file, group_choices, schema_choices, schema_keys
+from pwm_torchrl.cli.validate import value_of
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
@@ -249,7 +249,7 @@ class Rule:
         if not self.values:
             return any(value_of(config, each) > 0 for each in self.by.split(", "))
         value = value_of(config, self.by)
-        known = value in CHOICES.get(self.by, ()) or (self.by == _KIND and "." in value)
+        known = value in schema_choices().get(self.by, ()) or (self.by == _KIND and "." in value)
         return value in self.values or not known
 
 

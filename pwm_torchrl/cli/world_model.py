@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from pwm_torchrl.choices import sizes
 from pwm_torchrl.cli import console
 from pwm_torchrl.envs.tasks import TaskSet, task_set
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.modules import SIZES, WorldModelSpec, load_tdmpc2_world_model, save_world_model, world_model_facts
+from pwm_torchrl.modules import WorldModelSpec, load_tdmpc2_world_model, save_world_model, world_model_facts
 
 __all__ = ["import_checkpoint", "run"]
 
@@ -65,7 +66,7 @@ def _check_tasks(checkpoint: Path, tasks: TaskSet, spec: WorldModelSpec) -> None
 
 def size_name(units: Sequence[int]) -> str:
     """The published size with these hidden widths, else ``custom``."""
-    return next((name for name, size in SIZES.items() if tuple(size.units) == tuple(units)), "custom")
+    return next((name for name, size in sizes().items() if size.units == list(units)), "custom")
 
 
 def _short(names: Sequence[str]) -> str:

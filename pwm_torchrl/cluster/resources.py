@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Site
-from pwm_torchrl.config import UPDATES, ClusterConfig, Config, trained_networks
+from pwm_torchrl.config import ClusterConfig, Config
 from pwm_torchrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -35,23 +35,20 @@ def estimated_minutes(cfg: Config, plan: Plan, cpus: int) -> int:
     """A time limit for the whole run, in minutes."""
     a, t = cfg.algorithm, cfg.training
     parameters = sum(item.bytes for item in plan.prediction.items if item.what == "parameters") / 4
-    dynamics = cfg.model.dynamics
-    evaluations = 1
-    if dynamics.kind == "flow":
-        evaluations = dynamics.substeps if dynamics.solver == "euler" else 2 * dynamics.substeps - 1
+    evaluations = plan.prediction.evaluations
     if plan.choices.checkpoint_substeps:
         evaluations += evaluations
-    made = {name: UPDATES[name].per_epoch(a) for name in trained_networks(cfg)}
-    unrolled = {name: made[name] for name in made if name != "critic"}
+    made = plan.prediction.updates
+    unrolled = [update for update in made if update.name != "critic"]
     # Forward and backward: six operations per parameter and row.
-    rows = sum(count * UPDATES[name].batch(a) for name, count in unrolled.items())
-    flops = 6 * parameters * rows * a.horizon * evaluations
+    rows = sum(update.per_epoch * update.batch * update.steps for update in unrolled)
+    flops = 6 * parameters * rows * evaluations
     on_gpu = plan.prediction.compute == "device"
     arithmetic = flops / (GPU_FLOPS if on_gpu else CPU_FLOPS * cpus)
-    calls = sum(unrolled.values()) * a.horizon * (evaluations + 2) * 3
-    critics = made.get("critic", 0) * 6
+    calls = sum(update.per_epoch * update.steps for update in unrolled) * (evaluations + 2) * 3
+    critics = sum(update.per_epoch for update in made if update.name == "critic") * 6
     envs = int(cfg.env.get("num_envs", 1)) if cfg.mode == "online" else 0
-    collection = envs * (a.collect_steps or a.horizon) / STEPS_PER_S
+    collection = envs * a.steps_per_env / STEPS_PER_S
     epoch_s = arithmetic + (calls + critics) * OVERHEAD_S + collection
     evaluation_s = int(cfg.env.get("episode_length") or 1000) * t.eval_episodes / STEPS_PER_S
     if cfg.mode == "pretrain":

@@ -14,6 +14,7 @@ from pwm_torchrl.errors import EnvironmentFault
 
 if TYPE_CHECKING:
     from pwm_torchrl.envs.dflex import DFlexEnv, make_dflex_env
+    from pwm_torchrl.envs.differentiable import DifferentiableEnv, make_torchrl_pendulum
     from pwm_torchrl.envs.env_state import env_state_support, load_env_state, save_env_state
     from pwm_torchrl.envs.factory import make_env
     from pwm_torchrl.envs.facts import report_env
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DFlexEnv",
+    "DifferentiableEnv",
     "EnvInfo",
     "EnvironmentFault",
     "LatentImaginationEnv",
@@ -40,6 +42,7 @@ __all__ = [
     "make_env",
     "make_gymnasium_env",
     "make_task_env",
+    "make_torchrl_pendulum",
     "register_task",
     "render_frame",
     "report_env",
@@ -49,6 +52,7 @@ __all__ = [
 
 _HOME = {
     "DFlexEnv": "dflex",
+    "DifferentiableEnv": "differentiable",
     "EnvInfo": "info",
     "LatentImaginationEnv": "imagination",
     "PolicySeededMPPI": "mppi",
@@ -60,6 +64,7 @@ _HOME = {
     "make_env": "factory",
     "make_gymnasium_env": "makers",
     "make_task_env": "tasks.maker",
+    "make_torchrl_pendulum": "differentiable",
     "register_task": "tasks.registry",
     "render_frame": "rendering",
     "report_env": "facts",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl.envs import EnvBase, TransformedEnv
@@ -29,6 +29,7 @@ class EnvInfo:
         action_low: smallest action in the simulator's units, which is scaled to -1; empty if it is not known without
             creating the environment.
         action_high: largest action in the simulator's units, which is scaled to 1; empty in the same case.
+        simulator: the :class:`~pwm_torchrl.envs.differentiable.Simulator` of a differentiable environment.
     """
 
     name: str
@@ -42,6 +43,7 @@ class EnvInfo:
     action_dims: tuple[int, ...] = ()
     action_low: tuple[float, ...] = ()
     action_high: tuple[float, ...] = ()
+    simulator: Any = field(default=None, compare=False, repr=False)
 
 
 def env_layers(env: Any) -> Iterator[Any]:

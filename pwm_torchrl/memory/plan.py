@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pwm_torchrl.config import UPDATES, Config, trained_networks
+from pwm_torchrl.algorithm.base import find_algorithm, updates_of
+from pwm_torchrl.config import NETWORKS, Config, micro_batch_key
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.budget import Budget, Candidate, device_budget, host_budget
 from pwm_torchrl.memory.predict import (
@@ -105,6 +106,7 @@ class PlanOptions:
         self.cfg, self.facts, self.compute = cfg, facts, compute
         self._tracers: dict[bool, UpdateTracer] = {}
         self._framework = framework
+        self._simulates = find_algorithm(cfg.algorithm.name).simulates
 
     @property
     def fastest(self) -> Choices:
@@ -114,14 +116,14 @@ class PlanOptions:
     @property
     def updates(self) -> tuple[str, ...]:
         """Names of the run's updates."""
-        return trained_networks(self.cfg)
+        return tuple(updates_of(self.cfg))
 
     def is_open(self, update: str) -> bool:
         """Whether the configuration leaves an update's micro-batch open."""
         return self._configured_size(update) is None
 
     def _configured_size(self, update: str) -> int | None:
-        size: int | None = getattr(self.cfg.memory, UPDATES[update].micro_batch_key)
+        size: int | None = getattr(self.cfg.memory, micro_batch_key(update))
         return size
 
     def _choices(self, recompute: bool, storage: str, size: Callable[[str], int | None]) -> Choices:
@@ -134,7 +136,7 @@ class PlanOptions:
     def recomputes(self) -> list[bool]:
         """Options for recomputing substeps, the fastest first; only a flow has substeps."""
         configured = self.cfg.model.dynamics.checkpoint_substeps
-        if self.cfg.model.dynamics.kind != "flow":
+        if self.cfg.model.dynamics.kind != "flow" or self._simulates:
             return [False]
         if self.cfg.memory.kind == "fixed":
             return [bool(configured)]
@@ -144,6 +146,8 @@ class PlanOptions:
     def storages(self) -> list[str]:
         """Options for the location of the replay buffer, the fastest first; a large one is always on disk."""
         t = self.cfg.training
+        if self._simulates:
+            return ["memory"]  # there is none
         if self.cfg.mode != "online":
             return ["disk"]  # stored episodes are read from their files
         if t.replay_storage != "auto":
@@ -323,7 +327,7 @@ class Plan:
     def applied(self, cfg: Config) -> Config:
         """A copy of the configuration with the choices filled in."""
         cfg = copy.deepcopy(cfg)
-        for name in (update.micro_batch_key for update in UPDATES.values()):
+        for name in map(micro_batch_key, NETWORKS):
             setattr(cfg.memory, name, getattr(self.choices, name))
         cfg.model.dynamics.checkpoint_substeps = self.choices.checkpoint_substeps
         cfg.training.replay_storage = self.choices.replay_storage
@@ -525,7 +529,7 @@ def _choices(plan: Plan, width: int) -> list[str]:
     """The choices as command-line overrides."""
     choices = plan.choices
     lines = ["choices" if plan.automatic else "choices, as configured (memory=fixed)"]
-    for field in (update.micro_batch_key for update in UPDATES.values()):
+    for field in map(micro_batch_key, NETWORKS):
         size = getattr(choices, field)
         word = f"  memory.{field}={'null' if size is None else size}"
         lines.append(f"{word:<{_NAME + _AMOUNT + 6}}{'# the whole batch at once' if size is None else ''}".rstrip())

@@ -7,8 +7,9 @@ import ctypes
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pwm_torchrl.algorithm.build import compiles, pays_to_compile
-from pwm_torchrl.config import UPDATES, Config, trained_networks
+from pwm_torchrl.algorithm.base import Update, find_algorithm, pays_to_compile
+from pwm_torchrl.algorithm.build import compiles
+from pwm_torchrl.config import NETWORKS, Config, micro_batch_key
 from pwm_torchrl.memory.readings import GIB, MIB, format_bytes, read_process
 from pwm_torchrl.memory.storage import (
     published_store_bytes,
@@ -61,12 +62,12 @@ class Choices:
 
     def micro_batch(self, update: str) -> int | None:
         """Rows per backward pass of an update; ``None`` for the whole batch at once."""
-        size: int | None = getattr(self, UPDATES[update].micro_batch_key)
+        size: int | None = getattr(self, micro_batch_key(update))
         return size
 
     def with_micro_batch(self, update: str, size: int | None) -> Choices:
         """A copy with another micro-batch size for one update."""
-        changed: dict[str, Any] = {UPDATES[update].micro_batch_key: size}
+        changed: dict[str, Any] = {micro_batch_key(update): size}
         return replace(self, **changed)
 
 
@@ -91,6 +92,8 @@ class Prediction:
         verified (bool): whether predictions have been compared with measurements on this kind of device.
         base (int): host bytes that the process holds before it builds anything; part of the host's total.
         recomputes (bool): whether substeps are recomputed in the backward pass.
+        updates (tuple of Update): of an epoch.
+        evaluations (int): network evaluations per step of a rollout.
     """
 
     items: tuple[Item, ...]
@@ -98,6 +101,8 @@ class Prediction:
     verified: bool
     base: int
     recomputes: bool = False
+    updates: tuple[Update, ...] = ()
+    evaluations: int = 1
 
     def total(self, place: str) -> int:
         """Peak bytes in one place."""
@@ -115,7 +120,7 @@ class Prediction:
         """Whether updates on the host are so large that the C library should return freed blocks to the kernel."""
         # Recomputation fragments the heap more: it allocates and frees most of its memory many times per update.
         enough = WORTHWHILE // 8 if self.recomputes else WORTHWHILE
-        updates = [item for item in self.items if item.what in (f"{name} update" for name in UPDATES)]
+        updates = [item for item in self.items if item.what in (f"{name} update" for name in NETWORKS)]
         return self.compute == HOST and any(item.bytes > enough for item in updates)
 
     def as_dict(self) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def predict(
     kept = tracer.persistent
     items = [
         Item("Python and libraries", base, HOST, known),
-        Item("parameters", kept.parameters, compute, _networks(cfg)),
+        Item("parameters", kept.parameters, compute, _networks(tracer)),
         Item("optimizer state", kept.optimizer, compute, "Adam's two moments"),
         Item(
             "undo copies", kept.undo, compute, "weights and optimizer state, to retry an update that ran out of memory"
@@ -189,19 +194,28 @@ def predict(
     if compiles(cfg) or (str(cfg.algorithm.compile).lower() == "auto" and pays_to_compile(cfg)):
         items.append(Item("compiler", COMPILER_BYTES, HOST, "torch.compile and the C++ compiler (estimate)"))
     items += _environments(cfg, facts)
-    items += _replay(cfg, facts, choices, compute)
+    if not find_algorithm(cfg.algorithm.name).simulates:
+        items += _replay(cfg, facts, choices, compute)
     checkpoints = cfg.training.keep_checkpoints + 2  # plus the best one and the one being written
     saved = kept.parameters + kept.optimizer
     items.append(
         Item("checkpoints", checkpoints * saved, DISK, f"up to {checkpoints} with weights and optimizer state")
     )
-    return Prediction(tuple(items), compute, compute == HOST, base, choices.checkpoint_substeps)
+    return Prediction(
+        tuple(items),
+        compute,
+        compute == HOST,
+        base,
+        choices.checkpoint_substeps,
+        tuple(tracer.updates.values()),
+        tracer.evaluations,
+    )
 
 
 def _why(update: Transient, name: str, choices: Choices, tracer: UpdateTracer) -> str:
     batch = tracer.batches[name]
     size = choices.micro_batch(name) or batch
-    split = f"{batch} {UPDATES[name].rows}" + (f" in micro-batches of {size}" if size < batch else " at once")
+    split = f"{batch} {tracer.updates[name].rows}" + (f" in micro-batches of {size}" if size < batch else " at once")
     recomputed = ", substeps recomputed" if choices.checkpoint_substeps and name != "critic" else ""
     return (
         f"{split}{recomputed}: activations {format_bytes(update.activations)}, gradients "
@@ -209,10 +223,8 @@ def _why(update: Transient, name: str, choices: Choices, tracer: UpdateTracer) -
     )
 
 
-def _networks(cfg: Config) -> str:
-    if cfg.mode == "pretrain":
-        return "world model"
-    return "world model" + ("" if "model" in trained_networks(cfg) else " (frozen)") + ", actor, critic"
+def _networks(tracer: UpdateTracer) -> str:
+    return ", ".join(name if name in tracer.updates else f"{name} (frozen)" for name in tracer.networks)
 
 
 def _environments(cfg: Config, facts: Any) -> list[Item]:
@@ -221,7 +233,9 @@ def _environments(cfg: Config, facts: Any) -> list[Item]:
         count = cfg.training.eval_episodes if cfg.mode == "extract" else 0
         return [Item("environments", count * ENVIRONMENT_BYTES, HOST, f"{count} in this process (estimate)")]
     count = facts.num_envs + max(1, cfg.training.eval_episodes)
-    steps = a.collect_steps or a.horizon
+    if find_algorithm(cfg.algorithm.name).simulates:
+        return [Item("environments", count * ENVIRONMENT_BYTES, HOST, f"{count} in this process (estimate)")]
+    steps = a.steps_per_env
     batch = 3 * facts.num_envs * steps * record_bytes(facts.observation_dim, facts.action_dim)
     return [
         Item("environments", count * ENVIRONMENT_BYTES, HOST, f"{count} in this process, no workers (estimate)"),
@@ -236,7 +250,7 @@ def _replay(cfg: Config, facts: Any, choices: Choices, compute: str) -> list[Ite
     size = replay_bytes(facts.observation_dim, facts.action_dim, t.replay_capacity, facts.num_envs)
     what = f"{t.replay_capacity:,} transitions"
     if choices.replay_storage == "disk":
-        steps = steps_since_checkpoint(t.epochs, a.collect_steps or a.horizon, t.checkpoint_every, t.keep_checkpoints)
+        steps = steps_since_checkpoint(t.epochs, a.steps_per_env, t.checkpoint_every, t.keep_checkpoints)
         files = replay_disk_bytes(facts.observation_dim, facts.action_dim, t.replay_capacity, facts.num_envs, steps)
         return [
             Item("replay", files, DISK, f"{what}, plus those since the oldest checkpoint"),

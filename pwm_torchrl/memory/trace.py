@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pwm_torchrl.algorithm.build import EnvFacts, build_parts
+from pwm_torchrl.algorithm.base import build_parts, find_algorithm, updates_of
+from pwm_torchrl.algorithm.build import EnvFacts
 from pwm_torchrl.algorithm.updates import Undo
-from pwm_torchrl.config import UPDATES, Config, trained_networks
+from pwm_torchrl.config import Config
 from pwm_torchrl.objectives.imagination import Imagined
 from pwm_torchrl.objectives.model_loss import Slices
 
@@ -176,10 +177,19 @@ class UpdateTracer:
         self.cfg = replace(cfg, algorithm=replace(cfg.algorithm, compile=False))
         self.facts = facts
         dimensions = (facts.observation_dim, facts.action_dim, facts.terminates, facts.action_dims)
-        mode = (cfg.mode, cfg.finetune, cfg.world_model, cfg.world_model_sha256, cfg.task)
+        simulator = type(getattr(facts, "simulator", None)).__qualname__
+        mode = (
+            simulator,
+            cfg.env.get("num_envs"),
+            cfg.mode,
+            cfg.finetune,
+            cfg.world_model,
+            cfg.world_model_sha256,
+            cfg.task,
+        )
         self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, cfg.training.precision, dimensions, mode))
-        #: Names of the updates of an epoch.
-        self.updates = trained_networks(cfg)
+        #: The updates of an epoch.
+        self.updates = updates_of(cfg)
         self._fake = FakeTensors()
         self._made: _Updates | None = None
 
@@ -192,7 +202,7 @@ class UpdateTracer:
     @property
     def batches(self) -> dict[str, int]:
         """Rows of each update's batch."""
-        return {name: UPDATES[name].batch(self.cfg.algorithm) for name in self.updates}
+        return {name: update.batch for name, update in self.updates.items()}
 
     @property
     def persistent(self) -> Persistent:
@@ -202,14 +212,27 @@ class UpdateTracer:
                 self._persistent[self.key] = self._updates().persistent
         return self._persistent[self.key]
 
+    @property
+    def networks(self) -> list[str]:
+        """Names of all networks, trained or not."""
+        with self._fake:
+            return [name for name, _ in self._updates().networks.items()]
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per step of a rollout: those of the dynamics, or one where there is no model."""
+        with self._fake:
+            model = self._updates().networks.model
+        return 1 if model is None else model.dynamics.evaluations
+
     def transient(self, update: str, micro_batch: int | None = None) -> Transient:
         """Memory of one update with ``micro_batch`` rows per backward pass; ``None`` for the whole batch at once."""
         batch = self.batches[update]
         size = batch if micro_batch is None else min(micro_batch, batch)
         key = (self.key, update, size)
         if key not in self._transient:
-            horizon = self.cfg.algorithm.horizon
-            if update == "critic" or horizon <= SHORT[1]:
+            horizon = self.updates[update].steps
+            if horizon <= SHORT[1]:
                 self._transient[key] = self._trace(update, batch, size, horizon)
             else:
                 short, longer = (self._trace(update, batch, size, h) for h in SHORT)
@@ -226,6 +249,7 @@ class _Updates:
 
     def __init__(self, cfg: Config, facts: EnvFacts, counter: StorageCounter) -> None:
         self.cfg, self.facts, self.counter = cfg, facts, counter
+        self.algorithm = find_algorithm(cfg.algorithm.name)
         parts = build_parts(cfg, facts)
         self.networks, self.losses, self.optimizers = parts.networks, parts.losses, parts.optimizers
         tensors = [t for _, network in self.networks.items() for t in (*network.parameters(), *network.buffers())]
@@ -247,7 +271,8 @@ class _Updates:
         # A new phase begins where memory starts to grow with the horizon at another rate.
         if self.losses.actor is not None:
             self.losses.actor.value_network.module.register_forward_pre_hook(self._before_values)
-        self.networks.model.encoder.register_forward_hook(self._after_encoder)
+        if self.networks.model is not None:
+            self.networks.model.encoder.register_forward_hook(self._after_encoder)
 
     def _before_values(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """The rollout is complete here; in the backward pass, the steps follow the values."""
@@ -321,9 +346,7 @@ class _Updates:
 
     def actor(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
-        observation = torch.empty(batch, self.facts.observation_dim)
-        with torch.no_grad():
-            latent = self.networks.model.encode(observation)
+        latent = self.algorithm.starts_like(self.cfg, self.facts, self.networks, batch)
         start = TensorDict(latent=latent, batch_size=[batch])
         given = self.counter.live
         earlier: Any = self._accumulated("actor") if size < batch else None
@@ -340,12 +363,13 @@ class _Updates:
         del earlier, imagined
         return replace(used, phases=tuple(phases))
 
-    def critic(self, batch: int, size: int, horizon: int) -> Transient:
+    def critic(self, batch: int, size: int, steps: int) -> Transient:
         before = self.counter.begin()
-        a, keys = self.cfg.algorithm, self.losses.critic.tensor_keys
+        keys = self.losses.critic.tensor_keys
         # The rollout of the actor update stays alive during the critic updates.
-        imagined = self._rollout(a.actor_batch, horizon)
+        imagined = self._rollout()
         states = imagined.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()
+        states[keys.latent] = self.algorithm.critic_input(self.cfg, self.facts, states[keys.latent])
         minibatch = states[torch.randperm(len(states))[:batch]]
         data = self.counter.live - before
         if size < batch:
@@ -354,11 +378,14 @@ class _Updates:
         self._finish("critic")
         return self._transient("critic", before, data)
 
-    def _rollout(self, batch: int, horizon: int) -> TensorDictBase:
-        """A detached rollout with the tensors that the actor loss returns."""
+    def _rollout(self) -> TensorDictBase:
+        """A detached rollout of an actor update, with the tensors that its loss returns."""
+        actor = updates_of(self.cfg)["actor"]
+        batch, horizon = actor.batch, actor.steps
+        latent = self.algorithm.starts_like(self.cfg, self.facts, self.networks, 1)
         self.losses.actor.horizon = horizon
         rollout = Imagined(
-            torch.empty(horizon + 1, batch, self.cfg.size.latent_dim),
+            torch.empty(horizon + 1, batch, latent.shape[-1]),
             tuple(torch.empty(batch, self.facts.action_dim) for _ in range(horizon)),
             torch.empty(horizon, batch, 1),
             torch.zeros(horizon, batch, 1, dtype=torch.bool),

@@ -48,8 +48,6 @@ from pwm_torchrl.modules.model_files import (
     world_model_facts,
 )
 from pwm_torchrl.modules.world_model import (
-    SIZES,
-    Size,
     TaskEmbedding,
     TaskWorldModel,
     WorldModel,
@@ -58,7 +56,6 @@ from pwm_torchrl.modules.world_model import (
 )
 
 __all__ = [
-    "SIZES",
     "Actor",
     "CriticEnsemble",
     "Dynamics",
@@ -75,7 +72,6 @@ __all__ = [
     "ScalarRewardHead",
     "SimNorm",
     "SimNormVelocityFlow",
-    "Size",
     "TangentFlow",
     "TaskEmbedding",
     "TaskWorldModel",

@@ -171,14 +171,16 @@ class _MinValue(nn.Module):
 
 
 def encoder_module(
-    world_model: WorldModel,
+    world_model: WorldModel | None,
     *,
     observation: NestedKey = "observation",
     latent: NestedKey = "latent",
     task: NestedKey | None = None,
 ) -> TensorDictModule:
-    """``observation`` (and ``task``) -> ``latent``."""
+    """``observation`` (and ``task``) -> ``latent``; without a world model they are the same."""
     in_keys = [observation] if task is None else [observation, task]
+    if world_model is None:
+        return TensorDictModule(nn.Identity(), in_keys=in_keys, out_keys=[latent])
     return TensorDictModule(_Encode(world_model), in_keys=in_keys, out_keys=[latent])
 
 
@@ -231,7 +233,7 @@ def value_module(
 
 
 def policy_module(
-    world_model: WorldModel,
+    world_model: WorldModel | None,
     actor: Actor,
     *,
     action_spec: TensorSpec | None = None,
@@ -242,17 +244,17 @@ def policy_module(
 ) -> TensorDictSequential:
     """``observation`` -> ``latent`` -> ``action``: acts in an environment on encoded observations.
 
-    With ``task``, the action's padding dimensions are zeroed.
+    With ``task``, the action's padding dimensions are zeroed. A policy of observations has no world model.
 
     Raises:
         ValueError: if a single-task model gets a ``task``.
     """
-    if task is not None and world_model.task is None:
+    if task is not None and (world_model is None or world_model.task is None):
         raise ValueError("This world model is single-task and takes no task index.")
     modules = [
         encoder_module(world_model, observation=observation, latent=latent, task=task),
         actor_module(actor, action_spec=action_spec, latent=latent, action=action),
     ]
-    if task is not None and world_model.task is not None:
+    if task is not None and world_model is not None and world_model.task is not None:
         modules.append(TensorDictModule(_MaskAction(world_model.task), in_keys=[action, task], out_keys=[action]))
     return TensorDictSequential(*modules)

@@ -166,28 +166,6 @@ class WorldModel(nn.Module):
 REWARD_HEADS = ("scalar", "two_hot")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Widths: hidden units of dynamics and heads, of the encoder, latent, task embedding and policy side."""
-
-    units: tuple[int, ...]
-    encoder_units: tuple[int, ...]
-    latent_dim: int
-    task_dim: int = 96
-    actor_units: tuple[int, ...] = (400, 200, 100)
-    critic_units: tuple[int, ...] = (400, 200)
-
-
-#: Published sizes (``19m`` has D = 512 in some MT30 checkpoints) and ``tiny``, which learns the quick start.
-SIZES: dict[str, Size] = {
-    "tiny": Size((128, 128), (128,), 64, 16, (128, 64), (128, 64)),
-    "5m": Size((512, 512), (256,), 512),
-    "19m": Size((1024, 1024), (1024, 1024), 768),
-    "48m": Size((1792, 1792), (1792, 1792, 1792), 768),
-    "317m": Size((4096, 4096), (4096, 4096, 4096, 4096), 1376),
-}
-
-
 @dataclass
 class WorldModelSpec:
     """Everything that determines a world model's architecture; plain values, so that it can be saved beside weights.

@@ -19,7 +19,7 @@ from torchrl.record.loggers.common import Logger
 from torchrl.trainers.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
 
 from pwm_torchrl.algorithm.build import Losses, Networks, build_losses, build_optimizers
-from pwm_torchrl.algorithm.pwm import PWM
+from pwm_torchrl.algorithm.pwm_paper import PaperPWM
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import AlgorithmConfig, Config
 from pwm_torchrl.errors import ConfigurationError, nearest
@@ -122,14 +122,14 @@ class PWMUpdates(OptimizationStepper):
     """PWM's updates after each batch of any TorchRL trainer, whose epochs are counted here.
 
     Args:
-        algorithm (PWM): the updates.
+        algorithm (PaperPWM): the updates.
         epochs (int): batches of the whole training, for the learning rates.
 
     Attributes:
         epoch (int): batches so far.
     """
 
-    def __init__(self, algorithm: PWM, epochs: int) -> None:
+    def __init__(self, algorithm: PaperPWM, epochs: int) -> None:
         self.algorithm, self.epochs = algorithm, epochs
         self.epoch = 0
 
@@ -231,7 +231,7 @@ def make_torchrl_trainer(
 
     losses = _losses(cfg, networks, model_loss, loss_module, value_loss)
     optimizers = build_optimizers(cfg, networks)
-    pwm = PWM(
+    pwm = PaperPWM(
         cfg.algorithm,
         networks,
         losses,

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from pwm_torchrl.algorithm.build import EnvFacts, build_networks
-from pwm_torchrl.config import UPDATES, Config, trained_networks
+from pwm_torchrl.algorithm.base import find_algorithm, updates_of
+from pwm_torchrl.algorithm.build import EnvFacts
+from pwm_torchrl.config import Config
 from pwm_torchrl.devices import available_cpus, hardware_name
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import find_runs
@@ -74,7 +75,7 @@ def cost_lines(cfg: Config, facts: EnvFacts, hardware: str, device: torch.device
 def parameter_counts(cfg: Config, facts: EnvFacts) -> dict[str, int]:
     """Parameters of each network of a run, trained or not; nothing is allocated."""
     with torch.device("meta"):
-        networks = build_networks(cfg, facts, "meta")
+        networks = find_algorithm(cfg.algorithm.name).build_networks(cfg, facts, "meta")
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
 
@@ -123,8 +124,7 @@ def operations(cfg: Config, facts: EnvFacts) -> float:
     A linear layer takes two operations per parameter and row forward, and twice that backward.
     """
     with torch.device("meta"):
-        networks = build_networks(cfg, facts, "meta")
-    a, trained = cfg.algorithm, trained_networks(cfg)
+        networks = find_algorithm(cfg.algorithm.name).build_networks(cfg, facts, "meta")
 
     def size(*modules: Any) -> int:
         return sum(p.numel() for module in modules if module is not None for p in module.parameters())
@@ -132,12 +132,12 @@ def operations(cfg: Config, facts: EnvFacts) -> float:
     model = networks.model
     step = 0 if model is None else size(model.dynamics) * model.dynamics.evaluations + size(model.reward)
     total = 0.0
-    for name in trained:
-        rows = UPDATES[name].batch(a) * UPDATES[name].per_epoch(a)
+    for name, update in updates_of(cfg).items():
+        rows = update.batch * update.per_epoch * update.steps
         if name == "model":  # slices: an encoded target and a transition at every step
-            total += rows * a.horizon * (_TRAINED * step + _FORWARD * size(model.encoder))
+            total += rows * (_TRAINED * step + _FORWARD * size(model.encoder))
         elif name == "actor":  # rollouts: an action and a transition at every step
-            total += rows * a.horizon * _TRAINED * (step + size(networks.actor))
+            total += rows * _TRAINED * (step + size(networks.actor))
         else:
             total += rows * _TRAINED * size(networks.critic)
     return total

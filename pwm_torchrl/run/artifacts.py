@@ -20,12 +20,13 @@ from pwm_torchrl.errors import MissingLibraryError
 __all__ = ["json_text", "swap_in", "write_run_readme", "write_summary", "write_video"]
 
 
-def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
+def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config, has_model: bool = True) -> Path:
     """Writes ``README.md``.
 
     Args:
         run_dir (path): the run's directory.
         cfg (Config): the run.
+        has_model (bool): whether it has a world model. Defaults to ``True``.
 
     Returns:
         Path: the file.
@@ -35,7 +36,8 @@ def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
     lines = [
         f"# {env}, {cfg.model.name}, {cfg.size.name}, seed {cfg.seed}",
         "",
-        f"A run of pwm_torchrl: {_subject(cfg, env)} (`model={cfg.model.name}`, `size={cfg.size.name}`, "
+        f"A run of pwm_torchrl: {_subject(cfg, env, has_model)} (`algorithm={cfg.algorithm.name}`, "
+        f"`model={cfg.model.name}`, `size={cfg.size.name}`, "
         f"`seed={cfg.seed}`, {cfg.training.epochs} epochs planned).",
         "How it ended: `summary.json`.",
         "",
@@ -52,18 +54,20 @@ def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config) -> Path:
         "```",
         "",
         "```python",
-        *_code(cfg),
+        *_code(cfg, has_model),
         "```",
         "",
     ]
     return swap_in(Path(run_dir) / "README.md", "\n".join(lines))
 
 
-def _subject(cfg: Config, env: str) -> str:
+def _subject(cfg: Config, env: str, has_model: bool) -> str:
     if cfg.mode == "pretrain":
         return f"a world model of **{env}**, trained on stored episodes"
     if cfg.mode == "extract":
         return f"a policy for **{env}**, trained by back-propagation through a world model of stored episodes"
+    if not has_model:
+        return f"a policy for **{env}**, trained by back-propagation through that environment"
     return f"a policy for **{env}**, trained by back-propagation through a learned world model"
 
 
@@ -78,20 +82,22 @@ def _commands(cfg: Config) -> list[str]:
     return lines
 
 
-def _code(cfg: Config) -> list[str]:
+def _code(cfg: Config, has_model: bool) -> list[str]:
     if cfg.mode == "pretrain":
         return [
             "from pwm_torchrl.modules import read_world_model",
             "",
             'world_model, facts = read_world_model("RUN")  # facts: its tasks, dimensions and architecture',
         ]
-    return [
+    code = [
         "import pwm_torchrl",
         "",
         'policy = pwm_torchrl.load_policy("RUN")            # TensorDictModule: observation -> action, no noise',
         'env = pwm_torchrl.load_env("RUN", num_envs=10)     # the environment, in whose units the policy acts',
-        'world_model = pwm_torchrl.load_world_model("RUN")  # TensorDictModule of the world model',
     ]
+    if has_model:
+        code.append('world_model = pwm_torchrl.load_world_model("RUN")  # TensorDictModule of the world model')
+    return code
 
 
 def _files(cfg: Config) -> list[tuple[str, str]]:

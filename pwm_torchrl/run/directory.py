@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ def save_config(config: Config, run_dir: Path) -> None:
     """
     from omegaconf import OmegaConf
 
-    text = OmegaConf.to_yaml(OmegaConf.create(asdict(replace(config, run_dir=None))))
+    text = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "run_dir": None}))
     target, partial = run_dir / CONFIG_FILE, run_dir / (CONFIG_FILE + ".tmp")
     if target.is_file() and target.read_text(encoding="utf-8") == text:
         return

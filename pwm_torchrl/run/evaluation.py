@@ -14,8 +14,8 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from pwm_torchrl.algorithm.base import Algorithm, updates_of
 from pwm_torchrl.algorithm.metrics import MetricRow
-from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import environment_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env, render_frame
@@ -295,7 +295,9 @@ class PolicyEvaluation:
             )
         return env, opened
 
-    def start(self, algorithm: PWM, policy: Callable[[TensorDictBase], TensorDictBase], device: torch.device) -> None:
+    def start(
+        self, algorithm: Algorithm, policy: Callable[[TensorDictBase], TensorDictBase], device: torch.device
+    ) -> None:
         """Take the policy that is evaluated, and the algorithm whose model and losses are looked at."""
         self.algorithm, self.device = algorithm, device
         self.act = acting_on(policy, device, self.env_device)
@@ -344,11 +346,12 @@ class PolicyEvaluation:
         )
         if episodes.success is not None:
             row.set({"eval/success": episodes.success.float().mean()})
-        scale = None
-        if self.algorithm.reward_scale is not None:
-            scale = self.algorithm.reward_scale(torch.ones(1, device=self.device))
-        errors = open_loop_errors(self.algorithm.networks.model, episodes, self.cfg.algorithm.horizon, scale)
-        row.set({f"eval/{key}": value for key, value in errors.items()})
+        if self.algorithm.networks.model is not None:
+            scale = None
+            if self.algorithm.reward_scale is not None:
+                scale = self.algorithm.reward_scale(torch.ones(1, device=self.device))
+            errors = open_loop_errors(self.algorithm.networks.model, episodes, self.cfg.algorithm.horizon, scale)
+            row.set({f"eval/{key}": value for key, value in errors.items()})
         numbers = row.numbers()
         if self.task is not None:
             key = "eval/success" if self.task.score == "success" else "eval/return_mean"
@@ -361,9 +364,8 @@ class PolicyEvaluation:
         """Gradient norm per horizon step; uses a forked random generator, so that logging does not change training."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # No more rollouts than an update back-propagates at once: that is what memory was planned for.
-            count = self.algorithm.updates.size("actor", self.cfg.algorithm.actor_batch)
-            observation = self.algorithm.samples.sample_observations(count)
-            row.set(gradient_profile(self.algorithm, observation))
+            count = self.algorithm.updates.size("actor", updates_of(self.cfg)["actor"].batch)
+            row.set(gradient_profile(self.algorithm, self.algorithm.sample_starts(count)))
 
     def finish(self) -> None:
         """A video of one deterministic episode, if it is wanted; a machine that cannot make one says why."""
@@ -389,11 +391,11 @@ class PolicyEvaluation:
             self.opened.close()
 
 
-def gradient_profile(algorithm: PWM, observation: Tensor) -> dict[str, float]:
+def gradient_profile(algorithm: Algorithm, observation: Tensor) -> dict[str, float]:
     """Norm of the actor objective's gradient with respect to the action of every horizon step, batch mean.
 
     Args:
-        algorithm (PWM): its actor loss imagines.
+        algorithm (Algorithm): its actor loss imagines.
         observation (Tensor): ``[B, O]`` to imagine from.
     """
     loss = algorithm.losses.actor
@@ -433,7 +435,7 @@ class LatentVariance:
 
 
 @torch.no_grad()
-def latent_variance(algorithm: PWM, count: int = 512) -> float:
+def latent_variance(algorithm: Algorithm, count: int = 512) -> float:
     """Variance of the model's latents over ``count`` stored observations, mean over features.
 
     Uses a forked random generator, so that looking does not change training.

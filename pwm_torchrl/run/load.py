@@ -12,8 +12,9 @@ from torchrl.envs import EnvBase, ExplorationType
 from torchrl.modules import ProbabilisticActor, TanhNormal
 from torchrl.modules import WorldModel as TorchRLWorldModel
 
-from pwm_torchrl.algorithm.build import Facts, Networks, build_networks
-from pwm_torchrl.config import Config, trained_networks
+from pwm_torchrl.algorithm.base import find_algorithm, updates_of
+from pwm_torchrl.algorithm.build import Facts, Networks
+from pwm_torchrl.config import Config
 from pwm_torchrl.envs import env_info, make_env
 from pwm_torchrl.envs.standard import PolicySpecs, in_own_units, policy_specs
 from pwm_torchrl.envs.tasks import task_info
@@ -77,10 +78,10 @@ def load_checkpointed(
     if cfg.mode == "pretrain":
         raise ConfigurationError(f"{run} pre-trained a world model and has no policy; extract one: mode=extract.")
     facts = Facts.restored(metadata["facts"])
-    networks = build_networks(cfg, facts)
+    networks = find_algorithm(cfg.algorithm.name).build_networks(cfg, facts)
     if cfg.mode == "extract":
         load_pretrained(cfg, networks.model)
-    trained = trained_networks(cfg)
+    trained = updates_of(cfg)
     load_checkpoint(path, {name: network for name, network in networks.items() if name in trained})
     for _, network in networks.items():
         network.requires_grad_(False).eval().to(device)
@@ -322,8 +323,10 @@ def load_world_model(
     Keys: ``observation`` -> ``latent``; ``latent``, ``action`` -> ``("next", "latent")``, ``("next", "reward")`` and,
     with a termination head, ``("next", "done")``. Arguments and errors as :func:`load_networks`.
     """
-    networks = load_networks(run, which, device, revision=revision, trust_remote_code=trust_remote_code)[1]
+    cfg, networks = load_networks(run, which, device, revision=revision, trust_remote_code=trust_remote_code)
     model = networks.model
+    if model is None:
+        raise ConfigurationError(f"{run} was trained by algorithm={cfg.algorithm.name}, which has no world model.")
     step = ["latent", "action"]
     done: TensorDictModuleBase | None = None
     if model.termination is not None:

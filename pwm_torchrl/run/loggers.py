@@ -42,8 +42,6 @@ __all__ = [
     "require_logging",
 ]
 
-KINDS = ("csv", "tensorboard", "wandb")
-MODES = ("auto", "online", "offline", "disabled")
 WANDB_ID_FILE = "wandb_id.txt"
 SYNC = "wandb/offline-run-*"  # what `wandb sync` uploads
 
@@ -246,12 +244,7 @@ def group_name(cfg: Config) -> str:
 
 
 def _require_libraries(cfg: LoggerConfig) -> None:
-    for key, kinds in (("logger.kind", [cfg.kind]), ("logger.also", cfg.also)):
-        for kind in kinds:
-            if kind not in KINDS:
-                raise ConfigurationError(f"{key}={kind!r} is unknown; choose {', '.join(KINDS)}")
-    if cfg.mode not in MODES:
-        raise ConfigurationError(f"logger.mode={cfg.mode!r} is unknown; choose {', '.join(MODES)}")
+    cfg.check()
     for kind in active_kinds(cfg):
         if importlib.util.find_spec(kind) is None:
             raise MissingLibraryError(f"logger={kind} needs the {kind} library: pip install 'pwm-torchrl[{kind}]'")

@@ -18,8 +18,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.checkpoint import Checkpoint
 
+from pwm_torchrl.algorithm.base import Algorithm
 from pwm_torchrl.algorithm.metrics import MetricRow
-from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.config import Config
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.errors import DivergenceError, EnvironmentFault, OutOfMemory, status_of
@@ -77,7 +77,7 @@ class Loop:
     Args:
         cfg (Config): the whole run.
         source (Source): collects the data.
-        algorithm (PWM): updates the networks.
+        algorithm (Algorithm): updates the networks.
         evaluation (Evaluation): measures them.
         record (Recording): where the run writes.
         stop (StopRequest): asks the run to stop at its next step.
@@ -88,7 +88,13 @@ class Loop:
     """
 
     def __init__(
-        self, cfg: Config, source: Source, algorithm: PWM, evaluation: Evaluation, record: Recording, stop: StopRequest
+        self,
+        cfg: Config,
+        source: Source,
+        algorithm: Algorithm,
+        evaluation: Evaluation,
+        record: Recording,
+        stop: StopRequest,
     ) -> None:
         self.cfg, self.source, self.algorithm, self.evaluation = cfg, source, algorithm, evaluation
         self.record, self.stop = record, stop

@@ -12,7 +12,8 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from pwm_torchrl.algorithm.build import EnvFacts, Facts, build_parts, facts_of
+from pwm_torchrl.algorithm.base import build_parts
+from pwm_torchrl.algorithm.build import EnvFacts, Facts, facts_of
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import set_precision, set_threads
 from pwm_torchrl.distributed.ranks import Ranks, RemoteOutOfMemory

@@ -10,13 +10,15 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
+from pwm_torchrl.algorithm.base import find_algorithm
 from pwm_torchrl.algorithm.build import Networks
 from pwm_torchrl.algorithm.metrics import MetricRow
-from pwm_torchrl.algorithm.pwm import Samples
+from pwm_torchrl.algorithm.shac import simulator_of
 from pwm_torchrl.config import Config
 from pwm_torchrl.data import TrajectoryReplay
-from pwm_torchrl.devices import environment_device
+from pwm_torchrl.devices import environment_device, pick_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env
+from pwm_torchrl.envs.differentiable import Episodes
 from pwm_torchrl.envs.workers import OpenEnv
 from pwm_torchrl.memory.storage import steps_since_checkpoint
 from pwm_torchrl.modules import RewardScale
@@ -44,7 +46,7 @@ class Source(Protocol):
 
     Attributes:
         info (EnvInfo): dimensions and lengths.
-        samples (Samples): what updates draw from.
+        samples (Samples or Episodes): what updates draw from, or step.
         reward_scale (RewardScale, optional): divides rewards before the model sees them.
         first_model_updates (int): model updates of the first epoch that has any.
         agent_steps_per_epoch (int): decisions of the policy in an epoch, all environments together; 0 without any.
@@ -58,7 +60,7 @@ class Source(Protocol):
     @property
     def info(self) -> EnvInfo: ...
     @property
-    def samples(self) -> Samples: ...
+    def samples(self) -> Any: ...
     @property
     def reward_scale(self) -> RewardScale | None: ...
     @property
@@ -118,7 +120,7 @@ class OnlineSource:
         check_horizon(cfg, self.info)
         first = cfg.algorithm.first_model_updates
         self.first_model_updates = first if first is not None else self.info.episode_length or UNKNOWN_EPISODE_UPDATES
-        self.agent_steps_per_epoch = (cfg.algorithm.collect_steps or cfg.algorithm.horizon) * self.info.num_envs
+        self.agent_steps_per_epoch = cfg.algorithm.steps_per_env * self.info.num_envs
         self.agent_steps = 0
 
     def start(
@@ -133,7 +135,7 @@ class OnlineSource:
         """Make collector, replay and running statistics."""
         assert policy is not None
         a, t = cfg.algorithm, cfg.training
-        steps = a.collect_steps or a.horizon
+        steps = a.steps_per_env
         self.collector = ResumableCollector(self.env, policy, steps, a.random_steps, device, self.env_device)
         self.collector.progress = progress
         self.samples = TrajectoryReplay(
@@ -273,6 +275,66 @@ class StoredSource:
         """Nothing to do: the files are mapped."""
 
 
-def open_source(cfg: Config, run_dir: Path) -> OnlineSource | StoredSource:
-    """The source of a run's mode."""
-    return OnlineSource(cfg) if cfg.mode == "online" else StoredSource(cfg, run_dir)
+class SimulatedSource:
+    """A differentiable environment, which the algorithm's updates step themselves.
+
+    Args:
+        cfg (Config): the run's configuration.
+
+    Raises:
+        ConfigurationError: if the environment cannot be made, or is not differentiable.
+    """
+
+    reward_scale: RewardScale | None = None
+    first_model_updates = 0
+    resumed_exactly = True
+
+    def __init__(self, cfg: Config) -> None:
+        seed = training_env_seed(cfg.seed)
+        with OpenEnv.opening(str(cfg.env.get("name") or cfg.env.get("_target_")), seed) as self.opened:
+            env = self.opened.hold(
+                make_env(cfg.env, num_envs=int(cfg.env["num_envs"]), seed=seed, device=pick_device(cfg.device))
+            )
+        self.info = env_info(env)
+        simulator_of(cfg, self.info)
+        check_horizon(cfg, self.info)
+        self.agent_steps_per_epoch = cfg.algorithm.steps_per_env * self.info.num_envs
+        self.agent_steps = 0
+
+    def start(
+        self,
+        cfg: Config,
+        run_dir: Path,
+        networks: Networks,
+        policy: TensorDictModuleBase | None,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        """Begin the episodes."""
+        self.samples = Episodes(self.info.simulator, self.info, device)
+        self.components: dict[str, Any] = {"episodes": self.samples}
+
+    def collect(self, row: MetricRow) -> TensorDictBase:
+        """An empty batch: the epoch's updates make its steps."""
+        self.agent_steps += self.agent_steps_per_epoch
+        return TensorDict({}, batch_size=[1])
+
+    def store(self, batch: TensorDictBase) -> None:
+        """Nothing to do: nothing is replayed."""
+
+    def restored(self) -> None:
+        """Nothing to do: the episodes are as they were."""
+
+    def environment_failed(self) -> None:
+        """Nothing to do: the episodes' state is as it was before the step."""
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.opened.close()
+
+
+def open_source(cfg: Config, run_dir: Path) -> OnlineSource | StoredSource | SimulatedSource:
+    """The source of a run's mode and algorithm."""
+    if cfg.mode != "online":
+        return StoredSource(cfg, run_dir)
+    return SimulatedSource(cfg) if find_algorithm(cfg.algorithm.name).simulates else OnlineSource(cfg)

@@ -13,8 +13,8 @@ import torch
 from torchrl.checkpoint import Checkpoint
 from torchrl.data import Bounded
 
-from pwm_torchrl.algorithm.build import Parts, build_parts, facts_of
-from pwm_torchrl.algorithm.pwm import PWM
+from pwm_torchrl.algorithm.base import Parts, build_parts, find_algorithm
+from pwm_torchrl.algorithm.build import facts_of
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import hardware_name, pick_device, set_precision, set_threads
@@ -119,6 +119,7 @@ def _train(
             reserve.take()
             save_config(cfg, run_dir)
             summary = RunSummary.start(cfg, run_dir, resume)
+            cfg.check()
             if ranks is not None:
                 check_device(cfg.device, ranks)
             run = Run(cfg, run_dir, summary, claim, closing, progress, resume=resume, stop=stop, ranks=ranks)
@@ -182,6 +183,11 @@ class Run:
         self.device = pick_device(cfg.device)
         summary.fixed["hardware"] = hardware_name(self.device, torch.get_num_threads())
         seed_everything(cfg.seed)
+        if ranks is not None and find_algorithm(cfg.algorithm.name).simulates:
+            raise ConfigurationError(
+                f"algorithm={cfg.algorithm.name} steps its environment in one process, and this run has {ranks.size}; "
+                "ask for one GPU (cluster.gpus=1, cluster.nodes=1)"
+            )
         opening = "opening the environments" if cfg.mode == "online" else "opening the stored episodes"
         with progress.phase(opening, forks=True):
             self.source = open_source(cfg, run_dir)
@@ -212,7 +218,7 @@ class Run:
             spec = Bounded(-1.0, 1.0, (source.info.action_dim,), device=self.device)
             policy = policy_module(networks.model, networks.actor, action_spec=spec)
         source.start(cfg, self.run_dir, networks, policy, self.device, self.progress)
-        self.algorithm = PWM(
+        self.algorithm = find_algorithm(cfg.algorithm.name)(
             cfg.algorithm,
             networks,
             parts.losses,
@@ -299,7 +305,7 @@ class Run:
         record.csv.truncate(loop.logged_epoch if restored else 0)
         self.closing.later("metrics.csv", record.csv.close)
         self.summary.resume_exact &= self.source.resumed_exactly
-        write_run_readme(self.run_dir, self.cfg)
+        write_run_readme(self.run_dir, self.cfg, self.networks.model is not None)
         try:
             self.evaluation.prelude()
         except StopInEpoch:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pwm_torchrl.algorithm.base import Algorithm
 from pwm_torchrl.algorithm.build import world_model_spec
 from pwm_torchrl.algorithm.metrics import MetricRow
-from pwm_torchrl.algorithm.pwm import PWM
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs.tasks import task_set
 from pwm_torchrl.modules import (
@@ -130,7 +130,7 @@ class HeldOutValidation:
         self.best: float | None = None
         self.components: dict[str, Any] = {}
 
-    def start(self, algorithm: PWM, policy: object, device: torch.device) -> None:
+    def start(self, algorithm: Algorithm, policy: object, device: torch.device) -> None:
         """Take the algorithm whose model is validated; there is no policy."""
         self.algorithm, self.device = algorithm, device
         loss = algorithm.losses.model

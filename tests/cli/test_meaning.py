@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("hydra")
 
-from pwm_torchrl.choices import schema_keys
+from pwm_torchrl.choices import schema_choices, schema_keys
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.validate import CHOICES
 from pwm_torchrl.cli.words import RULES
 from pwm_torchrl.config import DynamicsConfig
 from pwm_torchrl.errors import ConfigurationError
@@ -103,4 +102,4 @@ def test_rules_are_about_keys_that_exist():
             assert key.rstrip(".") in keys
         for by in rule.by.split(", "):
             assert by in keys
-        assert set(rule.values) <= set(CHOICES.get(rule.by, ()))
+        assert set(rule.values) <= set(schema_choices().get(rule.by, ()))

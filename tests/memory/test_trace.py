@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from training_cases import config
 
 from pwm_torchrl.algorithm.build import Facts
+from pwm_torchrl.config import NETWORKS
 from pwm_torchrl.memory.readings import read_process
-from pwm_torchrl.memory.trace import UPDATES, FakeTensors, StorageCounter, UpdateTracer, _Updates
+from pwm_torchrl.memory.trace import FakeTensors, StorageCounter, UpdateTracer, _Updates
 
 FACTS = Facts(3, 1, terminates=True)
 
@@ -138,7 +139,7 @@ class TestFakeTensors:
         threads, modes = threading.enumerate(), torch.is_grad_enabled()
         tracer = UpdateTracer(config({"algorithm.horizon": 2}), FACTS)
         assert tracer.persistent.total > 0
-        assert all(tracer.transient(update, size).peak > 0 for update in UPDATES for size in (None, 3))
+        assert all(tracer.transient(update, size).peak > 0 for update in NETWORKS for size in (None, 3))
         assert torch.equal(torch.get_rng_state(), states[0])
         assert np.array_equal(np.random.get_state()[1], states[1])
         assert random.getstate() == states[2]
@@ -184,7 +185,7 @@ def test_equals_real_tensors(changes):
     with StorageCounter() as counter:
         real = _Updates(cfg, FACTS, counter)
         assert real.persistent == tracer.persistent
-        for update in UPDATES:
+        for update in NETWORKS:
             batch = tracer.batches[update]
             for size in (batch, 2):
                 assert real.measure(update, batch, size, 3) == tracer._trace(update, batch, size, 3)

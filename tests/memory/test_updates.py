@@ -9,8 +9,9 @@ import pytest
 from training_cases import config
 
 from pwm_torchrl.algorithm.build import Facts, build_losses, build_networks, build_optimizers
+from pwm_torchrl.config import NETWORKS
 from pwm_torchrl.memory import trace as updates
-from pwm_torchrl.memory.trace import UPDATES, Transient, UpdateTracer
+from pwm_torchrl.memory.trace import Transient, UpdateTracer
 
 FACTS = Facts(5, 2, terminates=True)
 MODELS = {
@@ -94,7 +95,7 @@ class TestMicroBatches:
     def test_a_smaller_last_one_is_traced_at_full_size(self):
         sizes = {"algorithm.model_batch": 12, "algorithm.actor_batch": 12, "algorithm.horizon": 3}
         tracer = UpdateTracer(config(sizes), FACTS)
-        for update in UPDATES:
+        for update in NETWORKS:
             size = tracer.batches[update] * 2 // 3 + 1
             assert tracer.transient(update, size).peak >= in_parts(tracer, update, size)
 
@@ -127,7 +128,7 @@ class TestParts:
     def test_gradients_and_data_are_parts_of_the_peak(self):
         cfg = config(BATCHES)
         tracer, networks = UpdateTracer(cfg, FACTS), dict(build_networks(cfg, FACTS).items())
-        for update in UPDATES:
+        for update in NETWORKS:
             taken = tracer.transient(update)
             assert taken.gradients == sum(p.nbytes for p in networks[update].parameters())
             assert taken.activations + taken.gradients + taken.data == taken.peak
@@ -170,7 +171,7 @@ class TestParts:
 def test_every_kind_of_model_can_be_traced(changes):
     tracer = UpdateTracer(config({"algorithm.horizon": 2, **changes}), FACTS)
     assert tracer.persistent.total > 0
-    assert all(tracer.transient(update, 2).peak > 0 for update in UPDATES)
+    assert all(tracer.transient(update, 2).peak > 0 for update in NETWORKS)
 
 
 def test_a_compiled_loss_is_traced_as_the_eager_one():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from dynamics_cases import CONDITIONED, FLOWS, VARIANTS, A, D, E, dynamics, latents, randomize
 
+from pwm_torchrl.choices import sizes
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import (
-    SIZES,
     WorldModelSpec,
     count_parameters,
     make_dynamics,
@@ -38,7 +38,7 @@ class TestSizes:
         [("5m", 512, 1_469_953), ("19m", 512, 5_319_681), ("48m", 768, 18_489_089), ("317m", 1376, 106_758_209)],
     )
     def test_published_parameter_counts(self, size: str, latent_dim: int, expected: int) -> None:
-        s = SIZES[size]
+        s = sizes()[size]
         with torch.device("meta"):
             model = make_world_model(WorldModelSpec(37, 8, latent_dim, s.units, s.encoder_units))
         assert count_parameters(model) == expected
@@ -56,7 +56,7 @@ class TestSizes:
     )
     @pytest.mark.parametrize("task_dim", [0, 96])
     def test_kinds_are_compared_at_equal_parameter_count(self, size: str, options: dict, task_dim: int) -> None:
-        s = SIZES[size]
+        s = sizes()[size]
         with torch.device("meta"):
             mlp = make_dynamics("mlp", s.latent_dim, 8, task_dim, s.units)
             other = make_dynamics(latent_dim=s.latent_dim, action_dim=8, task_dim=task_dim, units=s.units, **options)

@@ -74,7 +74,7 @@ def test_their_code_goes_with_a_job():
         ("no_such_module.Linear", "there is no module 'no_such_module'"),
         ("my_dynamics.Linaer", "my_dynamics has no 'Linaer', did you mean Linear"),
         ("my_dynamics.Other", "is no subclass of pwm_torchrl.modules.Dynamics"),
-        ("lstm", "choose one of mlp, residual, flow"),
+        ("lstm", "model.dynamics.kind=lstm .*flow, mlp, residual"),
     ],
 )
 def test_refused(kind, sentence):

@@ -128,7 +128,7 @@ MULTITASK = WorldModelSpec(3, 1, 16, [32], [32], num_tasks=1, task_dim=4, action
             {"algorithm": {**ALGORITHM, "random_steps": 5}},
             "algorithm.random_steps=5 has no effect .* collector.init_random",
         ),
-        ({"algorithm": {**ALGORITHM, "actor_starts": "x"}}, "actor_starts='x' is not one of replay, current"),
+        ({"algorithm": {**ALGORITHM, "actor_starts": "x"}}, r"algorithm\.actor_starts=x .*replay, current"),
         ({"algorithm": AlgorithmConfig()}, "slice_len=4 does not give slices of algorithm.horizon=16"),
         ({"replay_buffer": ReplayBuffer(storage=LazyTensorStorage(9))}, "RandomSampler does not give slices"),
         ({"world_model": make_world_model(MULTITASK)}, "world_model.num_tasks=1"),

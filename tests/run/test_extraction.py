@@ -11,7 +11,7 @@ from stored_cases import write_store
 from tensordict import TensorDict
 from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
-from pwm_torchrl.config import trained_networks
+from pwm_torchrl.algorithm.base import updates_of
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
@@ -160,11 +160,11 @@ class TestFineTuning:
 
 def test_what_is_trained(store, world_model):
     cfg = extraction_config(store, world_model)
-    assert trained_networks(cfg) == ("actor", "critic")
+    assert tuple(updates_of(cfg)) == ("actor", "critic")
     cfg.finetune = True
-    assert trained_networks(cfg) == ("model", "actor", "critic")
+    assert tuple(updates_of(cfg)) == ("model", "actor", "critic")
     cfg.mode = "pretrain"
-    assert trained_networks(cfg) == ("model",)
+    assert tuple(updates_of(cfg)) == ("model",)
 
 
 class TestBadInput:

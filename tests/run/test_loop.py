@@ -7,7 +7,7 @@ import math
 import pytest
 from training_cases import CARTPOLE, PENDULUM, assert_equal, config, rows_of, run_with, stop_after, weights_of
 
-from pwm_torchrl.algorithm.pwm import PWM
+from pwm_torchrl.algorithm.pwm_paper import PaperPWM
 from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.loop import COLLECT, FINISH, UPDATE, Loop, not_finite
 
@@ -26,13 +26,13 @@ class TestCounters:
 
     def test_the_learning_rates_fall_from_the_first_epoch_to_the_last(self, tmp_path, monkeypatch):
         seen = []
-        epoch = PWM.epoch
+        epoch = PaperPWM.epoch
 
         def noted(self, batch, progress):
             seen.append(progress)
             return epoch(self, batch, progress)
 
-        monkeypatch.setattr(PWM, "epoch", noted)
+        monkeypatch.setattr(PaperPWM, "epoch", noted)
         run_with(monkeypatch, config({"training.epochs": 5}), tmp_path)
         assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
 

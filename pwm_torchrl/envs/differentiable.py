@@ -1,0 +1,332 @@
+"""Differentiable simulators: their interface, an environment around one, the episodes of training, TorchRL's pendulum.
+
+A :class:`Simulator` is a function of an explicit state, so that a gradient can go back through its steps, a batch can
+be split into micro-batches, an update can be repeated, and a checkpoint holds everything. A simulator that keeps its
+state to itself (dflex, rewarped) fits by reading and writing it at every step, made with ``no_grad=False``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase, PendulumEnv
+
+from pwm_torchrl.envs.info import EnvInfo
+from pwm_torchrl.envs.standard import check_maker_arguments
+from pwm_torchrl.errors import ConfigurationError, DivergenceError, EnvironmentFault
+
+__all__ = ["DifferentiableEnv", "Episodes", "PendulumSimulator", "Simulator", "make_torchrl_pendulum"]
+
+
+class Simulator(Protocol):
+    """Equations of motion that autograd differentiates.
+
+    Attributes:
+        state_dim (int): ``S``, numbers that determine what comes next.
+        observation_dim (int): ``O``.
+        action_dim (int): ``A``.
+        action_low (tuple of float): smallest action in its own units, of which [-1, 1] is the scaled range.
+        action_high (tuple of float): largest action.
+        terminates (bool): whether a step can end an episode.
+    """
+
+    state_dim: int
+    observation_dim: int
+    action_dim: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    terminates: bool
+
+    def reset(self, count: int, generator: torch.Generator) -> Tensor:
+        """States ``[count, S]`` float32 of new episodes, drawn from ``generator`` and on its device."""
+
+    def observe(self, state: Tensor) -> Tensor:
+        """Observations ``[..., O]`` of states ``[..., S]``, differentiable."""
+
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiable step of rows that do not depend on each other, and nothing else.
+
+        Args:
+            state (Tensor): ``[B, S]``. B is ``num_envs``, or less where memory splits a batch.
+            action (Tensor): ``[B, A]`` in [-1, 1].
+
+        Returns:
+            tuple: next states ``[B, S]``, rewards ``[B, 1]``, and whether an episode terminated, bool ``[B, 1]``; such
+            a row is not reset here.
+        """
+
+
+class DifferentiableEnv(EnvBase):
+    """N simulated episodes as an ordinary TorchRL environment, which steps without gradients.
+
+    ``algorithm=shac`` finds the simulator in it and steps that with gradients. A maker of one's own that returns such
+    an environment can be trained by it.
+
+    Args:
+        simulator (Simulator): the equations of motion.
+
+    Keyword Args:
+        name (str): label for tables and messages.
+        num_envs (int): ``N``.
+        episode_length (int): agent steps after which an episode is truncated.
+        seed (int): of the initial states of the whole batch. Defaults to ``0``.
+        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
+    """
+
+    state_support = "exact: simulator states, clocks and random generator"
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        *,
+        name: str,
+        num_envs: int,
+        episode_length: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(device=torch.device(device), batch_size=[num_envs])
+        self.simulator = simulator
+        n, o, a = num_envs, simulator.observation_dim, simulator.action_dim
+        self.observation_spec = Composite(
+            observation=Unbounded((n, o), dtype=torch.float32, device=self.device), shape=[n]
+        )
+        self.action_spec = Bounded(-1.0, 1.0, (n, a), dtype=torch.float32, device=self.device)
+        self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=self.device)
+        flag = Categorical(2, dtype=torch.bool, shape=(n, 1), device=self.device)
+        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=[n])
+        self.pwm_info = EnvInfo(
+            name=name,
+            observation_dim=o,
+            action_dim=a,
+            episode_length=episode_length,
+            action_repeat=1,
+            num_envs=n,
+            terminates=simulator.terminates,
+            seed=seed,
+            action_low=simulator.action_low,
+            action_high=simulator.action_high,
+            simulator=simulator,
+        )
+        self._set_seed(seed)
+        self._state = torch.zeros(n, simulator.state_dim, device=self.device)
+        self._age = torch.zeros(n, dtype=torch.int64, device=self.device)
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self._generator = torch.Generator(self.device).manual_seed(seed)
+
+    @torch.no_grad()
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = tensordict.get("action").detach().clamp(-1.0, 1.0)
+        self._state, reward, terminated = self.simulator.step(self._state, action)
+        self._age = self._age + 1
+        truncated = (self._age >= self.pwm_info.episode_length).unsqueeze(-1)
+        observation = self.simulator.observe(self._state)
+        check_finite(self.pwm_info, observation, reward)
+        step = {"observation": observation, "reward": reward, "done": terminated | truncated}
+        return TensorDict(
+            {**step, "terminated": terminated, "truncated": truncated}, self.batch_size, device=self.device
+        )
+
+    @torch.no_grad()
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        rows = torch.ones_like(self._age, dtype=torch.bool) if mask is None else mask.view(-1)
+        fresh = self.simulator.reset(len(rows), self._generator)
+        self._state = torch.where(rows.unsqueeze(-1), fresh, self._state)
+        self._age = self._age.masked_fill(rows, 0)
+        observation = self.simulator.observe(self._state)
+        return TensorDict({"observation": observation}, self.batch_size, device=self.device)
+
+    def save_state(self) -> dict[str, Any]:
+        """Simulator states, clocks and random generator."""
+        return {"state": self._state.clone(), "age": self._age.clone(), "generator": self._generator.get_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`save_state` gave."""
+        _check_rows(len(state["age"]), len(self._age))
+        self._state, self._age = state["state"].to(self.device), state["age"].to(self.device)
+        self._generator.set_state(state["generator"].cpu())
+
+    def render_frame(self) -> np.ndarray:
+        """The simulator's own picture of the first state, ``draw(state)``, if it has any."""
+        draw = getattr(self.simulator, "draw", None)
+        if draw is None:
+            raise ConfigurationError(f"{self.pwm_info.name} cannot be filmed: its simulator draws no pictures")
+        frame: np.ndarray = draw(self._state[0])
+        return frame
+
+
+class Episodes:
+    """Episodes that a differentiable simulator is in the middle of, as training advances them rollout by rollout.
+
+    Episodes begin at random ages, so that they do not all end at once, and end with the rollout in which they reach
+    their length; the rewards beyond it do not count towards their returns.
+
+    Args:
+        simulator (Simulator): the equations of motion.
+        info (EnvInfo): number and length of episodes.
+        device (torch.device): where the states are.
+
+    Attributes:
+        states (Tensor): where the next rollouts start, ``[N, S]``.
+    """
+
+    def __init__(self, simulator: Simulator, info: EnvInfo, device: torch.device) -> None:
+        if info.episode_length is None:
+            raise ConfigurationError(f"{info.name} has episodes without end; set env.episode_length")
+        self.simulator, self.info, self.device = simulator, info, device
+        self.length = info.episode_length
+        self._generator = torch.Generator(device).manual_seed(info.seed)
+        self.states = simulator.reset(info.num_envs, self._generator)
+        self._age = torch.randint(self.length, (info.num_envs,), generator=self._generator, device=device)
+        self._whole = torch.zeros(info.num_envs, dtype=torch.bool, device=device)  # seen from their beginning
+        self._returns = torch.zeros(info.num_envs, dtype=torch.float64, device=device)
+        self._finished: list[Tensor] = []
+
+    @torch.no_grad()
+    def advance(self, state: Tensor, action: Tensor, reward: Tensor, terminated: Tensor) -> None:
+        """Go on behind a rollout of H steps.
+
+        Args:
+            state (Tensor): states before its last step ``[N, S]``.
+            action (Tensor): actions of its last step ``[N, A]``.
+            reward (Tensor): ``[N, H]``.
+            terminated (Tensor): bool ``[N, H]``.
+
+        Raises:
+            DivergenceError: if a state or reward is not finite: its gradient has reached the policy.
+        """
+        following, _, _ = self.simulator.step(state, action)
+        if not (torch.isfinite(following).all() and torch.isfinite(reward).all()):
+            raise DivergenceError(
+                f"environment {self.info.name}: a state or reward of a rollout is not finite; the last checkpoint is "
+                "from before. Lower algorithm.actor_lr or algorithm.horizon."
+            )
+        steps = torch.arange(reward.shape[1], device=self.device)
+        going = torch.cat([torch.zeros_like(terminated[:, :1]), terminated[:, :-1]], 1).cumsum(1) == 0
+        counted = going & (self._age.unsqueeze(1) + steps < self.length)
+        self._returns += (reward.double() * counted).sum(1)
+        self._age += len(steps)
+        over = terminated.any(1) | (self._age >= self.length)
+        self._finished.append(self._returns[over & self._whole])
+        fresh = self.simulator.reset(len(over), self._generator)
+        self.states = torch.where(over.unsqueeze(-1), fresh, following)
+        self._age = self._age.masked_fill(over, 0)
+        self._returns = self._returns.masked_fill(over, 0.0)
+        self._whole = self._whole | over
+
+    def pop_returns(self) -> Tensor:
+        """Returns of the episodes that ended since the last call, float64 ``[E]``."""
+        finished = torch.cat([self._returns.new_zeros(0), *self._finished])
+        self._finished = []
+        return finished
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the episodes go on."""
+        return {
+            "states": self.states,
+            "age": self._age,
+            "whole": self._whole,
+            "returns": self._returns,
+            "finished": torch.cat([self._returns.new_zeros(0), *self._finished]),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        _check_rows(len(state_dict["age"]), self.info.num_envs)
+        self.states = state_dict["states"].to(self.device).clone()
+        self._age, self._whole = state_dict["age"].to(self.device).clone(), state_dict["whole"].to(self.device).clone()
+        self._returns = state_dict["returns"].to(self.device).clone()
+        self._finished = [state_dict["finished"].to(self.device).clone()]
+        self._generator.set_state(state_dict["generator"].cpu())
+
+
+def check_finite(info: EnvInfo, state: Tensor, reward: Tensor) -> None:
+    """Raise EnvironmentFault if a row's state, observation or reward is not finite."""
+    for what, values in (("state", state), ("reward", reward)):
+        bad = ~torch.isfinite(values).flatten(1).all(1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise EnvironmentFault(info.name, f"{what} is not finite after a step", seed=info.seed, index=row)
+
+
+def _check_rows(saved: int, here: int) -> None:
+    if saved != here:
+        raise ConfigurationError(f"the saved state has {saved} environments and this run {here} (env.num_envs)")
+
+
+class PendulumSimulator:
+    """TorchRL's stateless :class:`~torchrl.envs.PendulumEnv`: swing up and balance.
+
+    The state, which is the observation too, is cosine and sine of the angle and the angular velocity over its largest,
+    so that it has no jump where the angle is wrapped.
+    """
+
+    state_dim = observation_dim = 3
+    action_dim = 1
+    terminates = False
+
+    def __init__(self) -> None:
+        self.env = PendulumEnv()
+        params = PendulumEnv.gen_params()["params"]
+        self.max_speed, torque = params["max_speed"].item(), params["max_torque"].item()
+        self.action_low: tuple[float, ...] = (-torque,)
+        self.action_high: tuple[float, ...] = (torque,)
+
+    def reset(self, count: int, generator: torch.Generator) -> Tensor:
+        """PendulumEnv's initial states: any angle, angular velocity from -1 to 1."""
+        draws = 2 * torch.rand(count, 2, generator=generator, device=generator.device) - 1
+        return self._state(PendulumEnv.DEFAULT_X * draws[:, 0], PendulumEnv.DEFAULT_Y * draws[:, 1])
+
+    def observe(self, state: Tensor) -> Tensor:
+        """The state itself."""
+        return state
+
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """PendulumEnv's step; it never terminates."""
+        batch, device = [len(state)], state.device
+        data = PendulumEnv.gen_params(batch_size=batch, device=device)
+        data["th"], data["thdot"] = torch.atan2(state[:, 1], state[:, 0]), self.max_speed * state[:, 2]
+        data["action"] = self.action_high[0] * action
+        following = self.env.step(data)["next"]
+        return self._state(following["th"], following["thdot"]), following["reward"], following["terminated"]
+
+    def _state(self, angle: Tensor, speed: Tensor) -> Tensor:
+        return torch.stack([angle.cos(), angle.sin(), speed / self.max_speed], -1)
+
+
+def make_torchrl_pendulum(
+    num_envs: int = 64, seed: int = 0, device: torch.device | str = "cpu", episode_length: int = 200
+) -> DifferentiableEnv:
+    """TorchRL's pendulum, which ``algorithm=shac`` can differentiate.
+
+    Args:
+        num_envs (int): ``N``. Defaults to ``64``.
+        seed (int): of the whole batch. Defaults to ``0``.
+        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
+        episode_length (int): agent steps per episode. Defaults to ``200``.
+
+    Returns:
+        DifferentiableEnv: ``observation`` float32 ``[N, 3]``, ``action`` float32 ``[N, 1]`` in [-1, 1].
+
+    Examples:
+        >>> make_torchrl_pendulum(num_envs=2).rollout(3)["next", "reward"].shape
+        torch.Size([2, 3, 1])
+    """
+    check_maker_arguments(num_envs, 1, episode_length)
+    return DifferentiableEnv(
+        PendulumSimulator(),
+        name="pendulum_torchrl",
+        num_envs=num_envs,
+        episode_length=episode_length,
+        seed=seed,
+        device=device,
+    )
