@@ -28,6 +28,7 @@ from pwm_torchrl.algorithm.build import (
     build_actor,
     build_actor_loss,
     build_critic,
+    compiles,
     on,
 )
 from pwm_torchrl.algorithm.metrics import MetricRow
@@ -48,7 +49,7 @@ class SHAC(PaperPWM):
     simulates = True
     ignored = (
         "random_steps", "normalize_observations", "normalize_rewards", "actor_starts", "actor_batch", "actor_updates",
-        "model_updates", "first_model_updates", "compile",
+        "model_updates", "first_model_updates",
     )  # fmt: skip
 
     # What others ask the class ----------------------------------------------------------------------------------------
@@ -78,6 +79,11 @@ class SHAC(PaperPWM):
     @classmethod
     def build_losses(cls, cfg: Config, facts: EnvFacts, networks: Networks) -> Losses:
         """PWM's losses with the simulator in place of the world model; their latents are the simulator's states."""
+        if compiles(cfg):
+            raise ConfigurationError(
+                "algorithm.compile=true compiles the dynamics of a world model, and algorithm=shac has none; leave it at "
+                "auto"
+            )
         simulator = simulator_of(cfg, facts)
         step = TensorDictModule(
             Stepped(simulator), ["latent", "action"], [("next", key) for key in ("latent", "reward", "terminated")]
