@@ -329,7 +329,7 @@ class PWMActorLoss(PWMLoss):
             )
             # Of all values, only the last enters J; the others are targets' and need no graph.
             with torch.no_grad():
-                targets = value(rollout.latent[1:-1])[0]
+                targets = value(rollout.latent[1:-1].detach())[0]
             return rollout, torch.cat([targets, value(rollout.latent[-1:])[0]])
 
     def returns(self, rollout: Imagined, next_value: Tensor) -> Tensor:
