@@ -81,8 +81,8 @@ class SHAC(PaperPWM):
         """PWM's losses with the simulator in place of the world model; their latents are the simulator's states."""
         if compiles(cfg):
             raise ConfigurationError(
-                "algorithm.compile=true compiles the dynamics of a world model, and algorithm=shac has none; leave it at "
-                "auto"
+                "algorithm.compile=true compiles the dynamics of a world model, and algorithm=shac has none; leave it "
+                "at auto"
             )
         simulator = simulator_of(cfg, facts)
         step = TensorDictModule(
