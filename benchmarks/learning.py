@@ -3,6 +3,7 @@
     python benchmarks/learning.py                        # Pendulum-v1, five models, three seeds
     python benchmarks/learning.py --suite cartpole       # dm_control cartpole-swingup, with TorchRL's SAC
     python benchmarks/learning.py --suite halfcheetah    # HalfCheetah-v5
+    python benchmarks/learning.py --suite dmc            # seven DMControl tasks: learning_dmc.py has its options
     python benchmarks/learning.py --table                # only rewrite the table from what has run
 
 Every run is a directory below ``runs/learning``; finished ones are kept and unfinished ones resumed, so the command can
@@ -29,6 +30,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
+
+import learning_dmc  # noqa: E402
 
 from pwm_torchrl.cli.complete import complete_config  # noqa: E402
 from pwm_torchrl.run.directory import differing_keys, load_config  # noqa: E402
@@ -230,6 +233,9 @@ def plot(suite: Suite, todo: list[Job], out: Path) -> None:
 
 def main() -> None:
     """Run what is missing, then write the table."""
+    if sys.argv[1:3] == ["--suite", "dmc"]:
+        learning_dmc.main(sys.argv[3:], hardware())
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="pendulum")
     parser.add_argument("--models", nargs="+", help="default: the suite's")

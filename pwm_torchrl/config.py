@@ -23,7 +23,7 @@ NETWORKS = ("model", "actor", "critic")
 #: The algorithms and the classes that train by them; another one is named by the dotted path of its class.
 ALGORITHMS = {
     "pwm_paper": "pwm_torchrl.algorithm.pwm_paper.PaperPWM",
-    "pwm": "pwm_torchrl.algorithm.pwm_paper.PaperPWM",
+    "pwm": "pwm_torchrl.algorithm.pwm.PWM",
     "shac": "pwm_torchrl.algorithm.shac.SHAC",
 }
 
@@ -199,6 +199,8 @@ class ModelLossConfig(Section):
     reward_coef: Optional[float] = setting(None, least=0)  # None: the form's own
     termination_coef: float = setting(1.0, least=0)
     rho: Optional[float] = setting(None, least=0)  # per-step weight; None: gamma for pwm, 0.5 for tdmpc2
+    one_step_weight: float = setting(0.0, least=0)  # of one-step terms from every encoded observation, beside the
+    # rollout from the first
     rollout_weight: float = setting(1.0, least=0)  # lambda_roll: weight of the rollout loss of the dynamics
     flow_matching_weight: float = setting(0.0, least=0)  # lambda_fm
     flow_matching_source: str = one_of("teacher", "detached", "attached")  # where z_s comes from
@@ -265,14 +267,26 @@ class AlgorithmConfig(Section):
     key: ClassVar[str] = "algorithm."
 
     name: str = one_of(*ALGORITHMS, path=True)  # pwm_paper: as published; a dotted path: an algorithm of one's own
-    horizon: int = setting(16, least=1)  # H of imagination and of the model's training slices, agent steps
+    horizon: int = setting(16, least=0)  # H of imagination, agent steps; pwm takes 0, too: no imagined steps
+    slice_steps: Optional[int] = setting(None, least=1)  # length of the model's training slices, agent steps; None:
+    # horizon
     collect_steps: Optional[int] = setting(None, least=1)  # agent steps per environment and epoch; None: horizon
     random_steps: int = setting(0, least=0)  # first agent steps (all environments together) with uniform actions
     gamma: float = setting(0.99, above=0, most=1)
     lmbda: float = setting(0.95, least=0, most=1)  # lambda of the TD(lambda) critic targets
     detach: bool = True  # stop the gradient at the actor's input in imagination
-    entropy_weight: float = setting(0.0, least=0)  # of the policy's entropy beside the scaled return; keeps actions
-    # from saturating
+    updates_per_step: float = setting(0.5, above=0)  # pwm: sets of model, critic and actor updates per agent step
+    max_updates: int = setting(64, least=1)  # pwm: sets per epoch, at most
+    critic_batch: int = setting(256, least=1)  # pwm: replayed transitions per critic update
+    critic_steps: int = setting(3, least=1)  # pwm: n of the n-step targets, at most slice_steps
+    target_rate: float = setting(0.01, above=0, most=1)  # pwm: share of the way that the slow critics go to the critics
+    # after each update
+    temperature: float = setting(0.1, above=0)  # pwm: initial weight of the entropy, which is learned
+    target_entropy: float = -1.0  # pwm: entropy per action dimension that the weight is learned for
+    state_std: bool = False  # the policy's standard deviation depends on the state
+    scale_rewards: bool = False  # reward head and critics compute in units of the rewards' running deviation
+    entropy_weight: float = setting(0.0, least=0)  # pwm_paper: of the policy's entropy beside the scaled return; keeps
+    # actions from saturating
     normalize_returns: bool = True  # divide the actor loss by the running std of the imagined returns
     normalize_observations: bool = False  # running mean and std in front of the encoder
     normalize_rewards: bool = False  # divide rewards by a running scale; never shifts them
@@ -289,7 +303,8 @@ class AlgorithmConfig(Section):
     model_lr: float = setting(3e-4, above=0)
     actor_lr: float = setting(5e-4, above=0)
     critic_lr: float = setting(5e-4, above=0)
-    final_lr: float = setting(1e-5, least=0)  # every learning rate falls linearly to this one
+    final_lr: Optional[float] = setting(1e-5, least=0)  # every learning rate falls linearly to this one; None: they are
+    # constant
     model_betas: list[float] = setting([0.9, 0.999], least=0, below=1, count=2)  # of Adam
     actor_betas: list[float] = setting([0.7, 0.95], least=0, below=1, count=2)  # of Adam
     critic_betas: list[float] = setting([0.7, 0.95], least=0, below=1, count=2)  # of Adam
@@ -305,6 +320,11 @@ class AlgorithmConfig(Section):
     def steps_per_env(self) -> int:
         """Agent steps that an epoch collects in each environment."""
         return self.horizon if self.collect_steps is None else self.collect_steps
+
+    @property
+    def slice_length(self) -> int:
+        """Steps of the slices that model and critics learn from."""
+        return self.horizon if self.slice_steps is None else self.slice_steps
 
 
 @dataclass

@@ -68,7 +68,7 @@ class TestEvaluationThatSummedImaginedRewards:
         cfg = config()
         save_config(cfg, tmp_path)
         summary, _ = run_with(monkeypatch, cfg, tmp_path)
-        seed = evaluation_env_seed(cfg.seed)
+        seed = evaluation_env_seed(cfg.seed, cfg.training.epochs, cfg.training.eval_episodes)
         again = evaluate_run(tmp_path, episodes=cfg.training.eval_episodes, seed=seed, which="latest")
         assert again["return_mean"] == pytest.approx(summary["final_return"])
 

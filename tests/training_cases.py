@@ -221,10 +221,15 @@ class Bench:
         if self.data["observation"].dtype == torch.float64:
             for _, network in self.networks.items():
                 network.double()
+        with torch.no_grad():  # last layers begin at or near 0, which would hide what depends on them
+            torch.nn.init.orthogonal_(self.networks.actor.net[-1].weight, gain=2**0.5)
+            for weight in list(self.networks.critic.params)[-2]:
+                torch.nn.init.orthogonal_(weight, gain=2**0.5)
         self.losses = build_losses(cfg, self.networks)
-        self.losses.actor.return_statistics.to(self.data["observation"].dtype)
+        if self.losses.return_statistics is not None:
+            self.losses.return_statistics.to(self.data["observation"].dtype)
         self.optimizers = build_optimizers(cfg, self.networks)
-        self.replay = TrajectoryReplay(1000, self.data.shape[0], cfg.algorithm.horizon)
+        self.replay = TrajectoryReplay(1000, self.data.shape[0], cfg.algorithm.slice_length)
         self.replay.extend(self.data)
         self.reduced: list[tuple[str, int, int]] = []
         updates = Updates(LocalExecutor(self.losses, self.optimizers), cfg.memory, self.reductions)

@@ -23,7 +23,7 @@ from pwm_torchrl.modules import (
     world_model_facts,
     world_model_module,
 )
-from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
+from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss, SoftActorLoss
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -109,7 +109,7 @@ class Losses:
 
     # Typed as if they were there, as the networks are.
     model: PWMModelLoss = None  # type: ignore[assignment]
-    actor: PWMActorLoss = None  # type: ignore[assignment]
+    actor: PWMActorLoss | SoftActorLoss = None  # type: ignore[assignment]
     critic: PWMValueLoss = None  # type: ignore[assignment]
 
     @property
@@ -142,6 +142,7 @@ def world_model_spec(cfg: Config, facts: EnvFacts) -> WorldModelSpec:
         reward_space=model.reward_space,
         termination=facts.terminates if model.termination_head is None else model.termination_head,
         normalize_observations=cfg.algorithm.normalize_observations,
+        scale_rewards=cfg.algorithm.scale_rewards,
         num_tasks=len(facts.action_dims),
         task_dim=size.task_dim if facts.action_dims else 0,
         action_dims=list(facts.action_dims),
@@ -175,20 +176,28 @@ def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "c
         return Networks(model=on(build_world_model(cfg, facts), device))
     actor = build_actor(cfg, cfg.size.latent_dim, facts.action_dim)  # first: a seed gives the same networks as ever
     networks = Networks(model=on(build_world_model(cfg, facts), device), actor=on(actor, device))
-    networks.critic = on(build_critic(cfg, cfg.size.latent_dim), device)
+    scaled = networks.model.reward_deviation is not None
+    networks.critic = on(build_critic(cfg, cfg.size.latent_dim, scaled=scaled), device)
     return networks
 
 
-def build_actor(cfg: Config, input_dim: int, action_dim: int) -> Actor:
-    """A policy on latents or observations."""
+def build_actor(cfg: Config, input_dim: int, action_dim: int, temperature: float | None = None) -> Actor:
+    """A policy on latents or observations; with a ``temperature``, its entropy's weight is learned from there."""
     return Actor(
-        input_dim, action_dim, list(cfg.size.actor_units), cfg.algorithm.log_std_init, cfg.algorithm.log_std_min
+        input_dim,
+        action_dim,
+        list(cfg.size.actor_units),
+        cfg.algorithm.log_std_init,
+        cfg.algorithm.log_std_min,
+        state_std=cfg.algorithm.state_std,
+        temperature=temperature,
     )
 
 
-def build_critic(cfg: Config, input_dim: int) -> CriticEnsemble:
-    """Values of latents or observations."""
-    return CriticEnsemble(input_dim, list(cfg.size.critic_units), cfg.size.num_critics)
+def build_critic(cfg: Config, input_dim: int, action_dim: int = 0, scaled: bool = False) -> CriticEnsemble:
+    """Values of latents or observations, with an ``action_dim`` of actions in them; ``scaled``: in units of rewards."""
+    units = list(cfg.size.critic_units)
+    return CriticEnsemble(input_dim, units, cfg.size.num_critics, action_dim=action_dim, scaled=scaled)
 
 
 def on(module: AnyModule, device: torch.device | str) -> AnyModule:
@@ -214,6 +223,7 @@ def build_model_loss(cfg: Config, world_model: WorldModel) -> PWMModelLoss:
         reward_coef=terms.reward_coef,
         termination_coef=terms.termination_coef,
         rollout_weight=terms.rollout_weight,
+        one_step_weight=terms.one_step_weight,
         flow_matching_weight=terms.flow_matching_weight,
         flow_matching_source=terms.flow_matching_source,
         self_consistency_weight=terms.self_consistency_weight,
@@ -264,16 +274,18 @@ def build_actor_loss(cfg: Config, actor: Any, step: TensorDictModuleBase, critic
 
 @dataclass
 class NetworkOptimizer:
-    """Adam for one network, its gradient-norm limit and its learning-rate schedule."""
+    """Adam for one network, its gradient-norm limit and its learning-rate schedule; ``final_lr=None``: constant."""
 
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Adam
     max_norm: float
     lr: float
-    final_lr: float
+    final_lr: float | None
 
     def set_progress(self, fraction: float) -> float:
         """Set and return the learning rate, linear from ``lr`` at 0 to ``final_lr`` at 1."""
+        if self.final_lr is None:
+            return self.lr
         value = self.lr + (self.final_lr - self.lr) * min(max(fraction, 0.0), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = value
@@ -301,5 +313,7 @@ def build_optimizers(cfg: Config, networks: Networks) -> dict[str, NetworkOptimi
         lr, betas, max_norm = (getattr(cfg.algorithm, f"{name}_{setting}") for setting in ("lr", "betas", "grad_norm"))
         parameters = list(module.parameters())
         adam = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), fused=True)
+        if isinstance(module, Actor):
+            adam.register_step_post_hook(lambda *_, actor=module: actor.keep_std())
         optimizers[name] = NetworkOptimizer(parameters, adam, max_norm, lr, cfg.algorithm.final_lr)
     return optimizers

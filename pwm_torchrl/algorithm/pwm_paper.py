@@ -29,6 +29,7 @@ from torch import Tensor
 from pwm_torchrl.algorithm.base import Algorithm, EpochWork, Update, Work
 from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
 
 __all__ = ["PaperPWM", "PaperWork"]
 
@@ -77,8 +78,12 @@ class PaperPWM(Algorithm):
     def updates_of(cls, cfg: Config) -> list[Update]:
         """Model, actor and critic; in pre-training the first alone, in extraction the others unless it fine-tunes."""
         a = cfg.algorithm
+        if a.horizon < 1:
+            raise ConfigurationError(
+                f"algorithm.horizon={a.horizon} is too small for algorithm={a.name}; it must be at least 1"
+            )
         states = math.ceil(a.actor_batch * a.horizon / a.critic_minibatches)
-        model = Update("model", "slices", a.model_batch, a.model_updates, a.horizon)
+        model = Update("model", "slices", a.model_batch, a.model_updates, a.slice_length)
         policy = [
             Update("actor", "rollouts", a.actor_batch, a.actor_updates, a.horizon),
             Update("critic", "states", states, a.actor_updates * a.critic_passes * a.critic_minibatches),
@@ -126,8 +131,8 @@ class PaperPWM(Algorithm):
         row.mean({"loss/actor": losses["loss_actor"], "grad_norm/actor": norm})
         for key in ("imagined_return", "imagined_reward", "return_std", "terminated"):
             row.mean({f"imagination/{key.removeprefix('imagined_')}": losses[key]})
-        std = self.networks.actor.log_std.detach().clamp_min(self.networks.actor.log_std_min).exp()
-        row.set({"policy/std": std.mean()})
+        if self.networks.actor.log_std is not None:
+            row.set({"policy/std": self.networks.actor.log_std.detach().exp().mean()})
         return self.critic_states(rollout)
 
     def critic_states(self, rollout: TensorDictBase) -> TensorDictBase:

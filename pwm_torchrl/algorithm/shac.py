@@ -157,6 +157,10 @@ def rollouts_per_epoch(algorithm: AlgorithmConfig) -> int:
     Raises:
         ConfigurationError: if its steps are not whole rollouts.
     """
+    if algorithm.horizon < 1:
+        raise ConfigurationError(
+            f"algorithm.horizon={algorithm.horizon} is too small for algorithm={algorithm.name}; it must be at least 1"
+        )
     rollouts, rest = divmod(algorithm.steps_per_env, algorithm.horizon)
     if rest:
         raise ConfigurationError(

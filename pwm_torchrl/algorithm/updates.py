@@ -88,6 +88,7 @@ class LocalExecutor:
 
     def model(self, slices: TensorDictBase, size: int) -> tuple[Metrics, Tensor, Tensor]:
         """Model update on slices ``[B, H]``: losses, fraction of valid steps, gradient norm."""
+        follow_unit(self.losses)
         read = self.losses.model.read(slices)
         losses = self.losses.model.backward(read, size)
         return losses, read.valid.float().mean(), self._step("model")
@@ -99,6 +100,7 @@ class LocalExecutor:
 
     def critic(self, states: TensorDictBase, size: int) -> tuple[Metrics, Tensor]:
         """Critic update on states ``[S]``: losses, gradient norm."""
+        follow_unit(self.losses)
         losses = self.losses.critic.backward(states, size)
         return losses, self._step("critic")
 
@@ -198,6 +200,16 @@ class Updates:
             for update, size in state_dict["reduced"].items()
             if state_dict["sizes"][update] == self.sizes[update]
         }
+
+
+def follow_unit(losses: Losses) -> None:
+    """Let reward head and critics compute in the present unit of rewards; what they predict does not change."""
+    model = losses.model
+    if model is None or model.world_model.reward_deviation is None:
+        return
+    model.world_model.rescale()
+    if losses.critic is not None:
+        losses.critic.critics.rescale(model.world_model.reward_deviation.value)
 
 
 def undo_of(optimizers: Mapping[str, NetworkOptimizer], return_statistics: nn.Module | None) -> dict[str, Undo]:

@@ -152,6 +152,10 @@ def _check_combinations(config: Config) -> None:
             f"model.loss.self_consistency_weight={model.loss.self_consistency_weight} needs "
             "model.dynamics.condition_on_step_size=true"
         )
+    if algorithm.name != "pwm" and algorithm.horizon < 1:
+        raise ConfigurationError(
+            f"algorithm.horizon={algorithm.horizon} is too small; it must be at least 1 with algorithm={algorithm.name}"
+        )
     episode = config.env.get("episode_length")
     if episode is not None and algorithm.horizon > episode:
         raise ConfigurationError(
@@ -179,7 +183,7 @@ def _check_combinations(config: Config) -> None:
 def training_slices_overflow(config: Config) -> bool:
     """Whether the replay buffer is too small to hold a single slice of each environment."""
     return config.mode == "online" and config.training.replay_capacity < config.env["num_envs"] * (
-        config.algorithm.horizon + 1
+        config.algorithm.slice_length + 1
     )
 
 

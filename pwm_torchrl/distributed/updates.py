@@ -15,7 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from pwm_torchrl.algorithm.build import Losses, NetworkOptimizer, Networks
-from pwm_torchrl.algorithm.updates import is_out_of_memory, undo_of
+from pwm_torchrl.algorithm.updates import follow_unit, is_out_of_memory, undo_of
 from pwm_torchrl.distributed.ranks import RankGather, Ranks, RankSum
 from pwm_torchrl.objectives.actor_loss import Accumulated
 from pwm_torchrl.objectives.model_loss import MASK_KEY, FlowNoise
@@ -70,9 +70,8 @@ class SharedExecutor:
         if noise is not None:
             rows[NOISE] = TensorDict({key: x.transpose(0, 1) for key, x in noise._asdict().items()}, data.batch_size)
         common = TensorDict(per_step=per_step, overall=overall)
-        statistics = self.networks.model.observation_statistics
-        if statistics is not None:  # only rank 0 collects, which changes them
-            common["observations"] = TensorDict(dict(statistics.named_buffers()))
+        # Only rank 0 collects, which changes them.
+        common["statistics"] = TensorDict(self.networks.model.statistics())
         losses, norm = self._model(size, self._send("model", size, rows, common))
         return losses, slices.valid.float().mean(), norm
 
@@ -132,10 +131,10 @@ class SharedExecutor:
         with ranks.all_or_none():
             rows, common = payload["rows"].auto_batch_size_(2), payload["common"]
             noise = rows.get(NOISE, None)
-            statistics = self.networks.model.observation_statistics
-            if statistics is not None and not ranks.is_rank_zero:
-                for key, buffer in statistics.named_buffers():
-                    buffer.copy_(common["observations", key])
+            if not ranks.is_rank_zero:
+                for key, buffer in self.networks.model.statistics().items():
+                    buffer.copy_(common["statistics", key])
+            follow_unit(self.losses)
             losses = self.losses.model.backward(
                 self.losses.model.read(rows),
                 size,
@@ -182,6 +181,7 @@ class SharedExecutor:
         optimizer, ranks = self.optimizers["critic"], self.ranks
         with ranks.all_or_none():
             states = payload["rows"].auto_batch_size_(1)
+            follow_unit(self.losses)
             losses = self.losses.critic.backward(states, size, whole=(count, payload["common", "counted"]))
             total = RankSum(ranks, [*(p.grad for p in optimizer.parameters), *losses.values()])
         return self._finish("critic", total, losses)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pwm_torchrl.algorithm.base import build_parts, find_algorithm, updates_of
 from pwm_torchrl.algorithm.build import EnvFacts
+from pwm_torchrl.algorithm.pwm import PWM, q_targets
 from pwm_torchrl.algorithm.updates import Undo
 from pwm_torchrl.config import Config
 from pwm_torchrl.objectives.imagination import Imagined
@@ -269,8 +270,8 @@ class _Updates:
         )
         self.persistent = Persistent(parameters, moments, counter.live - parameters - moments)
         # A new phase begins where memory starts to grow with the horizon at another rate.
-        if self.losses.actor is not None:
-            self.losses.actor.value_network.module.register_forward_pre_hook(self._before_values)
+        if self.networks.critic is not None:
+            self.networks.critic.register_forward_pre_hook(self._before_values)
         if self.networks.model is not None:
             self.networks.model.encoder.register_forward_hook(self._after_encoder)
 
@@ -320,8 +321,18 @@ class _Updates:
 
     def model(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
-        # In the form that the replay buffer returns: batch-major with all keys. The loss reads it time-major.
-        facts, shape = self.facts, [batch, horizon]
+        # Batch-major, as the replay returns it; the loss reads it time-major.
+        slices: Slices = self.losses.model.read(self._slices(batch, horizon))
+        data = self.counter.live - before
+        if size < batch:
+            self._accumulate("model")
+        self.losses.model.backward(slices.rows(slice(0, size)))
+        self._finish("model")
+        return self._transient("model", before, data)
+
+    def _slices(self, batch: int, steps: int) -> TensorDict:
+        """Slices in the form that the replay buffer returns: batch-major with all keys."""
+        facts, shape = self.facts, [batch, steps]
         step = {
             "observation": torch.empty(*shape, facts.observation_dim),
             "reward": torch.empty(*shape, 1),
@@ -336,13 +347,7 @@ class _Updates:
         )
         if facts.action_dims:
             sampled["task"] = torch.zeros(*shape, dtype=torch.int64)
-        slices: Slices = self.losses.model.read(sampled)
-        data = self.counter.live - before
-        if size < batch:
-            self._accumulate("model")
-        self.losses.model.backward(slices.rows(slice(0, size)))
-        self._finish("model")
-        return self._transient("model", before, data)
+        return sampled
 
     def actor(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
@@ -364,6 +369,8 @@ class _Updates:
         return replace(used, phases=tuple(phases))
 
     def critic(self, batch: int, size: int, steps: int) -> Transient:
+        if issubclass(self.algorithm, PWM):
+            return self._q_critic(batch, size)
         before = self.counter.begin()
         keys = self.losses.critic.tensor_keys
         # The rollout of the actor update stays alive during the critic updates.
@@ -375,6 +382,18 @@ class _Updates:
         if size < batch:
             self._accumulate("critic")
         self.losses.critic.backward(minibatch[:size])
+        self._finish("critic")
+        return self._transient("critic", before, data)
+
+    def _q_critic(self, batch: int, size: int) -> Transient:
+        before = self.counter.begin()
+        slices = self._slices(batch, self.cfg.algorithm.slice_length)
+        networks, a = self.networks, self.cfg.algorithm
+        states = q_targets(networks.model, networks.actor, networks.critic, slices, a.gamma, a.critic_steps)
+        data = self.counter.live - before
+        if size < batch:
+            self._accumulate("critic")
+        self.losses.critic.backward(states[:size])
         self._finish("critic")
         return self._transient("critic", before, data)
 

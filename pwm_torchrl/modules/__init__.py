@@ -7,6 +7,7 @@ environment.
 from pwm_torchrl.modules.actor_critic import (
     Actor,
     CriticEnsemble,
+    action_value_module,
     actor_module,
     encoder_module,
     policy_module,
@@ -39,7 +40,7 @@ from pwm_torchrl.modules.heads import (
     symexp,
     symlog,
 )
-from pwm_torchrl.modules.layers import NormedLinear, RewardScale, RunningStatistics, SimNorm
+from pwm_torchrl.modules.layers import NormedLinear, RewardDeviation, RewardScale, RunningStatistics, SimNorm
 from pwm_torchrl.modules.model_files import (
     WorldModelFacts,
     announce_world_model,
@@ -66,6 +67,7 @@ __all__ = [
     "NormedLinear",
     "ResidualDynamics",
     "ResidualEndpointFlow",
+    "RewardDeviation",
     "RewardHead",
     "RewardScale",
     "RunningStatistics",
@@ -81,6 +83,7 @@ __all__ = [
     "WorldModel",
     "WorldModelFacts",
     "WorldModelSpec",
+    "action_value_module",
     "actor_module",
     "announce_world_model",
     "count_parameters",

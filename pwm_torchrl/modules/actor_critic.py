@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,24 +13,34 @@ from torchrl.data import TensorSpec
 from torchrl.envs import ExplorationType
 from torchrl.modules import ProbabilisticActor, TanhNormal
 
-from pwm_torchrl.modules.layers import init_policy_weights, policy_mlp
+from pwm_torchrl.modules.heads import rescale
+from pwm_torchrl.modules.layers import init_actor_weights, init_critic_weights, policy_mlp
 from pwm_torchrl.modules.numerics import batched_linear, mish_norm
 from pwm_torchrl.modules.world_model import TaskEmbedding, WorldModel
 
 # Gaussian-tanh policy on latents --------------------------------------------------------------------------------------
 
 
-class Actor(nn.Module):
-    """a = tanh(mean(z) + exp(log_std) · noise), with a state-independent log-std.
+#: Range of a standard deviation that depends on the state, as logarithms.
+LOG_STD_RANGE = (-5.0, 2.0)
 
-    Blocks of Linear -> Mish -> LayerNorm, as PWM's (https://arxiv.org/abs/2407.02466).
+
+class Actor(nn.Module):
+    """a = tanh(mean(z) + std(z) · noise).
+
+    Blocks of Linear -> Mish -> LayerNorm, as PWM's (https://arxiv.org/abs/2407.02466), whose standard deviation does
+    not depend on the state.
 
     Args:
         latent_dim (int): ``D``.
         action_dim (int): ``A``.
         units (sequence of int): hidden widths. Defaults to ``(400, 200, 100)``.
         log_std_init (float): initial log-std. Defaults to ``-1.0``.
-        log_std_min (float): floor of the log-std. Defaults to ``-1.427``.
+        log_std_min (float): floor of the log-std; :meth:`keep_std` holds the parameter above it, since a floor in
+            ``forward`` would end its gradient for ever. Defaults to ``-1.427``.
+        state_std (bool): the network predicts the log-std, too, squashed into (−5, 2). Defaults to ``False``.
+        temperature (float, optional): initial weight of the entropy, learned by losses of maximum entropy. Defaults to
+            ``None``: the actor has none.
 
     Examples:
         >>> actor = Actor(16, 2)
@@ -44,24 +55,47 @@ class Actor(nn.Module):
         units: Sequence[int] = (400, 200, 100),
         log_std_init: float = -1.0,
         log_std_min: float = -1.427,
+        state_std: bool = False,
+        temperature: float | None = None,
     ) -> None:
         super().__init__()
-        self.action_dim = action_dim
-        self.net = policy_mlp(latent_dim, units, action_dim)
-        self.log_std_init = float(log_std_init)
-        self.log_std = nn.Parameter(torch.full((action_dim,), self.log_std_init))
-        self.log_std_min = log_std_min
+        self.action_dim, self.state_std = action_dim, state_std
+        self.net = policy_mlp(latent_dim, units, action_dim * (2 if state_std else 1))
+        self.log_std_init, self.log_std_min = float(log_std_init), log_std_min
+        self.initial_temperature = temperature
+        self.log_std = None if state_std else nn.Parameter(torch.empty(action_dim))
+        self.log_temperature = None if temperature is None else nn.Parameter(torch.empty(()))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise anew."""
-        self.net.apply(init_policy_weights)
-        nn.init.constant_(self.log_std, self.log_std_init)
+        init_actor_weights(self.net)
+        if self.log_std is not None:
+            nn.init.constant_(self.log_std, self.log_std_init)
+        if self.log_temperature is not None and self.initial_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self.initial_temperature))
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the Gaussian before tanh, both ``[..., A]``."""
-        mean = self.net(latent)
-        std = self.log_std.clamp_min(self.log_std_min).exp()
-        return mean, std.expand_as(mean)
+        out = self.net(latent)
+        if self.log_std is not None:
+            return out, self.log_std.exp().expand_as(out)
+        mean, raw = out.chunk(2, -1)
+        low, high = LOG_STD_RANGE
+        # Begins at log-std_init, where the last layer is nearly 0.
+        start = math.atanh(2 * (min(max(self.log_std_init, low + 0.1), high - 0.1) - low) / (high - low) - 1)
+        return mean, (low + (high - low) * (torch.tanh(raw + start) + 1) / 2).exp()
+
+    @torch.no_grad()
+    def keep_std(self) -> None:
+        """Put a log-std below its floor back on it; to be called after each step of an optimizer."""
+        if self.log_std is not None:
+            self.log_std.clamp_min_(self.log_std_min)
+
+    @property
+    def temperature(self) -> Tensor | None:
+        """Weight of the entropy, a scalar; ``None`` if the actor has none."""
+        return None if self.log_temperature is None else self.log_temperature.exp()
 
     def act(self, latent: Tensor, noise: Tensor | None = None) -> Tensor:
         """Action ``[..., A]`` in (−1, 1).
@@ -78,28 +112,44 @@ class Actor(nn.Module):
 
 
 class CriticEnsemble(nn.Module):
-    """K value MLPs evaluated together, their parameters stacked along a first dimension.
+    """K value MLPs V(z), or Q(z, a), evaluated together, their parameters stacked along a first dimension.
 
-    Blocks of Linear -> Mish -> LayerNorm, orthogonal initialisation with gain √2. ``params[n]`` is the n-th parameter
-    of one MLP in definition order, stacked over the ensemble, so that a batched matrix product serves all members.
+    Blocks of Linear -> Mish -> LayerNorm, orthogonal initialisation with gain √2, the last layer 0. ``params[n]`` is
+    the n-th parameter of one MLP in definition order, stacked over the ensemble, so that a batched matrix product
+    serves all members.
 
     Args:
         latent_dim (int): ``D``.
         units (sequence of int): hidden widths. Defaults to ``(400, 200)``.
         num_critics (int): ``K``. Defaults to ``3``.
+        action_dim (int): A, for critics of actions, whose input is [z, a]. Defaults to ``0``, critics of states.
+        scaled (bool): the MLPs compute in units of ``scale``, which :meth:`rescale` sets. Defaults to ``False``.
 
     Examples:
         >>> CriticEnsemble(16)(torch.zeros(5, 16)).shape
         torch.Size([3, 5, 1])
     """
 
-    def __init__(self, latent_dim: int, units: Sequence[int] = (400, 200), num_critics: int = 3) -> None:
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        latent_dim: int,
+        units: Sequence[int] = (400, 200),
+        num_critics: int = 3,
+        action_dim: int = 0,
+        scaled: bool = False,
+    ) -> None:
         super().__init__()
         self.latent_dim, self.units, self.num_critics = latent_dim, tuple(units), num_critics
+        self.action_dim = action_dim
         self.params = nn.ParameterList(nn.Parameter(stack) for stack in self._initial())
+        self.register_buffer("scale", torch.ones(1) if scaled else None)
 
     def _initial(self) -> list[Tensor]:
-        members = [policy_mlp(self.latent_dim, self.units, 1) for _ in range(self.num_critics)]
+        members = [policy_mlp(self.latent_dim + self.action_dim, self.units, 1) for _ in range(self.num_critics)]
+        for member in members:
+            init_critic_weights(member)
         return [torch.stack([p.detach() for p in stack]) for stack in zip(*(m.parameters() for m in members))]
 
     def reset_parameters(self) -> None:
@@ -108,28 +158,41 @@ class CriticEnsemble(nn.Module):
             for parameter, value in zip(self.params, self._initial(), strict=True):
                 parameter.copy_(value)
 
-    def forward(self, latent: Tensor) -> Tensor:
-        """Values ``[K, ..., 1]`` of latents ``[..., D]``, one per member."""
-        return self._evaluate(list(self.params), latent)
+    def rescale(self, scale: Tensor) -> None:
+        """Compute in units of ``scale`` ``[1]`` from now on; values stay what they are."""
+        if self.scale is not None:
+            rescale(self.scale, scale, list(self.params)[-2:])
 
-    def one_by_one(self, latent: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, action: Tensor | None = None) -> Tensor:
+        """Values ``[K, ..., 1]`` of latents ``[..., D]`` (and actions ``[..., A]``), one per member."""
+        return self._evaluate(list(self.params), self._input(latent, action))
+
+    def one_by_one(self, latent: Tensor, action: Tensor | None = None) -> Tensor:
         """The same values, from a loop over the members instead of batched products."""
-        params = list(self.params)
-        return torch.cat([self._evaluate([p[k : k + 1] for p in params], latent) for k in range(self.num_critics)])
+        params, x = list(self.params), self._input(latent, action)
+        return torch.cat([self._evaluate([p[k : k + 1] for p in params], x) for k in range(self.num_critics)])
 
-    @staticmethod
-    def _evaluate(params: list[Tensor], latent: Tensor) -> Tensor:
-        batch = latent.shape[:-1]
-        x = latent.reshape(-1, latent.shape[-1]).expand(params[0].shape[0], -1, -1)
+    def _input(self, latent: Tensor, action: Tensor | None) -> Tensor:
+        if (action is None) != (self.action_dim == 0):
+            raise ValueError(
+                f"critics with action_dim={self.action_dim} "
+                + ("need an action." if action is None else "are functions of the state and take no action.")
+            )
+        return latent if action is None else torch.cat([latent, action], -1)
+
+    def _evaluate(self, params: list[Tensor], inputs: Tensor) -> Tensor:
+        batch = inputs.shape[:-1]
+        x = inputs.reshape(-1, inputs.shape[-1]).expand(params[0].shape[0], -1, -1)
         while len(params) > 2:
             weight, bias, scale, shift, *params = params
             x = mish_norm(batched_linear(x, weight, bias), scale.unsqueeze(1), shift.unsqueeze(1))
         weight, bias = params
-        return batched_linear(x, weight, bias).unflatten(1, batch)
+        value = batched_linear(x, weight, bias).unflatten(1, batch)
+        return value if self.scale is None else value * self.scale
 
-    def value(self, latent: Tensor) -> Tensor:
-        """Pessimistic value min_k V_k ``[..., 1]``."""
-        return self(latent).amin(0)
+    def value(self, latent: Tensor, action: Tensor | None = None) -> Tensor:
+        """Pessimistic value, the minimum over the members ``[..., 1]``."""
+        return self(latent, action).amin(0)
 
 
 # TensorDict shells around the plain networks, with configurable keys --------------------------------------------------
@@ -166,8 +229,8 @@ class _MinValue(nn.Module):
         super().__init__()
         self.critics = critics
 
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.critics.value(latent)
+    def forward(self, latent: Tensor, action: Tensor | None = None) -> Tensor:
+        return self.critics.value(latent, action)
 
 
 def encoder_module(
@@ -184,6 +247,17 @@ def encoder_module(
     return TensorDictModule(_Encode(world_model), in_keys=in_keys, out_keys=[latent])
 
 
+class _SoftStep(nn.Module):
+    """``WorldModel.soft_step`` as a module of its own."""
+
+    def __init__(self, world_model: WorldModel) -> None:
+        super().__init__()
+        self.world_model = world_model
+
+    def forward(self, latent: Tensor, action: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.world_model.soft_step(latent, action, task)
+
+
 def world_model_module(
     world_model: WorldModel,
     *,
@@ -193,10 +267,15 @@ def world_model_module(
     reward: NestedKey = ("next", "reward"),
     terminated: NestedKey = ("next", "terminated"),
     task: NestedKey | None = None,
+    soft: bool = False,
 ) -> TensorDictModule:
-    """One imagined step: ``latent``, ``action`` (and ``task``) -> ``next_latent``, ``reward``, ``terminated``."""
+    """One imagined step: ``latent``, ``action`` (and ``task``) -> ``next_latent``, ``reward``, ``terminated``.
+
+    With ``soft``, ``terminated`` is the probability of a termination instead of a decision.
+    """
     in_keys = [latent, action] if task is None else [latent, action, task]
-    return TensorDictModule(world_model, in_keys=in_keys, out_keys=[next_latent, reward, terminated])
+    step = _SoftStep(world_model) if soft else world_model
+    return TensorDictModule(step, in_keys=in_keys, out_keys=[next_latent, reward, terminated])
 
 
 def actor_module(
@@ -220,6 +299,17 @@ def actor_module(
         distribution_class=TanhNormal,
         default_interaction_type=ExplorationType.RANDOM,
     )
+
+
+def action_value_module(
+    critics: CriticEnsemble,
+    *,
+    latent: NestedKey = "latent",
+    action: NestedKey = "action",
+    action_value: NestedKey = "state_action_value",
+) -> TensorDictModule:
+    """``latent``, ``action`` -> ``action_value`` ``[..., 1]``, the minimum over an ensemble of Q functions."""
+    return TensorDictModule(_MinValue(critics), in_keys=[latent, action], out_keys=[action_value])
 
 
 def value_module(

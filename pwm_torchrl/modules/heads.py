@@ -144,16 +144,41 @@ class RewardHead(nn.Module):
 
 
 class ScalarRewardHead(RewardHead):
-    """The single logit is the reward; the loss is its squared error."""
+    """The single logit is the reward, in units of ``scale``; the loss is its squared error in these units.
 
-    def __init__(self, in_features: int, units: Sequence[int]) -> None:
+    Args:
+        in_features (int): D + E + A.
+        units (sequence of int): hidden widths.
+        scaled (bool): whether there is a ``scale``, which :meth:`rescale` sets; else it is 1. Defaults to ``False``.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, in_features: int, units: Sequence[int], scaled: bool = False) -> None:
         super().__init__(in_features, units, 1)
+        self.register_buffer("scale", torch.ones(1) if scaled else None)
 
     def decode(self, logits: Tensor) -> Tensor:
-        return logits
+        return logits if self.scale is None else logits * self.scale
 
     def loss(self, logits: Tensor, reward: Tensor) -> Tensor:
-        return (logits - reward).square()
+        return (logits - (reward if self.scale is None else reward / self.scale)).square()
+
+    def rescale(self, scale: Tensor) -> None:
+        """Compute in units of ``scale`` ``[1]`` from now on; decoded rewards stay what they are."""
+        if self.scale is not None:
+            rescale(self.scale, scale, [self.net[-1].weight, self.net[-1].bias])  # type: ignore[list-item]
+
+
+@torch.no_grad()
+def rescale(scale: Tensor, new: Tensor, last_layer: Sequence[Tensor]) -> None:
+    """Set ``scale`` to ``new`` and divide a linear layer's tensors so that output · scale does not change.
+
+    Pop-Art without the shift, https://arxiv.org/abs/1602.07714.
+    """
+    for tensor in last_layer:
+        tensor.mul_(scale / new)
+    scale.copy_(new)
 
 
 class TwoHotRewardHead(RewardHead):

@@ -130,25 +130,41 @@ class PolicyMLP(nn.Sequential):
 
 
 def policy_mlp(in_features: int, units: Sequence[int], out_features: int) -> PolicyMLP:
-    """PWM's policy-side MLP, initialised orthogonally with gain √2."""
+    """PWM's policy-side MLP with PyTorch's initialisation."""
     layers: list[nn.Module] = []
     width = in_features
     for unit in units:
         layers += [Linear(width, unit), Mish(), nn.LayerNorm(unit)]
         width = unit
     layers.append(Linear(width, out_features))
-    net = PolicyMLP(*layers)
-    net.apply(init_policy_weights)
-    return net
+    return PolicyMLP(*layers)
 
 
-def init_policy_weights(module: nn.Module) -> None:
-    """PWM's initialisation of policies and values: linear weights orthogonal with gain √2, biases 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.orthogonal_(module.weight, gain=2**0.5)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        module.reset_parameters()
+def init_actor_weights(net: nn.Sequential) -> None:
+    """PyTorch's initialisation, as in PWM's code, but for a last layer of a hundredth of its size.
+
+    Actions begin near 0: where tanh is saturated, an actor gets no gradient and may never leave.
+    """
+    for layer in net:
+        if isinstance(layer, (nn.Linear, nn.LayerNorm)):
+            layer.reset_parameters()
+    with torch.no_grad():
+        net[-1].weight.mul_(0.01)
+        net[-1].bias.zero_()
+
+
+def init_critic_weights(net: nn.Sequential) -> None:
+    """Linear weights orthogonal with gain √2, biases 0, and a last layer of zeros.
+
+    Values begin at 0: random ones would be larger than true values wherever rewards are small.
+    """
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight, gain=2**0.5)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
+    nn.init.zeros_(net[-1].weight)  # type: ignore[arg-type]
 
 
 def cat_features(*parts: Tensor | None) -> Tensor:
@@ -206,9 +222,38 @@ class RunningStatistics(nn.Module):
         )
         return mean, var, total
 
-    def normalize(self, x: Tensor, epsilon: float = 1e-5) -> Tensor:
-        """(x − mean) / sqrt(var + ε)."""
-        return (x - self.mean) * torch.rsqrt(self.var + epsilon)
+    def normalize(self, x: Tensor, epsilon: float = 1e-5, clip: float | None = None) -> Tensor:
+        """(x − mean) / sqrt(var + ε), within ±``clip``: a dimension that was constant so far may move at any time."""
+        normalized = (x - self.mean) * torch.rsqrt(self.var + epsilon)
+        return normalized if clip is None else normalized.clamp(-clip, clip)
+
+
+class RewardDeviation(nn.Module):
+    """The unit in which reward heads and critics compute: the running standard deviation of rewards.
+
+    At least a tenth of the largest reward seen, so that the first of rare rewards is not a hundred units large; 1 while
+    no reward was seen.
+    """
+
+    largest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = RunningStatistics()
+        self.register_buffer("largest", torch.zeros(1))
+
+    @torch.no_grad()
+    def update(self, reward: Tensor) -> None:
+        """Fold in rewards ``[..., 1]``."""
+        if reward.numel():
+            self.statistics.update(reward)
+            self.largest.copy_(torch.maximum(self.largest, reward.abs().max()))
+
+    @property
+    def value(self) -> Tensor:
+        """The unit ``[1]``."""
+        unit = torch.maximum(self.statistics.var.sqrt(), 0.1 * self.largest)
+        return torch.where(self.largest > 0, unit, torch.ones_like(unit))
 
 
 class RewardScale(nn.Module):

@@ -13,7 +13,10 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.compiled import Piece
 from pwm_torchrl.modules.dynamics import Dynamics, make_dynamics
 from pwm_torchrl.modules.heads import Encoder, RewardHead, ScalarRewardHead, TerminationHead, TwoHotRewardHead
-from pwm_torchrl.modules.layers import RunningStatistics, check_simnorm, init_world_model_weights
+from pwm_torchrl.modules.layers import RewardDeviation, RunningStatistics, check_simnorm, init_world_model_weights
+
+#: Normalised observations are cut off here: a dimension that was constant so far would otherwise give hundreds.
+OBSERVATION_CLIP = 10.0
 
 # Task conditioning of multi-task models: embedding and action mask ----------------------------------------------------
 
@@ -78,6 +81,7 @@ class WorldModel(nn.Module):
         termination (TerminationHead, optional): for environments that terminate.
         task (TaskEmbedding, optional): for multi-task models.
         observation_statistics (RunningStatistics, optional): normalises observations in front of the encoder.
+        reward_deviation (RewardDeviation, optional): unit in which a scalar reward head computes.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class WorldModel(nn.Module):
         termination: TerminationHead | None = None,
         task: TaskEmbedding | None = None,
         observation_statistics: RunningStatistics | None = None,
+        reward_deviation: RewardDeviation | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -96,6 +101,7 @@ class WorldModel(nn.Module):
         self.termination = termination
         self.task = task
         self.observation_statistics = observation_statistics
+        self.reward_deviation = reward_deviation
 
     def reset_parameters(self) -> None:
         """Initialise every network anew; statistics of observations stay."""
@@ -131,7 +137,7 @@ class WorldModel(nn.Module):
     def encode(self, observation: Tensor, task: Tensor | None = None) -> Tensor:
         """Latent ``[..., D]``."""
         if self.observation_statistics is not None:
-            observation = self.observation_statistics.normalize(observation)
+            observation = self.observation_statistics.normalize(observation, clip=OBSERVATION_CLIP)
         return self.encoder(observation, self.embed(task))
 
     def predict(
@@ -148,6 +154,31 @@ class WorldModel(nn.Module):
         logits = self.reward(latent, action, embedding)
         termination = None if self.termination is None else self.termination(next_latent, embedding)
         return next_latent, logits, termination
+
+    def rescale(self) -> None:
+        """Let the reward head compute in the present unit of rewards, if it follows one."""
+        if self.reward_deviation is not None and isinstance(self.reward, ScalarRewardHead):
+            self.reward.rescale(self.reward_deviation.value)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What collected data change and updates do not: the buffers of the running statistics, by name."""
+        named = (
+            ("observation_statistics", self.observation_statistics),
+            ("reward_deviation", self.reward_deviation),
+        )
+        return {
+            f"{name}.{key}": buffer
+            for name, module in named
+            if module is not None
+            for key, buffer in module.named_buffers()
+        }
+
+    def soft_step(self, latent: Tensor, action: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """One imagined step with the probability ``[..., 1]`` of a termination, which carries no gradient."""
+        next_latent, logits, termination = self.predict(latent, action, task)
+        reward = self.reward.decode(logits)
+        ended = torch.zeros_like(reward) if termination is None else termination.detach().sigmoid()
+        return next_latent, reward, ended
 
     def forward(self, latent: Tensor, action: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """One imagined step: next latent ``[..., D]``, decoded reward ``[..., 1]``, terminated bool ``[..., 1]``."""
@@ -188,6 +219,8 @@ class WorldModelSpec:
         task_dim (int): ``E``. Defaults to ``0``.
         action_dims (sequence of int): action dimension per task. Defaults to ``()``.
         normalize_observations (bool): running mean and variance in front of the encoder. Defaults to ``False``.
+        scale_rewards (bool): a scalar reward head computes in units of the rewards' running standard deviation.
+            Defaults to ``False``.
     """
 
     observation_dim: int
@@ -207,6 +240,7 @@ class WorldModelSpec:
     task_dim: int = 0
     action_dims: Sequence[int] = ()
     normalize_observations: bool = False
+    scale_rewards: bool = False
 
 
 def make_world_model(spec: WorldModelSpec) -> WorldModel:
@@ -220,7 +254,7 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
     step_features = spec.latent_dim + task_dim + spec.action_dim
     reward: RewardHead
     if spec.reward_head == "scalar":
-        reward = ScalarRewardHead(step_features, spec.units)
+        reward = ScalarRewardHead(step_features, spec.units, spec.scale_rewards)
     elif spec.reward_head == "two_hot":
         reward = TwoHotRewardHead(step_features, spec.units, spec.num_bins, spec.vmin, spec.vmax, spec.reward_space)
     else:
@@ -239,6 +273,7 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
         termination=TerminationHead(spec.latent_dim + task_dim, spec.units) if spec.termination else None,
         task=TaskEmbedding(spec.num_tasks, task_dim, spec.action_dims, spec.action_dim) if spec.num_tasks else None,
         observation_statistics=RunningStatistics((spec.observation_dim,)) if spec.normalize_observations else None,
+        reward_deviation=RewardDeviation() if spec.scale_rewards else None,
     )
 
 
@@ -280,6 +315,7 @@ class TaskWorldModel(WorldModel):
             world_model.reward,
             world_model.termination,
             observation_statistics=world_model.observation_statistics,
+            reward_deviation=world_model.reward_deviation,
         )
         #: Not ``task``, whose presence makes a model ask for a task index.
         self.bound_task = world_model.task

@@ -6,6 +6,7 @@ Imports modules and errors of this package; knows no Hydra, logger, cluster or e
 from pwm_torchrl.objectives.actor_loss import PWMActorLoss
 from pwm_torchrl.objectives.imagination import Imagined, imagine, rollout_return, td_lambda_targets
 from pwm_torchrl.objectives.model_loss import PWMModelLoss
+from pwm_torchrl.objectives.soft_actor_loss import SoftActorLoss
 from pwm_torchrl.objectives.value_loss import PWMValueLoss, ensemble_value_loss
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "PWMActorLoss",
     "PWMModelLoss",
     "PWMValueLoss",
+    "SoftActorLoss",
     "ensemble_value_loss",
     "imagine",
     "rollout_return",

@@ -341,6 +341,11 @@ class PWMActorLoss(PWMLoss):
         returns = self.returns(rollout, next_value)
         return self.reduced(-returns - bonus) / self.divisor(returns), returns
 
+    def action_gradients(self, start: Tensor) -> list[Tensor]:
+        """Gradients of mean(J) with respect to the actions ``[B, A]`` of every step, from latents ``[B, D]``."""
+        rollout, next_value = self.imagine(start)
+        return list(torch.autograd.grad(self.returns(rollout, next_value).mean(), rollout.actions))
+
     def entropy_bonus(self, rollout: Imagined, noise: Tensor | None, task: Tensor | None = None) -> Tensor | float:
         """What is added to J ``[B, 1]``: value 0, and the gradient of the weighted entropy.
 

@@ -20,15 +20,19 @@ from pwm_torchrl.objectives.base import check_same_shape, check_shape
 
 
 def alive_before(terminated: Tensor) -> Tensor:
-    """1 where no earlier step ended the rollout, else 0.
+    """Probability that no earlier step ended the rollout: ∏(1 − p), which is 1 or 0 where ends are decided.
 
     Args:
-        terminated (Tensor): bool ``[H, B, 1]``; entry t says that the transition t -> t+1 ended the rollout.
+        terminated (Tensor): ``[H, B, 1]``; entry t says whether the transition t -> t+1 ended the rollout, as bool, or
+            with which probability, as float.
 
     Returns:
         Float ``[H + 1, B, 1]``; entry t belongs to the state t.
     """
-    going = (~terminated).to(torch.get_default_dtype()).cumprod(0)
+    if terminated.dtype == torch.bool:
+        going = (~terminated).to(torch.get_default_dtype()).cumprod(0)
+    else:
+        going = (1 - terminated).cumprod(0)
     return torch.cat([torch.ones_like(going[:1]), going], 0)
 
 

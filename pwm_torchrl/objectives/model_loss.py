@@ -64,6 +64,7 @@ class SliceLossWeights:
     reward: float = 1.0
     termination: float = 1.0
     rollout: float = 1.0
+    one_step: float = 0.0
     flow_matching: float = 0.0
     flow_matching_source: str = "teacher"
     self_consistency: float = 0.0
@@ -140,7 +141,8 @@ def slice_losses(
     """World-model loss L = (L_dyn + L_rew) / H, with L_dyn = Σ_t w_t MSE(z_{t+1}, sg h(o_{t+1})).
 
     PWM's L_rew = mean_{t,b} w_t ℓ(r̂_t, r_t) divides the reward term by H a second time; TD-MPC2's is
-    Σ_t w_t mean_b ℓ(r̂_t, r_t).
+    Σ_t w_t mean_b ℓ(r̂_t, r_t). With ``weights.one_step``, every later observation is encoded with gradient, too, and
+    the same terms of one step from there, with equal weights, are added.
 
     Args:
         model (WorldModel): what is trained.
@@ -174,10 +176,15 @@ def slice_losses(
         return (a - b).square().mean(-1, keepdim=True)
 
     task = slices.task
-    if target is None:
-        with torch.no_grad():
-            target = model.encode(slices.next_observation, task)
-    start = model.encode(slices.observation, task)
+    if weights.one_step:
+        encoded = model.encode(torch.cat([slices.observation.unsqueeze(0), slices.next_observation]), task)
+        start, starts = encoded[0], encoded[1:-1]
+        target = encoded[1:].detach() if target is None else target
+    else:
+        if target is None:
+            with torch.no_grad():
+                target = model.encode(slices.next_observation, task)
+        start = model.encode(slices.observation, task)
     action, embedding = model.mask_action(slices.action, task), model.embed(task)
     latents = [start]
     for t in range(horizon):
@@ -194,6 +201,19 @@ def slice_losses(
     if model.termination is not None:
         error = model.termination.loss(model.termination(latent, embedding), slices.terminated)
         termination = reduced(by_entry * error) * weights.termination
+    if weights.one_step and horizon > 1:
+        z, logit, end = model.predict(starts, slices.action[1:], task)
+        once = torch.zeros_like(by_step)
+        once[1:] = valid[1:] / per_step[1:].clamp_min(1) / horizon * weights.one_step
+
+        def later(x: Tensor) -> Tensor:
+            return torch.cat([torch.zeros_like(x[:1]), x])
+
+        dynamics = dynamics + reduced(once * later(mse(z, target[1:]))) * weights.dynamics
+        reward = reward + reduced(once * later(model.reward.loss(logit, slices.reward[1:])))
+        if model.termination is not None and end is not None:
+            error = model.termination.loss(end, slices.terminated[1:])
+            termination = termination + reduced(once * later(error)) * weights.termination
 
     matching = consistency = zero
     if weights.flow_matching or weights.self_consistency:
@@ -248,6 +268,8 @@ class PWMModelLoss(PWMLoss):
         reward_coef (float, optional): coefficient of the reward loss. Defaults to the form's.
         termination_coef (float): coefficient of the termination loss. Defaults to ``1.0``.
         rollout_weight (float): λ_roll, weight of the latent error of rollouts. Defaults to ``1.0``.
+        one_step_weight (float): weight of the terms of one step from every encoded observation of the slice, beside
+            the rollout from the first. Defaults to ``0.0``.
         flow_matching_weight (float): λ_fm. Defaults to ``0.0``.
         flow_matching_source (str): where the flow starts: ``"teacher"`` (encodings), or the rollout latent
             ``"detached"`` or ``"attached"``. Defaults to ``"teacher"``.
@@ -325,6 +347,7 @@ class PWMModelLoss(PWMLoss):
         reward_coef: float | None = None,
         termination_coef: float = 1.0,
         rollout_weight: float = 1.0,
+        one_step_weight: float = 0.0,
         flow_matching_weight: float = 0.0,
         flow_matching_source: str = "teacher",
         self_consistency_weight: float = 0.0,
@@ -347,6 +370,7 @@ class PWMModelLoss(PWMLoss):
             reward_coef,
             termination=termination_coef,
             rollout=rollout_weight,
+            one_step=one_step_weight,
             flow_matching=flow_matching_weight,
             flow_matching_source=flow_matching_source,
             self_consistency=self_consistency_weight,

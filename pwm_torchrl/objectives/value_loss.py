@@ -32,7 +32,10 @@ def ensemble_value_loss(values: Tensor, target: Tensor) -> Tensor:
 
 
 class PWMValueLoss(PWMLoss):
-    """Regression of an ensemble of critics on TD(λ) targets: mean over members and states of (V_k(z) − target)².
+    """Regression of an ensemble of critics on their targets: mean over members and states of (V_k(z) − target)².
+
+    Critics of actions are Q_k(z, a) in place of V_k(z). Critics that compute in a unit of their own have their errors
+    in that unit.
 
     Args:
         critics (CriticEnsemble): the value functions; their parameters are those of the loss.
@@ -64,10 +67,12 @@ class PWMValueLoss(PWMLoss):
 
         Attributes:
             latent (NestedKey): latent state. Defaults to ``"latent"``.
+            action (NestedKey): action, of critics of actions. Defaults to ``"action"``.
             value_target (NestedKey): regression target. Defaults to ``"value_target"``.
         """
 
         latent: NestedKey = "latent"
+        action: NestedKey = "action"
         value_target: NestedKey = "value_target"
 
     tensor_keys: _AcceptedKeys
@@ -91,7 +96,8 @@ class PWMValueLoss(PWMLoss):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        return [self.tensor_keys.latent, self.tensor_keys.value_target]
+        keys = self.tensor_keys
+        return [keys.latent, *([keys.action] if self.critics.action_dim else []), keys.value_target]
 
     @property
     def written_keys(self) -> list[NestedKey]:
@@ -106,10 +112,13 @@ class PWMValueLoss(PWMLoss):
 
     def _errors(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Squared error ``[*batch, 1]``, mean over members, and values ``[K, *batch, 1]``."""
+        keys, scale = self.tensor_keys, self.critics.scale
+        inputs = [tensordict[key].detach() for key in self.in_keys[:-1]]
         with products_in(self.products), swapped(self.critics_params, self.critics):
             evaluate = self.critics.one_by_one if self.deactivate_vmap else self.critics
-            values = evaluate(tensordict[self.tensor_keys.latent].detach())
-        return ensemble_value_loss(values, tensordict[self.tensor_keys.value_target]).mean(0), values
+            values = evaluate(*inputs)
+        error = ensemble_value_loss(values, tensordict[keys.value_target]).mean(0)
+        return error if scale is None else error / scale.square(), values
 
     def counted(self, tensordict: TensorDictBase) -> Tensor:
         """States ``[S]`` that are not masked, at least 1: what the sum of their errors is divided by."""

@@ -222,7 +222,7 @@ def make_torchrl_trainer(
     networks = Networks(model=world_model, actor=actor, critic=critics)
     _check_model(networks)
     device = next(world_model.parameters()).device
-    replay = ReplaySlices(replay_buffer, cfg.algorithm.horizon, device)
+    replay = ReplaySlices(replay_buffer, cfg.algorithm.slice_length, device)
     policy = policy_module(world_model, actor, action_spec=Bounded(-1.0, 1.0, (actor.action_dim,), device=device))
     made = _unfinished("collector", collector, BaseCollector)(policy=policy)
     _check_actions(made)

@@ -36,9 +36,16 @@ def training_env_seed(seed: int) -> int:
     return (seed % (2**32 // _STRIDE)) * _STRIDE
 
 
-def evaluation_env_seed(seed: int) -> int:
-    """Seed of the first environment of the evaluations during training."""
-    return training_env_seed(seed) + _STRIDE // 2
+def evaluation_env_seed(seed: int, number: int = 0, num_envs: int = 1) -> int:
+    """Seed of the first environment of an evaluation during training.
+
+    Args:
+        seed (int): of the run.
+        number (int): of the evaluation: the epoch after which it is made. Defaults to ``0``, that of random actions.
+        num_envs (int): environments of an evaluation; those of the next have other seeds, until all of the run's are
+            used up. Defaults to ``1``.
+    """
+    return training_env_seed(seed) + _STRIDE // 2 + number * num_envs % (_STRIDE // 4 // num_envs * num_envs or 1)
 
 
 def fresh_env_seed(seed: int) -> int:

@@ -308,12 +308,13 @@ class PolicyEvaluation:
             with self.progress.phase("evaluating random actions"):
                 self.summary.random_return = float(self.play(random_action(self.env)).returns.mean())
 
-    def play(self, act: Callable[[TensorDictBase], TensorDictBase]) -> Episodes:
-        """One episode in each environment."""
+    def play(self, act: Callable[[TensorDictBase], TensorDictBase], number: int = 0) -> Episodes:
+        """One episode in each environment, from the starts of evaluation ``number``."""
         assert self.env is not None
         assert self.opened is not None
+        seed = evaluation_env_seed(self.cfg.seed, number, self.env.batch_size.numel())
         with self.opened.naming_dead_workers():
-            return play(self.env, act, self.seed, self.between)
+            return play(self.env, act, seed, self.between)
 
     def begin_epoch(self, epoch: int, row: MetricRow) -> None:
         """In fine-tuning, an alarm when the latents collapse: their variance over stored observations."""
@@ -333,7 +334,8 @@ class PolicyEvaluation:
         """Returns, success, the task's score and the model's errors."""
         if self.env is None:
             return None
-        episodes = self.play(self.act)
+        # Other starts than before: the best of many evaluations from the same ones would be too good.
+        episodes = self.play(self.act, epoch)
         returns = episodes.returns
         mean, std = returns.mean().item(), returns.std(unbiased=False).item()
         row.set(
@@ -350,7 +352,7 @@ class PolicyEvaluation:
             scale = None
             if self.algorithm.reward_scale is not None:
                 scale = self.algorithm.reward_scale(torch.ones(1, device=self.device))
-            errors = open_loop_errors(self.algorithm.networks.model, episodes, self.cfg.algorithm.horizon, scale)
+            errors = open_loop_errors(self.algorithm.networks.model, episodes, self.cfg.algorithm.slice_length, scale)
             row.set({f"eval/{key}": value for key, value in errors.items()})
         numbers = row.numbers()
         if self.task is not None:
@@ -398,10 +400,7 @@ def gradient_profile(algorithm: Algorithm, observation: Tensor) -> dict[str, flo
         algorithm (Algorithm): its actor loss imagines.
         observation (Tensor): ``[B, O]`` to imagine from.
     """
-    loss = algorithm.losses.actor
-    rollout, next_value = loss.imagine(algorithm.encode(observation)["latent"])
-    returns = loss.returns(rollout, next_value)
-    gradient = torch.autograd.grad(returns.mean(), rollout.actions)
+    gradient = algorithm.losses.actor.action_gradients(algorithm.encode(observation)["latent"])
     return {f"grad_profile/{t:02d}": g.norm(dim=-1).sum().item() for t, g in enumerate(gradient)}
 
 

@@ -141,7 +141,7 @@ class OnlineSource:
         self.samples = TrajectoryReplay(
             t.replay_capacity,
             self.info.num_envs,
-            a.horizon,
+            a.slice_length,
             t.replay_storage,
             run_dir / "replay",
             device,
@@ -151,6 +151,7 @@ class OnlineSource:
         )
         self.reward_scale = RewardScale(self.info.num_envs, a.gamma).to(device) if a.normalize_rewards else None
         self.observation_statistics = networks.model.observation_statistics
+        self.reward_deviation = networks.model.reward_deviation
         self.returns = EpisodeReturns(self.info.num_envs)
         self.components: dict[str, Any] = {
             "replay": self.samples,
@@ -177,6 +178,9 @@ class OnlineSource:
         if self.reward_scale is not None:
             step = batch["next"].to(next(self.reward_scale.buffers()).device)
             self.reward_scale.update(step["reward"], step["done"])
+        if self.reward_deviation is not None:
+            reward = batch["next", "reward"].to(self.reward_deviation.largest.device)
+            self.reward_deviation.update(reward if self.reward_scale is None else self.reward_scale(reward))
         if self.observation_statistics is not None:
             self.observation_statistics.update(batch["observation"].to(self.observation_statistics.mean.device))
         self.agent_steps += batch.numel()
@@ -256,7 +260,7 @@ class StoredSource:
 
     def _samples(self, cfg: Config, **options: Any) -> StoredSamples:
         widths = self.info.observation_dim, self.info.action_dim
-        return StoredSamples(self.episodes, self.tasks, cfg.algorithm.horizon, *widths, **options)
+        return StoredSamples(self.episodes, self.tasks, cfg.algorithm.slice_length, *widths, **options)
 
     def collect(self, row: MetricRow) -> TensorDictBase:
         """An empty batch."""

@@ -61,7 +61,7 @@ def check_horizon(cfg: Config, info: EnvInfo) -> None:
     Raises:
         ConfigurationError: if the horizon is longer than an episode.
     """
-    horizon = cfg.algorithm.horizon
+    horizon = cfg.algorithm.slice_length
     if info.episode_length is not None and horizon > info.episode_length:
         raise ConfigurationError(
             f"algorithm.horizon={horizon} is longer than an episode of {info.name} ({info.episode_length} agent steps)."
@@ -243,7 +243,9 @@ def require_slices(cfg: Config) -> None:
         names, chosen = pretraining_tasks(cfg, store).names, training_split(cfg, store)[0]
     else:
         names = (str(cfg.task),)
-    SliceIndex(store, cfg.algorithm.horizon, tasks=[store.task_names.index(name) for name in names], episodes=chosen)
+    SliceIndex(
+        store, cfg.algorithm.slice_length, tasks=[store.task_names.index(name) for name in names], episodes=chosen
+    )
 
 
 def training_split(cfg: Config, store: EpisodeStore) -> tuple[np.ndarray, np.ndarray]:

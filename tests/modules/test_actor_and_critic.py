@@ -28,8 +28,26 @@ class TestActor:
         torch.testing.assert_close(actor(z)[1], torch.full((5, 3), math.exp(-1)))
         with torch.no_grad():
             actor.log_std.copy_(torch.tensor([-5.0, -1.2, 0.3]))
+        actor(z)[1].sum().backward()
+        assert (actor.log_std.grad != 0).all()  # below the floor, too
+        actor.keep_std()
         expected = torch.tensor([-1.427, -1.2, 0.3]).exp().expand(5, 3)
         torch.testing.assert_close(actor(z)[1], expected)
+
+    @pytest.mark.parametrize("state_std", [False, True])
+    def test_actions_begin_near_zero_with_the_initial_deviation(self, state_std: bool) -> None:
+        mean, std = Actor(8, 3, [16], state_std=state_std)(torch.rand(50, 8))
+        assert mean.abs().max() < 0.05
+        torch.testing.assert_close(std, torch.full((50, 3), math.exp(-1)), rtol=0.1, atol=0)
+
+    def test_a_predicted_std_depends_on_the_state_and_stays_in_its_range(self) -> None:
+        actor = Actor(8, 3, [16], state_std=True)
+        with torch.no_grad():
+            actor.net[-1].weight.mul_(1e5)
+        std = actor(torch.randn(50, 8))[1]
+        assert std.std(0).min() > 0
+        assert std.min() >= math.exp(-5.001)
+        assert std.max() <= math.exp(2.001)
 
     def test_std_does_not_depend_on_the_state(self) -> None:
         actor = Actor(8, 3, [16])
@@ -46,11 +64,11 @@ class TestActor:
                 p.add_(1000)
         actor.reset_parameters()
         assert (actor.log_std == -0.5).all()
-        weight, bias, scale, shift, last, last_bias = actor.net.parameters()
-        torch.testing.assert_close(weight.T @ weight, 2 * torch.eye(8))
-        torch.testing.assert_close(last @ last.T, 2 * torch.eye(3))
+        weight, _, scale, shift, last, last_bias = actor.net.parameters()
+        assert 0.3 < weight.abs().max() <= 8**-0.5
+        assert last.abs().max() <= 0.01 * 16**-0.5
         assert (scale == 1).all()
-        assert not any(p.any() for p in (bias, shift, last_bias))
+        assert not any(p.any() for p in (shift, last_bias))
 
 
 class TestCriticEnsemble:
@@ -102,9 +120,34 @@ class TestCriticEnsemble:
             torch.testing.assert_close(ours.grad, torch.stack([p.grad for p in theirs]))
 
     def test_members_differ(self) -> None:
-        values = CriticEnsemble(8)(torch.rand(5, 8))
+        critics = CriticEnsemble(8)
+        values = critics(torch.rand(5, 8))
         assert values.shape == (3, 5, 1)
-        assert values.std(0).min() > 0
+        assert not values.any()  # before training; their hidden layers differ
+        assert critics.params[0].std(0).min() > 0
+
+    def test_of_actions(self) -> None:
+        critics = CriticEnsemble(8, [16], 2, action_dim=3)
+        with torch.no_grad():
+            critics.params[-2].normal_()
+        z, a = torch.rand(5, 8), torch.rand(5, 3, requires_grad=True)
+        critics.value(z, a).sum().backward()
+        assert a.grad is not None
+        assert a.grad.abs().min(0).values.max() > 0
+        with pytest.raises(ValueError, match="action_dim=3"):
+            critics(z)
+        with pytest.raises(ValueError, match="action_dim=0"):
+            CriticEnsemble(8)(z, a)
+
+    def test_a_new_unit_changes_no_value(self) -> None:
+        critics, z = CriticEnsemble(8, [16], 2, scaled=True), torch.rand(5, 8)
+        with torch.no_grad():
+            critics.params[-2].normal_()
+            critics.params[-1].normal_()
+        before = critics(z)
+        critics.rescale(torch.tensor([0.1]))
+        torch.testing.assert_close(critics(z), before)
+        assert critics.scale == 0.1
 
 
 class TestRunningStatistics:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import Encoder, NormedLinear, SimNorm, WorldModelSpec, make_world_model
-from pwm_torchrl.modules.layers import cat_features, normed_mlp, policy_mlp
+from pwm_torchrl.modules.layers import cat_features, init_critic_weights, normed_mlp, policy_mlp
 
 
 @given(
@@ -55,7 +55,7 @@ def test_world_model_initialisation() -> None:
     assert model.reward.net[-1].weight.abs().max() == 0
 
 
-def test_policy_mlp_is_linear_mish_layernorm_with_orthogonal_weights() -> None:
+def test_policy_mlp_is_linear_mish_layernorm_with_orthogonal_weights_in_critics() -> None:
     net = policy_mlp(6, [5, 4], 2)
     kinds = [nn.Linear, nn.Mish, nn.LayerNorm, nn.Linear, nn.Mish, nn.LayerNorm, nn.Linear]
     assert all(isinstance(layer, kind) for layer, kind in zip(net, kinds, strict=True))
@@ -64,6 +64,8 @@ def test_policy_mlp_is_linear_mish_layernorm_with_orthogonal_weights() -> None:
     for layer in net:
         one_by_one = layer(one_by_one)
     torch.testing.assert_close(net(x), one_by_one)
+    init_critic_weights(net)
+    assert not net[-1].weight.any()
     weight = net[3].weight.detach()
     torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(4))
     assert all(m.bias.abs().max() == 0 for m in net if isinstance(m, nn.Linear))

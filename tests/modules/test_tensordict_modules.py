@@ -41,6 +41,13 @@ def world_model(tasks: bool = False, **kwargs: object) -> WorldModel:
     return model
 
 
+def random_critics() -> CriticEnsemble:
+    critics = CriticEnsemble(D, [10])
+    with torch.no_grad():
+        critics.params[-2].normal_()
+    return critics
+
+
 class TestWrapping:
     """Each wraps the plain network, with any keys, nested ones too."""
 
@@ -130,7 +137,7 @@ SHELLS = {
         STEP,
     ),
     "actor": Shell(lambda: actor_module(Actor(D, A, [10])), ["latent"], ["loc", "scale", "action"]),
-    "value": Shell(lambda: value_module(CriticEnsemble(D, [10])), ["latent"], ["state_value"]),
+    "value": Shell(lambda: value_module(random_critics()), ["latent"], ["state_value"]),
     "policy": Shell(
         lambda: policy_module(world_model(True), Actor(D, A, [10]), task="task"),
         ["observation", "task"],

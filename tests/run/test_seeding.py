@@ -29,6 +29,14 @@ def test_environment_seeds_are_apart_and_fit_simulators(seed: int) -> None:
     assert all(0 <= s <= 2**32 - 2500 for s in seeds)
 
 
+def test_evaluations_of_a_run_start_apart() -> None:
+    seeds = [evaluation_env_seed(7, epoch, 10) + i for epoch in range(250) for i in range(10)]
+    assert len(set(seeds)) == 2500
+    assert min(seeds) == evaluation_env_seed(7)
+    assert max(seeds) < fresh_env_seed(7)
+    assert evaluation_env_seed(7, 250, 10) == evaluation_env_seed(7)
+
+
 def test_generators_survive_what_happens_in_between() -> None:
     seed_everything(3)
     expected = draws()

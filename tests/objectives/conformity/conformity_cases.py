@@ -34,7 +34,7 @@ NESTED: dict[type[LossModule], dict[str, NestedKey]] = {
         "state_value": ("v", "min"), "value_target": ("v", "target"), "loc": ("p", "m"), "scale": ("p", "std"),
         "task": ("i", "task"),
     },
-    PWMValueLoss: {"latent": ("s", "z"), "value_target": ("t", "v")},
+    PWMValueLoss: {"latent": ("s", "z"), "action": ("s", "a"), "value_target": ("t", "v")},
 }  # fmt: skip
 ALL = ("",)  # a prefix of every name
 STEP = ("encoder", "dynamics", "task")  # what a rolled-out latent depends on

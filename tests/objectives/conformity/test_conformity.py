@@ -38,7 +38,9 @@ def test_what_has_no_meaning_has_none(name: str, case: Case) -> None:
 
 def test_every_loss_meets_every_check_or_says_why_not() -> None:
     assert {f"PWM{name}Loss" for name in ("Model", "Actor", "Value")} == {loss.__name__ for loss in LOSSES}
-    assert {name for name in objectives.__all__ if name.endswith("Loss")} == {loss.__name__ for loss in LOSSES}
+    # SoftActorLoss takes networks of this package only; tests/objectives/test_soft_actor_loss.py has its checks.
+    everywhere = {name for name in objectives.__all__ if name.endswith("Loss")}
+    assert everywhere - {"SoftActorLoss"} == {loss.__name__ for loss in LOSSES}
     checked = {(name, case.loss) for name, case in PAIRS}
     assert not checked & set(NOT_MEANINGFUL)
     assert checked | set(NOT_MEANINGFUL) == {(name, loss) for name in CHECKS for loss in LOSSES}
