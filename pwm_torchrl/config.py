@@ -322,6 +322,11 @@ class AlgorithmConfig(Section):
         return self.horizon if self.collect_steps is None else self.collect_steps
 
     @property
+    def slice_key(self) -> str:
+        """The key that sets :attr:`slice_length`."""
+        return "algorithm.horizon" if self.slice_steps is None else "algorithm.slice_steps"
+
+    @property
     def slice_length(self) -> int:
         """Steps of the slices that model and critics learn from."""
         return self.horizon if self.slice_steps is None else self.slice_steps

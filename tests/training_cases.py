@@ -16,9 +16,10 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase, GymWrapper
 
 import pwm_torchrl.run.train as run_module
-from pwm_torchrl.algorithm.build import Facts, build_losses, build_networks, build_optimizers
+from pwm_torchrl.algorithm.base import find_algorithm
+from pwm_torchrl.algorithm.build import Facts, build_optimizers
 from pwm_torchrl.algorithm.metrics import MetricRow
-from pwm_torchrl.algorithm.pwm_paper import PaperPWM, PaperWork
+from pwm_torchrl.algorithm.pwm_paper import PaperWork
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import (
     AlgorithmConfig,
@@ -217,7 +218,8 @@ class Bench:
     def __init__(self, cfg: Config, data: TensorDictBase | None = None, terminates: bool = False) -> None:
         torch.manual_seed(cfg.seed)
         self.data = trajectories() if data is None else data
-        self.networks = build_networks(cfg, Facts(3, 1, terminates))
+        algorithm, facts = find_algorithm(cfg.algorithm.name), Facts(3, 1, terminates)
+        self.networks = algorithm.build_networks(cfg, facts)
         if self.data["observation"].dtype == torch.float64:
             for _, network in self.networks.items():
                 network.double()
@@ -225,7 +227,7 @@ class Bench:
             torch.nn.init.orthogonal_(self.networks.actor.net[-1].weight, gain=2**0.5)
             for weight in list(self.networks.critic.params)[-2]:
                 torch.nn.init.orthogonal_(weight, gain=2**0.5)
-        self.losses = build_losses(cfg, self.networks)
+        self.losses = algorithm.build_losses(cfg, facts, self.networks)
         if self.losses.return_statistics is not None:
             self.losses.return_statistics.to(self.data["observation"].dtype)
         self.optimizers = build_optimizers(cfg, self.networks)
@@ -233,7 +235,7 @@ class Bench:
         self.replay.extend(self.data)
         self.reduced: list[tuple[str, int, int]] = []
         updates = Updates(LocalExecutor(self.losses, self.optimizers), cfg.memory, self.reductions)
-        self.algorithm = PaperPWM(
+        self.algorithm = algorithm(
             cfg.algorithm, self.networks, self.losses, self.optimizers, self.replay, updates, first_model_updates=3
         )
         self.epochs, self.epoch = cfg.training.epochs, 0

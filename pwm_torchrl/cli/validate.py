@@ -166,10 +166,9 @@ def _check_combinations(config: Config) -> None:
     if training_slices_overflow(config):
         raise ConfigurationError(
             f"training.replay_capacity={config.training.replay_capacity} holds less than one "
-            "horizon of every "
-            f"environment; with env.num_envs={config.env['num_envs']} and "
-            f"algorithm.horizon={algorithm.horizon} it "
-            f"needs at least {config.env['num_envs'] * (algorithm.horizon + 1)}"
+            f"slice of every environment; with env.num_envs={config.env['num_envs']} and "
+            f"{algorithm.slice_key}={algorithm.slice_length} it "
+            f"needs at least {config.env['num_envs'] * (algorithm.slice_length + 1)}"
         )
     micro = config.memory.model_micro_batch
     if micro is not None and micro > algorithm.model_batch:

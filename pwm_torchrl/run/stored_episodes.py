@@ -64,7 +64,8 @@ def check_horizon(cfg: Config, info: EnvInfo) -> None:
     horizon = cfg.algorithm.slice_length
     if info.episode_length is not None and horizon > info.episode_length:
         raise ConfigurationError(
-            f"algorithm.horizon={horizon} is longer than an episode of {info.name} ({info.episode_length} agent steps)."
+            f"{cfg.algorithm.slice_key}={horizon} is longer than an episode of {info.name} "
+            f"({info.episode_length} agent steps)."
         )
 
 

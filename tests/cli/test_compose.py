@@ -25,6 +25,7 @@ NEEDED = {
     "gymnasium": ["env.id=Walker2d-v5"],
     "dm_control": ["env.domain=walker", "env.task=walk"],
     "custom": ["env._target_=my_pkg.make_env"],
+    "task": ["env.task=walker-walk"],
 }
 #: Presets of runs on stored episodes, which have to be there: see test_modes.py.
 STORED = ("pretrain", "extract", "mt30_pretrain", "mt80_pretrain", "mt30", "mt80")
@@ -161,7 +162,7 @@ def test_paths_are_text():
         (["algorithm.horizon=abc", "algorithm.horizon=8"], ["algorithm.horizon=abc: 'abc'"]),
         (["size.units=3"], ["size.units=3", "a list of integers"]),
         (["size.units=${seed}"], ["size.units=0", "a list of integers"]),
-        (["size.units=${algorithm.actor_betas}"], ["size.units=[0.7, 0.95]", "a list of integers"]),
+        (["size.units=${algorithm.actor_betas}"], ["size.units=[0.9, 0.999]", "a list of integers"]),
         (["algorithm.actor_betas=${seed}"], ["algorithm.actor_betas=0", "a list of numbers"]),
         (["model.dynamics=${size}"], ["model.dynamics", "section"]),
         (["algorithm.log_std_init=nan"], ["algorithm.log_std_init=nan", "not a number"]),
@@ -190,7 +191,7 @@ def test_paths_are_text():
         (["algorithm.model_lr=0"], ["algorithm.model_lr=0", "above 0"]),
         (["algorithm.gamma=1.5"], ["algorithm.gamma=1.5", "(0, 1]"]),
         (["size.units=[]"], ["size.units=[]", "one or more"]),
-        (["training.replay_capacity=10"], ["training.replay_capacity=10", "136"]),
+        (["training.replay_capacity=10"], ["training.replay_capacity=10", "slice_steps=5", "48"]),
         (["memory.model_micro_batch=512"], ["memory.model_micro_batch=512", "algorithm.model_batch=64"]),
         (["model.loss.self_consistency_weight=1"], ["model.dynamics.condition_on_step_size=true"]),
         (["env._target_=nodots"], ["env._target_=nodots", "my_pkg.make_env"]),
