@@ -58,6 +58,9 @@ def load_config(run_dir: str | Path) -> Config:
     Raises:
         ConfigurationError: if there is none, or it does not fit the schema.
     """
+    file = Path(run_dir) / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
     try:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
@@ -66,9 +69,6 @@ def load_config(run_dir: str | Path) -> Config:
         raise MissingLibraryError(
             "Reading a run's config.yaml needs OmegaConf: pip install 'pwm-torchrl[launch]'."
         ) from error
-    file = Path(run_dir) / CONFIG_FILE
-    if not file.is_file():
-        raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
     try:
         content = OmegaConf.load(file)
         rename_keys(content)

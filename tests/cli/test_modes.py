@@ -54,7 +54,7 @@ class TestPretrain:
 
     @pytest.mark.parametrize(("name", "task_dim"), [("mt30", 64), ("mt80", 96)])
     def test_published_presets(self, monkeypatch, name, task_dim):
-        monkeypatch.setattr(module, "_check_stored", lambda config: None)
+        monkeypatch.setattr(module, "_check_stored", lambda config, without_data: None)
         cfg = compose([f"experiment={name}_pretrain", "data.path=somewhere"])
         assert (cfg.tasks, cfg.size.name, cfg.size.task_dim, cfg.model.name) == (name, "48m", task_dim, "flow_v2")
         assert cfg.model.reward_head == "two_hot"
