@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import Any
 
@@ -10,7 +11,7 @@ from pwm_torchrl.cli.compose import compose_unchecked
 from pwm_torchrl.cli.modes import epoch_in_words
 from pwm_torchrl.cli.validate import value_of
 from pwm_torchrl.cli.words import OPTIONS, PRESET, with_preset
-from pwm_torchrl.commands import typed
+from pwm_torchrl.commands import named, typed
 
 __all__ = ["doctor_help", "help_text"]
 
@@ -139,6 +140,7 @@ def _keys(script: str) -> list[str]:
     lines, comments = [], key_comments()
     for key, meaning in keys.items():
         text = meaning.format(epoch=epoch_in_words(config)) or comments[key.partition("=")[0]].replace("None", "null")
+        text = re.sub(r"launch/(\w+)\.py", lambda script: named(script[1]), text)  # a comment's, where pwm is installed
         lines += _wrapped(text, f"  {words[key]:<{column}}")
     return lines
 
