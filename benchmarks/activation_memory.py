@@ -171,8 +171,9 @@ def table(found: list[dict[str, Any]], size: str) -> str:
 def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="size tiny; writes no table")
+    parser.add_argument("--quick", action="store_true", help="size tiny")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()
     size = "tiny" if args.quick else "5m"
     found = list(rows(size))
@@ -192,7 +193,7 @@ def main() -> None:
     written = json.dumps(content, indent=2) + "\n"
     if args.json:
         args.json.write_text(written, encoding="utf-8")
-    if not args.quick:
+    if args.publish:
         results = ROOT / "benchmarks" / "results"
         (results / "activation_memory.json").write_text(written, encoding="utf-8")
         (results / "activation_memory.md").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """What memory an import takes: a log of the process's resident memory while chunks of several sizes are imported.
 
     python benchmarks/data_import.py                 # chunks of 250 MB, 1 GB and 2 GB
-    python benchmarks/data_import.py --quick         # 100 and 250 MB; writes no table
+    python benchmarks/data_import.py --quick         # 100 and 250 MB
     python benchmarks/data_import.py --folder DIR    # where the files go; must be a disk
 
 Each import runs in a process of its own, which reads its resident memory every 20 ms from before the import begins: all
@@ -134,11 +134,12 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     """Measure and write the table; 0 if no import took more than is promised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller chunks; writes no table")
+    parser.add_argument("--quick", action="store_true", help="smaller chunks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result, with the whole log, here")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where the files go (a temporary folder)")
     parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--import", nargs=2, help=argparse.SUPPRESS, dest="imported")
+    parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()
     if args.write:
         write_chunk(Path(args.write[0]), int(args.write[1]))
@@ -157,7 +158,7 @@ def main() -> int:
     print(table(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if not args.quick:
+    if args.publish:
         (ROOT / "benchmarks" / "results" / "data_import.md").write_text(table(found), encoding="utf-8")
     return 0 if all(run["growth_bytes"] <= run["allowed_bytes"] for run in found["runs"]) else 1
 

@@ -1,7 +1,7 @@
 """Sampling from an episode store: how long it takes, whether it grows with the store, and what a cold disk costs.
 
     python benchmarks/data_sampling.py                 # a store of 8 GiB read cold, in a memory cgroup of 2 GiB
-    python benchmarks/data_sampling.py --quick         # smaller stores; writes no table
+    python benchmarks/data_sampling.py --quick         # smaller stores
     python benchmarks/data_sampling.py --folder DIR    # where the files go; must be a disk
 
 Observations and actions are as wide as MT30's, episodes have 500 transitions. A batch is 1024 slices of 16 transitions,
@@ -270,10 +270,11 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller stores; writes no table")
+    parser.add_argument("--quick", action="store_true", help="smaller stores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where the files go (a temporary folder)")
     parser.add_argument("--member", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()
     if args.member:
         print(json.dumps(read_cold(Path(args.member[0]), int(args.member[1]), drop=False)))
@@ -296,7 +297,7 @@ def main() -> int:
     text = json.dumps(found, indent=2) + "\n"
     if args.json:
         args.json.write_text(text, encoding="utf-8")
-    if not args.quick:
+    if args.publish:
         results = ROOT / "benchmarks" / "results"
         (results / "data_sampling.json").write_text(text, encoding="utf-8")
         (results / "data_sampling.md").write_text(table(found), encoding="utf-8")

@@ -7,7 +7,8 @@
     python benchmarks/learning.py --table                # only rewrite the table from what has run
 
 Every run is a directory below ``runs/learning``; finished ones are kept and unfinished ones resumed, so the command can
-be interrupted and repeated. The table and curves go to ``benchmarks/results``; a table with missing runs says so.
+be interrupted and repeated. The table and curves go beside the runs, with ``--publish`` to
+``benchmarks/results``; a table with missing runs says so.
 """
 
 from __future__ import annotations
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="run nothing, rewrite the table")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("overrides", nargs="*", help="more settings for every run, like algorithm.gamma=0.98")
+    parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()
 
     suite = SUITES[args.suite]
@@ -259,11 +261,11 @@ def main() -> None:
         run_all([job for job in todo if not job.finished], args.jobs)
     table = rows(suite, todo)
     done = [(job.run_dir / "summary.json").stat().st_mtime for job in todo if job.finished]
-    words = [word for word in sys.argv[1:] if word not in ("--table", "--quick")]
+    words = [word for word in sys.argv[1:] if word not in ("--table", "--quick", "--publish")]
     command = " ".join(["python benchmarks/learning.py", *words])
     text = markdown(command, suite, table, date.fromtimestamp(max(done, default=time.time())))
     print("\n" + text)
-    out = folder if args.quick else RESULTS
+    out = RESULTS if args.publish else folder
     out.mkdir(parents=True, exist_ok=True)
     (out / f"learning_{args.name or args.suite}.md").write_text(text, encoding="utf-8")
     plot(suite, todo, out / f"learning_{args.name or args.suite}.png")

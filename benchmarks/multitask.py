@@ -9,7 +9,8 @@ per task, whose partly trained policy acts in a third of the data's episodes, ra
 every step or held for up to 40; the data, in TD-MPC2's format; the import into a store; a world model per kind of
 dynamics; a policy per task and kind. Final policies play fresh episodes; the lower end of a 95 % bootstrap interval of
 their mean return is compared with the mean return of the data and of a random policy. Everything lies below
-``runs/multitask``; table and picture go to ``benchmarks/results``, and a table with missing runs says so.
+``runs/multitask``; table and picture go beside them, with ``--publish`` to
+``benchmarks/results``, and a table with missing runs says so.
 """
 
 from __future__ import annotations
@@ -316,6 +317,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="run nothing, rewrite the table")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: below runs/)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()
 
     name = "multitask_demo" if args.demo else "multitask"
@@ -327,10 +329,10 @@ def main() -> None:
     if not args.table:
         study.run()
     rows = study.rows()
-    words = [word for word in sys.argv[1:] if word not in ("--table", "--quick")]
+    words = [word for word in sys.argv[1:] if word not in ("--table", "--quick", "--publish")]
     text = markdown(" ".join(["python benchmarks/multitask.py", *words]), rows, f"{len(tasks)} tasks, one world model")
     print(f"\n{text}\n{(time.monotonic() - started) / 60:.1f} minutes; runs, curves and logs: {folder}")
-    out = folder if args.quick or args.out else RESULTS
+    out = RESULTS if args.publish else folder
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     plot(study, rows, out / f"{name}.png")

@@ -217,10 +217,11 @@ def table(found: dict[str, Any], quick: bool) -> str:
 def main() -> int:
     """Measure and write the table; 0 unless the process in the cgroup died."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller store and limit; writes no table")
+    parser.add_argument("--quick", action="store_true", help="a smaller store and limit")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("--folder", type=Path, help="where the files go (a temporary folder)")
     parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()
     if args.member:
         capacity, repeats, folder = args.member
@@ -242,7 +243,7 @@ def main() -> int:
     text = json.dumps(found, indent=2) + "\n"
     if args.json:
         args.json.write_text(text, encoding="utf-8")
-    if not args.quick:
+    if args.publish:
         results = ROOT / "benchmarks" / "results"
         (results / "replay_disk.json").write_text(text, encoding="utf-8")
         (results / "replay_disk.md").write_text(table(found, args.quick), encoding="utf-8")

@@ -263,11 +263,12 @@ def main() -> int:
     """Run the soak and write its table; 0 if memory is flat."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, help="epochs of the run, 30 at least (1500; quick: 60)")
-    parser.add_argument("--quick", action="store_true", help="few epochs and a generous limit; writes no table")
-    parser.add_argument("--leak", action="store_true", help="keep a loss with its graph every epoch; writes no table")
-    parser.add_argument("--as-is", action="store_true", help="bring nothing forward (see above); writes no table")
+    parser.add_argument("--quick", action="store_true", help="few epochs and a generous limit")
+    parser.add_argument("--leak", action="store_true", help="keep a loss with its graph every epoch")
+    parser.add_argument("--as-is", action="store_true", help="bring nothing forward (see above)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("settings", nargs="*", help="settings of the run, such as device=cpu or model=mlp; no table")
+    parser.add_argument("settings", nargs="*", help="settings of the run, such as device=cpu or model=mlp")
+    parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_intermixed_args()
     epochs = args.epochs or (QUICK_EPOCHS if args.quick else 1500)
     if epochs < 30:
@@ -288,7 +289,7 @@ def main() -> int:
     text = json.dumps(found, indent=2) + "\n"
     if args.json:
         args.json.write_text(text, encoding="utf-8")
-    if done == epochs and not (args.quick or args.leak or args.as_is or args.settings):
+    if done == epochs and args.publish:
         results = ROOT / "benchmarks" / "results"
         (results / "soak.json").write_text(text, encoding="utf-8")
         (results / "soak.md").write_text(table(found), encoding="utf-8")

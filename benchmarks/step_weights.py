@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few updates: checks the command, measures nothing")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()
     updates, every = (4, 2) if args.quick else (1200, 400)
     rows = []
@@ -76,7 +77,7 @@ def main() -> None:
     for row in rows:
         weights = "0.99^t (PWM)" if row["rho"] is None else "0.5^t"
         lines.append(f"| {row['model']} | {weights} | " + " | ".join(f"{e:.3f}" for e in row["reward_nmse"]) + " |")
-    if not args.quick:
+    if args.publish:
         out = ROOT / "benchmarks" / "results" / "step_weights.md"
         out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
@@ -41,9 +42,9 @@ def one_of(default: str, *others: str, path: bool = False) -> Any:
     return field(default=default, metadata={"rule": Rule((default, *others), path)})
 
 
-def several_of(*choices: str) -> Any:
+def several_of(*choices: str, default: Sequence[str] = ()) -> Any:
     """A list of strings, each of them one of a few; empty by default."""
-    return field(default_factory=list, metadata={"rule": Rule(choices)})
+    return field(default_factory=lambda: list(default), metadata={"rule": Rule(choices)})
 
 
 def setting(
@@ -373,15 +374,15 @@ class LoggerConfig(Section):
     kind: str = one_of("csv", "tensorboard", "wandb")  # csv: nowhere else
     also: list[str] = several_of("csv", "tensorboard", "wandb")
     # further ones; logger=[tensorboard,wandb] sets both keys
-    project: str = "pwm_torchrl"  # wandb
-    entity: Optional[str] = None  # wandb
-    group: Optional[str] = None  # wandb; None: one group for runs that differ in the seed only
-    job_type: Optional[str] = None  # wandb; None: the run's mode
-    tags: list[str] = field(default_factory=list)  # wandb
-    notes: Optional[str] = None  # wandb
+    project: Optional[str] = None  # wandb; None: WANDB_PROJECT, else pwm_torchrl
+    entity: Optional[str] = None  # wandb; None: WANDB_ENTITY
+    group: Optional[str] = None  # wandb; None: WANDB_RUN_GROUP, else one group for runs that differ in the seed only
+    job_type: Optional[str] = None  # wandb; None: WANDB_JOB_TYPE, else the run's mode
+    tags: list[str] = field(default_factory=list)  # wandb; empty: WANDB_TAGS
+    notes: Optional[str] = None  # wandb; None: WANDB_NOTES
     artifacts: bool = True  # wandb: upload the best policy and the world model of a finished run
     mode: str = one_of("auto", "online", "offline", "disabled")
-    # wandb: auto is online with key and network, else offline
+    # wandb: auto is WANDB_MODE, else online with key and network, else offline
 
 
 @dataclass
@@ -416,6 +417,8 @@ class ClusterConfig(Section):
     max_memory_restarts: int = setting(3, least=0)  # how often a job that ran out of memory comes back with more, or
     # with smaller batches
     comment: Optional[str] = None  # shown by SLURM beside the job
+    sbatch: dict[str, Any] = field(default_factory=dict)  # more options of sbatch by their long names, such as
+    # {reservation: course, exclude: "node[1-3]", mem-per-cpu: 4G, exclusive: true}
 
 
 @dataclass
@@ -486,6 +489,9 @@ class Config(Section):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    init_from: Optional[str] = None  # directory of a run with whose best networks this one begins, be it of another
+    # environment of the same dimensions; optimizers, replay and statistics of returns begin anew
+    init_from_parts: list[str] = several_of(*NETWORKS, default=NETWORKS)  # which of them
     seed: int = setting(0, least=0)  # one seed determines a run on the CPU
     device: str = setting("auto", pattern=r"auto|cpu|cuda(:\d+)?", words="auto, cpu, cuda or cuda:N")
     # auto, cpu, cuda or cuda:N

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Inside, PyTorch's default dtype is float32: a run's networks have it, whatever the program around it has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def pick_device(name: str, key: str = "device") -> torch.device:

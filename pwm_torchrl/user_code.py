@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from types import ModuleType
 from typing import Any
 
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest, said
 
-__all__ = ["locate", "make_cwd_importable"]
+__all__ = ["load_module", "locate", "make_cwd_importable"]
 
 
 def make_cwd_importable() -> None:
@@ -18,6 +19,29 @@ def make_cwd_importable() -> None:
     """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def load_module(key: str, value: str, name: str) -> ModuleType:
+    """Import a module that a setting names; the working directory counts as importable.
+
+    Args:
+        key (str): the setting, for messages.
+        value (str): its value, likewise.
+        name (str): of the module.
+
+    Raises:
+        ConfigurationError: if there is no such module, or it cannot be imported.
+        MissingLibraryError: if it needs a library that is not installed.
+    """
+    make_cwd_importable()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise ConfigurationError(f"{key}={value!r}: there is no module {error.name!r}") from error
+        raise MissingLibraryError(f"{key}={value!r} needs {error.name}, which is not installed") from error
+    except Exception as error:  # whatever a user's module does when it is imported
+        raise ConfigurationError(f"{key}={value!r}: importing {name} raised {said(error)}") from error
 
 
 def locate(key: str, path: str) -> Any:
@@ -34,15 +58,7 @@ def locate(key: str, path: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     if not module_name:
         raise ConfigurationError(f"{key}={path!r} is not a dotted path like my_package.make_env")
-    make_cwd_importable()
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
-            raise ConfigurationError(f"{key}={path!r}: there is no module {error.name!r}") from error
-        raise MissingLibraryError(f"{key}={path!r} needs {error.name}, which is not installed") from error
-    except Exception as error:  # whatever a user's module does when it is imported
-        raise ConfigurationError(f"{key}={path!r}: importing {module_name} raised {said(error)}") from error
+    module = load_module(key, path, module_name)
     if not hasattr(module, attribute):
         near = nearest(attribute, dir(module))
         raise ConfigurationError(

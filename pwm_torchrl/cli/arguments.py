@@ -298,8 +298,10 @@ def _resume(words: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog=typed("resume"),
         description="Submit again every run that is unfinished and neither queued nor running.",
+        epilog="KEY=VALUE: settings that may change, such as cluster.mem_gib, data.path or world_model if those were "
+        "moved, and more training.epochs or training.steps, with which a finished run goes on, too.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help=_RUNS)
+    parser.add_argument("runs", nargs="+", metavar="RUNS|KEY=VALUE", help=f"{_RUNS}; settings to change")
     parser.add_argument("--failed", action="store_true", help="also runs that ended with an error of their own")
     return parser.parse_args(words)
 

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -152,6 +153,8 @@ def _wrong_type(key: str, root: ValidationError, words: list[str]) -> str:
     given = [w for w in words if w.lstrip("+").partition("=")[0] == key]
     # A key may be given twice; the error is about one of its values.
     word = next((w for w in given if quoted and w.partition("=")[2].strip("'\"") == quoted.group(1)), None)
+    if word is None and typing.get_origin(hint) is list:  # the error does not quote what is no list
+        word = next((w for w in given if not w.partition("=")[2].startswith("[")), None)
     word = word or next(iter(given), None)
     if word is not None:
         value = repr(word.partition("=")[2])
@@ -197,7 +200,7 @@ def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
 def values_of(word: str) -> list[str]:
     """A word for each of the values that a word gives its key."""
     key = word.partition("=")[0]
-    if "=" not in word or key in (*PATHS, "tasks"):
+    if "=" not in word or key in (*PATHS, "tasks") or (key in SLURMS_LISTS and not _SWEEP.match(word)):
         return [word]  # a path is text, whatever Hydra's grammar makes of its commas; tasks are one set
     try:
         override = OverridesParser.create().parse_overrides([word])[0]
@@ -232,12 +235,18 @@ def _interpolated(value: str) -> str:
     return re.sub(r"\\(.)", r"\1", value) if "$\\{" in value else value
 
 
+#: Keys whose values are lists with commas to SLURM; runs for each of several are choice(a,b).
+SLURMS_LISTS = ("cluster.partition", "cluster.gres")
+_SWEEP = re.compile(r"[\w.]+=(choice|range|glob|shuffle|sort)\(")
+#: Keys that every environment understands, see :func:`pwm_torchrl.envs.make_env`.
+KEYS_OF_ANY_ENV = ("env.terminates", "env.observation_keys", "env.name", "env.episode_length")
+
 SCHEMA = "pwm_config_schema"  # TorchRL owns the plain names in the shared ConfigStore
 
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
 #: Keys whose values are paths: text, whatever Hydra's grammar makes of their blanks, brackets, commas and equal signs.
-PATHS = ("run_dir", "runs_dir", "world_model", "data.path", "data.scratch_dir")
+PATHS = ("run_dir", "runs_dir", "world_model", "init_from", "data.path", "data.scratch_dir")
 
 _TOLD: set[str] = set()  # keys of earlier versions whose new names were told
 
@@ -277,6 +286,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     resolved = _to_config(_compose(words, parsed))
     typed = _typed(parsed)
     _label_honestly(resolved, typed)
+    if resolved.init_from is not None:  # a job, or a resume from another folder, finds it too
+        resolved.init_from = str(Path(resolved.init_from).expanduser().absolute())
     apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
     check_meaning(resolved, typed, model_is_known=resolved.mode != "extract")
@@ -390,7 +401,8 @@ def _read(word: str) -> Override:
     key, equal, value = word.partition("=")
     if key == "tasks" and "," in value and value[0] not in "'\"[":
         word = f"{key}={_quoted(value)}"  # a list of names is one set of tasks, not a sweep
-    if key in PATHS and value and value[0] not in "'\"" and value != "null":
+    listed = key in SLURMS_LISTS and "," in value and not _SWEEP.match(word)
+    if (key in PATHS or listed) and value and value[0] not in "'\"" and value != "null":
         word = f"{key}={_quoted(value)}"
     if not equal and not word.startswith("~"):
         raise ConfigurationError(f"{word!r} is not a setting; write key=value, for example model=flow_v2 or seed=1")
@@ -424,8 +436,8 @@ def _check_names(parsed: list[Override]) -> None:
             raise ConfigurationError(f"{word}: + adds a key, and {key} is there already; write {written}")
         if key in groups:
             _check_choice(o, key, groups[key])
-        elif key.startswith("env."):
-            continue  # the environment's own keys depend on the choice of env
+        elif key.startswith(("env.", "cluster.sbatch.")):
+            continue  # keys that depend on the choice of env, and on what sbatch knows
         elif key.startswith("hydra"):
             raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {instead_of_hydras(key)}")
         elif o.type == OverrideType.DEL:
@@ -473,13 +485,16 @@ def _profile_words(parsed: list[Override]) -> list[str]:
 def _env_words(parsed: list[Override]) -> list[str]:
     """The words for Hydra; a user's own maker selects env=custom, whose keys are free."""
     words = [o.input_line or "" for o in parsed]
+    # Whatever sbatch knows may be added.
+    words = ["++" + word.lstrip("+") if re.match(r"\+*cluster\.sbatch[.=]", word) else word for word in words]
     chosen = [o.value() for o in parsed if o.key_or_group == "env"]
     if not chosen and any(o.key_or_group == "env._target_" for o in parsed):
         words.insert(0, "env=custom")
         chosen = ["custom"]
     if chosen[-1:] == ["custom"]:
-        words = ["++" + w if w.startswith("env.") else w for w in words]
-    return words
+        return ["++" + w if w.startswith("env.") else w for w in words]
+    # What every environment understands, whether its file lists it or not.
+    return ["++" + w if w.partition("=")[0] in KEYS_OF_ANY_ENV else w for w in words]
 
 
 def _compose(words: list[str], parsed: list[Override]) -> DictConfig:

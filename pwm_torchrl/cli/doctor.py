@@ -24,7 +24,7 @@ from pwm_torchrl.commands import named, typed_here
 from pwm_torchrl.config import ClusterConfig, Config
 from pwm_torchrl.files import MEMORY_FILESYSTEMS, existing, filesystem_type, free_bytes, write_durably
 from pwm_torchrl.memory.readings import gpu_bytes
-from pwm_torchrl.run.loggers import offline_reason
+from pwm_torchrl.run.loggers import offline_reason, wandb_mode
 from pwm_torchrl.terminal import coloured
 
 __all__ = [
@@ -211,7 +211,9 @@ def check_disk(folder: Path, *, elsewhere: bool) -> list[Finding]:
 
 def check_wandb(config: Config) -> list[Finding]:
     """Whether Weights & Biases could log online."""
-    asked = config.logger.kind == "wandb" and config.logger.mode != "disabled"
+
+    mode = wandb_mode(config.logger)
+    asked = config.logger.kind == "wandb" and mode != "disabled"
     if find_spec("wandb") is None:
         if asked:
             return [Finding(PROBLEM, "W&B", "logger=wandb needs it: pip install 'pwm-torchrl[wandb]'")]
@@ -221,9 +223,9 @@ def check_wandb(config: Config) -> list[Finding]:
         return [Finding(OK, "W&B", "there is a key, and the server can be reached")]
     if not asked:
         return [Finding(OK, "W&B", f"not asked for; it would log offline, because {reason}")]
-    if config.logger.mode == "online":
+    if mode == "online":
         return [Finding(PROBLEM, "W&B", f"logger.mode=online, but {reason}; log in, or set logger.mode=auto")]
-    if config.logger.mode == "offline":
+    if mode == "offline":
         return [Finding(OK, "W&B", "logs offline, as asked for; `wandb sync` uploads it")]
     return [Finding(WARNING, "W&B", f"it will log offline, because {reason}; `wandb sync` uploads it later")]
 

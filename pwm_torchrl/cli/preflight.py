@@ -20,6 +20,7 @@ from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.facts import opened_facts, report_env, require_maker
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, is_ours
 from pwm_torchrl.run.directory import check_run_dir
+from pwm_torchrl.run.load import check_warm_start
 from pwm_torchrl.run.loggers import require_logging
 from pwm_torchrl.run.stored_episodes import (
     check_horizon,
@@ -114,7 +115,10 @@ def _check_devices(config: Config, place: str) -> None:
 
 
 def _check_data(config: Config, place: str) -> EnvInfo | None:
-    """Stored episodes and the world model; facts of a run that learns from them."""
+    """What a run begins with, stored episodes and the world model; facts of a run that learns from them."""
+    if config.init_from is not None:
+
+        check_warm_start(config)
     if config.mode == "online":
         return None
     facts = run_facts(config)

@@ -18,7 +18,15 @@ from pwm_torchrl.cli.complete import complete, expand_tasks, length_in_words
 from pwm_torchrl.cli.compose import EVERY_TASK, as_yaml, compose
 from pwm_torchrl.cli.requests import Prepared, Request, refuse_shared_directories
 from pwm_torchrl.cli.words import JSON
-from pwm_torchrl.cluster.resources import Resources, node_memory_mb, require_fit, resources_for, sbatch_parameters
+from pwm_torchrl.cluster.resources import (
+    Resources,
+    node_memory_mb,
+    require_fit,
+    resources_for,
+    sbatch_options,
+    sbatch_parameters,
+    take_variables,
+)
 from pwm_torchrl.cluster.slurm import Site, site, slurm_available
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import pick_device
@@ -27,11 +35,12 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.budget import Budget
 from pwm_torchrl.memory.plan import budgets, make_plan, plan_table, profile_budgets
 from pwm_torchrl.report.estimate import cost_lines, hardware_of
+from pwm_torchrl.run.claims import own_job
 from pwm_torchrl.run.loggers import require_logging
 from pwm_torchrl.run.stored_episodes import run_facts
 from pwm_torchrl.terminal import coloured
 
-__all__ = ["compose_all", "dry_run", "place_of", "plan", "plan_for_slurm"]
+__all__ = ["by_cluster", "compose_all", "dry_run", "place_of", "plan", "plan_for_slurm"]
 
 LOCAL, DEBUG, SLURM, HERE = "local", "debug", "slurm", "here"
 
@@ -61,12 +70,14 @@ def compose_all(words: Sequence[str], composed: Sequence[Prepared] = ()) -> list
 
 
 def place_of(config: Config) -> str:
-    """Where a run goes: ``local``, ``debug``, ``slurm``, or ``here`` inside of an allocation."""
+    """Where a run goes: ``local``, ``debug``, ``slurm``, or ``here`` inside of an allocation, unless a profile of SLURM
+    nodes is chosen, which is queued from there, too.
+    """
     kind = config.cluster.kind
     if kind == DEBUG:
         return DEBUG
-    if os.environ.get("SLURM_JOB_ID"):
-        return HERE  # resources are there already
+    if own_job() is not None and not (kind == SLURM and slurm_available()):
+        return HERE  # resources are there already; a profile that is named is for a job of its own
     if kind == "auto":
         return SLURM if slurm_available() else LOCAL
     if kind == SLURM and not slurm_available():
@@ -91,6 +102,7 @@ def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = (
     plans: dict[str, Any] = {}
     found, resources, here = [], None, site()
     for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
+        fill_in_shell(run.config)
         fill_in_node_memory(run.config, here)
         # A seed changes no memory.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
@@ -103,6 +115,31 @@ def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = (
     assert resources is not None
     require_fit(runs[0].config.cluster, resources, here)
     return found, resources
+
+
+def by_cluster(runs: Sequence[Prepared], facts: Sequence[Any] = ()) -> list[tuple[list[Prepared], list[Any]]]:
+    """Runs whose cluster settings are the same, with what is known of each: what one array can hold, in order."""
+    groups: dict[str, tuple[list[Prepared], list[Any]]] = {}
+    for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
+        key = json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str)
+        group = groups.setdefault(key, ([], []))
+        group[0].append(run)
+        group[1].append(known)
+    return list(groups.values())
+
+
+def fill_in_shell(config: Config) -> None:
+    """Fill in what the user's shell says of jobs by ``SBATCH_*``, outside of a job, and the profile does not."""
+    if own_job() is not None:  # they are those of the job then
+        return
+    ignored = take_variables(config.cluster, os.environ)
+    sbatch_options(config.cluster)
+    if ignored and not _TOLD:
+        _TOLD.update(ignored)
+        console.say(f"{', '.join(ignored)} of this shell are not taken: a run sets that itself", err=True)
+
+
+_TOLD: set[str] = set()  # variables that are not taken, told once
 
 
 def fill_in_node_memory(config: Config, here: Site) -> None:
@@ -125,9 +162,14 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     first = runs[0].config
     facts = run_facts(first)
     device: torch.device | None = None
-    resources: Resources | None = None
+    arrays: list[tuple[Config, Resources, int]] = []
     if place == SLURM:
-        plans, resources = plan_for_slurm(runs)
+        plans = []
+        for group, _ in by_cluster(runs):
+            found, resources = plan_for_slurm(group)
+            plans += found
+            arrays.append((group[0].config, resources, len(group)))
+        runs = [run for group, _ in by_cluster(runs) for run in group]
     else:
         device = pick_device(first.device)
         plans = [make_plan(first, facts, _budgets_of(first, device))]
@@ -147,12 +189,12 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
         if table not in shown:
             shown.append(table)
             console.say(f"\n# memory plan of model={run.config.model.name} size={run.config.size.name}\n{table}")
-    if resources is None:
+    if not arrays:
         console.say(f"\n# submitted to: {place}, no sbatch")
-    else:
-        parameters = sbatch_parameters(first, resources, "pwm_torchrl")
+    for config, resources, count in arrays:
+        parameters = sbatch_parameters(config, resources, "pwm_torchrl")
         extra = parameters.pop("additional_parameters")
-        console.say("\n# sbatch" + ("" if len(runs) == 1 else f", one array of {len(runs)}"))
+        console.say("\n# sbatch" + ("" if count == 1 else f", one array of {count}"))
         for key, value in sorted({**parameters, **extra}.items()):
             if value not in (None, []) and key not in ("use_srun", "stderr_to_stdout"):
                 listed = "".join(f"\n    {each}" for each in value) if isinstance(value, list) else f" {value}"

@@ -3,48 +3,111 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pwm_torchrl.cli import console
+from pwm_torchrl.cli.compose import explain
+from pwm_torchrl.cli.modes import known_action_repeat, set_epochs
+from pwm_torchrl.cli.validate import read_time, validate
 from pwm_torchrl.cluster.deaths import read_job
 from pwm_torchrl.cluster.job import require_submitit
 from pwm_torchrl.cluster.slurm import JobState, job_states
+from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import find_runs
 from pwm_torchrl.run.claims import ENDED, open_owner, owner_state
-from pwm_torchrl.run.directory import load_config, read_summary
+from pwm_torchrl.run.directory import hindrances, load_config, read_summary
 
-__all__ = ["reason_to_leave", "to_bring_back"]
+__all__ = ["Found", "changed", "reason_to_leave", "to_bring_back"]
 
 
-def to_bring_back(args: Namespace) -> list[Path] | int:
+class Found(NamedTuple):
+    """Runs to be submitted again with their configurations, and the exit code so far."""
+
+    runs: list[tuple[Path, Config]]
+    code: int
+
+
+def to_bring_back(args: Namespace) -> Found | int:
     """Runs to be submitted again, or the exit code if there are none; says of the others why they are left alone."""
-    runs = sorted((path.resolve() for path in find_runs(args.runs)), key=lambda path: path.name)
+    words = [word for word in args.runs if "=" in word and not Path(word).exists()]
+    paths = [Path(word) for word in args.runs if word not in words]
+    if not paths:
+        raise ConfigurationError(f"{' '.join(words)}: no run directory is given that this should change")
+    runs = sorted((path.resolve() for path in find_runs(paths)), key=lambda path: path.name)
     newest = {run: job_id for run in runs for job_id in read_job(run).get("job_ids", [])[-1:]}
     states = job_states(newest.values()) if newest else {}
-    found = []
+    found, code = [], console.OK
     for run in sorted(runs, key=_waits):
-        reason = reason_to_leave(run, states.get(newest.get(run, "")), failed=args.failed)
+        try:
+            config = changed(run, words)
+            longer = config.training.epochs > load_config(run).training.epochs
+            reason = reason_to_leave(run, states.get(newest.get(run, "")), failed=args.failed, longer=longer)
+        except ConfigurationError as error:
+            console.error(f"{run.name}: {error}")
+            code = console.FAILED
+            continue
         if reason is None:
-            found.append(run)
+            found.append((run, config))
         else:
             console.say(f"{run.name}: left alone, {reason}")
     if not found:
-        return console.OK
+        return code
     require_submitit()
-    return found
+    return Found(found, code)
 
 
-def reason_to_leave(run: Path, job: JobState | None, *, failed: bool) -> str | None:
+def changed(run: Path, words: Sequence[str]) -> Config:
+    """The configuration of a run with the settings that are given beside it.
+
+    Raises:
+        ConfigurationError: if a setting is unknown, out of range, or would make it another run.
+    """
+    stored = load_config(run)
+    if not words:
+        validate(stored)  # somebody may have edited it
+        return stored
+    try:
+        typed = OmegaConf.from_dotlist(list(words))
+        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(stored), typed))  # type: ignore
+    except OmegaConfBaseException as error:
+        raise explain(error, list(words), []) from error
+    read_time(config.cluster)
+    validate(config)
+    keys = {word.partition("=")[0] for word in words}
+    if "training.epochs" in keys:
+        config.training.steps = None
+    elif "training.steps" in keys:
+        repeat = known_action_repeat(config)
+        if config.mode != "online" or repeat is None:
+            raise ConfigurationError(
+                f"training.steps={config.training.steps}: what an epoch of this run collects is not known here; give "
+                "training.epochs"
+            )
+        set_epochs(config, repeat)
+    differing = hindrances(stored, config)
+    if differing:
+        listed = ", ".join(f"{key} ({old} there)" for key, (old, _) in differing.items())
+        raise ConfigurationError(f"{listed}: with another value it is another run; begin a new one")
+    return config
+
+
+def reason_to_leave(run: Path, job: JobState | None, *, failed: bool, longer: bool = False) -> str | None:
     """Why a run is not submitted again; ``None`` if it should be.
 
     Args:
         run (Path): its directory.
         job (JobState, optional): SLURM's word on its newest job.
         failed (bool): whether runs that ended with an error go on too.
+        longer (bool): whether it is to be longer than it was. Defaults to ``False``.
     """
     status = read_summary(run).get("status", "not started")
-    if status == "finished":
+    if status == "finished" and not longer:
         return "finished"
     if job is not None and not job.ended:
         if job.held:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,19 @@ from pwm_torchrl.cli import console
 from pwm_torchrl.cli.chain import Chain, composed
 from pwm_torchrl.cli.local import refuse_while_running, stop_signals_as_interrupt, submit_local
 from pwm_torchrl.cli.preflight import preflight
-from pwm_torchrl.cli.prepare import DEBUG, HERE, LOCAL, SLURM, compose_all, dry_run, place_of, plan_for_slurm
+from pwm_torchrl.cli.prepare import (
+    DEBUG,
+    HERE,
+    LOCAL,
+    SLURM,
+    by_cluster,
+    compose_all,
+    dry_run,
+    place_of,
+    plan_for_slurm,
+)
 from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
+from pwm_torchrl.cli.resume import Found
 from pwm_torchrl.cli.train import run_in_process
 from pwm_torchrl.cli.words import DRY_RUN
 from pwm_torchrl.cluster.deaths import read_job
@@ -28,7 +39,8 @@ from pwm_torchrl.commands import typed_here
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.run.directory import RunDir, discard, load_config, prepare_run_dir, read_summary
+from pwm_torchrl.run.directory import RunDir, discard, prepare_run_dir, read_summary
+from pwm_torchrl.run.stored_episodes import follow_world_model
 from pwm_torchrl.run.validation import announce
 from pwm_torchrl.user_code import make_cwd_importable
 
@@ -135,7 +147,7 @@ def _to_slurm(
     facts: Sequence[Sequence[EnvInfo | None]],
     placed: Callable[[Path], None] = lambda run_dir: None,
 ) -> int:
-    """Queue all runs, an array for each stage; nothing is written before everything is checked and planned.
+    """Queue all runs, an array for each stage and profile; nothing is written before everything is checked and planned.
 
     Args:
         stages (sequence of sequences of Prepared): runs.
@@ -143,19 +155,20 @@ def _to_slurm(
             :func:`~pwm_torchrl.cli.preflight.preflight`.
         placed (callable): is told the first run's directory, before later stages are queued.
     """
-    planned = [plan_for_slurm(stage, known)[1] for stage, known in zip(stages, facts, strict=True)]
+    arrays = [by_cluster(stage, known) for stage, known in zip(stages, facts, strict=True)]
+    planned = [[plan_for_slurm(runs, known)[1] for runs, known in stage] for stage in arrays]
     for run in itertools.chain(*stages):
         if run.config.run_dir is not None:
             refuse_while_queued(Path(run.config.run_dir).expanduser().absolute())
     folders: list[Path] = []
-    for stage, resources in zip(stages, planned, strict=True):
-        folders += _queue(stage, resources)
-        placed(folders[0])
+    for stage, needed in zip(arrays, planned, strict=True):
+        for (runs, _), resources in zip(stage, needed, strict=True):
+            folders += _queue(runs, resources)
+            placed(folders[0])
     what = "it" if len(folders) == 1 else "them"
     where = folders[0] if len(folders) == 1 else folders[0].parent
-    console.say(
-        f"queued on cluster={stages[0][0].config.cluster.name}; watch {what} with: {typed_here('status')} {where}"
-    )
+    names = ", ".join(dict.fromkeys(run.config.cluster.name for stage in stages for run in stage))
+    console.say(f"queued on cluster={names}; watch {what} with: {typed_here('status')} {where}")
     return console.OK
 
 
@@ -218,33 +231,40 @@ def _conclude(outcome: dict[str, Any], run: RunDir, words: Sequence[str]) -> int
 # Runs that are there already ------------------------------------------------------------------------------------------
 
 
-def resume(runs: Sequence[Path]) -> int:
+def resume(found: Found) -> int:
     """Submits runs again that are unfinished, see :mod:`~pwm_torchrl.cli.resume`.
 
     Returns:
-        The exit code: 0, or 1 if one could not be submitted.
+        The exit code: 0, or 1 if one could not be submitted; of runs that end here the highest.
     """
-    code = console.OK
-    for run in runs:
+    code = found.code
+    for run, config in found.runs:
         try:
-            console.say(f"{run.name}: {_bring_back(run)}")
+            said, ended = _bring_back(run, config)
         except ConfigurationError as error:
-            console.error(f"{run.name}: {error}")
-            code = console.FAILED
+            said, ended = str(error), console.FAILED
+        if ended == console.OK:
+            console.say(f"{run.name}: {said}")
+        else:
+            console.error(f"{run.name}: {said}")
+        code = max(code, ended)
     return code
 
 
-def _bring_back(run: Path) -> str:
-    """Submit a run as it was submitted before; returns what was done."""
-    cfg = load_config(run)
+def _bring_back(run: Path, cfg: Config) -> tuple[str, int]:
+    """Submit a run as it was submitted before; returns what was done, and the exit code."""
+    follow_world_model(cfg, run)
     job = read_job(run)
     on_slurm = bool(job) and slurm_available()
     if cfg.cluster.kind == "slurm" and not on_slurm:
         raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and no SLURM is found here")
     make_cwd_importable()
     preflight([cfg], SLURM if on_slurm else LOCAL, again=True)
+    prepare_run_dir(replace(cfg, run_dir=str(run)))
     if on_slurm:
-        return f"job {resubmit(run, cfg, int(job['mem_mb']))}"
+        return f"job {resubmit(run, cfg, int(job['mem_mb']))}", console.OK
     code = snapshot(run.parent, targets_of(asdict(cfg)))
     outcome = submit_local(run, code, progress=cfg.training.progress).follow()
-    return str(outcome["status"])
+    status = str(outcome["status"])
+    reason = "" if outcome.get("error") is None else f": {outcome['error']}; full log: {run / LOG_FILE}"
+    return status + reason, console.EXIT_CODES.get(status, console.FAILED)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
+from pwm_torchrl.cluster.resources import sbatch_options
 from pwm_torchrl.cluster.slurm import to_minutes
 from pwm_torchrl.commands import typed
-from pwm_torchrl.config import ClusterConfig, Config
+from pwm_torchrl.config import NETWORKS, ClusterConfig, Config
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.run.claims import own_job
 
 __all__ = ["INTEGERS_OF_ENV", "check_cluster", "read_time", "require_runnable", "validate", "value_of"]
 
@@ -58,6 +59,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
         value = getattr(cluster, key)
         if value is not None and (not value.strip() or "\n" in value):
             raise ConfigurationError(f"cluster.{key}={value!r} is not one line of text; set it, or null")
+    sbatch_options(cluster)
     if cluster.kind == "slurm":
         _check_gpus(cluster)
     if cluster.mem_gib is not None and cluster.host_gib is not None and cluster.mem_gib > cluster.host_gib:
@@ -103,6 +105,9 @@ def validate(config: Config) -> None:
     """
     _check_env(config.env)
     config.check()
+    parts = config.init_from_parts
+    if not parts or len(parts) != len(set(parts)):
+        raise ConfigurationError(f"init_from_parts={parts} must name some of {', '.join(NETWORKS)}, each once")
     if config.mode != "extract":
         _require_one(config, "training.eval_episodes")
     if config.mode == "pretrain":
@@ -117,7 +122,7 @@ def require_runnable(config: Config) -> None:
     Raises:
         ConfigurationError: for a profile of SLURM nodes outside of an allocation.
     """
-    if config.cluster.kind == "slurm" and not os.environ.get("SLURM_JOB_ID"):
+    if config.cluster.kind == "slurm" and own_job() is None:
         raise ConfigurationError(
             f"cluster={config.cluster.name} describes SLURM nodes, and this process is on none; "
             f"{typed('submit')} queues a job there, cluster=local trains here"

@@ -233,7 +233,7 @@ class Rule:
     Attributes:
         keys (tuple of str): dotted keys; one that ends in a dot stands for its whole section.
         by (str): the key that decides; of several with commas between, which are numbers, one has to be above 0.
-        values (tuple of str): its values beside which the keys are used; empty: any above 0.
+        values (tuple of str): its values beside which the keys are used; empty: any above 0. ``("*",)``: any at all.
     """
 
     keys: tuple[str, ...]
@@ -249,9 +249,13 @@ class Rule:
         if not self.values:
             return any(value_of(config, each) > 0 for each in self.by.split(", "))
         value = value_of(config, self.by)
+        if self.values == ANY:
+            return value is not None
         known = value in schema_choices().get(self.by, ()) or (self.by == _KIND and "." in value)
         return value in self.values or not known
 
+
+ANY = ("*",)
 
 #: Which options of dynamics a kind takes follows from the signatures of :mod:`pwm_torchrl.modules.dynamics`; it is
 #: repeated here because reading those takes seconds (torch), and a test compares the two.
@@ -292,6 +296,8 @@ RULES = (
         ("wandb",),
     ),
     Rule(("data.",), "mode", ("pretrain", "extract")),
+    Rule(("init_from_parts",), "init_from", ANY),
+    Rule(("data.scratch_dir",), "data.stage", ("scratch",)),
     Rule(
         tuple(f"cluster.{key}" for key in ("partition", "account", "qos", "constraint", "gres", "mem_gib", "nodes")),
         "cluster.kind",
@@ -323,6 +329,8 @@ def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: b
 
 def _refusal(config: Config, key: str, value: Any, rule: Rule) -> ConfigurationError:
     shown = str(value).lower() if isinstance(value, bool) else value
+    if rule.values == ANY:
+        return ConfigurationError(f"{key}={shown} means nothing without {rule.by}: set that, or leave {key} out")
     if not rule.values:
         needed = rule.by.replace(", ", " or ")
         return ConfigurationError(f"{key}={shown} means nothing without a weight: set {needed}, or leave {key} out")

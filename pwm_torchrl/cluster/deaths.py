@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.files import write_durably
+from pwm_torchrl.files import read_object, read_objects, write_durably
 from pwm_torchrl.run.directory import EVENTS_FILE, write_event
 from pwm_torchrl.run.stop import NO_STEP_IN_TIME
 
@@ -196,11 +196,7 @@ JOB_FILE = "job.json"
 
 def read_job(run_dir: Path) -> dict[str, Any]:
     """What was asked for; empty for a run that was never submitted."""
-    try:
-        content = json.loads((run_dir / JOB_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(run_dir / JOB_FILE)
 
 
 def write_job(run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -234,19 +230,7 @@ def note_restart(run_dir: Path, attempt: int, restart: Restart, action: str, det
 
 def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """Events of one kind, oldest first; a line that was torn by a full disk is passed over."""
-    try:
-        lines = (run_dir / EVENTS_FILE).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if event.get("event") == kind:
-            found.append(event)
-    return found
+    return [event for event in read_objects(run_dir / EVENTS_FILE) if event.get("event") == kind]
 
 
 def restarts_of(run_dir: Path) -> list[Restart]:

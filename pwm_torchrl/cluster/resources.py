@@ -7,11 +7,13 @@ long costs queue priority; nothing else depends on it.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
-from pwm_torchrl.cluster.slurm import Site
+from pwm_torchrl.cluster.slurm import Site, to_minutes
 from pwm_torchrl.config import ClusterConfig, Config
 from pwm_torchrl.errors import ConfigurationError
 
@@ -141,10 +143,102 @@ def resources_for(cfg: Config, plan: Plan) -> Resources:
     return Resources(mem_mb, cpus, gpus, profile.nodes, minutes)
 
 
+#: Options of sbatch that a run sets itself, and the keys that set them; none where nothing may.
+_TAKEN = {
+    "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "gres": "gres",
+    "comment": "comment", "nodes": "nodes", "cpus-per-task": "cpus", "mem": "mem_gib", "time": "time", "signal":
+    "signal_delay_s", "gpus": "gpus", "gpus-per-node": "gpus", "gpus-per-task": "gpus",
+    **dict.fromkeys((
+        "job-name", "output", "error", "input", "array", "open-mode", "requeue", "no-requeue", "dependency", "ntasks",
+        "kill-on-invalid-dep", "ntasks-per-node", "wrap", "chdir", "parsable", "wait", "export",
+    )),
+}  # fmt: skip
+
+
+def sbatch_options(profile: ClusterConfig) -> dict[str, Any]:
+    """The options of ``cluster.sbatch`` as sbatch spells them, without those that are null or false.
+
+    Raises:
+        ConfigurationError: for what is set by another key, or is no option at all.
+    """
+    found: dict[str, Any] = {}
+    for key, value in profile.sbatch.items():
+        name = str(key).strip().lstrip("-").replace("_", "-")
+        written = f"cluster.sbatch.{key}={value}"
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
+            raise ConfigurationError(
+                f"{written}: {key!r} is not the long name of an option of sbatch, like reservation"
+            )
+        if name in _TAKEN:
+            other = _TAKEN[name]
+            instead = f"set cluster.{other}" if other else "a run sets that itself"
+            raise ConfigurationError(f"{written} cannot be given here: {instead}")
+        if isinstance(value, (dict, list)) or "\n" in str(value):
+            raise ConfigurationError(f"{written} is not one line of text, a number, true or false")
+        if value is not None and value is not False:
+            found[name] = value
+    return found
+
+
+#: Variables of the user's shell by which sbatch takes options, without their ``SBATCH_``: keys of a profile.
+_VARIABLES = {
+    "PARTITION": "partition", "ACCOUNT": "account", "QOS": "qos", "CONSTRAINT": "constraint", "GRES": "gres",
+    "COMMENT": "comment", "TIMELIMIT": "time_min",
+}  # fmt: skip
+#: Likewise: options that no key stands for, and those of them that take no value.
+_OPTIONS = (
+    "RESERVATION", "EXCLUSIVE", "CLUSTERS", "WCKEY", "NETWORK", "HINT", "DISTRIBUTION", "CORE_SPEC", "THREAD_SPEC",
+    "GRES_FLAGS", "GPU_BIND", "GPU_FREQ", "CONTAINER", "SPREAD_JOB", "OVERCOMMIT", "PROFILE", "DELAY_BOOT",
+)  # fmt: skip
+_FLAGS = ("EXCLUSIVE", "SPREAD_JOB", "OVERCOMMIT")
+
+
+def take_variables(profile: ClusterConfig, environ: Mapping[str, str]) -> list[str]:
+    """Fill in what a profile leaves open from the variables ``SBATCH_*`` of the user's shell, outside of jobs.
+
+    Written into the configuration they also hold for a job that comes back, whose environment is that of a node.
+
+    Args:
+        profile (ClusterConfig): changed in place; what it says wins.
+        environ (Mapping): of the process.
+
+    Returns:
+        list of str: variables that are set and not taken: what they are about is planned.
+
+    Raises:
+        ConfigurationError: for a time limit that is none.
+    """
+    ignored = []
+    for name, value in sorted(environ.items()):
+        variable = name.removeprefix("SBATCH_")
+        if variable == name or not value:
+            continue
+        if variable in _VARIABLES:
+            key = _VARIABLES[variable]
+            if getattr(profile, key) is None:
+                try:
+                    setattr(profile, key, to_minutes(value) if key == "time_min" else value)
+                except ValueError as error:
+                    raise ConfigurationError(f"{name}={value}: {error}; unset it, or set cluster.time") from error
+        elif variable in _OPTIONS:
+            option = variable.lower().replace("_", "-")
+            if option not in {str(key).replace("_", "-") for key in profile.sbatch}:
+                flag = variable in ("EXCLUSIVE", "SPREAD_JOB", "OVERCOMMIT") and value.lower() in (
+                    "1",
+                    "yes",
+                    "true",
+                    "exclusive",
+                )
+                profile.sbatch[option] = True if flag else value
+        else:
+            ignored.append(name)
+    return ignored
+
+
 def sbatch_parameters(cfg: Config, resources: Resources, name: str, after: str | None = None) -> dict[str, Any]:
     """Parameters of submitit's executor for a job; it begins when job ``after`` has succeeded."""
     profile = cfg.cluster
-    extra: dict[str, Any] = {"requeue": True}
+    extra: dict[str, Any] = {"requeue": True, **sbatch_options(profile)}
     if after is not None:
         # Without the second, jobs would wait for ever for one that failed.
         extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
@@ -163,6 +257,8 @@ def sbatch_parameters(cfg: Config, resources: Resources, name: str, after: str |
         "additional_parameters": extra,
         "wckey": None,
     }
+    if {"mem-per-cpu", "mem-per-gpu"} & extra.keys():
+        del parameters["mem"]  # sbatch takes one of them
     if profile.gres is not None:
         parameters["gres"] = profile.gres
     elif resources.gpus:

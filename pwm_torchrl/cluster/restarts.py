@@ -30,7 +30,7 @@ from pwm_torchrl.cluster.deaths import (
 )
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.files import write_durably
+from pwm_torchrl.files import read_object, write_durably
 from pwm_torchrl.run.claims import Claim, newest_claim, read_outcome, slurm_job_id
 from pwm_torchrl.run.directory import load_config, set_status, write_event
 
@@ -124,20 +124,11 @@ def apply_plan(run_dir: Path, plan: NextPlan) -> None:
 
 
 def read_plan(run_dir: Path) -> dict[str, Any] | None:
-    """The last attempt's plan, ``None`` without one.
-
-    Raises:
-        ConfigurationError: if the file is not one that this version wrote.
-    """
-    file = run_dir / PLAN_FILE
-    if not file.exists():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        content["choices"], content["prediction"]["compute"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"{file} does not hold a memory plan of this version ({error}); delete it.") from error
-    return content
+    """The last attempt's plan; ``None`` without one, or with one that is damaged or of another version."""
+    content = read_object(run_dir / PLAN_FILE)
+    choices, prediction = content.get("choices"), content.get("prediction")
+    whole = isinstance(choices, dict) and isinstance(prediction, dict) and "compute" in prediction
+    return content if whole else None
 
 
 def batches(cfg: Config) -> dict[str, int]:
@@ -193,13 +184,8 @@ class Life:
 
     def evidence(self, run: Path) -> list[dict[str, Any]]:
         """What the supervisors of its tasks wrote."""
-        found = []
-        for file in sorted((run / "attempts").glob(f"{self._evidence}-*.json")):
-            try:
-                found.append(json.loads(file.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                continue  # torn by a full disk: as if it were not there
-        return found
+        files = sorted((run / "attempts").glob(f"{self._evidence}-*.json"))
+        return [content for file in files if (content := read_object(file))]  # torn by a full disk: as if not there
 
     def claim(self, run: Path) -> Claim | None:
         """Its attempt at the run; ``None`` if it died before it claimed the run."""
@@ -215,11 +201,7 @@ class Life:
         said = None if claim is None else read_outcome(run, claim.attempt)
         if said:
             return said
-        try:
-            content: dict[str, Any] = json.loads(self.outcome_file(run).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return content
+        return read_object(self.outcome_file(run)) or None
 
 
 def progressed(run: Path, claim: Claim | None) -> bool:

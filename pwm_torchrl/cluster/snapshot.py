@@ -1,31 +1,58 @@
 """A copy of the code that a job runs: editing a checkout changes no job that is queued or comes back later.
 
 The copy's name is the hash of its content, so that many runs of the same code share one. It lies beside the runs,
-``runs/.code/<hash>``, where compute nodes see it.
+``runs/.code/<hash>``, where compute nodes see it; copies that differ share the files in which they do not.
+
+Copied is what the job would import: the folder that holds a module of the user's, with everything in it that may be
+imported or read beside modules, whether git knows it or not, but no output of runs, no environment, nothing that may be
+a secret, and no file that is data by its size. What is left out is told.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pwm_torchrl
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.files import amount
 from pwm_torchrl.run.provenance import COMMIT_FILE, git_commit
+from pwm_torchrl.terminal import warn
 
 FOLDER = ".code"
+#: Contents that copies share, by their hashes.
+SHARED = ".files"
 #: Larger files of a user's folder are data, not code.
-LARGEST_FILE = 1 << 20
-LARGEST_COPY = 64 << 20
-#: What code needs beside modules.
+LARGEST_FILE = 16 << 20
+LARGEST_COPY = 256 << 20
+MOST_FILES = 20_000
+#: Of this package, what it needs beside modules.
 SUFFIXES = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".txt", ".csv", ".xml", ".npz", ".npy", ".so")
+#: Names that a secret may have.
+_SECRET = re.compile(
+    r"(.*\.(env|pem|key|p12|pfx|jks|keystore|kdbx|gpg|asc)|id_(rsa|dsa|ecdsa|ed25519).*|_?netrc"
+    r"|(.*[_.-])?(credentials?|secrets?|passwords?|token|api_?keys?|service_account)([_.-].*)?"
+    r"\.(json|ya?ml|toml|ini|cfg|txt|csv))",
+    re.IGNORECASE,
+)
+#: What programs write and nobody imports.
+_WRITTEN = (".pyc", ".pyo", ".log", ".out", ".err", ".tmp", ".swp", ".ipynb")
+_NO_CODE = ("__pycache__", "node_modules", "wandb", "mlruns", "lightning_logs")
+#: What only a folder of runs has, of ours or of Hydra's.
+_HOLDERS = (FOLDER, ".jobs", ".hydra")
+#: One of these beside ``config.yaml`` makes a folder a run.
+_OUTPUT = ("attempts", "metrics.csv", "events.jsonl", "summary.json")
+_ENVIRONMENT = ("pyvenv.cfg", "conda-meta")
 _SITE = ("site-packages", "dist-packages")
 #: What lies beside the package in a checkout, and a file by which it is told from a folder of that name elsewhere.
 BESIDE = (("configs", "config.yaml"), ("launch", "train.py"))
@@ -48,11 +75,14 @@ def snapshot(runs_dir: Path, targets: Iterable[str] = ()) -> list[Path]:
     copies = []
     if package.parent.name not in _SITE:
         parts = [package, *(package.parent / name for name, sign in BESIDE if (package.parent / name / sign).is_file())]
-        files = [file for part in parts for file in _code_below(part)]
+        files = [file for part in parts for file in _own_code(part)]
         copies.append(_copy(runs_dir, package.parent, files))
-    for root in sorted({root for target in targets if (root := _user_root(target)) is not None}):
+    for root in sorted(_roots(targets)):
         if root != package.parent:
-            copies.append(_copy(runs_dir, root, list(_users_files(root))))
+            found = _Found(root, runs_dir.absolute())
+            found.walk(root)
+            found.tell()
+            copies.append(_copy(runs_dir, root, found.files))
     return copies
 
 
@@ -69,80 +99,167 @@ def targets_of(tree: Any) -> Iterator[str]:
             yield from targets_of(value)
 
 
-def _user_root(target: str) -> Path | None:
-    """The folder from which a name is imported, if that is a user's: neither installed nor part of Python."""
-    name = target.split(".")[0]
-    if name == pwm_torchrl.__name__:
+def _roots(targets: Iterable[str]) -> set[Path]:
+    """The folders from which the user's modules are imported: those of the configuration, and what they import."""
+    names = [target.split(".")[0] for target in targets]
+    seen: set[str] = set()
+    roots = set()
+    while names:
+        name = names.pop()
+        if name in seen or name in sys.stdlib_module_names or name == pwm_torchrl.__name__:
+            continue
+        seen.add(name)
+        root = _user_root(name)
+        if root is not None:
+            roots.add(root)
+            loaded = [module for key, module in list(sys.modules.items()) if key.split(".")[0] == name]
+            names += {used for module in loaded for used in _used_by(module)}
+    return roots
+
+
+def _used_by(module: ModuleType) -> Iterator[str]:
+    """Top-level names of the modules that a loaded module has imported something of."""
+    for value in list(vars(module).values()):
+        name = None
+        with contextlib.suppress(Exception):  # attributes of somebody's objects may do anything
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if isinstance(name, str):
+            yield name.split(".")[0]
+
+
+def _user_root(name: str) -> Path | None:
+    """The folder from which a module is imported, if that is a user's: neither installed nor part of Python."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ValueError, ImportError):  # __main__, and what has no finder
         return None
-    spec = importlib.util.find_spec(name)
     if spec is None:
         return None
     if spec.submodule_search_locations:
-        place = Path(next(iter(spec.submodule_search_locations))).resolve().parent
+        place = Path(next(iter(spec.submodule_search_locations))).absolute().parent
     elif spec.origin and Path(spec.origin).exists():
-        place = Path(spec.origin).resolve().parent
+        place = Path(spec.origin).absolute().parent
     else:
         return None
-    installed = any(part in _SITE for part in place.parts) or place.is_relative_to(Path(os.__file__).resolve().parent)
-    return None if installed or place.is_relative_to(sys.prefix) else place
+    real = place.resolve()
+    installed = any(part in _SITE for part in real.parts) or real.is_relative_to(Path(os.__file__).resolve().parent)
+    return None if installed or real.is_relative_to(sys.prefix) else place
 
 
-def _users_files(root: Path) -> Iterator[Path]:
-    """What git knows or would add, else everything that looks like code."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "."]
-    try:
-        listed = subprocess.run(command, cwd=root, capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        listed = None
-    if listed is not None and listed.returncode == 0 and listed.stdout:
-        names = [os.fsdecode(name) for name in listed.stdout.split(b"\0") if name]
-        candidates: Iterable[Path] = (root / name for name in names)
-    else:
-        candidates = _code_below(root)
-    for file in candidates:
-        if file.is_file() and file.suffix in SUFFIXES and file.stat().st_size <= LARGEST_FILE:
-            yield file
-
-
-def _code_below(root: Path) -> Iterator[Path]:
+def _own_code(root: Path) -> Iterator[Path]:
+    """The files of this package."""
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".")
-            and name not in ("__pycache__", "runs", "node_modules")
-            and not (Path(folder) / name / "pyvenv.cfg").exists()
-        )
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted(names):
-            file = Path(folder) / name
-            if file.suffix in SUFFIXES:
-                yield file
+            if Path(name).suffix in SUFFIXES:
+                yield Path(folder) / name
+
+
+@dataclass
+class _Found:
+    """Files of a user's folder that a job gets, and what it does not get.
+
+    Attributes:
+        root (Path): the folder.
+        runs_dir (Path): where runs are written, which may lie in it.
+    """
+
+    root: Path
+    runs_dir: Path
+    files: list[Path] = field(default_factory=list)
+    large: list[tuple[int, Path]] = field(default_factory=list)
+    secret: list[Path] = field(default_factory=list)
+    total: int = 0
+    entered: set[Path] = field(default_factory=set)
+
+    def walk(self, folder: Path) -> None:
+        """Look through a folder; a link to one is followed, since it is imported, too, but never in circles."""
+        real = folder.resolve()
+        if real in self.entered or real == self.runs_dir.resolve():
+            return
+        self.entered.add(real)
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError:  # somebody else's
+            return
+        names = {entry.name for entry in entries}
+        if names & set(_ENVIRONMENT) or (folder != self.root and _is_output(names)):
+            return
+        for entry in entries:
+            if entry.name in _NO_CODE:
+                continue
+            if entry.is_dir():
+                if not entry.name.startswith(".") and not entry.name.endswith(".egg-info"):
+                    self.walk(entry)
+            elif entry.is_file():
+                self._take(entry)
+
+    def _take(self, file: Path) -> None:
+        if _SECRET.fullmatch(file.name) or file.name.startswith(".env"):
+            self.secret.append(file)
+            return
+        if file.name.startswith(".") or file.suffix in _WRITTEN or not os.access(file, os.R_OK):
+            return
+        size = file.stat().st_size
+        if size > LARGEST_FILE:
+            self.large.append((size, file))
+            return
+        self.files.append(file)
+        self.total += size
+        if self.total > LARGEST_COPY or len(self.files) > MOST_FILES:
+            raise ConfigurationError(
+                f"The code in {self.root} that a job would be given a copy of comes to more than {LARGEST_COPY >> 20} "
+                f"MiB or {MOST_FILES:,} files; import your module from a folder that holds code only."
+            )
+
+    def tell(self) -> None:
+        """Name what is left out."""
+        left = [f"{self._name(file)} ({amount(size)})" for size, file in sorted(self.large, reverse=True)]
+        if left:
+            warn(
+                f"the job's copy of {self.root} is without files above {LARGEST_FILE >> 20} MiB: {_listed(left)}; give "
+                "their absolute paths to whatever reads them"
+            )
+        if self.secret:
+            warn(
+                f"the job's copy of {self.root} is without what may be secret: "
+                f"{_listed([self._name(file) for file in self.secret])}; pass secrets as environment variables"
+            )
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _is_output(names: set[str]) -> bool:
+    """Whether a folder of these names is what a program has written: a run, or a folder of runs."""
+    if "__init__.py" in names:
+        return False
+    return bool(names & set(_HOLDERS)) or ("config.yaml" in names and bool(names & set(_OUTPUT)))
 
 
 def _copy(runs_dir: Path, root: Path, files: list[Path]) -> Path:
-    total = sum(file.stat().st_size for file in files)
-    if total > LARGEST_COPY:
-        raise ConfigurationError(
-            f"The code in {root} that a job would be given a copy of comes to {total / 2**20:.0f} MiB, more than "
-            f"{LARGEST_COPY >> 20} MiB; import your module from a folder that holds code only, or make it a git "
-            "repository that ignores its data."
-        )
     digest = hashlib.sha256()
-    contents: list[tuple[Path, bytes]] = []
+    contents: list[tuple[Path, Path, str]] = []
     for file in sorted(files):
-        relative, data = file.relative_to(root), file.read_bytes()
-        contents.append((relative, data))
-        digest.update(f"{relative.as_posix()}\0{len(data)}\0".encode())
-        digest.update(data)
+        relative, content = file.relative_to(root), _hash(file)
+        contents.append((relative, file, content))
+        digest.update(f"{relative.as_posix()}\0{content}\0".encode())
     target = runs_dir / FOLDER / digest.hexdigest()[:20]
     if target.is_dir():
         return target
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
-    for relative, data in contents:
+    shared = runs_dir / FOLDER / SHARED
+    shared.mkdir(parents=True, exist_ok=True)
+    for relative, file, content in contents:
         place = draft / relative
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(data)
+        _place(file, place, shared / content)
+    draft.mkdir(parents=True, exist_ok=True)
     commit = git_commit(root)
     if commit is not None:
         (draft / COMMIT_FILE).write_text(commit + "\n", encoding="utf-8")
@@ -153,3 +270,23 @@ def _copy(runs_dir: Path, root: Path, files: list[Path]) -> Path:
             raise
         shutil.rmtree(draft)
     return target
+
+
+def _place(file: Path, place: Path, shared: Path) -> None:
+    """Put a file into a copy, as a link to a content that another copy has, too, where the file system has links."""
+    try:
+        if not shared.exists():
+            draft = shared.with_name(f"{shared.name}.{os.getpid()}")
+            shutil.copy(file, draft)
+            draft.replace(shared)
+        os.link(shared, place)
+    except OSError:
+        shutil.copy(file, place)
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import gymnasium
 import numpy as np
@@ -18,7 +18,9 @@ from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.envs.rendering import draw_or_explain
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 
-__all__ = ["BatchedEnv", "SubEnv", "batch_sub_envs"]
+__all__ = ["BatchedEnv", "SubEnv", "batch_sub_envs", "chosen"]
+
+T = TypeVar("T")
 
 
 class _VectorEnv(SyncVectorEnv):
@@ -130,6 +132,22 @@ class BatchedEnv(GymWrapper):
     def render_frame(self) -> np.ndarray:
         """Picture of sub-environment 0, uint8 ``[height, width, 3]``."""
         return draw_or_explain(self.pwm_info.name, self._env.envs[0].draw)
+
+
+def chosen(name: str, entries: Mapping[str, T], keys: Sequence[str] | None) -> dict[str, T]:
+    """The entries of an observation that ``env.observation_keys`` names, in its order.
+
+    Raises:
+        ConfigurationError: if one of them is not there.
+    """
+    if keys is None:
+        return dict(entries)
+    for key in keys:
+        if key not in entries:
+            raise ConfigurationError(
+                f"env.observation_keys={list(keys)}: {name} observes no {key!r}; it has {', '.join(entries)}"
+            )
+    return {key: entries[key] for key in keys}
 
 
 def batch_sub_envs(

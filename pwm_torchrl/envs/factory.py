@@ -14,10 +14,12 @@ from torchrl.envs import EnvBase, SerialEnv
 
 from pwm_torchrl.envs.info import EnvInfo, env_info, env_layers
 from pwm_torchrl.envs.standard import GuardedEnv, check_maker_arguments, check_usable, standardize
+from pwm_torchrl.envs.workers import OpenEnv, ended_by_sigterm
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, is_ours, nearest, said
+from pwm_torchrl.terminal import warn
 from pwm_torchrl.user_code import locate
 
-__all__ = ["make_env", "probe_env"]
+__all__ = ["make_env", "opened_env", "probe_env"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +29,13 @@ _OWN = "pwm_torchrl."
 # Keys of the configuration that belong to this module; a maker gets them only if it names them itself.
 RESERVED = ("_target_", "name", "num_envs", "seed", "device", "render", "action_repeat", "episode_length", "terminates",
             "observation_keys")  # fmt: skip
+
+
+#: Keys that a run gives to makers itself, and what sets them.
+ELSEWHERE = {
+    "seed": "the environments' seeds follow from seed",
+    "render": "training.video=true films, and evaluate --video",
+}
 
 
 def make_env(
@@ -73,6 +82,38 @@ def make_env(
     return _completed(_call(maker, offered), env_cfg, maker, offered, {"env.num_envs": num_envs}, seeded=True)
 
 
+@contextlib.contextmanager
+def opened_env(
+    env_cfg: Mapping[str, Any],
+    *,
+    num_envs: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    render: bool = False,
+) -> Iterator[EnvBase]:
+    """:func:`make_env` for the length of a block, as a run has its environments.
+
+    However the block ends, also by SIGTERM, which ends it as Ctrl-C does, the environment is closed and no process of
+    it is left; what it raises while closing is a warning, and a worker process that has died is named.
+
+    Raises:
+        EnvironmentFault: if a worker process has died.
+        KeyboardInterrupt: for SIGTERM.
+    """
+    name = str(env_cfg.get("name") or env_cfg.get("_target_"))
+    with ended_by_sigterm():
+        with OpenEnv.opening(name, seed) as opened:
+            env = opened.hold(make_env(env_cfg, num_envs=num_envs, seed=seed, device=device, render=render))
+        try:
+            with opened.naming_dead_workers():
+                yield env
+        finally:
+            try:
+                opened.close()
+            except Exception as error:  # noqa: BLE001 - it must not hide what ended the block
+                warn(f"closing the environment {name} failed: {said(error)}")
+
+
 def probe_env(env_cfg: Mapping[str, Any], sizes: Mapping[str, int], *, device: torch.device | str = "cpu") -> EnvInfo:
     """Make an environment once, read its facts and close it again, whatever happens.
 
@@ -98,16 +139,19 @@ def probe_env(env_cfg: Mapping[str, Any], sizes: Mapping[str, int], *, device: t
     maker = _maker_of(env_cfg, asked)
     asks = "num_envs" in _named(maker.function)
     count = 1 if maker.target.startswith(_OWN) or not asks else asked
-    env = _call(maker, {"num_envs": count, "seed": 0, "device": device, "render": False})
-    if not env.batch_size:
-        count = 1
-    offered = {"num_envs": count, "seed": 0, "device": device, "render": False}
-    wanted = {key: count} if asks or not env.batch_size else sizes
-    env = _completed(env, env_cfg, maker, offered, wanted, seeded=False)
-    try:
-        return replace(env_info(env), num_envs=asked)
-    finally:
-        _close(env, maker.target)
+    with ended_by_sigterm():
+        with OpenEnv.opening(maker.target, 0) as opened:  # not held by it, which would start its workers
+            env = _call(maker, {"num_envs": count, "seed": 0, "device": device, "render": False})
+            if not env.batch_size:
+                count = 1
+            offered = {"num_envs": count, "seed": 0, "device": device, "render": False}
+            wanted = {key: count} if asks or not env.batch_size else sizes
+            env = _completed(env, env_cfg, maker, offered, wanted, seeded=False)
+        opened.hold(env)
+        try:
+            return replace(env_info(env), num_envs=asked)
+        finally:
+            _close(opened, maker.target)
 
 
 class _Maker(NamedTuple):
@@ -140,7 +184,8 @@ def _completed(
     seeded: bool,
 ) -> EnvBase:
     """What a maker returned, checked, batched and standardised; closed if it cannot be used."""
-    target, keys = maker.target, env_cfg.get("observation_keys")
+    target = maker.target
+    keys = None if "observation_keys" in maker.arguments else env_cfg.get("observation_keys")
     name = str(env_cfg.get("name") or getattr(env.__dict__.get("pwm_info"), "name", None) or target)
     with _closing_on_error(env, target):
         check_usable(env, f"env._target_={target}", keys)
@@ -165,7 +210,31 @@ def _completed(
             observation_keys=keys,
         )
         _rename(env, name)
+        if "terminates" not in maker.arguments:
+            _override(env, env_cfg)
     return env
+
+
+def _override(env: EnvBase, env_cfg: Mapping[str, Any]) -> None:
+    """``env.terminates`` counts, whatever an environment of this package found out itself."""
+    for layer in env_layers(env):
+        if "pwm_info" in layer.__dict__:
+            layer.pwm_info = as_stated(layer.pwm_info, env_cfg)
+            return
+
+
+def as_stated(info: EnvInfo, env_cfg: Mapping[str, Any]) -> EnvInfo:
+    """Facts with what the configuration says of them.
+
+    Raises:
+        ConfigurationError: if ``env.terminates`` is neither true nor false.
+    """
+    terminates = env_cfg.get("terminates")
+    if terminates is None:
+        return info
+    if not isinstance(terminates, bool):
+        raise ConfigurationError(f"env.terminates={terminates!r} is not true or false")
+    return replace(info, terminates=terminates)
 
 
 @contextlib.contextmanager
@@ -174,17 +243,18 @@ def _closing_on_error(env: EnvBase, target: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _close(env, target)
+        opened = OpenEnv(target, 0)
+        opened.hold(env)
+        _close(opened, target)
         if is_ours(error) or not isinstance(error, Exception):
             raise
         raise ConfigurationError(f"env._target_={target} made an environment that raised {said(error)}") from error
 
 
-def _close(env: EnvBase, target: str) -> None:
+def _close(opened: OpenEnv, target: str) -> None:
     """Close an environment; what it says to that concerns nobody who asked for its facts alone."""
     try:
-        if not env.is_closed:
-            env.close()
+        opened.close()
     except Exception as error:  # noqa: BLE001 - a user's environment may raise anything
         _log.warning("env._target_=%s: closing it raised %s", target, said(error))
 
@@ -221,6 +291,10 @@ def _arguments(target: str, maker: Callable[..., Any], env_cfg: Mapping[str, Any
     offered = ("_target_", "num_envs", "seed", "device", "render")
     arguments = {}
     for key, value in env_cfg.items():
+        if key in ELSEWHERE and value is not None:
+            raise ConfigurationError(f"env.{key}={value!r} has no effect: {ELSEWHERE[key]}")
+        if key == "observation_keys" and value is not None and key not in named and target.startswith(_OWN):
+            raise ConfigurationError(f"env.{key}={value!r} is not an argument of {target}, which has one observation")
         if key in offered or (key in RESERVED and key not in named):
             continue
         if key not in named and not takes_any:

@@ -12,7 +12,7 @@ from torchrl.envs.utils import RandomPolicy
 
 from pwm_torchrl.envs.dflex import INSTALL
 from pwm_torchrl.envs.env_state import env_state_support
-from pwm_torchrl.envs.factory import make_env, probe_env
+from pwm_torchrl.envs.factory import as_stated, opened_env, probe_env
 from pwm_torchrl.envs.info import EnvInfo, env_info
 from pwm_torchrl.envs.tasks.maker import probe_task_env
 from pwm_torchrl.envs.tasks.registry import task_info
@@ -50,7 +50,7 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
     if env_cfg.get("_target_") == TASK_MAKER and env_cfg.get("task"):
         task = task_info(str(env_cfg["task"]))
         length = int(env_cfg.get("episode_length") or task.episode_length)
-        return EnvInfo(
+        info = EnvInfo(
             str(env_cfg.get("name") or task.name),
             task.observation_dim,
             task.action_dim,
@@ -59,6 +59,7 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
             num_envs,
             terminates=task.terminates,
         )
+        return as_stated(info, env_cfg)
     try:
         return probe_env(env_cfg, {"env.num_envs": num_envs})
     except MissingLibraryError:
@@ -69,7 +70,7 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
         observation_dim, action_dim = DFLEX_DIMENSIONS[known]
         length = int(env_cfg.get("episode_length") or 1000)
         terminates = bool(env_cfg.get("early_termination", True))
-        return EnvInfo(
+        info = EnvInfo(
             name,
             observation_dim,
             action_dim,
@@ -80,6 +81,7 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
             action_low=(-1.0,) * action_dim,
             action_high=(1.0,) * action_dim,
         )
+        return as_stated(info, env_cfg)
 
 
 def opened_facts(
@@ -137,12 +139,9 @@ def report_env(env_cfg: Mapping[str, Any], num_envs: int, seed: int = 0) -> str:
         ConfigurationError: if the environment cannot be used.
         EnvironmentFault: if it fails during the random steps.
     """
-    env = make_env(env_cfg, num_envs=num_envs, seed=seed)
-    try:
+    with opened_env(env_cfg, num_envs=num_envs, seed=seed) as env:
         info = env_info(env)
         lines = [*_facts(env, info), f"state to save     {env_state_support(env)}", *_trial(env)]
-    finally:
-        env.close(raise_if_closed=False)
     return "\n".join(lines)
 
 

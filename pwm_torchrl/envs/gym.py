@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from pwm_torchrl.envs.batch import RawStep, SubEnv
-from pwm_torchrl.envs.dm_control import PhysicsState
-from pwm_torchrl.envs.env_state import load_attributes, load_random, save_attributes, save_random
+from pwm_torchrl.envs.batch import RawStep, SubEnv, chosen
+from pwm_torchrl.envs.env_state import PhysicsState, load_attributes, load_random, save_attributes, save_random
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = ["PRESENTATION", "GymnasiumSubEnv", "instability_warnings"]
@@ -30,6 +30,12 @@ PRESENTATION = (
 )
 
 
+#: gymnasium's simulators whose only end is the time limit.
+_NEVER_TERMINATE = ("PendulumEnv", "HalfCheetahEnv", "SwimmerEnv", "ReacherEnv", "PusherEnv", "HumanoidStandupEnv")
+#: gymnasium's wrappers whose state is a counter that is saved, or none.
+_PLAIN_WRAPPERS = ("TimeLimit", "OrderEnforcing", "PassiveEnvChecker")
+
+
 class GymnasiumSubEnv(SubEnv):
     """One environment from ``gymnasium.make``.
 
@@ -39,11 +45,21 @@ class GymnasiumSubEnv(SubEnv):
         action_repeat (int): environment steps per agent step.
         episode_length (int, optional): agent steps after which to truncate.
         index (int): position in the batch.
+        keys (sequence of str, optional): entries of a ``Dict`` observation that are observed, in order. Defaults to
+            ``None``: all of them.
     """
 
-    def __init__(self, id: str, env: gymnasium.Env, action_repeat: int, episode_length: int | None, index: int) -> None:
+    def __init__(
+        self,
+        id: str,
+        env: gymnasium.Env,
+        action_repeat: int,
+        episode_length: int | None,
+        index: int,
+        keys: Sequence[str] | None = None,
+    ) -> None:
         check_action_space(id, env.action_space)
-        self._pieces = observation_pieces(id, env.observation_space)
+        self._pieces = _observed(id, env.observation_space, keys)
         super().__init__(
             id,
             sum(size for _, size in self._pieces),
@@ -65,6 +81,18 @@ class GymnasiumSubEnv(SubEnv):
         limit = self.simulator.spec.max_episode_steps if self.simulator.spec else None
         return math.ceil(limit / self.action_repeat) if limit and limit > 0 else None
 
+    def terminates(self) -> bool:
+        """Whether an episode can end before its time limit.
+
+        Of gymnasium's own simulators it is known which cannot; whatever somebody else wrote, a wrapper too, may.
+        """
+        layers = [*_wrappers(self.simulator), self.simulator.unwrapped]
+        if not all(type(layer).__module__.startswith("gymnasium.") for layer in layers):
+            return True
+        if type(self.simulator.unwrapped).__name__ in _NEVER_TERMINATE:
+            return False
+        return bool(getattr(self.simulator.unwrapped, "_terminate_when_unhealthy", True))
+
     def _raw_reset(self, seed: int | None) -> np.ndarray:
         observation, _ = self.simulator.reset(seed=seed)
         return self._flat(observation)
@@ -84,8 +112,12 @@ class GymnasiumSubEnv(SubEnv):
         return np.concatenate([np.asarray(_pick(observation, p), np.float32).ravel() for p, _ in self._pieces])
 
     def can_save(self) -> bool:
-        """Whether the exact state can be saved."""
-        return self._mujoco or _is_classic_control(self.simulator)
+        """Whether the exact state can be saved: of known simulators, in wrappers that hold none of their own."""
+        plain = all(
+            type(layer).__name__ in _PLAIN_WRAPPERS and type(layer).__module__.startswith("gymnasium.wrappers")
+            for layer in _wrappers(self.simulator)
+        )
+        return plain and (self._mujoco or _is_classic_control(self.simulator))
 
     def state_support(self) -> str:
         """What can be saved, a sentence."""
@@ -93,6 +125,9 @@ class GymnasiumSubEnv(SubEnv):
             return "exact: MuJoCo physics with warm start, clock, elapsed steps, random generator"
         if self.can_save():
             return "exact: simulator variables, elapsed steps, random generator"
+        if self._mujoco or _is_classic_control(self.simulator):
+            names = ", ".join(type(layer).__name__ for layer in _wrappers(self.simulator))
+            return f"none: one of the wrappers {names} may have a state of its own"
         return f"none: {type(self.simulator.unwrapped).__module__} is neither classic control nor MuJoCo"
 
     def save_simulator(self) -> dict[str, Any]:
@@ -140,6 +175,18 @@ def check_action_space(id: str, space: spaces.Space) -> None:
             f"env.id={id!r} has the action space {space}: PWM differentiates through actions, "
             "so only continuous ones (a Box of floats) are supported, not discrete ones"
         )
+
+
+def _observed(id: str, space: spaces.Space, keys: Sequence[str] | None) -> list[tuple[tuple, int]]:
+    """The pieces of an observation that ``env.observation_keys`` names, in its order; all of them without it."""
+    pieces = observation_pieces(id, space)
+    if keys is None:
+        return pieces
+    if not isinstance(space, spaces.Dict):
+        raise ConfigurationError(
+            f"env.observation_keys={list(keys)}: {id} observes a {type(space).__name__}, which has no entries to choose"
+        )
+    return [piece for key in chosen(id, space.spaces, keys) for piece in pieces if piece[0][0] == key]
 
 
 def observation_pieces(id: str, space: spaces.Space, path: tuple = ()) -> list[tuple[tuple, int]]:

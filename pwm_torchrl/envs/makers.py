@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,14 +13,12 @@ from torchrl.envs import EnvBase
 from pwm_torchrl.envs.rendering import import_mujoco_library
 from pwm_torchrl.envs.standard import check_maker_arguments
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest
+from pwm_torchrl.user_code import load_module
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["batch_dm_control", "check_dm_control_task", "make_dm_control_env", "make_gymnasium_env"]
-
-# Simulators whose only end is the time limit; for others that say nothing, termination is assumed possible.
-_NEVER_TERMINATE = ("Pendulum", "HalfCheetah", "Swimmer", "Reacher", "Pusher", "HumanoidStandup")
 
 
 def make_gymnasium_env(
@@ -30,12 +29,14 @@ def make_gymnasium_env(
     action_repeat: int = 1,
     episode_length: int | None = None,
     render: bool = False,
+    observation_keys: Sequence[str] | None = None,
     **gym_kwargs: Any,
 ) -> EnvBase:
     """N gymnasium environments as one TorchRL environment of batch size ``[N]``.
 
     Args:
-        id (str): id that ``gymnasium.make`` knows, for example ``"HalfCheetah-v5"``.
+        id (str): id that ``gymnasium.make`` knows, for example ``"HalfCheetah-v5"``, ``"lab/Crane"`` (its newest
+            version), or ``"my_envs:Crane-v0"``, for which the module ``my_envs`` is imported.
         num_envs (int): ``N``. Defaults to ``1``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
         device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
@@ -43,6 +44,8 @@ def make_gymnasium_env(
         episode_length (int, optional): agent steps per episode; ``None`` keeps the environment's own limit. Defaults
             to ``None``.
         render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
+        observation_keys (sequence of str, optional): entries of a ``Dict`` observation that are observed, in order.
+            Defaults to ``None``: all of them.
         **gym_kwargs: passed to ``gymnasium.make``.
 
     Returns:
@@ -70,14 +73,15 @@ def make_gymnasium_env(
     from pwm_torchrl.envs.gym import GymnasiumSubEnv
 
     build = _builder(gymnasium, id, episode_length, render, gym_kwargs)
-    sub_envs = [GymnasiumSubEnv(id, build(), action_repeat, episode_length, i) for i in range(num_envs)]
+    keys = None if observation_keys is None else tuple(observation_keys)
+    sub_envs = [GymnasiumSubEnv(id, build(), action_repeat, episode_length, i, keys) for i in range(num_envs)]
     first = sub_envs[0]
     return batch_sub_envs(
         sub_envs,
         seed=seed,
         device=device,
         episode_length=episode_length or first.own_episode_length(),
-        terminates=_terminates(id, first.simulator),
+        terminates=first.terminates(),
         state_support=first.state_support(),
         can_save=first.can_save(),
     )
@@ -91,17 +95,22 @@ def _builder(
     if "mujoco" in str(entry.entry_point).lower():
         import_mujoco_library("mujoco", "mujoco", f"env.id={id}")
     kwargs = dict(gym_kwargs)
-    kwargs["disable_env_checker"] = True  # its checks cost more than a step of a small environment
+    kwargs.setdefault("disable_env_checker", True)  # its checks cost more than a step of a small environment
     if render:
         kwargs["render_mode"] = "rgb_array"
     if episode_length is not None:
+        limit = kwargs.get("max_episode_steps")
+        if limit is not None:
+            raise ConfigurationError(
+                f"env.max_episode_steps={limit} and env.episode_length={episode_length} both limit an episode; give one"
+            )
         kwargs["max_episode_steps"] = -1  # the limit in agent steps replaces the registered one
 
     def build() -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # an older version of an id is the user's choice
-                return gymnasium.make(id, **kwargs)
+                return gymnasium.make(entry.id, **kwargs)
         except gymnasium.error.DependencyNotInstalled as error:
             text = _first_line(error)
             advice = (
@@ -121,21 +130,20 @@ def _builder(
 
 
 def _registered(gymnasium: Any, id: str) -> Any:
-    """The registry's entry for ``id``, importing the module of a ``module:id``."""
+    """The registry's entry for ``id`` as ``gymnasium.make`` finds it, importing the module of a ``module:id``."""
+    module, _, name = str(id).rpartition(":")
+    if module:
+        load_module("env.id", id, module)
     try:
-        return gymnasium.spec(id)
-    except ModuleNotFoundError as error:
-        raise MissingLibraryError(f"env.id={id!r} needs {error.name}, which is not installed") from error
+        if re.search(r"-v\d+$", name) is None and name not in gymnasium.registry:
+            namespace, _, bare = name.rpartition("/")
+            newest = gymnasium.envs.registration.find_highest_version(namespace or None, bare)
+            name = name if newest is None else f"{name}-v{newest}"
+        return gymnasium.spec(name)
     except gymnasium.error.Error as error:
-        near = nearest(str(id), gymnasium.registry)
+        near = nearest(name, gymnasium.registry)
         hint = f"did you mean {near}?" if near else "see gymnasium.pprint_registry()"
         raise ConfigurationError(f"env.id={id!r} is not a gymnasium environment: {hint}") from error
-
-
-def _terminates(id: str, simulator: Any) -> bool:
-    if id.split("/")[-1].rsplit("-v", 1)[0] in _NEVER_TERMINATE:
-        return False
-    return bool(getattr(simulator.unwrapped, "_terminate_when_unhealthy", True))
 
 
 def _first_line(error: BaseException) -> str:
@@ -152,6 +160,9 @@ def make_dm_control_env(
     action_repeat: int = 2,
     episode_length: int | None = None,
     render: bool = False,
+    observation_keys: Sequence[str] | None = None,
+    task_kwargs: Mapping[str, Any] | None = None,
+    environment_kwargs: Mapping[str, Any] | None = None,
 ) -> EnvBase:
     """N environments of one dm_control task as one TorchRL environment of batch size ``[N]``.
 
@@ -165,6 +176,10 @@ def make_dm_control_env(
         episode_length (int, optional): agent steps per episode; ``None`` keeps the task's own limit (for most tasks
             1000 environment steps). Defaults to ``None``.
         render (bool): accepted like by the other makers; rendering needs no preparation here. Defaults to ``False``.
+        observation_keys (sequence of str, optional): entries of the observation that are observed, in order. Defaults
+            to ``None``: all of them.
+        task_kwargs (Mapping, optional): more arguments of the task, as ``suite.load`` takes them. Defaults to ``None``.
+        environment_kwargs (Mapping, optional): of its environment, likewise. Defaults to ``None``.
 
     Returns:
         EnvBase: ``observation`` float32 ``[N, O]``, the entries of the task's observation concatenated in its order,
@@ -185,10 +200,26 @@ def make_dm_control_env(
     suite = import_mujoco_library("dm_control.suite", "dm-control", f"env.domain={domain}")
     check_dm_control_task(domain, task, suite.TASKS_BY_DOMAIN, "dm_control's suite")
 
-    def load(**task_kwargs: Any) -> Any:
-        return suite.load(domain, task, task_kwargs=task_kwargs)
+    def load(**ours: Any) -> Any:
+        asked = dict(task_kwargs or {})
+        if "time_limit" in asked and "time_limit" in ours:
+            raise ConfigurationError(
+                f"env.task_kwargs.time_limit={asked['time_limit']} and env.episode_length={episode_length} both limit "
+                "an episode; give one"
+            )
+        if "random" in asked:
+            raise ConfigurationError("env.task_kwargs.random has no effect: the environments' seeds follow from seed")
+        try:
+            return suite.load(domain, task, task_kwargs={**asked, **ours}, environment_kwargs=environment_kwargs)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"dm_control cannot load {domain}-{task} with env.task_kwargs={asked} and env.environment_kwargs="
+                f"{dict(environment_kwargs or {})}: {_first_line(error)}"
+            ) from error
 
-    return batch_dm_control(f"{domain}-{task}", load, num_envs, seed, device, action_repeat, episode_length)
+    return batch_dm_control(
+        f"{domain}-{task}", load, num_envs, seed, device, action_repeat, episode_length, observation_keys
+    )
 
 
 def batch_dm_control(
@@ -199,6 +230,7 @@ def batch_dm_control(
     device: torch.device | str,
     action_repeat: int,
     episode_length: int | None,
+    observation_keys: Sequence[str] | None = None,
 ) -> EnvBase:
     """N dm_control environments from wherever as one; arguments and result as :func:`make_dm_control_env`.
 
@@ -211,6 +243,7 @@ def batch_dm_control(
         device (torch.device or str): where the tensors go.
         action_repeat (int): environment steps per agent step.
         episode_length (int, optional): agent steps per episode.
+        observation_keys (sequence of str, optional): entries that are observed. Defaults to ``None``, all.
     """
     try:
         from pwm_torchrl.envs.batch import batch_sub_envs
@@ -221,7 +254,8 @@ def batch_dm_control(
     # A few tasks draw their model when loaded, so the seed is needed here already.
     limit: dict[str, Any] = {} if episode_length is None else {"time_limit": float("inf")}
     sub_envs = [
-        DMControlSubEnv(name, load(**limit, random=seed + i), action_repeat, episode_length, i) for i in range(num_envs)
+        DMControlSubEnv(name, load(**limit, random=seed + i), action_repeat, episode_length, i, keys=observation_keys)
+        for i in range(num_envs)
     ]
     first = sub_envs[0]
     return batch_sub_envs(

@@ -8,6 +8,7 @@ or hangs does not close by itself.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from torchrl.envs import EnvBase
 
 from pwm_torchrl.errors import EnvironmentFault
 
-__all__ = ["OpenEnv"]
+__all__ = ["OpenEnv", "ended_by_sigterm"]
 
 #: Signals of a terminal or scheduler, for the run's main process to answer.
 SHIELDED = (signal.SIGINT, signal.SIGTERM)
@@ -149,6 +150,30 @@ def started_since(before: list[BaseProcess]) -> list[BaseProcess]:
     """Processes started since ``before`` was taken, in that order, which is that of the sub-environments."""
     started = [each for each in multiprocessing.active_children() if each not in before]
     return sorted(started, key=lambda each: each.pid or 0)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises :class:`KeyboardInterrupt`, so that what is open is closed.
+
+    Where somebody else answers it, and outside of the main thread, it is left to them.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def end(signum: int, frame: object) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        signal.signal(signum, signal.SIG_DFL)  # a forked worker: end as it would have without us
+        os.kill(os.getpid(), signum)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ PREFIXES = (
     (re.compile(r"_task_emb\.(?=weight$)"), "task.embedding."),
 )
 ACTION_MASKS = "_action_masks"
+#: First parts of the names by which a state dict is known as one of these.
+PARTS = ("_encoder", "_dynamics", "_velocity", "_reward")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def load_tdmpc2_world_model(
     strict: bool = True,
 ) -> tuple[WorldModel, LoadReport]:
     """World model of a TD-MPC2 checkpoint (https://arxiv.org/abs/2310.16828), a file ``{"model": state_dict}``.
+
+    Both of its layouts are read: the present one, and the older one with Linear and LayerNorm apart.
 
     Widths, number of tasks and bins come from the shapes; what shapes do not tell are the arguments. Policy and value
     networks are left out by name.
@@ -94,10 +99,11 @@ def load_tdmpc2_world_model(
             f"The TD-MPC2 checkpoint {path} cannot be read: it is truncated, or holds more than tensors "
             f"({type(error).__name__})."
         ) from error
-    state = content.get("model") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
+    state = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not any(str(name).partition(".")[0] in PARTS for name in _unwrapped(state)):
         raise ConfigurationError(
-            f'The checkpoint {path} is not in TD-MPC2\'s format, a dictionary with the state dict under "model".'
+            f"The checkpoint {path} is not in TD-MPC2's format, a state dict with entries of {', '.join(PARTS)}, alone "
+            'or under "model" of a dictionary.'
         )
     return load_pwm_world_model(
         state,
@@ -150,6 +156,10 @@ def load_pwm_world_model(
     Raises:
         ConfigurationError: for entries or shapes that do not make such a world model.
     """
+    state_dict = _unwrapped(state_dict)
+    older = _older_names(state_dict)
+    before = {new: old for old, new in older.items()}
+    state_dict = {older.get(name, name): value for name, value in state_dict.items()}
     mapped, skipped = _map_names(state_dict, origin)
     masks = state_dict.get(ACTION_MASKS)
     if action_dims is None and masks is not None:
@@ -186,7 +196,44 @@ def load_pwm_world_model(
                 f"The _action_masks of the {origin} are not rows of ones followed by zeros that fit its tasks and "
                 "action_dims."
             )
-    return model, LoadReport(mapped, skipped, missing, spec)
+    return model, LoadReport({before.get(name, name): ours for name, ours in mapped.items()}, skipped, missing, spec)
+
+
+def _unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries without what ``torch.compile`` and data-parallel wrappers put in front of their names."""
+    return {re.sub(r"(^|\.)(_orig_mod|module)\.", r"\1", str(name)): value for name, value in state_dict.items()}
+
+
+def _older_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Names of TD-MPC2's older layout and what its present one calls them; empty for the present layout.
+
+    The older one has a module of its own for every Linear and LayerNorm, with their places in the enclosing
+    ``Sequential``: ``_encoder.state.1`` and ``.2``, ``_dynamics.0.0`` and ``.0.1``, where the present one has one layer
+    with its ``ln``. Whatever the places are, their order is that of the layers, and a weight of one dimension is a
+    LayerNorm's.
+    """
+    places: dict[str, dict[tuple[int, ...], list[str]]] = {}
+    for name, value in state_dict.items():
+        match = re.fullmatch(r"(_encoder(?:\.state)?|_dynamics|_reward|_termination)((?:\.\d+)+)\.(weight|bias)", name)
+        if match and isinstance(value, Tensor):
+            place = tuple(map(int, match[2].split(".")[1:]))
+            places.setdefault(match[1], {}).setdefault(place, []).append(name)
+    found = {}
+    for part, modules in places.items():
+        norms = {place for place, names in modules.items() if any(_is_norm(state_dict, name) for name in names)}
+        if not norms:
+            continue
+        layer = -1
+        for place in sorted(modules):
+            layer += place not in norms
+            inner = "ln." if place in norms else ""
+            for name in modules[place]:
+                found[name] = f"{part}.{layer}.{inner}{name.rpartition('.')[2]}"
+    return found
+
+
+def _is_norm(state_dict: Mapping[str, Any], name: str) -> bool:
+    return name.endswith(".weight") and state_dict[name].ndim == 1
 
 
 def _map_names(state_dict: Mapping[str, Tensor], origin: str) -> tuple[dict[str, str], tuple[str, ...]]:

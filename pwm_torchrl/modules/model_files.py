@@ -193,7 +193,8 @@ def _folder(folder: str | Path) -> Path:
     first = f"; import it first: {typed('world_model')} import CHECKPOINT FOLDER"
     hint = first if path.suffix == ".pt" else ""
     raise ConfigurationError(
-        f"world_model={folder} {problem}; give the directory of a pre-training run, or one with {CONFIG_FILE}{hint}"
+        f"world_model={folder} {problem}; give the directory of a pre-training run, or one with {CONFIG_FILE}{hint}; "
+        "one that was moved is found beside its runs, or where the config.yaml of a run says (world_model)"
     )
 
 

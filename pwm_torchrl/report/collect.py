@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from pwm_torchrl.cluster.slurm import JobState, SlurmError, job_states
 from pwm_torchrl.commands import typed
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.files import read_object, read_objects
 from pwm_torchrl.run.claims import (
     ALIVE,
     ENDED,
@@ -148,7 +148,7 @@ def read_run(path: Path) -> RunReport:
     problems: list[str] = []
     summary = read_summary(path)
     metrics = _read_metrics(path / "metrics.csv", problems)
-    events = list(_events(path / "events.jsonl"))
+    events = read_objects(path / EVENTS_FILE)
     report = RunReport(path, path.resolve().name, metrics=metrics)
     try:
         report.config = load_config(path)
@@ -167,8 +167,8 @@ def read_run(path: Path) -> RunReport:
     url = summary.get("wandb_url")
     report.wandb_url = url if isinstance(url, str) and url.startswith(("https://", "http://")) else None
     report.restarts = restart_reasons(events, int(number(summary.get("restarts")) or 0))
-    _memory(report, summary, _read_json(path / "memory_plan.json"))
-    gpus = number(_read_json(path / "job.json").get("gpus"))
+    _memory(report, summary, read_object(path / "memory_plan.json"))
+    gpus = number(read_object(path / "job.json").get("gpus"))
     used = bool(report.device_bytes) or any(key.startswith("memory/gpu_") for key in metrics)
     report.gpus = int(gpus) if gpus is not None else int(used)
     report.last_error = "; ".join([*filter(None, [_last_error(path, events)]), *problems]) or None
@@ -294,30 +294,6 @@ def _read_metrics(file: Path, problems: list[str]) -> dict[str, list[float]]:
         return {}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """An object; empty while there is no file or a torn one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _events(file: Path) -> Iterator[dict[str, Any]]:
-    """The events that are complete: the last line may be half written, now or by a process that was killed."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            yield event
-
-
 def _identify(report: RunReport, summary: Mapping[str, Any]) -> None:
     config = report.config
     known: dict[str, Any] = {}
@@ -403,6 +379,6 @@ def _last_error(path: Path, events: Sequence[Mapping[str, Any]]) -> str | None:
     """What the newest attempt that failed says, in its own words."""
     outcomes = sorted(path.glob("attempts/*.outcome.json"), key=lambda file: natural(file.name))
     told = [event.get("error") for event in events if event.get("event") in FAILED]
-    told += [_read_json(file).get("error") for file in outcomes]
+    told += [read_object(file).get("error") for file in outcomes]
     error = next((error for error in reversed(told) if error), None)
     return None if error is None else " ".join(str(error).split())

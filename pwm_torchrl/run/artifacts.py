@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pwm_torchrl.commands import named, typed, what_next
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import MissingLibraryError
+from pwm_torchrl.files import write_durably
 
 __all__ = ["json_text", "swap_in", "write_run_readme", "write_summary", "write_video"]
 
@@ -250,11 +251,6 @@ def _finite(value: Any) -> Any:
 
 
 def swap_in(target: Path, text: str) -> Path:
-    """Writes a file in one step."""
-    partial = target.with_name(target.name + ".tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a file in one step; it is on the disk when this returns."""
+    write_durably(target, text)
     return target

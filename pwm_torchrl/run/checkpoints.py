@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import zlib
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torchrl.checkpoint import Checkpoint, StateDictCheckpointAdapter
-from torchrl.checkpoint._checkpoint import _encode_state_dict_value
+from torchrl.checkpoint import Checkpoint, CheckpointAdapter
+from torchrl.checkpoint._checkpoint import _decode_state_dict_value, _encode_state_dict_value
 
 from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.errors import ConfigurationError, StorageFault
-from pwm_torchrl.files import allocate, storage_faults, sync_folder, write_durably
+from pwm_torchrl.files import allocate, storage_faults, sync_folder, write_all, write_durably
 from pwm_torchrl.run.claims import RunClaim, newest_claim
 from pwm_torchrl.run.debugging import failpoint
 
@@ -100,12 +102,26 @@ def _checksum(file: Path) -> int:
     return checksum
 
 
-class AllocatedStateAdapter(StateDictCheckpointAdapter):
-    """TorchRL's adapter for state dicts, with room for every tensor's file before the file is mapped.
+STATE_FILE = "state.safetensors"
+#: Names of element types in the safetensors format.
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-    TorchRL copies tensors into mappings of sparse files. On a full disk that copy is answered with SIGBUS, which kills
-    the process; taking the room first fails with an error.
+
+class StateFileAdapter(CheckpointAdapter):
+    """Writes a component's state dict as one file, ``state.safetensors``.
+
+    TorchRL's own adapter makes a file of every tensor: hundreds for a small run, which file servers of clusters count
+    and are slow with, and maps them to copy tensors into them, which a full disk answers with SIGBUS. Here the room is
+    taken first, and everything is written through file calls. The file is in the safetensors format
+    (https://github.com/huggingface/safetensors); what is no tensor is JSON under ``state`` of its metadata.
     """
+
+    adapter_id = "pwm_torchrl.state_file"
 
     def save(self, component: Any, path: Path, *, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Write ``component.state_dict(*args, **kwargs)`` into the folder ``path``.
@@ -113,34 +129,91 @@ class AllocatedStateAdapter(StateDictCheckpointAdapter):
         Raises:
             StorageFault: if there is no room.
         """
-        state = component.state_dict(*args, **kwargs)
+        path.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
-        _encode_state_dict_value(state, tensors)
-        folder = path / self.state_directory
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, tensor in tensors.items():
-            if not tensor.nbytes:  # gets no file
-                continue
-            file = folder / f"{name}.memmap"
-            with storage_faults(file, "make room for the checkpoint's file", tensor.nbytes):
-                allocate(file, tensor.nbytes)
-        return super().save(_Taken(state), path, args=(), kwargs={})
+        schema = _encode_state_dict_value(component.state_dict(*args, **kwargs), tensors)
+        write_tensors(path / STATE_FILE, tensors, {"state": json.dumps(schema, separators=(",", ":"))})
+
+    def load(
+        self,
+        component: Any,
+        path: Path,
+        *,
+        map_location: Any,
+        tensor_load_kwargs: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Read the file into ``component.load_state_dict``."""
+        tensors, metadata = map_tensors(path / STATE_FILE)
+        state = _decode_state_dict_value(json.loads(metadata["state"]), tensors, map_location)
+        component.load_state_dict(state, *args, **kwargs)
 
 
-class _Taken:
-    """A state dict that was taken already: a second one would copy a replay once more."""
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as a safetensors file.
 
-    def __init__(self, state: Any) -> None:
-        self.state = state
+    Args:
+        file (Path): where; replaced.
+        tensors (Mapping): by name; of any device and layout, copied to the host one at a time.
+        metadata (Mapping): more text.
 
-    def state_dict(self) -> Any:
-        return self.state
+    Raises:
+        StorageFault: if there is no room; nothing is left then.
+    """
+    # Large elements first: then each tensor begins at a multiple of its element's size, and can be mapped.
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in ordered:
+        tensor, begin = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    with storage_faults(file, "make room for the checkpoint's file", first + end):
+        allocate(file, first + end)
+        descriptor = os.open(file, os.O_WRONLY)
+        try:
+            write_all(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+            for name in ordered:
+                content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                write_all(descriptor, memoryview(content.numpy().data), first + header[name]["data_offsets"][0])
+        finally:
+            os.close(descriptor)
 
 
-#: Raised when the set of components or their meaning changes.
-SCHEMA_VERSION = 3
+def map_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of a safetensors file and its metadata; the tensors are mapped, and read where they are looked at.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no such file.
+        KeyError: likewise.
+    """
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    metadata = header.pop("__metadata__")
+    if not any(math.prod(entry["shape"]) for entry in header.values()):
+        return {name: torch.empty(e["shape"], dtype=_DTYPES[e["dtype"]]) for name, e in header.items()}, metadata
+    content = torch.from_numpy(np.memmap(file, np.uint8, mode="c", offset=8 + size))
+    return {
+        name: content[slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in header.items()
+    }, metadata
+
+
+#: Raised when the set of components, their meaning or their files change.
+SCHEMA_VERSION = 4
 #: Names of networks in checkpoints of earlier versions, whose networks can be read and whose runs cannot be resumed.
 EARLIER_NETWORKS = {2: {"model": "world_model", "critic": "critics"}}
+#: Components that version 3, which is otherwise the same in a file for every tensor, does not have.
+SINCE_4 = {"data"}
+READABLE = (*EARLIER_NETWORKS, 3, SCHEMA_VERSION)
+#: What a damaged manifest makes TorchRL raise.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 #: Parts of the messages of PyTorch and TorchRL that tell a checkpoint of other shapes or components.
 MISFITS = ("size mismatch", "Missing key", "Unexpected key", "doesn't match the size", "missing=[", "unexpected=[")
 
@@ -155,7 +228,7 @@ def kept_replay_steps(store: CheckpointStore) -> int | None:
     The best checkpoint may be much older than the newest ones; it is kept for its policy, not for its replay.
     """
     newest = store.newest_kept()
-    steps = [Checkpoint.manifest(path).get("metadata", {}).get("replay_steps") for path in newest]
+    steps = [checkpoint_metadata(path).get("replay_steps") for path in newest]
     return min((each for each in steps if each is not None), default=None)
 
 
@@ -176,7 +249,7 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
     """
     metadata = checkpoint_metadata(path)
     version = metadata["schema_version"]
-    if version != SCHEMA_VERSION:
+    if version in EARLIER_NETWORKS:
         beside = sorted(components.keys() - {"model", "actor", "critic"})
         if beside:
             raise CheckpointFault(
@@ -184,9 +257,16 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
                 "the networks and evaluate, but not resume; begin a new run."
             )
         components = {EARLIER_NETWORKS[version].get(name, name): each for name, each in components.items()}
+    checkpoint = Checkpoint()
+    if version == SCHEMA_VERSION:
+        checkpoint.register_adapter(object, StateFileAdapter())
+    else:
+        components = {name: each for name, each in components.items() if name not in SINCE_4}
+    for name, component in components.items():
+        checkpoint.register(name, component)
     try:
         check_seal(path)
-        Checkpoint(**components).load(path, components=list(components), map_location="cpu")
+        checkpoint.load(path, map_location="cpu")
     except BrokenSeal as error:
         raise CheckpointFault(f"The checkpoint {path} cannot be read, it is truncated or damaged: {error}.") from error
     except Exception as error:
@@ -216,10 +296,10 @@ def checkpoint_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         metadata = dict(Checkpoint.manifest(path).get("metadata", {}))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointFault(f"{path} is not a readable checkpoint ({' '.join(str(error).split())[:200]}).") from error
     version = metadata.get("schema_version")
-    if version != SCHEMA_VERSION and version not in EARLIER_NETWORKS:
+    if version not in READABLE:
         raise CheckpointFault(
             f"The checkpoint {path} has schema version {json.dumps(version)}; this release of pwm_torchrl reads "
             f"version {SCHEMA_VERSION}."
@@ -248,9 +328,9 @@ class Saved:
         """Evaluation return of its policy; ``None`` if its manifest cannot be read."""
         try:
             value = Checkpoint.manifest(self.path).get("metadata", {}).get(METRIC)
-        except (OSError, ValueError, KeyError, RuntimeError):
+            return None if value is None else float(value)
+        except _UNREADABLE:
             return None
-        return None if value is None else float(value)
 
 
 class CheckpointStore:
@@ -310,7 +390,7 @@ class CheckpointStore:
         """
         everything = self._everything()
         newest = newest_claim(self.run_dir)
-        if newest is None:
+        if newest is None or newest.adopted is None:
             return everything
         adopted = {self.run_dir / name for name in newest.adopted} - self._abandoned
         return [each for each in everything if each.attempt >= newest.attempt or each.path in adopted]

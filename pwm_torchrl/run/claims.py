@@ -9,14 +9,15 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.errors import ConfigurationError, Superseded
-from pwm_torchrl.files import sync_folder, write_durably
+from pwm_torchrl.files import read_object, sync_folder, write_durably
+from pwm_torchrl.terminal import warn
 
 ALIVE, ENDED, UNKNOWN = "alive", "ended", "unknown"
 #: Seconds that SLURM has for an answer.
@@ -66,6 +67,10 @@ class Identity:
         )
 
 
+#: Owner of a claim that ended and cannot be read any more.
+NOBODY = Identity(None, 0, "", None, 0, None, None)
+
+
 def slurm_job_id(environ: Mapping[str, str] | None = None) -> str | None:
     """Id of the SLURM job that this process belongs to; ``None`` outside of one."""
     environ = os.environ if environ is None else environ
@@ -73,6 +78,28 @@ def slurm_job_id(environ: Mapping[str, str] | None = None) -> str | None:
     if array and task:
         return f"{array}_{task}"
     return environ.get("SLURM_JOB_ID") or None
+
+
+def own_job(
+    environ: MutableMapping[str, str] | None = None, ask_slurm: Callable[[str], str] | None = None
+) -> str | None:
+    """Id of the SLURM job that this process is in, ``None`` outside of one.
+
+    A terminal may have kept the variables of a job that has ended: if SLURM says so, they are removed, with a sentence,
+    since memory, CPUs and the place of a run would be read from them.
+
+    Args:
+        environ (MutableMapping, optional): variables of the process. Defaults to ``None``, its own.
+        ask_slurm (callable, optional): as for :func:`owner_state`. Defaults to ``None``: :func:`slurm_state`.
+    """
+    environ = os.environ if environ is None else environ
+    job = slurm_job_id(environ)
+    if job is None or (ask_slurm or slurm_state)(job) != ENDED:
+        return job
+    for name in [name for name in environ if name.startswith("SLURM_") and not name.startswith("SLURM_CONF")]:
+        del environ[name]
+    warn(f"SLURM_JOB_ID names job {job}, which SLURM does not know as running: this counts as no job")
+    return None
 
 
 def owner_state(owner: Identity, here: Identity | None = None, ask_slurm: Callable[[str], str] | None = None) -> str:
@@ -176,7 +203,7 @@ class Claim:
 
     attempt: int
     owner: Identity
-    adopted: list[str] = field(default_factory=list)
+    adopted: list[str] | None = field(default_factory=list)
     time: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -285,7 +312,10 @@ def newest_claim(run_dir: Path) -> Claim | None:
     newest = max(files)
     try:
         return Claim.from_dict(json.loads(newest.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        attempt = int(newest.stem)
+        if read_outcome(run_dir, attempt) is not None:  # it has ended, whoever it was
+            return Claim(attempt, NOBODY, None)
         raise ConfigurationError(
             f"{newest} is not a claim of this version ({error}); make sure that nothing trains in {run_dir}, then "
             "delete that file."
@@ -304,11 +334,8 @@ def open_owner(run_dir: Path) -> Identity | None:
 
 def read_outcome(run_dir: Path, attempt: int) -> dict[str, Any] | None:
     """How an attempt said that it ended; ``None`` if it did not, or is not over."""
-    try:
-        content = json.loads(outcome_file(run_dir, attempt).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    file = outcome_file(run_dir, attempt)
+    return read_object(file) if file.exists() else None  # damaged, it still says that the attempt has ended
 
 
 def outcome_file(run_dir: Path, attempt: int) -> Path:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 from pwm_torchrl.config import RENAMED_KEYS, Config, in_present_unit
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
-from pwm_torchrl.files import append_text, existing
+from pwm_torchrl.files import append_text, existing, read_object, write_durably
 from pwm_torchrl.run.claims import refuse_owned
 
 __all__ = [
@@ -45,11 +44,10 @@ def save_config(config: Config, run_dir: Path) -> None:
     from omegaconf import OmegaConf
 
     text = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "run_dir": None}))
-    target, partial = run_dir / CONFIG_FILE, run_dir / (CONFIG_FILE + ".tmp")
-    if target.is_file() and target.read_text(encoding="utf-8") == text:
+    target = run_dir / CONFIG_FILE
+    if target.is_file() and target.read_bytes() == text.encode("utf-8"):
         return
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    write_durably(target, text)
 
 
 def load_config(run_dir: str | Path) -> Config:
@@ -62,7 +60,7 @@ def load_config(run_dir: str | Path) -> Config:
     if not file.is_file():
         raise ConfigurationError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
     try:
-        from omegaconf import OmegaConf
+        from omegaconf import DictConfig, OmegaConf
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
     except ImportError as error:
@@ -71,12 +69,16 @@ def load_config(run_dir: str | Path) -> Config:
         ) from error
     try:
         content = OmegaConf.load(file)
+        if not isinstance(content, DictConfig) or "run_dir" not in content:  # the last key that is written
+            raise ConfigurationError(
+                f"{file} is empty or cut short: its last key, run_dir, is missing; put the whole file back"
+            )
         rename_keys(content)
         stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigurationError(f"{file} does not fit this version at {key}: {str(error).splitlines()[0]}") from error
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError, OSError) as error:  # OSError: of OmegaConf, for a file that is a single word
         raise ConfigurationError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
     return stored
 
@@ -109,7 +111,8 @@ def write_event(run_dir: Path, event: str, **details: Any) -> None:
         run_dir (Path): the run's directory.
         event (str): ``start``, ``resume``, ``micro_batch`` (halved), ``unsaved`` (no checkpoint after a fault),
             ``unwatched`` (memory is not watched any more), and at the end a status: ``finished``, ``stopped``,
-            ``failed``, ``memory`` or ``storage``.
+            ``failed``, ``memory`` or ``storage``, or ``refused`` where an attempt could not go on with an earlier
+            one's work and left it as it was.
         details: plain values.
 
     Raises:
@@ -130,11 +133,7 @@ def was_started(run_dir: str | Path) -> bool:
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """The run's ``summary.json``; empty while there is none or it is torn."""
-    try:
-        content = json.loads((Path(run_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no JSON, or no text at all
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(Path(run_dir) / SUMMARY_FILE)
 
 
 def pretraining_run(world_model: str | Path) -> Path | None:
@@ -148,12 +147,11 @@ def set_status(run_dir: str | Path, status: str, *, whatever_it_was: bool = Fals
     summary = read_summary(run_dir)
     said = summary.get("status")
     if said == "running" or (whatever_it_was and said not in (None, "finished")):
-        partial = Path(run_dir) / (SUMMARY_FILE + ".tmp")
-        try:
-            partial.write_text(json.dumps({**summary, "status": status}, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, Path(run_dir) / SUMMARY_FILE)
-        finally:
-            partial.unlink(missing_ok=True)
+        _say(Path(run_dir), {**summary, "status": status})
+
+
+def _say(run_dir: Path, summary: dict[str, Any]) -> None:
+    write_durably(run_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 # Keys that do not change what a run learns: where it runs and logs, what it shows, how often it
@@ -166,6 +164,8 @@ IGNORED = (
     "cluster",
     "logger",
     "memory",
+    "data.stage",
+    "data.scratch_dir",
     "training.steps",  # training.epochs holds what it comes to
     "training.progress",
     "training.video",
@@ -219,8 +219,8 @@ def prepare_run_dir(config: Config, *, here: bool = False) -> RunDir:
     """Creates or recognises the directory of a run and saves the configuration in it.
 
     Without ``config.run_dir`` a new one is created under ``config.runs_dir``. With it: an empty or
-    missing directory is a fresh start, an unfinished run of the same configuration is resumed,
-    everything else is refused.
+    missing directory is a fresh start, an unfinished run of the same configuration is resumed, and so is one that is
+    to be longer than it was, finished or not; everything else is refused.
 
     Args:
         config (Config): the run.
@@ -239,6 +239,8 @@ def prepare_run_dir(config: Config, *, here: bool = False) -> RunDir:
         _examine(path, config)
         created = _make_writable(path)
     if not here or not (path / CONFIG_FILE).is_file():
+        if read_summary(path).get("status") == "finished":  # it is to be longer, which its process is about to do
+            _say(path, {**read_summary(path), "status": "stopped"})
         save_config(config, path)
     return RunDir(path, was_started(path), created)
 
@@ -276,7 +278,22 @@ def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
 def settings_of(config: Config) -> dict[str, Any]:
     """Dotted keys that change what a run learns, with their values."""
     flat = _flat(dataclasses.asdict(config))
+    if config.world_model_sha256 is not None:
+        del flat["world_model"]  # wherever it lies, it is the one with that hash
     return {k: v for k, v in flat.items() if not any(k == i or k.startswith(i + ".") for i in IGNORED)}
+
+
+def hindrances(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
+    """The :func:`differing_keys` that keep a run from being continued with another configuration, with both values.
+
+    It may be longer: schedules run over the new length. Where its stored episodes lie may change, too; that they are
+    the same is found out from the episodes (:class:`~pwm_torchrl.run.sources.StoredSource`).
+    """
+    differing = differing_keys(stored, asked)
+    differing.pop("data.path", None)
+    if asked.training.epochs > stored.training.epochs:
+        differing.pop("training.epochs", None)
+    return differing
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -304,9 +321,13 @@ def _examine(path: Path, config: Config) -> None:
             f"run_dir={path} is neither empty nor a run directory (it has no {CONFIG_FILE}); give another run_dir"
         )
     refuse_owned(path)
-    if read_summary(path).get("status") == "finished":
-        raise ConfigurationError(f"run_dir={path} holds a finished run; give another run_dir, or none for a new one")
-    differing = differing_keys(load_config(path), config)
+    stored = load_config(path)
+    if read_summary(path).get("status") == "finished" and config.training.epochs <= stored.training.epochs:
+        raise ConfigurationError(
+            f"run_dir={path} holds a finished run of training.epochs={stored.training.epochs}; give more epochs to go "
+            "on with it, or another run_dir, or none for a new one"
+        )
+    differing = hindrances(stored, config)
     if differing:
         lines = [f"  {key}: {old} there, {new} asked for" for key, (old, new) in differing.items()]
         raise ConfigurationError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pwm_torchrl.algorithm.updates import is_out_of_memory
-from pwm_torchrl.errors import OutOfMemory, StorageFault, is_ours, status_of
+from pwm_torchrl.errors import ConfigurationError, OutOfMemory, StorageFault, is_ours, status_of
 from pwm_torchrl.files import is_storage_error, storage_faults
 from pwm_torchrl.run.claims import RunClaim
 from pwm_torchrl.run.directory import write_event
@@ -43,14 +43,19 @@ class Closing:
 
 
 def record_end(run_dir: Path, claim: RunClaim, summary: RunSummary | None, error: BaseException) -> None:
-    """Write how the run ended; where that fails too, stderr says so and the error is raised all the same."""
+    """Write how the run ended; where that fails too, stderr says so and the error is raised all the same.
+
+    An attempt that was refused (its configuration or its surroundings cannot work, and it says what would) has not
+    failed what an earlier one trained: the run is as that one left it.
+    """
     status = status_of(error)
     epoch = 0 if summary is None else summary.epochs_done
     claim.outcome = {"status": status, "epoch": epoch, "error": f"{type(error).__name__}: {error}"}
+    refused = isinstance(error, ConfigurationError) and summary is not None and summary.earlier_status is not None
     try:
         if summary is not None and status != "superseded":  # or the summary is the successor's
-            summary.finish(status)
-        write_event(run_dir, status, epoch=epoch, error=f"{type(error).__name__}: {error}")
+            summary.finish(str(summary.earlier_status) if refused else status)
+        write_event(run_dir, "refused" if refused else status, epoch=epoch, error=f"{type(error).__name__}: {error}")
     except OSError as unwritten:
         warn(f"the run ended with status {status}, which could not be written to {run_dir}: {unwritten}")
 

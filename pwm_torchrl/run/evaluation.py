@@ -139,8 +139,9 @@ def open_loop_errors(
         reward_scale (Tensor, optional): factor that the model's rewards were trained with.
 
     Returns:
-        dict: ``latent_mse`` and ``reward_nmse`` (squared error over the variance of the real rewards), means over the
-        horizon, and the same at its last step (``_last``). Empty if no episode is as long as the horizon.
+        dict: ``latent_mse`` and ``reward_nmse`` (squared error over the variance of the real rewards, which a single
+        reward does not have), means over the horizon, and the same at its last step (``_last``). Empty if no episode is
+        as long as the horizon.
     """
     device = next(model.parameters()).device
     total = episodes.valid.shape[0]
@@ -162,13 +163,11 @@ def open_loop_errors(
         windows(episodes.next_observation),
         reward,
     )
-    nmse = squared / reward.var().clamp_min(1e-8)
-    return {
-        "latent_mse": latent.mean().item(),
-        "latent_mse_last": latent[-1].item(),
-        "reward_nmse": nmse.mean().item(),
-        "reward_nmse_last": nmse[-1].item(),
-    }
+    errors = {"latent_mse": latent.mean().item(), "latent_mse_last": latent[-1].item()}
+    if reward.numel() > 1:
+        nmse = squared / reward.var().clamp_min(1e-8)
+        errors |= {"reward_nmse": nmse.mean().item(), "reward_nmse_last": nmse[-1].item()}
+    return errors
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from pwm_torchrl.envs import make_task_env
+from pwm_torchrl.envs.factory import opened_env
+from pwm_torchrl.envs.facts import TASK_MAKER
 from pwm_torchrl.envs.tasks import TaskSet
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.files import storage_faults
+from pwm_torchrl.files import flush, storage_faults, sync_folder
 from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.run.load import load_policy
 
@@ -91,7 +92,9 @@ def generate_episodes(
         draft = file.with_name(f".{file.name}.new")
         with storage_faults(folder, "write episodes to"):
             torch.save(chunk, draft)
+            flush(draft)
             os.replace(draft, file)
+            sync_folder(folder)
     return files
 
 
@@ -108,15 +111,14 @@ def _played(
     parts = []
     for begin in range(0, count, BATCH):
         size = min(BATCH, count - begin)
-        env = make_task_env(task, num_envs=size, seed=seed + begin)
-        generator = torch.Generator().manual_seed(seed + begin)
-        shape = env.action_spec.shape
-        if policy is None:
-            act = _random(behaviour.hold, shape, generator)
-        else:
-            act = _noisy(policy, behaviour.noise, shape, generator)
-        episodes = play(env, act, seed + begin)
-        env.close()
+        with opened_env({"_target_": TASK_MAKER, "task": task}, num_envs=size, seed=seed + begin) as env:
+            generator = torch.Generator().manual_seed(seed + begin)
+            shape = env.action_spec.shape
+            if policy is None:
+                act = _random(behaviour.hold, shape, generator)
+            else:
+                act = _noisy(policy, behaviour.noise, shape, generator)
+            episodes = play(env, act, seed + begin)
         if not episodes.valid.all():
             raise ConfigurationError(
                 f"task {task!r} has episodes of different lengths, which TD-MPC2's format cannot hold; import its "
@@ -134,13 +136,11 @@ def _played(
 
 def _policy(run: str, task: str) -> Act:
     """The policy of a run, checked against the task, whose environment takes actions in [-1, 1]."""
-    env = make_task_env(task)
     try:
-        return load_policy(run, env=env)
+        with opened_env({"_target_": TASK_MAKER, "task": task}, num_envs=1, seed=0) as env:
+            return load_policy(run, env=env)
     except ConfigurationError as error:
         raise ConfigurationError(f"--policy {task}={run}: {error}") from error
-    finally:
-        env.close()
 
 
 def _random(hold: int, shape: torch.Size, generator: torch.Generator) -> Act:

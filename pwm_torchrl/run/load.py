@@ -15,7 +15,9 @@ from torchrl.modules import WorldModel as TorchRLWorldModel
 from pwm_torchrl.algorithm.base import find_algorithm, updates_of
 from pwm_torchrl.algorithm.build import Facts, Networks
 from pwm_torchrl.config import Config
+from pwm_torchrl.devices import float32_by_default
 from pwm_torchrl.envs import env_info, make_env
+from pwm_torchrl.envs.factory import opened_env
 from pwm_torchrl.envs.standard import PolicySpecs, in_own_units, policy_specs
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
@@ -26,6 +28,7 @@ from pwm_torchrl.run.collector import fresh_env_seed
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.run.evaluation import film, frames_per_second, play
 from pwm_torchrl.run.export import fetched, is_export, read_export
+from pwm_torchrl.run.stored_episodes import follow_world_model
 
 
 def load_networks(
@@ -60,6 +63,7 @@ def load_networks(
     return load_checkpointed(fetched(run, revision, trust_remote_code), which, device)[:2]
 
 
+@float32_by_default()
 def load_checkpointed(
     run: str | Path, which: str | int, device: str | torch.device = "cpu"
 ) -> tuple[Config, Networks, Facts, int]:
@@ -78,6 +82,8 @@ def load_checkpointed(
     if cfg.mode == "pretrain":
         raise ConfigurationError(f"{run} pre-trained a world model and has no policy; extract one: mode=extract.")
     facts = Facts.restored(metadata["facts"])
+    if cfg.mode == "extract":
+        follow_world_model(cfg, run)
     networks = find_algorithm(cfg.algorithm.name).build_networks(cfg, facts)
     if cfg.mode == "extract":
         load_pretrained(cfg, networks.model)
@@ -99,6 +105,65 @@ def load_pretrained(cfg: Config, world_model: WorldModel) -> None:
     world_model.load_multi_task(pretrained)
 
 
+def check_warm_start(cfg: Config) -> tuple[Config, Path]:
+    """The run that ``cfg.init_from`` names, and its best checkpoint.
+
+    Raises:
+        ConfigurationError: if it is none, has no checkpoint, or one of the two runs does not train a part that is
+            wanted.
+        CheckpointFault: if the checkpoint cannot be read.
+    """
+    source = Path(str(cfg.init_from))
+    try:
+        theirs, path = load_config(source), CheckpointStore(source).pick("best")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"init_from={source}: {error}") from error
+    for which, config in (("this run", cfg), (str(source), theirs)):
+        lacking = [part for part in cfg.init_from_parts if part not in updates_of(config)]
+        if lacking:
+            raise ConfigurationError(
+                f"init_from_parts={cfg.init_from_parts}: {which} (mode={config.mode}) does not train "
+                f"{', '.join(lacking)}; leave that out"
+            )
+    checkpoint_metadata(path)
+    return theirs, path
+
+
+def warm_start(cfg: Config, networks: Networks) -> None:
+    """Give networks that were just built the weights that ``cfg.init_from`` names.
+
+    Raises:
+        ConfigurationError: as :func:`check_warm_start`, and if a part has other dimensions there.
+        CheckpointFault: if the checkpoint cannot be read.
+    """
+    theirs, path = check_warm_start(cfg)
+    metadata = checkpoint_metadata(path)
+    if "facts" not in metadata:
+        raise CheckpointFault(f"The checkpoint {path} does not say what environment it is for.")
+    if theirs.mode == "extract":
+        follow_world_model(theirs, Path(str(cfg.init_from)))
+    built = find_algorithm(theirs.algorithm.name).build_networks(theirs, Facts.restored(metadata["facts"]))
+    source = dict(built.items())
+    load_checkpoint(path, {part: source[part] for part in cfg.init_from_parts})
+    target = dict(networks.items())
+    for part in cfg.init_from_parts:
+        wanted, found = target[part].state_dict(), source[part].state_dict()
+        differing = [n for n in {**wanted, **found} if _shape(wanted.get(n)) != _shape(found.get(n))]
+        if differing:
+            shown = ", ".join(f"{n} {_shape(wanted.get(n))} here, {_shape(found.get(n))} there" for n in differing[:3])
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ConfigurationError(
+                f"init_from={cfg.init_from}: its {part} has other dimensions ({shown}{more}); choose the same model "
+                f"and size and an environment with the same dimensions, or leave {part} out of init_from_parts"
+            )
+        target[part].load_state_dict(found)
+
+
+def _shape(tensor: Tensor | None) -> list[int] | None:
+    return None if tensor is None else list(tensor.shape)
+
+
+@float32_by_default()
 def load_policy(
     run: str | Path,
     which: str | int = "best",
@@ -157,6 +222,7 @@ def load_policy(
     return _policy(networks, specs, deterministic).to(device)
 
 
+@float32_by_default()
 def load_env(
     run: str | Path,
     num_envs: int = 1,
@@ -208,17 +274,14 @@ def _own_range(run: str | Path, cfg: Config, facts: Facts) -> tuple[tuple[float,
     if facts.action_low:
         return facts.action_low, facts.action_high
     try:
-        env = make_env(cfg.env, num_envs=1, seed=0)
+        with opened_env(cfg.env, num_envs=1, seed=0) as env:
+            _specs(env, cfg, facts)  # an environment that has changed since has the range of something else
+            info = env_info(env)
     except MissingLibraryError as error:
         raise MissingLibraryError(
             f"The checkpoint of {run} does not say the range of actions, so its environment has to be made, or given "
             f"as load_policy(run, env=...): {error}"
         ) from error
-    try:
-        _specs(env, cfg, facts)  # an environment that has changed since has the range of something else
-        info = env_info(env)
-    finally:
-        env.close()
     return info.action_low, info.action_high
 
 
@@ -310,6 +373,7 @@ class _Termination(_Part):
         return head.terminated(head(next_latent))
 
 
+@float32_by_default()
 def load_world_model(
     run: str | Path,
     which: str | int = "best",
@@ -339,6 +403,7 @@ def load_world_model(
     )
 
 
+@float32_by_default()
 def evaluate_run(
     run_dir: str | Path, episodes: int = 10, seed: int | None = None, which: str | int = "best"
 ) -> dict[str, Any]:
@@ -358,12 +423,9 @@ def evaluate_run(
     """
     cfg, networks, facts, epoch = load_checkpointed(run_dir, which)
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
-    env = make_env(cfg.env, num_envs=episodes, seed=seed, device="cpu")
-    try:
+    with opened_env(cfg.env, num_envs=episodes, seed=seed) as env:
         policy = _policy(networks, _specs(env, cfg, facts), deterministic=True)
         played = play(env, policy, seed)
-    finally:
-        env.close()
     returns = played.returns
     result: dict[str, Any] = {
         "return_mean": returns.mean().item(),
@@ -381,6 +443,7 @@ def evaluate_run(
     return result
 
 
+@float32_by_default()
 def film_run(run_dir: str | Path, file: str | Path, seed: int | None = None, which: str | int = "best") -> Path:
     """Write a video (mp4) of one deterministic episode, the first of those that :func:`evaluate_run` plays.
 
@@ -396,9 +459,6 @@ def film_run(run_dir: str | Path, file: str | Path, seed: int | None = None, whi
     """
     cfg, networks, facts, _ = load_checkpointed(run_dir, which)
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
-    env = make_env(cfg.env, num_envs=1, seed=seed, device="cpu", render=True)
-    try:
+    with opened_env(cfg.env, num_envs=1, seed=seed, render=True) as env:
         policy = _policy(networks, _specs(env, cfg, facts), deterministic=True)
         return write_video(file, film(env, policy, seed), frames_per_second(env_info(env)))
-    finally:
-        env.close()

@@ -29,6 +29,7 @@ from torchrl.record.loggers.wandb import WandbLogger
 
 from pwm_torchrl.config import Config, LoggerConfig
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.files import write_durably
 from pwm_torchrl.run.directory import settings_of
 
 __all__ = [
@@ -40,8 +41,10 @@ __all__ = [
     "make_loggers",
     "offline_reason",
     "require_logging",
+    "wandb_mode",
 ]
 
+PROJECT = "pwm_torchrl"
 WANDB_ID_FILE = "wandb_id.txt"
 SYNC = "wandb/offline-run-*"  # what `wandb sync` uploads
 
@@ -218,9 +221,10 @@ def require_logging(cfg: LoggerConfig) -> None:
         MissingLibraryError: if a logger's library is not installed.
     """
     _require_libraries(cfg)
-    if "wandb" in active_kinds(cfg) and cfg.mode == "online" and not has_wandb_key():
+    if "wandb" in active_kinds(cfg) and wandb_mode(cfg) == "online" and not has_wandb_key():
+        key = "logger.mode" if cfg.mode == "online" else "WANDB_MODE"
         raise ConfigurationError(
-            "logger.mode=online needs a W&B key, and there is none (WANDB_API_KEY or `wandb login`); set one, or use "
+            f"{key}=online needs a W&B key, and there is none (WANDB_API_KEY or `wandb login`); set one, or use "
             "logger.mode=auto"
         )
 
@@ -228,7 +232,19 @@ def require_logging(cfg: LoggerConfig) -> None:
 def active_kinds(cfg: LoggerConfig) -> list[str]:
     """Loggers beside ``metrics.csv``, each once."""
     kinds = dict.fromkeys([cfg.kind, *cfg.also])
-    return [kind for kind in kinds if kind != "csv" and not (kind == "wandb" and cfg.mode == "disabled")]
+    return [kind for kind in kinds if kind != "csv" and not (kind == "wandb" and wandb_mode(cfg) == "disabled")]
+
+
+def wandb_mode(cfg: LoggerConfig) -> str:
+    """``auto``, ``online``, ``offline`` or ``disabled``: what the configuration says, else what W&B's variables say."""
+    if cfg.mode != "auto":
+        return cfg.mode
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    said = os.environ.get("WANDB_MODE", "").lower()
+    return {"dryrun": "offline", "run": "online"}.get(
+        said, said if said in ("online", "offline", "disabled") else "auto"
+    )
 
 
 def group_name(cfg: Config) -> str:
@@ -305,8 +321,9 @@ def _gif(file: Path) -> tuple[bytes, int, int]:
 
 
 def _wandb_logger(cfg: Config, run_dir: Path, shown: dict[str, Any]) -> Logger | None:
-    online = cfg.logger.mode == "online"
-    if cfg.logger.mode == "auto":
+    mode = wandb_mode(cfg.logger)
+    online = mode == "online"
+    if mode == "auto":
         reason = offline_reason()
         online = reason is None
         if reason is not None:
@@ -344,15 +361,15 @@ def _start_wandb(cfg: Config, run_dir: Path, shown: dict[str, Any], mode: str) -
     known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
     # `mode` instead of TorchRL's `offline=True`, which sets WANDB_MODE for this process and all that it starts.
     logger = RunWandbLogger(
-        exp_name=run_dir.name,
+        exp_name=os.environ.get("WANDB_NAME") or run_dir.name,
         save_dir=run_dir,
         id=_stable_id(run_dir),
-        project=cfg.logger.project,
+        # What else is null here W&B takes from its own variables (WANDB_ENTITY, WANDB_TAGS, WANDB_NOTES).
+        project=cfg.logger.project or os.environ.get("WANDB_PROJECT") or PROJECT,
         entity=cfg.logger.entity,
-        group=group_name(cfg) if cfg.logger.group is None else cfg.logger.group,
-        job_type=cfg.mode if cfg.logger.job_type is None else cfg.logger.job_type,
-        tags=cfg.logger.tags or None,
-        notes=cfg.logger.notes,
+        group=cfg.logger.group or os.environ.get("WANDB_RUN_GROUP") or group_name(cfg),
+        job_type=cfg.logger.job_type or os.environ.get("WANDB_JOB_TYPE") or cfg.mode,
+        **{key: value for key in ("tags", "notes") if (value := getattr(cfg.logger, key))},
         mode=mode,
         config=shown,
         settings=wandb.Settings(**known),
@@ -378,8 +395,6 @@ def offline_reason() -> str | None:
     base_url = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
     parts = urlsplit(base_url)
     host = parts.hostname or ""
-    if os.environ.get("WANDB_MODE") in {"offline", "dryrun"}:
-        return "WANDB_MODE says so"
     if not has_wandb_key():
         return "there is no key (WANDB_API_KEY or `wandb login`)"
     proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
@@ -425,7 +440,7 @@ def _stable_id(run_dir: Path) -> str:
             return stored
     given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     new = given or secrets.token_hex(4)  # not from the seeded generators: two runs of one seed are two runs
-    file.write_text(new + "\n", encoding="utf-8")
+    write_durably(file, new + "\n")
     return new
 
 

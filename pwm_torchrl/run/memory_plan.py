@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from pwm_torchrl.algorithm.build import compiles
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.files import read_object
 from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
 from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
 from pwm_torchrl.memory.readings import format_bytes, read_process
@@ -141,18 +141,11 @@ def _saved_decision(file: Path) -> bool:
 
 
 def saved_choices(run_dir: Path) -> Choices | None:
-    """The choices of the last attempt, ``None`` without one.
-
-    Raises:
-        ConfigurationError: if the file is not one that this version wrote.
-    """
+    """The choices of the last attempt; ``None`` without one, or, with a warning, where they cannot be read."""
     file = run_dir / PLAN_FILE
-    if not file.exists():
-        return None
     try:
-        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return Choices(**saved["choices"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"{file} does not hold a memory plan of this version ({error}); delete it, and the run is planned anew."
-        ) from error
+        return Choices(**read_object(file)["choices"])
+    except (KeyError, TypeError):
+        if file.exists():
+            warn(f"{file} is damaged or of another version; the memory of the run is planned anew")
+        return None

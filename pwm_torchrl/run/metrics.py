@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class CsvMetrics:
         """Drops the rows of later epochs than ``epoch``: what a resume from that epoch will write again."""
         if self.columns:
             rows = _read_rows(self.path)[1]
-            self._replace([row for row in rows if float(row.get("epoch") or "-inf") <= epoch])
+            self._replace([row for row in rows if _number(row.get("epoch")) <= epoch])
 
     def close(self) -> None:
         """Closes the file; a later :meth:`write` opens it again."""
@@ -95,6 +96,8 @@ class CsvMetrics:
                 writer = csv.writer(file)
                 writer.writerow(self.columns)
                 writer.writerows([row.get(name, "") for name in self.columns] for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
@@ -107,7 +110,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float]]:
         FileNotFoundError: if there is no such file.
     """
     columns, rows, _ = _read_rows(Path(path))
-    return {name: [float(row.get(name) or "nan") for row in rows] for name in columns}
+    return {name: [_number(row.get(name)) for row in rows] for name in columns}
 
 
 def progress_axis(runs: Iterable[Mapping[str, Sequence[float]]]) -> tuple[str, str]:
@@ -122,15 +125,35 @@ def progress_axis(runs: Iterable[Mapping[str, Sequence[float]]]) -> tuple[str, s
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]], bool]:
-    """Header, complete rows as text, and whether the file ended with a complete line."""
-    with path.open(newline="", encoding="utf-8") as file:
-        text = file.read()
+    """Header, complete rows as text, and whether there was nothing else in the file.
+
+    Of a damaged file, rows whose epoch is not a number above that of the row before are left out: a line that was hit,
+    and what was appended a second time.
+    """
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        text = file.read().replace("\0", "\N{REPLACEMENT CHARACTER}")
     complete = text[: text.rfind("\n") + 1]
-    lines = list(csv.reader(complete.splitlines()))
-    if not lines:
+    lines = [line for line in csv.reader(complete.splitlines()) if line]
+    header = [RENAMED_METRICS.get(name, name) for name in lines[0]] if lines else []
+    if not header:
         return [], [], not text
-    header = [RENAMED_METRICS.get(name, name) for name in lines[0]]
-    return header, [dict(zip(header, line)) for line in lines[1:] if line], len(complete) == len(text)
+    rows: list[dict[str, str]] = []
+    newest = -math.inf
+    for line in lines[1:]:
+        row = dict(zip(header, line))
+        epoch = _number(row["epoch"]) if "epoch" in row else math.inf
+        if epoch > newest or "epoch" not in header:
+            newest = epoch
+            rows.append(row)
+    return header, rows, len(complete) == len(text) and len(rows) == len(lines) - 1
+
+
+def _number(text: str | None) -> float:
+    """The number in a cell; NaN for an empty or a damaged one."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
 
 
 def _cell(value: float | int | None) -> str:

@@ -16,10 +16,12 @@ from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.shac import simulator_of
 from pwm_torchrl.config import Config
 from pwm_torchrl.data import TrajectoryReplay
+from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.devices import environment_device, pick_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env
 from pwm_torchrl.envs.differentiable import Episodes
 from pwm_torchrl.envs.workers import OpenEnv
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.storage import steps_since_checkpoint
 from pwm_torchrl.modules import RewardScale
 from pwm_torchrl.run.collector import EpisodeReturns, ResumableCollector, training_env_seed
@@ -27,6 +29,7 @@ from pwm_torchrl.run.stored_episodes import (
     StoredSamples,
     check_horizon,
     extraction_facts,
+    follow_world_model,
     open_store,
     pin_world_model,
     pretraining_facts,
@@ -211,6 +214,33 @@ class OnlineSource:
         self.opened.close()
 
 
+class StoreIdentity:
+    """Makes sure that a run goes on with the stored episodes that it began with, wherever they lie by now.
+
+    Args:
+        store (EpisodeStore): the episodes.
+    """
+
+    def __init__(self, store: EpisodeStore) -> None:
+        self.store = store
+
+    def state_dict(self) -> dict[str, str]:
+        """What the episodes are known by."""
+        return {"fingerprint": self.store.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Compare.
+
+        Raises:
+            ConfigurationError: if the store holds others.
+        """
+        if state_dict["fingerprint"] != self.store.fingerprint():
+            raise ConfigurationError(
+                f"data.path={self.store.path} does not hold the episodes that the run began with; give the store where "
+                "those are now"
+            )
+
+
 class StoredSource:
     """Stored episodes: there is nothing to collect.
 
@@ -229,6 +259,7 @@ class StoredSource:
     def __init__(self, cfg: Config, run_dir: Path) -> None:
         if cfg.mode == "extract":
             pin_world_model(cfg, run_dir)
+            follow_world_model(cfg, run_dir)
             self.info = extraction_facts(cfg)
             self.episodes = open_store(cfg, staged=True)
             self.tasks = [str(cfg.task)]
@@ -237,7 +268,7 @@ class StoredSource:
             self.tasks = list(pretraining_tasks(cfg, self.episodes).names)
             self.info = pretraining_facts(cfg, self.episodes)
         self.first_model_updates = cfg.algorithm.model_updates
-        self.components: dict[str, Any] = {}
+        self.components: dict[str, Any] = {"data": StoreIdentity(self.episodes)}
 
     def start(
         self,

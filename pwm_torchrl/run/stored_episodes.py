@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from pwm_torchrl.errors import ConfigurationError, nearest
 from pwm_torchrl.memory.readings import Reading, read_memory
 from pwm_torchrl.memory.storage import store_bytes
 from pwm_torchrl.modules import world_model_facts
+from pwm_torchrl.modules.model_files import CONFIG_FILE as MODEL_FILE
 from pwm_torchrl.run.directory import pretraining_run, read_summary, save_config
 
 #: Splits a store; the same for every run, so that no run trains on what another validates with.
@@ -201,6 +204,27 @@ def extraction_facts(cfg: Config) -> EnvInfo:
         num_envs=0,
         terminates=model.spec.termination,
     )
+
+
+def follow_world_model(cfg: Config, run_dir: Path) -> None:
+    """Find a world model that was moved, with the runs that belong to it, by its hash; written into ``cfg`` alone.
+
+    It is looked for where the configuration says, then beside the run and one folder further up, two folders deep.
+
+    Args:
+        cfg (Config): of an extraction that knows its world model's hash; others are left as they are.
+        run_dir (Path): its directory.
+    """
+    if cfg.world_model is None or cfg.world_model_sha256 is None:
+        return
+    given, above = Path(cfg.world_model).expanduser(), run_dir.absolute().parent
+    patterns = ("*/" + MODEL_FILE, "*/*/" + MODEL_FILE, "*/*/*/" + MODEL_FILE)
+    beside = (file.parent for folder in (above, above.parent) for each in patterns for file in folder.glob(each))
+    for place in itertools.chain((given,), beside):
+        with contextlib.suppress(ConfigurationError):
+            if world_model_facts(place).sha256 == cfg.world_model_sha256:
+                cfg.world_model = str(place)
+                return
 
 
 def pin_world_model(cfg: Config, run_dir: Path) -> None:

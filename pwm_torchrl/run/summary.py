@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import resource
 import sys
 import time
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pwm_torchrl.config import Config
+from pwm_torchrl.files import read_object
 from pwm_torchrl.run.artifacts import write_summary
 from pwm_torchrl.run.provenance import git_commit, versions
 
@@ -47,6 +48,7 @@ class RunSummary:
     own_bytes: int = 0  # peak of this attempt
     wandb_url: str | None = None  # of a run that logs online
     status: str = "running"
+    earlier_status: str | None = None  # how the attempt before this one ended
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -64,19 +66,23 @@ class RunSummary:
                 "versions": versions(),
             },
         )
-        file = run_dir / "summary.json"
-        if resume and file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            summary.restarts = int(before.get("restarts", 0)) + 1
-            summary.random_return = before.get("random_return")
-            summary.wandb_url = before.get("wandb_url")
-            summary.earlier_host_bytes = int(before.get("peak_host_bytes", 0))
-            summary.earlier_device_bytes = int(before.get("peak_device_bytes", 0))
-            summary.earlier_own_bytes = int(before.get("peak_own_bytes", 0))
+        if resume:
+            before = read_object(run_dir / "summary.json")  # damaged: what it said comes back with the checkpoint
+            summary.restarts = int(_number(before, "restarts") or 0) + 1
+            summary.random_return = _number(before, "random_return")
+            summary.earlier_host_bytes = int(_number(before, "peak_host_bytes") or 0)
+            summary.earlier_device_bytes = int(_number(before, "peak_device_bytes") or 0)
+            summary.earlier_own_bytes = int(_number(before, "peak_own_bytes") or 0)
+            url = before.get("wandb_url")
+            summary.wandb_url = url if isinstance(url, str) else None
             # Until a checkpoint is restored, what the file said stays true.
-            summary.earlier_s = float(before.get("wall_clock_s", 0.0))
+            summary.earlier_s = float(_number(before, "wall_clock_s") or 0.0)
             for key in PROGRESS:
-                setattr(summary, key, before.get(key, getattr(summary, key)))
+                known = _number(before, key)
+                if known is not None:
+                    setattr(summary, key, known)
+            said = before.get("status")
+            summary.earlier_status = "stopped" if said in (None, "running") else str(said)
         summary.write()
         return summary
 
@@ -152,6 +158,7 @@ class RunSummary:
             "run_dir",
             "fixed",
             "status",
+            "earlier_status",
             "started",
             "restarts",
             "random_return",
@@ -168,6 +175,12 @@ class RunSummary:
         for key, value in state_dict.items():
             setattr(self, key, value)
         self.started = time.monotonic()
+
+
+def _number(content: dict[str, Any], key: str) -> Any:
+    """A finite number of a file, or a truth; ``None`` where the key has anything else."""
+    value = content.get(key)
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def peak_device_bytes() -> int:

@@ -17,7 +17,7 @@ from pwm_torchrl.algorithm.base import Parts, build_parts, find_algorithm
 from pwm_torchrl.algorithm.build import facts_of
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import Config
-from pwm_torchrl.devices import hardware_name, pick_device, set_precision, set_threads
+from pwm_torchrl.devices import float32_by_default, hardware_name, pick_device, set_precision, set_threads
 from pwm_torchrl.distributed.ranks import Ranks, connected_ranks
 from pwm_torchrl.distributed.updates import SharedExecutor
 from pwm_torchrl.errors import ConfigurationError, StorageFault
@@ -26,7 +26,7 @@ from pwm_torchrl.memory.watch import RunMemory
 from pwm_torchrl.modules import policy_module
 from pwm_torchrl.progress import progress_here
 from pwm_torchrl.run.artifacts import write_run_readme
-from pwm_torchrl.run.checkpoints import AllocatedStateAdapter, CheckpointFault, CheckpointStore, load_checkpoint
+from pwm_torchrl.run.checkpoints import CheckpointFault, CheckpointStore, StateFileAdapter, load_checkpoint
 from pwm_torchrl.run.claims import RunClaim, claimed
 from pwm_torchrl.run.collector import RunRNGState, seed_everything
 from pwm_torchrl.run.debugging import failpoint
@@ -34,7 +34,7 @@ from pwm_torchrl.run.directory import save_config, write_event
 from pwm_torchrl.run.drawing import write_curves
 from pwm_torchrl.run.ending import Closing, named, record_end
 from pwm_torchrl.run.evaluation import PolicyEvaluation
-from pwm_torchrl.run.load import load_pretrained
+from pwm_torchrl.run.load import load_pretrained, warm_start
 from pwm_torchrl.run.loggers import make_loggers
 from pwm_torchrl.run.loop import Loop, Recording
 from pwm_torchrl.run.memory_plan import RunPlan, decided_compile
@@ -50,6 +50,7 @@ from pwm_torchrl.terminal import Progress, say, warn
 __all__ = ["Run", "train"]
 
 
+@float32_by_default()
 def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequest | None = None) -> dict[str, Any]:
     """Train what a configuration describes to its end, or to a stop.
 
@@ -232,7 +233,7 @@ class Run:
             phase=self.progress.phase,
         )
         self.evaluation.start(self.algorithm, policy, self.device)
-        checkpoint = Checkpoint().register_adapter(object, AllocatedStateAdapter())
+        checkpoint = Checkpoint().register_adapter(object, StateFileAdapter())
         record = Recording(
             claim=self.claim,
             store=CheckpointStore(self.run_dir, max(1, t.keep_checkpoints), self.claim),
@@ -302,6 +303,8 @@ class Run:
         write_event(self.run_dir, "resume" if restored else "start", epoch=loop.epoch)
         if not restored:
             self.summary.begin_again()
+            if self.cfg.init_from is not None:
+                warm_start(self.cfg, self.networks)
         record.csv.truncate(loop.logged_epoch if restored else 0)
         self.closing.later("metrics.csv", record.csv.close)
         self.summary.resume_exact &= self.source.resumed_exactly

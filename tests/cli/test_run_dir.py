@@ -12,7 +12,7 @@ pytest.importorskip("hydra")
 
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.run.directory import load_config, prepare_run_dir, save_config
+from pwm_torchrl.run.directory import load_config, prepare_run_dir, read_summary, save_config
 
 pytestmark = pytest.mark.usefixtures("workdir")
 
@@ -86,7 +86,7 @@ def test_a_length_in_steps_is_its_length_in_epochs():
     assert load_config("run").training.steps == 10_000
     assert prepare_run_dir(compose(["run_dir=run", "training.epochs=79"])).resume
     assert prepare_run_dir(compose(["run_dir=run", "training.steps=10_001"])).resume
-    assert "training.epochs: 79 there, 80 asked for" in refusal("run_dir=run", "training.steps=10_200")
+    assert "training.epochs: 79 there, 78 asked for" in refusal("run_dir=run", "training.steps=9_900")
 
 
 def test_another_configuration_is_refused_with_its_keys():
@@ -100,8 +100,51 @@ def test_another_configuration_is_refused_with_its_keys():
 
 
 def test_finished_is_refused():
-    start("run", status="finished")
-    assert "finished run" in refusal("run_dir=run")
+    start("run", "training.epochs=5", status="finished")
+    for epochs in (4, 5):
+        message = refusal("run_dir=run", f"training.epochs={epochs}")
+        assert "finished run of training.epochs=5" in message
+    assert load_config("run").training.epochs == 5
+
+
+@pytest.mark.parametrize("status", ["stopped", "finished"])
+def test_a_run_may_become_longer(status):
+    start("run", "training.epochs=5", status=status)
+    assert prepare_run_dir(compose(["run_dir=run", "training.epochs=8"])).resume
+    assert load_config("run").training.epochs == 8
+    assert read_summary("run")["status"] == "stopped"  # for resume.py, should its job never begin
+    assert "algorithm.horizon: 16 there, 8 asked for" in refusal(
+        "run_dir=run", "training.epochs=9", "algorithm.horizon=8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "cut short"),
+        (b"- a list\n", "cut short"),
+        (b"word", "config.yaml"),
+        (b"\xff\xfe\x00", "config.yaml"),
+        (b"mode: online\nmode: online\n", "config.yaml"),
+    ],
+)
+def test_a_damaged_configuration_file_is_one_sentence(content, said):
+    start("run")
+    Path("run/config.yaml").write_bytes(content)
+    message = refusal("run_dir=run")
+    assert said in message
+    assert "config.yaml" in message
+    assert "\n" not in message
+
+
+def test_a_configuration_file_that_was_cut_short_is_not_taken_for_another_run():
+    """Every key behind the cut would have its default."""
+    start("run", "training.epochs=5")
+    text = Path("run/config.yaml").read_text()
+    for lines in range(1, len(text.splitlines())):
+        Path("run/config.yaml").write_text("".join(text.splitlines(True)[:lines]))
+        with pytest.raises(ConfigurationError, match=r"config\.yaml"):
+            load_config("run")
 
 
 def test_something_else_is_refused():

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from pwm_torchrl.cli import console, resume, status
+from pwm_torchrl.cli import console, resume, status, submit
 from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.cluster.slurm import JobState
 from pwm_torchrl.config import Config
 from pwm_torchrl.report.collect import read_run
 from pwm_torchrl.run import claims
 from pwm_torchrl.run.claims import Identity
-from pwm_torchrl.run.directory import save_config, write_event
+from pwm_torchrl.run.directory import load_config, save_config, write_event
 
 RUNNING = JobState("7", "RUNNING", nodes="n1")
 QUEUED = JobState("7", "PENDING", "Priority")
@@ -27,7 +27,7 @@ def run(tmp_path):
     """A run that stopped half way, as SLURM's job 7."""
     folder = tmp_path / "run"
     folder.mkdir()
-    cfg = Config(env={"name": "pole", "_target_": "pole.make"})
+    cfg = Config(env={"name": "pole", "_target_": "pole.make", "num_envs": 2})
     cfg.model.name, cfg.size.name = "mlp", "tiny"
     cfg.size.latent_dim, cfg.size.units, cfg.size.encoder_units = 8, [8], [8]
     cfg.training.epochs = 10
@@ -165,3 +165,77 @@ class TestResume:
             assert (reason is not None) == alone
             if alone:
                 assert f"process {owner.pid} on {owner.host} trains it" in reason
+
+
+class TestSettings:
+    def test_a_finished_run_may_become_longer(self, run):
+        write_summary(run, "finished")
+        assert resume.reason_to_leave(run, None, failed=False, longer=True) is None
+        config = resume.changed(run, ["training.epochs=20", "cluster.mem_gib=3"])
+        assert (config.training.epochs, config.cluster.mem_gib) == (20, 3.0)
+
+    def test_steps_say_the_length_too(self, run):
+        cfg = load_config(run)
+        cfg.env = {
+            "_target_": "pwm_torchrl.envs.make_gymnasium_env",
+            "id": "Pendulum-v1",
+            "num_envs": 2,
+            "action_repeat": 1,
+        }
+        save_config(cfg, run)
+        assert resume.changed(run, ["training.steps=100000"]).training.epochs > 10
+
+    @pytest.mark.parametrize(
+        ("word", "said"),
+        [
+            ("training.epochs=5", "training.epochs (10 there)"),
+            ("algorithm.horizon=3", "algorithm.horizon (16 there)"),
+            ("training.epoch=20", "training.epoch"),
+            ("training.epochs=many", "training.epochs=many"),
+            ("training.epochs=-1", "training.epochs=-1"),
+        ],
+    )
+    def test_what_makes_it_another_run_is_refused_and_the_others_go_on(self, word, said, run, capsys):
+        (run / "job.json").unlink()
+        before = (run / "config.yaml").read_text()
+        assert run_command("resume", [str(run), word]) == 1
+        assert said in capsys.readouterr().err
+        assert (run / "config.yaml").read_text() == before
+
+    def test_without_a_run(self, capsys):
+        assert run_command("resume", ["training.epochs=20"]) == 2
+        assert "no run directory" in capsys.readouterr().err
+
+
+class TestWhatEndedIt:
+    def test_a_run_that_fails_is_told_with_its_reason(self, run, monkeypatch, capsys):
+        (run / "job.json").unlink()
+        monkeypatch.setattr(submit, "preflight", lambda *args, **kwargs: [])
+        monkeypatch.setattr(submit, "snapshot", lambda *args: [])
+
+        class Failing:
+            def follow(self):
+                return {"status": "failed", "error": "the arm fell off"}
+
+        monkeypatch.setattr(submit, "submit_local", lambda *args, **kwargs: Failing())
+        assert run_command("resume", [str(run)]) == 1
+        said = capsys.readouterr().err
+        assert "failed: the arm fell off" in said
+        assert "log.txt" in said
+
+    def test_a_module_that_is_not_found_leaves_the_run_as_it_was(self, run, capsys):
+        (run / "job.json").unlink()
+        before = {file.name: file.read_bytes() for file in run.iterdir()}
+        assert run_command("resume", [str(run)]) == 1
+        assert "'pole'" in capsys.readouterr().err
+        assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+    def test_a_damaged_claim_is_told_of_and_the_others_go_on(self, run, capsys):
+        (run / "job.json").unlink()
+        (run / claims.FOLDER).mkdir()
+        (run / claims.FOLDER / "000001.json").write_text("")
+        assert run_command("resume", [str(run)]) == 1
+        assert "000001.json is not a claim" in capsys.readouterr().err
+        assert run_command("status", [str(run)]) == 0
+        (run / claims.FOLDER / "000001.outcome.json").write_text('{"status": "stopped"}')  # it has ended
+        assert resume.reason_to_leave(run, None, failed=False) is None

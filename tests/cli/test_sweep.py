@@ -95,6 +95,7 @@ class TestPlace:
             (["cluster=debug"], True, True, "debug"),
             ([], True, True, "here"),
             (["cluster=l40s"], False, True, "here"),
+            (["cluster=l40s"], True, True, "slurm"),
         ],
     )
     def test_where_a_run_goes(self, words, slurm, inside, expected, monkeypatch):

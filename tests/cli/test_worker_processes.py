@@ -42,11 +42,13 @@ pytestmark = [
 
 
 class Running:
-    """``train.py`` as a terminal starts it: in a process group of its own."""
+    """A command as a terminal starts it: in a process group of its own."""
 
-    def __init__(self, folder: Path, method: str, *words: str) -> None:
-        (folder / "par_env.py").write_text(MAKER.format(method=method))
-        command = [sys.executable, str(ROOT / "launch/train.py"), *WORDS, *words]
+    def __init__(self, folder: Path, method: str, *words: str, script: str = "train", before: str = "") -> None:
+        maker = MAKER.replace('GymEnv("Pendulum-v1")', 'Raising("Pendulum-v1")') if before else MAKER
+        (folder / "par_env.py").write_text(before + maker.format(method=method))
+        settings = WORDS if script in ("train", "check_env") else []
+        command = [sys.executable, str(ROOT / f"launch/{script}.py"), *settings, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.run_dir = folder / "run"
         self.process = subprocess.Popen(
@@ -93,8 +95,8 @@ class Running:
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
-    def make(method: str, *words: str) -> Running:
-        started.append(Running(tmp_path, method, *words))
+    def make(method: str, *words: str, **options: str) -> Running:
+        started.append(Running(tmp_path, method, *words, **options))
         return started[-1]
 
     yield make
@@ -158,3 +160,42 @@ def test_a_signal_to_all_processes_stops_the_run(start, signum, method):
     assert "to resume: python launch/train.py" in err
     assert summary(run)["status"] == "stopped"
     assert len(saved(run)) == 1
+
+
+#: Put in front of the maker: the environment that it makes raises.
+RAISING = """
+from torchrl.envs import GymEnv
+
+class Raising(GymEnv):
+    def _step(self, tensordict):
+        raise RuntimeError("the arm fell off")
+"""
+
+
+@pytest.fixture
+def evaluated(start, tmp_path):
+    """A finished run, whose environments come from a module that a test may change."""
+    run = start("fork", "training.epochs=1")
+    assert run.end()[0] == 0
+    return run
+
+
+class TestEvaluating:
+    """What opens environments outside of training closes them as training does."""
+
+    @pytest.mark.parametrize("script", ["evaluate", "check_env"])
+    def test_an_environment_that_raises(self, start, evaluated, script):
+        words = ["run", "--episodes=2"] if script == "evaluate" else []
+        code, _, err = start("fork", *words, script=script, before=RAISING).end()
+        assert code in (1, 2)
+        assert "the arm fell off" in err
+
+    @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("script", ["evaluate", "check_env"])
+    def test_a_signal_ends_it_and_its_workers(self, start, evaluated, script, signum):
+        words = ["run", "--episodes=2"] if script == "evaluate" else ["env.num_envs=2"]
+        running = start("fork", *words, script=script)
+        until(lambda: running.process.poll() is not None or len(running.workers()) >= 2)
+        os.killpg(running.process.pid, signum)
+        code, _, _ = running.end()
+        assert code in (130, 0)  # it may have been done

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from replay_cases import H, random_steps
+from safetensors.torch import load_file
 from torchrl.checkpoint import Checkpoint
 from training_cases import assert_equal, config, rows_of, run_with, weights_of
 
@@ -15,7 +17,7 @@ from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.errors import StorageFault
 from pwm_torchrl.files import Reserve, allocate, free_bytes, write_zeros
 from pwm_torchrl.memory.storage import replay_bytes
-from pwm_torchrl.run.checkpoints import FOLDER, METRIC, AllocatedStateAdapter, CheckpointStore
+from pwm_torchrl.run.checkpoints import FOLDER, METRIC, CheckpointStore, StateFileAdapter
 from pwm_torchrl.run.claims import claimed
 from pwm_torchrl.training import train
 
@@ -81,7 +83,7 @@ class TestCheckpoint:
     def test_of_more_than_there_is_room_for(self, small_disk):
         """TorchRL alone dies here of SIGBUS: it copies into a mapping of a sparse file."""
         model = torch.nn.Linear(1024, 1024)
-        checkpoint = Checkpoint(model=model).register_adapter(object, AllocatedStateAdapter())
+        checkpoint = Checkpoint(model=model).register_adapter(object, StateFileAdapter())
         with claimed(small_disk) as claim:
             self.fill(CheckpointStore(small_disk, 5, claim), model, checkpoint, small_disk)
 
@@ -98,11 +100,18 @@ class TestCheckpoint:
             kept.save(checkpoint, 7, {METRIC: 0.0})
         assert kept.latest().name.endswith("6")
         assert not list((small_disk / FOLDER).rglob(".*"))
-        Checkpoint(model=model).load(kept.latest())
+        Checkpoint(model=model).register_adapter(object, StateFileAdapter()).load(kept.latest())
         assert torch.equal(model.weight, before)
 
-    def test_files_own_their_blocks_and_are_what_torchrl_writes(self, tmp_path):
-        state = {"a": torch.randn(300, 70), "b": [torch.arange(5), {"c": torch.tensor(True)}], "d": torch.empty(0, 3)}
+    def test_a_component_is_one_file_that_owns_its_blocks(self, tmp_path):
+        state = {
+            "a": torch.randn(300, 70),
+            "b": [torch.arange(5), {"c": torch.tensor(True)}],
+            "d": torch.empty(0, 3),
+            "e": torch.randn(3, 5).bfloat16().t(),
+            "f": (1, None, "text", 0.5),
+            "g": np.arange(3, dtype=np.uint32),
+        }
 
         class Component:
             def __init__(self):
@@ -116,19 +125,27 @@ class TestCheckpoint:
                 self.loaded = loaded
 
         component = Component()
-        ours = Checkpoint(component=component).register_adapter(object, AllocatedStateAdapter())
-        ours.save(tmp_path / "ours")
+        ours = Checkpoint(component=component).register_adapter(object, StateFileAdapter())
+        ours.save(tmp_path / "saved")
         assert component.calls == 1
-        Checkpoint(component=component).save(tmp_path / "theirs")
-        folders = [tmp_path / name for name in ("ours", "theirs")]
-        listings = [{p.relative_to(f): p for f in (folder,) for p in f.rglob("*.memmap")} for folder in folders]
-        assert listings[0].keys() == listings[1].keys()
-        for name, file in listings[0].items():
-            assert file.read_bytes() == listings[1][name].read_bytes()
-            assert file.stat().st_blocks * 512 >= file.stat().st_size
-        Checkpoint(component=component).load(tmp_path / "ours")
-        assert torch.equal(component.loaded["a"], state["a"])
-        assert torch.equal(component.loaded["b"][1]["c"], state["b"][1]["c"])
+        (file,) = (tmp_path / "saved" / "components").rglob("*.*")
+        assert file.stat().st_blocks * 512 >= file.stat().st_size
+        ours.load(tmp_path / "saved")
+        loaded = component.loaded
+        for ours, theirs in (
+            (loaded["a"], state["a"]),
+            (loaded["b"][0], state["b"][0]),
+            (loaded["b"][1]["c"], state["b"][1]["c"]),
+            (loaded["d"], state["d"]),
+            (loaded["e"], state["e"]),
+        ):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+        assert loaded["f"] == state["f"]
+        assert loaded["g"].dtype == np.uint32
+        assert loaded["g"].tolist() == [0, 1, 2]
+        tensors = load_file(file)  # as safetensors reads it
+        assert any(torch.equal(each, state["a"]) for each in tensors.values())
 
 
 class TestRun:
@@ -144,7 +161,9 @@ class TestRun:
         }
     )
 
-    @pytest.mark.parametrize(("part", "what"), [("replay", "segment_"), (FOLDER, r"checkpoint's file .*tensor_")])
+    @pytest.mark.parametrize(
+        ("part", "what"), [("replay", "segment_"), (FOLDER, r"checkpoint's file .*state.safetensors")]
+    )
     def test_keeps_the_last_checkpoint_and_resumes_exactly(self, part, what, small_disk, tmp_path, monkeypatch):
         """While collecting or saving; the part that needs space is on a separate disk."""
         _, whole = run_with(monkeypatch, self.cfg, tmp_path / "straight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -197,3 +198,53 @@ def test_loading_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_tdmpc2_world_model(GOLDEN / "tdmpc2_multitask.pt")
+
+
+def older(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of TD-MPC2's older layout: Linear and LayerNorm apart, at places with gaps."""
+    found = {}
+    for name, value in state.items():
+        match = re.fullmatch(r"(_encoder\.state|_dynamics|_reward)\.(\d+)\.(ln\.)?(weight|bias)", name)
+        if match is None:
+            found[name] = value
+        elif match[1] == "_encoder.state":  # one flat Sequential: 1 Linear, 2 LayerNorm, 3 Mish, 4 Linear, ...
+            found[f"{match[1]}.{1 + 3 * int(match[2]) + bool(match[3])}.{match[4]}"] = value
+        else:
+            found[f"{match[1]}.{match[2]}.{int(bool(match[3]))}.{match[4]}"] = value
+    return found
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("kind", ["single", "multi"])
+    def test_the_older_one_gives_the_same_model(self, kind, tmp_path):
+        expected = randomized(SPECS[kind])
+        content = published(expected)
+        content["model"] = older(content["model"])
+        assert {"_encoder.state.1.weight", "_encoder.state.2.weight", "_dynamics.0.0.weight", "_dynamics.0.1.bias"} <= (
+            content["model"].keys()
+        )
+        torch.save(content, tmp_path / "old.pt")
+        model, report = load_tdmpc2_world_model(tmp_path / "old.pt")
+        for name, value in expected.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        assert report.mapped["_encoder.state.2.weight"] == "encoder.net.0.ln.weight"
+
+    def test_of_the_golden_checkpoint(self, tmp_path):
+        content = torch.load(GOLDEN / "tdmpc2_single.pt", weights_only=True)
+        torch.save({"model": older(content["model"])}, tmp_path / "old.pt")
+        expected = load_tdmpc2_world_model(GOLDEN / "tdmpc2_single.pt")[0].state_dict()
+        found = load_tdmpc2_world_model(tmp_path / "old.pt")[0].state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    @pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+    def test_wrapped_and_without_its_dictionary(self, prefix, tmp_path):
+        expected = randomized(SPECS["single"])
+        state = {prefix + name: value for name, value in published(expected)["model"].items()}
+        torch.save(state, tmp_path / "state.pt")
+        model, _ = load_tdmpc2_world_model(tmp_path / "state.pt")
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items())
+
+    def test_any_other_is_named(self, tmp_path):
+        torch.save({"model": {"backbone.0.weight": torch.zeros(2, 2)}}, tmp_path / "other.pt")
+        with pytest.raises(ConfigurationError, match=r"other\.pt is not in TD-MPC2's format"):
+            load_tdmpc2_world_model(tmp_path / "other.pt")

@@ -1,4 +1,7 @@
-"""A run of an earlier version (checkpoint schema 2, other names of networks, keys and metrics) is still of use."""
+"""Runs of earlier versions are still of use.
+
+Checkpoint schema 2 had other names of networks, keys and metrics; schema 3 a file for every tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,27 @@ import torch
 
 from pwm_torchrl import load_policy, load_world_model
 from pwm_torchrl.cli.entry import run_command
+from pwm_torchrl.run.checkpoints import CheckpointStore
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.run.metrics import read_metrics
-from pwm_torchrl.training import evaluate_run
+from pwm_torchrl.training import evaluate_run, train
 
 report = partial(run_command, "report")
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_schema_2.tar.xz"
+#: Of the schema-3 run's last policy in the version that saved it.
+EARLIER_RETURNS = [-1590.9960609674454, -1201.6085637807846]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    with tarfile.open(FIXTURE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "run"
+    return unpacked("run_schema_2.tar.xz", tmp_path)
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    with tarfile.open(FIXTURES / name) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "run"
 
 
 def test_its_keys_have_their_present_names(run):
@@ -67,3 +77,28 @@ def test_resuming_it_is_refused_with_the_reason(run, capsys):
     path = CheckpointStore(run).latest()
     with pytest.raises(CheckpointFault, match="schema version 2"):
         load_checkpoint(path, {"loop": object()})
+
+
+class TestSchema3:
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        return unpacked("run_schema_3.tar.xz", tmp_path)
+
+    def test_its_policy_is_evaluated(self, run):
+        result = evaluate_run(run, episodes=2, which="last")
+        assert result["epoch"] == 1
+        assert result["returns"] == pytest.approx(EARLIER_RETURNS, abs=1e-2)
+
+    def test_its_run_goes_on_and_saves_one_file_per_component(self, run):
+        cfg = load_config(run)
+        cfg.training.epochs = 2
+        summary = train(cfg, run, resume=True)
+        assert (summary["status"], summary["epochs_done"], summary["resume_exact"]) == ("finished", 2, True)
+        assert read_metrics(run / "metrics.csv")["epoch"] == [1, 2]
+        newest = CheckpointStore(run).latest()
+        assert newest is not None
+        files = [file for file in newest.rglob("*") if file.is_file()]
+        components = [file for file in files if file.parent != newest]
+        assert {file.name for file in components} == {"state.safetensors"}
+        assert len({file.parent for file in components}) == len(components)
+        assert len(files) == len(components) + 2  # the manifest and the checksums

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 from contextlib import nullcontext
 
 import pytest
-from run_files import events
+from run_files import events, summary_of
+from training_cases import config
 
 from pwm_torchrl.errors import ConfigurationError, OutOfMemory, StorageFault, Superseded
 from pwm_torchrl.run.claims import claimed, read_outcome
 from pwm_torchrl.run.ending import Closing, named, record_end
+from pwm_torchrl.run.summary import RunSummary
 
 
 def failing(text: str):
@@ -95,3 +98,37 @@ def test_the_end_is_written_even_before_there_is_a_summary(tmp_path):
     assert (event["event"], event["epoch"]) == ("failed", 0)
     assert "env.id=x" in event["error"]
     assert not (tmp_path / "summary.json").exists()
+
+
+class TestRefusedAttempt:
+    """One that cannot go on with what an earlier one trained leaves that as it was."""
+
+    def summary(self, run_dir, resume):
+        return RunSummary.start(config(), run_dir, resume)
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [("stopped", "stopped"), ("memory", "memory"), ("running", "stopped"), ("finished", "finished")],
+    )
+    def test_the_status_is_that_of_before(self, before, after, tmp_path):
+        (tmp_path / "summary.json").write_text(json.dumps({"status": before, "epochs_done": 3}))
+        with claimed(tmp_path) as claim:
+            record_end(tmp_path, claim, self.summary(tmp_path, True), ConfigurationError("no such module"))
+        assert (summary_of(tmp_path)["status"], summary_of(tmp_path)["epochs_done"]) == (after, 3)
+        (event,) = events(tmp_path, "refused")
+        assert event["error"] == "ConfigurationError: no such module"
+        assert read_outcome(tmp_path, 1)["status"] == "failed"  # for the batch script, which must not try it again
+
+    def test_a_first_attempt_has_failed(self, tmp_path):
+        with claimed(tmp_path) as claim:
+            record_end(tmp_path, claim, self.summary(tmp_path, False), ConfigurationError("no such module"))
+        assert summary_of(tmp_path)["status"] == "failed"
+
+    @pytest.mark.parametrize(
+        "content", ["", "{", "[1]", '{"restarts": "many", "wall_clock_s": null, "peak_return": "x"}']
+    )
+    def test_a_damaged_summary_blocks_nothing(self, content, tmp_path):
+        (tmp_path / "summary.json").write_text(content)
+        summary = self.summary(tmp_path, True)
+        assert (summary.restarts, summary.epochs_done, summary.peak_return) == (1, 0, None)
+        assert summary_of(tmp_path)["status"] == "running"

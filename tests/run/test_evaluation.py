@@ -207,6 +207,11 @@ class TestOpenLoopErrors:
         episodes.valid[3:] = False
         assert open_loop_errors(Perfect(), episodes, horizon=5) == {}
 
+    def test_a_single_reward_has_no_variance_to_compare_with(self):
+        errors = open_loop_errors(Perfect(0.5), drift(1, 1), horizon=1)
+        assert set(errors) == {"latent_mse", "latent_mse_last"}
+        assert all(np.isfinite(list(errors.values())))
+
     def test_reward_scale(self):
         """A model trained on scaled rewards is compared with scaled rewards."""
 

@@ -35,12 +35,15 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world_model(tmp_path_factory):
-    """Its reward is not zero, as a new one's would be."""
-    torch.manual_seed(0)
+    return make_two_task_model(tmp_path_factory.mktemp("model") / "world_model")
+
+
+def make_two_task_model(folder, seed=0):
+    """A world model whose reward is not zero, as a new one's would be."""
+    torch.manual_seed(seed)
     spec = WorldModelSpec(8, 2, 16, [16], [16], **SPEC)
     model = make_world_model(spec)
     torch.nn.init.normal_(model.reward.net[-1].weight)
-    folder = tmp_path_factory.mktemp("model") / "world_model"
     save_world_model(folder, model, spec, task_names=TASKS, observation_dims=(3, 8))
     return folder
 

@@ -16,7 +16,7 @@ from torchrl.modules import WorldModel as TorchRLWorldModel
 from training_cases import assert_equal, config, rows_of, run_with
 
 import pwm_torchrl
-from pwm_torchrl.envs import make_env
+from pwm_torchrl.envs import factory, make_env
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.run import load as load_module
 from pwm_torchrl.run.checkpoints import EARLIER_NETWORKS, METRIC, CheckpointFault, CheckpointStore, checkpoint_metadata
@@ -190,7 +190,7 @@ class TestRunsThatDoNotSayTheirRange:
         def missing(*args, **kwargs):
             raise MissingLibraryError("gymnasium is not installed")
 
-        monkeypatch.setattr(load_module, "make_env", missing)
+        monkeypatch.setattr(factory, "make_env", missing)
         env = GymEnv("Pendulum-v1")
         with pytest.raises(MissingLibraryError, match=r"load_policy\(run, env=\.\.\.\): gymnasium is not installed"):
             pwm_torchrl.load_policy(trained[1].run_dir)
@@ -238,10 +238,12 @@ class TestEvaluate:
         closed = []
 
         class Env:
+            is_closed = False
+
             def close(self):
                 closed.append(True)
 
-        monkeypatch.setattr("pwm_torchrl.run.load.make_env", lambda *args, **kwargs: Env())
+        monkeypatch.setattr(factory, "make_env", lambda *args, **kwargs: Env())
         with pytest.raises(ConfigurationError, match="not a TorchRL environment"):
             evaluate_run(trained[1].run_dir)
         assert closed == [True]
@@ -300,7 +302,7 @@ class TestRefused:
     def test_damaged_checkpoint(self, trained, tmp_path):
         run_dir = tmp_path / "copy"
         shutil.copytree(trained[1].run_dir, run_dir)
-        file = next(CheckpointStore(run_dir).latest().glob("components/*-actor/state/tensor_00000000.memmap"))
+        file = next(CheckpointStore(run_dir).latest().glob("components/*-actor/state.safetensors"))
         file.write_bytes(file.read_bytes()[:3])
         with pytest.raises(CheckpointFault, match=r"truncated or damaged"):
             pwm_torchrl.load_policy(run_dir, which="latest")
@@ -355,3 +357,23 @@ class TestEarlierVersion:
             train(trained[1].cfg, earlier, resume=True)
         assert "\n" not in str(caught.value)
         assert "can load the networks and evaluate" in str(caught.value)
+
+
+def test_another_default_precision_changes_nothing(trained, tmp_path):
+    """Of the program around: the networks are in float32, and an interrupted run goes on to the bit."""
+    expected = evaluate_run(trained[1].run_dir, episodes=2)["returns"]
+    cfg = trained[1].cfg
+    train(cfg, tmp_path / "straight")
+    torch.set_default_dtype(torch.float64)
+    try:
+        policy = pwm_torchrl.load_policy(trained[1].run_dir)
+        assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+        assert policy(torch.randn(5, 3)).shape == (5, 1)
+        env = pwm_torchrl.load_env(trained[1].run_dir, 2)
+        assert env.rollout(3, policy)["action"].dtype == torch.float32
+        assert evaluate_run(trained[1].run_dir, episodes=2)["returns"] == expected
+        train(cfg, tmp_path / "double")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rows_of(tmp_path / "double") == rows_of(tmp_path / "straight")

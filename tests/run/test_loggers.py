@@ -393,3 +393,54 @@ class TestProvenance:
         assert git_commit(copy) is None
         (copy / COMMIT_FILE).write_text(commit + "\n")
         assert git_commit(copy) == commit
+
+
+class TestVariablesOfWandb:
+    """What is not said in the configuration, W&B's own variables say."""
+
+    @pytest.mark.parametrize(
+        ("variables", "mode", "expected"),
+        [
+            ({}, "auto", "auto"),
+            ({"WANDB_MODE": "disabled"}, "auto", "disabled"),
+            ({"WANDB_MODE": "offline"}, "auto", "offline"),
+            ({"WANDB_MODE": "dryrun"}, "auto", "offline"),
+            ({"WANDB_MODE": "online"}, "auto", "online"),
+            ({"WANDB_DISABLED": "true"}, "auto", "disabled"),
+            ({"WANDB_DISABLED": "false"}, "auto", "auto"),
+            ({"WANDB_MODE": "disabled"}, "online", "online"),
+            ({"WANDB_DISABLED": "true"}, "offline", "offline"),
+        ],
+    )
+    def test_mode(self, variables, mode, expected, monkeypatch):
+        for name in ("WANDB_MODE", "WANDB_DISABLED"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert loggers.wandb_mode(LoggerConfig(kind="wandb", mode=mode)) == expected
+
+    @pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")])
+    def test_disabled_makes_no_logger(self, name, value, tmp_path, monkeypatch):
+        monkeypatch.setenv(name, value)
+        assert len(make_loggers(config(kind="wandb"), tmp_path, FACTS)) == 0
+        assert not list(tmp_path.iterdir())
+
+    def test_online_without_a_key_is_refused_by_its_name(self, monkeypatch, no_wandb_account):
+        pytest.importorskip("wandb")
+        monkeypatch.setenv("WANDB_MODE", "online")
+        with pytest.raises(ConfigurationError, match=r"WANDB_MODE=online needs a W&B key"):
+            require_logging(LoggerConfig(kind="wandb"))
+
+    @pytest.mark.parametrize("project", [None, "typed"])
+    def test_names(self, project, tmp_path, monkeypatch, no_wandb_account):
+        pytest.importorskip("wandb")
+        said = {"PROJECT": "theirs", "NAME": "my name", "RUN_GROUP": "group", "JOB_TYPE": "sweep", "TAGS": "a,b"}
+        for name, value in said.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        made = make_loggers(config(kind="wandb", project=project), tmp_path, FACTS)
+        try:
+            run = made.wandb.experiment
+            assert (run.project, run.name, run.group) == (project or "theirs", "my name", "group")
+            assert (run.job_type, list(run.tags)) == ("sweep", ["a", "b"])
+        finally:
+            made.close()

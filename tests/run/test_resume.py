@@ -38,8 +38,8 @@ def checkpoints(run_dir):
     return {saved.epoch: saved.path for saved in CheckpointStore(run_dir).countable()}
 
 
-def truncate(folder, name="tensor_00000000.memmap", component="model"):
-    file = next(folder.glob(f"components/*-{component}/state/{name}"))
+def truncate(folder, component="model"):
+    file = next(folder.glob(f"components/*-{component}/state.safetensors"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
@@ -327,7 +327,7 @@ class TestCheckpoints:
         elif damage == "replay":
             truncate(newest, component="replay")
         elif damage == "missing":
-            next(newest.glob("components/*-critic/state/tensor_00000001.memmap")).unlink()
+            next(newest.glob("components/*-critic/state.safetensors")).unlink()
         elif damage == "manifest":
             (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:200])
         else:
@@ -398,6 +398,6 @@ class TestCheckpoints:
         content = json.loads(manifest.read_text())
         content["metadata"]["schema_version"] = 999
         manifest.write_text(json.dumps(content))
-        message = r"has schema version 999; this release of pwm_torchrl reads version 3\."
+        message = r"has schema version 999; this release of pwm_torchrl reads version 4\."
         with pytest.raises(CheckpointFault, match=message):
             train(config(), tmp_path, resume=True)

@@ -9,7 +9,11 @@ An episode of L transitions consists of
 
 O and A are the task's own dimensions, without padding. In ``*.npz``, these are the arrays' names, or
 ``NAME/observation`` and so on for several episodes. In ``*.h5`` and ``*.hdf5``, they are datasets of the file, or of
-one group per episode.
+one group per episode. Groups that have none of them are notes and are passed over.
+
+Two layouts of other projects are read, too: D4RL's, whose ``observations``, ``actions``, ``rewards`` and ``terminals``
+(``timeouts``, ``next_observations``) hold all episodes one after the other (:func:`flat_episodes`), and that of
+Minari's ``main_data.hdf5``, a group per episode with ``terminations`` and ``truncations``.
 """
 
 from __future__ import annotations
@@ -39,8 +43,14 @@ SUFFIXES = (".npz", ".h5", ".hdf5")
 _NEEDED = ("observation", "action", "reward")
 _KNOWN = (*_NEEDED, "terminated", "task")
 
-#: Reads one of an episode's arrays.
-Get = Callable[[str], Any]
+#: Names in Minari's files.
+_MINARI = {"observations": "observation", "actions": "action", "rewards": "reward", "terminations": "terminated"}
+_FLAT = ("observations", "actions", "rewards", "terminals")
+
+#: Reads one of an episode's arrays, or a part of it.
+Get = Callable[..., Any]
+#: Episodes by label, each with its keys and a way to read one.
+Episodes = Mapping[str, tuple[set[str], Get]]
 
 
 class EpisodeFile:
@@ -100,8 +110,10 @@ class EpisodeFile:
                 except BadEpisodes as bad:
                     raise BadEpisodes(f"{_of(label)}{bad}") from bad
 
-    def _opened(self) -> contextlib.AbstractContextManager[Mapping[str, tuple[set[str], Get]]]:
-        return _npz(self.path) if self.path.suffix == ".npz" else _hdf5(self.path)
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Episodes]:
+        with _npz(self.path) if self.path.suffix == ".npz" else _hdf5(self.path) as found:
+            yield _recognised(found)
 
 
 def _of(label: str) -> str:
@@ -126,7 +138,16 @@ def _npz(path: Path) -> Iterator[Mapping[str, tuple[set[str], Get]]]:
 
 
 def _getter(container: Any, prefix: str) -> Get:
-    return lambda key: container[prefix + key]
+    kept: dict[str, Any] = {}  # of an archive, which would read the whole array for every part of it
+
+    def get(key: str, part: slice | None = None) -> Any:
+        if part is None:
+            return container[prefix + key]
+        if key not in kept:
+            kept[key] = container[prefix + key]
+        return kept[key][part]
+
+    return get
 
 
 @contextlib.contextmanager
@@ -142,13 +163,97 @@ def _hdf5(path: Path) -> Iterator[Mapping[str, tuple[set[str], Get]]]:
     with file:
         groups = {name: item for name, item in file.items() if isinstance(item, h5py.Group)}
         found = {name: (set(group), _dataset_getter(group)) for name, group in groups.items()}
-        if not groups:
-            found = {"": (set(file), _dataset_getter(file))}
-        yield found
+        yield {"": (set(file) - set(groups), _dataset_getter(file)), **found}
 
 
 def _dataset_getter(group: Any) -> Get:
-    return lambda key: group[key][()]
+    return lambda key, part=None: group[key][() if part is None else part]
+
+
+def _recognised(found: Episodes) -> Episodes:
+    """The episodes among the groups of a file, whichever layout they have, under our keys."""
+    episodes: dict[str, tuple[set[str], Get]] = {}
+    for label, (keys, get) in found.items():
+        if keys & set(_NEEDED):
+            episodes[label] = keys, get
+        elif keys >= set(_FLAT):
+            episodes.update(flat_episodes(label, keys, get))
+        elif keys >= {"observations", "actions", "rewards", "terminations"}:
+            episodes[label] = {ours for theirs, ours in _MINARI.items() if theirs in keys}, _minari_getter(get)
+    if found and not episodes:
+        seen = {f"{label}/{key}" if label else key for label, (keys, _) in found.items() for key in keys}
+        listed = ", ".join(sorted(seen)[:12]) or "nothing"
+        raise BadEpisodes(
+            f"has {listed}; needed are {', '.join(_NEEDED)} of each episode, or D4RL's {', '.join(_FLAT)}, or Minari's "
+            "observations, actions, rewards, terminations"
+        )
+    return episodes
+
+
+def _minari_getter(get: Get) -> Get:
+    theirs = {ours: name for name, ours in _MINARI.items()}
+
+    def read(key: str) -> Any:
+        values = np.asarray(get(theirs[key]))
+        return bool(values[-1:].any()) if key == "terminated" else values
+
+    return read
+
+
+def flat_episodes(label: str, keys: set[str], get: Get) -> Episodes:
+    """Episodes of D4RL's layout (https://github.com/Farama-Foundation/D4RL), in which they lie one after the other.
+
+    An episode ends with a step of ``terminals`` or ``timeouts``, and where ``next_observations`` are not the
+    observations that follow. Without ``next_observations`` the observation after an episode's last step is not in the
+    file: the step is left out then, and with it the termination.
+
+    Args:
+        label (str): of the group; an episode's label also has its steps.
+        keys (set of str): what the group has.
+        get (callable): reads it.
+
+    Raises:
+        BadEpisodes: if arrays have different lengths, or nothing says where episodes end by their length.
+    """
+    ends = np.asarray(get("terminals")).reshape(-1).astype(bool)
+    terminated, steps, whole = ends.copy(), len(ends), "next_observations" in keys
+    for key in (*_FLAT, *({"timeouts", "next_observations"} & keys)):
+        if len(get(key)) != steps:
+            raise BadEpisodes(f"{_of(label)}has {len(get(key))} {key} beside {steps} terminals")
+    if "timeouts" in keys:
+        ends |= np.asarray(get("timeouts")).reshape(-1).astype(bool)
+    elif not whole:
+        raise BadEpisodes(
+            f"{_of(label)}has neither timeouts nor next_observations, so that nothing says where an episode ends by "
+            "its length"
+        )
+    if whole:
+        after, following = np.asarray(get("next_observations"))[:-1], np.asarray(get("observations"))[1:]
+        ends[:-1] |= (after != following).reshape(steps - 1, -1).any(1)
+    ends[-1:] = True
+    found: dict[str, tuple[set[str], Get]] = {}
+    first = 0
+    for end in np.flatnonzero(ends) + 1:
+        last = int(end) if whole else int(end) - 1
+        if last > first:
+            part = _flat_getter(get, first, last, whole, bool(terminated[end - 1]) and whole)
+            found[f"{label}[{first}:{last}]"] = {*_NEEDED, "terminated"}, part
+        first = int(end)
+    return found
+
+
+def _flat_getter(get: Get, first: int, last: int, whole: bool, terminated: bool) -> Get:
+    def read(key: str) -> Any:
+        if key == "terminated":
+            return terminated
+        if key == "observation" and whole:
+            steps = get("observations", slice(first, last))
+            return np.concatenate([steps, get("next_observations", slice(last - 1, last))])
+        if key == "observation":
+            return get("observations", slice(first, last + 1))
+        return get(key + "s", slice(first, last))
+
+    return read
 
 
 def episode_rows(values: Mapping[str, Any], tasks: TaskSet, task: str | None = None) -> EpisodeRows:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.envs.factory import make_env, probe_env
+from pwm_torchrl.envs.factory import as_stated, make_env, probe_env
 from pwm_torchrl.envs.info import EnvInfo, env_info
 from pwm_torchrl.envs.makers import batch_dm_control, check_dm_control_task
 from pwm_torchrl.envs.rendering import import_mujoco_library
@@ -87,7 +87,7 @@ def probe_task_env(
     info = task_info(str(env_cfg["task"]))
     made = probe_env(_config(info, env_cfg.get("episode_length")), sizes, device=device)
     _check_dimensions(made, info)
-    return replace(made, name=str(env_cfg.get("name") or info.name))
+    return as_stated(replace(made, name=str(env_cfg.get("name") or info.name)), env_cfg)
 
 
 def _config(info: TaskInfo, episode_length: int | None) -> dict[str, Any]:

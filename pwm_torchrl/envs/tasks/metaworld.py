@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from pwm_torchrl.envs.batch import RawStep, SubEnv
-from pwm_torchrl.envs.dm_control import PhysicsState
-from pwm_torchrl.envs.env_state import load_attributes, load_random, save_attributes, save_random
+from pwm_torchrl.envs.env_state import PhysicsState, load_attributes, load_random, save_attributes, save_random
 from pwm_torchrl.envs.gym import PRESENTATION, instability_warnings
 from pwm_torchrl.errors import ConfigurationError
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,19 @@ def episode(task, length, seed=0, **more):
         "task": task,
         **more,
     }
+
+
+#: A set of one task, of 3 observation and 1 action dimensions.
+OBS, ACT = 3, 1
+ONE = task_set(["pendulum-swingup"])
+
+
+def ended(store):
+    """Which episodes ended by termination."""
+    last = store.slices(store.first_row + store.length - 1, 1)["next"]
+    if "terminated" not in last.keys():
+        return [False] * store.num_episodes
+    return last["terminated"].flatten().tolist()
 
 
 def check(store, number, given, task):
@@ -137,3 +151,85 @@ def test_several_sources_and_kinds_make_one_store(tmp_path):
     with pytest.raises(ConfigurationError, match="file of episodes"):
         import_episodes(store.path / "reward.f32", tmp_path / "other", tasks())
     assert torch.isfinite(store.observations(np.arange(store.num_rows))).all()
+
+
+class TestLayoutsOfOthers:
+    """D4RL's flat arrays and Minari's groups, in either kind of file."""
+
+    def write(self, file: Path, arrays: dict[str, np.ndarray]) -> None:
+        if file.suffix == ".npz":
+            np.savez(file, **arrays)
+            return
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(file, "w") as opened:
+            for name, value in arrays.items():
+                opened[name] = value
+
+    def flat(self, lengths: tuple[int, ...], terminal: tuple[bool, ...]) -> dict[str, np.ndarray]:
+        """Episodes whose observations count on, so that every row can be told."""
+        steps = sum(lengths)
+        last = np.cumsum(lengths) - 1
+        ends = np.zeros((2, steps), bool)
+        ends[0, last] = terminal
+        ends[1, last] = [not each for each in terminal]
+        begins = np.concatenate([100 * e + np.arange(n) for e, n in enumerate(lengths)]).astype(np.float32)
+        return {
+            "observations": np.repeat(begins[:, None], OBS, 1),
+            "next_observations": np.repeat(begins[:, None] + 1, OBS, 1),
+            "actions": np.full((steps, ACT), 0.5, np.float32),
+            "rewards": np.arange(steps, dtype=np.float32),
+            "terminals": ends[0],
+            "timeouts": ends[1],
+        }
+
+    @pytest.mark.parametrize("suffix", [".npz", ".h5"])
+    @pytest.mark.parametrize("without", [(), ("timeouts",), ("next_observations",)], ids=str)
+    def test_d4rl(self, tmp_path, suffix, without):
+        arrays = self.flat((3, 4, 2), (True, False, False))
+        for name in without:
+            del arrays[name]
+        arrays["metadata/algorithm"] = np.array(3)
+        arrays["infos/qpos"] = np.zeros((9, 5))
+        self.write(tmp_path / f"flat{suffix}", arrays)
+        store = import_episodes(tmp_path / f"flat{suffix}", tmp_path / "store", ONE)
+        whole = "next_observations" not in without
+        assert store.length.tolist() == ([3, 4, 2] if whole else [2, 3, 1])
+        rows = store.episode_rows(1)
+        first = 100 + np.arange(5 if whole else 4)
+        assert rows.observation[:, 0].tolist() == first.tolist()
+        assert rows.reward.tolist() == ([0, 3, 4, 5, 6] if whole else [0, 3, 4, 5])
+        assert ended(store) == [whole, False, False]
+
+    def test_d4rl_without_ends_is_refused(self, tmp_path):
+        arrays = self.flat((3, 4), (True, False))
+        del arrays["timeouts"], arrays["next_observations"]
+        self.write(tmp_path / "flat.npz", arrays)
+        with pytest.raises(ConfigurationError, match=r"neither timeouts nor next_observations"):
+            import_episodes(tmp_path / "flat.npz", tmp_path / "store", ONE)
+
+    def test_minaris_file(self, tmp_path):
+        arrays = {}
+        for number, terminated in enumerate((False, True)):
+            flags = np.array([False, False, terminated])
+            values = {
+                "observations": np.full((4, OBS), number, np.float32), "actions": np.zeros((3, ACT), np.float32),
+                "rewards": np.ones(3, np.float32), "terminations": flags, "truncations": ~flags,
+            }  # fmt: skip
+            arrays |= {f"episode_{number}/{key}": value for key, value in values.items()}
+        self.write(tmp_path / "main_data.hdf5", arrays)
+        store = import_episodes(tmp_path / "main_data.hdf5", tmp_path / "store", ONE)
+        assert store.length.tolist() == [3, 3]
+        assert ended(store) == [False, True]
+
+    def test_a_group_of_notes_condemns_nothing(self, tmp_path):
+        arrays = {
+            "first/observation": np.zeros((3, OBS)), "first/action": np.zeros((2, ACT)), "first/reward": np.zeros(2),
+            "notes/author": np.array(7),
+        }  # fmt: skip
+        self.write(tmp_path / "own.h5", arrays)
+        assert import_episodes(tmp_path / "own.h5", tmp_path / "store", ONE).num_episodes == 1
+
+    def test_another_layout_is_named(self, tmp_path):
+        self.write(tmp_path / "other.h5", {"data/demo_0/obs": np.zeros((3, OBS)), "mask": np.zeros(3)})
+        with pytest.raises(ConfigurationError, match=r"other\.h5: has data/demo_0, mask"):
+            import_episodes(tmp_path / "other.h5", tmp_path / "store", ONE)
