@@ -211,7 +211,6 @@ def check_disk(folder: Path, *, elsewhere: bool) -> list[Finding]:
 
 def check_wandb(config: Config) -> list[Finding]:
     """Whether Weights & Biases could log online."""
-
     mode = wandb_mode(config.logger)
     asked = config.logger.kind == "wandb" and mode != "disabled"
     if find_spec("wandb") is None:

@@ -117,7 +117,6 @@ def _check_devices(config: Config, place: str) -> None:
 def _check_data(config: Config, place: str) -> EnvInfo | None:
     """What a run begins with, stored episodes and the world model; facts of a run that learns from them."""
     if config.init_from is not None:
-
         check_warm_start(config)
     if config.mode == "online":
         return None
