@@ -32,8 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
-import learning_dmc  # noqa: E402
-
+from benchmarks import learning_dmc  # noqa: E402
 from pwm_torchrl.cli.complete import complete_config  # noqa: E402
 from pwm_torchrl.run.directory import differing_keys, load_config  # noqa: E402
 

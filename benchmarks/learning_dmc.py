@@ -8,8 +8,7 @@
 Only ``env.task`` and the seed differ between runs. A reading is the deterministic return of the policy at that step,
 over 20 episodes from starts that no earlier evaluation had. Every run is a directory below ``runs/learning/dmc``;
 finished ones are kept and unfinished ones resumed. One seed of every task comes before the second of any, and each
-finished run
-adds its readings to ``benchmarks/results/learning_dmc.csv``.
+finished run adds its readings to ``learning_dmc.csv`` there, or in ``benchmarks/results`` with ``--publish``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-CSV = RESULTS / "learning_dmc.csv"
+RUNS = ROOT / "runs" / "learning" / "dmc"
+CSV = "learning_dmc.csv"
 COLUMNS = ("task", "seed", "env_steps", "return", "return_std", "minutes", "finished", "overrides")
 
 #: Environment steps per epoch: 8 environments x 16 agent steps x action repeat 2.
@@ -71,11 +71,11 @@ class Reading:
         return [self.task, str(self.seed), str(self.env_steps), *numbers, self.finished, self.overrides]
 
 
-def recorded() -> list[Reading]:
-    """The lines of the CSV."""
-    if not CSV.exists():
+def recorded(folder: Path) -> list[Reading]:
+    """The lines of a folder's CSV."""
+    if not (folder / CSV).exists():
         return []
-    with CSV.open(encoding="utf-8", newline="") as file:
+    with (folder / CSV).open(encoding="utf-8", newline="") as file:
         return [
             Reading(
                 r["task"],
@@ -91,11 +91,11 @@ def recorded() -> list[Reading]:
         ]
 
 
-def record(readings: list[Reading]) -> None:
-    """Add lines to the CSV."""
-    new = not CSV.exists()
-    CSV.parent.mkdir(parents=True, exist_ok=True)
-    with CSV.open("a", encoding="utf-8", newline="") as file:
+def record(readings: list[Reading], folder: Path) -> None:
+    """Add lines to a folder's CSV."""
+    new = not (folder / CSV).exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / CSV).open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(COLUMNS)
@@ -138,18 +138,18 @@ def command(task: str, seed: int, steps: int, run_dir: Path, extra: list[str]) -
     ]
 
 
-def run_missing(tasks: list[str], seeds: int, steps: int, extra: list[str]) -> None:
-    """Run what the CSV lacks, one after the other; a failing run does not stop the others."""
+def run_missing(tasks: list[str], seeds: int, steps: int, extra: list[str], folder: Path) -> None:
+    """Run what the CSV in ``folder`` lacks, one after the other; a failing run does not stop the others."""
     overrides = " ".join(extra)
     due = [reading for reading in READINGS if reading <= steps]
     for seed in range(seeds):
         for task in tasks:
-            have = {r.env_steps for r in recorded() if (r.task, r.seed, r.overrides) == (task, seed, overrides)}
+            have = {r.env_steps for r in recorded(folder) if (r.task, r.seed, r.overrides) == (task, seed, overrides)}
             missing = [reading for reading in due if reading not in have]
             if not missing:
                 continue
             name = task if not extra else f"{task}_" + "_".join(extra).replace("/", "-")
-            run_dir = ROOT / "runs" / "learning" / "dmc" / f"{name}_{steps}" / f"seed{seed}"
+            run_dir = RUNS / f"{name}_{steps}" / f"seed{seed}"
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             print(f"{time.strftime('%H:%M:%S')}  {task} seed {seed}", flush=True)
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -161,7 +161,7 @@ def run_missing(tasks: list[str], seeds: int, steps: int, extra: list[str]) -> N
                 print(f"  failed, see {log.name}", flush=True)
                 continue
             found = [r for r in readings_of(run_dir, task, seed, overrides) if r.env_steps in missing]
-            record(found)
+            record(found, folder)
             for reading in found:
                 print(f"  {reading.env_steps}: {reading.value:.0f} after {reading.minutes:.0f} minutes", flush=True)
 
@@ -183,9 +183,9 @@ def interval(per_task: list[np.ndarray], draws: int = 2000) -> tuple[float, floa
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def table(overrides: str, hardware: str) -> str:
-    """The results as Markdown."""
-    mine = [r for r in recorded() if r.overrides == overrides]
+def table(overrides: str, hardware: str, folder: Path) -> str:
+    """The results in a folder as Markdown."""
+    mine = [r for r in recorded(folder) if r.overrides == overrides]
     lines = [
         "# DMControl online, one configuration" + (f", {overrides}" if overrides else ""),
         "",
@@ -235,11 +235,14 @@ def main(words: list[str], hardware: str) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=READINGS[-1], help="environment steps (default 200000)")
     parser.add_argument("--table", action="store_true", help="run nothing, rewrite the table")
+    parser.add_argument("--publish", action="store_true", help="continue table and CSV in benchmarks/results")
     parser.add_argument("overrides", nargs="*", help="more settings for every run, like algorithm.horizon=0")
     args = parser.parse_args(words)
+    out = RESULTS if args.publish else RUNS
     if not args.table:
-        run_missing(args.tasks, args.seeds, args.steps, args.overrides)
-    text = table(" ".join(args.overrides), hardware)
+        run_missing(args.tasks, args.seeds, args.steps, args.overrides, out)
+    text = table(" ".join(args.overrides), hardware, out)
     print("\n" + text)
     if not args.overrides:
-        (RESULTS / "learning_dmc.md").write_text(text, encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "learning_dmc.md").write_text(text, encoding="utf-8")

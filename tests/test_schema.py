@@ -35,7 +35,7 @@ WIDTHS = {"latent_dim": 16, "units": [8], "encoder_units": [8]}
     [
         (AlgorithmConfig, {"gamma": 1.5}, ["algorithm.gamma=1.5", "(0, 1]"]),
         (AlgorithmConfig, {"gamma": 0}, ["algorithm.gamma=0", "(0, 1]"]),
-        (AlgorithmConfig, {"horizon": 0}, ["algorithm.horizon=0", "at least 1"]),
+        (AlgorithmConfig, {"horizon": -1}, ["algorithm.horizon=-1", "at least 0"]),
         (AlgorithmConfig, {"model_lr": 0.0}, ["algorithm.model_lr=0.0", "above 0"]),
         (AlgorithmConfig, {"model_lr": math.nan}, ["algorithm.model_lr=nan", "not a number"]),
         (AlgorithmConfig, {"critic_lr": math.inf}, ["algorithm.critic_lr=inf", "finite"]),
@@ -89,9 +89,11 @@ def test_the_choices_are_the_librarys():
     assert choices["training.replay_storage"] == {"auto", *replay.STORAGES}
 
 
-#: Where a run deviates from the constructor: PWM's published choice, and what follows from the environment.
+#: Where a run deviates from the constructor: PWM's published choice, what only some algorithms use, and what follows
+#: from the environment.
 DEVIATES = {
     "normalize_returns",
+    "temperature",
     "compile",
     "kind",
     "checkpoint_substeps",

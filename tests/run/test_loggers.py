@@ -437,6 +437,7 @@ class TestVariablesOfWandb:
         said = {"PROJECT": "theirs", "NAME": "my name", "RUN_GROUP": "group", "JOB_TYPE": "sweep", "TAGS": "a,b"}
         for name, value in said.items():
             monkeypatch.setenv(f"WANDB_{name}", value)
+        loggers._teardown()  # W&B reads its variables once in the life of its service
         made = make_loggers(config(kind="wandb", project=project), tmp_path, FACTS)
         try:
             run = made.wandb.experiment
