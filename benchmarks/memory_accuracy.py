@@ -37,6 +37,7 @@ SHORT = [
     "algorithm.first_model_updates=2",
     "algorithm.model_updates=2",
     "algorithm.actor_updates=1",
+    "algorithm=pwm_paper",
     "algorithm.critic_passes=1",
 ]
 RECOMPUTE = "model.dynamics.checkpoint_substeps=true"

@@ -62,7 +62,7 @@ SETTINGS = (
     "training.replay_capacity=1280", "training.replay_storage=memory",  # full after 10 epochs
     "algorithm.random_steps=0", "algorithm.first_model_updates=4", "algorithm.model_updates=2",
     "algorithm.model_batch=16", "algorithm.actor_batch=16", "algorithm.actor_updates=1",
-    "algorithm.critic_passes=1", "algorithm.critic_minibatches=2",
+    "algorithm=pwm_paper", "algorithm.critic_passes=1", "algorithm.critic_minibatches=2",
     "training.video=false", "training.progress=false",
 )  # fmt: skip
 

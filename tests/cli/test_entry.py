@@ -50,7 +50,7 @@ ANSWERED = {
     "resume nowhere": 2,
 }
 #: Of those, the commands that take no settings, and need not even Hydra.
-PLAIN = ("evaluate", "data", "world_model", "resume", "status", "report")
+PLAIN = ("evaluate", "data", "world_model", "status", "report")
 
 
 def loaded_by(words: list[str], code: int) -> set[str]:
@@ -83,7 +83,7 @@ def runs(workdir: Path) -> Path:
     """A folder with a run that has finished."""
     run = workdir / "runs" / "one"
     run.mkdir(parents=True)
-    cfg = Config(env={"name": "pole", "_target_": "pole.make"})
+    cfg = Config(env={"name": "pole", "_target_": "pole.make", "num_envs": 1})
     cfg.model.name, cfg.size.name = "mlp", "tiny"
     cfg.size.latent_dim, cfg.size.units, cfg.size.encoder_units = 8, [8], [8]
     save_config(cfg, run)

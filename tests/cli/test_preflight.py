@@ -98,7 +98,7 @@ CASES = {
         None,
         "made a batch of [4] instead of training.eval_episodes=3",
     ),
-    "horizon": (["env.episode_length=null", "algorithm.horizon=300"], None, "algorithm.horizon=300 is longer than an"),
+    "slice": (["env.episode_length=null", "algorithm.slice_steps=300"], None, "algorithm.slice_steps=300 is longer"),
     "tensorboard": (["logger=tensorboard"], "tensorboard", "logger=tensorboard needs the tensorboard library"),
     "W&B": (["logger=wandb"], "wandb", "logger=wandb needs the wandb library"),
     "key of W&B": (["logger=wandb", "logger.mode=online"], None, "logger.mode=online needs a W&B key"),

@@ -93,7 +93,7 @@ def test_another_configuration_is_refused_with_its_keys():
     start("run", "model=mlp")
     before = Path("run/config.yaml").read_text()
     message = refusal("run_dir=run", "algorithm.horizon=8", "env.num_envs=4", "model=mlp")
-    assert "algorithm.horizon: 16 there, 8 asked for" in message
+    assert "algorithm.horizon: 3 there, 8 asked for" in message
     assert "env.num_envs: 8 there, 4 asked for" in message
     assert len(message.splitlines()) == 3
     assert Path("run/config.yaml").read_text() == before
@@ -113,7 +113,7 @@ def test_a_run_may_become_longer(status):
     assert prepare_run_dir(compose(["run_dir=run", "training.epochs=8"])).resume
     assert load_config("run").training.epochs == 8
     assert read_summary("run")["status"] == "stopped"  # for resume.py, should its job never begin
-    assert "algorithm.horizon: 16 there, 8 asked for" in refusal(
+    assert "algorithm.horizon: 3 there, 8 asked for" in refusal(
         "run_dir=run", "training.epochs=9", "algorithm.horizon=8"
     )
 

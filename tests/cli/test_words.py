@@ -126,7 +126,7 @@ def test_other_words_are_answered(word, parts):
 
 def test_words_that_work():
     config = compose(["++seed=3", "+env.g=9.0", "~experiment", "algorithm.collect_steps=${algorithm.horizon}"])
-    assert (config.seed, config.env["g"], config.algorithm.collect_steps) == (3, 9.0, 16)
+    assert (config.seed, config.env["g"], config.algorithm.collect_steps) == (3, 9.0, 3)
     assert "episode_length" not in compose(["~env.episode_length"]).env
 
 

@@ -28,7 +28,7 @@ WORDS = [
     *("env.num_envs=2", "env.episode_length=20", "size.units=[16]", "size.encoder_units=[16]", "size.latent_dim=16"),
     *("size.actor_units=[16]", "size.critic_units=[16]", "algorithm.horizon=4", "algorithm.random_steps=8"),
     *("algorithm.first_model_updates=2", "algorithm.model_updates=1", "algorithm.actor_updates=1"),
-    *("algorithm.critic_passes=1", "algorithm.model_batch=8", "algorithm.actor_batch=8"),
+    *("algorithm=pwm_paper", "algorithm.critic_passes=1", "algorithm.model_batch=8", "algorithm.actor_batch=8"),
     *("training.replay_capacity=2000", "training.eval_every=0", "training.eval_episodes=2", "training.video=false"),
     *("training.checkpoint_every=0", "training.progress=false", "training.threads=1"),
 ]

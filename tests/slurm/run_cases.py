@@ -112,6 +112,7 @@ SMALL = [
     "algorithm.model_batch=4",
     "algorithm.model_updates=1",
     "algorithm.first_model_updates=2",
+    "algorithm=pwm_paper",
     "algorithm.critic_passes=1",
     "algorithm.critic_minibatches=1",
     "algorithm.random_steps=0",
