@@ -196,9 +196,9 @@ class Observed(nn.Module):
     def forward(self, state: Tensor) -> Any:
         return self.network(self.simulator.observe(state))
 
-    def value(self, state: Tensor) -> Tensor:
+    def value(self, state: Tensor, action: Tensor | None = None) -> Tensor:
         """Smallest of the critics' values."""
-        smallest: Tensor = self.network.value(self.simulator.observe(state))
+        smallest: Tensor = self.network.value(self.simulator.observe(state), action)
         return smallest
 
 

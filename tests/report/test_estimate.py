@@ -76,18 +76,18 @@ def test_parameters_are_those_of_the_published_sizes(facts):
 
 
 def test_operations_grow_with_what_is_computed(facts):
-    base = config("model=mlp")
+    base, flow = (config(f"model={name}", "algorithm=pwm_paper") for name in ("mlp", "flow_v2"))
 
-    def of(**changes):
-        return operations(replace(base, algorithm=replace(base.algorithm, **changes)), facts)
+    def of(cfg=base, **changes):
+        return operations(replace(cfg, algorithm=replace(cfg.algorithm, **changes)), facts)
 
     assert isinstance(base.algorithm, AlgorithmConfig)
-    only_model = of(actor_updates=0)
-    assert of(actor_updates=0, model_updates=2 * base.algorithm.model_updates) == pytest.approx(2 * only_model)
-    assert of(actor_updates=2) - only_model == pytest.approx(2 * (of(actor_updates=1) - only_model))
-    flow = config("model=flow_v2")
-    flow = replace(flow, algorithm=replace(flow.algorithm, actor_updates=0))
-    assert 3 < operations(flow, facts) / only_model < 7  # seven evaluations of the dynamics for one, beside the reward
+    only_model = 2 * of(actor_updates=1) - of(actor_updates=2)
+    twice = {"model_updates": 2 * base.algorithm.model_updates}
+    assert 2 * of(actor_updates=1, **twice) - of(actor_updates=2, **twice) == pytest.approx(2 * only_model)
+    assert of(actor_updates=3) - only_model == pytest.approx(3 * (of(actor_updates=1) - only_model))
+    # Seven evaluations of the dynamics for one, beside the reward.
+    assert 3 < (2 * of(flow, actor_updates=1) - of(flow, actor_updates=2)) / only_model < 7
 
 
 def test_without_earlier_runs_arithmetic_is_a_lower_bound(tmp_path, facts):

@@ -83,7 +83,7 @@ class TestWhere:
             (["algorithm.horizn=8"], ["nearest: algorithm.horizon"]),
             (["env.idd=x"], ["nearest: env.id"]),
             (["model=flow_v3"], ["model=flow_v3", "flow_v2, mlp, residual", "nearest: flow_v2"]),
-            (["algorithm=pwm"], ["algorithm is a section", "algorithm.horizon"]),
+            (["algorithm=pwm"], ["algorithm is a section", "algorithm.name"]),
             (["model"], ["--where model", "KEY=VALUE"]),
             (["=mlp"], ["KEY=VALUE"]),
             (["model="], ["KEY=VALUE"]),
@@ -98,7 +98,7 @@ class TestWhere:
     def test_a_run_without_a_configuration_has_what_its_summary_says(self, runs):
         runs[0].config = None
         assert chosen(runs, "model=mlp") == ["a", "b"]
-        assert chosen(runs, "algorithm.horizon=16") == ["c", "d"]
+        assert chosen(runs, "algorithm.horizon=3") == ["c", "d"]
 
 
 class TestNewest:
@@ -139,7 +139,7 @@ class TestAdvice:
         assert names(left) == ["good", "pendulum_residual_0"]
 
     def test_the_settings_that_leave_most_to_compare(self):
-        """One seed has both models with the horizon 8, two have them with 16."""
+        """One seed has both models with the horizon 8, two have them with 3."""
         runs = [report(f"model={m}", f"seed={s}", name=f"{m}{s}") for m in ("mlp", "residual") for s in (0, 1)]
         runs += [report(f"model={m}", "algorithm.horizon=8", name=f"{m}8") for m in ("mlp", "residual")]
         text, left = advised(runs)
@@ -169,7 +169,7 @@ class TestAdvice:
         with pytest.raises(ConfigurationError, match=r"differ in algorithm\.horizon .*--allow-differences"):
             pair_or_advise(runs, "model", None, False)
         assert pair_or_advise(runs, "model", None, True).notes == [
-            "runs also differ in algorithm.horizon (16 in a, 8 in b)"
+            "runs also differ in algorithm.horizon (3 in a, 8 in b)"
         ]
 
     @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_one_row_per_group():
          "1: memory", "2 min 00 s", "3 GiB", "-"]
     ]  # fmt: skip
     runs.append(report("seed=0", "training.epochs=40", "algorithm.horizon=8"))
-    assert [row[-1] for row in group_table(group_runs(runs)).rows] == ["algorithm.horizon=8", "algorithm.horizon=16"]
+    assert [row[-1] for row in group_table(group_runs(runs)).rows] == ["algorithm.horizon=3", "algorithm.horizon=8"]
 
 
 def test_numbers_behind_the_cells():

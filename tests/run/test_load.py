@@ -95,10 +95,10 @@ class TestPolicy:
 
     def test_best_is_the_one_that_was_evaluated_best(self, trained):
         summary, run = trained
-        first, seed = (evaluation_env_seed(run.cfg.seed, epoch, 3) for epoch in (2, 4))  # each from its own starts
-        best = [evaluate_run(run.run_dir, episodes=3, seed=each)["return_mean"] for each in (first, seed)]
+        seeds = [evaluation_env_seed(run.cfg.seed, epoch, 3) for epoch in (2, 4, 6)]  # each from its own starts
+        best = [evaluate_run(run.run_dir, episodes=3, seed=each)["return_mean"] for each in seeds]
         assert pytest.approx(summary["peak_return"]) in best
-        result = evaluate_run(run.run_dir, episodes=3, seed=seed, which="latest")
+        result = evaluate_run(run.run_dir, episodes=3, seed=seeds[-1], which="latest")
         assert result["return_mean"] == pytest.approx(summary["final_return"])
         assert result["return_std"] == pytest.approx(summary["final_return_std"])
 
@@ -184,7 +184,10 @@ class TestRunsThatDoNotSayTheirRange:
 
     def test_it_is_read_from_their_environment(self, trained):
         policy = pwm_torchrl.load_policy(trained[1].run_dir)
-        assert 1 < policy(100 * torch.randn(1000, 3)).abs().max() <= 2
+        observation = torch.randn(1000, 3)
+        networks = load_networks(trained[1].run_dir)[1]
+        within_one = networks.actor(networks.model.encode(observation))[0].tanh()
+        torch.testing.assert_close(policy(observation), 2 * within_one)  # the pendulum's torque is in [-2, 2]
 
     def test_whose_library_has_to_be_there_unless_an_environment_is_given(self, trained, monkeypatch):
         def missing(*args, **kwargs):
@@ -348,7 +351,7 @@ class TestEarlierVersion:
                 assert_equal(dict(networks.items())[name].state_dict(), network.state_dict())
 
     def test_its_policy_is_evaluated(self, trained, earlier):
-        seed = evaluation_env_seed(trained[1].cfg.seed, 4, 3)
+        seed = evaluation_env_seed(trained[1].cfg.seed, 6, 3)
         result = evaluate_run(earlier, episodes=3, seed=seed)
         assert result["return_mean"] == pytest.approx(trained[0]["final_return"])
 
