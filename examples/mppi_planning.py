@@ -26,7 +26,7 @@ from torchrl.data import Bounded
 from pwm_torchrl.algorithm.build import Networks
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.envs import LatentImaginationEnv, PolicySeededMPPI, env_info, make_env
-from pwm_torchrl.modules import actor_module, encoder_module, policy_module, value_module
+from pwm_torchrl.modules import action_value_module, actor_module, encoder_module, policy_module
 from pwm_torchrl.run.collector import fresh_env_seed
 from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.run.load import load_networks
@@ -36,11 +36,12 @@ from pwm_torchrl.training import train
 
 def make_planner(networks: Networks, options: argparse.Namespace) -> PolicySeededMPPI:
     """The planner of a run's networks; acts on latents."""
-    spec = Bounded(-1.0, 1.0, (networks.actor.action_dim,))
+    policy = actor_module(networks.actor, action_spec=Bounded(-1.0, 1.0, (networks.actor.action_dim,)))
+    critics = action_value_module(networks.critic, action_value="state_value")
     return PolicySeededMPPI(
         LatentImaginationEnv(networks.model),
-        actor_module(networks.actor, action_spec=spec),
-        value_module(networks.critic),
+        policy,
+        TensorDictSequential(policy, critics),  # V(z) as Q(z, a) of the policy's action
         planning_horizon=options.horizon,
         num_candidates=options.candidates,
         num_policy_candidates=max(1, options.candidates // 16),

@@ -25,10 +25,10 @@ from torchrl.modules import ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
+from pwm_torchrl.choices import sizes
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.envs import LatentImaginationEnv, env_info, make_env
 from pwm_torchrl.modules import (
-    SIZES,
     Actor,
     CriticEnsemble,
     WorldModel,
@@ -51,7 +51,7 @@ PPO_PASSES, PPO_BATCH, MAX_KL = 6, 1024, 0.03
 
 def make_model(env: EnvBase) -> WorldModel:
     """A small world model with the residual dynamics."""
-    info, size = env_info(env), SIZES["tiny"]
+    info, size = env_info(env), sizes()["tiny"]
     return make_world_model(
         WorldModelSpec(
             info.observation_dim,
@@ -66,7 +66,7 @@ def make_model(env: EnvBase) -> WorldModel:
 
 def make_ppo(latent_dim: int, action_spec) -> tuple[ProbabilisticActor, ClipPPOLoss, GAE]:
     """Policy, and PPO's loss and advantages, on latents."""
-    size = SIZES["tiny"]
+    size = sizes()["tiny"]
     network = Actor(latent_dim, action_spec.shape[-1], size.actor_units, log_std_init=0.0, log_std_min=-1.0)
     with torch.no_grad():
         network.net[-1].weight.mul_(0.01)  # the first actions are noise around 0, from where PPO can go anywhere

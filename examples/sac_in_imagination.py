@@ -25,9 +25,10 @@ from torchrl.envs import EnvBase
 from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 
+from pwm_torchrl.choices import sizes
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.envs import LatentImaginationEnv, env_info, make_env
-from pwm_torchrl.modules import SIZES, WorldModel, WorldModelSpec, encoder_module, make_world_model
+from pwm_torchrl.modules import WorldModel, WorldModelSpec, encoder_module, make_world_model
 from pwm_torchrl.objectives import PWMModelLoss
 from pwm_torchrl.run.collector import ResumableCollector, evaluation_env_seed, seed_everything, training_env_seed
 from pwm_torchrl.run.evaluation import play
@@ -42,7 +43,7 @@ SAC_UPDATES, SAC_BATCH, REAL_SHARE = 48, 256, 0.5
 
 def make_model(env: EnvBase) -> WorldModel:
     """A small world model with the residual dynamics."""
-    info, size = env_info(env), SIZES["tiny"]
+    info, size = env_info(env), sizes()["tiny"]
     return make_world_model(
         WorldModelSpec(
             info.observation_dim,

@@ -8,7 +8,6 @@ import pytest
 
 from pwm_torchrl.cluster.restarts import apply_plan, next_plan, read_plan
 from pwm_torchrl.config import Config
-from pwm_torchrl.errors import ConfigurationError
 
 CHOICES = {
     "model_micro_batch": None,
@@ -81,7 +80,6 @@ class TestAtTheCeiling:
     def test_without_a_plan_there_is_nothing_to_change(self, tmp_path):
         assert next_plan(tmp_path, config(), 8000) is None
 
-    def test_a_damaged_plan_is_told(self, tmp_path):
+    def test_with_a_damaged_plan_neither(self, tmp_path):
         (tmp_path / "memory_plan.json").write_text("{}")
-        with pytest.raises(ConfigurationError, match=r"memory_plan\.json does not hold a memory plan"):
-            next_plan(tmp_path, config(), 8000)
+        assert next_plan(tmp_path, config(), 8000) is None
