@@ -207,7 +207,7 @@ class _ResidualEndpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor, logits: Tensor, size: int) -> Tensor:
         # The floor keeps every sum above 0: the largest exponential of a group is 1.
-        e = _exponentials(logits, size).mul_(latent.clamp_min(EPSILON).view(-1, size))
+        e = _exponentials(logits, size).mul_(latent.clamp_min(EPSILON).reshape(-1, size))
         y = e.div_(e.sum(-1, keepdim=True)).view(logits.shape)
         ctx.size = size
         ctx.save_for_backward(latent, y)

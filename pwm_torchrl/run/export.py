@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from pwm_torchrl import envs, modules
-from pwm_torchrl.algorithm.build import Facts, Networks, build_networks
+from pwm_torchrl.algorithm.base import find_algorithm
+from pwm_torchrl.algorithm.build import Facts, Networks
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.modules import announce_world_model, world_model_facts
@@ -107,7 +108,7 @@ def read_export(folder: Path) -> tuple[Config, Networks, Facts, int]:
     cfg = load_config(folder)
     if cfg.mode == "extract":
         cfg.world_model = str(folder / WORLD_MODEL)
-    networks = build_networks(cfg, facts)
+    networks = find_algorithm(cfg.algorithm.name).build_networks(cfg, facts)
     for name, network in networks.items():
         file = folder / f"{name}.safetensors"
         if not file.is_file():

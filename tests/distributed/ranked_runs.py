@@ -37,7 +37,6 @@ from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
 from pwm_torchrl.run import replica
 from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 from pwm_torchrl.run.stored_episodes import StoredSamples
-from pwm_torchrl.run.train import train
 
 train_command = partial(run_command, "train")
 
@@ -217,6 +216,8 @@ def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
         if case.by_command:
             return train_command([*COMMAND, f"run_dir={folder}"])
         torch.set_default_dtype(torch.float64)
+        # As the function is inside, which makes runs independent of that default.
+        patch.setattr(run_module, "train", run_module.train.__wrapped__)  # type: ignore[attr-defined]
         torch.set_num_threads(1)
         cfg = config({**FEW, **case.changes}, env=ENV)
         if case.stored:
@@ -234,7 +235,7 @@ def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
                 with stop_on_signals(
                     stop, 0.0, ignore_afterwards=True
                 ):  # this process takes no steps, so it has no deadline
-                    ends.append(train(cfg, folder, stop=stop))
+                    ends.append(run_module.train(cfg, folder, stop=stop))
             folder.with_name(f"{folder.name}_rank{rank}.json").write_text(json.dumps(ends))
             return 0
         os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[0]

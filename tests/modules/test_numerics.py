@@ -213,3 +213,19 @@ class TestPrecision:
         assert_same(
             results(layer.ours, layer.inputs()), results(numerics.plain_linear_norm_mish, layer.inputs()), 1e-2, 1e-2
         )
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 2)])
+def test_inputs_need_not_be_contiguous(dims):
+    """Flow matching interpolates time-major latents that are transposed."""
+    torch.manual_seed(0)
+    latent, logits = (torch.randn(4, 8, 8).softmax(-1).transpose(*dims).requires_grad_() for _ in range(2))
+    for ours, plain in (
+        (numerics.residual_endpoint(latent, logits, 8), numerics.plain_residual_endpoint(latent, logits, 8)),
+        (numerics.group_softmax(logits, 8), numerics.plain_group_softmax(logits, 8)),
+        (numerics.mish(logits), numerics.plain_mish(logits)),
+    ):
+        torch.testing.assert_close(ours, plain)
+        weight = torch.randn_like(ours)
+        found, expected = (torch.autograd.grad((y * weight).sum(), logits) for y in (ours, plain))
+        torch.testing.assert_close(found, expected)
