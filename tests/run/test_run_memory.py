@@ -79,7 +79,7 @@ class TestGuard:
         short = submit("memory.host_gib=0.05")
         assert short.returncode == 75
         assert "error: Stopped with a checkpoint after epoch 1: memory that cannot be reclaimed reached" in short.stderr
-        assert "of the budget, 47.7 MiB" in short.stderr
+        assert "of the budget, 51.2 MiB" in short.stderr
         assert "to resume with more memory (or a larger memory.host_gib, if that is the limit): python" in short.stderr
         assert "Traceback" not in short.stdout + short.stderr
         assert summary_of(tmp_path / "run")["status"] == "memory"
