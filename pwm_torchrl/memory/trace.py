@@ -322,7 +322,8 @@ class _Updates:
     def model(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
         # Batch-major, as the replay returns it; the loss reads it time-major.
-        slices: Slices = self.losses.model.read(self._slices(batch, horizon))
+        sampled = self._slices(batch, horizon)  # stays beside what the loss reads of it, as in a run
+        slices: Slices = self.losses.model.read(sampled)
         data = self.counter.live - before
         if size < batch:
             self._accumulate("model")
