@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # sub-folders of tests import the helpers here too
+from run_cases import Place
 from throwaway import Cluster, reason_to_skip, running_cluster
 
 _FOLDER = Path(__file__).parent
@@ -63,3 +64,13 @@ def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.env[name])
     return cluster
+
+
+@pytest.fixture
+def place(on_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A folder of a user's own with code and runs, from which this process submits; their module is forgotten after."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("pole", None)
+    yield Place(tmp_path, on_cluster)
+    sys.modules.pop("pole", None)

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from functools import partial
 
 import pytest
-from run_cases import Place, events, last_epoch, metrics, summary
+from run_cases import events, last_epoch, metrics, summary
 
 from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.errors import ConfigurationError
@@ -16,12 +16,6 @@ from pwm_torchrl.training import train
 
 resume = partial(run_command, "resume")
 status = partial(run_command, "status")
-
-
-@pytest.fixture
-def place(on_cluster, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, on_cluster)
 
 
 def undisturbed(run_dir, tmp_path):

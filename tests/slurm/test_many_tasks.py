@@ -7,7 +7,7 @@ import re
 from functools import partial
 
 import pytest
-from run_cases import Place, summary
+from run_cases import summary
 from stored_cases import write_store
 
 from pwm_torchrl.cli.entry import run_command
@@ -27,12 +27,6 @@ SMALL = (
     *("cluster.time_min=5", "device=cpu"),
     *(f"pretraining.{word}" for word in (*FIRST, "algorithm.first_model_updates=2", "training.eval_every=1")),
 )
-
-
-@pytest.fixture
-def place(on_cluster, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, on_cluster)
 
 
 @pytest.fixture

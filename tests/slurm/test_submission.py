@@ -7,19 +7,13 @@ import re
 from functools import partial
 
 import pytest
-from run_cases import SMALL, Place, events, last_row, summary
+from run_cases import SMALL, events, last_row, summary
 
 from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.training import train
 
 main = partial(run_command, "submit")
-
-
-@pytest.fixture
-def place(on_cluster, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, on_cluster)
 
 
 def test_submit_and_result(place, capsys):
