@@ -190,17 +190,17 @@ def rollout_errors(
         task (Tensor, optional): index ``[B]``, for multi-task models.
 
     Returns:
-        tuple: squared error of the latent and of the raw reward, each ``[H]``.
+        tuple: squared error of the latent and of the reward, each ``[H]``.
     """
     tasks = () if task is None else (task,)
     target = model.encode(next_observation, *tasks)
     z = model.encode(observation, *tasks)
     latent_error, reward_error = [], []
-    raw = getattr(model.reward, "codec", None)
+    codec = getattr(model.reward, "codec", None)  # a two-hot head may decode to symlog rewards, for the policy alone
     for t in range(len(action)):
         z, logits, _ = model.predict(z, action[t], *tasks)
-        predicted = logits if raw is None else raw.decode(logits)
         latent_error.append((z - target[t]).square().mean())
+        predicted = model.reward.decode(logits) if codec is None else codec.decode(logits)
         reward_error.append((predicted - reward[t]).square().mean())
     return torch.stack(latent_error), torch.stack(reward_error)
 

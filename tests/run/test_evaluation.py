@@ -147,13 +147,24 @@ class TestRandomAction:
         assert -1500 < play(env, random_action(env), seed=1).returns.mean() < -900
 
 
+class Head(nn.Module):
+    """A reward head in units of ``scale``."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def decode(self, logits):
+        return logits * self.scale
+
+
 class Perfect(nn.Module):
     """The true model of :func:`drift`; observations are latents. ``bias`` spoils it."""
 
     def __init__(self, bias: float = 0.0, after: int = 0) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.tensor(bias))
-        self.reward = nn.Identity()
+        self.reward = Head()
 
     def encode(self, observation):
         return observation
@@ -222,6 +233,20 @@ class TestOpenLoopErrors:
 
         errors = open_loop_errors(Scaled(), drift(12, 3), 5, torch.tensor([0.1]))
         assert errors["reward_nmse"] < 1e-10
+
+    def test_a_head_in_units_of_its_own(self):
+        """Rewards are compared in the environment's unit, whatever the unit of the head."""
+
+        class InUnits(Perfect):
+            def predict(self, latent, action):
+                z, r, end = super().predict(latent, action)
+                return z, r / 0.02, end
+
+        model = InUnits(0.5)
+        model.reward = Head(0.02)
+        episodes = drift(12, 3)
+        plain, other = open_loop_errors(Perfect(0.5), episodes, 5), open_loop_errors(model, episodes, 5)
+        assert other == pytest.approx(plain, rel=1e-4)
 
     @pytest.mark.parametrize("changes", [{}, {"model.reward_head": "two_hot"}, {"model.termination_head": True}])
     def test_on_a_real_model(self, changes):
