@@ -186,6 +186,8 @@ class DynamicsConfig(Section):
     condition_on_step_size: bool = False  # feed the step size (needed by self-consistency)
     checkpoint_substeps: Optional[bool] = None  # recompute substeps in the backward pass: less memory, same gradients;
     # None: the memory plan decides
+    imagination_substeps: Optional[int] = setting(None, least=1)  # Euler substeps of the few-step map that imagination
+    # and acting use (flow only); None: the solver's
 
 
 @dataclass
@@ -206,6 +208,8 @@ class ModelLossConfig(Section):
     flow_matching_weight: float = setting(0.0, least=0)  # lambda_fm
     flow_matching_source: str = one_of("teacher", "detached", "attached")  # where z_s comes from
     self_consistency_weight: float = setting(0.0, least=0)  # lambda_sc
+    few_step_weight: float = setting(1.0, least=0)  # of the rollout of the few-step map, beside the solver's
+    few_step_rollout: bool = False  # roll out the few-step map alone; flow matching trains the solver's field
 
 
 @dataclass

@@ -359,5 +359,10 @@ def pays_to_compile(cfg: Config) -> bool:
         return False
     d, updates = cfg.model.dynamics, updates_of(cfg)
     evaluations = 1 if d.kind != "flow" else d.substeps * (2 if d.solver == "heun" else 1)
-    steps = sum(updates[name].per_epoch * updates[name].steps for name in ("model", "actor") if name in updates)
-    return cfg.device in ("auto", "cpu") and cfg.training.epochs * steps * evaluations >= COMPILE_FROM
+    few = d.imagination_substeps
+    each = {
+        "model": 1 + few if few and cfg.model.loss.few_step_rollout else evaluations,
+        "actor": few if few else evaluations,
+    }
+    made = sum(updates[name].per_epoch * updates[name].steps * each[name] for name in each if name in updates)
+    return cfg.device in ("auto", "cpu") and cfg.training.epochs * made >= COMPILE_FROM

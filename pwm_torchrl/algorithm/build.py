@@ -227,6 +227,8 @@ def build_model_loss(cfg: Config, world_model: WorldModel) -> PWMModelLoss:
         flow_matching_weight=terms.flow_matching_weight,
         flow_matching_source=terms.flow_matching_source,
         self_consistency_weight=terms.self_consistency_weight,
+        few_step_weight=terms.few_step_weight,
+        few_step_rollout=terms.few_step_rollout,
         compile=compiles(cfg),
         precision=cfg.training.precision,
     )

@@ -568,6 +568,8 @@ def _label_honestly(config: Config, typed: dict[str, Any]) -> None:
             config.model.name = _SYSTEMS.get(system, f"flow_{system}")
             if dynamics.parameterization != "residual_endpoint":
                 config.model.name += f"_{dynamics.parameterization}"
+            if dynamics.imagination_substeps is not None:
+                config.model.name += f"_few{dynamics.imagination_substeps}"
         elif "model.dynamics.kind" in keys:
             config.model.name = dynamics.kind.rpartition(".")[2]
     widths = (

@@ -157,6 +157,11 @@ def _check_combinations(config: Config) -> None:
             f"model.loss.self_consistency_weight={model.loss.self_consistency_weight} needs "
             "model.dynamics.condition_on_step_size=true"
         )
+    if model.loss.few_step_rollout and not (model.dynamics.imagination_substeps and model.loss.flow_matching_weight):
+        raise ConfigurationError(
+            "model.loss.few_step_rollout=true needs model.dynamics.imagination_substeps, the map that is rolled out, "
+            "and model.loss.flow_matching_weight above 0, which trains the solver's field"
+        )
     if algorithm.name != "pwm" and algorithm.horizon < 1:
         raise ConfigurationError(
             f"algorithm.horizon={algorithm.horizon} is too small; it must be at least 1 with algorithm={algorithm.name}"

@@ -271,6 +271,7 @@ RULES = (
                 "time_features",
                 "condition_on_step_size",
                 "checkpoint_substeps",
+                "imagination_substeps",
             )
         ),
         _KIND,
@@ -279,13 +280,16 @@ RULES = (
     Rule(
         ("model.dynamics.condition_on_start", "model.dynamics.time_features"), _FORM, ("residual_endpoint", "tangent")
     ),
-    Rule(("model.dynamics.condition_on_step_size",), _FORM, ("residual_endpoint",)),
+    Rule(
+        ("model.dynamics.condition_on_step_size", "model.dynamics.imagination_substeps"), _FORM, ("residual_endpoint",)
+    ),
     Rule(
         ("model.loss.flow_matching_weight", "model.loss.flow_matching_source", "model.loss.self_consistency_weight"),
         _KIND,
         ("flow",),
     ),
     Rule(("model.loss.self_consistency_weight",), _FORM, ("residual_endpoint",)),
+    Rule(("model.loss.few_step_weight", "model.loss.few_step_rollout"), "model.dynamics.imagination_substeps", ANY),
     Rule(("model.loss.flow_matching_source",), "model.loss.flow_matching_weight, model.loss.self_consistency_weight"),
     Rule(("model.num_bins", "model.vmin", "model.vmax", "model.reward_space"), "model.reward_head", ("two_hot",)),
     Rule(

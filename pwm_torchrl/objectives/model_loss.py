@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ class SliceLossWeights:
     flow_matching: float = 0.0
     flow_matching_source: str = "teacher"
     self_consistency: float = 0.0
+    few_step: float = 1.0
+    few_step_rollout: bool = False
 
 
 class SliceLosses(NamedTuple):
@@ -78,6 +81,7 @@ class SliceLosses(NamedTuple):
     termination: Tensor
     flow_matching: Tensor
     self_consistency: Tensor
+    few_step: Tensor
 
 
 class FlowNoise(NamedTuple):
@@ -110,7 +114,7 @@ def loss_weights(
     rho: float | None = None,
     dynamics: float | None = None,
     reward: float | None = None,
-    **rest: float | str,
+    **rest: float | str | bool,
 ) -> SliceLossWeights:
     """Coefficients of PWM's form (γ^t, 1, 1) or TD-MPC2's (ρ^t with ρ = 0.5, 20, 0.1), each overridable.
 
@@ -143,6 +147,10 @@ def slice_losses(
     PWM's L_rew = mean_{t,b} w_t ℓ(r̂_t, r_t) divides the reward term by H a second time; TD-MPC2's is
     Σ_t w_t mean_b ℓ(r̂_t, r_t). With ``weights.one_step``, every later observation is encoded with gradient, too, and
     the same terms of one step from there, with equal weights, are added.
+
+    A flow with a few-step map for imagination learns both of its maps: Σ_t w_t MSE(z^f_{t+1}, sg h(o_{t+1})) of the
+    few-step map's rollout is added with ``weights.few_step``; or, with ``weights.few_step_rollout``, that map alone is
+    rolled out, and flow matching trains the solver's field.
 
     Args:
         model (WorldModel): what is trained.
@@ -186,12 +194,21 @@ def slice_losses(
                 target = model.encode(slices.next_observation, task)
         start = model.encode(slices.observation, task)
     action, embedding = model.mask_action(slices.action, task), model.embed(task)
-    latents = [start]
-    for t in range(horizon):
-        latents.append(model.dynamics(latents[-1], action[t], embedding))
+
+    def rolled_out(step: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> list[Tensor]:
+        latents = [start]
+        for t in range(horizon):
+            latents.append(step(latents[-1], action[t], embedding))
+        return latents
+
+    latents = rolled_out(model.dynamics.imagine if weights.few_step_rollout else model.dynamics)
     latent = torch.stack(latents[1:])
 
     zero = latent.new_zeros(())
+    few_step = zero
+    if model.dynamics.few_step and weights.few_step and not weights.few_step_rollout:
+        imagined = torch.stack(rolled_out(model.dynamics.imagine)[1:])
+        few_step = reduced(by_step * mse(imagined, target)) * weights.dynamics * weights.few_step
     dynamics = reduced(by_step * mse(latent, target)) * weights.dynamics * weights.rollout
     # The heads see all steps at once: nothing that follows depends on them.
     logits = model.reward(torch.stack(latents[:-1]), action, embedding)
@@ -202,7 +219,7 @@ def slice_losses(
         error = model.termination.loss(model.termination(latent, embedding), slices.terminated)
         termination = reduced(by_entry * error) * weights.termination
     if weights.one_step and horizon > 1:
-        z, logit, end = model.predict(starts, slices.action[1:], task)
+        z, logit, end = model.predict(starts, slices.action[1:], task, imagined=weights.few_step_rollout)
         once = torch.zeros_like(by_step)
         once[1:] = valid[1:] / per_step[1:].clamp_min(1) / horizon * weights.one_step
 
@@ -239,7 +256,7 @@ def slice_losses(
                 )
             error = flow.self_consistency_error(source, target, action, noise.half_step, noise.half_step_tau, embedding)
             consistency = reduced(by_step * error) * weights.self_consistency
-    return SliceLosses(dynamics, reward * weights.reward, termination, matching, consistency)
+    return SliceLosses(dynamics, reward * weights.reward, termination, matching, consistency, few_step)
 
 
 # World-model loss over TensorDicts ------------------------------------------------------------------------------------
@@ -274,6 +291,9 @@ class PWMModelLoss(PWMLoss):
         flow_matching_source (str): where the flow starts: ``"teacher"`` (encodings), or the rollout latent
             ``"detached"`` or ``"attached"``. Defaults to ``"teacher"``.
         self_consistency_weight (float): λ_sc. Defaults to ``0.0``.
+        few_step_weight (float): of the rollout of the few-step map, for dynamics with one. Defaults to ``1.0``.
+        few_step_rollout (bool): roll out the few-step map in place of the solver, whose field flow matching alone
+            trains. Defaults to ``False``.
         reduction (str): ``"mean"`` over valid steps, ``"sum"``, which is that times their number, or ``"none"``, which
             leaves ``[B, H, 1]`` per term, 0 at masked steps, with that sum. Defaults to ``"mean"``.
         delay_target (bool): encode the observations that followed by parameters that follow the model's, moved by a
@@ -283,7 +303,12 @@ class PWMModelLoss(PWMLoss):
         precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
 
     The input has batch size ``[B, H]``; the output is a TensorDict of scalars: ``loss_dynamics``, ``loss_reward`` and,
-    where they apply, ``loss_termination``, ``loss_flow_matching``, ``loss_self_consistency``; their sum is the loss.
+    where they apply, ``loss_termination``, ``loss_flow_matching``, ``loss_self_consistency``, ``loss_few_step``; their
+    sum is the loss.
+
+    Raises:
+        ConfigurationError: for an unknown form or source, or ``few_step_rollout`` with dynamics that have no few-step
+            map or without flow matching.
 
     .. note:: ``tensordict`` may hold a mask under :attr:`~torchrl.objectives.LossModule.loss_mask_key`, by default
         ``("collector", "mask")``, as :class:`~torchrl.data.SliceSampler` writes it with ``pad_output=True``; masked
@@ -351,6 +376,8 @@ class PWMModelLoss(PWMLoss):
         flow_matching_weight: float = 0.0,
         flow_matching_source: str = "teacher",
         self_consistency_weight: float = 0.0,
+        few_step_weight: float = 1.0,
+        few_step_rollout: bool = False,
         reduction: str = "mean",
         delay_target: bool = False,
         compile: bool = False,
@@ -374,7 +401,14 @@ class PWMModelLoss(PWMLoss):
             flow_matching=flow_matching_weight,
             flow_matching_source=flow_matching_source,
             self_consistency=self_consistency_weight,
+            few_step=few_step_weight,
+            few_step_rollout=few_step_rollout,
         )
+        if few_step_rollout and not (world_model.dynamics.few_step and flow_matching_weight):
+            raise ConfigurationError(
+                "model.loss.few_step_rollout=true needs model.dynamics.imagination_substeps, the map that is rolled "
+                "out, and model.loss.flow_matching_weight above 0, which trains the solver's field."
+            )
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -395,6 +429,8 @@ class PWMModelLoss(PWMLoss):
             names.append("loss_flow_matching")
         if self.weights.self_consistency:
             names.append("loss_self_consistency")
+        if self.world_model.dynamics.few_step and self.weights.few_step and not self.weights.few_step_rollout:
+            names.append("loss_few_step")
         return names
 
     def read(self, tensordict: TensorDictBase) -> Slices:

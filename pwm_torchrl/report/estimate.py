@@ -130,14 +130,19 @@ def operations(cfg: Config, facts: EnvFacts) -> float:
         return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
     model = networks.model
-    step = 0 if model is None else size(model.dynamics) * model.dynamics.evaluations + size(model.reward)
+
+    def transition(evaluations: int) -> int:
+        return 0 if model is None else size(model.dynamics) * evaluations + size(model.reward)
+
+    step = transition(0 if model is None else model.dynamics.evaluations)
+    imagined = transition(0 if model is None else model.dynamics.imagined_evaluations)
     total = 0.0
     for name, update in updates_of(cfg).items():
         rows = update.batch * update.per_epoch * update.steps
         if name == "model":  # slices: an encoded target and a transition at every step
             total += rows * (_TRAINED * step + _FORWARD * size(model.encoder))
         elif name == "actor":  # rollouts: an action and a transition at every step
-            total += rows * _TRAINED * (step + size(networks.actor))
+            total += rows * _TRAINED * (imagined + size(networks.actor))
         else:
             total += rows * _TRAINED * size(networks.critic)
     return total

@@ -192,13 +192,11 @@ def rollout_errors(
     Returns:
         tuple: squared error of the latent and of the reward, each ``[H]``.
     """
-    tasks = () if task is None else (task,)
-    target = model.encode(next_observation, *tasks)
-    z = model.encode(observation, *tasks)
+    target, z = model.encode(next_observation, task), model.encode(observation, task)
     latent_error, reward_error = [], []
     codec = getattr(model.reward, "codec", None)  # a two-hot head may decode to symlog rewards, for the policy alone
     for t in range(len(action)):
-        z, logits, _ = model.predict(z, action[t], *tasks)
+        z, logits, _ = model.predict(z, action[t], task, imagined=True)
         latent_error.append((z - target[t]).square().mean())
         predicted = model.reward.decode(logits) if codec is None else codec.decode(logits)
         reward_error.append((predicted - reward[t]).square().mean())

@@ -358,7 +358,7 @@ class _Part(nn.Module):
 
 class _Dynamics(_Part):
     def forward(self, latent: Tensor, action: Tensor) -> Tensor:
-        return self.world_model.dynamics(latent, action)
+        return self.world_model.dynamics.imagine(latent, action)
 
 
 class _Reward(_Part):

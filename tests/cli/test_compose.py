@@ -311,6 +311,8 @@ def test_files_are_checked_as_the_command_line_is(tmp_path, monkeypatch, text, s
         (["model.dynamics={kind: mlp}"], "mlp"),
         (["model.dynamics.condition_on_start=true"], "flow_v2"),
         (["model.dynamics.substeps=1", "model.name=mine"], "mine"),
+        (["model.dynamics.imagination_substeps=1"], "flow_v2_few1"),
+        (["model=few_step"], "few_step"),
     ],
 )
 def test_a_flow_with_other_substeps_is_not_called_v2(words, label):

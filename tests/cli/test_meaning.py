@@ -15,7 +15,7 @@ from pwm_torchrl.config import DynamicsConfig
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.factory import CLASSES, COMMON, KINDS, PARAMETERIZATIONS, make_dynamics, options_of
 
-FLOWS = "model=flow_v1, flow_v2 or flow_v3"
+FLOWS = "model=few_step, flow_v1, flow_v2 or flow_v3"
 
 
 @pytest.mark.parametrize(

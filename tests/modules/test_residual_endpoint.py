@@ -160,3 +160,28 @@ class TestResidualEndpoint:
     def test_self_consistency_needs_the_step_size_input(self) -> None:
         with pytest.raises(ConfigurationError, match="condition_on_step_size=true"):
             dynamics().self_consistency_error(*(latents(2) for _ in range(5)))
+
+
+class TestFewStep:
+    @pytest.mark.parametrize("steps", [1, 2, 3])
+    def test_is_eulers_method_with_the_same_network(self, steps: int) -> None:
+        options = {"condition_on_step_size": True, "match_parameters": False}
+        few = dynamics(solver="heun", substeps=4, imagination_substeps=steps, **options)
+        euler = dynamics(solver="euler", substeps=steps, **options)
+        euler.load_state_dict(few.state_dict())
+        z, a = latents(5), torch.rand(5, A)
+        torch.testing.assert_close(few.imagine(z, a), euler(z, a))
+        assert not torch.allclose(few.imagine(z, a), few(z, a))
+        assert (few.evaluations, few.imagined_evaluations) == (7, steps)
+
+    def test_without_one_imagination_takes_the_solver(self) -> None:
+        flow = dynamics(solver="heun", substeps=2)
+        z, a = latents(5), torch.rand(5, A)
+        assert torch.equal(flow.imagine(z, a), flow(z, a))
+        assert flow.imagined_evaluations == flow.evaluations == 3
+        assert not flow.few_step
+
+    @pytest.mark.parametrize("options", [{"imagination_substeps": 0}, {"parameterization": "tangent"}])
+    def test_refused(self, options: dict) -> None:
+        with pytest.raises(ConfigurationError, match="imagination_substeps"):
+            dynamics(**{"imagination_substeps": 1, **options})

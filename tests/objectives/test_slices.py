@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from objective_cases import FLOW, OBS, randomized, slice_data, time_major, world_model
+from objective_cases import FLOW, OBS, A, randomized, slice_data, time_major, world_model
 from torch import Tensor
 from torch.func import functional_call
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModel, WorldModelSpec, make_world_model
+from pwm_torchrl.objectives import PWMModelLoss
 from pwm_torchrl.objectives.model_loss import (
     FlowNoise,
     Slices,
@@ -75,7 +78,8 @@ def test_coefficients_scale_their_terms() -> None:
 
 
 def test_steps_after_an_episodes_end_do_not_matter() -> None:
-    model, s = world_model(termination=True, dynamics=SHORTCUT, dtype=torch.float64), ragged(dtype=torch.float64)
+    dynamics = {**SHORTCUT, "imagination_substeps": 1}
+    model, s = world_model(termination=True, dynamics=dynamics, dtype=torch.float64), ragged(dtype=torch.float64)
     assert (~s.valid).sum() == 2 + 4
     weights, noise = loss_weights("pwm", 0.9, **TERMS), draw_flow_noise(5, 6, s.reward)
     before = slice_losses(model, s, weights, noise)
@@ -235,6 +239,62 @@ class TestFlowTerms:
     def test_models_that_lack_them(self, dynamics: dict, terms: dict, message: str) -> None:
         with pytest.raises(ConfigurationError, match=message):
             slice_losses(world_model(dynamics=dynamics), ragged(), loss_weights("pwm", 0.9, **terms))
+
+
+class Calls:
+    """Counts the evaluations of a module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.count = 0
+        module.register_forward_hook(self.add)
+
+    def add(self, *_: object) -> None:
+        self.count += 1
+
+
+class TestFewStep:
+    MODEL: ClassVar[dict] = {**SHORTCUT, "imagination_substeps": 1}
+
+    def test_value(self) -> None:
+        """The few-step map's rollout against the encodings, beside all that the solver's gives."""
+        model, s = world_model(dtype=torch.float64, dynamics=self.MODEL), ragged(dtype=torch.float64)
+        losses = slice_losses(model, s, loss_weights("pwm", 0.9, few_step=0.7))
+        without = slice_losses(model, s, loss_weights("pwm", 0.9, few_step=0.0))
+        assert losses[:-1] == without[:-1]
+        assert without.few_step == 0
+        z, expected = model.encode(s.observation), 0.0
+        for t in range(5):
+            z = model.dynamics.endpoint(z, z, s.action[t], 0.0, 1.0)
+            errors = (z - model.encode(s.next_observation[t])).square().mean(-1, keepdim=True)
+            expected += 0.9**t * errors[s.valid[t]].mean().item() / 5
+        assert losses.few_step.item() == pytest.approx(0.7 * expected, rel=1e-9)
+
+    def test_rollout_of_the_map_alone(self) -> None:
+        """One evaluation per step for the rollout and one for flow matching, where the solver takes seven."""
+        model, s = world_model(dynamics={**self.MODEL, "solver": "heun", "substeps": 4}), ragged()
+        calls = Calls(model.dynamics.net)
+        slice_losses(model, s, loss_weights("pwm", 0.9, flow_matching=1.0))
+        assert calls.count == 5 * 7 + 5 + 1
+        calls.count = 0
+        losses = slice_losses(model, s, loss_weights("pwm", 0.9, flow_matching=1.0, few_step_rollout=True))
+        assert calls.count == 5 + 1
+        assert losses.few_step == 0
+        assert losses.flow_matching > 0
+
+    def test_imagination_takes_it(self) -> None:
+        model = world_model(dynamics={**self.MODEL, "solver": "heun", "substeps": 4})
+        calls = Calls(model.dynamics.net)
+        z, a = model.encode(torch.randn(3, OBS)), torch.rand(3, A)
+        imagined, _, _ = model(z, a)
+        soft, _, _ = model.soft_step(z, a)
+        assert calls.count == 2
+        assert torch.equal(imagined, soft)
+        assert torch.equal(imagined, model.dynamics.imagine(z, a))
+
+    @pytest.mark.parametrize(("dynamics", "matching"), [(SHORTCUT, 1.0), (MODEL, 0.0)])
+    def test_refused(self, dynamics: dict, matching: float) -> None:
+        with pytest.raises(ConfigurationError, match=r"model\.loss\.few_step_rollout"):
+            PWMModelLoss(world_model(dynamics=dynamics), few_step_rollout=True, flow_matching_weight=matching)
 
 
 @pytest.mark.parametrize(

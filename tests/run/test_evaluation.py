@@ -166,10 +166,10 @@ class Perfect(nn.Module):
         self.bias = nn.Parameter(torch.tensor(bias))
         self.reward = Head()
 
-    def encode(self, observation):
+    def encode(self, observation, task):
         return observation
 
-    def predict(self, latent, action):
+    def predict(self, latent, action, task, imagined):
         return 0.9 * latent + action + self.bias, latent.sum(-1, keepdim=True) + action[..., :1] + self.bias, None
 
 
@@ -227,8 +227,8 @@ class TestOpenLoopErrors:
         """A model trained on scaled rewards is compared with scaled rewards."""
 
         class Scaled(Perfect):
-            def predict(self, latent, action):
-                z, r, end = super().predict(latent, action)
+            def predict(self, *args, **kwargs):
+                z, r, end = super().predict(*args, **kwargs)
                 return z, 0.1 * r, end
 
         errors = open_loop_errors(Scaled(), drift(12, 3), 5, torch.tensor([0.1]))
@@ -238,8 +238,8 @@ class TestOpenLoopErrors:
         """Rewards are compared in the environment's unit, whatever the unit of the head."""
 
         class InUnits(Perfect):
-            def predict(self, latent, action):
-                z, r, end = super().predict(latent, action)
+            def predict(self, *args, **kwargs):
+                z, r, end = super().predict(*args, **kwargs)
                 return z, r / 0.02, end
 
         model = InUnits(0.5)

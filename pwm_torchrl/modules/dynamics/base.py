@@ -21,12 +21,24 @@ class Dynamics(nn.Module):
 
     #: network evaluations per transition
     evaluations: int = 1
+    #: whether :meth:`imagine` computes something else than the call
+    few_step: bool = False
+
+    @property
+    def imagined_evaluations(self) -> int:
+        """Network evaluations per transition of :meth:`imagine`."""
+        return self.evaluations
+
     #: what evaluates the network instead of the modules one by one, if anything does
     piece: Piece | None = None
 
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Next latent ``[..., D]``."""
         raise NotImplementedError
+
+    def imagine(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
+        """Next latent ``[..., D]`` as imagination takes it: of most dynamics the same as the call."""
+        return self(latent, action, task_embedding)
 
 
 class FlowDynamics(Dynamics):

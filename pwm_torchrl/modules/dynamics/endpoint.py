@@ -68,6 +68,8 @@ class ResidualEndpointFlow(FlowDynamics):
         condition_on_step_size (bool): feed the step size. Defaults to ``False``.
         checkpoint_substeps (bool): recompute the substeps in the backward pass, which keeps stored activations
             independent of K and gradients identical. Defaults to ``False``.
+        imagination_substeps (int, optional): Euler substeps of :meth:`imagine`, which the model's loss trains beside
+            the solver of the call. Defaults to ``None``, that solver.
     """
 
     def __init__(
@@ -83,11 +85,14 @@ class ResidualEndpointFlow(FlowDynamics):
         time_features: int = 0,
         condition_on_step_size: bool = False,
         checkpoint_substeps: bool = False,
+        imagination_substeps: int | None = None,
     ) -> None:
         super().__init__(simnorm_dim, solver, substeps, checkpoint_substeps)
         self.condition_on_start = condition_on_start
         self.time_features = time_features
         self.condition_on_step_size = condition_on_step_size
+        self.imagination_substeps = imagination_substeps
+        self.few_step = imagination_substeps is not None
         self.evaluations = substeps if solver == "euler" else 2 * substeps - 1
         in_features = self.input_features(
             latent_dim + task_dim + action_dim,
@@ -159,6 +164,21 @@ class ResidualEndpointFlow(FlowDynamics):
                 predictor = torch.lerp(z, x_a, 1 / m)
                 x_b = self.endpoint(predictor, latent, action, (k + 1) / k_total, 1 / k_total, task_embedding)
                 z = torch.lerp(z, torch.lerp(predictor, x_b, 1 / (m - 1)), 0.5)
+        return z
+
+    @property
+    def imagined_evaluations(self) -> int:
+        return self.evaluations if self.imagination_substeps is None else self.imagination_substeps
+
+    def imagine(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
+        """Next latent ``[..., D]`` in ``imagination_substeps`` steps of Euler's method, one evaluation each."""
+        steps = self.imagination_substeps
+        if steps is None:
+            return self(latent, action, task_embedding)
+        z = latent
+        for k in range(steps):
+            x = self.endpoint(z, latent, action, k / steps, 1 / steps, task_embedding)
+            z = x if k == steps - 1 else torch.lerp(z, x, 1 / (steps - k))
         return z
 
     def flow_matching_error(

@@ -68,6 +68,7 @@ def make_dynamics(
     time_features: int = 0,
     condition_on_step_size: bool = False,
     checkpoint_substeps: bool = False,
+    imagination_substeps: int | None = None,
     match_parameters: bool = True,
 ) -> Dynamics:
     """Build latent dynamics.
@@ -91,6 +92,8 @@ def make_dynamics(
         time_features (int): of a flow: sine/cosine pairs beside τ. Defaults to ``0``.
         condition_on_step_size (bool): of a residual-endpoint flow. Defaults to ``False``.
         checkpoint_substeps (bool): of a flow: recompute substeps in the backward pass. Defaults to ``False``.
+        imagination_substeps (int, optional): of a residual-endpoint flow: Euler substeps of imagination. Defaults to
+            ``None``, the solver's.
         match_parameters (bool): adjust hidden widths as described. Defaults to ``True``.
 
     Raises:
@@ -122,6 +125,11 @@ def make_dynamics(
         raise ConfigurationError(
             f"model.dynamics.condition_on_step_size needs parameterization=residual_endpoint, not {parameterization}."
         )
+    if imagination_substeps is not None and (imagination_substeps < 1 or parameterization != "residual_endpoint"):
+        raise ConfigurationError(
+            f"model.dynamics.imagination_substeps={imagination_substeps} must be at least 1, and needs "
+            f"parameterization=residual_endpoint, not {parameterization}."
+        )
     if parameterization == "residual_endpoint":
         in_features = ResidualEndpointFlow.input_features(
             base, latent_dim, condition_on_start, time_features, condition_on_step_size
@@ -138,6 +146,7 @@ def make_dynamics(
             time_features,
             condition_on_step_size,
             checkpoint_substeps,
+            imagination_substeps,
         )
     if parameterization == "tangent":
         in_features = base + latent_dim * condition_on_start + 1 + 2 * time_features
