@@ -7,11 +7,16 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from tensordict import TensorDictBase
+from torch import Tensor
 
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
+
+Tensors = TypeVar("Tensors", Tensor, TensorDictBase)
 
 
 @contextmanager
@@ -55,6 +60,20 @@ def environment_device(cfg: Config) -> torch.device:
         ConfigurationError: as :func:`pick_device`.
     """
     return pick_device(str(cfg.env.get("device") or "cpu"), "env.device")
+
+
+def to_device(data: Tensors, device: torch.device) -> Tensors:
+    """``data`` on a device; copying from RAM to a GPU does not wait for the work that the GPU has still to do.
+
+    Args:
+        data (Tensor or TensorDictBase): all of it on one device.
+        device (torch.device): where to.
+    """
+    leaves = [data] if isinstance(data, Tensor) else data.values(True, True)
+    if device.type != "cuda" or any(leaf.device.type != "cpu" for leaf in leaves):
+        return data.to(device)
+    # From memory that is not pinned, CUDA copies in step with the host.
+    return data.pin_memory().to(device, non_blocking=True)
 
 
 def available_cpus() -> int:

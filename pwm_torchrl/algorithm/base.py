@@ -28,6 +28,7 @@ from pwm_torchrl.algorithm.build import (
 from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.updates import Updates
 from pwm_torchrl.config import ALGORITHMS, AlgorithmConfig, Config, micro_batch_key
+from pwm_torchrl.devices import to_device
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale
 from pwm_torchrl.user_code import locate
@@ -260,8 +261,9 @@ class Algorithm:
         count = self.cfg.actor_batch
         if self.cfg.actor_starts == "replay":
             return self.samples.sample_observations(count)
-        current = batch.get("observation").flatten(0, 1).to(self.samples.device)
-        return current[torch.randperm(len(current), device=current.device)[:count]]
+        current = batch.get("observation").flatten(0, 1)
+        rows = torch.randperm(len(current), device=current.device)[:count]
+        return to_device(current[rows], self.samples.device)
 
     def sample_starts(self, count: int) -> Tensor:
         """Observations ``[count, O]`` to imagine from, for a look at gradients."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["MetricRow", "Number"]
@@ -62,7 +63,8 @@ class MetricRow:
 
     def numbers(self) -> dict[str, Number]:
         """The row as plain Python numbers, in the order in which the names appeared."""
-        return {key: _number(total, self._counts[key]) for key, total in self._sums.items()}
+        totals = _on_host(self._sums)
+        return {key: total if self._counts[key] == 1 else total / self._counts[key] for key, total in totals.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The row as far as it is filled, to the bit."""
@@ -96,6 +98,13 @@ def _check(name: str, value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _number(total: Any, count: int) -> Number:
-    value = total.item() if isinstance(total, Tensor) else total
-    return value if count == 1 else value / count
+def _on_host(values: Mapping[str, Any]) -> dict[str, Number]:
+    """Values as Python numbers; the tensors of a device and dtype are copied together, since each copy waits."""
+    together: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            together.setdefault((value.device, value.dtype), []).append(key)
+    numbers = dict(values)
+    for keys in together.values():
+        numbers.update(zip(keys, torch.stack([values[key] for key in keys]).cpu().tolist(), strict=True))
+    return numbers

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
+from pwm_torchrl.devices import to_device
 from pwm_torchrl.errors import ConfigurationError
 
 # Stored entries of a step and their layout in a record of bytes -------------------------------------------------------
@@ -179,7 +180,7 @@ class SliceStartSampler(Sampler):
         oldest = self.steps % capacity if filled == capacity else 0
         age, env = draw_starts(count, length, filled, envs)
         time = (age.unsqueeze(1) + oldest + torch.arange(length)) % capacity
-        return time.to(self.device), env.unsqueeze(1).expand_as(time).to(self.device)
+        return to_device(time, self.device), to_device(env, self.device).unsqueeze(1).expand_as(time)
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """Indices ``[batch_size, horizon]`` of (time, env)."""

@@ -16,6 +16,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from pwm_torchrl.data.layout import STORED_KEYS, SliceStartSampler, key_name, refuse_other_shape
 from pwm_torchrl.data.segments import SegmentStore
+from pwm_torchrl.devices import to_device
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.files import refuse_memory
 from pwm_torchrl.memory.storage import record_bytes
@@ -287,22 +288,11 @@ class TrajectoryReplay:
 
     def sample_slices(self, count: int) -> TensorDictBase:
         """Slices ``[count, horizon]``, uniform over all starts."""
-        slices = self.store.slices(count)
-        return self._pinned(slices).to(self.device, non_blocking=self._copies_to_cuda)
+        return to_device(self.store.slices(count), self.device)
 
     def sample_observations(self, count: int) -> Tensor:
         """Observations ``[count, O]``, uniform over all steps."""
-        observations = self.store.observations(count)
-        return self._pinned(observations).to(self.device, non_blocking=self._copies_to_cuda)
-
-    @property
-    def _copies_to_cuda(self) -> bool:
-        on_host = isinstance(self.store, SegmentStore) or self.store.device.type == "cpu"
-        return on_host and self.device.type == "cuda" and torch.cuda.is_available()
-
-    def _pinned(self, sample: Any) -> Any:
-        """The sample in pinned memory, so that the copy to the GPU is asynchronous."""
-        return sample.pin_memory() if self._copies_to_cuda else sample
+        return to_device(self.store.observations(count), self.device)
 
     def release(self, kept: int | None) -> None:
         """Delete files that neither sampling nor a checkpoint needs.

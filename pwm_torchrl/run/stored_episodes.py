@@ -18,6 +18,7 @@ from torch import Tensor
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.config import Config
 from pwm_torchrl.data.episodes import EpisodeStore, SliceIndex, split_episodes, stage_store
+from pwm_torchrl.devices import to_device
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.envs.tasks import TaskSet, task_info, task_set
@@ -360,13 +361,13 @@ class StoredSamples:
             slices["task"] = self._place[slices["task"]]
         else:
             del slices["task"]
-        return self._moved(slices)
+        return to_device(slices, self.device)
 
     def sample_observations(self, count: int) -> Tensor:
         """Observations ``[count, O]``, uniform over all rows."""
         observations = self.store.observations(self.index.observation_rows(count))
         observations = observations[..., : self.observation_dim]
-        return observations.to(self.device)
+        return to_device(observations, self.device)
 
     def of_task(self, name: str) -> SliceIndex | None:
         """The slices of one task among those drawn from; ``None`` if it has none."""
@@ -375,11 +376,6 @@ class StoredSamples:
         if not np.any((self.store.task[self.episodes] == number) & long):
             return None
         return SliceIndex(self.store, self.horizon, tasks=[number], episodes=self.episodes)
-
-    def _moved(self, slices: TensorDictBase) -> TensorDictBase:
-        if self.device.type != "cuda":
-            return slices
-        return slices.pin_memory().to(self.device, non_blocking=True)
 
 
 def outgrows_memory(store: EpisodeStore, reading: Reading | None = None) -> bool:
