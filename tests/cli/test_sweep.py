@@ -28,7 +28,7 @@ class TestExpand:
             ("model=choice(mlp,flow_v1)", "mlp flow_v1"),
             ("seed=sort(3,1,2)", "1 2 3"),
             ("model=glob(flow_*)", "flow_v1 flow_v2 flow_v3"),
-            ("model=glob(*,exclude=flow_*)", "mlp residual"),
+            ("model=glob(*,exclude=flow_*)", "few_step mlp residual"),
             ("algorithm.collect_steps=${algorithm.horizon},4", "${algorithm.horizon} 4"),
             ("size.units=[8,8],[16]", "[8,8] [16]"),
         ],
