@@ -67,7 +67,8 @@ class Tree:
 
     def call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         """Run Python with this tree's package, one thread unless the environment says otherwise."""
-        env = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(self.root)}
+        path = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
+        env = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
         return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False)
 
     def lines(self, words: list[str]) -> dict[str, Any] | None:
@@ -264,6 +265,10 @@ def main() -> None:
     print(table(rows, args.against))
     if args.json:
         args.json.write_text(json.dumps({"facts": about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    measured = {(row["model"], row["size"]) for row in rows if row["ours"] is not None}
+    missing = [f"{model} at {size}" for model, size in pairs if (model, size) not in measured]
+    if missing:
+        sys.exit(f"not measured: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
