@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.modules import FlowDynamics, ResidualEndpointFlow, WorldModel
+from pwm_torchrl.modules import Dynamics, FlowDynamics, ResidualEndpointFlow, WorldModel
 from pwm_torchrl.modules.numerics import products_in
 from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_shape
 from pwm_torchrl.objectives.functional import swapped
@@ -71,6 +71,10 @@ class SliceLossWeights:
     self_consistency: float = 0.0
     few_step: float = 1.0
     few_step_rollout: bool = False
+
+    def roll_out_few_step_beside(self, dynamics: Dynamics) -> bool:
+        """Whether the few-step map of ``dynamics`` has a rollout of its own, beside the solver's."""
+        return dynamics.few_step and self.few_step > 0 and not self.few_step_rollout
 
 
 class SliceLosses(NamedTuple):
@@ -206,7 +210,7 @@ def slice_losses(
 
     zero = latent.new_zeros(())
     few_step = zero
-    if model.dynamics.few_step and weights.few_step and not weights.few_step_rollout:
+    if weights.roll_out_few_step_beside(model.dynamics):
         imagined = torch.stack(rolled_out(model.dynamics.imagine)[1:])
         few_step = reduced(by_step * mse(imagined, target)) * weights.dynamics * weights.few_step
     dynamics = reduced(by_step * mse(latent, target)) * weights.dynamics * weights.rollout
@@ -429,7 +433,7 @@ class PWMModelLoss(PWMLoss):
             names.append("loss_flow_matching")
         if self.weights.self_consistency:
             names.append("loss_self_consistency")
-        if self.world_model.dynamics.few_step and self.weights.few_step and not self.weights.few_step_rollout:
+        if self.weights.roll_out_few_step_beside(self.world_model.dynamics):
             names.append("loss_few_step")
         return names
 

@@ -129,13 +129,11 @@ def operations(cfg: Config, facts: EnvFacts) -> float:
     def size(*modules: Any) -> int:
         return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
-    model = networks.model
-
-    def transition(evaluations: int) -> int:
-        return 0 if model is None else size(model.dynamics) * evaluations + size(model.reward)
-
-    step = transition(0 if model is None else model.dynamics.evaluations)
-    imagined = transition(0 if model is None else model.dynamics.imagined_evaluations)
+    model, step, imagined = networks.model, 0, 0
+    if model is not None:
+        dynamics, reward = model.dynamics, size(model.reward)
+        step = size(dynamics) * dynamics.evaluations + reward
+        imagined = size(dynamics) * dynamics.imagined_evaluations + reward
     total = 0.0
     for name, update in updates_of(cfg).items():
         rows = update.batch * update.per_epoch * update.steps

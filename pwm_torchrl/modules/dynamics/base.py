@@ -21,16 +21,20 @@ class Dynamics(nn.Module):
 
     #: network evaluations per transition
     evaluations: int = 1
-    #: whether :meth:`imagine` computes something else than the call
-    few_step: bool = False
+    #: what evaluates the network instead of the modules one by one, if anything does
+    piece: Piece | None = None
+    #: network evaluations per transition of :meth:`imagine`, where it computes something else than the call
+    imagination_substeps: int | None = None
+
+    @property
+    def few_step(self) -> bool:
+        """Whether :meth:`imagine` computes something else than the call."""
+        return self.imagination_substeps is not None
 
     @property
     def imagined_evaluations(self) -> int:
         """Network evaluations per transition of :meth:`imagine`."""
-        return self.evaluations
-
-    #: what evaluates the network instead of the modules one by one, if anything does
-    piece: Piece | None = None
+        return self.evaluations if self.imagination_substeps is None else self.imagination_substeps
 
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Next latent ``[..., D]``."""

@@ -92,7 +92,6 @@ class ResidualEndpointFlow(FlowDynamics):
         self.time_features = time_features
         self.condition_on_step_size = condition_on_step_size
         self.imagination_substeps = imagination_substeps
-        self.few_step = imagination_substeps is not None
         self.evaluations = substeps if solver == "euler" else 2 * substeps - 1
         in_features = self.input_features(
             latent_dim + task_dim + action_dim,
@@ -146,39 +145,35 @@ class ResidualEndpointFlow(FlowDynamics):
         return residual_endpoint(latent, self.net(cat_features(*inputs)), self.simnorm_dim)
 
     def integrate(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
-        """Solve the flow from τ = 0 to 1 in K uniform substeps.
+        return self._solve(latent, action, task_embedding, self.solver, self.substeps)
+
+    def imagine(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
+        """Next latent ``[..., D]`` in ``imagination_substeps`` steps of Euler's method, one evaluation each."""
+        if self.imagination_substeps is None:
+            return self(latent, action, task_embedding)
+        return self._solve(latent, action, task_embedding, "euler", self.imagination_substeps)
+
+    def _solve(
+        self, latent: Tensor, action: Tensor, task_embedding: Tensor | None, solver: str, substeps: int
+    ) -> Tensor:
+        """Solve the flow from τ = 0 to 1 in uniform substeps.
 
         The weights are ratios of the number m of substeps left, never dt / (1 − τ), which exceeds 1 in floating
         point for some K. Heun's step ((m−1)/m) z + ((m−2)/(2m(m−1))) x̂_a + (1/(2(m−1))) x̂_b is half the way from z to
         the point 1/(m−1) of the way from the predictor to x̂_b.
         """
-        k_total, z = self.substeps, latent
-        for k in range(k_total):
-            m = k_total - k
-            x_a = self.endpoint(z, latent, action, k / k_total, 1 / k_total, task_embedding)
+        z = latent
+        for k in range(substeps):
+            m = substeps - k
+            x_a = self.endpoint(z, latent, action, k / substeps, 1 / substeps, task_embedding)
             if m == 1:
                 z = x_a
-            elif self.solver == "euler":
+            elif solver == "euler":
                 z = torch.lerp(z, x_a, 1 / m)
             else:
                 predictor = torch.lerp(z, x_a, 1 / m)
-                x_b = self.endpoint(predictor, latent, action, (k + 1) / k_total, 1 / k_total, task_embedding)
+                x_b = self.endpoint(predictor, latent, action, (k + 1) / substeps, 1 / substeps, task_embedding)
                 z = torch.lerp(z, torch.lerp(predictor, x_b, 1 / (m - 1)), 0.5)
-        return z
-
-    @property
-    def imagined_evaluations(self) -> int:
-        return self.evaluations if self.imagination_substeps is None else self.imagination_substeps
-
-    def imagine(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
-        """Next latent ``[..., D]`` in ``imagination_substeps`` steps of Euler's method, one evaluation each."""
-        steps = self.imagination_substeps
-        if steps is None:
-            return self(latent, action, task_embedding)
-        z = latent
-        for k in range(steps):
-            x = self.endpoint(z, latent, action, k / steps, 1 / steps, task_embedding)
-            z = x if k == steps - 1 else torch.lerp(z, x, 1 / (steps - k))
         return z
 
     def flow_matching_error(
