@@ -222,8 +222,8 @@ def run_case(case: Case, folder: Path, rank: int, size: int) -> int:
         cfg = config({**FEW, **case.changes}, env=ENV)
         if case.stored:
             cfg.data.path = str(folder.with_name("store"))
-            moved = StoredSamples._moved
-            patch.setattr(StoredSamples, "_moved", lambda self, slices: in_double(moved(self, slices)))
+            drawn = StoredSamples.slices
+            patch.setattr(StoredSamples, "slices", lambda self, rows: in_double(drawn(self, rows)))
             patch.setattr(shared_updates, "COMPARE_EVERY", 2)
         if case.fault is not None and size > 1:
             case.fault(patch, rank)
