@@ -25,7 +25,8 @@ def test_a_batch_script_runs(cluster, tmp_path):
 def test_submitit_submits_and_reads_the_result(on_cluster, tmp_path):
     slurm = pytest.importorskip("submitit.slurm.slurm")
     executor = slurm.SlurmExecutor(folder=tmp_path)
-    executor.update_parameters(time=1, mem="500MB", gpus_per_node=1)
+    # submitit asks for SIGUSR2 90 s before the limit: a shorter limit may kill the job before it has a handler.
+    executor.update_parameters(time=5, mem="500MB", gpus_per_node=1)
     job = executor.submit(os.getenv, "CUDA_VISIBLE_DEVICES")
     assert job.result() == "0"
     assert job.get_info(mode="force")["State"] == "COMPLETED"
