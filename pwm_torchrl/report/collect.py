@@ -34,7 +34,7 @@ from pwm_torchrl.run.claims import (
 )
 from pwm_torchrl.run.claims import FOLDER as CLAIMS
 from pwm_torchrl.run.directory import CONFIG_FILE, EVENTS_FILE, SUMMARY_FILE, load_config, read_summary
-from pwm_torchrl.run.metrics import read_metrics
+from pwm_torchrl.run.metrics import damage_of, read_metrics
 
 __all__ = [
     "FAILED",
@@ -286,7 +286,9 @@ def _is_run(path: Path) -> bool:
 
 def _read_metrics(file: Path, problems: list[str]) -> dict[str, list[float]]:
     try:
-        return read_metrics(file)
+        metrics, damage = read_metrics(file), damage_of(file)
+        problems.extend([] if damage is None else [damage])
+        return metrics
     except FileNotFoundError:
         return {}
     except (OSError, csv.Error, ValueError) as error:

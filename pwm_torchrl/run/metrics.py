@@ -9,19 +9,21 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from pwm_torchrl.config import RENAMED_METRICS
 from pwm_torchrl.files import append_text
+from pwm_torchrl.terminal import warn
 
-__all__ = ["CsvMetrics", "progress_axis", "read_metrics"]
+__all__ = ["CsvMetrics", "damage_of", "progress_axis", "read_metrics"]
 
 
 class CsvMetrics:
     """``metrics.csv``: a row per epoch, on disk as soon as it is written.
 
     A column that appears late is added to the header by rewriting the file beside the old one and swapping them; rows
-    that lack a column leave its cell empty. An incomplete last line, left by a killed process, is dropped on opening.
+    that lack a column leave its cell empty. On opening, an incomplete last line, left by a killed process, is dropped,
+    and, with a warning, so are damaged rows.
 
     Args:
         path: the file; created with its first row, continued if it exists.
@@ -36,9 +38,12 @@ class CsvMetrics:
         self.columns: list[str] = []
         self._file: BinaryIO | None = None
         if self.path.exists():
-            self.columns, rows, intact = _read_rows(self.path)
-            if not intact:
-                self._replace(rows)
+            table = _read_rows(self.path)
+            self.columns = table.columns
+            if table.left_out:
+                warn(f"{self.path} is damaged: {_count(table.left_out, 'row')} left out")
+            if table.left_out or table.torn:
+                self._replace(table.rows)
 
     def write(self, row: Mapping[str, float | int]) -> None:
         """Appends a row and hands it to the system at once.
@@ -53,7 +58,7 @@ class CsvMetrics:
                 raise ValueError(f"metric {name!r} is a {kind}; write plain numbers (MetricRow.numbers)")
         new = [name for name in row if name not in self.columns]
         if new:
-            rows = _read_rows(self.path)[1] if self.columns else []
+            rows = _read_rows(self.path).rows if self.columns else []
             self.columns += new
             self._replace(rows)
         line = io.StringIO(newline="")
@@ -63,7 +68,7 @@ class CsvMetrics:
     def truncate(self, epoch: int) -> None:
         """Drops the rows of later epochs than ``epoch``: what a resume from that epoch will write again."""
         if self.columns:
-            rows = _read_rows(self.path)[1]
+            rows = _read_rows(self.path).rows
             self._replace([row for row in rows if _number(row.get("epoch")) <= epoch])
 
     def close(self) -> None:
@@ -109,8 +114,34 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float]]:
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    columns, rows, _ = _read_rows(Path(path))
-    return {name: [_number(row.get(name)) for row in rows] for name in columns}
+    table = _read_rows(Path(path))
+    return {name: [_number(row.get(name)) for row in table.rows] for name in table.columns}
+
+
+def damage_of(path: str | os.PathLike[str]) -> str | None:
+    """What is wrong with a ``metrics.csv``, in one sentence that names it; ``None`` for one that is whole.
+
+    A last line without its end is none: a run that was killed leaves it, and one that writes it is read like that.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    file = Path(path)
+    table = _read_rows(file)
+    rows = table.rows
+    if not table.columns:
+        return f"{file.name} is damaged: it has no header"
+    cells = sum(not _is_number(cell) for row in rows for cell in row.values())
+    found = []
+    if table.left_out:
+        found.append(f"{_count(table.left_out, 'row')} left out")
+    if cells:
+        found.append(f"{_count(cells, 'cell')} without a number")
+    if "epoch" not in table.columns:
+        found.append("no column epoch")
+    elif rows and not table.left_out and (missing := int(_number(rows[-1]["epoch"])) - len(rows)) > 0:
+        found.append(f"no rows for {_count(missing, 'epoch')} before the last")
+    return f"{file.name} is damaged: {', '.join(found)}" if found else None
 
 
 def progress_axis(runs: Iterable[Mapping[str, Sequence[float]]]) -> tuple[str, str]:
@@ -124,28 +155,54 @@ def progress_axis(runs: Iterable[Mapping[str, Sequence[float]]]) -> tuple[str, s
     return "epoch", "epochs"
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]], bool]:
-    """Header, complete rows as text, and whether there was nothing else in the file.
+class _Table(NamedTuple):
+    """A file's header and rows as text; rows that were left out as damaged, and whether its last line has no end."""
 
-    Of a damaged file, rows whose epoch is not a number above that of the row before are left out: a line that was hit,
-    and what was appended a second time.
+    columns: list[str]
+    rows: list[dict[str, str]]
+    left_out: int
+    torn: bool
+
+
+def _read_rows(path: Path) -> _Table:
+    """What can be relied on in a file.
+
+    Of a damaged one, rows are left out that have not as many cells as the header, whose values may stand in other
+    columns, and those whose epoch is not a whole number above that of the row before: a line that was hit, and what was
+    appended a second time.
     """
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         text = file.read().replace("\0", "\N{REPLACEMENT CHARACTER}")
     complete = text[: text.rfind("\n") + 1]
     lines = [line for line in csv.reader(complete.splitlines()) if line]
     header = [RENAMED_METRICS.get(name, name) for name in lines[0]] if lines else []
-    if not header:
-        return [], [], not text
+    torn = len(complete) != len(text)
     rows: list[dict[str, str]] = []
-    newest = -math.inf
+    newest = -1.0
     for line in lines[1:]:
         row = dict(zip(header, line))
-        epoch = _number(row["epoch"]) if "epoch" in row else math.inf
-        if epoch > newest or "epoch" not in header:
+        if len(line) != len(header):
+            continue
+        if "epoch" in header:
+            epoch = _number(row["epoch"])
+            if not (epoch > newest and epoch.is_integer()):
+                continue
             newest = epoch
-            rows.append(row)
-    return header, rows, len(complete) == len(text) and len(rows) == len(lines) - 1
+        rows.append(row)
+    return _Table(header, rows, len(lines) - 1 - len(rows) if lines else 0, torn)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a cell is empty or holds a number, be it NaN or infinite."""
+    try:
+        float(text or "nan")
+    except ValueError:
+        return False
+    return True
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _number(text: str | None) -> float:

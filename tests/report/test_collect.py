@@ -195,6 +195,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
     assert run.config is None
     assert run.model == "mlp"
     assert "colour" in str(run.last_error)
+    assert "metrics.csv is damaged: 3 cells without a number" in str(run.last_error)
 
 
 def test_memory_against_plan(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pwm_torchrl.algorithm.metrics import MetricRow
-from pwm_torchrl.run.metrics import CsvMetrics, read_metrics
+from pwm_torchrl.run.metrics import CsvMetrics, damage_of, read_metrics
 
 
 class TestMetricRow:
@@ -116,6 +116,38 @@ class TestCsvMetrics:
             metrics.truncate(0)
             metrics.write({"epoch": 1})
         assert read_metrics(file) == {"epoch": [1]}
+
+    @pytest.mark.parametrize(
+        ("content", "told", "epochs"),
+        [
+            ("epoch,x\n1,10\n2,20\n", None, [1, 2]),
+            ("epoch,x\n1,10\n2,2", None, [1]),
+            ("epoch,x,y\n1,,nan\n2,inf,-1e-3\n", None, [1, 2]),
+            ("epoch,x\n1,1O\n2,20\n", "1 cell without a number", [1, 2]),
+            ("epoch,x\n1,10\n2,20\n1,10\n2,20\n", "2 rows left out", [1, 2]),
+            ("epoch,x,y\n1,10,5\n2l20,6\n3,30,7\n", "1 row left out", [1, 3]),
+            ("epoch,x\n1,10\n4,40\n", "no rows for 2 epochs", [1, 4]),
+            ("epoch,x\n1,10\n1.5,40\n", "1 row left out", [1]),
+            ("", "no header", None),
+            ("\n\n", "no header", None),
+            ("epocH,x\n1,10\n", "no column epoch", None),
+        ],
+    )
+    def test_damage_is_told(self, tmp_path, content, told, epochs):
+        """Of a row with too few or too many cells, values would be read into other columns."""
+        file = tmp_path / "metrics.csv"
+        file.write_text(content)
+        assert read_metrics(file).get("epoch") == epochs
+        damage = damage_of(file)
+        assert (damage is None) == (told is None)
+        assert told is None or (told in damage and damage.startswith("metrics.csv "))
+
+    def test_damaged_rows_are_told_before_they_are_dropped(self, tmp_path, capsys):
+        file = tmp_path / "metrics.csv"
+        file.write_text("epoch,x\n1,10\n2,\n3,30,4\n")
+        CsvMetrics(file)
+        assert f"{file} is damaged: 1 row left out" in capsys.readouterr().err
+        assert file.read_text().splitlines() == ["epoch,x", "1,10", "2,"]
 
     def test_truncating_nothing_is_fine(self, tmp_path):
         metrics = CsvMetrics(tmp_path / "metrics.csv")
