@@ -28,11 +28,11 @@ from pwm_torchrl.cluster.deaths import (
     note_restart,
     restarts_of,
 )
-from pwm_torchrl.config import Config
+from pwm_torchrl.config import Config, micro_batch_key
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.files import read_object, write_durably
 from pwm_torchrl.run.claims import Claim, newest_claim, read_outcome, slurm_job_id
-from pwm_torchrl.run.directory import load_config, set_status, write_event
+from pwm_torchrl.run.directory import PLAN_FILE, load_config, read_plan, set_status, write_event
 
 # A job on this machine whose memory ran out: the next plan, as a SLURM job would get it -------------------------------
 
@@ -66,7 +66,6 @@ def thriftier_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) -> st
 # The next memory plan after one that was too small --------------------------------------------------------------------
 
 
-PLAN_FILE = "memory_plan.json"
 #: Factor of each larger request.
 GROWTH = 1.5
 MIB = 2**20
@@ -91,7 +90,7 @@ def next_plan(run_dir: Path, cfg: Config, mem_mb: int) -> NextPlan | None:
     """What to try after memory ran out; ``None`` if nothing is left.
 
     More memory comes first, since it costs no speed. At the ceiling, updates on the host are split further, and then
-    the replay goes to disk. What the configuration sets itself stays.
+    the replay goes to disk. What the configuration sets itself stays. A plan that is damaged is told, and is none.
 
     Args:
         run_dir (Path): with the plan of the attempt that died.
@@ -102,13 +101,14 @@ def next_plan(run_dir: Path, cfg: Config, mem_mb: int) -> NextPlan | None:
     if mem_mb < ceiling:
         more = min(ceiling, math.ceil(mem_mb * GROWTH))
         return NextPlan(more, {}, f"--mem {mem_mb} -> {more} MiB")
-    plan = read_plan(run_dir)
+    plan = read_plan(run_dir, "no thriftier one can be made from it")
     if plan is None or cfg.memory.kind == "fixed":
         return None
     choices = dict(plan["choices"])
     if plan["prediction"]["compute"] == "host":
-        sizes = {key: _half(choices[key], batch) for key, batch in batches(cfg).items() if _open(cfg, key)}
-        if any(size != (choices[key] or batches(cfg)[key]) for key, size in sizes.items()):
+        rows = {micro_batch_key(update): rows for update, rows in plan["batches"].items()}
+        sizes = {key: _half(choices[key], batch) for key, batch in rows.items() if _open(cfg, key)}
+        if any(size != (choices[key] or rows[key]) for key, size in sizes.items()):
             parts = ", ".join(f"{key.removesuffix('_micro_batch')} {size}" for key, size in sizes.items())
             return NextPlan(mem_mb, {**choices, **sizes}, f"smaller micro-batches: {parts}")
     if choices["replay_storage"] == "memory" and cfg.training.replay_storage == "auto":
@@ -119,27 +119,8 @@ def next_plan(run_dir: Path, cfg: Config, mem_mb: int) -> NextPlan | None:
 def apply_plan(run_dir: Path, plan: NextPlan) -> None:
     """Let the next attempt start from a plan's choices."""
     if plan.choices:
-        saved = read_plan(run_dir) or {}
+        saved = read_object(run_dir / PLAN_FILE)
         write_durably(run_dir / PLAN_FILE, json.dumps({**saved, "choices": plan.choices}, indent=2) + "\n")
-
-
-def read_plan(run_dir: Path) -> dict[str, Any] | None:
-    """The last attempt's plan; ``None`` without one, or with one that is damaged or of another version."""
-    content = read_object(run_dir / PLAN_FILE)
-    choices, prediction = content.get("choices"), content.get("prediction")
-    whole = isinstance(choices, dict) and isinstance(prediction, dict) and "compute" in prediction
-    return content if whole else None
-
-
-def batches(cfg: Config) -> dict[str, int]:
-    """Rows of each update's batch, by the key of its micro-batch."""
-    a = cfg.algorithm
-    states = a.actor_batch * a.horizon
-    return {
-        "model_micro_batch": a.model_batch,
-        "actor_micro_batch": a.actor_batch,
-        "critic_micro_batch": -(-states // a.critic_minibatches),
-    }
 
 
 def _open(cfg: Config, key: str) -> bool:

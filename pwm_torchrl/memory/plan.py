@@ -290,6 +290,7 @@ class Plan:
         margin (float): fraction of each usable budget that stays free.
         stop_at (float): fraction of the host budget at which the run's memory guard stops it.
         automatic (bool): whether the planner made the choices; otherwise they were configured.
+        batches (dict of int): rows of each update's batch, by the update's name.
         larger (Alternative, optional): the next faster plan, which needs more memory.
         cheaper (Alternative, optional): the next plan that needs less memory.
     """
@@ -300,6 +301,7 @@ class Plan:
     margin: float
     stop_at: float
     automatic: bool
+    batches: dict[str, int]
     larger: Alternative | None = None
     cheaper: Alternative | None = None
 
@@ -337,6 +339,7 @@ class Plan:
         """Contents of ``memory_plan.json``."""
         return {
             "choices": asdict(self.choices),
+            "batches": self.batches,
             "prediction": self.prediction.as_dict(),
             "budgets": {p: {"bytes": b.bytes, "source": b.source} for p, b in self.budgets.items()},
             "margin": self.margin,
@@ -379,7 +382,8 @@ class _Planner:
     def build(self, choices: Choices) -> Plan:
         memory = self.cfg.memory
         prediction = self.options.predict(choices)
-        return Plan(choices, prediction, self.budgets, memory.margin, memory.stop_at, memory.kind != "fixed")
+        batches = {update: self.options.batch(update) for update in self.options.updates}
+        return Plan(choices, prediction, self.budgets, memory.margin, memory.stop_at, memory.kind != "fixed", batches)
 
     def plan(self, given: Choices | None) -> Plan:
         if self.cfg.memory.kind == "fixed":

@@ -15,10 +15,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pwm_torchrl.config import RENAMED_KEYS, Config, in_present_unit
+from pwm_torchrl.config import NETWORKS, RENAMED_KEYS, Config, in_present_unit, micro_batch_key
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.files import append_text, existing, read_object, write_durably
 from pwm_torchrl.run.claims import refuse_owned
+from pwm_torchrl.terminal import warn
 
 __all__ = [
     "RunDir",
@@ -134,6 +135,49 @@ def was_started(run_dir: str | Path) -> bool:
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """The run's ``summary.json``; empty while there is none or it is torn."""
     return read_object(Path(run_dir) / SUMMARY_FILE)
+
+
+PLAN_FILE = "memory_plan.json"
+
+
+def read_plan(run_dir: str | Path, without: str) -> dict[str, Any] | None:
+    """The memory plan of the last attempt.
+
+    Args:
+        run_dir (str or Path): the run's directory.
+        without (str): what follows from a plan that cannot be used, for the warning.
+
+    Returns:
+        dict, optional: what ``memory_plan.json`` holds, with ``choices``, ``batches`` and ``prediction`` as they were
+        written; ``None`` without one, or, with a warning, if it is damaged or of another version.
+    """
+    file = Path(run_dir) / PLAN_FILE
+    content = read_object(file)
+    if _is_plan(content):
+        return content
+    if file.exists():
+        warn(f"{file} is damaged or of another version; {without}")
+    return None
+
+
+def _is_plan(content: dict[str, Any]) -> bool:
+    choices, batches, prediction = (content.get(key) for key in ("choices", "batches", "prediction"))
+    if not (isinstance(choices, dict) and isinstance(batches, dict) and isinstance(prediction, dict)):
+        return False
+    keys = [micro_batch_key(network) for network in NETWORKS]
+    sizes = [choices.get(key, 0) for key in keys]
+    return (
+        set(choices) == {*keys, "checkpoint_substeps", "replay_storage"}
+        and set(batches) <= set(NETWORKS)
+        and all(_is_size(size) for size in (*batches.values(), *(size for size in sizes if size is not None)))
+        and isinstance(choices.get("checkpoint_substeps"), bool)
+        and isinstance(choices.get("replay_storage"), str)
+        and isinstance(prediction.get("compute"), str)
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def pretraining_run(world_model: str | Path) -> Path | None:

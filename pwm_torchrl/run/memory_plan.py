@@ -19,16 +19,15 @@ from pwm_torchrl.algorithm.build import compiles
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.files import read_object
 from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
 from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
 from pwm_torchrl.memory.readings import format_bytes, read_process
 from pwm_torchrl.modules.compiled import compiler_missing
 from pwm_torchrl.run.artifacts import swap_in
+from pwm_torchrl.run.directory import PLAN_FILE, read_plan
 from pwm_torchrl.run.summary import peak_device_bytes
 from pwm_torchrl.terminal import warn
 
-PLAN_FILE = "memory_plan.json"
 TABLE_FILE = "memory_plan.txt"
 
 
@@ -142,10 +141,5 @@ def _saved_decision(file: Path) -> bool:
 
 def saved_choices(run_dir: Path) -> Choices | None:
     """The choices of the last attempt; ``None`` without one, or, with a warning, where they cannot be read."""
-    file = run_dir / PLAN_FILE
-    try:
-        return Choices(**read_object(file)["choices"])
-    except (KeyError, TypeError):
-        if file.exists():
-            warn(f"{file} is damaged or of another version; the memory of the run is planned anew")
-        return None
+    plan = read_plan(run_dir, "the memory of the run is planned anew")
+    return None if plan is None else Choices(**plan["choices"])

@@ -58,6 +58,7 @@ def small(**changes) -> Plan:
         margin=0.1,
         stop_at=0.85,
         automatic=True,
+        batches={"model": 256, "actor": 128, "critic": 256},
         larger=Alternative("the model update in micro-batches of 128", 600 * MIB),
     )
     return replace(made, **changes)
