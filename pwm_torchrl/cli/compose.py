@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, OverrideType
+from hydra.core.override_parser.types import Glob, Override, OverrideType, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -185,7 +186,7 @@ def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
         list of list of str: the words of each run; one of them if nothing is swept.
 
     Raises:
-        ConfigurationError: for a sweep without discrete values, or too many runs.
+        ConfigurationError: for a sweep without discrete values, without an end or without any value, or too many runs.
     """
     every = [f"task={name}" for name in tasks]
     options = [every if word == EVERY_TASK else values_of(word) for word in words if tasks or word != EVERY_TASK]
@@ -193,7 +194,7 @@ def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
     for values in options:
         count *= len(values)
     if count > MOST:
-        raise ConfigurationError(f"{count} runs in one command are more than {MOST}; submit them in parts")
+        raise ConfigurationError(_too_many(str(count)))
     return [list(chosen) for chosen in itertools.product(*options)]
 
 
@@ -213,7 +214,33 @@ def values_of(word: str) -> list[str]:
         return [f"{key}={choice}" for choice in _matching(word, override.key_or_group, pattern)]
     if not override.is_discrete_sweep():
         raise ConfigurationError(f"{word!r} is an interval, not a list of values; write {key}=a,b,c or range(...)")
-    return [f"{key}={_interpolated(value)}" for value in override.sweep_string_iterator()]
+    return [f"{key}={_interpolated(value)}" for value in _swept(word, override)]
+
+
+def _too_many(count: str) -> str:
+    return f"{count} runs in one command are more than {MOST}; submit them in parts"
+
+
+def _swept(word: str, override: Override) -> list[str]:
+    """The values of a sweep, in its order.
+
+    Raises:
+        ConfigurationError: if there are none, or too many to be counted by making them.
+    """
+    pattern = override.value()
+    if isinstance(pattern, RangeSweep):  # counted first: some have no end, and a shuffled one is made as a whole
+        start, stop, step = (float(each or 0) for each in (pattern.start, pattern.stop, pattern.step))
+        count = (stop - start) / step if step else math.nan
+        if not math.isfinite(count):
+            raise ConfigurationError(
+                f"{word!r} never comes to its end; write range(start,stop,step) with finite numbers"
+            )
+        if count > MOST:
+            raise ConfigurationError(_too_many(f"{word!r}: {math.ceil(count)}"))
+    values = list(override.sweep_string_iterator())
+    if not values:
+        raise ConfigurationError(f"{word!r} gives {override.key_or_group} no value; write at least one")
+    return values
 
 
 def _matching(word: str, group: str, pattern: Glob) -> list[str]:

@@ -50,6 +50,25 @@ class TestExpand:
         with pytest.raises(ConfigurationError, match="is an interval, not a list of values"):
             expand(["algorithm.model_lr=interval(0,1)"])
 
+    @pytest.mark.parametrize(
+        ("word", "told"),
+        [
+            ("seed=range(1,3,0)", "never comes to its end"),
+            ("algorithm.gamma=range(0.1,inf)", "never comes to its end"),
+            ("algorithm.gamma=range(0.1,0.9,nan)", "never comes to its end"),
+            ("algorithm.gamma=range(0.0,1.0,0.0)", "never comes to its end"),
+            ("seed=range(1,1e12)", ": 999999999999 runs"),
+            ("seed=shuffle(range(1,1000000000))", ": 999999999 runs"),
+            ("seed=range(3,3)", "gives seed no value"),
+            ("seed=range(1,3,-1)", "gives seed no value"),
+        ],
+    )
+    def test_a_range_without_an_end_or_without_a_value(self, word, told):
+        with pytest.raises(ConfigurationError) as caught:
+            expand([word])
+        assert told in str(caught.value)
+        assert word in str(caught.value)
+
     def test_too_many(self):
         with pytest.raises(ConfigurationError, match="12000 runs in one command are more than 10000"):
             expand(["seed=range(0,12000)"])
