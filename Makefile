@@ -24,7 +24,7 @@ PIP = $(PY) -m pip --disable-pip-version-check -qq install
 TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check format bench bench-speed multitask-demo docs clean
+.PHONY: help run test test-robust lint check format bench bench-speed multitask-demo docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -64,6 +64,10 @@ test: $(VENV)/.dev  ## set up and run all tests (PYTEST_ARGS="-m 'not slow'" cho
 	OSMesa was found: MuJoCo videos cannot be rendered (on Debian: apt-get install libegl1 libosmesa6).")'
 	$(say) "Running the tests with $(WORKERS) workers."
 	@$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-robust: $(VENV)/.dev  ## all of tests/robustness: every kind of damage, signal and malformed setting (an hour)
+	$(say) "Running the whole robustness suite with $(WORKERS) workers."
+	@$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/robustness --robust-full $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## format, lint and types
 	$(say) "Checking the format (make format repairs it)."

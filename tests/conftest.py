@@ -74,6 +74,8 @@ def free_signals() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    whole = "tests/robustness as a whole, which takes an hour, instead of the part that CI runs"
+    parser.addoption("--robust-full", action="store_true", help=whole)
     # Where the package is installed, its entry point has done so already.
     with contextlib.suppress(ValueError):
         _pytest_option.pytest_addoption(parser)
