@@ -367,6 +367,8 @@ class TrainingConfig(Section):
     )  # of matrix products in updates; all else is float32; tf32 is for GPUs
     progress: bool = True  # progress bar
     check_graphs: bool = False  # debug: fail an epoch that leaves more live autograd nodes than it found
+    profile: int = setting(0, least=0, most=1000)  # updates in steady state that the profiler records, in
+    # trace.json.gz of the run directory; 0: none
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -118,6 +119,8 @@ class Updates:
 
     Attributes:
         made (int): updates so far, in this process's life.
+        around (callable, optional): gives, of an update's name, the context that it is made in, such as a profiler's
+            range. ``None``: none.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class Updates:
         self.used: dict[str, int] = {}  # by each update's last success
         self.on_reduction = on_reduction
         self.made = 0
+        self.around: Callable[[str], AbstractContextManager[None]] | None = None
 
     def model(self, slices: Callable[[], TensorDictBase], rows: int) -> tuple[Metrics, Tensor, Tensor]:
         """Model update on ``rows`` slices; see :class:`Executor`."""
@@ -159,6 +163,12 @@ class Updates:
         Raises:
             OutOfMemory: if memory is refused at micro-batch 1; everything is as it was before the update.
         """
+        if self.around is None:
+            return self._run(update, rows, attempt)
+        with self.around(update):
+            return self._run(update, rows, attempt)
+
+    def _run(self, update: str, rows: int, attempt: Callable[[int], Result]) -> Result:
         undo = self.executor.undo[update]
         first = size = self.size(update, rows)
         while True:

@@ -133,6 +133,8 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
     files.append(("memory_plan.txt", "what the run was predicted to need, why, what was chosen, and what was measured"))
     files.append(("memory_plan.json", "the same for programs"))
     files.append(("compile.json", "whether its updates are compiled"))
+    if cfg.training.profile:
+        files.append(("trace.json.gz", "the profiler's record of some updates; https://ui.perfetto.dev shows it"))
     if cfg.training.video and policy:
         files.append(("video.mp4", "one deterministic episode of the trained policy"))
     files.append(("events.jsonl", "what happened to the run, one JSON object per line: starts, resumes, faults, end"))

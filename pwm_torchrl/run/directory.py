@@ -219,6 +219,7 @@ IGNORED = (
     "training.keep_checkpoints",
     "training.replay_storage",
     "training.check_graphs",
+    "training.profile",
     "model.dynamics.checkpoint_substeps",
 )
 

@@ -39,6 +39,7 @@ from pwm_torchrl.run.loggers import make_loggers
 from pwm_torchrl.run.loop import Loop, Recording
 from pwm_torchrl.run.memory_plan import RunPlan, decided_compile
 from pwm_torchrl.run.metrics import CsvMetrics
+from pwm_torchrl.run.profiling import UpdateProfile
 from pwm_torchrl.run.publish import log_artifacts
 from pwm_torchrl.run.replica import check_device, serve, start_replicas
 from pwm_torchrl.run.sources import StoredSource, open_source
@@ -232,6 +233,10 @@ class Run:
             between=self.stop.check,
             phase=self.progress.phase,
         )
+        if t.profile:
+            updates = self.algorithm.updates
+            profiled = UpdateProfile(updates, t.profile, self.run_dir, lambda: self.algorithm.started, self.device)
+            self.closing.later("the profile", profiled.close)
         self.evaluation.start(self.algorithm, policy, self.device)
         checkpoint = Checkpoint().register_adapter(object, StateFileAdapter())
         record = Recording(
