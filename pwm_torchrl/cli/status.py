@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Mapping
 from datetime import datetime, timezone
+from typing import Any
 
 from pwm_torchrl.cli import console
 from pwm_torchrl.cluster.deaths import events_of, read_job
@@ -18,6 +20,7 @@ __all__ = ["line_of", "run"]
 
 #: Metrics rows that the speed is taken from.
 _RECENT = 50
+_LONG_AGO = datetime.min.replace(tzinfo=timezone.utc)
 _COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory", "what happened last")
 
 
@@ -43,6 +46,9 @@ def run(args: Namespace) -> int:
     narrow = ("what happened last", "host memory", "run", "restarts", "left")
     below = dict.fromkeys(("what happened last", "run"), "")
     console.say(Table(list(_COLUMNS), rows, narrow=narrow, below=below).text(console.terminal_width()))
+    for run in runs:
+        for problem in run.problems:
+            console.say(f"{run.name}: {problem}", err=True)
     return console.OK
 
 
@@ -108,7 +114,16 @@ def _last(run: RunReport, status: str, job: JobState | None) -> str:
     found = [event for kind in ("restart", *FAILED) for event in events_of(run.path, kind)]
     if not found or status == "finished":
         return ""
-    newest = max(found, key=lambda event: event["time"])
-    text = str(newest.get("detail") or newest.get("error") or newest["event"])
-    ago = (datetime.now(timezone.utc) - datetime.fromisoformat(newest["time"])).total_seconds() / 60
-    return f"{' '.join(text.split())[:120]} ({ago:.0f} min ago)"
+    newest = max(found, key=_time_of)
+    text = " ".join(str(newest.get("detail") or newest.get("error") or newest["event"]).split())[:120]
+    ago = (datetime.now(timezone.utc) - _time_of(newest)).total_seconds() / 60
+    return text if _time_of(newest) == _LONG_AGO else f"{text} ({ago:.0f} min ago)"
+
+
+def _time_of(event: Mapping[str, Any]) -> datetime:
+    """When an event happened; long ago if it does not say."""
+    try:
+        when = datetime.fromisoformat(event["time"])
+    except (KeyError, TypeError, ValueError):
+        return _LONG_AGO
+    return when if when.tzinfo is not None else when.replace(tzinfo=timezone.utc)

@@ -33,7 +33,7 @@ from pwm_torchrl.run.claims import (
     read_outcome,
 )
 from pwm_torchrl.run.claims import FOLDER as CLAIMS
-from pwm_torchrl.run.directory import CONFIG_FILE, EVENTS_FILE, SUMMARY_FILE, load_config, read_summary
+from pwm_torchrl.run.directory import CONFIG_FILE, EVENTS_FILE, PLAN_FILE, SUMMARY_FILE, load_config
 from pwm_torchrl.run.metrics import damage_of, read_metrics
 
 __all__ = [
@@ -61,6 +61,15 @@ _WAITING = ("submit", "restart")
 #: By which a folder with a damaged configuration is still known as a run.
 _RUN_FILES = (CLAIMS, EVENTS_FILE, JOB_FILE, SUMMARY_FILE)
 _KEYS = {spec.name for spec in fields(Config)}
+#: Of what kind values are in the files of a run, where they have these keys.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "size", "env", "status", "wandb_url"), str),
+    **dict.fromkeys(("seed", "epochs_done", "epochs_planned", "agent_steps", "env_steps", "restarts"), int),
+    **dict.fromkeys(("peak_return", "final_return", "random_return", "wall_clock_s"), (int, float)),
+    **dict.fromkeys(("choices", "prediction", "budgets"), dict),
+    **dict.fromkeys(("mem_mb", "gpus"), int),
+    "job_ids": list,
+}
 
 
 @dataclass
@@ -78,7 +87,8 @@ class RunReport:
         device_bytes: most GPU memory allocated, 0 without a GPU.
         device_planned: the same as predicted.
         gpus: how many GPUs it has, 0 without.
-        last_error: the newest error that ended an attempt, and files that cannot be read.
+        last_error: the newest error that ended an attempt, and :attr:`problems`.
+        problems: a sentence for each file that cannot be read, or tells something else than another one.
         wandb_url: its page at W&B, if it logged online.
         started: when it was submitted or started first, seconds since the epoch.
         owner: the process that trains it, or that ended without saying so.
@@ -113,6 +123,7 @@ class RunReport:
     wandb_url: str | None = None
     owner: Identity | None = None
     owner_state: str | None = None
+    problems: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -145,17 +156,15 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 def read_run(path: Path) -> RunReport:
     """Reads a run; what its summary does not say yet is taken from its metrics and its configuration."""
-    problems: list[str] = []
-    summary = read_summary(path)
-    metrics = _read_metrics(path / "metrics.csv", problems)
+    report = RunReport(path, path.resolve().name)
+    problems = report.problems
+    summary, plan, job = (_object(path / name, problems) for name in (SUMMARY_FILE, PLAN_FILE, JOB_FILE))
+    metrics = report.metrics = _read_metrics(path / "metrics.csv", problems)
     events = read_objects(path / EVENTS_FILE)
-    report = RunReport(path, path.resolve().name, metrics=metrics)
     try:
         report.config = load_config(path)
     except ConfigurationError as error:
         problems.append(str(error))
-    if not summary and (path / SUMMARY_FILE).exists():
-        problems.append(f"{SUMMARY_FILE} is empty or damaged")
     outcome: Mapping[str, Any] = {}
     try:
         report.owner, outcome = open_owner(path), _last_outcome(path)
@@ -167,8 +176,9 @@ def read_run(path: Path) -> RunReport:
     url = summary.get("wandb_url")
     report.wandb_url = url if isinstance(url, str) and url.startswith(("https://", "http://")) else None
     report.restarts = restart_reasons(events, int(number(summary.get("restarts")) or 0))
-    _memory(report, summary, read_object(path / "memory_plan.json"))
-    gpus = number(read_object(path / "job.json").get("gpus"))
+    _memory(report, summary, plan)
+    _compare(summary, metrics, report)
+    gpus = number(job.get("gpus"))
     used = bool(report.device_bytes) or any(key.startswith("memory/gpu_") for key in metrics)
     report.gpus = int(gpus) if gpus is not None else int(used)
     report.last_error = "; ".join([*filter(None, [_last_error(path, events)]), *problems]) or None
@@ -282,6 +292,36 @@ def _is_run(path: Path) -> bool:
     if "defaults" in keys:
         return False
     return len(keys & _KEYS) >= 2 or any((path / name).exists() for name in _RUN_FILES)
+
+
+def _object(file: Path, problems: list[str]) -> dict[str, Any]:
+    """The JSON object in a file, with a sentence if there is a file without one, or one with values of another kind."""
+    content = read_object(file)
+    if not content and file.exists():
+        problems.append(f"{file.name} is empty or damaged")
+    wrong = [
+        key for key, kinds in _KINDS.items() if content.get(key) is not None and not isinstance(content[key], kinds)
+    ]
+    if wrong:
+        problems.append(f"{file.name} is damaged: {', '.join(f'{key}={content[key]}' for key in wrong)}")
+    return {key: value for key, value in content.items() if key not in wrong}
+
+
+def _compare(summary: Mapping[str, Any], metrics: Mapping[str, Sequence[float]], report: RunReport) -> None:
+    """Tells where the end result of a run is not what its newest metrics say."""
+    if report.status in ("running", "waiting") or not metrics.get("epoch"):
+        return
+    returns = [value for value in metrics.get("eval/return_mean", []) if math.isfinite(value)]
+    logged = {
+        "epochs_done": last(metrics["epoch"]),
+        "env_steps": last(metrics.get("env_steps", [])),
+        "final_return": last(returns),
+        "peak_return": max(returns, default=None),
+    }
+    for key, value in logged.items():
+        told = number(summary.get(key))
+        if told is not None and value is not None and told != value:
+            report.problems.append(f"{SUMMARY_FILE} says {key}={told:g}, metrics.csv says {value:g}")
 
 
 def _read_metrics(file: Path, problems: list[str]) -> dict[str, list[float]]:

@@ -55,6 +55,22 @@ class TestStatus:
         assert where == ("-" if job is None else f"7 {job.state.lower()}" + (" on n1" if job is RUNNING else ""))
         assert memory.startswith("1 GiB")
 
+    def test_files_that_cannot_be_read_are_named_below_the_table(self, run, capsys):
+        (run / "memory_plan.json").write_text("")
+        (run / "metrics.csv").write_text("epoch,time/epoch_s\n4,60\n5,6o\n")
+        (run / "job.json").write_text(json.dumps({"job_ids": {"a": 1}, "mem_mb": 2000}))
+        assert run_command("status", [str(run)]) == console.OK
+        said = capsys.readouterr()
+        assert "5/10 50 %" in said.out
+        for told in ("memory_plan.json is empty or damaged", "metrics.csv is damaged", "job.json is damaged: job_ids="):
+            assert f"run: {told}" in said.err
+
+    @pytest.mark.parametrize("when", [None, "yesterday", 5, "2026-11-29T10:00:00"])
+    def test_an_event_without_its_time(self, when, run):
+        with (run / "events.jsonl").open("w") as file:
+            file.write(json.dumps({"event": "failed", "error": "boom", "time": when}) + "\n")
+        assert status.line_of(read_run(run), None)[-1].startswith("boom")
+
     def test_restarts_and_the_last_reason(self, run):
         for reason in ("timeout", "memory", "timeout"):
             write_event(run, "restart", reason=reason, detail=f"because of {reason}", attempt=1, answer="requeue")

@@ -32,8 +32,22 @@ def test_a_finished_run_is_what_its_summary_says(tmp_path):
     assert (run.model, run.size, run.env, run.seed) == ("flow_v2", "tiny", "pendulum", 0)
     assert (run.peak_return, run.final_return, run.random_return) == (-390.0, -500.0, -1210.0)
     assert (run.epochs_done, run.epochs_planned, run.wall_clock_s) == (4, 4, 7.5)
-    assert run.last_error is None
+    assert run.last_error == "summary.json says peak_return=-390, metrics.csv says -400"
     assert run.gpu_hours is None
+
+
+def test_a_summary_of_another_kind_is_told_and_not_believed(tmp_path):
+    path = write_run(tmp_path / "a", rows=ROWS, status="stopped", epochs_planned=["x"], final_return="best", seed=True)
+    run = read_run(path)
+    assert (run.epochs_planned, run.final_return) == (run.config.training.epochs, -500.0)
+    assert run.problems == ["summary.json is damaged: epochs_planned=['x'], final_return=best"]
+
+
+@pytest.mark.parametrize("name", ["memory_plan.json", "job.json", "summary.json"])
+def test_a_file_without_its_object_is_told(name, tmp_path):
+    path = write_run(tmp_path / "a", rows=ROWS)
+    (path / name).write_bytes(b'{"choices": {\xff')
+    assert read_run(path).problems == [f"{name} is empty or damaged"]
 
 
 def test_a_running_one_is_what_its_metrics_say(tmp_path):
