@@ -23,8 +23,10 @@ from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.files import allocate, storage_faults, sync_folder, write_all, write_durably
 from pwm_torchrl.run.claims import RunClaim, newest_claim
 from pwm_torchrl.run.debugging import failpoint
+from pwm_torchrl.terminal import warn
 
 SEAL_FILE = "checksums.json"
+MANIFEST = "manifest.json"  # TorchRL's name
 _BLOCK = 1 << 22
 #: Flushes that wait together cost a journalling file system little more than one.
 _FLUSHES = 8
@@ -60,6 +62,24 @@ def check_seal(folder: Path) -> None:
     Raises:
         BrokenSeal: if there is none, or a file differs; the message is the end of a sentence.
     """
+    for name, facts in _sealed(folder).items():
+        _check_sealed(folder, name, facts)
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare a checkpoint's manifest with its seal, which costs next to nothing.
+
+    Raises:
+        BrokenSeal: as :func:`check_seal`.
+    """
+    sealed = _sealed(folder)
+    if MANIFEST not in sealed:
+        raise BrokenSeal(f"its {SEAL_FILE} does not list {MANIFEST}")
+    _check_sealed(folder, MANIFEST, sealed[MANIFEST])
+
+
+def _sealed(folder: Path) -> dict[str, Any]:
+    """Size and checksum of each file of a folder when it was sealed."""
     try:
         content = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
         listed = content["files"]
@@ -70,15 +90,18 @@ def check_seal(folder: Path) -> None:
         raise BrokenSeal(f"its {SEAL_FILE} is damaged") from error
     if not intact:
         raise BrokenSeal(f"its {SEAL_FILE} is damaged")
-    for name, facts in listed.items():
-        file = folder / name
-        if not file.is_file():
-            raise BrokenSeal(f"its file {name} is missing")
-        size = file.stat().st_size
-        if size != facts["bytes"]:
-            raise BrokenSeal(f"its file {name} has {size} of {facts['bytes']} bytes")
-        if _checksum(file) != facts["crc32"]:
-            raise BrokenSeal(f"its file {name} does not have its checksum")
+    return dict(listed)
+
+
+def _check_sealed(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+    file = folder / name
+    if not file.is_file():
+        raise BrokenSeal(f"its file {name} is missing")
+    size = file.stat().st_size
+    if size != facts["bytes"]:
+        raise BrokenSeal(f"its file {name} has {size} of {facts['bytes']} bytes")
+    if _checksum(file) != facts["crc32"]:
+        raise BrokenSeal(f"its file {name} does not have its checksum")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -325,8 +348,9 @@ class Saved:
 
     @property
     def metric(self) -> float | None:
-        """Evaluation return of its policy; ``None`` if its manifest cannot be read."""
+        """Evaluation return of its policy; ``None`` if its manifest cannot be read, or is not what was sealed."""
         try:
+            check_manifest(self.path)
             value = Checkpoint.manifest(self.path).get("metadata", {}).get(METRIC)
             return None if value is None else float(value)
         except _UNREADABLE:
@@ -432,6 +456,7 @@ class CheckpointStore:
             raise ConfigurationError(
                 f"which={which!r} is not one of {', '.join(WHICH)}, nor the number of an epoch that has a checkpoint."
             )
+        self._tell_unreadable()
         latest, best = self.latest(), self.best()
         if latest is None:
             raise ConfigurationError(f"{self.run_dir} has no checkpoint yet.")
@@ -450,6 +475,13 @@ class CheckpointStore:
             listed = ", ".join(f"{epoch}{named}" for epoch, named in sorted(epochs.items()))
             raise ConfigurationError(f"{self.run_dir} has no checkpoint of epoch {word}; there are those of {listed}.")
         return max(found, key=lambda saved: (saved.attempt, not saved.inside)).path
+
+    def _tell_unreadable(self) -> None:
+        """Name those that a person might have meant and that cannot be chosen."""
+        readable = {saved.path for saved, _ in self._readable()}
+        for each in self.countable():
+            if each.path not in readable:
+                warn(f"the checkpoint {each.path} cannot be read; it is chosen among the others")
 
     def newest_kept(self) -> list[Path]:
         """Those that resuming may fall back to; the best one may be much older."""

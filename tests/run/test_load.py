@@ -45,6 +45,23 @@ def observations(count=5):
     return TensorDict(observation=torch.randn(count, 3), batch_size=[count])
 
 
+class TestDamagedManifest:
+    """Which checkpoint is the best is read from manifests."""
+
+    @pytest.mark.parametrize("change", [lambda text: text[:99], lambda text: text.replace('"epoch"', '"epoCh"')])
+    def test_another_one_is_chosen_with_a_sentence(self, change, trained, tmp_path, capsys):
+        run = tmp_path / "run"
+        shutil.copytree(trained[1].run_dir, run)
+        store = CheckpointStore(run)
+        best = store.pick("best")
+        assert not capsys.readouterr().err
+        manifest = best / "manifest.json"
+        assert change(manifest.read_text()) != manifest.read_text()
+        manifest.write_text(change(manifest.read_text()))
+        assert store.pick("best") != best
+        assert f"the checkpoint {best} cannot be read" in capsys.readouterr().err
+
+
 class TestPolicy:
     def test_the_latest_is_the_trained_one(self, trained):
         run = trained[1]
