@@ -28,7 +28,7 @@ from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
 from pwm_torchrl.cli.resume import Found
 from pwm_torchrl.cli.train import run_in_process
 from pwm_torchrl.cli.words import DRY_RUN
-from pwm_torchrl.cluster.deaths import read_job
+from pwm_torchrl.cluster.deaths import memory_asked, read_job
 from pwm_torchrl.cluster.job import LOG_FILE
 from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.cluster.restarts import thriftier_plan
@@ -262,7 +262,7 @@ def _bring_back(run: Path, cfg: Config) -> tuple[str, int]:
     preflight([cfg], SLURM if on_slurm else LOCAL, again=True)
     prepare_run_dir(replace(cfg, run_dir=str(run)))
     if on_slurm:
-        return f"job {resubmit(run, cfg, int(job['mem_mb']))}", console.OK
+        return f"job {resubmit(run, cfg, memory_asked(run))}", console.OK
     code = snapshot(run.parent, targets_of(asdict(cfg)))
     outcome = submit_local(run, code, progress=cfg.training.progress).follow()
     status = str(outcome["status"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.files import read_object, read_objects, write_durably
 from pwm_torchrl.run.directory import EVENTS_FILE, write_event
 from pwm_torchrl.run.stop import NO_STEP_IN_TIME
@@ -194,9 +195,32 @@ COMES_BACK = (TIMEOUT, PREEMPTION, REQUEUED, NODE_FAILURE, MEMORY, KILLED)
 JOB_FILE = "job.json"
 
 
+_LISTS = ("job_ids", "awaited_by", "code")
+
+
 def read_job(run_dir: Path) -> dict[str, Any]:
-    """What was asked for; empty for a run that was never submitted."""
-    return read_object(run_dir / JOB_FILE)
+    """What was asked for, without what is damaged; empty for a run that was never submitted."""
+    content = read_object(run_dir / JOB_FILE)
+    return {key: value for key, value in content.items() if key not in _LISTS or _is_texts(value)}
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def memory_asked(run_dir: Path) -> int:
+    """Host memory that the last job of a run asked for, MiB.
+
+    Raises:
+        ConfigurationError: if its file does not say so.
+    """
+    asked = read_job(run_dir).get("mem_mb")
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked <= 0:
+        raise ConfigurationError(
+            f"{run_dir / JOB_FILE} is damaged: mem_mb={asked} is no amount of memory; delete it and submit the run "
+            "again"
+        )
+    return asked
 
 
 def write_job(run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -235,4 +259,5 @@ def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 def restarts_of(run_dir: Path) -> list[Restart]:
     """Restarts that happened, oldest first."""
-    return [Restart(each["reason"], bool(each.get("progressed"))) for each in events_of(run_dir, "restart")]
+    restarts = events_of(run_dir, "restart")
+    return [Restart(str(each.get("reason", "unknown")), bool(each.get("progressed"))) for each in restarts]

@@ -14,11 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pwm_torchrl.cluster.deaths import END, MEMORY, RESUBMIT, WAIT, Answer, Death, JobRecord, read_job, write_job
+from pwm_torchrl.cluster.deaths import END, MEMORY, RESUBMIT, WAIT, Answer, Death, JobRecord, memory_asked, write_job
 from pwm_torchrl.cluster.restarts import Life, NextPlan, apply_plan, decide, next_plan, note
 from pwm_torchrl.cluster.slurm import SlurmError, job_records, scontrol
 from pwm_torchrl.cluster.submission import move_dependents, resubmit
 from pwm_torchrl.commands import typed
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config
 
 #: SLURM's record of a step that was killed for memory may come this much later than srun's return.
@@ -81,7 +82,10 @@ def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
 def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]:
     """The next plan, its choices in place for the next attempt; an end if there is none."""
     cfg = load_config(run)
-    plan = next_plan(run, cfg, int(read_job(run)["mem_mb"]))
+    try:
+        plan = next_plan(run, cfg, memory_asked(run))
+    except ConfigurationError as damaged:
+        return Answer(END, "memory", f"{death.detail}; {damaged}"), None
     if plan is None:
         why = f"{death.detail}, and there is no larger or thriftier plan (cluster.host_gib, memory.*)"
         return Answer(END, "memory", why), None

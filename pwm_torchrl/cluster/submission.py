@@ -22,7 +22,7 @@ from pathlib import Path
 from submitit.core.utils import FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from pwm_torchrl.cluster.deaths import note_submission, read_job, write_job
+from pwm_torchrl.cluster.deaths import JOB_FILE, note_submission, read_job, write_job
 from pwm_torchrl.cluster.job import run_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.cluster.slurm import live_job, scontrol, site
@@ -152,6 +152,11 @@ def resubmit(run_dir: Path, cfg: Config, mem_mb: int) -> str:
         ConfigurationError: if SLURM refuses.
     """
     job = read_job(run_dir)
+    missing = [name for name in Resources.__dataclass_fields__ if name not in job]
+    if missing:
+        raise ConfigurationError(
+            f"{run_dir / JOB_FILE} is damaged: it lacks {', '.join(missing)}; delete it and submit the run again"
+        )
     before = Resources(**{name: job[name] for name in Resources.__dataclass_fields__})
     resources = Resources(**{**before.as_dict(), "mem_mb": mem_mb})
     code = [Path(each) for each in job.get("code", [])]

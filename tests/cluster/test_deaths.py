@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from pwm_torchrl.cluster.deaths import Answer, Death, JobRecord, Restart, answer, classify
+from pwm_torchrl.cluster.deaths import (
+    Answer,
+    Death,
+    JobRecord,
+    Restart,
+    answer,
+    classify,
+    memory_asked,
+    read_job,
+    restarts_of,
+)
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.stop import NO_STEP_IN_TIME
 
 FINE = {"returncode": 0, "oom_kills": 0, "signals": {}, "preempted": False}
@@ -94,3 +107,24 @@ def test_an_end_says_why():
     assert reply.why == (
         "2 attempts in a row ended without progress, the last one because a process of the job was killed"
     )
+
+
+class TestDamagedFiles:
+    """They are read by what a job's end decides, which must not itself end in a traceback."""
+
+    @pytest.mark.parametrize("asked", [None, "2000", 0, True, [2000], {}])
+    def test_an_amount_of_memory_that_is_none(self, asked, tmp_path):
+        (tmp_path / "job.json").write_text(json.dumps({"mem_mb": asked}))
+        with pytest.raises(ConfigurationError, match=r"job\.json is damaged: mem_mb="):
+            memory_asked(tmp_path)
+        (tmp_path / "job.json").write_text(json.dumps({"mem_mb": 2000}))
+        assert memory_asked(tmp_path) == 2000
+
+    @pytest.mark.parametrize("ids", [None, "7", {"7": 1}, [7], [["7"]]])
+    def test_lists_that_are_none(self, ids, tmp_path):
+        (tmp_path / "job.json").write_text(json.dumps({"job_ids": ids, "awaited_by": ["8"], "cluster": "l40s"}))
+        assert read_job(tmp_path) == {"awaited_by": ["8"], "cluster": "l40s"}
+
+    def test_a_restart_without_its_reason(self, tmp_path):
+        (tmp_path / "events.jsonl").write_text('{"event": "restart"}\n{"event": "restart", "reason": "memory"}\n')
+        assert restarts_of(tmp_path) == [Restart("unknown", False), Restart("memory", False)]
