@@ -104,9 +104,9 @@ class Journal:
         if not path.exists():
             return None
         with storage_faults(path, "read"):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes()
         try:
-            content: dict[str, Any] = json.loads(text)
+            content: dict[str, Any] = json.loads(text.decode("utf-8"))
             if content["schema_version"] == SCHEMA_VERSION:
                 writers = tuple((entry["name"], int(entry["first_step"])) for entry in content["writers"])
                 layout = RecordLayout.described(content["record"])

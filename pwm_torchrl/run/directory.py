@@ -311,7 +311,7 @@ def _has_trained(path: Path) -> bool:
     """Whether there is a checkpoint, or a row of metrics."""
     checkpoints, metrics = path / "checkpoints", path / "metrics.csv"
     saved = checkpoints.is_dir() and any(checkpoints.iterdir())
-    return saved or (metrics.is_file() and len(metrics.read_text(encoding="utf-8").splitlines()) > 1)
+    return saved or (metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1)
 
 
 def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:

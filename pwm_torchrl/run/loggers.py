@@ -12,6 +12,7 @@ import json
 import logging
 import netrc
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from pwm_torchrl.config import Config, LoggerConfig
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.files import write_durably
 from pwm_torchrl.run.directory import settings_of
+from pwm_torchrl.terminal import warn
 
 __all__ = [
     "RunLoggers",
@@ -435,9 +437,10 @@ def _stable_id(run_dir: Path) -> str:
     """
     file = run_dir / WANDB_ID_FILE
     if file.is_file():
-        stored = file.read_text(encoding="utf-8").strip()
-        if stored:
+        stored = file.read_text(encoding="utf-8", errors="replace").strip()
+        if re.fullmatch(r"[\w.-]+", stored):
             return stored
+        warn(f"{file} is damaged: the run goes on as a new one at W&B")
     given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     new = given or secrets.token_hex(4)  # not from the seeded generators: two runs of one seed are two runs
     write_durably(file, new + "\n")

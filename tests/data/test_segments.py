@@ -182,13 +182,15 @@ class TestCheckpoints:
         with pytest.raises(StorageFault, match=r"needs steps 20 to 30 of the replay in .*do not exist"):
             store_in(tmp_path / "replay").load_state_dict(state)
 
-    @pytest.mark.parametrize("damage", ["text", "key", "version"])
+    @pytest.mark.parametrize("damage", ["text", "bytes", "key", "version"])
     def test_the_description_is_damaged(self, damage, tmp_path):
         state = store_in(tmp_path, steps=30).state_dict()
         file = tmp_path / "replay.json"
         content = json.loads(file.read_text())
         if damage == "text":
             file.write_text(file.read_text()[:50])
+        elif damage == "bytes":
+            file.write_bytes(b"\xa2" + file.read_bytes())
         elif damage == "key":
             del content["record"]["action"]
             file.write_text(json.dumps(content))

@@ -223,6 +223,13 @@ class TestWandb:
         assert TestTensorboard().scalars(tmp_path) == [(3, 0.5)]
         assert any(record.HasField("history") for record in records(tmp_path))
 
+    def test_a_damaged_id_is_told(self, tmp_path, capsys):
+        file = tmp_path / "wandb_id.txt"
+        file.write_bytes(b"ab\xffcd\n")
+        made = loggers._stable_id(tmp_path)
+        assert str(file) in capsys.readouterr().err
+        assert made == file.read_text().strip() == loggers._stable_id(tmp_path)
+
     def test_an_agent_of_a_sweep_names_its_run(self, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_RUN_ID", "given123")
         assert loggers._stable_id(tmp_path / "..") != "given123"
