@@ -20,7 +20,7 @@ from pwm_torchrl.cli.requests import read
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config, save_config
 
-#: How much a sentence may say: what is wrong, and the choices that there are.
+#: How much a sentence may say beside what it quotes: what is wrong, and the choices that there are.
 MOST_LINES, MOST_CHARACTERS = 4, 1500
 #: Runs of a sweep that are looked at.
 RUNS = 2
@@ -71,7 +71,8 @@ def fault_of(case: malformed.Case, folder: Path) -> str | None:
     text = str(refusal)
     if not text.strip() or len(text.splitlines()) > MOST_LINES or "Traceback" in text or " object at 0x" in text:
         return f"no sentence: {text[:500]!r}"
-    return f"{len(text)} characters: {text[:300]}..." if len(text) > MOST_CHARACTERS else None
+    most = MOST_CHARACTERS + 3 * sum(map(len, case.words))
+    return f"{len(text)} characters: {text[:300]}..." if len(text) > most else None
 
 
 def test_each_ends_in_one_sentence_or_composes(
