@@ -25,6 +25,7 @@ class MetricRow:
     :meth:`numbers`, so that collecting does not wait for the accelerator at every update.
 
     Examples:
+        >>> from pwm_torchrl.algorithm.metrics import MetricRow
         >>> row = MetricRow()
         >>> row.set({"epoch": 3})
         >>> for loss in (1.0, 3.0):

@@ -318,6 +318,7 @@ def make_torchrl_pendulum(
         DifferentiableEnv: ``observation`` float32 ``[N, 3]``, ``action`` float32 ``[N, 1]`` in [-1, 1].
 
     Examples:
+        >>> from pwm_torchrl.envs import make_torchrl_pendulum
         >>> make_torchrl_pendulum(num_envs=2).rollout(3)["next", "reward"].shape
         torch.Size([2, 3, 1])
     """

@@ -73,6 +73,7 @@ def make_env(
         ConfigurationError: if the maker cannot be found or called so, or what it makes cannot be used.
 
     Examples:
+        >>> from pwm_torchrl.envs import make_env
         >>> cfg = {"_target_": "pwm_torchrl.envs.make_gymnasium_env", "id": "Pendulum-v1"}
         >>> make_env(cfg, num_envs=4, seed=0).batch_size
         torch.Size([4])

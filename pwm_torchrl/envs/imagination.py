@@ -404,6 +404,8 @@ class LatentImaginationEnv(ModelBasedEnvBase):
         tensordict=states, set_state=True)``.
 
     Examples:
+        >>> import torch
+        >>> from pwm_torchrl.envs import LatentImaginationEnv
         >>> from pwm_torchrl.modules import WorldModelSpec, make_world_model
         >>> model = make_world_model(WorldModelSpec(3, 1, 16, [32], [32]))
         >>> env = LatentImaginationEnv(model, start=model.encode(torch.randn(100, 3)), horizon=5, batch_size=[8])

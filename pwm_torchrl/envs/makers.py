@@ -58,6 +58,7 @@ def make_gymnasium_env(
         EnvironmentFault: later, where a sub-environment raises or returns values that are not finite.
 
     Examples:
+        >>> from pwm_torchrl.envs import make_gymnasium_env
         >>> env = make_gymnasium_env("Pendulum-v1", num_envs=2)
         >>> env.rollout(3)["next", "reward"].shape
         torch.Size([2, 3, 1])
@@ -192,6 +193,7 @@ def make_dm_control_env(
         EnvironmentFault: later, where a sub-environment raises or returns values that are not finite.
 
     Examples:
+        >>> from pwm_torchrl.envs import make_dm_control_env
         >>> env = make_dm_control_env("cartpole", "swingup", num_envs=2)
         >>> env.rollout(3)["observation"].shape
         torch.Size([2, 3, 5])

@@ -66,6 +66,7 @@ class PolicySeededMPPI(MPCPlannerBase):
     Examples:
         >>> from torchrl.envs import PendulumEnv
         >>> from tensordict.nn import TensorDictModule
+        >>> from pwm_torchrl.envs import PolicySeededMPPI
         >>> env = PendulumEnv()  # its own model
         >>> policy = TensorDictModule(lambda speed: -speed.unsqueeze(-1), ["thdot"], ["action"])
         >>> value = TensorDictModule(lambda angle: -angle.square().unsqueeze(-1), ["th"], ["state_value"])

@@ -36,6 +36,7 @@ class OpenEnv:
 
     Examples:
         >>> from torchrl.envs import GymEnv
+        >>> from pwm_torchrl.envs.workers import OpenEnv
         >>> with OpenEnv.opening("pendulum", seed=0) as opened:
         ...     env = opened.hold(GymEnv("Pendulum-v1"))
         >>> opened.close()

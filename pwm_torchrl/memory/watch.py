@@ -36,6 +36,7 @@ class MemoryWatch:
         Python 3.12 and later warn when a process with threads forks. Fork worker processes before starting the watch.
 
     Examples:
+        >>> from pwm_torchrl.memory.watch import MemoryWatch
         >>> with MemoryWatch() as watch:
         ...     watch.metrics()["memory/rss"] > 0
         True
@@ -221,6 +222,7 @@ class MemoryGuard:
 
     Examples:
         >>> from pwm_torchrl.memory.readings import read_memory
+        >>> from pwm_torchrl.memory.watch import MemoryGuard
         >>> MemoryGuard(budget_bytes=2**50).check(read_memory()) is None
         True
     """

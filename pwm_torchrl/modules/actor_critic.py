@@ -43,6 +43,8 @@ class Actor(nn.Module):
             ``None``: the actor has none.
 
     Examples:
+        >>> import torch
+        >>> from pwm_torchrl.modules import Actor
         >>> actor = Actor(16, 2)
         >>> actor.act(torch.zeros(3, 16)).shape
         torch.Size([3, 2])
@@ -126,6 +128,8 @@ class CriticEnsemble(nn.Module):
         scaled (bool): the MLPs compute in units of ``scale``, which :meth:`rescale` sets. Defaults to ``False``.
 
     Examples:
+        >>> import torch
+        >>> from pwm_torchrl.modules import CriticEnsemble
         >>> CriticEnsemble(16)(torch.zeros(5, 16)).shape
         torch.Size([3, 5, 1])
     """

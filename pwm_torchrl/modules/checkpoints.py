@@ -84,6 +84,7 @@ def load_tdmpc2_world_model(
         ConfigurationError: if the file is missing, truncated, of another format or another architecture.
 
     Examples:
+        >>> from pwm_torchrl.modules import load_tdmpc2_world_model
         >>> model, report = load_tdmpc2_world_model("mt30-48M.pt")  # doctest: +SKIP
         >>> model.encode(observation, task)  # doctest: +SKIP
     """

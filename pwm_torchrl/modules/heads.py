@@ -37,6 +37,8 @@ class TwoHotCodec(nn.Module):
         vmax (float): highest bin, symlog space. Defaults to ``10.0``.
 
     Examples:
+        >>> import torch
+        >>> from pwm_torchrl.modules import TwoHotCodec
         >>> codec = TwoHotCodec(5, -2.0, 2.0)
         >>> codec.encode(torch.tensor([[0.0]]))
         tensor([[0., 0., 1., 0., 0.]])

@@ -23,6 +23,8 @@ class SimNorm(nn.Module):
         group_size (int): features per group, V. Defaults to ``8``.
 
     Examples:
+        >>> import torch
+        >>> from pwm_torchrl.modules import SimNorm
         >>> SimNorm(4)(torch.zeros(2, 8)).sum(-1)
         tensor([2., 2.])
     """

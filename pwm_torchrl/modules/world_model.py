@@ -304,7 +304,8 @@ class TaskWorldModel(WorldModel):
         ConfigurationError: if the model does not have the task, or other dimensions for it.
 
     Examples:
-        >>> from pwm_torchrl.modules import WorldModelSpec, make_world_model
+        >>> import torch
+        >>> from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model
         >>> spec = WorldModelSpec(8, 2, 16, [32], [32], num_tasks=2, task_dim=4, action_dims=(1, 2))
         >>> bound = TaskWorldModel(make_world_model(spec), spec, task=0, observation_dim=3, action_dim=1)
         >>> bound.encode(torch.zeros(5, 3)).shape

@@ -145,7 +145,10 @@ class PWMActorLoss(PWMLoss):
         explicitly and is not affected.
 
     Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
         >>> from pwm_torchrl.modules import *
+        >>> from pwm_torchrl.objectives import PWMActorLoss
         >>> model = make_world_model(WorldModelSpec(3, 1, 16, [32], [32]))
         >>> loss = PWMActorLoss(
         ...     actor_module(Actor(16, 1, [32])),

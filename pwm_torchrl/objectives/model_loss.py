@@ -320,7 +320,9 @@ class PWMModelLoss(PWMLoss):
 
     Examples:
         >>> import torch
+        >>> from tensordict import TensorDict
         >>> from pwm_torchrl.modules import WorldModelSpec, make_world_model
+        >>> from pwm_torchrl.objectives import PWMModelLoss
         >>> loss = PWMModelLoss(make_world_model(WorldModelSpec(3, 1, 16, [32], [32])))
         >>> data = TensorDict(
         ...     observation=torch.randn(8, 5, 3),

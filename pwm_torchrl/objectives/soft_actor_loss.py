@@ -135,7 +135,10 @@ class SoftActorLoss(PWMLoss):
         ValueError: for a negative horizon, an actor without temperature or critics of states.
 
     Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
         >>> from pwm_torchrl.modules import *
+        >>> from pwm_torchrl.objectives import SoftActorLoss
         >>> model = make_world_model(WorldModelSpec(3, 1, 16, [32], [32]))
         >>> actor = Actor(16, 1, [32], state_std=True, temperature=0.1)
         >>> loss = SoftActorLoss(actor, model, CriticEnsemble(16, [32], action_dim=1))

@@ -55,6 +55,9 @@ class PWMValueLoss(PWMLoss):
 
     Examples:
         >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from pwm_torchrl.modules import CriticEnsemble
+        >>> from pwm_torchrl.objectives import PWMValueLoss
         >>> loss = PWMValueLoss(CriticEnsemble(16, [32]))
         >>> data = TensorDict(latent=torch.rand(9, 16), value_target=torch.rand(9, 1), batch_size=[9])
         >>> loss(data)["loss_value"].shape

@@ -56,6 +56,7 @@ def iqm(values: npt.ArrayLike, axis: int = 0) -> Array:
         axis: along which to average. Defaults to ``0``.
 
     Examples:
+        >>> from pwm_torchrl.report.statistics import iqm
         >>> float(iqm([1.0, 2.0, 3.0, 100.0]))
         2.5
     """

@@ -69,6 +69,8 @@ class GraphCheck:
         unreachable cycle is not a leak. Graphs that are only held by C++ are not found.
 
     Examples:
+        >>> import torch
+        >>> from pwm_torchrl.run.debugging import GraphCheck
         >>> check = GraphCheck()
         >>> check.start()
         >>> history = [(2 * torch.ones(2, requires_grad=True)).sum()]

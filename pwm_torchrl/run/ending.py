@@ -18,6 +18,7 @@ class Closing:
     """Closes everything that was opened, in reverse order, whatever happened; what fails meanwhile is a warning.
 
     Examples:
+        >>> from pwm_torchrl.run.ending import Closing
         >>> with Closing() as closing:
         ...     closing.later("file", lambda: None)
     """

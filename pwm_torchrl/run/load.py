@@ -210,6 +210,8 @@ def load_policy(
             tell it cannot be made; with ``env``, none is made.
 
     Examples:
+        >>> from pwm_torchrl import load_policy
+        >>> from torchrl.envs import GymEnv
         >>> policy = load_policy("runs/my_run")  # doctest: +SKIP
         >>> GymEnv("Pendulum-v1").rollout(200, policy)["next", "reward"].sum()  # doctest: +SKIP
         >>> policy = load_policy("hf://my-org/pendulum-pwm", revision="v1")  # doctest: +SKIP
@@ -255,6 +257,7 @@ def load_env(
         MissingLibraryError: if the environment's library is not installed.
 
     Examples:
+        >>> from pwm_torchrl import load_env, load_policy
         >>> env = load_env("runs/my_run", num_envs=10)  # doctest: +SKIP
         >>> env.rollout(200, load_policy("runs/my_run"))["next", "reward"].sum(1).mean()  # doctest: +SKIP
     """

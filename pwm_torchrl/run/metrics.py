@@ -29,7 +29,8 @@ class CsvMetrics:
         path: the file; created with its first row, continued if it exists.
 
     Examples:
-        >>> with CsvMetrics(tmp_path / "metrics.csv") as metrics:  # doctest: +SKIP
+        >>> from pwm_torchrl.run.metrics import CsvMetrics
+        >>> with CsvMetrics("metrics.csv") as metrics:  # doctest: +SKIP
         ...     metrics.write({"epoch": 1, "loss/model": 0.5})
     """
 

@@ -66,6 +66,7 @@ def make_task_env(
         MissingLibraryError: if its simulator is not installed.
 
     Examples:
+        >>> from pwm_torchrl.envs import make_task_env
         >>> make_task_env("pendulum-swingup", num_envs=2).rollout(3)["observation"].shape
         torch.Size([2, 3, 3])
     """
@@ -141,6 +142,7 @@ def make_custom_dm_control_env(
         MissingLibraryError: if dm_control is not installed.
 
     Examples:
+        >>> from pwm_torchrl.envs.tasks.maker import make_custom_dm_control_env
         >>> make_custom_dm_control_env("cheetah", "jump").rollout(3)["observation"].shape
         torch.Size([1, 3, 17])
     """
@@ -190,6 +192,7 @@ def make_metaworld_env(
         EnvironmentFault: later, where a sub-environment raises or returns values that are not finite.
 
     Examples:
+        >>> from pwm_torchrl.envs.tasks.maker import make_metaworld_env
         >>> make_metaworld_env("reach", num_envs=2).rollout(3)["next", "success"].shape  # doctest: +SKIP
         torch.Size([2, 3, 1])
     """

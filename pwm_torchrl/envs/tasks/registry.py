@@ -89,6 +89,8 @@ def register_task(info: TaskInfo) -> TaskInfo:
         ConfigurationError: if another task has this name, or a value is invalid.
 
     Examples:
+        >>> from pwm_torchrl.envs import register_task
+        >>> from pwm_torchrl.envs.tasks import TaskInfo
         >>> register_task(TaskInfo("my-task", 4, 2, 100, "my_package.make_my_task"))  # doctest: +SKIP
     """
     if not isinstance(info.name, str) or not re.fullmatch(r"\w[\w.+-]*", info.name):
@@ -301,6 +303,7 @@ def task_set(tasks: str | Sequence[str]) -> TaskSet:
         ConfigurationError: if a task is unknown or repeated, there are no tasks, or the file is not a list.
 
     Examples:
+        >>> from pwm_torchrl.envs.tasks import task_set
         >>> tasks = task_set("pendulum-swingup,cup-catch")
         >>> tasks.action_dims, tasks.observation_dim
         ((1, 2), 8)
