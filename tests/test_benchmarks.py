@@ -1,13 +1,37 @@
-"""The benchmarks' committed results are only written when that is asked for."""
+"""The benchmarks' committed results are only written when that is asked for; what their tables say."""
 
 from __future__ import annotations
 
 import ast
+import math
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from training_cases import CLOCKWORK, config, run_with
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def learning(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """``benchmarks/learning.py``."""
+    pytest.importorskip("hydra")
+    pytest.importorskip("scipy")
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import learning
+
+    return learning
+
+
+@pytest.fixture
+def model_quality(learning: ModuleType) -> ModuleType:
+    """``benchmarks/model_quality.py``."""
+    from benchmarks import model_quality
+
+    return model_quality
 
 
 def writing(tree: ast.AST) -> list[ast.AST]:
@@ -29,3 +53,40 @@ def test_results_are_published_on_demand_alone(script):
         below = "'results'" in text or "RESULTS" in text or text.startswith(("(results /", "results /"))
         if below and ".write_text(" in text:
             assert text in published, text
+
+
+class TestModelQuality:
+    def test_a_row_for_each_run(self, model_quality, tmp_path, monkeypatch, capsys):
+        """Of an environment whose episodes end after seven steps."""
+        robust = {"algorithm.name": "pwm", "algorithm.critic_passes": 8, "algorithm.critic_minibatches": 4}
+        for name, changes in (("paper", {}), ("robust", robust)):
+            run_with(monkeypatch, config(changes, CLOCKWORK), tmp_path / name)
+        argv = ["model_quality.py", str(tmp_path / "paper"), str(tmp_path / "robust"), "--episodes", "3"]
+        monkeypatch.setattr(sys, "argv", [*argv, "--horizon", "4", "--json", str(tmp_path / "rows.json")])
+        model_quality.main()
+        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in table}) == 1
+        assert len(table) == 4
+        rows = model_quality.json.loads((tmp_path / "rows.json").read_text())["rows"]
+        for row in rows:
+            assert row["name"] == "clockwork flow_v1 seed 0"
+            assert row["terminations_real"] == pytest.approx(1 / 2)  # of the slices from 0 and from 4 the latter end
+            for key in ("latent_nmse", "reward_nmse", "variance_left", "gradient_left"):
+                assert len(row[key]) == 4
+                assert all(math.isfinite(value) for value in row[key])
+
+    def test_models_fitted_to_random_actions(self, model_quality, monkeypatch, capsys, tmp_path):
+        words = ["--env", "pendulum", "--models", "residual", "--steps", "400", "--horizon", "4"]
+        found = []
+        for updates in ("1", "60"):
+            argv = ["model_quality.py", *words, "--updates", updates, "--json", str(tmp_path / "rows.json")]
+            monkeypatch.setattr(sys, "argv", argv)
+            model_quality.main()
+            found += model_quality.json.loads((tmp_path / "rows.json").read_text())["rows"]
+        assert "pendulum residual" in capsys.readouterr().out
+        assert found[1]["reward_nmse"][0] < 0.5 < found[0]["reward_nmse"][0]
+
+    def test_runs_or_an_environment(self, model_quality, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["model_quality.py"])
+        with pytest.raises(SystemExit):
+            model_quality.main()

@@ -250,7 +250,10 @@ class Algorithm:
 
     def sample_slices(self, count: int) -> TensorDictBase:
         """Replayed slices ``[count, T]``, rewards scaled."""
-        slices = self.samples.sample_slices(count)
+        return self.scaled(self.samples.sample_slices(count))
+
+    def scaled(self, slices: TensorDictBase) -> TensorDictBase:
+        """Slices whose rewards are as the model learns them; changes and returns what is given."""
         if self.reward_scale is not None:
             slices["next", "reward"] = self.reward_scale(slices["next", "reward"])
         return slices

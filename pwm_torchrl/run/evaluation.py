@@ -16,6 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from pwm_torchrl.algorithm.base import Algorithm, updates_of
 from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.quality import rollout_errors, saturated_share, value_quality
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import environment_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env, render_frame
@@ -44,6 +45,7 @@ class Episodes:
     reward: Tensor  # [T, N, 1]
     valid: Tensor  # bool [T, N, 1]
     success: Tensor | None = None  # bool [N], whether the task was solved at the end, where an environment says so
+    terminated: Tensor | None = None  # bool [T, N, 1]; None: never
 
     @property
     def returns(self) -> Tensor:
@@ -74,7 +76,7 @@ def play(
     running = torch.ones(*env.batch_size, 1, dtype=torch.bool)
     solved: Tensor | None = None
     columns: dict[str, list[Tensor]] = {
-        key: [] for key in ("observation", "action", "next_observation", "reward", "valid")
+        key: [] for key in ("observation", "action", "next_observation", "reward", "valid", "terminated")
     }
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         for _ in range(limit):
@@ -88,6 +90,7 @@ def play(
                 ("next_observation", step["observation"]),
                 ("reward", step["reward"]),
                 ("valid", running),
+                ("terminated", step["terminated"]),
             ):
                 columns[key].append(value.cpu().clone())
             if "success" in step.keys():
@@ -168,39 +171,6 @@ def open_loop_errors(
         nmse = squared / reward.var().clamp_min(1e-8)
         errors |= {"reward_nmse": nmse.mean().item(), "reward_nmse_last": nmse[-1].item()}
     return errors
-
-
-@torch.no_grad()
-def rollout_errors(
-    model: WorldModel,
-    observation: Tensor,
-    action: Tensor,
-    next_observation: Tensor,
-    reward: Tensor,
-    task: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Open-loop errors of the model at every step of a rollout, means over the batch.
-
-    Args:
-        model (WorldModel): the model.
-        observation (Tensor): first observations ``[B, O]``.
-        action (Tensor): ``[H, B, A]``.
-        next_observation (Tensor): ``[H, B, O]``.
-        reward (Tensor): ``[H, B, 1]``, as the model was trained on it.
-        task (Tensor, optional): index ``[B]``, for multi-task models.
-
-    Returns:
-        tuple: squared error of the latent and of the reward, each ``[H]``.
-    """
-    target, z = model.encode(next_observation, task), model.encode(observation, task)
-    latent_error, reward_error = [], []
-    codec = getattr(model.reward, "codec", None)  # a two-hot head may decode to symlog rewards, for the policy alone
-    for t in range(len(action)):
-        z, logits, _ = model.predict(z, action[t], task, imagined=True)
-        latent_error.append((z - target[t]).square().mean())
-        predicted = model.reward.decode(logits) if codec is None else codec.decode(logits)
-        reward_error.append((predicted - reward[t]).square().mean())
-    return torch.stack(latent_error), torch.stack(reward_error)
 
 
 def frames_per_second(info: EnvInfo) -> float:
@@ -345,10 +315,11 @@ class PolicyEvaluation:
         )
         if episodes.success is not None:
             row.set({"eval/success": episodes.success.float().mean()})
+        scale = None
+        if self.algorithm.reward_scale is not None:
+            scale = self.algorithm.reward_scale(torch.ones(1, device=self.device))
+        self._measure_policy(episodes, scale, row)
         if self.algorithm.networks.model is not None:
-            scale = None
-            if self.algorithm.reward_scale is not None:
-                scale = self.algorithm.reward_scale(torch.ones(1, device=self.device))
             errors = open_loop_errors(self.algorithm.networks.model, episodes, self.cfg.algorithm.slice_length, scale)
             row.set({f"eval/{key}": value for key, value in errors.items()})
         numbers = row.numbers()
@@ -358,6 +329,23 @@ class PolicyEvaluation:
                 row.set({"eval/score": self.task.normalized(numbers[key])})
         self.summary.evaluated(mean, std)
         return mean
+
+    def _measure_policy(self, episodes: Episodes, scale: Tensor | None, row: MetricRow) -> None:
+        """Saturated actions, and the critics' values beside what followed."""
+        row.set({"policy/mean_saturated": saturated_share(episodes.action, episodes.valid)})
+        never = torch.zeros_like(episodes.valid)
+        found = value_quality(
+            self.algorithm.networks,
+            episodes.observation.to(self.device),
+            episodes.action.to(self.device),
+            episodes.next_observation.to(self.device),
+            episodes.reward.to(self.device) * (1 if scale is None else scale),
+            episodes.valid.to(self.device),
+            (never if episodes.terminated is None else episodes.terminated).to(self.device),
+            self.cfg.algorithm.gamma,
+        )
+        values = {"value": found.predicted, "value_return": found.realised, "value_error": found.error}
+        row.set({f"eval/{key}": value for key, value in values.items()})
 
     def profile(self, row: MetricRow) -> None:
         """Gradient norm per horizon step; uses a forked random generator, so that logging does not change training."""

@@ -33,6 +33,7 @@ from pwm_torchrl.run.ending import named
 from pwm_torchrl.run.evaluation import Evaluation
 from pwm_torchrl.run.loggers import RunLoggers
 from pwm_torchrl.run.metrics import CsvMetrics
+from pwm_torchrl.run.quality import Quality
 from pwm_torchrl.run.sources import Source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest
 from pwm_torchrl.run.summary import RunSummary
@@ -98,6 +99,7 @@ class Loop:
     ) -> None:
         self.cfg, self.source, self.algorithm, self.evaluation = cfg, source, algorithm, evaluation
         self.record, self.stop = record, stop
+        self.quality = Quality(cfg, algorithm, record.store.run_dir)
         self.epochs = cfg.training.epochs
         self.epoch = 0
         self.phase = COLLECT
@@ -160,6 +162,8 @@ class Loop:
         batch = self.source.collect(self.row)
         self.record.claim.check()  # before anything is written to files that a successor may own
         self.source.store(batch)
+        if self.evaluates(self.epoch + 1):
+            self.quality.measure_model(batch, self.row)
         self.batch = batch
         self.phase = UPDATE
         failpoint("epoch.collected")
@@ -180,12 +184,13 @@ class Loop:
         # Metrics that a stopped evaluation left are measured again into a copy.
         row = MetricRow.restored(self.row.state_dict())
         t = self.cfg.training
-        due = (t.eval_every > 0 and self.epoch % t.eval_every == 0) or self.epoch >= self.epochs
+        due = self.evaluates(self.epoch)
         # A diverged policy is not evaluated: the environment would be blamed for its actions.
         healthy = not_finite(row.numbers()) is None
         if healthy and due:
             with self.record.progress.phase(self.evaluation.measuring):
                 self.measured = self.evaluation.measure(self.epoch, row)
+            self.quality.judge(self.epoch, row.numbers())
         profiled = t.gradient_profile_every and self.epoch % t.gradient_profile_every == 0
         if healthy and profiled and self.algorithm.started:
             self.evaluation.profile(row)
@@ -205,6 +210,11 @@ class Loop:
         failpoint("epoch.logged")
         if self.graph_check is not None:
             self.graph_check.compare(f"epoch {self.epoch}")
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether the networks are evaluated after so many epochs."""
+        every = self.cfg.training.eval_every
+        return (every > 0 and epoch % every == 0) or epoch >= self.epochs
 
     # Logging ----------------------------------------------------------------------------------------------------------
 
@@ -334,6 +344,7 @@ class Loop:
             "best": self.best,
             "batch": None if batch is None else {"shape": list(batch.shape), "leaves": _leaves(batch)},
             "row": self.row.state_dict(),
+            "quality": self.quality.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -345,6 +356,7 @@ class Loop:
         batch = state_dict["batch"]
         self.batch = None if batch is None else _from_leaves(batch["leaves"], batch["shape"])
         self.row = MetricRow.restored(state_dict["row"])
+        self.quality.load_state_dict(state_dict.get("quality", {}))
 
 
 def known(values: Mapping[str, float | None]) -> dict[str, float]:

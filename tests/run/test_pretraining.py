@@ -80,6 +80,13 @@ class TestRun:
         mean = sum(float(row[f"validation/reward_nmse/{name}"]) for name in TASKS) / 2
         assert float(row["validation/reward_nmse"]) == pytest.approx(mean)
 
+    def test_measures_the_latents_of_a_trained_model(self, run):
+        _, _, folder = run
+        measured = [int(row["epoch"]) for row in rows_of(folder) if row["model/latent_variance"]]
+        assert measured == [2, 4, 6, 8, 10, 12]
+        assert all(float(row["model/latent_rank"] or 2) > 1 for row in rows_of(folder))
+        assert "model/reward_nmse" not in rows_of(folder)[-1]  # held-out episodes have it: validation/reward_nmse
+
     def test_leaves_a_world_model(self, run):
         summary, made, folder = run
         model, facts = read_world_model(folder)

@@ -1,0 +1,220 @@
+"""Why a run does not learn: what its networks are worth at each evaluation, and a sentence where something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+
+from pwm_torchrl.algorithm.base import Algorithm
+from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.quality import (
+    effective_rank,
+    latent_variance,
+    rollout_errors,
+    termination_shares,
+    within_tasks,
+)
+from pwm_torchrl.config import Config
+from pwm_torchrl.devices import to_device
+from pwm_torchrl.objectives import SoftActorLoss
+from pwm_torchrl.objectives.model_loss import Slices
+from pwm_torchrl.run.directory import write_event
+from pwm_torchrl.terminal import warn
+
+__all__ = ["Quality"]
+
+#: Slices of a measurement, at most.
+SLICES = 256
+#: Nothing is said of networks that were updated less often: they have had no time to learn.
+LEAST_UPDATES = 100
+#: Latents are collapsed below this share of the variance that groups of SimNorm can have.
+COLLAPSED = 1e-3
+#: Share of the rewards' variance from which the model counts as not predicting them; 1 is as good as their mean.
+REWARDS_MISSED = 0.9
+#: Share of saturated deterministic actions from which the policy counts as saturated.
+SATURATED = 0.95
+#: Values that are too high are unreal from this error on, in sizes of the returns. Values of 0, as critics begin, have
+#: an error of 1.
+UNREAL = 2.0
+#: Values that are too low: those of a policy that learns fast lag behind it, by 2.3 in a good run of Pendulum-v1.
+LAGGING = 10.0
+#: Terminations are missed, or invented, where predicted and real shares differ by this factor ...
+MISCOUNTED = 4.0
+#: ... and the larger of them is at least this.
+TERMINATIONS = 0.1
+
+
+class Quality:
+    """Measures the networks at evaluations, and warns: of each cause once in a run, when two measurements show it.
+
+    Args:
+        cfg (Config): the run's configuration.
+        algorithm (Algorithm): its networks are looked at.
+        run_dir (Path): the run's directory.
+
+    Attributes:
+        shown (list of str): causes that the last measurement showed.
+        told (list of str): causes that were warned of.
+    """
+
+    def __init__(self, cfg: Config, algorithm: Algorithm, run_dir: Path) -> None:
+        self.cfg, self.algorithm, self.run_dir = cfg, algorithm, run_dir
+        self.shown: list[str] = []
+        self.told: list[str] = []
+
+    # Measurements -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure_model(self, batch: TensorDictBase, row: MetricRow) -> None:
+        """Measure a model in training, if it is trained yet, before it learns from a collected batch.
+
+        Latents of many tasks are compared within each. Errors are of rollouts along the batch, over variances of
+        everything that was stored: a policy that has learned to stand still collects rewards that hardly vary. Uses a
+        forked random generator, so that measuring does not change training.
+
+        Args:
+            batch (TensorDictBase): just collected and stored, ``[N, T]``; empty where nothing is collected.
+            row (MetricRow): receives ``model/latent_variance``, ``model/latent_rank``; ``model/terminations_predicted``
+                and ``model/terminations_real`` where episodes may terminate; of a collected batch
+                ``model/latent_nmse`` and ``model/reward_nmse``, means over steps.
+        """
+        algorithm = self.algorithm
+        if not algorithm.started or "model" not in algorithm.optimizers:
+            return
+        model, device = algorithm.networks.model, algorithm.samples.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            stored = algorithm.losses.model.read(algorithm.sample_slices(SLICES))
+        latent = model.encode(stored.observation, stored.task)
+        if not latent.isfinite().all():  # the epoch's losses say it, too
+            return
+        if stored.task is not None:
+            latent = within_tasks(latent, stored.task)
+        found = {"latent_variance": latent_variance(latent), "latent_rank": effective_rank(latent)}
+        if model.termination is not None or (stored.terminated & stored.valid).any():
+            soft = isinstance(algorithm.losses.actor, SoftActorLoss)
+            predicted, real = termination_shares(model, stored, soft)
+            found |= {"terminations_predicted": predicted, "terminations_real": real}
+        fresh = self._slices(batch)
+        if fresh is not None:
+            errors = rollout_errors(
+                model, fresh.observation, fresh.action, fresh.next_observation, fresh.reward, fresh.task, fresh.valid
+            )
+            variances = found["latent_variance"], stored.reward[stored.valid].var(unbiased=False)
+            for name, error, variance in zip(("latent", "reward"), errors, variances, strict=True):
+                if variance > 0:
+                    found[f"{name}_nmse"] = error.nanmean() / variance
+        row.set(found, prefix="model/")
+
+    def _slices(self, batch: TensorDictBase) -> Slices | None:
+        """Consecutive slices of a batch ``[N, T]``, rewards scaled."""
+        algorithm = self.algorithm
+        if batch.is_empty():
+            return None
+        length = min(self.cfg.algorithm.slice_length, batch.shape[1])
+        slices = torch.cat(list(batch.split(length, 1))[: batch.shape[1] // length])[:SLICES]
+        slices = to_device(slices.select(*algorithm.losses.model.in_keys), algorithm.samples.device)
+        return algorithm.losses.model.read(algorithm.scaled(slices))
+
+    # Warnings ---------------------------------------------------------------------------------------------------------
+
+    def judge(self, epoch: int, numbers: Mapping[str, float]) -> None:
+        """Warn of what the numbers of an epoch with an evaluation show, if those of the one before showed it too."""
+        causes = dict(self._causes(numbers)) if self._updates() >= LEAST_UPDATES else {}
+        for cause, sentence in causes.items():
+            if cause in self.shown and cause not in self.told:
+                self.told.append(cause)
+                write_event(self.run_dir, "quality", epoch=epoch, cause=cause, warning=sentence)
+                warn(f"{sentence} (docs/howto/it_does_not_learn.md)")
+        self.shown = list(causes)
+
+    def _updates(self) -> int:
+        """Updates of the model, or of the actor where no model is trained, in all attempts."""
+        optimizers = self.algorithm.optimizers
+        states = list(optimizers["model" if "model" in optimizers else "actor"].optimizer.state.values())
+        return int(states[0]["step"]) if states else 0
+
+    def _causes(self, numbers: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """(cause, sentence) of what is wrong."""
+        actor = self.algorithm.networks.actor
+        soft = actor is not None and actor.temperature is not None
+        yield from self._predictions(numbers, soft)
+        yield from self._terminations(numbers)
+        yield from self._policy(numbers, soft)
+
+    def _predictions(self, numbers: Mapping[str, float], soft: bool) -> Iterator[tuple[str, str]]:
+        a, group = self.cfg.algorithm, self.cfg.size.simnorm_dim
+        variance = numbers.get("model/latent_variance")
+        possible = (group - 1) / group**2  # of one-hot groups, all entries as often
+        if variance is not None and variance <= COLLAPSED * possible:
+            weights = self.algorithm.losses.model.weights
+            yield (
+                "latents",
+                f"the latents have collapsed: their variance is {variance:.2g} of {possible:.2g} that they could have; "
+                f"raise model.loss.reward_coef ({weights.reward:g}) or lower model.loss.dynamics_coef "
+                f"({weights.dynamics:g})" + ("" if a.scale_rewards else ", or set algorithm.scale_rewards=true"),
+            )
+        error = numbers.get("model/reward_nmse")
+        if error is not None and error >= REWARDS_MISSED:
+            updates = "updates_per_step" if soft else "model_updates"
+            yield (
+                "rewards",
+                f"the model does not predict rewards: its error is {error:.2f} of their variance; raise "
+                f"algorithm.{updates} ({getattr(a, updates):g}) or model.loss.reward_coef"
+                + ("" if a.normalize_observations else ", or set algorithm.normalize_observations=true"),
+            )
+
+    def _terminations(self, numbers: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        predicted, real = (numbers.get(f"model/terminations_{which}") for which in ("predicted", "real"))
+        if predicted is None or real is None or max(predicted, real) < TERMINATIONS:
+            return
+        counted = f"it ends {predicted:.0%} of the replayed slices, of which {real:.0%} end"
+        coef = f"raise model.loss.termination_coef ({self.cfg.model.loss.termination_coef:g})"
+        if real > MISCOUNTED * predicted:
+            if self.algorithm.networks.model.termination is None:
+                coef = "set model.termination_head=true"
+            elif not isinstance(self.algorithm.losses.actor, SoftActorLoss):
+                coef += ", or choose algorithm=pwm, which counts probabilities in place of a threshold"
+            yield "endless", f"the model does not end episodes that do end: {counted}; {coef}"
+        elif predicted > MISCOUNTED * real:
+            yield (
+                "too_early",
+                f"the model ends episodes too early: {counted}; {coef}, or set model.termination_head=false where "
+                "episodes are only cut off",
+            )
+
+    def _policy(self, numbers: Mapping[str, float], soft: bool) -> Iterator[tuple[str, str]]:
+        a = self.cfg.algorithm
+        saturated = numbers.get("policy/mean_saturated")
+        if saturated is not None and saturated >= SATURATED:
+            key = "target_entropy" if soft else "entropy_weight"
+            yield (
+                "actions",
+                f"the policy is saturated: {saturated:.0%} of its actions are at a limit in evaluations, where it can "
+                f"hardly learn; raise algorithm.{key} ({getattr(a, key):g})",
+            )
+        error = numbers.get("eval/value_error")
+        if error is None:
+            return
+        value, followed = numbers["eval/value"], numbers["eval/value_return"]
+        if error >= (UNREAL if value > followed else LAGGING):
+            yield (
+                "values",
+                f"the critics have left reality: they expect {value:.3g} on average where {followed:.3g} followed, an "
+                f"error of {error:.1f} times the returns; lower algorithm.critic_lr ({a.critic_lr:g})"
+                + (f" or algorithm.target_rate ({a.target_rate:g})" if soft else ""),
+            )
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was shown and told."""
+        return {"shown": list(self.shown), "told": list(self.told)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take it back; checkpoints of earlier versions have nothing."""
+        self.shown, self.told = list(state_dict.get("shown", [])), list(state_dict.get("told", []))
