@@ -193,11 +193,16 @@ def markdown(command: str, suite: Suite, table: list[dict[str, Any]], finished: 
             lines.append(f"| {r['model']} | {seeds} | | | | | |")
             continue
         lines.append(
-            f"| {r['model']} | {seeds} | {r['env_steps']:,} | {r['final_mean']:.0f} ± {r['final_std']:.0f} | "
-            f"{r['peak_mean']:.0f} ± {r['peak_std']:.0f} | {r['above_goal']} of {r['seeds_done']} | "
-            f"{r['minutes']:.1f} |"
+            f"| {r['model']} | {seeds} | {r['env_steps']:,} | {over_seeds(r, 'final')} | {over_seeds(r, 'peak')} | "
+            f"{r['above_goal']} of {r['seeds_done']} | {r['minutes']:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def over_seeds(row: dict[str, Any], which: str) -> str:
+    """Mean of a return, and its deviation where there is more than one seed."""
+    spread = f" ± {row[f'{which}_std']:.0f}" if row["seeds_done"] > 1 else ""
+    return f"{row[f'{which}_mean']:.0f}{spread}"
 
 
 def plot(suite: Suite, todo: list[Job], out: Path) -> None:

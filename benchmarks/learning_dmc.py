@@ -21,11 +21,16 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import date
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout works without being installed
+
+from pwm_torchrl.report.statistics import estimate  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs" / "learning" / "dmc"
 CSV = "learning_dmc.csv"
@@ -166,23 +171,6 @@ def run_missing(tasks: list[str], seeds: int, steps: int, extra: list[str], fold
                 print(f"  {reading.env_steps}: {reading.value:.0f} after {reading.minutes:.0f} minutes", flush=True)
 
 
-def interquartile_mean(values: np.ndarray) -> float:
-    """Mean of the middle half."""
-    ordered = np.sort(values.ravel())
-    cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean())
-
-
-def interval(per_task: list[np.ndarray], draws: int = 2000) -> tuple[float, float]:
-    """95 % of stratified bootstrap draws of the interquartile mean: seeds are drawn anew within every task."""
-    generator = np.random.default_rng(0)
-    means = [
-        interquartile_mean(np.concatenate([generator.choice(values, len(values)) for values in per_task]))
-        for _ in range(draws)
-    ]
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
 def table(overrides: str, hardware: str, folder: Path) -> str:
     """The results in a folder as Markdown."""
     mine = [r for r in recorded(folder) if r.overrides == overrides]
@@ -217,14 +205,13 @@ def table(overrides: str, hardware: str, folder: Path) -> str:
             shown = f"**{shown}**" if share >= 0.95 else shown
             minutes = float(np.mean([r.minutes for r in found]))
             lines.append(f"| {task} | {len(found)} | {shown} | {others} | {share:.0%} | {minutes:.0f} |")
-        done = [np.array([r.value for r in found]) for found in here.values() if found]
-        low, high = interval(done)
-        lines += [
-            "",
-            f"Interquartile mean over {sum(map(len, done))} runs of {len(done)} tasks: "
-            f"{interquartile_mean(np.concatenate(done)):.0f} (95 % bootstrap interval {low:.0f} to {high:.0f}).",
-            "",
-        ]
+        done = [[r.value for r in found] for found in here.values() if found]
+        pooled = estimate(*done)
+        assert pooled is not None
+        # A task with one seed shows no spread: drawn anew, it is always the same.
+        interval = f" (95 % bootstrap interval {pooled.low:.0f} to {pooled.high:.0f})" if isfinite(pooled.low) else ""
+        runs = f"{pooled.count} runs of {len(done)} tasks"
+        lines += ["", f"Interquartile mean over {runs}: {pooled.value:.0f}{interval}.", ""]
     return "\n".join(lines)
 
 

@@ -212,6 +212,24 @@ class ModelLossConfig(Section):
     few_step_rollout: bool = False  # roll out the few-step map alone; flow matching trains the solver's field
 
 
+def check_few_step_rollout(asked: bool, few_step: bool, flow_matching_weight: float) -> None:
+    """Refuse ``model.loss.few_step_rollout`` where there is no few-step map, or nothing that trains the solver's field.
+
+    Args:
+        asked: whether it is set.
+        few_step: whether the dynamics have a few-step map.
+        flow_matching_weight: weight of flow matching.
+
+    Raises:
+        ConfigurationError: if it is set and one of the two is missing.
+    """
+    if asked and not (few_step and flow_matching_weight):
+        raise ConfigurationError(
+            "model.loss.few_step_rollout=true needs model.dynamics.imagination_substeps, the map that is rolled out, "
+            "and model.loss.flow_matching_weight above 0, which trains the solver's field"
+        )
+
+
 @dataclass
 class ModelConfig(Section):
     """World model: dynamics, heads and their loss."""

@@ -55,6 +55,25 @@ def test_results_are_published_on_demand_alone(script):
             assert text in published, text
 
 
+class TestLearning:
+    @pytest.mark.parametrize(("seeds", "shown"), [((1, 1), False), ((2, 1), False), ((2, 2), True)])
+    def test_an_interval_where_every_task_has_seeds_to_draw_from(self, seeds, shown, learning, tmp_path):
+        module = learning.learning_dmc
+        for task, count in zip(module.TASKS, seeds):
+            for seed in range(count):
+                reading = module.Reading(task, seed, 100_000, 100.0 * (seed + 1), 1.0, 1.0, "2026-01-01", "")
+                module.record([reading], tmp_path)
+        text = module.table("", "hardware", tmp_path)
+        assert f"Interquartile mean over {sum(seeds)} runs of 2 tasks: " in text
+        assert ("bootstrap interval 100 to 200" in text) == shown
+        assert ("interval" in text) == shown
+
+    def test_a_deviation_where_there_is_more_than_one_seed(self, learning):
+        row = {"final_mean": -150.0, "final_std": 7.0}
+        assert learning.over_seeds({**row, "seeds_done": 1}, "final") == "-150"
+        assert learning.over_seeds({**row, "seeds_done": 3}, "final") == "-150 ± 7"
+
+
 class TestModelQuality:
     def test_a_row_for_each_run(self, model_quality, tmp_path, monkeypatch, capsys):
         """Of an environment whose episodes end after seven steps."""

@@ -31,6 +31,7 @@ from pwm_torchrl.config import ALGORITHMS, AlgorithmConfig, Config, micro_batch_
 from pwm_torchrl.devices import to_device
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale
+from pwm_torchrl.modules.dynamics import dynamics_class
 from pwm_torchrl.user_code import locate
 
 __all__ = [
@@ -363,11 +364,8 @@ def pays_to_compile(cfg: Config) -> bool:
     if find_algorithm(cfg.algorithm.name).simulates:
         return False
     d, updates = cfg.model.dynamics, updates_of(cfg)
-    evaluations = 1 if d.kind != "flow" else d.substeps * (2 if d.solver == "heun" else 1)
-    few = d.imagination_substeps
-    each = {
-        "model": 1 + few if few and cfg.model.loss.few_step_rollout else evaluations,
-        "actor": few if few else evaluations,
-    }
+    evaluations = dynamics_class(d.kind, d.parameterization).evaluations_with(d.solver, d.substeps)
+    imagined = d.imagination_substeps or evaluations
+    each = {"model": 1 + imagined if cfg.model.loss.few_step_rollout else evaluations, "actor": imagined}
     made = sum(updates[name].per_epoch * updates[name].steps * each[name] for name in each if name in updates)
     return cfg.device in ("auto", "cpu") and cfg.training.epochs * made >= COMPILE_FROM

@@ -8,7 +8,7 @@ from typing import Any
 from pwm_torchrl.cluster.resources import sbatch_options
 from pwm_torchrl.cluster.slurm import to_minutes
 from pwm_torchrl.commands import typed
-from pwm_torchrl.config import NETWORKS, ClusterConfig, Config
+from pwm_torchrl.config import NETWORKS, ClusterConfig, Config, check_few_step_rollout
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.claims import own_job
 
@@ -157,11 +157,9 @@ def _check_combinations(config: Config) -> None:
             f"model.loss.self_consistency_weight={model.loss.self_consistency_weight} needs "
             "model.dynamics.condition_on_step_size=true"
         )
-    if model.loss.few_step_rollout and not (model.dynamics.imagination_substeps and model.loss.flow_matching_weight):
-        raise ConfigurationError(
-            "model.loss.few_step_rollout=true needs model.dynamics.imagination_substeps, the map that is rolled out, "
-            "and model.loss.flow_matching_weight above 0, which trains the solver's field"
-        )
+    check_few_step_rollout(
+        model.loss.few_step_rollout, bool(model.dynamics.imagination_substeps), model.loss.flow_matching_weight
+    )
     if algorithm.name != "pwm" and algorithm.horizon < 1:
         raise ConfigurationError(
             f"algorithm.horizon={algorithm.horizon} is too small; it must be at least 1 with algorithm={algorithm.name}"

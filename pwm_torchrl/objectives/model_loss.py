@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictParams, dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from pwm_torchrl.config import check_few_step_rollout
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import Dynamics, FlowDynamics, ResidualEndpointFlow, WorldModel
 from pwm_torchrl.modules.numerics import products_in
@@ -410,11 +411,7 @@ class PWMModelLoss(PWMLoss):
             few_step=few_step_weight,
             few_step_rollout=few_step_rollout,
         )
-        if few_step_rollout and not (world_model.dynamics.few_step and flow_matching_weight):
-            raise ConfigurationError(
-                "model.loss.few_step_rollout=true needs model.dynamics.imagination_substeps, the map that is rolled "
-                "out, and model.loss.flow_matching_weight above 0, which trains the solver's field."
-            )
+        check_few_step_rollout(few_step_rollout, world_model.dynamics.few_step, flow_matching_weight)
 
     @property
     def in_keys(self) -> list[NestedKey]:

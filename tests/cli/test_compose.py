@@ -198,6 +198,7 @@ def test_paths_are_text():
         (["training.replay_capacity=10"], ["training.replay_capacity=10", "slice_steps=5", "48"]),
         (["memory.model_micro_batch=512"], ["memory.model_micro_batch=512", "algorithm.model_batch=64"]),
         (["model.loss.self_consistency_weight=1"], ["model.dynamics.condition_on_step_size=true"]),
+        (["model=few_step", "model.loss.few_step_rollout=true"], ["model.loss.flow_matching_weight above 0"]),
         (["env._target_=nodots"], ["env._target_=nodots", "my_pkg.make_env"]),
         (["env=custom"], ["env._target_ has no value", "my_pkg.make_env"]),
         (["env=gymnasium"], ["env.id has no value", "HalfCheetah-v5"]),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from training_cases import CLOCKWORK, assert_equal, config, rows_of, run_with, stop_after, weights_of
 
-from pwm_torchrl.config import Config
+from pwm_torchrl.algorithm.base import COMPILE_FROM
+from pwm_torchrl.config import AlgorithmConfig, Config, DynamicsConfig
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 from pwm_torchrl.memory import watch as run_memory
@@ -203,6 +206,27 @@ class TestCompile:
         assert self.decided(self.cfg(15_000), tmp_path)
         assert not self.decided(self.cfg(10), tmp_path)
         assert not decided_compile(self.cfg(15_000), torch.device("cuda"), tmp_path, False).algorithm.compile
+
+    @pytest.mark.parametrize(
+        ("words", "evaluations"),
+        [
+            ({"kind": "mlp"}, 1 + 1),
+            ({"kind": "residual"}, 1 + 1),
+            ({"solver": "heun", "substeps": 4}, 7 + 7),
+            ({"solver": "euler", "substeps": 8}, 8 + 8),
+            ({"parameterization": "tangent", "solver": "heun", "substeps": 4}, 8 + 8),
+            ({"solver": "heun", "substeps": 4, "imagination_substeps": 1}, 7 + 1),
+            ({"kind": "pwm_torchrl.modules.MLPDynamics"}, 1 + 1),
+        ],
+    )
+    def test_by_the_evaluations_of_the_dynamics(self, words: dict[str, Any], evaluations: int, tmp_path: Path) -> None:
+        """A model update and an actor update of ten steps each in an epoch."""
+        epochs = math.ceil(COMPILE_FROM / (10 * evaluations))
+        for count, expected in ((epochs, True), (epochs - 1, False)):
+            cfg = self.cfg(count)
+            cfg.algorithm = AlgorithmConfig(horizon=10, model_updates=1, actor_updates=1)
+            cfg.model.dynamics = DynamicsConfig(**words)
+            assert self.decided(cfg, tmp_path) is expected
 
     def test_what_is_written_is_done(self, tmp_path: Path) -> None:
         for value, expected in ((True, True), ("true", True), (False, False), ("false", False)):

@@ -9,7 +9,7 @@ from pwm_torchrl.modules.dynamics.endpoint import (
     ResidualEndpointFlow,
     residual_endpoint,
 )
-from pwm_torchrl.modules.dynamics.factory import KINDS, PARAMETERIZATIONS, SOLVERS, make_dynamics
+from pwm_torchrl.modules.dynamics.factory import KINDS, PARAMETERIZATIONS, SOLVERS, dynamics_class, make_dynamics
 from pwm_torchrl.modules.dynamics.mlp import MLPDynamics
 from pwm_torchrl.modules.dynamics.velocity import SimNormVelocityFlow, TangentFlow, VelocityFlow
 
@@ -26,6 +26,7 @@ __all__ = [
     "TangentFlow",
     "VelocityFlow",
     "count_parameters",
+    "dynamics_class",
     "make_dynamics",
     "residual_endpoint",
 ]

@@ -26,6 +26,11 @@ class Dynamics(nn.Module):
     #: network evaluations per transition of :meth:`imagine`, where it computes something else than the call
     imagination_substeps: int | None = None
 
+    @classmethod
+    def evaluations_with(cls, solver: str, substeps: int) -> int:
+        """Network evaluations per transition with a solver; kinds that solve nothing need no other number."""
+        return cls.evaluations
+
     @property
     def few_step(self) -> bool:
         """Whether :meth:`imagine` computes something else than the call."""

@@ -92,7 +92,7 @@ class ResidualEndpointFlow(FlowDynamics):
         self.time_features = time_features
         self.condition_on_step_size = condition_on_step_size
         self.imagination_substeps = imagination_substeps
-        self.evaluations = substeps if solver == "euler" else 2 * substeps - 1
+        self.evaluations = self.evaluations_with(solver, substeps)
         in_features = self.input_features(
             latent_dim + task_dim + action_dim,
             latent_dim,
@@ -101,6 +101,11 @@ class ResidualEndpointFlow(FlowDynamics):
             condition_on_step_size,
         )
         self.net = normed_mlp(in_features, units, latent_dim, head=None)
+
+    @classmethod
+    def evaluations_with(cls, solver: str, substeps: int) -> int:
+        """One per substep of Euler's method, two of Heun's but for the last, which is Euler's."""
+        return substeps if solver == "euler" else 2 * substeps - 1
 
     @staticmethod
     def input_features(

@@ -54,6 +54,13 @@ def find_dynamics(path: str) -> type[Dynamics]:
     return found
 
 
+def dynamics_class(kind: str, parameterization: str) -> type[Dynamics]:
+    """The class of a kind, which may be a dotted path; ``parameterization`` counts for flows alone."""
+    if "." in kind:
+        return find_dynamics(kind)
+    return CLASSES[kind, parameterization if kind == "flow" else None]
+
+
 def make_dynamics(
     kind: str,
     latent_dim: int,

@@ -22,7 +22,12 @@ class VelocityFlow(FlowDynamics):
 
     def __init__(self, simnorm_dim: int, solver: str, substeps: int, checkpoint_substeps: bool = False) -> None:
         super().__init__(simnorm_dim, solver, substeps, checkpoint_substeps)
-        self.evaluations = substeps if solver == "euler" else 2 * substeps
+        self.evaluations = self.evaluations_with(solver, substeps)
+
+    @classmethod
+    def evaluations_with(cls, solver: str, substeps: int) -> int:
+        """One per substep of Euler's method, two of Heun's."""
+        return substeps if solver == "euler" else 2 * substeps
 
     def velocity(
         self,
