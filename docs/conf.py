@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import os
 import sys
 from pathlib import Path
+
+from sphinx.util.inspect import TypeAliasForwardRef, stringify_signature
+from sphinx.util.inspect import signature as signature_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,7 +45,14 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 autosummary_generate = True
-autodoc_typehints = "none"  # the docstrings give types, shapes and units, in the form that TorchRL uses
+# Signatures have the types by their last names; the docstrings add shapes and units, in the form that TorchRL uses.
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_type_aliases = {"NestedKey": "NestedKey"}  # not the union that it stands for
+autodoc_preserve_defaults = True
+TypeAliasForwardRef.__repr__ = lambda self: self.name  # type: ignore[method-assign]  # what is shown inside of list[...]
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 120  # with full names of types; a longer one has a line for each argument
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
@@ -53,17 +62,15 @@ napoleon_use_ivar = True
 nitpicky = False
 
 
-def shorten(app, what, name, obj, options, signature, returned):  # type: ignore[no-untyped-def]
-    """Signatures without their annotations, which repeat the docstrings and fill three lines."""
-    if what not in ("class", "function", "method") or signature is None:
+def mended(app, what, name, obj, options, signature, returned):  # type: ignore[no-untyped-def]
+    """Signatures that Sphinx does not find, as metaclasses of losses and environments take anything, or cannot read."""
+    if what != "class" or signature is None:
         return None
-    try:
-        found = inspect.signature(obj)
-    except (TypeError, ValueError):
-        return None
-    plain = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values() if p.name != "self"]
-    return str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty)), None
+    if signature.startswith("(*args"):
+        found = signature_of(obj.__init__, bound_method=True, type_aliases=app.config.autodoc_type_aliases)
+        signature = stringify_signature(found, show_return_annotation=False, unqualified_typehints=True)
+    return signature.replace("<factory>", "..."), returned  # of dataclasses; not Python, so it would stay one long line
 
 
 def setup(app):  # type: ignore[no-untyped-def]
-    app.connect("autodoc-process-signature", shorten)
+    app.connect("autodoc-process-signature", mended)

@@ -104,11 +104,18 @@ def estimated_targets(
 
 
 class PWMActorLoss(PWMLoss):
-    """Negative return of imagined rollouts, differentiated through model and reward.
+    r"""Negative return of imagined rollouts, differentiated through model and reward.
 
-    From start latents z_0 the policy acts for H steps in the model; J = Σ_{t<H} γ^t r_t + γ^H V(z_H), and the loss is
-    −mean(J) / H, or −mean(J) / sqrt(Var + 1e-5) with the running variance of J. World model and value network get no
-    gradient. Reference: https://arxiv.org/abs/2407.02466.
+    From start latents z_0 the policy acts for H steps in the model:
+
+    .. math::
+
+        J = \sum_{t<H} \gamma^t \hat r_t + \gamma^H V(z_H), \qquad
+        L = -\frac{\operatorname{mean}(J)}{H} \quad\text{or}\quad
+        L = -\frac{\operatorname{mean}(J)}{\sqrt{\mathrm{Var} + 10^{-5}}}
+
+    with the running variance of J, if ``normalize_returns``. What follows a termination in the model counts 0. World
+    model and value network get no gradient. Reference: https://arxiv.org/abs/2407.02466.
 
     Args:
         actor_network (TensorDictModule): ``latent`` -> ``loc``, ``scale`` of a Gaussian before tanh, or a

@@ -72,7 +72,11 @@ def td_lambda_targets(
     lmbda: float,
     done: Tensor | None = None,
 ) -> Tensor:
-    """TD(λ) targets of every state of a rollout, gradients stopped.
+    r"""TD(λ) targets of every state of a rollout, gradients stopped.
+
+    .. math::
+
+        \hat V_t = r_t + \gamma \big( (1 - \lambda) V(z_{t+1}) + \lambda \hat V_{t+1} \big), \qquad \hat V_H = V(z_H)
 
     Args:
         reward (Tensor): ``[H, B, 1]``.

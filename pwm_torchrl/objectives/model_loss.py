@@ -271,12 +271,28 @@ MASK_KEY = ("collector", "mask")
 
 
 class PWMModelLoss(PWMLoss):
-    """Loss of PWM's latent world model on slices of trajectories.
+    r"""Loss of PWM's latent world model on slices of trajectories.
 
     The latent is rolled out from the first observation with the slice's actions; it should match the encoding of the
-    observations that followed (gradient stopped), and its reward logits the rewards. Steps after the first ``done``
-    inside a slice are masked. Reference: https://arxiv.org/abs/2407.02466 (PWM) and https://arxiv.org/abs/2310.16828
-    (TD-MPC2).
+    observations that followed (gradient stopped, sg), and its reward logits the rewards:
+
+    .. math::
+
+        L = \frac{1}{H} \Big( c_d \sum_{t<H} w^t \, \operatorname{mean}_b
+        \operatorname{MSE}\big(z_{t+1}, \operatorname{sg} h(o_{t+1})\big) + c_r L_r \Big),
+        \qquad z_0 = h(o_0), \quad z_{t+1} = d(z_t, a_t)
+
+    with the rewards' cross-entropy or squared error :math:`\ell`, weighted like the latents and averaged or summed over
+    steps:
+
+    .. math::
+
+        L_r = \frac{1}{H} \sum_{t<H} w^t \operatorname{mean}_b \ell(\hat r_t, r_t) \;\;\text{(pwm)}, \qquad
+        L_r = \sum_{t<H} w^t \operatorname{mean}_b \ell(\hat r_t, r_t) \;\;\text{(tdmpc2)}
+
+    The step weight w is γ or ρ. Means are over valid steps: those after the first ``done`` inside a slice are masked.
+    The other weights below add terms of the same kind. Reference: https://arxiv.org/abs/2407.02466 (PWM) and
+    https://arxiv.org/abs/2310.16828 (TD-MPC2).
 
     Args:
         world_model (WorldModel): the model; its parameters are those of the loss.

@@ -105,11 +105,16 @@ def soft_rollout(
 
 
 class SoftActorLoss(PWMLoss):
-    """Negative soft return of a few imagined steps and the value after them, differentiated through model and critics.
+    r"""Negative soft return of a few imagined steps and the value after them, differentiated through model and critics.
 
-    J = Σ_{t<H} γ^t c_t (r_t + αu h_t) + γ^H c_H (min_k Q_k(z_H, a_H) + αu h_H) with the entropies h_t =
-    −log π(a_t | z_t) and the probability c_t = ∏_{s<t}(1 − p_s) of still going on; the loss is −mean(J) / (u (H + 1)),
-    u the unit in which the critics compute. H is a dial: 0 is SAC in latent space (https://arxiv.org/abs/1801.01290),
+    .. math::
+
+        J = \sum_{t<H} \gamma^t c_t (\hat r_t + \alpha u\, h_t)
+        + \gamma^H c_H \big( \min_k Q_k(z_H, a_H) + \alpha u\, h_H \big), \qquad
+        L = -\frac{\operatorname{mean}(J)}{u (H + 1)}
+
+    with the entropies :math:`h_t = -\log \pi(a_t \mid z_t)`, the probability :math:`c_t = \prod_{s<t} (1 - p_s)` of
+    still going on, and u the unit in which the critics compute. H is a dial: 0 is SAC in latent space (https://arxiv.org/abs/1801.01290),
     16 nearly PWM (https://arxiv.org/abs/2407.02466); between them lies SAC-SVG (https://arxiv.org/abs/2008.12775). The
     weight α is learned so that the entropy is ``target_entropy`` per action dimension
     (https://arxiv.org/abs/1812.05905).

@@ -32,7 +32,11 @@ def ensemble_value_loss(values: Tensor, target: Tensor) -> Tensor:
 
 
 class PWMValueLoss(PWMLoss):
-    """Regression of an ensemble of critics on their targets: mean over members and states of (V_k(z) − target)².
+    r"""Regression of an ensemble of critics on their targets, mean over K members and all states:
+
+    .. math::
+
+        L = \operatorname{mean}_s \frac{1}{K} \sum_k \big( V_k(z_s) - \hat V_s \big)^2
 
     Critics of actions are Q_k(z, a) in place of V_k(z). Critics that compute in a unit of their own have their errors
     in that unit.

@@ -76,3 +76,9 @@ def test_the_site_builds(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "PWMActorLoss" in (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
+    page = tmp_path / "site" / "reference" / "generated" / "pwm_torchrl.objectives.PWMActorLoss.html"
+    text = page.read_text(encoding="utf-8")
+    signature, _, rest = re.sub(r"<[^>]+>", "", text.partition("<dt ")[2]).partition("[source]")
+    assert "horizon: int = 16" in signature, "its own signature, with types, and not that of its metaclass"
+    assert "actor_network: TensorDictModuleBase" in signature, "types by their last names"
+    assert r"\gamma^H V(z_H)" in rest
