@@ -1,5 +1,5 @@
-"""Environments with one interface: makers for gymnasium, dm_control, Meta-World and dflex, the task registry, saved
-states, rendering, imagination as an environment, and planning.
+"""Environments with one interface: makers for gymnasium, dm_control, Meta-World, dflex and rewarped, the task registry,
+saved states, rendering, imagination as an environment, and planning.
 
 May import from ``modules`` and ``objectives``. Each maker loads its own environment library. Names are loaded on first
 use, so that the task registry can be used without torch.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pwm_torchrl.envs.makers import make_dm_control_env, make_gymnasium_env
     from pwm_torchrl.envs.mppi import PolicySeededMPPI
     from pwm_torchrl.envs.rendering import render_frame
+    from pwm_torchrl.envs.rewarped import make_rewarped_env
     from pwm_torchrl.envs.standard import standardize
     from pwm_torchrl.envs.tasks.maker import make_task_env
     from pwm_torchrl.envs.tasks.registry import register_task
@@ -41,6 +42,7 @@ __all__ = [
     "make_dm_control_env",
     "make_env",
     "make_gymnasium_env",
+    "make_rewarped_env",
     "make_task_env",
     "make_torchrl_pendulum",
     "register_task",
@@ -63,6 +65,7 @@ _HOME = {
     "make_dm_control_env": "makers",
     "make_env": "factory",
     "make_gymnasium_env": "makers",
+    "make_rewarped_env": "rewarped",
     "make_task_env": "tasks.maker",
     "make_torchrl_pendulum": "differentiable",
     "register_task": "tasks.registry",

@@ -11,20 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from pwm_torchrl.envs.info import EnvInfo
-from pwm_torchrl.envs.standard import check_maker_arguments
+from pwm_torchrl.envs.simulation import RandomStream, SimulatedEnv, check_simulation, message_of
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, nearest
 
-__all__ = ["CLASSES", "INSTALL", "DFlexEnv", "RandomStream", "make_dflex_env"]
+__all__ = ["CLASSES", "INSTALL", "REWARPED", "DFlexEnv", "make_dflex_env", "missing_dflex"]
 
 INSTALL = "pip install 'git+https://github.com/imgeorgiev/DiffRL.git#subdirectory=dflex'"
 
 
-class DFlexEnv(EnvBase):
+class DFlexEnv(SimulatedEnv):
     """A batched dflex simulation as a TorchRL environment of batch size ``[N]``.
 
     dflex resets finished rows inside ``step``. Here, the step returns the true last observation, and the following
@@ -54,29 +53,23 @@ class DFlexEnv(EnvBase):
         terminates: bool = True,
     ) -> None:
         n, observation_dim, action_dim = simulator.num_envs, simulator.num_obs, simulator.num_actions
-        super().__init__(device=torch.device(device), batch_size=torch.Size([n]))
+        self._random = RandomStream(torch.device(device))
+        super().__init__(
+            EnvInfo(
+                name=name,
+                observation_dim=observation_dim,
+                action_dim=action_dim,
+                episode_length=int(simulator.episode_length),
+                action_repeat=1,
+                num_envs=n,
+                terminates=terminates,
+                seed=seed,
+                action_low=(-1.0,) * action_dim,
+                action_high=(1.0,) * action_dim,
+            ),
+            device,
+        )
         self.simulator = simulator
-        self.observation_spec = Composite(
-            observation=Unbounded((n, observation_dim), dtype=torch.float32, device=self.device), shape=[n]
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, action_dim), dtype=torch.float32, device=self.device)
-        self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=self.device)
-        flag = Categorical(2, dtype=torch.bool, shape=(n, 1), device=self.device)
-        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=[n])
-        self.pwm_info = EnvInfo(
-            name=name,
-            observation_dim=observation_dim,
-            action_dim=action_dim,
-            episode_length=int(simulator.episode_length),
-            action_repeat=1,
-            num_envs=n,
-            terminates=terminates,
-            seed=seed,
-            action_low=(-1.0,) * action_dim,
-            action_high=(1.0,) * action_dim,
-        )
-        self._random = RandomStream(self.device)
-        self._set_seed(seed)
         # Rows that the simulator has reset inside its last step, and the current observation of each row.
         self._already_reset = torch.zeros(n, dtype=torch.bool, device=self.device)
         self._current = torch.zeros(n, observation_dim, device=self.device)
@@ -104,19 +97,7 @@ class DFlexEnv(EnvBase):
         done = done.detach().clone().bool().view(-1, 1) | terminated | truncated
         self._current = observation_after_reset.detach().clone().float()
         self._already_reset = done.view(-1).clone()
-        self._check_finite(last, "observation")
-        self._check_finite(reward, "reward")
-        return TensorDict(
-            {
-                "observation": last,
-                "reward": reward,
-                "done": done,
-                "terminated": terminated,
-                "truncated": truncated,
-            },
-            batch_size=self.batch_size,
-            device=self.device,
-        )
+        return self.stepped(last, reward, terminated, truncated)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
@@ -130,8 +111,7 @@ class DFlexEnv(EnvBase):
                 fresh = self._simulator_reset(pending.nonzero().squeeze(-1))
                 self._current = torch.where(pending.unsqueeze(-1), fresh, self._current)
             self._already_reset = self._already_reset & ~rows
-        self._check_finite(self._current, "observation after reset")
-        return TensorDict({"observation": self._current.clone()}, batch_size=self.batch_size, device=self.device)
+        return self.began(self._current.clone())
 
     def _simulator_reset(self, rows: torch.Tensor | None) -> torch.Tensor:
         with self._guarded("reset"), torch.no_grad(), self._random.active():
@@ -144,60 +124,11 @@ class DFlexEnv(EnvBase):
         try:
             yield
         except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            raise EnvironmentFault(
-                self.pwm_info.name, f"{what} raised {type(error).__name__}: {text}", seed=self._seed
-            ) from error
-
-    def _check_finite(self, values: torch.Tensor, what: str) -> None:
-        bad = ~torch.isfinite(values).all(-1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise EnvironmentFault(self.pwm_info.name, f"{what} is not finite", seed=self._seed, index=row)
+            raise EnvironmentFault(self.pwm_info.name, f"{what} raised {message_of(error)}", seed=self._seed) from error
 
     def render_frame(self) -> np.ndarray:
         """Always raises ConfigurationError, because dflex writes USD scenes and no images."""
         raise ConfigurationError(f"{self.pwm_info.name} cannot be rendered: dflex draws no images")
-
-
-class RandomStream:
-    """A separate state of torch's and numpy's global generators, used while the simulator runs.
-
-    dflex draws from the global generators; without a separate state, an evaluation would change the training run.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
-        self._state = self._get()
-
-    def seed(self, seed: int) -> None:
-        """Reseed the stream."""
-        outside = self._get()
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        self._state = self._get()
-        self._set(outside)
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Use this stream inside the block."""
-        outside = self._get()
-        self._set(self._state)
-        try:
-            yield
-        finally:
-            self._state = self._get()
-            self._set(outside)
-
-    def _get(self) -> tuple[Any, ...]:
-        cuda = torch.cuda.get_rng_state(self._cuda) if self._cuda else None
-        return torch.get_rng_state(), np.random.get_state(), cuda
-
-    def _set(self, state: tuple[Any, ...]) -> None:
-        torch.set_rng_state(state[0])
-        np.random.set_state(state[1])
-        if self._cuda:
-            torch.cuda.set_rng_state(state[2], self._cuda)
 
 
 CLASSES = {
@@ -207,6 +138,9 @@ CLASSES = {
     "humanoid": "HumanoidEnv",
     "snu_humanoid": "SNUHumanoidEnv",
 }
+
+#: Tasks that rewarped has too.
+REWARPED = ("ant", "hopper", "humanoid")
 
 
 def make_dflex_env(
@@ -245,14 +179,7 @@ def make_dflex_env(
         ConfigurationError: for an unknown name or argument.
         MissingLibraryError: if dflex is not installed.
     """
-    check_maker_arguments(num_envs, 1, episode_length)
-    task = str(name).removeprefix("dflex_")
-    if task not in CLASSES:
-        near = nearest(task, CLASSES)
-        raise ConfigurationError(
-            f"env.name={name!r} is not a dflex simulation: "
-            + (f"did you mean {near}?" if near else f"choose {', '.join(CLASSES)}")
-        )
+    task = check_simulation(name, "dflex", CLASSES, num_envs, episode_length)
     cls = _simulator_class(_load(module, name), module, CLASSES[task])
     ours = {
         "num_envs": num_envs,
@@ -268,11 +195,10 @@ def make_dflex_env(
     construction = RandomStream(torch.device(device))  # constructors of simulators seed the global generators
     construction.seed(seed)
     try:
-        with construction.active():
+        with construction.active(), _numpy_1_names():
             simulator = cls(**arguments)
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise ConfigurationError(f"{module}.{CLASSES[task]} raised {type(error).__name__}: {text}") from error
+        raise ConfigurationError(f"{module}.{CLASSES[task]} raised {message_of(error)}") from error
     return DFlexEnv(
         simulator,
         name=f"dflex_{task}",
@@ -282,19 +208,39 @@ def make_dflex_env(
     )
 
 
+def missing_dflex(name: object, module: str) -> MissingLibraryError:
+    """The error for ``env.name`` where ``module`` is not installed: how to get dflex, and what there is besides."""
+    task = str(name).removeprefix("dflex_")
+    besides = f"; env=rewarped_{task} is the same task, from PyPI" if task in REWARPED else ""
+    return MissingLibraryError(
+        f"env.name={name} needs {module}, which is not installed; dflex is not on a package index and licensed for "
+        f"research only: {INSTALL}{besides}"
+    )
+
+
+@contextmanager
+def _numpy_1_names() -> Iterator[None]:
+    """``np.Inf`` for code from before NumPy 2, which dflex's environments use where they are loaded and made."""
+    added = [name for name in ("Inf",) if not hasattr(np, name)]
+    for name in added:
+        setattr(np, name, np.inf)
+    try:
+        yield
+    finally:
+        for name in added:
+            delattr(np, name)
+
+
 def _load(module: str, name: str) -> ModuleType:
     try:
-        return importlib.import_module(module)
+        with _numpy_1_names():
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and module.startswith(error.name) and module.startswith("dflex"):
-            raise MissingLibraryError(
-                f"env.name={name} needs dflex, which is not installed; it is not on a package index and licensed for "
-                f"research only: {INSTALL}"
-            ) from error
+            raise missing_dflex(name, "dflex") from error
         raise MissingLibraryError(f"env.module={module!r} needs {error.name}, which is not installed") from error
     except Exception as error:  # dflex compiles its kernels when it is imported
-        text = " ".join(str(error).split())[:300]
-        raise MissingLibraryError(f"env.module={module!r} cannot be loaded ({type(error).__name__}: {text})") from error
+        raise MissingLibraryError(f"env.module={module!r} cannot be loaded ({message_of(error)})") from error
 
 
 def _simulator_class(loaded: ModuleType, module: str, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 A :class:`Simulator` is a function of an explicit state, so that a gradient can go back through its steps, a batch can
 be split into micro-batches, an update can be repeated, and a checkpoint holds everything. A simulator that keeps its
-state to itself (dflex, rewarped) fits by reading and writing it at every step, made with ``no_grad=False``.
+state to itself (dflex, rewarped) fits by reading and writing it at every step; ``rewarped.py`` does.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase, PendulumEnv
+from torchrl.envs import PendulumEnv
 
 from pwm_torchrl.envs.info import EnvInfo
+from pwm_torchrl.envs.simulation import SimulatedEnv
 from pwm_torchrl.envs.standard import check_maker_arguments
-from pwm_torchrl.errors import ConfigurationError, DivergenceError, EnvironmentFault
+from pwm_torchrl.errors import ConfigurationError, DivergenceError
 
 __all__ = ["DifferentiableEnv", "Episodes", "PendulumSimulator", "Simulator", "make_torchrl_pendulum"]
 
@@ -61,7 +61,7 @@ class Simulator(Protocol):
         """
 
 
-class DifferentiableEnv(EnvBase):
+class DifferentiableEnv(SimulatedEnv):
     """N simulated episodes as an ordinary TorchRL environment, which steps without gradients.
 
     ``algorithm=shac`` finds the simulator in it and steps that with gradients. A maker of one's own that returns such
@@ -90,35 +90,29 @@ class DifferentiableEnv(EnvBase):
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(device=torch.device(device), batch_size=[num_envs])
+        super().__init__(
+            EnvInfo(
+                name=name,
+                observation_dim=simulator.observation_dim,
+                action_dim=simulator.action_dim,
+                episode_length=episode_length,
+                action_repeat=1,
+                num_envs=num_envs,
+                terminates=simulator.terminates,
+                seed=seed,
+                action_low=simulator.action_low,
+                action_high=simulator.action_high,
+                simulator=simulator,
+            ),
+            device,
+        )
         self.simulator = simulator
-        n, o, a = num_envs, simulator.observation_dim, simulator.action_dim
-        self.observation_spec = Composite(
-            observation=Unbounded((n, o), dtype=torch.float32, device=self.device), shape=[n]
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, a), dtype=torch.float32, device=self.device)
-        self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=self.device)
-        flag = Categorical(2, dtype=torch.bool, shape=(n, 1), device=self.device)
-        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=[n])
-        self.pwm_info = EnvInfo(
-            name=name,
-            observation_dim=o,
-            action_dim=a,
-            episode_length=episode_length,
-            action_repeat=1,
-            num_envs=n,
-            terminates=simulator.terminates,
-            seed=seed,
-            action_low=simulator.action_low,
-            action_high=simulator.action_high,
-            simulator=simulator,
-        )
-        self._set_seed(seed)
-        self._state = torch.zeros(n, simulator.state_dim, device=self.device)
-        self._age = torch.zeros(n, dtype=torch.int64, device=self.device)
+        self._state = torch.zeros(num_envs, simulator.state_dim, device=self.device)
+        self._age = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
+            self._seed = seed
             self._generator = torch.Generator(self.device).manual_seed(seed)
 
     @torch.no_grad()
@@ -127,12 +121,7 @@ class DifferentiableEnv(EnvBase):
         self._state, reward, terminated = self.simulator.step(self._state, action)
         self._age = self._age + 1
         truncated = (self._age >= self.pwm_info.episode_length).unsqueeze(-1)
-        observation = self.simulator.observe(self._state)
-        check_finite(self.pwm_info, observation, reward)
-        step = {"observation": observation, "reward": reward, "done": terminated | truncated}
-        return TensorDict(
-            {**step, "terminated": terminated, "truncated": truncated}, self.batch_size, device=self.device
-        )
+        return self.stepped(self.simulator.observe(self._state), reward, terminated, truncated)
 
     @torch.no_grad()
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
@@ -141,8 +130,7 @@ class DifferentiableEnv(EnvBase):
         fresh = self.simulator.reset(len(rows), self._generator)
         self._state = torch.where(rows.unsqueeze(-1), fresh, self._state)
         self._age = self._age.masked_fill(rows, 0)
-        observation = self.simulator.observe(self._state)
-        return TensorDict({"observation": observation}, self.batch_size, device=self.device)
+        return self.began(self.simulator.observe(self._state))
 
     def save_state(self) -> dict[str, Any]:
         """Simulator states, clocks and random generator."""
@@ -247,15 +235,6 @@ class Episodes:
         self._returns = state_dict["returns"].to(self.device).clone()
         self._finished = [state_dict["finished"].to(self.device).clone()]
         self._generator.set_state(state_dict["generator"].cpu())
-
-
-def check_finite(info: EnvInfo, state: Tensor, reward: Tensor) -> None:
-    """Raise EnvironmentFault if a row's state, observation or reward is not finite."""
-    for what, values in (("state", state), ("reward", reward)):
-        bad = ~torch.isfinite(values).flatten(1).all(1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise EnvironmentFault(info.name, f"{what} is not finite after a step", seed=info.seed, index=row)
 
 
 def _check_rows(saved: int, here: int) -> None:

@@ -10,10 +10,11 @@ import torch
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import RandomPolicy
 
-from pwm_torchrl.envs.dflex import INSTALL
+from pwm_torchrl.envs.dflex import missing_dflex
 from pwm_torchrl.envs.env_state import env_state_support
 from pwm_torchrl.envs.factory import as_stated, opened_env, probe_env
 from pwm_torchrl.envs.info import EnvInfo, env_info
+from pwm_torchrl.envs.rewarped import require_rewarped
 from pwm_torchrl.envs.tasks.maker import probe_task_env
 from pwm_torchrl.envs.tasks.registry import task_info
 from pwm_torchrl.errors import MissingLibraryError
@@ -115,9 +116,9 @@ def require_maker(env_cfg: Mapping[str, Any]) -> None:
     if target.endswith(".make_dflex_env"):
         module = str(env_cfg.get("module") or "dflex.envs")
         if find_spec(module.partition(".")[0]) is None:
-            raise MissingLibraryError(
-                f"env.name={env_cfg.get('name')} needs {module}, which is not installed; get dflex with: {INSTALL}"
-            )
+            raise missing_dflex(env_cfg.get("name"), module)
+    if target.endswith(".make_rewarped_env"):
+        require_rewarped(env_cfg.get("name"))
 
 
 _STEPS = 200  # random agent steps per environment

@@ -76,6 +76,7 @@ CASES = {
     "simulator": (["env=gymnasium", "env.id=Walker2d-v5"], "mujoco", "env.id=Walker2d-v5 needs mujoco"),
     "dm_control": (["env=cartpole_swingup"], "dm_control.suite", "env.domain=cartpole needs dm_control"),
     "dflex": (["env=dflex_ant"], "dflex", "env.name=dflex_ant needs dflex"),
+    "rewarped": (["env=rewarped_ant"], "rewarped", "env.name=rewarped_ant needs rewarped"),
     "id": (["env=gymnasium", "env.id=Walkr2d-v5"], None, "env.id='Walkr2d-v5' is not a gymnasium environment"),
     "maker": (["env._target_=robots.pendulm"], None, "env._target_='robots.pendulm': robots has no"),
     "module": (["env._target_=half.make"], None, "env._target_='half.make': importing half raised SyntaxError: "),
@@ -259,7 +260,11 @@ def test_a_simulator_with_a_gpu_is_not_made_for_a_job(monkeypatch):
         preflight([config], SLURM)
     hide(monkeypatch, "dflex")
     config = compose(["env=dflex_ant", "+env.device=cuda", "cluster=l40s"])
-    with pytest.raises(MissingLibraryError, match=r"env.name=dflex_ant needs dflex"):
+    with pytest.raises(MissingLibraryError, match=r"env.name=dflex_ant needs dflex.*env=rewarped_ant"):
+        preflight([config], SLURM)
+    hide(monkeypatch, "warp")
+    config = compose(["env=rewarped_ant", "+env.device=cuda", "cluster=l40s"])
+    with pytest.raises(MissingLibraryError, match=r"env.name=rewarped_ant needs .*pwm-torchrl\[rewarped\]"):
         preflight([config], SLURM)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import dflex_stand_in as stand_in
+import numpy as np
 import pytest
 import torch
 from torchrl.envs.utils import check_env_specs
@@ -136,9 +137,35 @@ def test_missing_dflex_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "dflex", None)
     with pytest.raises(
         MissingLibraryError,
-        match=r"env.name=ant needs dflex, which is not installed.*research.*pip install 'git\+https",
+        match=r"env.name=ant needs dflex, which is not installed.*research.*pip install 'git\+https.*env=rewarped_ant",
     ):
         make_dflex_env("ant", 2)
+    with pytest.raises(MissingLibraryError, match=r"env.name=snu_humanoid needs dflex") as caught:
+        make_dflex_env("snu_humanoid", 2)
+    assert "rewarped" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_code_from_before_numpy_2(fails, tmp_path, monkeypatch):
+    """dflex reads np.Inf when its modules load and its environments are made, which gives no other code the name."""
+    monkeypatch.delattr(np, "Inf", raising=False)
+    (tmp_path / "old_dflex.py").write_text(
+        "import numpy as np\nimport dflex_stand_in\nLIMIT = np.Inf\n"
+        "class HopperEnv(dflex_stand_in.HopperEnv):\n"
+        "    def __init__(self, num_envs, broken=False):\n"
+        "        super().__init__(num_envs)\n"
+        "        self.limits = np.ones(3) * -np.Inf, LIMIT\n"
+        "        assert not broken\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "old_dflex", raising=False)
+    if fails:
+        with pytest.raises(ConfigurationError, match="AssertionError"):
+            make_dflex_env("hopper", 2, module="old_dflex", broken=True)
+    else:
+        low, high = make_dflex_env("hopper", 2, module="old_dflex").simulator.limits
+        assert (low.tolist(), high) == ([-np.inf] * 3, np.inf)
+    assert "Inf" not in vars(np)
 
 
 def test_importing_the_package_loads_no_simulator():

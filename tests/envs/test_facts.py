@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from pwm_torchrl.envs import env_info, facts, make_env
 from pwm_torchrl.envs.dflex import CLASSES
 from pwm_torchrl.envs.factory import probe_env
 from pwm_torchrl.envs.facts import DFLEX_DIMENSIONS, environment_facts
+from pwm_torchrl.envs.rewarped import TASKS
 from pwm_torchrl.envs.tasks import TaskInfo, register_task
 from pwm_torchrl.envs.tasks import registry as registry
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
@@ -35,6 +37,7 @@ WORDS = {
     "dm_control": ["env.domain=walker", "env.task=walk"],
     "custom": ["env._target_=training_cases.make_clockwork", "env.episode_length=30"],
     **{name: [STAND_IN] for name in DFLEX_DIMENSIONS},
+    **{f"rewarped_{task}": [] for task in TASKS},
 }
 
 
@@ -44,6 +47,8 @@ def test_every_environment_is_compared():
 
 @pytest.mark.parametrize("name", WORDS)
 def test_equal_the_environment(name, monkeypatch):
+    if name.startswith("rewarped_") and find_spec("rewarped") is None:
+        pytest.skip("needs rewarped: pip install 'pwm-torchrl[rewarped]'")
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
     cfg = compose([f"env={name}", *WORDS[name]]).env
     env = make_env(cfg, num_envs=cfg["num_envs"], seed=0)

@@ -1,0 +1,423 @@
+"""Differentiable simulations of rewarped (https://arxiv.org/abs/2412.12089), and their maker.
+
+rewarped re-implements dflex's tasks on NVIDIA Warp and is on PyPI. Its environments keep their state to themselves and
+reset finished rows inside ``step``. :class:`RewarpedSimulator` takes their parts instead, the equations of motion, the
+observations, the rewards and the initial states, and makes functions of an explicit state of them. Two things are not
+taken as they are: joints of several axes (:func:`chained`) and Hopper's observations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pwm_torchrl.envs.differentiable import DifferentiableEnv
+from pwm_torchrl.envs.simulation import RandomStream, check_simulation, message_of
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+
+__all__ = ["TASKS", "RewarpedSimulator", "make_rewarped_env", "require_rewarped"]
+
+#: Classes of the tasks in ``rewarped.envs.dflex``, by module. Its Anymal is a stub that raises NotImplementedError.
+TASKS = {"ant": "Ant", "cartpole": "Cartpole", "hopper": "Hopper", "humanoid": "Humanoid"}
+
+#: Tasks without falls: their classes know no early termination.
+_ENDLESS = ("cartpole",)
+
+
+class RewarpedSimulator:
+    """A task of rewarped as a :class:`~pwm_torchrl.envs.differentiable.Simulator`.
+
+    The state is joint positions, joint velocities and the last action, which some observations contain. Rewards are
+    those of the state after the transition. Gradients flow to states and actions wherever autograd records; otherwise
+    nothing is recorded. On a GPU contact forces are summed in no fixed order, so that its steps are not reproducible to
+    the bit.
+
+    Args:
+        task (str): a key of :data:`TASKS`.
+
+    Keyword Args:
+        stochastic_init (bool): random initial states. Defaults to ``True``.
+        early_termination (bool): end the episode after a fall, in tasks with falls. Defaults to ``True``.
+
+    Raises:
+        MissingLibraryError: if rewarped is not installed.
+        ConfigurationError: if rewarped cannot build the task.
+    """
+
+    def __init__(self, task: str, *, stochastic_init: bool = True, early_termination: bool = True) -> None:
+        self.task, self.stochastic_init = task, stochastic_init
+        self.terminates = early_termination and task not in _ENDLESS
+        self._class = chained(_load(task))
+        self._worlds: dict[tuple[int, torch.device], _World] = {}
+        env = self._build(1, torch.device("cpu"))
+        self.observation_dim, self.action_dim = int(env.num_obs), int(env.num_act)
+        self.action_low, self.action_high = (-1.0,) * self.action_dim, (1.0,) * self.action_dim
+        self._positions, self._velocities = env.start_joint_q.shape[1], env.start_joint_qd.shape[1]
+        self.state_dim = self._positions + self._velocities + self.action_dim
+        # What the task's functions read of their environment. Tensors have one row per environment, of which this has
+        # one, or hold for all.
+        kinds = (int, float, Tensor, type(...))
+        self._constants = {key: value for key, value in vars(env).items() if isinstance(value, kinds)}
+        self._constants["scatter_actions"] = env.scatter_actions
+        self._held = _World(env).bytes_per_row()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Arrays of Warp can be neither copied nor pickled, and a simulator has no state.
+        return _rebuilt, (self.task, self.stochastic_init, self.terminates)
+
+    def reset(self, count: int, generator: torch.Generator) -> Tensor:
+        """Initial states ``[count, S]``, drawn by rewarped's own function from a seed that ``generator`` draws."""
+        device = generator.device
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+        start = torch.zeros(count, self.state_dim, device=device)
+        start[:, : self._positions] = self._constants["start_joint_q"].to(device)
+        start[:, self._positions : -self.action_dim] = self._constants["start_joint_qd"].to(device)
+        view = self._view(start)
+        if self.stochastic_init:
+            stream = RandomStream(device)
+            stream.seed(seed)
+            with stream.active(), _plain_scripts():
+                self._class.randomize_init(view, torch.arange(count, device=device))
+        joints = (getattr(view.state, key).view(count, -1) for key in ("joint_q", "joint_qd"))
+        return torch.cat([*joints, view.actions], -1)
+
+    def observe(self, state: Tensor) -> Tensor:
+        """Observations ``[..., O]`` of states ``[..., S]``."""
+        view = self._view(state.reshape(-1, self.state_dim))
+        self._observe(view)
+        observation: Tensor = view.obs_buf
+        return observation.reshape(*state.shape[:-1], self.observation_dim)
+
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One frame of 1/60 s: next states ``[B, S]``, rewards ``[B, 1]`` and terminations ``[B, 1]``."""
+        count, device = len(state), state.device
+        view = self._view(state)
+        with _plain_scripts():
+            self._class.pre_physics_step(view, action)
+        force = view.control.joint_act.reshape(count, -1)
+        joints = (getattr(view.state, key).reshape(count, -1) for key in ("joint_q", "joint_qd"))
+        world = self._held if isinstance(state, FakeTensor) else self._world(count, device)
+        following = torch.cat([*_Physics.apply(world, *joints, force), view.actions], -1)
+        view = self._view(following)
+        self._observe(view)
+        self._class.compute_reward(view)
+        return following, view.rew_buf.unsqueeze(-1), view.terminated_buf.bool().unsqueeze(-1)
+
+    def _observe(self, view: SimpleNamespace) -> None:
+        with _plain_scripts():
+            self._class.compute_observations(view)
+        if self.task == "hopper":
+            # rewarped 1.3.3 leaves the horizontal position in, in front of the 11 numbers that it declares, so that its
+            # own rewards and terminations would read shifted entries. dflex, whose task it is, leaves it out.
+            view.obs_buf = view.obs_buf[:, -self.observation_dim :]
+
+    def _view(self, state: Tensor) -> SimpleNamespace:
+        """A stand-in for rewarped's environment, with the states ``[B, S]``, for its functions to read and write."""
+        count, device = len(state), state.device
+        fake = isinstance(state, FakeTensor)
+        view = SimpleNamespace()
+        for key, value in self._constants.items():
+            if isinstance(value, Tensor):
+                # Fake tensors cannot be mixed with real ones.
+                value = torch.zeros(value.shape, dtype=value.dtype, device=device) if fake else value.to(device)
+                value = value.expand(count, -1) if value.dim() == 2 and len(value) == 1 else value
+            setattr(view, key, value)
+        positions, velocities, view.actions = state.split((self._positions, self._velocities, self.action_dim), -1)
+        view.num_envs, view.device, view.control = count, device, _Control()
+        view.state = SimpleNamespace(joint_q=positions.reshape(-1), joint_qd=velocities.reshape(-1))
+        view.reset_buf = torch.zeros(count, dtype=torch.bool, device=device)
+        view.progress_buf = torch.zeros(count, dtype=torch.int32, device=device)  # time limits are not a simulator's
+        return view
+
+    def _world(self, count: int, device: torch.device) -> _World:
+        if (count, device) not in self._worlds:
+            self._worlds[count, device] = _World(self._build(count, device))
+        return self._worlds[count, device]
+
+    def _build(self, count: int, device: torch.device) -> Any:
+        try:
+            with _quiet():
+                env = self._class(
+                    num_envs=count,
+                    early_termination=self.terminates,
+                    no_grad=False,
+                    no_env_offset=True,  # all rows at the same place, so that they do not depend on their index
+                    use_graph_capture=False,
+                    device=str(device),
+                )
+                env.init()  # compiles Warp's kernels, once per machine: about half a minute
+        except Exception as error:
+            raise ConfigurationError(
+                f"env.name=rewarped_{self.task}: rewarped could not build {count} environments on {device} "
+                f"({message_of(error)})"
+            ) from error
+        return env
+
+
+def _rebuilt(task: str, stochastic_init: bool, early_termination: bool) -> RewarpedSimulator:
+    return RewarpedSimulator(task, stochastic_init=stochastic_init, early_termination=early_termination)
+
+
+def chained(cls: Any) -> Any:
+    """A task of rewarped in which a joint of several axes is a chain of joints of one, with massless bodies between.
+
+    Warp's integrator takes the axes of such a joint as they are before its other axes move it, and so creates momentum.
+    rewarped's Hopper, whose root has two slides and a hinge, flies away and overflows within 20 frames; its Humanoid
+    accelerates in free fall. dflex has chains. Coordinates and their order are the same.
+
+    A hinge that follows slides goes through the origin of its body, as in the file that describes Hopper. rewarped
+    reads one position for all joints of a body, there that of a slide, and would turn Hopper about a point on the
+    ground.
+    """
+
+    class Chained(cls):
+        def create_articulation(self, builder: Any) -> None:
+            draft = self.create_modelbuilder()
+            super().create_articulation(draft)
+            extra = [max(sum(axes) - 1, 0) for axes in draft.joint_axis_dim]
+            if not any(extra):
+                super().create_articulation(builder)
+                return
+            between = iter(extra)
+            warp = importlib.import_module("warp")
+            kinds = importlib.import_module("warp.sim")
+            add_body, add_joint = builder.add_body, builder.add_joint
+
+            def body(*args: Any, **kwargs: Any) -> int:
+                for _ in range(next(between)):  # first, since the integrator numbers bodies as joints
+                    add_body()
+                return int(add_body(*args, **kwargs))
+
+            def joint(
+                kind: Any, parent: int, child: int, linear_axes: Any = (), angular_axes: Any = (), **kwargs: Any
+            ) -> None:
+                axes = [(kinds.JOINT_PRISMATIC, {"linear_axes": [axis]}) for axis in linear_axes]
+                axes += [(kinds.JOINT_REVOLUTE, {"angular_axes": [axis]}) for axis in angular_axes]
+                if len(axes) < 2:
+                    add_joint(kind, parent, child, linear_axes, angular_axes, **kwargs)
+                    return
+                name, start, end = (kwargs.pop(key) for key in ("name", "parent_xform", "child_xform"))
+                for number, (kind, axis) in enumerate(axes):
+                    link = child - len(axes) + 1 + number
+                    places = {"parent_xform": start if number == 0 else None}
+                    if linear_axes and number == len(linear_axes):
+                        places = {"parent_xform": warp.transform_inverse(end)}
+                    elif number == len(axes) - 1:
+                        places["child_xform"] = end
+                    add_joint(kind, parent, link, name=f"{name}_{number}", **places, **axis, **kwargs)
+                    parent = link
+
+            builder.add_body, builder.add_joint = body, joint
+            super().create_articulation(builder)
+            del builder.add_body, builder.add_joint
+
+    Chained.__name__ = cls.__name__
+    return Chained
+
+
+class _Control:
+    """Takes the joint forces that ``pre_physics_step`` computes."""
+
+    joint_act: Tensor
+
+    def assign(self, name: str, values: Tensor) -> None:
+        setattr(self, name, values)
+
+
+class _World:
+    """Warp's model and integrator of a number of environments."""
+
+    def __init__(self, env: Any) -> None:
+        self.model, self.integrator = env.model, env.integrator
+        self.wp = importlib.import_module("warp")
+        self._update = importlib.import_module("rewarped.warp_utils").sim_update
+        self._settings = (env.sim_substeps, env.sim_dt, env.kinematic_fk, env.eval_ik)
+
+    def simulate(self, positions: Tensor, velocities: Tensor, force: Tensor, record: bool) -> tuple[Any, Any, Any, Any]:
+        """A frame from joint states ``[B, Q]`` and ``[B, V]`` with joint forces ``[B, V]``.
+
+        Returns:
+            tuple: the tape, ``None`` unless ``record``, and Warp's first state, last state and control.
+        """
+        first, *between, last = self._states(record)
+        control = self.model.control(requires_grad=record)
+        for array, values in ((first.joint_q, positions), (first.joint_qd, velocities), (control.joint_act, force)):
+            self.copy(array, values)
+        self.integrator._step = 0  # the mass matrix is computed in the first substep of each frame
+        tape = self.wp.Tape() if record else None
+        # The first substep finds contacts from the bodies' poses, which follow from the joints. The integrator computes
+        # the poses again, into the same arrays; were both recorded, their gradient would count twice.
+        self.wp.sim.eval_fk(self.model, first.joint_q, first.joint_qd, None, first)
+        with tape or contextlib.nullcontext():
+            self._update(
+                (tape, self.integrator, self.model, False, False), self._settings, (first, between, last), control
+            )
+        return tape, first, last, control
+
+    def copy(self, array: Any, values: Tensor) -> None:
+        """Copy a tensor into an array of Warp."""
+        array.assign(self.wp.from_torch(values.detach().contiguous().view(-1), dtype=array.dtype))
+
+    def read(self, array: Any, like: Tensor) -> Tensor:
+        """A copy of an array of Warp, in the shape of ``like``."""
+        values: Tensor = self.wp.to_torch(array, requires_grad=False).clone().view_as(like)
+        return values
+
+    def synchronize(self) -> None:
+        """Wait for the GPU: torch and Warp queue their work in different streams."""
+        if self.model.device.is_cuda:
+            self.wp.synchronize_device(self.model.device)
+
+    def bytes_per_row(self) -> int:
+        """What a step that is recorded keeps for its gradient, per environment of this world."""
+        arrays = [array for state in self._states(True) for array in vars(state).values()]
+        contacts = [array for key, array in vars(self.model).items() if key.startswith("rigid_contact_")]
+        arrays = [array for array in arrays + contacts * self._settings[0] if isinstance(array, self.wp.array)]
+        size = sum(array.capacity + (array.grad.capacity if array.grad is not None else 0) for array in arrays)
+        return int(size) // int(self.model.num_envs)
+
+    def _states(self, record: bool) -> list[Any]:
+        return [self.model.state(requires_grad=record, copy="zeros") for _ in range(self._settings[0] + 1)]
+
+
+class _Physics(torch.autograd.Function):
+    """A frame of Warp's simulation, through which autograd goes by Warp's tape."""
+
+    @staticmethod
+    def forward(ctx: Any, world: _World | int, positions: Tensor, velocities: Tensor, force: Tensor) -> Any:
+        record = any(ctx.needs_input_grad)
+        if isinstance(world, int):  # fake tensors: shapes, and the memory of a tape
+            ctx.kept = positions.new_empty(world * len(positions) if record else 0, dtype=torch.uint8)
+            return torch.empty_like(positions), torch.empty_like(velocities)
+        world.synchronize()
+        tape, first, last, control = world.simulate(positions, velocities, force, record)
+        world.synchronize()
+        ctx.kept = (world, tape, first, last, control) if record else None
+        ctx.like = positions, velocities, force
+        return world.read(last.joint_q, positions), world.read(last.joint_qd, velocities)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, positions: Tensor, velocities: Tensor) -> Any:
+        if isinstance(ctx.kept, Tensor):
+            return None, torch.empty_like(positions), torch.empty_like(velocities), torch.empty_like(velocities)
+        world, tape, first, last, control = ctx.kept
+        world.synchronize()
+        world.copy(last.joint_q.grad, positions)
+        world.copy(last.joint_qd.grad, velocities)
+        tape.backward()
+        world.synchronize()
+        inputs = (first.joint_q, first.joint_qd, control.joint_act)
+        gradients = [world.read(array.grad, like) for array, like in zip(inputs, ctx.like)]
+        tape.zero()  # for another gradient of the same graph
+        return None, *gradients
+
+
+def make_rewarped_env(
+    name: str,
+    num_envs: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    episode_length: int = 1000,
+    stochastic_init: bool = True,
+    early_termination: bool = True,
+) -> DifferentiableEnv:
+    """Make a simulation of rewarped with N environments, which ``algorithm=shac`` can differentiate.
+
+    Args:
+        name (str): ``"ant"``, ``"cartpole"``, ``"hopper"`` or ``"humanoid"``, optionally with the prefix ``rewarped_``.
+        num_envs (int): ``N``. Defaults to ``64``.
+        seed (int): of the whole batch. Defaults to ``0``.
+        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
+        episode_length (int): agent steps of 1/60 s per episode. Defaults to ``1000``.
+        stochastic_init (bool): random initial states. Defaults to ``True``.
+        early_termination (bool): end the episode after a fall, in tasks with falls. Defaults to ``True``.
+
+    Returns:
+        DifferentiableEnv: ``observation`` float32 ``[N, O]``, ``action`` float32 ``[N, A]`` in [-1, 1].
+
+    Raises:
+        ConfigurationError: for an unknown name or argument.
+        MissingLibraryError: if rewarped is not installed.
+    """
+    task = check_simulation(name, "rewarped", TASKS, num_envs, episode_length)
+    return DifferentiableEnv(
+        RewarpedSimulator(task, stochastic_init=stochastic_init, early_termination=early_termination),
+        name=f"rewarped_{task}",
+        num_envs=num_envs,
+        episode_length=episode_length,
+        seed=seed,
+        device=device,
+    )
+
+
+def require_rewarped(name: object) -> None:
+    """Raise MissingLibraryError, for ``env.name``, unless rewarped and what it needs are installed."""
+    for library in ("rewarped", "warp", "gymnasium"):
+        if find_spec(library) is None:
+            raise MissingLibraryError(
+                f"env.name={name} needs {library}, which is not installed: pip install 'pwm-torchrl[rewarped]' (Python "
+                "3.10 or 3.11)"
+            )
+
+
+def _load(task: str) -> Any:
+    """The task's class.
+
+    Its module imports ``gym``, of which it uses the class of a box and which does not support NumPy 2; it gets
+    gymnasium by that name while it loads.
+    """
+    require_rewarped(f"rewarped_{task}")
+    stands_in = "gym" not in sys.modules
+    try:
+        with _quiet():
+            if stands_in:
+                sys.modules["gym"] = importlib.import_module("gymnasium")
+            importlib.import_module("warp").config.quiet = True
+            return getattr(importlib.import_module(f"rewarped.envs.dflex.{task}"), TASKS[task])
+    except Exception as error:  # Warp starts when it is imported
+        raise MissingLibraryError(
+            f"env.name=rewarped_{task}: rewarped cannot be loaded ({message_of(error)})"
+        ) from error
+    finally:
+        if stands_in:
+            sys.modules.pop("gym", None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Discard what is written meanwhile, also by native code, which says that it finds no CUDA, and warnings."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        with tempfile.TemporaryFile() as discarded, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for descriptor in (1, 2):
+                os.dup2(discarded.fileno(), descriptor)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        for descriptor, copy in zip((1, 2), kept):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+@contextlib.contextmanager
+def _plain_scripts() -> Iterator[None]:
+    """Run TorchScript functions operation by operation: optimised after two calls, they would round differently."""
+    with torch.jit.optimized_execution(False):
+        yield
