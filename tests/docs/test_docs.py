@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: A block of Python that is not marked as one that cannot run anywhere.
 BLOCK = re.compile(r"^```python$(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *(`{3,}|~{3,})(.*)$")
+#: Characters of code that fit into the site's column (docs/_static/site.css).
+COLUMN = 96
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 #: A line that is not skipped for want of a file or a simulator.
 EXAMPLE = re.compile(r"^ *>>> (?!.*\+SKIP)", re.MULTILINE)
@@ -57,6 +60,21 @@ def test_examples_of_docstrings_run(name):
         attempted += result.attempted
     assert "".join(failed) == ""
     assert attempted > 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_code_fits_into_the_column(page):
+    """Longer lines are cut off in the browser. Output of programs, ``text``, is as long as it is."""
+    fence, too_long = "", []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        found = FENCE.match(line)
+        if found and not fence:
+            fence, language = found.groups()
+        elif found and found[1].startswith(fence):
+            fence = ""
+        elif fence and language != "text" and len(line) > COLUMN:
+            too_long.append(f"{number}: {line}")
+    assert too_long == []
 
 
 def test_links_of_the_readme_lead_to_files():
