@@ -52,6 +52,10 @@ class UpdateProfile:
         self._activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
+        else:
+            # Torch's profiler prints two lines of its own when it starts and stops. They are above errors in its scale,
+            # so this hides its errors too: those of a GPU's counters, which must be seen, and on a CPU there are none.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         updates.around = self._around
 
     @contextmanager

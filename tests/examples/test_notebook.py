@@ -24,6 +24,13 @@ assert summary["status"] == "finished" and summary["epochs_done"] == epochs
 assert real.shape == (4, 200) and real["action"].abs().max() <= 2
 assert happened.shape == along_real_actions.shape == dreamed.reward.shape == (horizon, 4, 1)
 assert torch.isfinite(along_real_actions).all() and torch.isfinite(dreamed.reward).all()
+# The same steps by the model's parts, from the first observation alone.
+with torch.no_grad():
+    z = networks.model.encode(real["observation"][:, 0])
+    for t in range(horizon):
+        z, reward, _ = networks.model(z, real["action"][:, t] / 2)
+        torch.testing.assert_close(along_real_actions[t], reward)
+assert along_real_actions.std(0).min() > 0
 # Both begin in the same latent, with the action that the policy takes there.
 torch.testing.assert_close(dreamed.reward[0], along_real_actions[0])
 assert all(axis.has_data() for axis in (left, right, *axes))

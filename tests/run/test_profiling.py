@@ -33,11 +33,13 @@ def profiled(count: int, **changes: object) -> object:
 
 
 class TestRun:
-    def test_the_trace_holds_as_many_updates_as_were_asked_for(self, tmp_path, monkeypatch, capsys):
+    def test_the_trace_holds_as_many_updates_as_were_asked_for(self, tmp_path, monkeypatch, capfd):
         """Two epochs warm up, since each has a single actor update; one more update is the profiler's own warm-up."""
         run_with(monkeypatch, profiled(len(EPOCH)), tmp_path)
         assert updates_in(tmp_path) == Counter(EPOCH)
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if TRACE in line]
+        printed = capfd.readouterr()
+        (line,) = [line for line in printed.out.splitlines() if TRACE in line]
+        assert "profiler_start" not in printed.out + printed.err, "the library's own lines"
         assert f"profile of {len(EPOCH)} updates" in line
         assert str(tmp_path / TRACE) in line
         assert TRACE in (tmp_path / "README.md").read_text(encoding="utf-8")
