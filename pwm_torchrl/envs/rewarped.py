@@ -305,7 +305,7 @@ class _Physics(torch.autograd.Function):
         world.synchronize()
         tape, first, last, control = world.simulate(positions, velocities, force, record)
         world.synchronize()
-        ctx.kept = (world, tape, first, last, control) if record else None
+        ctx.kept, ctx.used = (world, tape, first, last, control) if record else None, False
         ctx.like = positions, velocities, force
         return world.read(last.joint_q, positions), world.read(last.joint_qd, velocities)
 
@@ -316,14 +316,15 @@ class _Physics(torch.autograd.Function):
             return None, torch.empty_like(positions), torch.empty_like(velocities), torch.empty_like(velocities)
         world, tape, first, last, control = ctx.kept
         world.synchronize()
+        if ctx.used:  # another gradient of the same graph
+            tape.zero()
+        ctx.used = True
         world.copy(last.joint_q.grad, positions)
         world.copy(last.joint_qd.grad, velocities)
         tape.backward()
         world.synchronize()
         inputs = (first.joint_q, first.joint_qd, control.joint_act)
-        gradients = [world.read(array.grad, like) for array, like in zip(inputs, ctx.like)]
-        tape.zero()  # for another gradient of the same graph
-        return None, *gradients
+        return None, *(world.read(array.grad, like) for array, like in zip(inputs, ctx.like))
 
 
 def make_rewarped_env(
