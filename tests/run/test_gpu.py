@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.run.collector import evaluation_env_seed
 from pwm_torchrl.run.metrics import read_metrics
+from pwm_torchrl.run.profiling import TRACE
 from pwm_torchrl.training import evaluate_run, train
 
 pytestmark = [
@@ -31,3 +34,12 @@ def test_trains_on_cuda_and_loads_on_the_cpu(compiled: bool, tmp_path: Path) -> 
     seed = evaluation_env_seed(cfg.seed)
     again = evaluate_run(tmp_path, seed=seed, which="latest")
     assert again["return_mean"] == pytest.approx(summary["final_return"], rel=1e-3)
+
+
+def test_a_profile_has_the_kernels_of_the_updates(tmp_path: Path) -> None:
+    words = ["device=cuda", "training.epochs=2", "algorithm.first_model_updates=2", "algorithm.random_steps=0"]
+    train(compose([*words, "training.video=false", "training.profile=3", f"run_dir={tmp_path}"]), tmp_path)
+    with gzip.open(tmp_path / TRACE, "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert {"model update", "critic update", "actor update"} <= {event["name"] for event in events}
