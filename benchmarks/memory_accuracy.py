@@ -72,7 +72,7 @@ def measure(words: list[str], device: str) -> dict[str, Any]:
             f"device={device}",
             f"run_dir={run_dir}",
             "memory.host_gib=24",
-            "memory.device_gib=24",
+            *(["memory.device_gib=24"] if device != "cpu" else []),
         ]
         done = subprocess.run(
             [sys.executable, str(ROOT / "launch" / "train.py"), *command], capture_output=True, text=True, check=False

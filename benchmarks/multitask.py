@@ -51,7 +51,7 @@ PRETRAIN = (
     # The sparse reward of pendulum-swingup is learned last: from many short slices sooner than from few long ones, and
     # with TD-MPC2's coefficients latents hardly tell where it pays.
     *("size=tiny", "model.loss.reward_coef=2.0", "algorithm.horizon=4", "algorithm.model_batch=256"),
-    *("algorithm.model_updates=50", "algorithm.first_model_updates=50", "training.epochs=120"),
+    *("algorithm.model_updates=50", "training.epochs=120"),
     *("training.eval_every=10", "training.checkpoint_every=10", "data.balanced=true"),
     *("data.validation_fraction=0.05", "data.validation_slices=128"),
 )
@@ -70,8 +70,7 @@ EPISODES = 60
 BEHAVIOURS = ("--policy=random", "--policy=random:40")
 QUICK = {
     "behaviour": ("training.epochs=2", "algorithm.first_model_updates=4", "training.eval_episodes=1"),
-    "pretrain": ("training.epochs=2", "algorithm.model_updates=2", "algorithm.first_model_updates=2",
-                 "training.eval_every=2"),
+    "pretrain": ("training.epochs=2", "algorithm.model_updates=2", "training.eval_every=2"),
     "extract": ("training.epochs=2", "training.eval_every=2", "training.eval_episodes=1"),
 }  # fmt: skip
 

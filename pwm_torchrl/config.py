@@ -419,8 +419,8 @@ class ClusterConfig(Section):
     # of its own here; debug: in this process; slurm: a job of SLURM
     name: str = "auto"  # label
     host_gib: Optional[float] = setting(None, above=0)  # host memory a job may have on a node, at most, GiB; None: what
-    # this machine offers
-    gpu: Optional[str] = None  # type of the GPU, such as l40s, for the memory plan; None: none, or this machine's
+    # SLURM says that its nodes have
+    gpu: Optional[str] = None  # type of the nodes' GPU, such as l40s, for the memory plan; None: none
     gpus: int = setting(0, least=0)  # GPUs per node; each has a task of its own, and without any there is one task
     nodes: int = setting(1, least=1)
     partition: Optional[str] = None  # None: SLURM's default, as for every key down to gres

@@ -30,7 +30,6 @@ SHORT = (
     "training.gradient_profile_every=0",
     "training.progress=false",
     "algorithm.first_model_updates=1",
-    "algorithm.model_updates=1",
 )
 
 

@@ -11,9 +11,10 @@ from dataclasses import fields
 
 from pwm_torchrl.algorithm.base import find_algorithm
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.compose import EVERY_TASK, as_yaml, compose, compose_unchecked, expand, typed_keys, values_of
+from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked, typed_keys
 from pwm_torchrl.cli.modes import epoch_in_words, known_action_repeat, set_epochs, steps_per_epoch
 from pwm_torchrl.cli.requests import Request
+from pwm_torchrl.cli.sweeps import EVERY_TASK, expand, values_of
 from pwm_torchrl.cli.validate import validate
 from pwm_torchrl.cli.words import check_meaning
 from pwm_torchrl.config import Config, DynamicsConfig
@@ -141,7 +142,7 @@ def _require_simulator(task: TaskInfo) -> None:
 
 
 def expand_tasks(words: Sequence[str]) -> list[list[str]]:
-    """As :func:`~pwm_torchrl.cli.compose.expand`, with a run for every task that ``task=all`` means.
+    """As :func:`~pwm_torchrl.cli.sweeps.expand`, with a run for every task that ``task=all`` means.
 
     Raises:
         ConfigurationError: as there, and as :func:`tasks_to_extract`.

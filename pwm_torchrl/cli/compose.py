@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, OverrideType, RangeSweep
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -40,24 +38,22 @@ from pwm_torchrl.choices import (
     user_profiles,
 )
 from pwm_torchrl.cli.modes import apply_mode, apply_steps
+from pwm_torchrl.cli.sweeps import PATHS, SLURMS_LISTS, SWEEP
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
-from pwm_torchrl.cli.words import check_meaning, instead_of_hydras, option_hint, unknown_option
+from pwm_torchrl.cli.words import check_meaning, instead_of_hydras, option_hint, profile_keys, unknown_option
 from pwm_torchrl.config import MISSING, RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.terminal import warn
 from pwm_torchrl.user_code import make_cwd_importable
 
 __all__ = [
-    "EVERY_TASK",
     "as_yaml",
     "check_types",
     "compose",
     "compose_unchecked",
-    "expand",
     "explain",
     "type_words",
     "typed_keys",
-    "values_of",
 ]
 
 
@@ -169,111 +165,12 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-#: A run for each task.
-EVERY_TASK = "task=all"
-MOST = 10_000
-
-
-def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
-    """Every combination of the values of Hydra's sweeps, the last one changing fastest.
-
-    Args:
-        words (sequence of str): of the command line.
-        tasks (sequence of str): what ``task=all`` stands for, see :func:`~pwm_torchrl.cli.complete.expand_tasks`.
-            Defaults to ``()``: it is left out.
-
-    Returns:
-        list of list of str: the words of each run; one of them if nothing is swept.
-
-    Raises:
-        ConfigurationError: for a sweep without discrete values, without an end or without any value, or too many runs.
-    """
-    every = [f"task={name}" for name in tasks]
-    options = [every if word == EVERY_TASK else values_of(word) for word in words if tasks or word != EVERY_TASK]
-    count = 1
-    for values in options:
-        count *= len(values)
-    if count > MOST:
-        raise ConfigurationError(_too_many(str(count)))
-    return [list(chosen) for chosen in itertools.product(*options)]
-
-
-def values_of(word: str) -> list[str]:
-    """A word for each of the values that a word gives its key."""
-    key = word.partition("=")[0]
-    if "=" not in word or key in (*PATHS, "tasks") or (key in SLURMS_LISTS and not _SWEEP.match(word)):
-        return [word]  # a path is text, whatever Hydra's grammar makes of its commas; tasks are one set
-    try:
-        override = OverridesParser.create().parse_overrides([word])[0]
-    except HydraException:
-        return [word]  # composing tells what is wrong with it
-    if not override.is_sweep_override():
-        return [word]
-    pattern = override.value()
-    if isinstance(pattern, Glob):
-        return [f"{key}={choice}" for choice in _matching(word, override.key_or_group, pattern)]
-    if not override.is_discrete_sweep():
-        raise ConfigurationError(f"{word!r} is an interval, not a list of values; write {key}=a,b,c or range(...)")
-    return [f"{key}={_interpolated(value)}" for value in _swept(word, override)]
-
-
-def _too_many(count: str) -> str:
-    return f"{count} runs in one command are more than {MOST}; submit them in parts"
-
-
-def _swept(word: str, override: Override) -> list[str]:
-    """The values of a sweep, in its order.
-
-    Raises:
-        ConfigurationError: if there are none, or too many to be counted by making them.
-    """
-    pattern = override.value()
-    if isinstance(pattern, RangeSweep):  # counted first: some have no end, and a shuffled one is made as a whole
-        start, stop, step = (float(each or 0) for each in (pattern.start, pattern.stop, pattern.step))
-        count = (stop - start) / step if step else math.nan
-        if not math.isfinite(count):
-            raise ConfigurationError(
-                f"{word!r} never comes to its end; write range(start,stop,step) with finite numbers"
-            )
-        if count > MOST:
-            raise ConfigurationError(_too_many(f"{word!r}: {math.ceil(count)}"))
-    values = list(override.sweep_string_iterator())
-    if not values:
-        raise ConfigurationError(f"{word!r} gives {override.key_or_group} no value; write at least one")
-    return values
-
-
-def _matching(word: str, group: str, pattern: Glob) -> list[str]:
-    """The choices of a group that ``glob(...)`` means.
-
-    Raises:
-        ConfigurationError: if there are none.
-    """
-    groups = group_choices()
-    found = pattern.filter(groups.get(group, []))
-    if not found:
-        what = f"the choices of {group}: {', '.join(groups[group])}" if group in groups else "choices of a group only"
-        raise ConfigurationError(f"{word!r} matches nothing; glob(...) stands for {what}")
-    return found
-
-
-def _interpolated(value: str) -> str:
-    """Hydra escapes the brackets of an interpolation, which is then none."""
-    return re.sub(r"\\(.)", r"\1", value) if "$\\{" in value else value
-
-
-#: Keys whose values are lists with commas to SLURM; runs for each of several are choice(a,b).
-SLURMS_LISTS = ("cluster.partition", "cluster.gres")
-_SWEEP = re.compile(r"[\w.]+=(choice|range|glob|shuffle|sort)\(")
 #: Keys that every environment understands, see :func:`pwm_torchrl.envs.make_env`.
 KEYS_OF_ANY_ENV = ("env.terminates", "env.observation_keys", "env.name", "env.episode_length")
 
 SCHEMA = "pwm_config_schema"  # TorchRL owns the plain names in the shared ConfigStore
 
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
-
-#: Keys whose values are paths: text, whatever Hydra's grammar makes of their blanks, brackets, commas and equal signs.
-PATHS = ("run_dir", "runs_dir", "world_model", "init_from", "data.path", "data.scratch_dir")
 
 _TOLD: set[str] = set()  # keys of earlier versions whose new names were told
 
@@ -317,7 +214,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         resolved.init_from = str(Path(resolved.init_from).expanduser().absolute())
     apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
-    check_meaning(resolved, typed, model_is_known=resolved.mode != "extract")
+    check_meaning(resolved, {**_of_profile(parsed), **typed}, model_is_known=resolved.mode != "extract")
     validate(resolved)
     apply_steps(resolved, typed)
     return resolved
@@ -428,7 +325,7 @@ def _read(word: str) -> Override:
     key, equal, value = word.partition("=")
     if key == "tasks" and "," in value and value[0] not in "'\"[":
         word = f"{key}={_quoted(value)}"  # a list of names is one set of tasks, not a sweep
-    listed = key in SLURMS_LISTS and "," in value and not _SWEEP.match(word)
+    listed = key in SLURMS_LISTS and "," in value and not SWEEP.match(word)
     if (key in PATHS or listed) and value and value[0] not in "'\"" and value != "null":
         word = f"{key}={_quoted(value)}"
     if not equal and not word.startswith("~"):
@@ -507,6 +404,12 @@ def _profile_words(parsed: list[Override]) -> list[str]:
             f"cluster={file.stem} is both {file} and a profile of pwm_torchrl; give the file another name"
         )
     return [f"hydra.searchpath=[{_quoted(f'file://{user_configs_dir()}')}]", f"cluster.name={_quoted(file.stem)}"]
+
+
+def _of_profile(parsed: list[Override]) -> dict[str, Any]:
+    """The keys of the user's own cluster profile with their values: they count as typed."""
+    chosen = [o.value() for o in parsed if o.key_or_group == "cluster"]
+    return profile_keys(str(chosen[-1])) if chosen else {}
 
 
 def _env_words(parsed: list[Override]) -> list[str]:

@@ -15,9 +15,10 @@ import torch
 
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.complete import complete, expand_tasks, length_in_words
-from pwm_torchrl.cli.compose import EVERY_TASK, as_yaml, compose
+from pwm_torchrl.cli.compose import as_yaml, compose, typed_keys
 from pwm_torchrl.cli.requests import Prepared, Request, refuse_shared_directories
-from pwm_torchrl.cli.words import JSON
+from pwm_torchrl.cli.sweeps import EVERY_TASK
+from pwm_torchrl.cli.words import JSON, check_slurms_keys
 from pwm_torchrl.cluster.resources import (
     Resources,
     node_memory_mb,
@@ -40,7 +41,7 @@ from pwm_torchrl.run.loggers import require_logging
 from pwm_torchrl.run.stored_episodes import run_facts
 from pwm_torchrl.terminal import coloured
 
-__all__ = ["by_cluster", "compose_all", "dry_run", "place_of", "plan", "plan_for_slurm"]
+__all__ = ["by_cluster", "compose_all", "dry_run", "place_of", "plan", "plan_for_slurm", "refuse_slurms_keys"]
 
 LOCAL, DEBUG, SLURM, HERE = "local", "debug", "slurm", "here"
 
@@ -86,6 +87,25 @@ def place_of(config: Config) -> str:
             "login node of the cluster, or use cluster=local"
         )
     return kind
+
+
+#: Places that no job of SLURM is submitted to, in words.
+_NOT_SLURM = {LOCAL: "on this machine", DEBUG: "in this process", HERE: "in this process"}
+
+
+def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
+    """Refuses what was typed for a job of SLURM, of runs that are none.
+
+    Args:
+        runs (sequence of Prepared): runs.
+        place (str): where they train, see :func:`place_of`.
+
+    Raises:
+        ConfigurationError: for the first such key.
+    """
+    if place in _NOT_SLURM:
+        for run in runs:
+            check_slurms_keys(typed_keys(run.words), _NOT_SLURM[place])
 
 
 def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.compose import EVERY_TASK, as_yaml, compose, compose_unchecked, expand, values_of
+from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked
 from pwm_torchrl.cli.help import doctor_help, help_text
 from pwm_torchrl.cli.modes import known_action_repeat, of_world_model
+from pwm_torchrl.cli.sweeps import EVERY_TASK, expand, values_of
 from pwm_torchrl.cli.validate import require_runnable
 from pwm_torchrl.cli.words import DRAFT, FORCE, CommandLine, read_words, with_preset
 from pwm_torchrl.cluster.job import require_submitit
@@ -32,6 +33,9 @@ __all__ = [
 
 #: What concerns both stages; what belongs to a world model goes to its pre-training, the rest to the policies.
 SHARED = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
+#: What of that means something to one of the two stages alone.
+OF_PRETRAINING = ("data.balanced", "data.validation_fraction", "data.validation_slices")
+OF_POLICIES = ("memory.actor_micro_batch", "memory.critic_micro_batch")
 #: Begins a word that is for the pre-training alone.
 PREFIX = "pretraining."
 
@@ -167,7 +171,8 @@ def both_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigurationError: if the pre-training is given several values of something: there is one pre-training.
     """
     own = [f"experiment={_first(words).pretraining}", *_of_pretraining(words)]
-    return own, [word for word in words if not word.startswith(PREFIX) and not of_world_model(_key(word))]
+    policies = [word for word in words if not word.startswith(PREFIX) and not of_world_model(_key(word))]
+    return own, [word for word in policies if _key(word) not in OF_PRETRAINING]
 
 
 def compose_pretraining(words: list[str]) -> Prepared:
@@ -191,6 +196,7 @@ def _of_pretraining(words: Sequence[str]) -> list[str]:
     """Those of the words that concern the pre-training."""
     keys = {word: _key(word) for word in words}
     chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED or of_world_model(key)]
+    chosen = [word for word in chosen if keys[word] not in OF_POLICIES]
     chosen += [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
     for word in chosen:
         if len(values_of(word)) > 1:

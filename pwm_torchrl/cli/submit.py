@@ -23,6 +23,7 @@ from pwm_torchrl.cli.prepare import (
     dry_run,
     place_of,
     plan_for_slurm,
+    refuse_slurms_keys,
 )
 from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
 from pwm_torchrl.cli.resume import Found
@@ -60,6 +61,7 @@ def run(request: Request) -> int:
             return _both_stages(chain, dry)
     runs = compose_all(request.words, request.runs)
     place = place_of(runs[0].config)
+    refuse_slurms_keys(runs, place)
     if dry:
         dry_run(runs, place)
         return console.OK
@@ -72,6 +74,7 @@ def run(request: Request) -> int:
 def _both_stages(chain: Chain, dry: bool) -> int:
     """A pre-training, then the policies that need its world model."""
     place = place_of(chain.pretraining.config)
+    refuse_slurms_keys([chain.pretraining, *chain.policies], place)
     console.say(chain.description)
     if dry:
         dry_run([chain.pretraining], place)

@@ -9,7 +9,14 @@ from typing import Any
 
 import yaml
 
-from pwm_torchrl.choices import CONFIG_DIR_VARIABLE, choice_file, group_choices, schema_choices, schema_keys
+from pwm_torchrl.choices import (
+    CONFIG_DIR_VARIABLE,
+    choice_file,
+    group_choices,
+    schema_choices,
+    schema_keys,
+    user_profiles,
+)
 from pwm_torchrl.cli.validate import value_of
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.config import Config
@@ -20,8 +27,10 @@ __all__ = [
     "CommandLine",
     "Rule",
     "check_meaning",
+    "check_slurms_keys",
     "instead_of_hydras",
     "option_hint",
+    "profile_keys",
     "read_words",
     "unknown_option",
     "with_preset",
@@ -233,12 +242,16 @@ class Rule:
     Attributes:
         keys (tuple of str): dotted keys; one that ends in a dot stands for its whole section.
         by (str): the key that decides; of several with commas between, which are numbers, one has to be above 0.
-        values (tuple of str): its values beside which the keys are used; empty: any above 0. ``("*",)``: any at all.
+        values (tuple): its values beside which the keys are used; empty: any above 0. ``("*",)``: any at all.
+        unless (str, optional): the one value beside which they are not used; takes the place of ``values``.
+        only (tuple, optional): another key and its value without which the rule says nothing.
     """
 
     keys: tuple[str, ...]
     by: str
-    values: tuple[str, ...] = ()
+    values: tuple[Any, ...] = ()
+    unless: str | None = None
+    only: tuple[str, str] | None = None
 
     def covers(self, key: str) -> bool:
         """Whether the rule is about a key."""
@@ -246,16 +259,35 @@ class Rule:
 
     def allows(self, config: Config) -> bool:
         """Whether the keys are used beside what is chosen; of a choice that does not exist something else is said."""
+        if self.only is not None and value_of(config, self.only[0]) != self.only[1]:
+            return True
+        if self.unless is not None:
+            return value_of(config, self.by) != self.unless
         if not self.values:
             return any(value_of(config, each) > 0 for each in self.by.split(", "))
         value = value_of(config, self.by)
         if self.values == ANY:
             return value is not None
-        known = value in schema_choices().get(self.by, ()) or (self.by == _KIND and "." in value)
+        choices = schema_choices().get(self.by)
+        known = choices is None or value in choices or (self.by == _KIND and "." in value)
         return value in self.values or not known
 
 
 ANY = ("*",)
+
+
+def _keys(section: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names.split())
+
+
+_ALGORITHM = "algorithm.name"
+_OF_REPLAY = ("training.replay_capacity", "training.replay_storage", "memory.disk_above_gib")
+#: What of a cluster profile only a job of SLURM is asked with.
+OF_SLURM = _keys(
+    "cluster",
+    "partition account qos constraint gres mem_gib host_gib nodes gpu gpus cpus time time_min max_time_min "
+    "signal_delay_s setup array_parallelism comment sbatch",
+)
 
 #: Which options of dynamics a kind takes follows from the signatures of :mod:`pwm_torchrl.modules.dynamics`; it is
 #: repeated here because reading those takes seconds (torch), and a test compares the two.
@@ -302,11 +334,71 @@ RULES = (
     Rule(("data.",), "mode", ("pretrain", "extract")),
     Rule(("init_from_parts",), "init_from", ANY),
     Rule(("data.scratch_dir",), "data.stage", ("scratch",)),
+    Rule(OF_SLURM, "cluster.kind", ("slurm", "auto")),
+    # What the algorithms have in common, and what not.
     Rule(
-        tuple(f"cluster.{key}" for key in ("partition", "account", "qos", "constraint", "gres", "mem_gib", "nodes")),
-        "cluster.kind",
-        ("slurm", "auto"),
+        _keys(
+            "algorithm",
+            "updates_per_step max_updates critic_batch critic_steps target_rate temperature target_entropy",
+        ),
+        _ALGORITHM,
+        ("pwm",),
     ),
+    Rule(
+        _keys("algorithm", "lmbda entropy_weight normalize_returns critic_passes critic_minibatches"),
+        _ALGORITHM,
+        ("pwm_paper", "shac"),
+    ),
+    Rule(_keys("algorithm", "model_updates actor_updates"), _ALGORITHM, ("pwm_paper",), only=("mode", "online")),
+    Rule(
+        (
+            "model",
+            "model.dynamics.",
+            "model.loss.",
+            *_keys("model", "reward_head num_bins vmin vmax reward_space termination_head"),
+            *_keys("size", "latent_dim units encoder_units simnorm_dim"),
+            *_keys("algorithm", "model_batch model_lr model_betas model_grad_norm scale_rewards random_steps"),
+            *_keys("algorithm", "normalize_observations normalize_rewards actor_starts actor_batch"),
+            "algorithm.first_model_updates",
+            "memory.model_micro_batch",
+            *_OF_REPLAY,
+        ),
+        _ALGORITHM,
+        ("pwm", "pwm_paper"),
+    ),
+    # What the modes have in common, and what not.
+    Rule(("task", "world_model", "world_model_sha256", "pretraining", "finetune"), "mode", ("extract",)),
+    Rule(
+        (
+            *_keys("algorithm", "collect_steps random_steps normalize_rewards first_model_updates"),
+            *_OF_REPLAY,
+        ),
+        "mode",
+        ("online",),
+    ),
+    Rule(_keys("algorithm", "normalize_observations scale_rewards"), "mode", ("online", "pretrain")),
+    Rule(("size.task_dim", *_keys("data", "balanced validation_fraction validation_slices")), "mode", ("pretrain",)),
+    Rule(
+        (
+            *_keys("size", "actor_units critic_units num_critics"),
+            *_keys("algorithm", "lmbda detach updates_per_step max_updates critic_batch critic_steps target_rate"),
+            *_keys("algorithm", "temperature target_entropy state_std entropy_weight normalize_returns actor_starts"),
+            *_keys("algorithm", "actor_lr critic_lr actor_betas critic_betas actor_grad_norm critic_grad_norm"),
+            *_keys("algorithm", "actor_batch actor_updates critic_passes critic_minibatches log_std_init log_std_min"),
+            *_keys("memory", "actor_micro_batch critic_micro_batch"),
+            "training.eval_episodes",
+        ),
+        "mode",
+        ("online", "extract"),
+    ),
+    Rule(
+        _keys("algorithm", "model_lr model_betas model_grad_norm model_updates"),
+        "finetune",
+        (True,),
+        only=("mode", "extract"),
+    ),
+    Rule(("memory.device_gib",), "device", unless="cpu"),
+    Rule(("runs_dir",), "run_dir", (None,)),
 )
 
 
@@ -331,17 +423,54 @@ def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: b
                 raise _refusal(config, key, value, rule)
 
 
+def profile_keys(name: str) -> dict[str, Any]:
+    """The keys that a cluster profile of the user's own sets, with their values; none of a packaged one."""
+    file = user_profiles().get(name)
+    content = None if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {f"cluster.{key}": value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+def check_slurms_keys(typed: Mapping[str, Any], where: str) -> None:
+    """Checks that nothing was typed that only a job of SLURM would be asked with, of a run that is none.
+
+    Args:
+        typed (Mapping): the keys of the command line with their values.
+        where (str): where the run trains instead, in words.
+
+    Raises:
+        ConfigurationError: for the first such key.
+    """
+    for key, value in typed.items():
+        if value is not None and any(key == each or key.startswith(f"{each}.") for each in OF_SLURM):
+            raise ConfigurationError(
+                f"{key}={_written(value)} is for jobs of SLURM, and this run trains {where}; leave it out, or give it "
+                f"to {named('submit')} where SLURM is found"
+            )
+
+
 def _refusal(config: Config, key: str, value: Any, rule: Rule) -> ConfigurationError:
-    shown = str(value).lower() if isinstance(value, bool) else value
+    shown = _written(value)
+    if rule.unless is not None:
+        return ConfigurationError(
+            f"{key}={shown} means nothing with {rule.by}={rule.unless}: choose another {rule.by}, or leave {key} out"
+        )
+    if rule.values == (None,):
+        return ConfigurationError(
+            f"{key}={shown} means nothing beside {rule.by}={value_of(config, rule.by)}: leave one of them out"
+        )
     if rule.values == ANY:
         return ConfigurationError(f"{key}={shown} means nothing without {rule.by}: set that, or leave {key} out")
     if not rule.values:
         needed = rule.by.replace(", ", " or ")
         return ConfigurationError(f"{key}={shown} means nothing without a weight: set {needed}, or leave {key} out")
     return ConfigurationError(
-        f"{key}={shown} means nothing with {rule.by}={value_of(config, rule.by)}: choose "
-        f"{rule.by}={_any_of(rule.values)}{_presets(rule)}, or leave {key} out"
+        f"{key}={shown} means nothing with {rule.by}={_written(value_of(config, rule.by))}: choose "
+        f"{rule.by}={_any_of([str(_written(each)) for each in rule.values])}{_presets(rule)}, or leave {key} out"
     )
+
+
+def _written(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _any_of(words: Sequence[str]) -> str:
@@ -352,12 +481,15 @@ def _presets(rule: Rule) -> str:
     """Choices of the deciding key's group that set it so, in brackets, if there are any."""
     section, _, rest = rule.by.rpartition(".")
     group = section.partition(".")[0] or "experiment"
-    path = rule.by.split(".")[1:] if section else [rest]
+    paths = [rule.by.split("."), rule.by.split(".")[1:] if section else [rest]]  # of a file for all groups, or for one
     found = []
-    for choice in group_choices()[group]:
-        value: Any = yaml.safe_load(choice_file(group, choice).read_text(encoding="utf-8"))
-        for part in path:
-            value = value.get(part) if isinstance(value, dict) else None
-        if value in rule.values:
-            found.append(choice)
+    for choice in group_choices().get(group, []):  # a section need not be a group
+        content: Any = yaml.safe_load(choice_file(group, choice).read_text(encoding="utf-8"))
+        for path in paths:
+            value = content
+            for part in path:
+                value = value.get(part) if isinstance(value, dict) else None
+            if value is not None and value in rule.values:
+                found.append(choice)
+                break
     return f" ({group}={_any_of(found)})" if found else ""

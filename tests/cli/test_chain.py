@@ -29,8 +29,8 @@ TASKS = ("pendulum-swingup", "cup-catch")
 SMALL = (
     *("model=mlp", "size=tiny", "size.latent_dim=16", "size.units=[16]", "size.encoder_units=[16]", "device=cpu"),
     *(f"pretraining.{word}" for word in ("algorithm.horizon=4", "algorithm.model_batch=8", "training.epochs=2")),
-    *(f"pretraining.{word}" for word in ("algorithm.model_updates=2", "algorithm.first_model_updates=2")),
-    *("pretraining.training.eval_every=1", "data.validation_fraction=0.2", "data.validation_slices=4"),
+    *("pretraining.algorithm.model_updates=2", "pretraining.training.eval_every=1"),
+    *("data.validation_fraction=0.2", "data.validation_slices=4"),
     *("size.actor_units=[8]", "size.critic_units=[8]", "algorithm.horizon=4", "algorithm.actor_batch=4"),
     *("training.epochs=2", "training.eval_every=0", "training.eval_episodes=0", "training.video=false"),
 )
@@ -125,7 +125,8 @@ class TestAnnounced:
 
     @pytest.fixture
     def policy(self, words, pretraining):
-        own = [word for word in words if not word.startswith(("pretraining.", "model=", "size=", "size.", "task="))]
+        of_others = ("pretraining.", "model=", "size=", "size.", "task=", "data.validation")
+        own = [word for word in words if not word.startswith(of_others)]
         cfg = compose([*own, f"world_model={pretraining}", "task=cup-catch"])
         return cfg, prepare_run_dir(cfg).path
 

@@ -395,7 +395,7 @@ def test_torchrls_entries_are_no_schema_of_ours():
 class TestEarlierKeys:
     def test_are_accepted_and_their_new_names_told(self, capsys, monkeypatch):
         monkeypatch.setattr("pwm_torchrl.cli.compose._TOLD", set())
-        config = compose(["algorithm.policy_updates=5", "algorithm.policy_betas=[0.5,0.9]"])
+        config = compose(["algorithm=pwm_paper", "algorithm.policy_updates=5", "algorithm.policy_betas=[0.5,0.9]"])
         assert config.algorithm.actor_updates == 5
         assert config.algorithm.actor_betas == config.algorithm.critic_betas == [0.5, 0.9]
         told = capsys.readouterr().err

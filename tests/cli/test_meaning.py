@@ -9,7 +9,9 @@ import pytest
 pytest.importorskip("hydra")
 
 from pwm_torchrl.choices import schema_choices, schema_keys
+from pwm_torchrl.cli import prepare
 from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.requests import Prepared
 from pwm_torchrl.cli.words import ANY, RULES
 from pwm_torchrl.config import DynamicsConfig
 from pwm_torchrl.errors import ConfigurationError
@@ -39,6 +41,34 @@ FLOWS = "model=few_step, flow_v1, flow_v2 or flow_v3"
         (["logger.project=mine"], ["logger.project=mine", "logger.kind=csv", "logger=wandb"]),
         (["init_from_parts=[model]"], ["init_from_parts", "without init_from"]),
         (["data.path=store"], ["data.path=store", "mode=online", "experiment=extract or pretrain"]),
+        (
+            ["experiment=pretrain", "data.scratch_dir=x"],
+            ["data.scratch_dir=x", "data.stage=none", "data.stage=scratch"],
+        ),
+        (
+            ["algorithm=pwm_paper", "algorithm.temperature=1"],
+            ["algorithm.temperature=1", "algorithm.name=pwm_paper", "algorithm.name=pwm (algorithm=pwm)"],
+        ),
+        (["algorithm.lmbda=0.9"], ["algorithm.lmbda=0.9", "algorithm.name=pwm_paper or shac"]),
+        (["algorithm.actor_updates=2"], ["algorithm.actor_updates=2", "algorithm.name=pwm_paper"]),
+        (
+            ["algorithm=shac", "env=pendulum_torchrl", "model=mlp"],
+            ["model=mlp", "algorithm.name=shac", "algorithm.name=pwm or pwm_paper"],
+        ),
+        (
+            ["algorithm=shac", "env=pendulum_torchrl", "training.replay_capacity=500"],
+            ["training.replay_capacity=500", "algorithm.name=shac"],
+        ),
+        (
+            ["experiment=pretrain", "algorithm.actor_lr=1"],
+            ["algorithm.actor_lr=1", "mode=pretrain", "mode=online or extract"],
+        ),
+        (["experiment=pretrain", "task=cup-catch"], ["task=cup-catch", "mode=pretrain", "mode=extract"]),
+        (["experiment=extract", "algorithm.model_lr=1"], ["algorithm.model_lr=1", "finetune=false", "finetune=true"]),
+        (["experiment=extract", "algorithm.collect_steps=2"], ["algorithm.collect_steps=2", "mode=online"]),
+        (["device=cpu", "memory.device_gib=8"], ["memory.device_gib=8", "device=cpu"]),
+        (["run_dir=here", "runs_dir=there"], ["runs_dir=there", "run_dir=here", "leave one of them out"]),
+        (["cluster=local", "cluster.time=1:00:00"], ["cluster.time=1:00:00", "cluster.kind=local"]),
         (["cluster=local", "cluster.partition=gpu"], ["cluster.partition=gpu", "cluster.kind=local", "l40s"]),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else v,
@@ -63,6 +93,8 @@ def test_is_refused_with_what_would_use_it(words, parts):
         ["logger=wandb", "logger.mode=offline"],
         ["cluster.partition=gpu"],
         ["cluster=local", "cluster.partition=null"],
+        ["experiment=extract", "finetune=true", "algorithm.model_lr=1"],
+        ["memory.device_gib=8"],
     ],
     ids=" ".join,
 )
@@ -103,4 +135,26 @@ def test_rules_are_about_keys_that_exist():
             assert key.rstrip(".") in keys
         for by in rule.by.split(", "):
             assert by in keys
-        assert rule.values == ANY or set(rule.values) <= set(schema_choices().get(rule.by, ()))
+        choices = schema_choices().get(rule.by)
+        assert rule.values in (ANY, (None,), (True,)) or set(rule.values) <= set(choices or ())
+        assert rule.only is None or rule.only[1] in schema_choices()[rule.only[0]]
+
+
+def test_a_profile_of_ones_own_counts_as_typed(tmp_path, monkeypatch):
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "mine.yaml").write_text("kind: local\npartition: gpu\nhost_gib: 8\n")
+    monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"cluster\.partition=gpu means nothing with cluster\.kind=local"):
+        compose(["cluster=mine"])
+
+
+@pytest.mark.parametrize("word", ["cluster.partition=gpu", "cluster.sbatch={exclusive:true}", "cluster.sbatch.nice=3"])
+@pytest.mark.parametrize("place", [prepare.HERE, prepare.LOCAL, prepare.DEBUG])
+def test_what_is_for_slurm_is_refused_where_no_job_is_queued(word, place):
+    runs = [Prepared(compose([word]), [word])]
+    with pytest.raises(ConfigurationError, match=r"is for jobs of SLURM, and this run trains .*; leave it out"):
+        prepare.refuse_slurms_keys(runs, place)
+    prepare.refuse_slurms_keys(runs, prepare.SLURM)
+    prepare.refuse_slurms_keys(
+        [Prepared(compose([]), ["cluster.partition=null", "cluster.max_memory_restarts=9"])], place
+    )

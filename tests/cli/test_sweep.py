@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pwm_torchrl.cli import prepare
-from pwm_torchrl.cli.compose import expand
 from pwm_torchrl.cli.prepare import compose_all, place_of
+from pwm_torchrl.cli.sweeps import expand
 from pwm_torchrl.errors import ConfigurationError
 
 

@@ -10,8 +10,9 @@ pytest.importorskip("hydra")
 
 import yaml
 
-from pwm_torchrl.cli.compose import compose, expand
+from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.entry import run_command
+from pwm_torchrl.cli.sweeps import expand
 from pwm_torchrl.cli.words import OPTIONS, read_words
 from pwm_torchrl.errors import ConfigurationError
 

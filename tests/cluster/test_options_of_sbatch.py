@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pwm_torchrl.cli import prepare
-from pwm_torchrl.cli.compose import compose, expand
+from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.prepare import Prepared, by_cluster
+from pwm_torchrl.cli.sweeps import expand
 from pwm_torchrl.cluster.resources import Resources, sbatch_options, sbatch_parameters, take_variables
 from pwm_torchrl.config import ClusterConfig, Config
 from pwm_torchrl.errors import ConfigurationError

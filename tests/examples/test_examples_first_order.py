@@ -46,7 +46,7 @@ def _short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         "algorithm.random_steps=0",
         "algorithm.first_model_updates=1",
     ]
-    few += ["algorithm.model_updates=1", "algorithm.model_batch=8", "training.eval_episodes=1"]
+    few += ["algorithm.model_batch=8", "training.eval_episodes=1"]
     monkeypatch.setattr(module, "compose", lambda words: compose([*words, *few]))
     monkeypatch.setattr(run_module, "write_curves", lambda run_dir: (run_dir / "curves.png").touch())
 

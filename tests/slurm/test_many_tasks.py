@@ -25,7 +25,7 @@ SMALL = (
     *("data.validation_fraction=0.2", "algorithm.horizon=4", "algorithm.actor_batch=4", "training.epochs=2"),
     *("training.eval_every=0", "training.eval_episodes=0", "cluster.mem_gib=1.2", "cluster.cpus=1"),
     *("cluster.time_min=5", "device=cpu"),
-    *(f"pretraining.{word}" for word in (*FIRST, "algorithm.first_model_updates=2", "training.eval_every=1")),
+    *(f"pretraining.{word}" for word in (*FIRST, "training.eval_every=1")),
 )
 
 

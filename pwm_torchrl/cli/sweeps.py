@@ -1,0 +1,114 @@
+"""Several runs from one command line: what its sweeps ask for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, RangeSweep
+from hydra.errors import HydraException
+
+from pwm_torchrl.choices import group_choices
+from pwm_torchrl.errors import ConfigurationError
+
+__all__ = ["EVERY_TASK", "PATHS", "SLURMS_LISTS", "SWEEP", "expand", "values_of"]
+
+#: A run for each task.
+EVERY_TASK = "task=all"
+MOST = 10_000
+#: Keys whose values are lists with commas to SLURM; runs for each of several are choice(a,b).
+SLURMS_LISTS = ("cluster.partition", "cluster.gres")
+SWEEP = re.compile(r"[\w.]+=(choice|range|glob|shuffle|sort)\(")
+#: Keys whose values are paths: text, whatever Hydra's grammar makes of their blanks, brackets, commas and equal signs.
+PATHS = ("run_dir", "runs_dir", "world_model", "init_from", "data.path", "data.scratch_dir")
+
+
+def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
+    """Every combination of the values of Hydra's sweeps, the last one changing fastest.
+
+    Args:
+        words (sequence of str): of the command line.
+        tasks (sequence of str): what ``task=all`` stands for, see :func:`~pwm_torchrl.cli.complete.expand_tasks`.
+            Defaults to ``()``: it is left out.
+
+    Returns:
+        list of list of str: the words of each run; one of them if nothing is swept.
+
+    Raises:
+        ConfigurationError: for a sweep without discrete values, without an end or without any value, or too many runs.
+    """
+    every = [f"task={name}" for name in tasks]
+    options = [every if word == EVERY_TASK else values_of(word) for word in words if tasks or word != EVERY_TASK]
+    count = 1
+    for values in options:
+        count *= len(values)
+    if count > MOST:
+        raise ConfigurationError(_too_many(str(count)))
+    return [list(chosen) for chosen in itertools.product(*options)]
+
+
+def values_of(word: str) -> list[str]:
+    """A word for each of the values that a word gives its key."""
+    key = word.partition("=")[0]
+    if "=" not in word or key in (*PATHS, "tasks") or (key in SLURMS_LISTS and not SWEEP.match(word)):
+        return [word]  # a path is text, whatever Hydra's grammar makes of its commas; tasks are one set
+    try:
+        override = OverridesParser.create().parse_overrides([word])[0]
+    except HydraException:
+        return [word]  # composing tells what is wrong with it
+    if not override.is_sweep_override():
+        return [word]
+    pattern = override.value()
+    if isinstance(pattern, Glob):
+        return [f"{key}={choice}" for choice in _matching(word, override.key_or_group, pattern)]
+    if not override.is_discrete_sweep():
+        raise ConfigurationError(f"{word!r} is an interval, not a list of values; write {key}=a,b,c or range(...)")
+    return [f"{key}={_interpolated(value)}" for value in _swept(word, override)]
+
+
+def _too_many(count: str) -> str:
+    return f"{count} runs in one command are more than {MOST}; submit them in parts"
+
+
+def _swept(word: str, override: Override) -> list[str]:
+    """The values of a sweep, in its order.
+
+    Raises:
+        ConfigurationError: if there are none, or too many to be counted by making them.
+    """
+    pattern = override.value()
+    if isinstance(pattern, RangeSweep):  # counted first: some have no end, and a shuffled one is made as a whole
+        start, stop, step = (float(each or 0) for each in (pattern.start, pattern.stop, pattern.step))
+        count = (stop - start) / step if step else math.nan
+        if not math.isfinite(count):
+            raise ConfigurationError(
+                f"{word!r} never comes to its end; write range(start,stop,step) with finite numbers"
+            )
+        if count > MOST:
+            raise ConfigurationError(_too_many(f"{word!r}: {math.ceil(count)}"))
+    values = list(override.sweep_string_iterator())
+    if not values:
+        raise ConfigurationError(f"{word!r} gives {override.key_or_group} no value; write at least one")
+    return values
+
+
+def _matching(word: str, group: str, pattern: Glob) -> list[str]:
+    """The choices of a group that ``glob(...)`` means.
+
+    Raises:
+        ConfigurationError: if there are none.
+    """
+    groups = group_choices()
+    found = pattern.filter(groups.get(group, []))
+    if not found:
+        what = f"the choices of {group}: {', '.join(groups[group])}" if group in groups else "choices of a group only"
+        raise ConfigurationError(f"{word!r} matches nothing; glob(...) stands for {what}")
+    return found
+
+
+def _interpolated(value: str) -> str:
+    """Hydra escapes the brackets of an interpolation, which is then none."""
+    return re.sub(r"\\(.)", r"\1", value) if "$\\{" in value else value
