@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 #: Malformed command lines: of CI, of the full product, and how many share a test.
-FEW, MANY, TOGETHER = 250, 1000, 25
+FEW, MANY, TOGETHER = 200, 1000, 25
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -172,10 +172,11 @@ def _resume(run: Path, out: Path) -> tuple[int, Any]:
         print(error)
         return console.FAILED, None
     told = [summary[key] for key in ("status", "epochs_done", "final_return", "peak_return", "random_return")]
-    return console.OK, [told, rows_of(folder), _learned(folder)]
+    return console.OK, [told, rows_of(folder), learned(folder)]
 
 
-def _learned(run: Path) -> dict[str, int]:
+def learned(run: Path) -> dict[str, int]:
+    """Checksums of all that training changed, from the newest checkpoint."""
     newest = CheckpointStore(run).latest()
     assert newest is not None
     listed = json.loads((newest / SEAL_FILE).read_text())["files"]

@@ -119,7 +119,7 @@ def trials_of(number: int, whole: bool) -> list[tuple[str, str]]:
     if whole:
         return [(command, damage) for command in damaged_runs.COMMANDS for damage in damaged_runs.DAMAGES_IN_FULL]
     names = list(DAMAGES)
-    few = {"evaluate": 1, "resume": 1, "report": 2}
+    few = {"evaluate": 1, "resume": 1, "report": 1}
     trials = [("status", damage) for damage in names]
     for command, count in few.items():
         trials += [(command, names[(number + step * 3) % len(names)]) for step in range(count)]
