@@ -41,8 +41,9 @@ class CsvMetrics:
         if self.path.exists():
             table = _read_rows(self.path)
             self.columns = table.columns
-            if table.left_out:
-                warn(f"{self.path} is damaged: {_count(table.left_out, 'row')} left out")
+            damage = damage_of(self.path)
+            if damage is not None and table.columns:
+                warn(f"{self.path}: {damage}")
             if table.left_out or table.torn:
                 self._replace(table.rows)
 
@@ -67,9 +68,15 @@ class CsvMetrics:
         append_text(self._open(), line.getvalue())
 
     def truncate(self, epoch: int) -> None:
-        """Drops the rows of later epochs than ``epoch``: what a resume from that epoch will write again."""
+        """Drops the rows of later epochs than ``epoch``: what a resume from that epoch will write again.
+
+        A warning names a file whose rows end before that epoch: it was cut short.
+        """
+        rows = _read_rows(self.path).rows if self.columns else []
+        last = int(_number(rows[-1].get("epoch"))) if rows and "epoch" in self.columns else 0
+        if last < epoch:
+            warn(f"{self.path} is damaged: its rows end at epoch {last}, and the run goes on after epoch {epoch}")
         if self.columns:
-            rows = _read_rows(self.path).rows
             self._replace([row for row in rows if _number(row.get("epoch")) <= epoch])
 
     def close(self) -> None:
@@ -138,6 +145,9 @@ def damage_of(path: str | os.PathLike[str]) -> str | None:
         found.append(f"{_count(table.left_out, 'row')} left out")
     if cells:
         found.append(f"{_count(cells, 'cell')} without a number")
+    names = sum("\N{REPLACEMENT CHARACTER}" in name for name in table.columns)
+    if names:
+        found.append(f"{_count(names, 'column')} without a name that is text")
     if "epoch" not in table.columns:
         found.append("no column epoch")
     elif rows and not table.left_out and (missing := int(_number(rows[-1]["epoch"])) - len(rows)) > 0:

@@ -131,6 +131,7 @@ class TestCsvMetrics:
             ("", "no header", None),
             ("\n\n", "no header", None),
             ("epocH,x\n1,10\n", "no column epoch", None),
+            ("epoch,\ufffd\n1,10\n", "1 column without a name", [1]),
         ],
     )
     def test_damage_is_told(self, tmp_path, content, told, epochs):
@@ -146,8 +147,18 @@ class TestCsvMetrics:
         file = tmp_path / "metrics.csv"
         file.write_text("epoch,x\n1,10\n2,\n3,30,4\n")
         CsvMetrics(file)
-        assert f"{file} is damaged: 1 row left out" in capsys.readouterr().err
+        assert f"{file}: metrics.csv is damaged: 1 row left out" in capsys.readouterr().err
         assert file.read_text().splitlines() == ["epoch,x", "1,10", "2,"]
+
+    @pytest.mark.parametrize("content", ["", "epoch,x\n1,10\n", "epoch,x\n1,10\n2,2"])
+    def test_rows_that_are_missing_at_a_resume_are_told(self, tmp_path, content, capsys):
+        file = tmp_path / "metrics.csv"
+        file.write_text(content)
+        with CsvMetrics(file) as metrics:
+            metrics.truncate(1 if content else 0)
+            assert not capsys.readouterr().err
+            metrics.truncate(2)
+        assert f"{file} is damaged: its rows end at epoch {len(content) > 0:d}" in capsys.readouterr().err
 
     def test_truncating_nothing_is_fine(self, tmp_path):
         metrics = CsvMetrics(tmp_path / "metrics.csv")
