@@ -47,16 +47,22 @@ def products_in(dtype: torch.dtype | None) -> Iterator[None]:
         _products = before
 
 
-def _plain_form() -> bool:
+def product_dtype() -> torch.dtype | None:
+    """The dtype of :func:`products_in` that holds now."""
+    return _products
+
+
+def plain_form() -> bool:
     """Whether operations must stay visible: to a compiler, or to a transform of ``torch.func``."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _lower(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def lower(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A factor of a product in the product's dtype; ``None`` leaves it."""
     return x if dtype is None else x.to(dtype)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """The product x Wᵀ + b in the dtype of ``bias``, whatever the product's."""
     if dtype is None:
         return F.linear(x, weight, bias)
@@ -69,11 +75,11 @@ def _product_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, W and b, those that are needed; ``x`` was saved in the product's dtype."""
     rows = gradient.reshape(-1, gradient.shape[-1])
-    low = _lower(rows, ctx.products)
+    low = lower(rows, ctx.products)
     needs = ctx.needs_input_grad[first : first + 3]
     to_x = to_weight = to_bias = None
     if needs[0]:
-        to_x = low.mm(_lower(weight, ctx.products)).to(weight.dtype).view(*gradient.shape[:-1], weight.shape[1])
+        to_x = low.mm(lower(weight, ctx.products)).to(weight.dtype).view(*gradient.shape[:-1], weight.shape[1])
     if needs[1]:
         to_weight = low.t().mm(x.reshape(-1, x.shape[-1])).to(weight.dtype)
     if needs[2]:
@@ -89,7 +95,7 @@ class _LowLinear(torch.autograd.Function):
         low = x.to(products)
         ctx.products = products
         ctx.save_for_backward(low, weight)
-        return _product(low, weight, bias, products)
+        return product(low, weight, bias, products)
 
     @staticmethod
     @once_differentiable
@@ -101,25 +107,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The linear map x Wᵀ + b ``[..., O]``."""
     if _products is None:
         return F.linear(x, weight, bias)
-    if _plain_form():
-        return _product(x, weight, bias, _products)
+    if plain_form():
+        return product(x, weight, bias, _products)
     return _LowLinear.apply(x, weight, bias, _products)
 
 
 # Mish -----------------------------------------------------------------------------------------------------------------
 
 
-def _mish_factor(x: Tensor) -> tuple[Tensor, Tensor]:
+def mish_factor(x: Tensor) -> tuple[Tensor, Tensor]:
     """The factors tanh(softplus(x)) and sigmoid(x), from the sigmoid alone: w / (2 − w) with w = s (2 − s)."""
     s = torch.sigmoid(x)
     w = torch.rsub(s, 2).mul_(s)
     return w.div_(torch.rsub(w, 2)), s
 
 
-def _mish_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mish and its derivative t + s (x − y t), with t = tanh(softplus(x)), s = sigmoid(x), y = x t."""
-    t, s = _mish_factor(x)
-    y = x * t
+def mish_and_slope(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mish, in ``out`` if given, and its derivative t + s (x − y t): t = tanh(softplus(x)), s = sigmoid(x), y = x t."""
+    t, s = mish_factor(x)
+    y = torch.mul(x, t, out=out)
     return y, torch.addcmul(t, s, torch.addcmul(x, y, t, value=-1))
 
 
@@ -134,8 +140,8 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: bool) -> Tensor:
         if not keep:
-            return _mish_factor(x)[0].mul_(x)
-        y, slope = _mish_and_slope(x)
+            return mish_factor(x)[0].mul_(x)
+        y, slope = mish_and_slope(x)
         ctx.save_for_backward(slope)
         return y
 
@@ -148,22 +154,22 @@ class _Mish(torch.autograd.Function):
 
 def mish(x: Tensor) -> Tensor:
     """Mish, x · tanh(softplus(x)), elementwise (https://arxiv.org/abs/1908.08681)."""
-    return plain_mish(x) if _plain_form() else _Mish.apply(x, torch.is_grad_enabled())
+    return plain_mish(x) if plain_form() else _Mish.apply(x, torch.is_grad_enabled())
 
 
 # Softmax within groups ------------------------------------------------------------------------------------------------
 
 
-def _exponentials(x: Tensor, size: int) -> Tensor:
+def exponentials(x: Tensor, size: int) -> Tensor:
     """Exponentials of x − max, ``[-1, size]``."""
     groups = x.reshape(-1, size)
     return torch.sub(groups, groups.amax(-1, keepdim=True)).exp_()
 
 
-def _softmax_gradient(y: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient y · (g − Σ g y) of groups ``[-1, size]``."""
-    product = gradient * y
-    return torch.addcmul(product, y, product.sum(-1, keepdim=True), value=-1)
+def softmax_gradient(y: Tensor, gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """The gradient y · (g − Σ g y) of groups ``[-1, size]``, in ``out`` if given."""
+    weighted = gradient * y
+    return torch.addcmul(weighted, y, weighted.sum(-1, keepdim=True), value=-1, out=out)
 
 
 def plain_group_softmax(x: Tensor, size: int) -> Tensor:
@@ -176,7 +182,7 @@ def plain_group_softmax(x: Tensor, size: int) -> Tensor:
 class _GroupSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
-        e = _exponentials(x, size)
+        e = exponentials(x, size)
         y = e.div_(e.sum(-1, keepdim=True)).view(x.shape)
         ctx.size = size
         ctx.save_for_backward(y)
@@ -186,13 +192,13 @@ class _GroupSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        groups = _softmax_gradient(y.view(-1, ctx.size), gradient.reshape(-1, ctx.size))
+        groups = softmax_gradient(y.view(-1, ctx.size), gradient.reshape(-1, ctx.size))
         return groups.view(y.shape), None
 
 
 def group_softmax(x: Tensor, size: int) -> Tensor:
     """Softmax within groups of ``size`` neighbouring features, ``[..., D]``."""
-    return plain_group_softmax(x, size) if _plain_form() else _GroupSoftmax.apply(x, size)
+    return plain_group_softmax(x, size) if plain_form() else _GroupSoftmax.apply(x, size)
 
 
 def plain_residual_endpoint(latent: Tensor, logits: Tensor, size: int) -> Tensor:
@@ -207,7 +213,7 @@ class _ResidualEndpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor, logits: Tensor, size: int) -> Tensor:
         # The floor keeps every sum above 0: the largest exponential of a group is 1.
-        e = _exponentials(logits, size).mul_(latent.clamp_min(EPSILON).reshape(-1, size))
+        e = exponentials(logits, size).mul_(latent.clamp_min(EPSILON).reshape(-1, size))
         y = e.div_(e.sum(-1, keepdim=True)).view(logits.shape)
         ctx.size = size
         ctx.save_for_backward(latent, y)
@@ -217,7 +223,7 @@ class _ResidualEndpoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         latent, y = ctx.saved_tensors
-        to_logits = _softmax_gradient(y.view(-1, ctx.size), gradient.reshape(-1, ctx.size)).view(y.shape)
+        to_logits = softmax_gradient(y.view(-1, ctx.size), gradient.reshape(-1, ctx.size)).view(y.shape)
         to_latent = None
         if ctx.needs_input_grad[0]:
             # Of the logarithm: where the latent lies below the floor, nothing.
@@ -227,7 +233,7 @@ class _ResidualEndpoint(torch.autograd.Function):
 
 def residual_endpoint(latent: Tensor, logits: Tensor, size: int) -> Tensor:
     """Softmax within groups of log(max(z, ε)) + logits, ``[..., D]``, without taking the logarithm."""
-    if _plain_form() or latent.shape != logits.shape:
+    if plain_form() or latent.shape != logits.shape:
         return plain_residual_endpoint(latent, logits, size)
     return _ResidualEndpoint.apply(latent, logits, size)
 
@@ -237,7 +243,7 @@ def residual_endpoint(latent: Tensor, logits: Tensor, size: int) -> Tensor:
 
 def plain_linear_norm_mish(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """:func:`linear_norm_mish`, written out."""
-    return plain_mish(F.layer_norm(_product(x, weight, bias, _products), scale.shape, scale, shift, LN_EPSILON))
+    return plain_mish(F.layer_norm(product(x, weight, bias, _products), scale.shape, scale, shift, LN_EPSILON))
 
 
 class _LinearNormMish(torch.autograd.Function):
@@ -252,12 +258,12 @@ class _LinearNormMish(torch.autograd.Function):
         products: torch.dtype | None,
         keep: bool,
     ) -> Tensor:
-        low = _lower(x, products)
-        u = _product(low, weight, bias, products)
+        low = lower(x, products)
+        u = product(low, weight, bias, products)
         normed, mean, rstd = torch.native_layer_norm(u, scale.shape, scale, shift, LN_EPSILON)
         if not keep:
-            return _mish_factor(normed)[0].mul_(normed)
-        y, slope = _mish_and_slope(normed)
+            return mish_factor(normed)[0].mul_(normed)
+        y, slope = mish_and_slope(normed)
         ctx.products = products
         ctx.save_for_backward(low, weight, u, mean, rstd, scale, shift, slope)
         return y
@@ -275,7 +281,7 @@ class _LinearNormMish(torch.autograd.Function):
 
 def linear_norm_mish(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Mish(LayerNorm(x Wᵀ + b)) ``[..., O]``."""
-    if _plain_form():
+    if plain_form():
         return plain_linear_norm_mish(x, weight, bias, scale, shift)
     return _LinearNormMish.apply(x, weight, bias, scale, shift, _products, torch.is_grad_enabled())
 
@@ -288,7 +294,7 @@ def plain_mish_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class _MishNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, keep: bool) -> Tensor:
-        y, slope = _mish_and_slope(x) if keep else (x * _mish_factor(x)[0], None)
+        y, slope = mish_and_slope(x) if keep else (x * mish_factor(x)[0], None)
         normed, _, rstd = torch.native_layer_norm(y, x.shape[-1:], None, None, LN_EPSILON)
         if keep:
             ctx.save_for_backward(slope, normed, rstd, scale)
@@ -314,7 +320,7 @@ class _MishNorm(torch.autograd.Function):
 
 def mish_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """LayerNorm(Mish(x)) · scale + shift; scale and shift broadcast against ``x``."""
-    if _plain_form():
+    if plain_form():
         return plain_mish_norm(x, scale, shift)
     return _MishNorm.apply(x, scale, shift, torch.is_grad_enabled())
 
@@ -352,6 +358,6 @@ class _LowBatchedLinear(torch.autograd.Function):
 
 def batched_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The linear map x Wᵀ + b of every member: ``[K, N, I]``, ``[K, O, I]``, ``[K, O]`` -> ``[K, N, O]``."""
-    if _products is None or _plain_form():
+    if _products is None or plain_form():
         return _batched(x, weight, bias, _products)
     return _LowBatchedLinear.apply(x, weight, bias, _products)

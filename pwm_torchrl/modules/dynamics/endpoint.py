@@ -17,6 +17,7 @@ from pwm_torchrl.modules.dynamics.base import (
     FlowDynamics,
     time_inputs,
 )
+from pwm_torchrl.modules.dynamics.fused import Schedule, fused_transition, fuses
 from pwm_torchrl.modules.layers import cat_features, normed_mlp
 from pwm_torchrl.modules.numerics import residual_endpoint
 
@@ -167,6 +168,8 @@ class ResidualEndpointFlow(FlowDynamics):
         point for some K. Heun's step ((m−1)/m) z + ((m−2)/(2m(m−1))) x̂_a + (1/(2(m−1))) x̂_b is half the way from z to
         the point 1/(m−1) of the way from the predictor to x̂_b.
         """
+        if self.piece is None and not self.condition_on_start and fuses(self.net):
+            return self._solve_fused(latent, action, task_embedding, Schedule(solver, substeps))
         z = latent
         for k in range(substeps):
             m = substeps - k
@@ -180,6 +183,16 @@ class ResidualEndpointFlow(FlowDynamics):
                 x_b = self.endpoint(predictor, latent, action, (k + 1) / substeps, 1 / substeps, task_embedding)
                 z = torch.lerp(z, torch.lerp(predictor, x_b, 1 / (m - 1)), 0.5)
         return z
+
+    def _solve_fused(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None, schedule: Schedule) -> Tensor:
+        """:meth:`_solve` as one function with its gradient."""
+        tau = torch.tensor(schedule.times(), dtype=latent.dtype).unsqueeze(1)
+        times = time_inputs(tau, tau, self.time_features)
+        if self.condition_on_step_size:
+            times = torch.cat([times, torch.full_like(tau, 1 / schedule.substeps)], 1)
+        context = cat_features(latent[..., :0], task_embedding, action)
+        rows = latent.reshape(-1, latent.shape[-1]), context.reshape(-1, context.shape[-1])
+        return fused_transition(*rows, times.to(latent.device), self.net, self.simnorm_dim, schedule).view(latent.shape)
 
     def flow_matching_error(
         self,
