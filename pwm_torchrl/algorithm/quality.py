@@ -118,7 +118,7 @@ def rollout_errors(
     with not_compiled(model):
         for t in range(len(action)):
             rows = slice(None) if valid is None else valid[t].squeeze(-1)
-            z, logits, _ = model.predict(z, action[t], task, imagined=True)
+            z, logits, _ = model.predict(z, action[t], task)
             latent_error.append((z - target[t])[rows].square().mean())
             predicted = model.reward.decode(logits) if codec is None else codec.decode(logits)
             reward_error.append((predicted - reward[t])[rows].square().mean())
@@ -177,7 +177,7 @@ def start_left(model: WorldModel, observation: Tensor, action: Tensor, probes: i
         leaf = start.requires_grad_()
         z = leaf
         for a in action:
-            z = model.predict(z, a.expand(len(z), -1), imagined=True)[0]
+            z = model.predict(z, a.expand(len(z), -1))[0]
             variances.append(latent_variance(z.detach()))
             squares = []
             for _ in range(probes):

@@ -141,23 +141,21 @@ class WorldModel(nn.Module):
         return self.encoder(observation, self.embed(task))
 
     def predict(
-        self, latent: Tensor, action: Tensor, task: Tensor | None = None, imagined: bool = False
+        self, latent: Tensor, action: Tensor, task: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What training needs of one transition; the action is masked by the task.
+        """One imagined transition, by the few-step map of a flow that has one; the action is masked by the task.
 
         Args:
             latent (Tensor): z ``[..., D]``.
             action (Tensor): ``[..., A]``.
             task (Tensor, optional): int64, of multi-task models.
-            imagined (bool): with the few-step map of a flow that has one. Defaults to ``False``.
 
         Returns:
             tuple: next latent ``[..., D]``, reward logits ``[..., bins]``, termination logit ``[..., 1]`` or ``None``.
         """
         embedding = self.embed(task)
         action = self.mask_action(action, task)
-        step = self.dynamics.imagine if imagined else self.dynamics
-        next_latent = step(latent, action, embedding)
+        next_latent = self.dynamics.imagine(latent, action, embedding)
         logits = self.reward(latent, action, embedding)
         termination = None if self.termination is None else self.termination(next_latent, embedding)
         return next_latent, logits, termination
@@ -182,14 +180,14 @@ class WorldModel(nn.Module):
 
     def soft_step(self, latent: Tensor, action: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """One imagined step with the probability ``[..., 1]`` of a termination, which carries no gradient."""
-        next_latent, logits, termination = self.predict(latent, action, task, imagined=True)
+        next_latent, logits, termination = self.predict(latent, action, task)
         reward = self.reward.decode(logits)
         ended = torch.zeros_like(reward) if termination is None else termination.detach().sigmoid()
         return next_latent, reward, ended
 
     def forward(self, latent: Tensor, action: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """One imagined step: next latent ``[..., D]``, decoded reward ``[..., 1]``, terminated bool ``[..., 1]``."""
-        next_latent, logits, termination = self.predict(latent, action, task, imagined=True)
+        next_latent, logits, termination = self.predict(latent, action, task)
         reward = self.reward.decode(logits)
         if self.termination is None or termination is None:
             terminated = torch.zeros_like(reward, dtype=torch.bool)

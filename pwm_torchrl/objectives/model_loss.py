@@ -189,53 +189,61 @@ def slice_losses(
         return (a - b).square().mean(-1, keepdim=True)
 
     task = slices.task
+    # Encodings from which one step is predicted: the first begins the rollout, the others stand for themselves.
     if weights.one_step:
         encoded = model.encode(torch.cat([slices.observation.unsqueeze(0), slices.next_observation]), task)
-        start, starts = encoded[0], encoded[1:-1]
+        starts = encoded[:-1]
         target = encoded[1:].detach() if target is None else target
     else:
         if target is None:
             with torch.no_grad():
                 target = model.encode(slices.next_observation, task)
-        start = model.encode(slices.observation, task)
+        starts = model.encode(slices.observation, task).unsqueeze(0)
+    start = starts[0]
     action, embedding = model.mask_action(slices.action, task), model.embed(task)
 
-    def rolled_out(step: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> list[Tensor]:
-        latents = [start]
-        for t in range(horizon):
+    def rolled_out(step: Callable[[Tensor, Tensor, Tensor | None], Tensor], latents: list[Tensor]) -> list[Tensor]:
+        for t in range(len(latents) - 1, horizon):
             latents.append(step(latents[-1], action[t], embedding))
         return latents
 
-    latents = rolled_out(model.dynamics.imagine if weights.few_step_rollout else model.dynamics)
+    step = model.dynamics.imagine if weights.few_step_rollout else model.dynamics
+    if len(starts) > 1:
+        once = step(starts, action[: len(starts)], embedding)
+    else:  # of the shape of the steps that follow, so that a compiler has one graph
+        once = step(start, action[0], embedding).unsqueeze(0)
+    latents = rolled_out(step, [start, once[0]])
     latent = torch.stack(latents[1:])
 
     zero = latent.new_zeros(())
     few_step = zero
     if weights.roll_out_few_step_beside(model.dynamics):
-        imagined = torch.stack(rolled_out(model.dynamics.imagine)[1:])
+        imagined = torch.stack(rolled_out(model.dynamics.imagine, [start])[1:])
         few_step = reduced(by_step * mse(imagined, target)) * weights.dynamics * weights.few_step
     dynamics = reduced(by_step * mse(latent, target)) * weights.dynamics * weights.rollout
     # The heads see all steps at once: nothing that follows depends on them.
-    logits = model.reward(torch.stack(latents[:-1]), action, embedding)
+    logits = model.reward(
+        torch.cat([torch.stack(latents[:-1]), starts[1:]]), torch.cat([action, action[1 : len(starts)]]), embedding
+    )
     by_reward = by_entry if weights.form == "pwm" else by_step
-    reward = reduced(by_reward * model.reward.loss(logits, slices.reward))
+    reward = reduced(by_reward * model.reward.loss(logits[:horizon], slices.reward))
     termination = zero
     if model.termination is not None:
-        error = model.termination.loss(model.termination(latent, embedding), slices.terminated)
+        ends = model.termination(torch.cat([latent, once[1:]]), embedding)
+        error = model.termination.loss(ends[:horizon], slices.terminated)
         termination = reduced(by_entry * error) * weights.termination
-    if weights.one_step and horizon > 1:
-        z, logit, end = model.predict(starts, slices.action[1:], task, imagined=weights.few_step_rollout)
-        once = torch.zeros_like(by_step)
-        once[1:] = valid[1:] / per_step[1:].clamp_min(1) / horizon * weights.one_step
+    if len(starts) > 1:
+        by_start = torch.zeros_like(by_step)
+        by_start[1:] = valid[1:] / per_step[1:].clamp_min(1) / horizon * weights.one_step
 
         def later(x: Tensor) -> Tensor:
             return torch.cat([torch.zeros_like(x[:1]), x])
 
-        dynamics = dynamics + reduced(once * later(mse(z, target[1:]))) * weights.dynamics
-        reward = reward + reduced(once * later(model.reward.loss(logit, slices.reward[1:])))
-        if model.termination is not None and end is not None:
-            error = model.termination.loss(end, slices.terminated[1:])
-            termination = termination + reduced(once * later(error)) * weights.termination
+        dynamics = dynamics + reduced(by_start * later(mse(once[1:], target[1:]))) * weights.dynamics
+        reward = reward + reduced(by_start * later(model.reward.loss(logits[horizon:], slices.reward[1:])))
+        if model.termination is not None:
+            error = model.termination.loss(ends[horizon:], slices.terminated[1:])
+            termination = termination + reduced(by_start * later(error)) * weights.termination
 
     matching = consistency = zero
     if weights.flow_matching or weights.self_consistency:

@@ -184,6 +184,14 @@ class TestWhereItDoesNotApply:
         torch.testing.assert_close(compiled(z, a), d(z, a), rtol=1e-5, atol=1e-6)
         assert calls.call_count == 1
 
+    def test_hooks_are_called(self, calls):
+        d = made()
+        seen: list[int] = []
+        d.net[0].register_forward_hook(lambda *args: seen.append(1))
+        d(latents(3), torch.rand(3, A))
+        assert calls.call_count == 0
+        assert len(seen) == d.evaluations
+
     def test_an_exchanged_activation(self, calls):
         d = made()
         d.net[0].activation = torch.nn.Tanh()

@@ -63,13 +63,14 @@ class Schedule(NamedTuple):
 def fuses(net: nn.Sequential) -> bool:
     """Whether :func:`fused_transition` computes what ``net`` does: a ``normed_mlp`` with a plain last layer.
 
-    Not where a compiler or a transform of ``torch.func`` must see every operation.
+    Not where a compiler, a transform of ``torch.func`` or a hook on a layer must see what happens.
     """
     *hidden, last = net
     return (
         not plain_form()
         and type(last) is Linear
         and all(type(layer) is NormedLinear and type(layer.activation) is Mish for layer in hidden)
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in (net, *net))
     )
 
 
