@@ -106,7 +106,7 @@ class ResidualEndpointFlow(FlowDynamics):
     @classmethod
     def evaluations_with(cls, solver: str, substeps: int) -> int:
         """One per substep of Euler's method, two of Heun's but for the last, which is Euler's."""
-        return substeps if solver == "euler" else 2 * substeps - 1
+        return Schedule(solver, substeps).evaluations
 
     @staticmethod
     def input_features(
@@ -186,13 +186,13 @@ class ResidualEndpointFlow(FlowDynamics):
 
     def _solve_fused(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None, schedule: Schedule) -> Tensor:
         """:meth:`_solve` as one function with its gradient."""
-        tau = torch.tensor(schedule.times(), dtype=latent.dtype).unsqueeze(1)
+        tau = schedule.times(latent).unsqueeze(1)
         times = time_inputs(tau, tau, self.time_features)
         if self.condition_on_step_size:
             times = torch.cat([times, torch.full_like(tau, 1 / schedule.substeps)], 1)
         context = cat_features(latent[..., :0], task_embedding, action)
         rows = latent.reshape(-1, latent.shape[-1]), context.reshape(-1, context.shape[-1])
-        return fused_transition(*rows, times.to(latent.device), self.net, self.simnorm_dim, schedule).view(latent.shape)
+        return fused_transition(*rows, times, self.net, self.simnorm_dim, schedule).view(latent.shape)
 
     def flow_matching_error(
         self,

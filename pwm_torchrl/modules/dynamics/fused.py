@@ -50,14 +50,17 @@ class Schedule(NamedTuple):
         for left in range(self.substeps, 0, -1):
             yield left, self.solver == "heun" and left > 1
 
-    def times(self) -> list[float]:
-        """Flow time of every evaluation, in their order."""
-        found: list[float] = []
-        for left, second in self.steps():
-            found.append((self.substeps - left) / self.substeps)
-            if second:
-                found.append((self.substeps - left + 1) / self.substeps)
-        return found
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network, E."""
+        return self.substeps if self.solver == "euler" else 2 * self.substeps - 1
+
+    def times(self, like: Tensor) -> Tensor:
+        """Flow time of every evaluation ``[E]``, made on the device of ``like``, so that nothing waits for a copy."""
+        index = torch.arange(self.evaluations, device=like.device)
+        if self.solver == "heun":
+            index = (index + 1) // 2  # a substep's second evaluation is where the next substep has its first
+        return index.to(like.dtype) / self.substeps
 
 
 def fuses(net: nn.Sequential) -> bool:
@@ -129,7 +132,7 @@ class _Transition(torch.autograd.Function):
         group_size, schedule, products, keep = how
         keep = keep and any(ctx.needs_input_grad)
         net = _Network(parameters, latent.shape[1], context.shape[1], products)
-        evaluations = len(schedule.times())
+        evaluations = schedule.evaluations
         shared = product(lower(context, products), net.of_context, net.biases[0], products)
         offsets = times @ net.of_times.t()
         points = latent.new_empty(evaluations, *latent.shape) if keep else None
