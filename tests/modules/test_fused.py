@@ -203,7 +203,7 @@ class TestWhereItDoesNotApply:
 def test_the_schedule_has_the_times_that_the_solver_passes_on(solver, substeps):
     d = made(solver, substeps).double()
     seen: list[float] = []
-    d.net.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[0][0, -1])))
+    d.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()[0, -1].item()))
     z = latents(2).double()
     d(z, torch.rand(2, A).double())
     assert Schedule(solver, substeps).times(z).tolist() == seen
