@@ -16,7 +16,7 @@ from torch import nn
 from pwm_torchrl import envs, modules
 from pwm_torchrl.algorithm.base import find_algorithm
 from pwm_torchrl.algorithm.build import Facts, Networks
-from pwm_torchrl.config import Config
+from pwm_torchrl.config import ALGORITHMS, Config
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.modules import announce_world_model, world_model_facts
 from pwm_torchrl.run.artifacts import json_text, swap_in
@@ -188,9 +188,11 @@ def check_trusted(folder: Path, source: str) -> None:
 def foreign_names(cfg: Config) -> Iterator[str]:
     """``key=value`` of every value that makes this package import code of others.
 
-    These are ``_target_`` anywhere below ``env``, gymnasium's ``id=module:Name``, and dynamics by their
-    dotted path.
+    These are ``_target_`` anywhere below ``env``, gymnasium's ``id=module:Name``, dflex's ``module``, and algorithms
+    and dynamics by their dotted path.
     """
+    if cfg.algorithm.name not in {*ALGORITHMS, *ALGORITHMS.values()}:
+        yield f"algorithm.name={cfg.algorithm.name}"
     kind = cfg.model.dynamics.kind
     if "." in kind and kind not in _OURS:
         yield f"model.dynamics.kind={kind}"
@@ -201,7 +203,11 @@ def _foreign(tree: Any, prefix: str) -> Iterator[str]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             name = f"{prefix}.{key}"
-            if (key == "_target_" and str(value) not in _OURS) or (key == "id" and ":" in str(value)):
+            if (
+                (key == "_target_" and str(value) not in _OURS)
+                or (key == "id" and ":" in str(value))
+                or (key == "module" and value != "dflex.envs")
+            ):
                 yield f"{name}={value}"
             else:
                 yield from _foreign(value, name)

@@ -187,6 +187,10 @@ class TestHub:
         ({"env.wrappers": [{"_target_": "their.Wrapper"}]}, ["env.wrappers.0._target_=their.Wrapper"]),
         ({"env.id": "their_module:Env-v0"}, ["env.id=their_module:Env-v0"]),
         ({"model.dynamics.kind": "their.Dynamics"}, ["model.dynamics.kind=their.Dynamics"]),
+        ({"algorithm.name": "shac"}, []),
+        ({"algorithm.name": "their.Algorithm"}, ["algorithm.name=their.Algorithm"]),
+        ({"env.module": "dflex.envs"}, []),
+        ({"env.module": "their_simulator"}, ["env.module=their_simulator"]),
     ],
 )  # fmt: skip
 def test_code_of_others_in_a_configuration(changes, named):
@@ -195,6 +199,8 @@ def test_code_of_others_in_a_configuration(changes, named):
         section, _, leaf = key.rpartition(".")
         if section == "env":
             cfg.env[leaf] = value
+        elif section == "algorithm":
+            setattr(cfg.algorithm, leaf, value)
         else:
             setattr(cfg.model.dynamics, leaf, value)
     assert list(foreign_names(cfg)) == named
