@@ -211,7 +211,7 @@ def make_dflex_env(
 def missing_dflex(name: object, module: str) -> MissingLibraryError:
     """The error for ``env.name`` where ``module`` is not installed: how to get dflex, and what there is besides."""
     task = str(name).removeprefix("dflex_")
-    besides = f"; env=rewarped_{task} is the same task, from PyPI" if task in REWARPED else ""
+    besides = f"; env=rewarped_{task} is rewarped's version of it, from PyPI" if task in REWARPED else ""
     return MissingLibraryError(
         f"env.name={name} needs {module}, which is not installed; dflex is not on a package index and licensed for "
         f"research only: {INSTALL}{besides}"

@@ -400,21 +400,32 @@ def _load(task: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Discard what is written meanwhile, also by native code, which says that it finds no CUDA, and warnings."""
+    """Discard what is written meanwhile, also by native code, which says that it finds no CUDA, and warnings.
+
+    Other threads are silent meanwhile, too. If an error ends it, what was discarded is written after all.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    said = b""
     try:
         with tempfile.TemporaryFile() as discarded, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for descriptor in (1, 2):
                 os.dup2(discarded.fileno(), descriptor)
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                yield
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    yield
+            except BaseException:
+                discarded.seek(0)
+                said = discarded.read()
+                raise
     finally:
         for descriptor, copy in zip((1, 2), kept):
             os.dup2(copy, descriptor)
             os.close(copy)
+        if said:
+            os.write(2, said)
 
 
 @contextlib.contextmanager

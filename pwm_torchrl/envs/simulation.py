@@ -1,7 +1,7 @@
 """What batched simulations have in common: their specs and facts, the end of a step, names of tasks, random numbers.
 
-dflex simulates all its environments at once and so does every differentiable simulator. Their environments differ in
-who keeps the state, and in nothing that is here.
+dflex and the differentiable simulators step all their environments at once. dflex keeps the state to itself, the others
+are given it; what is here serves both.
 """
 
 from __future__ import annotations
@@ -94,7 +94,11 @@ class RandomStream:
     def seed(self, seed: int) -> None:
         """Reseed the stream."""
         outside = self._get()
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which seeds every GPU: a simulator on the CPU would reseed training on one.
+        torch.default_generator.manual_seed(seed)
+        if self._cuda:
+            with torch.cuda.device(self._cuda):
+                torch.cuda.manual_seed(seed)
         np.random.seed(seed % 2**32)
         self._state = self._get()
         self._set(outside)

@@ -12,6 +12,7 @@ import torch
 from torchrl.envs.utils import check_env_specs
 
 from pwm_torchrl.envs import DFlexEnv, EnvironmentFault, env_info, make_dflex_env, render_frame
+from pwm_torchrl.envs.simulation import RandomStream
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 from .conftest import play, random_actions
@@ -108,6 +109,16 @@ def test_global_random_state_is_left_alone():
     env = make_dflex_env("hopper", num_envs=3, module=MODULE)
     env.reset()
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_simulator_on_the_cpu_seeds_no_gpu(monkeypatch):
+    """torch.manual_seed seeds every GPU's generator, with which a run may train."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("it seeds every GPU"))
+    stream = RandomStream(torch.device("cpu"))
+    stream.seed(3)
+    with stream.active():
+        drawn = torch.rand(2)
+    assert torch.equal(drawn, torch.rand(2, generator=torch.Generator().manual_seed(3)))
 
 
 def test_arguments():
