@@ -63,6 +63,12 @@ class Schedule(NamedTuple):
         return index.to(like.dtype) / self.substeps
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see what a module computes, or its gradients."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 def fuses(net: nn.Sequential) -> bool:
     """Whether :func:`fused_transition` computes what ``net`` does: a ``normed_mlp`` with a plain last layer.
 
@@ -73,7 +79,7 @@ def fuses(net: nn.Sequential) -> bool:
         not plain_form()
         and type(last) is Linear
         and all(type(layer) is NormedLinear and type(layer.activation) is Mish for layer in hidden)
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in (net, *net))
+        and not any(has_hooks(module) for module in (net, *net))
     )
 
 
