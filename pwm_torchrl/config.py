@@ -497,7 +497,6 @@ class Config(Section):
 
     mode: str = one_of("online", "pretrain", "extract")  # online: collect, learn a world model and a policy; pretrain:
     # a world model from stored episodes of many tasks; extract: a policy for one task in a pre-trained world model
-    # episodes of many tasks | extract: a policy for one task in a pre-trained world model
     tasks: Optional[str] = None  # pretrain: mt30 | mt80 | names with commas between | a YAML list of names
     task: Optional[str] = None  # extract: a task of the world model
     world_model: Optional[str] = None  # extract: directory of a pre-training run, or one with world_model.json

@@ -214,7 +214,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         resolved.init_from = str(Path(resolved.init_from).expanduser().absolute())
     apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
-    check_meaning(resolved, {**_of_profile(parsed), **typed}, model_is_known=resolved.mode != "extract")
+    # What another word refers to is used by it, whatever else there is.
+    own = {key: value for key, value in typed.items() if not any(f"${{{key}}}" in word for word in overrides)}
+    check_meaning(resolved, {**_of_profile(parsed), **own}, model_is_known=resolved.mode != "extract")
     validate(resolved)
     apply_steps(resolved, typed)
     return resolved

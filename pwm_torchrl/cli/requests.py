@@ -33,7 +33,7 @@ __all__ = [
 
 #: What concerns both stages; what belongs to a world model goes to its pre-training, the rest to the policies.
 SHARED = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
-#: What of that means something to one of the two stages alone.
+#: Shared keys that only one of the two stages uses.
 OF_PRETRAINING = ("data.balanced", "data.validation_fraction", "data.validation_slices")
 OF_POLICIES = ("memory.actor_micro_batch", "memory.critic_micro_batch")
 #: Begins a word that is for the pre-training alone.
@@ -197,6 +197,8 @@ def _of_pretraining(words: Sequence[str]) -> list[str]:
     keys = {word: _key(word) for word in words}
     chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED or of_world_model(key)]
     chosen = [word for word in chosen if keys[word] not in OF_POLICIES]
+    if any(word.startswith(f"{PREFIX}run_dir=") for word in words):  # beside it, runs_dir is for the policies alone
+        chosen = [word for word in chosen if keys[word] != "runs_dir"]
     chosen += [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
     for word in chosen:
         if len(values_of(word)) > 1:

@@ -29,7 +29,7 @@ from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
 from pwm_torchrl.cli.resume import Found
 from pwm_torchrl.cli.train import run_in_process
 from pwm_torchrl.cli.words import DRY_RUN
-from pwm_torchrl.cluster.deaths import memory_asked, read_job
+from pwm_torchrl.cluster.deaths import JOB_FILE, memory_asked, read_job
 from pwm_torchrl.cluster.job import LOG_FILE
 from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.cluster.restarts import thriftier_plan
@@ -258,6 +258,11 @@ def _bring_back(run: Path, cfg: Config) -> tuple[str, int]:
     """Submit a run as it was submitted before; returns what was done, and the exit code."""
     follow_world_model(cfg, run)
     job = read_job(run)
+    if not job and (run / JOB_FILE).exists():
+        raise ConfigurationError(
+            f"{run / JOB_FILE} is empty or damaged, so that nothing says how it was submitted; delete it, and give the "
+            f"command that submitted it again, with run_dir={run}"
+        )
     on_slurm = bool(job) and slurm_available()
     if cfg.cluster.kind == "slurm" and not on_slurm:
         raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and no SLURM is found here")

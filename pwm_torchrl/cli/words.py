@@ -258,11 +258,13 @@ class Rule:
         return any(key == each or (each.endswith(".") and key.startswith(each)) for each in self.keys)
 
     def allows(self, config: Config) -> bool:
-        """Whether the keys are used beside what is chosen; of a choice that does not exist something else is said."""
+        """Whether the keys are used beside what is chosen; unknown choices are reported elsewhere."""
         if self.only is not None and value_of(config, self.only[0]) != self.only[1]:
             return True
         if self.unless is not None:
             return value_of(config, self.by) != self.unless
+        if self.by == "logger.kind" and set(self.values) & set(config.logger.also):
+            return True  # one of several loggers
         if not self.values:
             return any(value_of(config, each) > 0 for each in self.by.split(", "))
         value = value_of(config, self.by)
@@ -282,7 +284,7 @@ def _keys(section: str, names: str) -> tuple[str, ...]:
 
 _ALGORITHM = "algorithm.name"
 _OF_REPLAY = ("training.replay_capacity", "training.replay_storage", "memory.disk_above_gib")
-#: What of a cluster profile only a job of SLURM is asked with.
+#: Cluster keys that only jobs of SLURM use.
 OF_SLURM = _keys(
     "cluster",
     "partition account qos constraint gres mem_gib host_gib nodes gpu gpus cpus time time_min max_time_min "
@@ -335,7 +337,7 @@ RULES = (
     Rule(("init_from_parts",), "init_from", ANY),
     Rule(("data.scratch_dir",), "data.stage", ("scratch",)),
     Rule(OF_SLURM, "cluster.kind", ("slurm", "auto")),
-    # What the algorithms have in common, and what not.
+    # Keys that only some algorithms use.
     Rule(
         _keys(
             "algorithm",
@@ -366,7 +368,7 @@ RULES = (
         _ALGORITHM,
         ("pwm", "pwm_paper"),
     ),
-    # What the modes have in common, and what not.
+    # Keys that only some modes use.
     Rule(("task", "world_model", "world_model_sha256", "pretraining", "finetune"), "mode", ("extract",)),
     Rule(
         (
@@ -402,12 +404,25 @@ RULES = (
 )
 
 
+#: Endings of numbers that ask for nothing where they are 0.
+_COUNTS = ("_weight", "_steps", "_episodes", "_fraction", ".gpus")
+
+
+def asks_for_nothing(key: str, value: Any) -> bool:
+    """Whether a value is one by which nothing happens: null, false, nothing in a list, a number of 0 things."""
+    if isinstance(value, (bool, str)) or value is None:
+        return value is None or value is False
+    if isinstance(value, (int, float)):
+        return value == 0 and key.endswith(_COUNTS)
+    return not value
+
+
 def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: bool = True) -> None:
     """Checks what was typed against what is chosen.
 
     Args:
         config (Config): what was composed.
-        typed (Mapping): the keys of the command line with their values; null, false and a weight of 0 ask for nothing.
+        typed (Mapping): the keys of the command line with their values; of some :func:`asks_for_nothing` is true.
         model_is_known (bool): whether the configuration describes the world model. An extraction's does once it has
             been read from its file; until then, rules about it are left out. Defaults to ``True``.
 
@@ -416,7 +431,7 @@ def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: b
     """
     rules = [rule for rule in RULES if model_is_known or not rule.by.startswith("model.")]
     for key, value in typed.items():
-        if value is None or value is False or (key.endswith("_weight") and value == 0):
+        if asks_for_nothing(key, value):
             continue
         for rule in rules:
             if rule.covers(key) and not rule.allows(config):
@@ -441,7 +456,7 @@ def check_slurms_keys(typed: Mapping[str, Any], where: str) -> None:
         ConfigurationError: for the first such key.
     """
     for key, value in typed.items():
-        if value is not None and any(key == each or key.startswith(f"{each}.") for each in OF_SLURM):
+        if not asks_for_nothing(key, value) and any(key == each or key.startswith(f"{each}.") for each in OF_SLURM):
             raise ConfigurationError(
                 f"{key}={_written(value)} is for jobs of SLURM, and this run trains {where}; leave it out, or give it "
                 f"to {named('submit')} where SLURM is found"

@@ -95,6 +95,10 @@ def test_is_refused_with_what_would_use_it(words, parts):
         ["cluster=local", "cluster.partition=null"],
         ["experiment=extract", "finetune=true", "algorithm.model_lr=1"],
         ["memory.device_gib=8"],
+        ["logger=tensorboard", "logger.also=[wandb]", "logger.project=x"],
+        ["algorithm=shac", "env=pendulum_torchrl", "algorithm.random_steps=0"],
+        ["cluster=local", "cluster.gpus=0", "cluster.setup=[]"],
+        ["runs_dir=out", "run_dir=${runs_dir}/mine"],
     ],
     ids=" ".join,
 )

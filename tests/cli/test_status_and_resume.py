@@ -239,6 +239,13 @@ class TestWhatEndedIt:
         assert "failed: the arm fell off" in said
         assert "log.txt" in said
 
+    def test_a_damaged_job_file_is_not_taken_for_a_run_of_this_machine(self, run, capsys):
+        (run / "job.json").write_text("")
+        assert run_command("resume", [str(run)]) == 1
+        said = capsys.readouterr().err
+        assert "job.json is empty or damaged" in said
+        assert f"run_dir={run}" in said
+
     def test_a_module_that_is_not_found_leaves_the_run_as_it_was(self, run, capsys):
         (run / "job.json").unlink()
         before = {file.name: file.read_bytes() for file in run.iterdir()}
