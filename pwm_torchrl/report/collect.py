@@ -318,6 +318,9 @@ def _compare(summary: Mapping[str, Any], metrics: Mapping[str, Sequence[float]],
         "final_return": last(returns),
         "peak_return": max(returns, default=None),
     }
+    summarised = number(summary.get("epochs_done"))
+    if report.status != "finished" and summarised is not None and summarised < last(metrics["epoch"]):
+        return  # a run that was killed: its summary is as old as its last evaluation
     for key, value in logged.items():
         told = number(summary.get(key))
         if told is not None and value is not None and told != value:

@@ -190,7 +190,6 @@ class Loop:
         if healthy and due:
             with self.record.progress.phase(self.evaluation.measuring):
                 self.measured = self.evaluation.measure(self.epoch, row)
-            self.quality.judge(self.epoch, row.numbers())
         profiled = t.gradient_profile_every and self.epoch % t.gradient_profile_every == 0
         if healthy and profiled and self.algorithm.started:
             self.evaluation.profile(row)
@@ -200,6 +199,8 @@ class Loop:
         row.set(self.record.memory.metrics())
         self.record.summary.own_bytes = self.record.memory.peak_own
         self.log(row.numbers())
+        if healthy and due:  # once the epoch is logged: a measurement that is repeated must not count twice
+            self.quality.judge(self.epoch, row.numbers())
         if due:
             self.record.summary.write()
         self.row = MetricRow()

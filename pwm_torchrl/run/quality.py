@@ -51,6 +51,8 @@ TERMINATIONS = 0.1
 class Quality:
     """Measures the networks at evaluations, and warns: of each cause once in a run, when two measurements show it.
 
+    After a crash, a run repeats the epochs since its last checkpoint, and may repeat a warning with them.
+
     Args:
         cfg (Config): the run's configuration.
         algorithm (Algorithm): its networks are looked at.
@@ -148,6 +150,7 @@ class Quality:
 
     def _predictions(self, numbers: Mapping[str, float], soft: bool) -> Iterator[tuple[str, str]]:
         a, group = self.cfg.algorithm, self.cfg.size.simnorm_dim
+        pretrained = self.cfg.mode == "extract"  # a model whose units and heads were fixed before
         variance = numbers.get("model/latent_variance")
         possible = (group - 1) / group**2  # of one-hot groups, all entries as often
         if variance is not None and variance <= COLLAPSED * possible:
@@ -156,7 +159,8 @@ class Quality:
                 "latents",
                 f"the latents have collapsed: their variance is {variance:.2g} of {possible:.2g} that they could have; "
                 f"raise model.loss.reward_coef ({weights.reward:g}) or lower model.loss.dynamics_coef "
-                f"({weights.dynamics:g})" + ("" if a.scale_rewards else ", or set algorithm.scale_rewards=true"),
+                f"({weights.dynamics:g})"
+                + ("" if a.scale_rewards or pretrained else ", or set algorithm.scale_rewards=true"),
             )
         error = numbers.get("model/reward_nmse")
         if error is not None and error >= REWARDS_MISSED:
@@ -165,7 +169,7 @@ class Quality:
                 "rewards",
                 f"the model does not predict rewards: its error is {error:.2f} of their variance; raise "
                 f"algorithm.{updates} ({getattr(a, updates):g}) or model.loss.reward_coef"
-                + ("" if a.normalize_observations else ", or set algorithm.normalize_observations=true"),
+                + ("" if a.normalize_observations or pretrained else ", or set algorithm.normalize_observations=true"),
             )
 
     def _terminations(self, numbers: Mapping[str, float]) -> Iterator[tuple[str, str]]:
@@ -175,7 +179,7 @@ class Quality:
         counted = f"it ends {predicted:.0%} of the replayed slices, of which {real:.0%} end"
         coef = f"raise model.loss.termination_coef ({self.cfg.model.loss.termination_coef:g})"
         if real > MISCOUNTED * predicted:
-            if self.algorithm.networks.model.termination is None:
+            if self.algorithm.networks.model.termination is None and self.cfg.mode != "extract":
                 coef = "set model.termination_head=true"
             elif not isinstance(self.algorithm.losses.actor, SoftActorLoss):
                 coef += ", or choose algorithm=pwm, which counts probabilities in place of a threshold"
@@ -204,9 +208,9 @@ class Quality:
         if error >= (UNREAL if value > followed else LAGGING):
             yield (
                 "values",
-                f"the critics have left reality: they expect {value:.3g} on average where {followed:.3g} followed, an "
-                f"error of {error:.1f} times the returns; lower algorithm.critic_lr ({a.critic_lr:g})"
-                + (f" or algorithm.target_rate ({a.target_rate:g})" if soft else ""),
+                f"the critics' values are far from the real returns: they expect {value:.3g} on average where "
+                f"{followed:.3g} followed, an error of {error:.1f} times the returns; lower algorithm.critic_lr "
+                f"({a.critic_lr:g})" + (f" or algorithm.target_rate ({a.target_rate:g})" if soft else ""),
             )
 
     # State ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,14 @@ from pwm_torchrl.run.directory import CONFIG_FILE
 ROWS = "1,128,1.5,-1300,\n2,256,3.0,-1200,-1100\n3,384,4.5,-900,-400\n4,512,6.0,-800,-500\n"
 
 
+def test_a_killed_run_has_a_summary_as_old_as_its_last_evaluation(tmp_path):
+    path = write_run(
+        tmp_path / "a", "training.epochs=9", rows=ROWS, status="failed", epochs_done=2, epochs_planned=9,
+        peak_return=-1100.0, final_return=-1100.0, env_steps=256,
+    )  # fmt: skip
+    assert read_run(path).last_error is None
+
+
 def test_a_finished_run_is_what_its_summary_says(tmp_path):
     path = write_run(
         tmp_path / "a", "training.epochs=4", rows=ROWS, status="finished", epochs_done=4, epochs_planned=4,
