@@ -77,12 +77,12 @@ def test_where_a_run_logs_makes_no_group():
 
 
 def test_many_settings_are_shortened_and_groups_stay_apart():
-    words = ["algorithm.actor_updates", "algorithm.horizon", "algorithm.model_updates"]
+    words = ["algorithm.actor_batch", "algorithm.horizon", "algorithm.model_batch"]
     runs = [report(*(f"{word}={n}" for word in words), f"training.epochs={epochs}") for n, epochs in ((2, 3), (2, 4))]
     runs.append(report(*(f"{word}=5" for word in words), "training.epochs=3"))
     settings = [group.settings for group in group_runs(runs)]
     assert len(set(settings)) == 3
-    assert all(text.startswith("algorithm.actor_updates=") and "1 more" in text for text in settings)
+    assert all(text.startswith("algorithm.actor_batch=") and "1 more" in text for text in settings)
 
 
 def test_runs_of_unknown_settings_are_not_mixed_with_others():

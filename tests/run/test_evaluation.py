@@ -169,7 +169,7 @@ class Perfect(nn.Module):
     def encode(self, observation, task):
         return observation
 
-    def predict(self, latent, action, task, imagined):
+    def predict(self, latent, action, task):
         return 0.9 * latent + action + self.bias, latent.sum(-1, keepdim=True) + action[..., :1] + self.bias, None
 
 
