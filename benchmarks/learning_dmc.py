@@ -206,6 +206,9 @@ def table(overrides: str, hardware: str, folder: Path) -> str:
             minutes = float(np.mean([r.minutes for r in found]))
             lines.append(f"| {task} | {len(found)} | {shown} | {others} | {share:.0%} | {minutes:.0f} |")
         done = [[r.value for r in found] for found in here.values() if found]
+        if len({len(values) for values in done}) > 1:
+            lines += ["", "No mean over tasks: they do not have the same number of seeds.", ""]
+            continue
         pooled = estimate(*done)
         assert pooled is not None
         # A task with one seed shows no spread: drawn anew, it is always the same.

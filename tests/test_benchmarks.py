@@ -64,7 +64,9 @@ class TestLearning:
                 reading = module.Reading(task, seed, 100_000, 100.0 * (seed + 1), 1.0, 1.0, "2026-01-01", "")
                 module.record([reading], tmp_path)
         text = module.table("", "hardware", tmp_path)
-        assert f"Interquartile mean over {sum(seeds)} runs of 2 tasks: " in text
+        pooled = len(set(seeds)) == 1
+        assert (f"Interquartile mean over {sum(seeds)} runs of 2 tasks: " in text) == pooled
+        assert ("do not have the same number of seeds" in text) != pooled
         assert ("bootstrap interval 100 to 200" in text) == shown
         assert ("interval" in text) == shown
 
