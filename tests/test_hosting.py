@@ -70,7 +70,7 @@ def test_the_index_page_begins_with_figure_install_line_and_result():
 def test_results_on_the_index_page_are_those_of_the_table():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     results = (ROOT / "benchmarks" / "results" / "learning_dmc.md").read_text(encoding="utf-8")
-    table = dict(re.findall(r"^\| ([a-z]+-[a-z]+) \| 1 \| \**(\d+)\** \|", results, re.MULTILINE))
+    table = dict(re.findall(r"^\| ([a-z]+-[a-z]+) \| \d+ \| \**(\d+)[ |*(]", results, re.MULTILINE))
     assert len(table) == 7
     assert dict(re.findall(r"([a-z]+-[a-z]+) (\d{3})[,.]", index)) == table
 
