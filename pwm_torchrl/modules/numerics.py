@@ -209,12 +209,22 @@ def plain_residual_endpoint(latent: Tensor, logits: Tensor, size: int) -> Tensor
     return (e / e.sum(-1, keepdim=True)).flatten(-2)
 
 
+def endpoint_of(latent: Tensor, logits: Tensor, size: int) -> Tensor:
+    """The values of :func:`residual_endpoint`, without a gradient."""
+    # The floor keeps every sum above 0: the largest exponential of a group is 1.
+    e = exponentials(logits, size).mul_(latent.clamp_min(EPSILON).reshape(-1, size))
+    return e.div_(e.sum(-1, keepdim=True)).view(logits.shape)
+
+
+def through_logarithm(gradient: Tensor, latent: Tensor) -> Tensor:
+    """The gradient of log(max(z, ε)) on to the latent z: where that lies below the floor, nothing."""
+    return (gradient / latent).masked_fill_(latent < EPSILON, 0)
+
+
 class _ResidualEndpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor, logits: Tensor, size: int) -> Tensor:
-        # The floor keeps every sum above 0: the largest exponential of a group is 1.
-        e = exponentials(logits, size).mul_(latent.clamp_min(EPSILON).reshape(-1, size))
-        y = e.div_(e.sum(-1, keepdim=True)).view(logits.shape)
+        y = endpoint_of(latent, logits, size)
         ctx.size = size
         ctx.save_for_backward(latent, y)
         return y
@@ -226,8 +236,7 @@ class _ResidualEndpoint(torch.autograd.Function):
         to_logits = softmax_gradient(y.view(-1, ctx.size), gradient.reshape(-1, ctx.size)).view(y.shape)
         to_latent = None
         if ctx.needs_input_grad[0]:
-            # Of the logarithm: where the latent lies below the floor, nothing.
-            to_latent = (to_logits / latent).masked_fill_(latent < EPSILON, 0)
+            to_latent = through_logarithm(to_logits, latent)
         return to_latent, to_logits, None
 
 

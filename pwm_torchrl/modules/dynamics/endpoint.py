@@ -162,27 +162,15 @@ class ResidualEndpointFlow(FlowDynamics):
     def _solve(
         self, latent: Tensor, action: Tensor, task_embedding: Tensor | None, solver: str, substeps: int
     ) -> Tensor:
-        """Solve the flow from τ = 0 to 1 in uniform substeps.
-
-        The weights are ratios of the number m of substeps left, never dt / (1 − τ), which exceeds 1 in floating
-        point for some K. Heun's step ((m−1)/m) z + ((m−2)/(2m(m−1))) x̂_a + (1/(2(m−1))) x̂_b is half the way from z to
-        the point 1/(m−1) of the way from the predictor to x̂_b.
-        """
+        """Solve the flow; see :meth:`~pwm_torchrl.modules.dynamics.fused.Schedule.solve`."""
+        schedule = Schedule(solver, substeps)
         if self.piece is None and not self.condition_on_start and fuses(self.net):
-            return self._solve_fused(latent, action, task_embedding, Schedule(solver, substeps))
-        z = latent
-        for k in range(substeps):
-            m = substeps - k
-            x_a = self.endpoint(z, latent, action, k / substeps, 1 / substeps, task_embedding)
-            if m == 1:
-                z = x_a
-            elif solver == "euler":
-                z = torch.lerp(z, x_a, 1 / m)
-            else:
-                predictor = torch.lerp(z, x_a, 1 / m)
-                x_b = self.endpoint(predictor, latent, action, (k + 1) / substeps, 1 / substeps, task_embedding)
-                z = torch.lerp(z, torch.lerp(predictor, x_b, 1 / (m - 1)), 0.5)
-        return z
+            return self._solve_fused(latent, action, task_embedding, schedule)
+
+        def endpoint(z: Tensor, tau: float) -> Tensor:
+            return self.endpoint(z, latent, action, tau, 1 / substeps, task_embedding)
+
+        return schedule.solve(endpoint, latent)
 
     def _solve_fused(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None, schedule: Schedule) -> Tensor:
         """:meth:`_solve` as one function with its gradient."""

@@ -11,7 +11,7 @@ transforms of ``torch.func``; tests compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
@@ -21,9 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from pwm_torchrl.modules.layers import Linear, Mish, NormedLinear
 from pwm_torchrl.modules.numerics import (
-    EPSILON,
     LN_EPSILON,
-    exponentials,
+    endpoint_of,
     lower,
     mish_and_slope,
     mish_factor,
@@ -31,6 +30,7 @@ from pwm_torchrl.modules.numerics import (
     product,
     product_dtype,
     softmax_gradient,
+    through_logarithm,
 )
 
 __all__ = ["Schedule", "fused_transition", "fuses"]
@@ -42,13 +42,36 @@ class Schedule(NamedTuple):
     solver: str
     substeps: int
 
-    def steps(self) -> Iterator[tuple[int, bool]]:
+    def steps(self) -> list[tuple[int, bool]]:
         """Of every substep, how many are left, itself among them, and whether it has a second evaluation.
 
         Heun's substeps have, but for the last, which is Euler's.
         """
-        for left in range(self.substeps, 0, -1):
-            yield left, self.solver == "heun" and left > 1
+        return [(left, self.solver == "heun" and left > 1) for left in range(self.substeps, 0, -1)]
+
+    def solve(self, endpoint: Callable[[Tensor, float], Tensor], latent: Tensor) -> Tensor:
+        """Solve the flow from τ = 0 to 1 in uniform substeps.
+
+        The weights are ratios of the number m of substeps left, never dt / (1 − τ), which exceeds 1 in floating
+        point for some K. Heun's step ((m−1)/m) z + ((m−2)/(2m(m−1))) x̂_a + (1/(2(m−1))) x̂_b is half the way from z to
+        the point 1/(m−1) of the way from the predictor to x̂_b.
+
+        Args:
+            endpoint (callable): x̂ of a point ``[..., D]`` and its flow time.
+            latent (Tensor): z at τ = 0, ``[..., D]``.
+        """
+        z = latent
+        for left, second in self.steps():
+            passed = self.substeps - left
+            x_hat = endpoint(z, passed / self.substeps)
+            if left == 1:
+                return x_hat
+            moved = torch.lerp(z, x_hat, 1 / left)
+            if second:
+                x_hat = endpoint(moved, (passed + 1) / self.substeps)
+                moved = torch.lerp(z, torch.lerp(moved, x_hat, 1 / (left - 1)), 0.5)
+            z = moved
+        return z
 
     @property
     def evaluations(self) -> int:
@@ -150,7 +173,7 @@ class _Transition(torch.autograd.Function):
         saved: list[Tensor] = []
         index = -1
 
-        def endpoint(point: Tensor) -> Tensor:
+        def endpoint(point: Tensor, tau: float) -> Tensor:
             nonlocal index
             index += 1
             if points is not None:
@@ -171,23 +194,12 @@ class _Transition(torch.autograd.Function):
                 if products is not None:
                     y = y.to(products) if room is None else room.copy_(y)
                 u = product(y, net.weights[k + 1], net.biases[k + 1], products)
-            e = exponentials(u, group_size).mul_(point.clamp_min(EPSILON).view(-1, group_size))
-            x_hat = e.div_(e.sum(-1, keepdim=True)).view(point.shape)
+            x_hat = endpoint_of(point, u, group_size)
             if keep:
                 saved.append(x_hat)
             return x_hat
 
-        z = latent
-        for left, second in schedule.steps():
-            x_hat = endpoint(z)
-            if left == 1:
-                z = x_hat
-                break
-            moved = torch.lerp(z, x_hat, 1 / left)
-            if second:
-                x_hat = endpoint(moved)
-                moved = torch.lerp(z, torch.lerp(moved, x_hat, 1 / (left - 1)), 0.5)
-            z = moved
+        z = schedule.solve(endpoint, latent)
         if keep:
             ctx.how, ctx.weighted, ctx.counts = how, weighted, (len(parameters), len(inputs))
             ctx.save_for_backward(context, times, points, *parameters, *inputs, *saved)
@@ -221,8 +233,7 @@ class _Transition(torch.autograd.Function):
             room = grads[-1][index].view(-1, group_size) if grads else None
             to_u = softmax_gradient(x_hat.view(-1, group_size), to_x_hat.reshape(-1, group_size), room)
             to_u = to_u.view(point.shape)
-            # Of the logarithm: where the latent lies below the floor, nothing.
-            to_point = torch.ops.aten.threshold_backward(to_u / point, point, EPSILON)
+            to_point = through_logarithm(to_u, point)
             for k in reversed(range(len(later))):
                 u, mean, rstd, slope = hidden[4 * k : 4 * k + 4]
                 to_y = torch.mm(lower(to_u, products), later[k]).to(u.dtype)
@@ -247,7 +258,7 @@ class _Transition(torch.autograd.Function):
             return to_point.add_(torch.mm(lower(to_u, products), net.of_latent))
 
         to_z = gradient
-        for left, second in reversed(list(schedule.steps())):
+        for left, second in reversed(schedule.steps()):
             if left == 1:
                 to_z = back(to_z)
                 continue
