@@ -34,7 +34,7 @@ from pwm_torchrl.run.claims import (
 )
 from pwm_torchrl.run.claims import FOLDER as CLAIMS
 from pwm_torchrl.run.directory import CONFIG_FILE, EVENTS_FILE, PLAN_FILE, SUMMARY_FILE, load_config
-from pwm_torchrl.run.metrics import damage_of, read_metrics
+from pwm_torchrl.run.metrics import checked_metrics
 
 __all__ = [
     "FAILED",
@@ -329,7 +329,7 @@ def _compare(summary: Mapping[str, Any], metrics: Mapping[str, Sequence[float]],
 
 def _read_metrics(file: Path, problems: list[str]) -> dict[str, list[float]]:
     try:
-        metrics, damage = read_metrics(file), damage_of(file)
+        metrics, damage = checked_metrics(file)
         problems.extend([] if damage is None else [damage])
         return metrics
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from pwm_torchrl.config import RENAMED_METRICS
 from pwm_torchrl.files import append_text
 from pwm_torchrl.terminal import warn
 
-__all__ = ["CsvMetrics", "damage_of", "progress_axis", "read_metrics"]
+__all__ = ["CsvMetrics", "checked_metrics", "progress_axis", "read_metrics"]
 
 
 class CsvMetrics:
@@ -41,7 +41,7 @@ class CsvMetrics:
         if self.path.exists():
             table = _read_rows(self.path)
             self.columns = table.columns
-            damage = damage_of(self.path)
+            damage = _damage(self.path.name, table)
             if damage is not None and table.columns:
                 warn(f"{self.path}: {damage}")
             if table.left_out or table.torn:
@@ -122,23 +122,29 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float]]:
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    table = _read_rows(Path(path))
-    return {name: [_number(row.get(name)) for row in table.rows] for name in table.columns}
+    return _read_rows(Path(path)).numbers()
 
 
-def damage_of(path: str | os.PathLike[str]) -> str | None:
-    """What is wrong with a ``metrics.csv``, in one sentence that names it; ``None`` for one that is whole.
+def checked_metrics(path: str | os.PathLike[str]) -> tuple[dict[str, list[float]], str | None]:
+    """The columns of :func:`read_metrics`, and what is wrong with the file.
 
-    A last line without its end is none: a run that was killed leaves it, and one that writes it is read like that.
+    Returns:
+        tuple: the columns, and one sentence that names the file; ``None`` for one that is whole. A last line without
+        its end is no damage: a run that was killed leaves it, and one that writes it is read like that.
 
     Raises:
         FileNotFoundError: if there is no such file.
     """
     file = Path(path)
     table = _read_rows(file)
+    return table.numbers(), _damage(file.name, table)
+
+
+def _damage(name: str, table: _Table) -> str | None:
+    """What is wrong with the table of a file of this name, in one sentence."""
     rows = table.rows
     if not table.columns:
-        return f"{file.name} is damaged: it has no header"
+        return f"{name} is damaged: it has no header"
     cells = sum(not _is_number(cell) for row in rows for cell in row.values())
     found = []
     if table.left_out:
@@ -152,7 +158,7 @@ def damage_of(path: str | os.PathLike[str]) -> str | None:
         found.append("no column epoch")
     elif rows and not table.left_out and (missing := int(_number(rows[-1]["epoch"])) - len(rows)) > 0:
         found.append(f"no rows for {_count(missing, 'epoch')} before the last")
-    return f"{file.name} is damaged: {', '.join(found)}" if found else None
+    return f"{name} is damaged: {', '.join(found)}" if found else None
 
 
 def progress_axis(runs: Iterable[Mapping[str, Sequence[float]]]) -> tuple[str, str]:
@@ -173,6 +179,10 @@ class _Table(NamedTuple):
     rows: list[dict[str, str]]
     left_out: int
     torn: bool
+
+    def numbers(self) -> dict[str, list[float]]:
+        """Columns of equal length; an empty cell becomes NaN."""
+        return {name: [_number(row.get(name)) for row in self.rows] for name in self.columns}
 
 
 def _read_rows(path: Path) -> _Table:

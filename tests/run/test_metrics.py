@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pwm_torchrl.algorithm.metrics import MetricRow
-from pwm_torchrl.run.metrics import CsvMetrics, damage_of, read_metrics
+from pwm_torchrl.run.metrics import CsvMetrics, checked_metrics, read_metrics
 
 
 class TestMetricRow:
@@ -139,7 +139,7 @@ class TestCsvMetrics:
         file = tmp_path / "metrics.csv"
         file.write_text(content)
         assert read_metrics(file).get("epoch") == epochs
-        damage = damage_of(file)
+        _, damage = checked_metrics(file)
         assert (damage is None) == (told is None)
         assert told is None or (told in damage and damage.startswith("metrics.csv "))
 
