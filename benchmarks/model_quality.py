@@ -60,14 +60,12 @@ def windows(episodes: Episodes, horizon: int) -> Slices:
     """Slices of ``horizon`` steps, one behind the other, that begin before their episode ends."""
     starts = range(0, len(episodes.valid), horizon)
     missing = horizon * len(starts) - len(episodes.valid)
-    never = torch.zeros_like(episodes.valid)
-    terminated = never if episodes.terminated is None else episodes.terminated
 
     def cut(x: torch.Tensor) -> torch.Tensor:
         x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])  # steps that are not valid
         return torch.cat([x[s : s + horizon, episodes.valid[s].squeeze(-1)] for s in starts], 1)
 
-    fields = (episodes.next_observation, episodes.action, episodes.reward, terminated, episodes.valid)
+    fields = (episodes.next_observation, episodes.action, episodes.reward, episodes.ends, episodes.valid)
     return Slices(cut(episodes.observation)[0], *map(cut, fields))
 
 
@@ -108,7 +106,6 @@ def of_run(run: Path, checkpoint: str, count: int, horizon: int) -> dict[str, An
     seed = fresh_env_seed(cfg.seed)
     with opened_env(cfg.env, num_envs=count, seed=seed) as env:
         episodes = play(env, policy_module(networks.model, networks.actor), seed)
-    never = torch.zeros_like(episodes.valid)
     values = value_quality(
         networks,
         episodes.observation,
@@ -116,7 +113,7 @@ def of_run(run: Path, checkpoint: str, count: int, horizon: int) -> dict[str, An
         episodes.next_observation,
         episodes.reward,
         episodes.valid,
-        never if episodes.terminated is None else episodes.terminated,
+        episodes.ends,
         cfg.algorithm.gamma,
     )
     return {

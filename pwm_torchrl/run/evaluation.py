@@ -48,6 +48,11 @@ class Episodes:
     terminated: Tensor | None = None  # bool [T, N, 1]; None: never
 
     @property
+    def ends(self) -> Tensor:
+        """Terminations, bool ``[T, N, 1]``."""
+        return torch.zeros_like(self.valid) if self.terminated is None else self.terminated
+
+    @property
     def returns(self) -> Tensor:
         """Undiscounted sums of the environment's rewards, float64 ``[N]``."""
         return (self.reward.double() * self.valid).sum(0).squeeze(-1)
@@ -333,7 +338,6 @@ class PolicyEvaluation:
     def _measure_policy(self, episodes: Episodes, scale: Tensor | None, row: MetricRow) -> None:
         """Saturated actions, and the critics' values beside what followed."""
         row.set({"policy/mean_saturated": saturated_share(episodes.action, episodes.valid)})
-        never = torch.zeros_like(episodes.valid)
         found = value_quality(
             self.algorithm.networks,
             episodes.observation.to(self.device),
@@ -341,7 +345,7 @@ class PolicyEvaluation:
             episodes.next_observation.to(self.device),
             episodes.reward.to(self.device) * (1 if scale is None else scale),
             episodes.valid.to(self.device),
-            (never if episodes.terminated is None else episodes.terminated).to(self.device),
+            episodes.ends.to(self.device),
             self.cfg.algorithm.gamma,
         )
         values = {"value": found.predicted, "value_return": found.realised, "value_error": found.error}
