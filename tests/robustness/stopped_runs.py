@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -10,10 +9,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import torch
+from forked_runs import forked, quickly, warm_up
 from training_cases import config
 
 import pwm_torchrl.run.train as run_module
@@ -25,7 +23,6 @@ from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.loop import Loop
 from pwm_torchrl.training import train
 
-_HERE = Path(__file__).resolve().parent
 #: Where a signal comes: before there is anything to save, in an epoch's updates, in an evaluation, in a checkpoint.
 PHASES: dict[str, tuple[type, str]] = {
     "warm_up": (run_module.Run, "__init__"),
@@ -74,8 +71,7 @@ def _signalled(phase: str, signum: int) -> None:
 
 def attempt(run_dir: str, path: str, phase: str | None, signum: int) -> None:
     """What a process does: start the run or go on with it, and get a signal in one of its phases."""
-    torch.set_num_threads(1)
-    run_module.write_curves = lambda folder: None  # a picture takes longer than the run
+    quickly()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if phase is not None:
@@ -94,25 +90,10 @@ def run(run_dir: Path, path: str, phase: str | None = None, signum: int = 0) -> 
     """An attempt to its end: ``finished`` or ``stopped``."""
     run_dir.mkdir(exist_ok=True)
     save_config(small(), run_dir)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stopped_runs"])
-    # The server looks for what it loads there, and silently does without what it does not find.
-    search = os.pathsep.join([str(_HERE), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    process = context.Process(target=attempt, args=(str(run_dir), path, phase, int(signum)))
-    with patch.dict(os.environ, PYTHONPATH=search):
-        process.start()
+    process = forked(__file__, attempt, str(run_dir), path, phase, int(signum))
     process.join(240)
     assert process.exitcode in (0, 3), process.exitcode
     return {0: "finished", 3: "stopped"}[process.exitcode]
 
 
-def _warm_up() -> None:
-    """A whole run before the forks: what it imports, and the traces of its memory plan, are there in each of them."""
-    torch.set_num_threads(1)
-    run_module.write_curves = lambda folder: None
-    with tempfile.TemporaryDirectory() as folder:
-        train(small(), Path(folder))
-
-
-if multiprocessing.current_process().name != "MainProcess":
-    _warm_up()
+warm_up(small())

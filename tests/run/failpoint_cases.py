@@ -7,15 +7,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import torch
+from forked_runs import forked, quickly, warm_up
 from training_cases import config
 
-import pwm_torchrl.run.train as run_module
 from pwm_torchrl.config import Config
 from pwm_torchrl.run.checkpoints import SEAL_FILE, CheckpointStore
 from pwm_torchrl.run.debugging import VARIABLE
@@ -23,7 +20,6 @@ from pwm_torchrl.run.loop import Loop
 from pwm_torchrl.run.stop import StopRequest
 from pwm_torchrl.training import train
 
-_HERE = Path(__file__).resolve().parent
 NETWORKS = (
     "model",
     "actor",
@@ -52,8 +48,7 @@ def small() -> Config:
 
 def attempt(run_dir: str, failpoint: str | None, stop: bool) -> None:
     """What a process does: start the run or go on with it."""
-    torch.set_num_threads(1)
-    run_module.write_curves = lambda folder: None  # a picture takes longer than the run
+    quickly()
     if failpoint is not None:
         os.environ[VARIABLE] = failpoint
     request = StopRequest()
@@ -74,14 +69,7 @@ def attempt(run_dir: str, failpoint: str | None, stop: bool) -> None:
 
 def start(run_dir: Path, failpoint: str | None = None, stop: bool = False) -> multiprocessing.process.BaseProcess:
     """Start an attempt."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["failpoint_cases"])
-    # The server looks for what it loads there, and silently does without what it does not find.
-    path = os.pathsep.join([str(_HERE), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    process = context.Process(target=attempt, args=(str(run_dir), failpoint, stop))
-    with patch.dict(os.environ, PYTHONPATH=path):
-        process.start()
-    return process
+    return forked(__file__, attempt, str(run_dir), failpoint, stop)
 
 
 def run(run_dir: Path, failpoint: str | None = None, stop: bool = False) -> str:
@@ -100,13 +88,4 @@ def learned(run_dir: Path) -> dict[str, int]:
     return {name: facts["crc32"] for name, facts in files.items() if any(f"-{part}/" in name for part in NETWORKS)}
 
 
-def _warm_up() -> None:
-    """A whole run before the forks: what it imports, and the traces of its memory plan, are there in each of them."""
-    torch.set_num_threads(1)
-    run_module.write_curves = lambda folder: None
-    with tempfile.TemporaryDirectory() as folder:
-        train(small(), Path(folder))
-
-
-if multiprocessing.current_process().name != "MainProcess":
-    _warm_up()
+warm_up(small())
