@@ -50,6 +50,7 @@ __all__ = [
     "as_yaml",
     "check_types",
     "compose",
+    "compose_onto",
     "compose_unchecked",
     "explain",
     "type_words",
@@ -220,6 +221,42 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     validate(resolved)
     apply_steps(resolved, typed)
     return resolved
+
+
+def compose_onto(stored: Config, overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a run that is there already, with single keys set anew.
+
+    Args:
+        stored: the run's configuration; it stays as it is.
+        overrides: words of the command line, ``group.key=value``.
+
+    Returns:
+        The configuration, checked as far as that goes without what the keys mean together, and the keys that the words
+        set with their values.
+
+    Raises:
+        ConfigurationError: for a choice of a group, unknown keys, wrong types and values out of range.
+    """
+    parsed = [_parse(word) for each in overrides for word in renamed(each)]
+    _check_names(parsed)
+    for o in parsed:
+        if o.key_or_group in group_choices():
+            raise ConfigurationError(
+                f"{o.input_line}: a run keeps the {o.key_or_group} that it began with; set single keys, as in "
+                "cluster.mem_gib=8, or begin a new run"
+            )
+    typed, tree = _typed(parsed), OmegaConf.structured(stored)
+    try:
+        for key, value in typed.items():
+            OmegaConf.update(tree, key, value, force_add=key.startswith("cluster.sbatch."))
+    except _COMPOSITION_ERRORS as error:
+        raise explain(error, list(overrides), [f"env.{key}" for key in stored.env]) from error
+    changed = _to_config(tree)
+    if "cluster.time" in typed and "cluster.time_min" not in typed:
+        changed.cluster.time_min = None  # both are the same limit, and that of the run is stored in minutes
+    read_time(changed.cluster)
+    validate(changed)
+    return changed, typed
 
 
 def compose_unchecked(overrides: Sequence[str]) -> Config:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, NamedTuple
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.compose import explain
+from pwm_torchrl.cli.compose import compose_onto, typed_keys
 from pwm_torchrl.cli.modes import known_action_repeat, set_epochs
-from pwm_torchrl.cli.validate import read_time, validate
+from pwm_torchrl.cli.validate import validate
+from pwm_torchrl.cli.words import check_meaning
 from pwm_torchrl.cluster.deaths import read_job
 from pwm_torchrl.cluster.job import require_submitit
 from pwm_torchrl.cluster.slurm import JobState, job_states
@@ -27,10 +26,20 @@ __all__ = ["Found", "changed", "reason_to_leave", "to_bring_back"]
 
 
 class Found(NamedTuple):
-    """Runs to be submitted again with their configurations, and the exit code so far."""
+    """Runs to be submitted again with their configurations, what was set anew in them, and the exit code so far."""
 
     runs: list[tuple[Path, Config]]
+    typed: Mapping[str, Any]
     code: int
+
+
+#: Keys that nothing reads when a run goes on, and what to do instead.
+_FIXED = {
+    "run_dir": "name the directory of the run without run_dir=",
+    "cluster.kind": "a run goes on where it was submitted; to move it, give the command that submitted it again, with "
+    "run_dir=RUN and another cluster=NAME",
+    "pretraining": "its world model is there already",
+}
 
 
 def to_bring_back(args: Namespace) -> Found | int:
@@ -59,30 +68,25 @@ def to_bring_back(args: Namespace) -> Found | int:
     if not found:
         return code
     require_submitit()
-    return Found(found, code)
+    return Found(found, typed_keys(words), code)
 
 
 def changed(run: Path, words: Sequence[str]) -> Config:
     """The configuration of a run with the settings that are given beside it.
 
     Raises:
-        ConfigurationError: if a setting is unknown, out of range, or would make it another run.
+        ConfigurationError: if a setting is unknown, out of range, means nothing, or would make it another run.
     """
     stored = load_config(run)
     if not words:
         validate(stored)  # somebody may have edited it
         return stored
-    try:
-        typed = OmegaConf.from_dotlist(list(words))
-        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(stored), typed))  # type: ignore
-    except OmegaConfBaseException as error:
-        raise explain(error, list(words), []) from error
-    read_time(config.cluster)
-    validate(config)
-    keys = {word.partition("=")[0] for word in words}
-    if "training.epochs" in keys:
+    config, typed = compose_onto(stored, words)
+    for key in typed.keys() & _FIXED.keys():
+        raise ConfigurationError(f"{key}={typed[key]} is not read when a run goes on; {_FIXED[key]}")
+    if "training.epochs" in typed:
         config.training.steps = None
-    elif "training.steps" in keys:
+    elif "training.steps" in typed:
         repeat = known_action_repeat(config)
         if config.mode != "online" or repeat is None:
             raise ConfigurationError(
@@ -94,6 +98,7 @@ def changed(run: Path, words: Sequence[str]) -> Config:
     if differing:
         listed = ", ".join(f"{key} ({old} there)" for key, (old, _) in differing.items())
         raise ConfigurationError(f"{listed}: with another value it is another run; begin a new one")
+    check_meaning(replace(config, run_dir=str(run)), typed)
     return config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ from pwm_torchrl.cli.prepare import (
 from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
 from pwm_torchrl.cli.resume import Found
 from pwm_torchrl.cli.train import run_in_process
-from pwm_torchrl.cli.words import DRY_RUN
-from pwm_torchrl.cluster.deaths import JOB_FILE, memory_asked, read_job
+from pwm_torchrl.cli.words import DRY_RUN, check_slurms_keys
+from pwm_torchrl.cluster.deaths import JOB_FILE, read_job
 from pwm_torchrl.cluster.job import LOG_FILE
-from pwm_torchrl.cluster.resources import Resources
+from pwm_torchrl.cluster.resources import Resources, require_fit, resources_again
 from pwm_torchrl.cluster.restarts import thriftier_plan
-from pwm_torchrl.cluster.slurm import live_job, slurm_available
+from pwm_torchrl.cluster.slurm import live_job, site, slurm_available
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
-from pwm_torchrl.cluster.submission import leave_open, resubmit, submit_runs
+from pwm_torchrl.cluster.submission import last_request, leave_open, resubmit, submit_runs
 from pwm_torchrl.commands import typed_here
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
@@ -243,7 +243,7 @@ def resume(found: Found) -> int:
     code = found.code
     for run, config in found.runs:
         try:
-            said, ended = _bring_back(run, config)
+            said, ended = _bring_back(run, config, found.typed)
         except ConfigurationError as error:
             said, ended = str(error), console.FAILED
         if ended == console.OK:
@@ -254,8 +254,8 @@ def resume(found: Found) -> int:
     return code
 
 
-def _bring_back(run: Path, cfg: Config) -> tuple[str, int]:
-    """Submit a run as it was submitted before; returns what was done, and the exit code."""
+def _bring_back(run: Path, cfg: Config, typed: Mapping[str, Any]) -> tuple[str, int]:
+    """Submit a run as it was submitted before, but for the keys set anew; returns what was done, and the exit code."""
     follow_world_model(cfg, run)
     job = read_job(run)
     if not job and (run / JOB_FILE).exists():
@@ -265,12 +265,17 @@ def _bring_back(run: Path, cfg: Config) -> tuple[str, int]:
         )
     on_slurm = bool(job) and slurm_available()
     if cfg.cluster.kind == "slurm" and not on_slurm:
-        raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and no SLURM is found here")
+        why = f"it has no {JOB_FILE}" if slurm_available() else "no SLURM is found here"
+        raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and {why}")
     make_cwd_importable()
     preflight([cfg], SLURM if on_slurm else LOCAL, again=True)
-    prepare_run_dir(replace(cfg, run_dir=str(run)))
     if on_slurm:
-        return f"job {resubmit(run, cfg, memory_asked(run))}", console.OK
+        resources = resources_again(last_request(run), cfg, typed)
+        require_fit(cfg.cluster, resources, site())
+        prepare_run_dir(replace(cfg, run_dir=str(run)))
+        return f"job {resubmit(run, cfg, resources)}", console.OK
+    check_slurms_keys(typed, "on this machine")
+    prepare_run_dir(replace(cfg, run_dir=str(run)))
     code = snapshot(run.parent, targets_of(asdict(cfg)))
     outcome = submit_local(run, code, progress=cfg.training.progress).follow()
     status = str(outcome["status"])

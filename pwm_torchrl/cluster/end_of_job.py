@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pwm_torchrl.cluster.deaths import END, MEMORY, RESUBMIT, WAIT, Answer, Death, JobRecord, memory_asked, write_job
 from pwm_torchrl.cluster.restarts import Life, NextPlan, apply_plan, decide, next_plan, note
 from pwm_torchrl.cluster.slurm import SlurmError, job_records, scontrol
-from pwm_torchrl.cluster.submission import move_dependents, resubmit
+from pwm_torchrl.cluster.submission import last_request, move_dependents, resubmit
 from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config
@@ -71,7 +72,7 @@ def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
         write_job(run, mem_mb=plan.mem_mb)
         return 0
     say(f"SLURM changes no request here ({refused}); a new job takes over")
-    job_id = resubmit(run, load_config(run), plan.mem_mb)
+    job_id = resubmit(run, load_config(run), replace(last_request(run), mem_mb=plan.mem_mb))
     say(f"job {job_id}")
     for complaint in move_dependents(run, job_id):  # before the job that they wait for is cancelled, and they with it
         say(f"a job that waits for this one was not told: {complaint}; {typed('resume')} brings its run back")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
@@ -108,39 +108,96 @@ def resources_for(cfg: Config, plan: Plan) -> Resources:
         ConfigurationError: if the profile cannot give what its own keys ask for.
     """
     profile = cfg.cluster
-    ceiling = None if profile.host_gib is None else int(profile.host_gib * 1024)
-    if profile.mem_gib is not None:
-        mem_mb = int(profile.mem_gib * 1024)
-        if ceiling is not None and mem_mb > ceiling:
-            raise ConfigurationError(
-                f"cluster.mem_gib={profile.mem_gib:g} is more than a node of cluster={profile.name} has, "
-                f"cluster.host_gib={profile.host_gib:g}; ask for at most that"
-            )
-    else:
+    mem_mb = _memory_mb(profile)
+    if mem_mb is None:
         # The run stops itself at a share of the limit and leaves a margin below that: both have to be asked for.
         needed = plan.prediction.total("host") / plan.share("host")
-        mem_mb = max(LEAST_MB, math.ceil(needed / MIB / 256) * 256)
-        if ceiling is not None:
-            mem_mb = min(mem_mb, ceiling)
-    gpus = 0 if cfg.device == "cpu" else profile.gpus
-    threads = cfg.training.threads
-    if threads is not None and profile.cpus is not None and threads > profile.cpus:
+        mem_mb = _at_most(max(LEAST_MB, math.ceil(needed / MIB / 256) * 256), _ceiling_mb(profile))
+    cpus = _cpus(cfg) or DEFAULT_CPUS
+    minutes = _minutes(profile)
+    if minutes is None:
+        minutes = _at_most(estimated_minutes(cfg, plan, cpus), profile.max_time_min)
+    return Resources(mem_mb, cpus, _gpus(cfg), profile.nodes, minutes)
+
+
+def resources_again(before: Resources, cfg: Config, keys: Collection[str]) -> Resources:
+    """What a run asks for when it comes back: the same as before, except for what is set explicitly now.
+
+    A key that is set to null leaves its resource as it was. The memory may be more than the configuration says, since
+    a run that ran out of memory asks for more by itself.
+
+    Args:
+        before (Resources): of its last job.
+        cfg (Config): its configuration with the new settings.
+        keys (collection of str): the keys that are set explicitly.
+
+    Raises:
+        ConfigurationError: if the profile cannot give what its own keys ask for.
+    """
+    profile = cfg.cluster
+
+    def given(*names: str) -> bool:
+        return any(name in keys for name in names)
+
+    memory = _memory_mb(profile) if given("cluster.mem_gib") else None
+    cpus = _cpus(cfg) if given("cluster.cpus", "training.threads") else None
+    minutes = _minutes(profile) if given("cluster.time", "cluster.time_min") else None
+    return replace(
+        before,
+        mem_mb=_at_most(memory or before.mem_mb, _ceiling_mb(profile) if given("cluster.host_gib") else None),
+        cpus=cpus or before.cpus,
+        gpus=_gpus(cfg) if given("cluster.gpus") else before.gpus,
+        nodes=profile.nodes if given("cluster.nodes") else before.nodes,
+        time_min=_at_most(minutes or before.time_min, profile.max_time_min if given("cluster.max_time_min") else None),
+    )
+
+
+def _at_most(number: int, limit: int | None) -> int:
+    return number if limit is None else min(number, limit)
+
+
+def _ceiling_mb(profile: ClusterConfig) -> int | None:
+    """The most memory that a job of the profile may have, MiB."""
+    return None if profile.host_gib is None else int(profile.host_gib * 1024)
+
+
+def _memory_mb(profile: ClusterConfig) -> int | None:
+    """The memory that a profile asks for, MiB; ``None`` where that is planned."""
+    if profile.mem_gib is None:
+        return None
+    mem_mb, ceiling = int(profile.mem_gib * 1024), _ceiling_mb(profile)
+    if ceiling is not None and mem_mb > ceiling:
         raise ConfigurationError(
-            f"training.threads={threads} are more than cluster.cpus={profile.cpus}, the CPUs that each task gets; set "
+            f"cluster.mem_gib={profile.mem_gib:g} is more than a node of cluster={profile.name} has, "
+            f"cluster.host_gib={profile.host_gib:g}; ask for at most that"
+        )
+    return mem_mb
+
+
+def _cpus(cfg: Config) -> int | None:
+    """The CPUs that are asked for, one for each thread unless the profile says otherwise."""
+    threads, cpus = cfg.training.threads, cfg.cluster.cpus
+    if threads is not None and cpus is not None and threads > cpus:
+        raise ConfigurationError(
+            f"training.threads={threads} are more than cluster.cpus={cpus}, the CPUs that each task gets; set "
             f"cluster.cpus={threads}, or leave training.threads out"
         )
-    cpus = profile.cpus or threads or DEFAULT_CPUS
+    return cpus or threads
+
+
+def _gpus(cfg: Config) -> int:
+    return 0 if cfg.device == "cpu" else cfg.cluster.gpus
+
+
+def _minutes(profile: ClusterConfig) -> int | None:
+    """The time limit that a profile sets; ``None`` where that is estimated."""
     minutes = profile.time_min
-    if minutes is None:
-        minutes = estimated_minutes(cfg, plan, cpus)
-        if profile.max_time_min is not None:
-            minutes = min(minutes, profile.max_time_min)
-    elif profile.max_time_min is not None and minutes > profile.max_time_min:
+    if minutes is not None and profile.max_time_min is not None and minutes > profile.max_time_min:
         raise ConfigurationError(
             f"cluster.time_min={minutes} is longer than cluster={profile.name} allows, "
             f"cluster.max_time_min={profile.max_time_min}; a longer run comes back by itself"
         )
-    return Resources(mem_mb, cpus, gpus, profile.nodes, minutes)
+    return minutes
 
 
 #: Options of sbatch that a run sets itself, and the keys that set them; none where nothing may.

@@ -22,7 +22,7 @@ from pathlib import Path
 from submitit.core.utils import FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from pwm_torchrl.cluster.deaths import JOB_FILE, note_submission, read_job, write_job
+from pwm_torchrl.cluster.deaths import JOB_FILE, memory_asked, note_submission, read_job, write_job
 from pwm_torchrl.cluster.job import run_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
 from pwm_torchrl.cluster.slurm import live_job, scontrol, site
@@ -145,21 +145,30 @@ def submit_runs(
     return done
 
 
-def resubmit(run_dir: Path, cfg: Config, mem_mb: int) -> str:
-    """Queue a run again with another amount of memory, otherwise as before; returns the job's id.
+def last_request(run_dir: Path) -> Resources:
+    """What the last job of a run asked for.
+
+    Raises:
+        ConfigurationError: if its file does not say so.
+    """
+    mem_mb, job = memory_asked(run_dir), read_job(run_dir)
+    others = [name for name in Resources.__dataclass_fields__ if name != "mem_mb"]
+    wrong = [name for name in others if type(job.get(name)) is not int]
+    if wrong:
+        raise ConfigurationError(
+            f"{run_dir / JOB_FILE} is damaged: it has no number for {', '.join(wrong)}; delete it and submit the run "
+            "again"
+        )
+    return Resources(mem_mb=mem_mb, **{name: job[name] for name in others})
+
+
+def resubmit(run_dir: Path, cfg: Config, resources: Resources) -> str:
+    """Queue a run again; returns the job's id.
 
     Raises:
         ConfigurationError: if SLURM refuses.
     """
-    job = read_job(run_dir)
-    missing = [name for name in Resources.__dataclass_fields__ if name not in job]
-    if missing:
-        raise ConfigurationError(
-            f"{run_dir / JOB_FILE} is damaged: it lacks {', '.join(missing)}; delete it and submit the run again"
-        )
-    before = Resources(**{name: job[name] for name in Resources.__dataclass_fields__})
-    resources = Resources(**{**before.as_dict(), "mem_mb": mem_mb})
-    code = [Path(each) for each in job.get("code", [])]
+    code = [Path(each) for each in read_job(run_dir).get("code", [])]
     (submitted,) = _submit([run_dir], cfg, resources, code, run_dir.parent)
     return submitted.job_id
 

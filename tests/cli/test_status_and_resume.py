@@ -9,8 +9,10 @@ import pytest
 
 from pwm_torchrl.cli import console, resume, status, submit
 from pwm_torchrl.cli.entry import run_command
+from pwm_torchrl.cluster.resources import Resources
 from pwm_torchrl.cluster.slurm import JobState
 from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import read_run
 from pwm_torchrl.run import claims
 from pwm_torchrl.run.claims import Identity
@@ -218,9 +220,101 @@ class TestSettings:
         assert said in capsys.readouterr().err
         assert (run / "config.yaml").read_text() == before
 
+    @pytest.mark.parametrize(
+        ("word", "parts"),
+        [
+            ("logger.project=mine", ["logger.project=mine", "logger.kind=csv"]),
+            ("model.num_bins=101", ["model.num_bins=101", "model.reward_head=scalar"]),
+            ("runs_dir=there", ["runs_dir=there", "run_dir="]),
+            ("run_dir=there", ["run_dir=there", "not read when a run goes on"]),
+            ("cluster.kind=local", ["cluster.kind=local", "cluster=NAME"]),
+            ("cluster=l40s", ["cluster=l40s", "single keys", "cluster."]),
+            ("experiment=pretrain", ["experiment=pretrain", "single keys"]),
+            ("cluster.mem_gib=8,9", ["cluster.mem_gib=8,9", "several runs"]),
+        ],
+    )
+    def test_what_means_nothing_is_refused(self, word, parts, run):
+        with pytest.raises(ConfigurationError) as caught:
+            resume.changed(run, [word])
+        for part in parts:
+            assert part in str(caught.value)
+
+    def test_settings_are_written_as_for_a_new_run(self, run):
+        cfg = load_config(run)
+        cfg.cluster.time_min = 60
+        save_config(cfg, run)
+        config = resume.changed(run, ["training.epochs=1e2", "cluster.time=2:00:00", "cluster.sbatch.nice=5"])
+        assert (config.training.epochs, config.cluster.time_min, config.cluster.sbatch) == (100, 120, {"nice": 5})
+
     def test_without_a_run(self, capsys):
         assert run_command("resume", ["training.epochs=20"]) == 2
         assert "no run directory" in capsys.readouterr().err
+
+
+class TestResources:
+    """What a job asks for that comes back: an explicit setting wins over what its last job had."""
+
+    @pytest.fixture
+    def asked(self, run, monkeypatch):
+        """The resources that are asked for, and the run's configuration then."""
+        found = []
+        before = Resources(mem_mb=2000, cpus=2, gpus=0, nodes=1, time_min=60)
+        (run / "job.json").write_text(json.dumps({"job_ids": ["7"], "code": [], **before.as_dict()}))
+        for name, stand_in in {
+            "slurm_available": lambda: True,
+            "preflight": lambda *args, **kwargs: [],
+            "site": lambda: None,
+            "require_fit": lambda *args: None,
+            "resubmit": lambda folder, cfg, resources: found.append((resources, load_config(folder))) or "8",
+        }.items():
+            monkeypatch.setattr(submit, name, stand_in)
+        monkeypatch.setattr(resume, "job_states", lambda ids: {"7": OVER})
+        return found
+
+    @pytest.mark.parametrize(
+        ("words", "changed"),
+        [
+            ([], {}),
+            (["cluster.mem_gib=8"], {"mem_mb": 8192}),
+            (["cluster.mem_gib=null"], {}),
+            (["cluster.host_gib=1"], {"mem_mb": 1024}),
+            (["cluster.host_gib=8"], {}),
+            (["cluster.cpus=6"], {"cpus": 6}),
+            (["training.threads=4"], {"cpus": 4}),
+            (["cluster.nodes=2"], {"nodes": 2}),
+            (["cluster.gpus=1", "cluster.gpu=l40s"], {"gpus": 1}),
+            (["cluster.time=2:00:00"], {"time_min": 120}),
+            (["cluster.time_min=90"], {"time_min": 90}),
+            (["cluster.max_time_min=30"], {"time_min": 30}),
+            (["cluster.partition=main"], {}),
+        ],
+        ids=" ".join,
+    )
+    def test_an_explicit_setting_wins(self, words, changed, run, asked):
+        assert run_command("resume", [str(run), *words]) == 0
+        ((resources, config),) = asked
+        assert resources == replace(Resources(mem_mb=2000, cpus=2, gpus=0, nodes=1, time_min=60), **changed)
+        assert config.cluster.partition == ("main" if "cluster.partition=main" in words else None)
+
+    def test_more_than_its_nodes_have_is_refused_and_nothing_is_written(self, run, asked, monkeypatch, capsys):
+        def too_large(*args):
+            raise ConfigurationError("cluster.mem_gib=900 is more than a node has")
+
+        monkeypatch.setattr(submit, "require_fit", too_large)
+        before = (run / "config.yaml").read_text()
+        assert run_command("resume", [str(run), "cluster.mem_gib=900"]) == 1
+        assert "cluster.mem_gib=900" in capsys.readouterr().err
+        assert (run / "config.yaml").read_text() == before
+        assert not asked
+
+    def test_of_a_run_of_this_machine_they_are_refused(self, run, asked, monkeypatch, capsys):
+        monkeypatch.setattr(submit, "slurm_available", lambda: False)
+        before = (run / "config.yaml").read_text()
+        assert run_command("resume", [str(run), "cluster.mem_gib=8"]) == 1
+        said = capsys.readouterr().err
+        assert "cluster.mem_gib=8" in said
+        assert "this machine" in said
+        assert (run / "config.yaml").read_text() == before
 
 
 class TestWhatEndedIt:
