@@ -29,6 +29,7 @@ from pwm_torchrl.cluster.resources import (
     take_variables,
 )
 from pwm_torchrl.cluster.slurm import Site, site, slurm_available
+from pwm_torchrl.commands import named, typed
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import pick_device
 from pwm_torchrl.envs import EnvInfo
@@ -89,10 +90,6 @@ def place_of(config: Config) -> str:
     return kind
 
 
-#: Places that no job of SLURM is submitted to, in words.
-_NOT_SLURM = {LOCAL: "on this machine", DEBUG: "in this process", HERE: "in this process"}
-
-
 def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
     """Refuses what was typed for a job of SLURM, of runs that are none.
 
@@ -103,9 +100,16 @@ def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
     Raises:
         ConfigurationError: for the first such key.
     """
-    if place in _NOT_SLURM:
-        for run in runs:
-            check_slurms_keys(typed_keys(run.words), _NOT_SLURM[place])
+    if place == SLURM:
+        return
+    job = own_job() if place == HERE else None
+    where = "on this machine" if place == LOCAL else "in this process"
+    remedy = f"give it to {named('submit')} where SLURM is found"
+    if job is not None:
+        where = f"in the allocation of job {job}"
+        remedy = f"queue a job of its own: {named('submit')} with a profile of SLURM nodes, cluster=NAME"
+    for run in runs:
+        check_slurms_keys(typed_keys(run.words), f"this run trains {where}", remedy)
 
 
 def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:
@@ -237,6 +241,12 @@ def plan(request: Request) -> int:
     config = complete(run.config, run.words, without_data=True)
     facts = run_facts(config, without_data=True)
     elsewhere = config.cluster.kind == SLURM
+    if not elsewhere:
+        check_slurms_keys(
+            typed_keys(run.words),
+            f"this plan is of this machine (cluster={config.cluster.name})",
+            f"choose a profile of SLURM nodes, cluster=NAME; {typed('submit')} --dry-run plans for those found here",
+        )
     device = None if elsewhere else pick_device(config.device)
     limits = profile_budgets(config) if device is None else _budgets_of(config, device)
     made = make_plan(config, facts, limits, elsewhere=elsewhere)

@@ -274,7 +274,11 @@ def _bring_back(run: Path, cfg: Config, typed: Mapping[str, Any]) -> tuple[str, 
         require_fit(cfg.cluster, resources, site())
         prepare_run_dir(replace(cfg, run_dir=str(run)))
         return f"job {resubmit(run, cfg, resources)}", console.OK
-    check_slurms_keys(typed, "on this machine")
+    check_slurms_keys(
+        typed,
+        "this run goes on on this machine",
+        f"give the command that began it where SLURM is found, with run_dir={run}",
+    )
     prepare_run_dir(replace(cfg, run_dir=str(run)))
     code = snapshot(run.parent, targets_of(asdict(cfg)))
     outcome = submit_local(run, code, progress=cfg.training.progress).follow()

@@ -445,12 +445,13 @@ def profile_keys(name: str) -> dict[str, Any]:
     return {f"cluster.{key}": value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
-def check_slurms_keys(typed: Mapping[str, Any], where: str) -> None:
-    """Checks that nothing was typed that only a job of SLURM would be asked with, of a run that is none.
+def check_slurms_keys(typed: Mapping[str, Any], instead: str, remedy: str) -> None:
+    """Checks that nothing was typed that only a job of SLURM would be asked with, where there is none.
 
     Args:
         typed (Mapping): the keys of the command line with their values.
-        where (str): where the run trains instead, in words.
+        instead (str): what happens instead of a job, in words: ``this run trains on this machine``.
+        remedy (str): what to do where a job was meant, in words.
 
     Raises:
         ConfigurationError: for the first such key.
@@ -458,8 +459,7 @@ def check_slurms_keys(typed: Mapping[str, Any], where: str) -> None:
     for key, value in typed.items():
         if not asks_for_nothing(key, value) and any(key == each or key.startswith(f"{each}.") for each in OF_SLURM):
             raise ConfigurationError(
-                f"{key}={_written(value)} is for jobs of SLURM, and this run trains {where}; leave it out, or give it "
-                f"to {named('submit')} where SLURM is found"
+                f"{key}={_written(value)} is for jobs of SLURM, and {instead}; leave it out, or {remedy}"
             )
 
 

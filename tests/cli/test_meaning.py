@@ -162,3 +162,12 @@ def test_what_is_for_slurm_is_refused_where_no_job_is_queued(word, place):
     prepare.refuse_slurms_keys(
         [Prepared(compose([]), ["cluster.partition=null", "cluster.max_memory_restarts=9"])], place
     )
+
+
+def test_inside_an_allocation_it_says_how_a_job_is_queued(monkeypatch):
+    monkeypatch.setattr(prepare, "own_job", lambda: "77")
+    runs = [Prepared(compose(["cluster.partition=gpu"]), ["cluster.partition=gpu"])]
+    with pytest.raises(ConfigurationError) as caught:
+        prepare.refuse_slurms_keys(runs, prepare.HERE)
+    for part in ("cluster.partition=gpu", "allocation of job 77", "leave it out", "cluster=NAME"):
+        assert part in str(caught.value)

@@ -55,6 +55,17 @@ def test_of_a_cluster_from_anywhere(capsys):
     assert max(map(len, text.splitlines())) <= 80  # without a terminal
 
 
+@pytest.mark.parametrize(
+    "word", ["cluster.partition=gpu", "cluster.mem_gib=8", "cluster.host_gib=64", "cluster.gpu=l40s"]
+)
+def test_of_this_machine_nothing_reads_what_is_for_slurm(word, capsys):
+    assert main([*SMALL, "device=cpu", word]) == 2
+    said = capsys.readouterr().err
+    for part in (word, "this machine", "cluster=auto", "cluster=NAME", "leave it out"):
+        assert part in said
+    assert len(said.splitlines()) == 1
+
+
 def test_as_a_file(capsys):
     assert main([*SMALL, "--json", "plan.json", "memory.host_gib=500"]) == 0
     assert "host memory, predicted" in capsys.readouterr().out
