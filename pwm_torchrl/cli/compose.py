@@ -40,7 +40,15 @@ from pwm_torchrl.choices import (
 from pwm_torchrl.cli.modes import apply_mode, apply_steps
 from pwm_torchrl.cli.sweeps import PATHS, SLURMS_LISTS, SWEEP
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
-from pwm_torchrl.cli.words import check_meaning, instead_of_hydras, option_hint, profile_keys, unknown_option
+from pwm_torchrl.cli.words import (
+    check_meaning,
+    instead_of_hydras,
+    name_profile,
+    option_hint,
+    own_profile,
+    profile_keys,
+    unknown_option,
+)
 from pwm_torchrl.config import MISSING, RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.terminal import warn
@@ -205,6 +213,24 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             (with the nearest ones), wrong types, missing values, values out of range.
     """
     make_cwd_importable()
+    try:
+        return _composed(overrides)
+    except ConfigurationError as error:
+        file = own_profile(overrides)
+        if file is not None and _is_fine([*overrides, "cluster=auto"]):
+            name_profile(error, file)
+        raise
+
+
+def _is_fine(words: Sequence[str]) -> bool:
+    try:
+        _composed(words)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _composed(overrides: Sequence[str]) -> Config:
     parsed = [_parse(word) for each in overrides for word in renamed(each)]
     _check_names(parsed)
     words = [*_profile_words(parsed), *_env_words(parsed)]

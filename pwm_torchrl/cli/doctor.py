@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from pwm_torchrl.choices import user_profiles
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.draft import draft_profile, profile_file, write_profile
 from pwm_torchrl.cli.requests import Request
@@ -256,11 +257,10 @@ def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
         )
         findings.append(Finding(OK, _SUBJECT, text))
     if profile.kind in ("slurm", "auto"):
-        findings += [
-            Finding(WARNING, "profile", f"cluster={profile.name}: {doubt}") for doubt in _doubts(profile, here)
-        ]
+        file = user_profiles().get(profile.name)
+        label = f"cluster={profile.name}" + ("" if file is None else f" ({file})")
+        findings += [Finding(WARNING, "profile", f"{label}: {doubt}") for doubt in _doubts(profile, here)]
         reason = why_impossible(JobRequest.of(profile), here)
-        label = f"cluster={profile.name}"
         if reason is not None:
             findings.append(Finding(PROBLEM, "profile", f"{label}: {reason}"))
         else:

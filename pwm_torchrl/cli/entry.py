@@ -103,7 +103,11 @@ def _run(name: str, words: Sequence[str] | None) -> int:
         if isinstance(asked, int):
             break
         line = getattr(asked, "line", None)
-        asked = _find(SHOW_CONFIG if line is not None and line.shows_config else stage)(asked)
+        if line is None:
+            asked = _find(stage)(asked)
+            continue
+        with _find("words:naming_profiles")([run.words for run in asked.runs]):
+            asked = _find(SHOW_CONFIG if line.shows_config else stage)(asked)
     return int(asked)
 
 

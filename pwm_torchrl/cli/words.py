@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +15,7 @@ import yaml
 from pwm_torchrl.choices import (
     CONFIG_DIR_VARIABLE,
     choice_file,
+    exact_choice,
     group_choices,
     schema_choices,
     schema_keys,
@@ -29,7 +33,10 @@ __all__ = [
     "check_meaning",
     "check_slurms_keys",
     "instead_of_hydras",
+    "name_profile",
+    "naming_profiles",
     "option_hint",
+    "own_profile",
     "profile_keys",
     "read_words",
     "unknown_option",
@@ -443,6 +450,49 @@ def profile_keys(name: str) -> dict[str, Any]:
     file = user_profiles().get(name)
     content = None if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
     return {f"cluster.{key}": value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+def own_profile(words: Sequence[str]) -> Path | None:
+    """The file of the cluster profile of the user's own that the words of a run choose, if they choose one."""
+    chosen = [word.partition("=")[2] for word in words if word.partition("=")[0] == "cluster"]
+    profiles = user_profiles()
+    name = exact_choice(chosen[-1].strip("'\""), profiles) if chosen else None
+    return None if name is None else profiles[name]
+
+
+def name_profile(error: ConfigurationError, file: Path) -> None:
+    """Adds to an error where the profile is that it is about; one that names the file already stays as it is."""
+    if str(file) not in str(error):
+        error.args = (f"{error} (cluster={file.stem} is {file})",)
+
+
+@contextlib.contextmanager
+def naming_profiles(runs: Iterable[Sequence[str]]) -> Iterator[None]:
+    """Inside, an error about what a cluster profile of the user's own says names its file.
+
+    Args:
+        runs (iterable of sequences of str): the words of each run.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        for words in runs:
+            file = own_profile(words)
+            if file is not None and _is_about(str(error), file, words):
+                name_profile(error, file)
+                break
+        raise
+
+
+def _is_about(message: str, file: Path, words: Sequence[str]) -> bool:
+    """Whether a message is about a profile: it mentions it, or a key that it sets and the words do not."""
+    typed = {word.partition("=")[0].lstrip("+~") for word in words}
+    try:
+        keys = profile_keys(file.stem).keys() - typed
+    except (OSError, ValueError, yaml.YAMLError):  # not readable: which the message is about, or something else
+        keys = set()
+    subjects = [*map(re.escape, keys), re.escape(f"cluster={file.stem}")]
+    return re.search(rf"(?<![\w.])({'|'.join(subjects)})(?![\w.-]*\w)", message) is not None
 
 
 def check_slurms_keys(typed: Mapping[str, Any], instead: str, remedy: str) -> None:

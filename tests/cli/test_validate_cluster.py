@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("hydra")
 
 from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.errors import ConfigurationError
 
 
@@ -69,3 +70,55 @@ def test_a_time_limit_becomes_minutes(text, minutes):
     cluster = compose(["cluster=l40s", f"cluster.time={text}"]).cluster
     assert (cluster.time, cluster.time_min) == (None, minutes)
     assert compose(["cluster=l40s", f"cluster.time={text}", f"cluster.time_min={minutes}"]).cluster == cluster
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("time: tomorrow\n", []),
+        ("partition: a b\n", []),
+        ("mem_gib: 0\n", []),
+        ("kind: slurm\ngpus: 1\n", []),
+        ("kind: local\npartition: gpu\n", []),
+        ("kind: local\n", ["cluster.partition=gpu"]),
+        ("sbatch: {output: x}\n", []),
+        ("gpu: ${nope}\n", []),
+        ("nodes: many\n", []),
+        ("color: red\n", []),
+        ("gpu: [\n", []),
+        ("- a\n", []),
+        ("defaults: [nope]\n", []),
+        ("# @package _global_\nseed: x\n", []),
+    ],
+    ids=lambda v: v if isinstance(v, str) else " ".join(v),
+)
+def test_what_is_wrong_with_a_profile_of_ones_own_names_its_file(text, words, tmp_path, monkeypatch):
+    file = own(text, tmp_path, monkeypatch)
+    with pytest.raises(ConfigurationError) as caught:
+        compose(["cluster=mine", *words])
+    assert str(caught.value).count(str(file)) == 1
+
+
+def test_what_is_no_fault_of_the_profile_does_not(tmp_path, monkeypatch):
+    file = own("partition: gpu\n", tmp_path, monkeypatch)
+    with pytest.raises(ConfigurationError) as caught:
+        compose(["cluster=mine", "training.epochs=-1"])
+    assert str(file) not in str(caught.value)
+
+
+def own(text, folder, monkeypatch):
+    file = folder / "cluster" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(folder))
+    return file
+
+
+def test_so_does_what_is_found_out_when_it_is_planned(tmp_path, monkeypatch, capsys):
+    file = own("kind: slurm\nmem_gib: 0.1\n", tmp_path, monkeypatch)
+    assert run_command("plan", ["cluster=mine", "device=cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "cluster.mem_gib" in said
+    assert said.count(str(file)) == 1
+    assert run_command("plan", ["cluster=mine", "device=cpu", "cluster.mem_gib=0.2"]) == 2
+    assert str(file) not in capsys.readouterr().err
