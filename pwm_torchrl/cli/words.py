@@ -379,18 +379,20 @@ RULES = (
     Rule(("task", "world_model", "world_model_sha256", "pretraining", "finetune"), "mode", ("extract",)),
     Rule(
         (
-            *_keys("algorithm", "collect_steps random_steps normalize_rewards first_model_updates"),
+            *_keys("algorithm", "collect_steps random_steps normalize_rewards first_model_updates updates_per_step"),
             *_OF_REPLAY,
         ),
         "mode",
         ("online",),
     ),
     Rule(_keys("algorithm", "normalize_observations scale_rewards"), "mode", ("online", "pretrain")),
+    # It is the length of the slices, of which a world model learns alone, only where they have none of their own.
+    Rule(("algorithm.horizon",), "algorithm.slice_steps", (None,), only=("mode", "pretrain")),
     Rule(("size.task_dim", *_keys("data", "balanced validation_fraction validation_slices")), "mode", ("pretrain",)),
     Rule(
         (
             *_keys("size", "actor_units critic_units num_critics"),
-            *_keys("algorithm", "lmbda detach updates_per_step max_updates critic_batch critic_steps target_rate"),
+            *_keys("algorithm", "lmbda detach max_updates critic_batch critic_steps target_rate"),
             *_keys("algorithm", "temperature target_entropy state_std entropy_weight normalize_returns actor_starts"),
             *_keys("algorithm", "actor_lr critic_lr actor_betas critic_betas actor_grad_norm critic_grad_norm"),
             *_keys("algorithm", "actor_batch actor_updates critic_passes critic_minibatches log_std_init log_std_min"),
@@ -521,7 +523,8 @@ def _refusal(config: Config, key: str, value: Any, rule: Rule) -> ConfigurationE
         )
     if rule.values == (None,):
         return ConfigurationError(
-            f"{key}={shown} means nothing beside {rule.by}={value_of(config, rule.by)}: leave one of them out"
+            f"{key}={shown} means nothing beside {rule.by}={value_of(config, rule.by)}: leave one of them out, or "
+            f"set {rule.by}=null"
         )
     if rule.values == ANY:
         return ConfigurationError(f"{key}={shown} means nothing without {rule.by}: set that, or leave {key} out")

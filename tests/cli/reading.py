@@ -53,6 +53,14 @@ RUNS: dict[str, tuple[str, ...]] = {
         "experiment=extract", "data.path=store", "world_model=pretrain", "task=cup-catch", "algorithm.actor_updates=1",
         "algorithm.actor_batch=8", *POLICY,
     ),
+    "pretrain_pwm": (
+        "experiment=pretrain", "algorithm=pwm", "data.path=store", "algorithm.model_updates=1",
+        "algorithm.model_batch=8", *NETWORKS,
+    ),
+    "extract_pwm": (
+        "experiment=extract", "algorithm=pwm", "data.path=store", "world_model=pretrain", "task=cup-catch",
+        "algorithm.actor_updates=1", "algorithm.actor_batch=8", "algorithm.critic_batch=8", *POLICY,
+    ),
 }  # fmt: skip
 
 

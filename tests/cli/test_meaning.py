@@ -63,6 +63,18 @@ FLOWS = "model=few_step, flow_v1, flow_v2 or flow_v3"
             ["experiment=pretrain", "algorithm.actor_lr=1"],
             ["algorithm.actor_lr=1", "mode=pretrain", "mode=online or extract"],
         ),
+        (
+            ["experiment=extract", "algorithm=pwm", "algorithm.updates_per_step=1"],
+            ["algorithm.updates_per_step=1", "mode=extract", "mode=online"],
+        ),
+        (
+            ["experiment=pretrain", "algorithm=pwm", "algorithm.updates_per_step=1"],
+            ["algorithm.updates_per_step=1", "mode=pretrain", "mode=online"],
+        ),
+        (
+            ["experiment=pretrain", "algorithm=pwm", "algorithm.horizon=9"],
+            ["algorithm.horizon=9", "algorithm.slice_steps=5", "algorithm.slice_steps=null"],
+        ),
         (["experiment=pretrain", "task=cup-catch"], ["task=cup-catch", "mode=pretrain", "mode=extract"]),
         (["experiment=extract", "algorithm.model_lr=1"], ["algorithm.model_lr=1", "finetune=false", "finetune=true"]),
         (["experiment=extract", "algorithm.collect_steps=2"], ["algorithm.collect_steps=2", "mode=online"]),
@@ -95,6 +107,8 @@ def test_is_refused_with_what_would_use_it(words, parts):
         ["cluster=local", "cluster.partition=null"],
         ["experiment=extract", "finetune=true", "algorithm.model_lr=1"],
         ["memory.device_gib=8"],
+        ["experiment=pretrain", "algorithm.horizon=9"],
+        ["experiment=pretrain", "algorithm=pwm", "algorithm.slice_steps=null", "algorithm.horizon=9"],
         ["logger=tensorboard", "logger.also=[wandb]", "logger.project=x"],
         ["algorithm=shac", "env=pendulum_torchrl", "algorithm.random_steps=0"],
         ["cluster=local", "cluster.gpus=0", "cluster.setup=[]"],

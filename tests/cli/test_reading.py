@@ -1,22 +1,39 @@
-"""A key that a run does not read is refused where it is typed: what small runs read is recorded and compared."""
+"""A key that a run does not read is refused where it is typed: what small runs read is recorded and compared.
+
+What is left out of that comparison has to be read by something else, which is asked here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
-from reading import LEAVES, RUNS, SMALL, read_elsewhere
+from reading import LEAVES, RUNS, SMALL, read_elsewhere, recorded
+from slurm_texts import SITE
 
+from pwm_torchrl.cli import complete, prepare
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.modes import of_world_model
+from pwm_torchrl.cli.modes import apply_mode, of_world_model
+from pwm_torchrl.cli.requests import Prepared, lacks_world_model
 from pwm_torchrl.cli.words import OF_SLURM, RULES
+from pwm_torchrl.cluster.resources import sbatch_parameters
+from pwm_torchrl.cluster.restarts import thriftier_plan
+from pwm_torchrl.config import Config
+from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.modules.dynamics.factory import options_of
+from pwm_torchrl.report.estimate import hardware_of
 
-#: Keys that a run in this process does not read and that are accepted beside it all the same, with the reason.
-ACCEPTED = {
-    "cluster.kind": "says where a run goes, which commands read",
-    "cluster.name": "a label",
-    "cluster.max_memory_restarts": "read where a job has ended",
-    "pretraining": "read by submit for task=all, refused by other modes",
-    "tasks": "likewise",
+#: Keys that some run in this process does not read and that are accepted beside it all the same, with what reads them.
+ACCEPTED: dict[str, Callable[[Path], object]] = {
+    "cluster.kind": lambda folder: prepare.place_of(compose([])),
+    "cluster.name": lambda folder: hardware_of(compose(["cluster=cpu"]), None),
+    "cluster.max_memory_restarts": lambda folder: thriftier_plan(folder, compose([]), {"status": "memory"}),
+    "pretraining": lambda folder: lacks_world_model(["experiment=extract", "task=all"]),
 }
+#: Read by a pre-training, and by submit for task=all, whose runs it is then a word of.
+TASKS = "tasks"
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +42,55 @@ def read() -> dict[str, set[str]]:
     return read_elsewhere()
 
 
+def is_refused(key: str, config: Config) -> bool:
+    """Whether a key is refused where it is typed."""
+    if any(rule.covers(key) and not rule.allows(config) for rule in RULES):
+        return True
+    if config.mode != "extract" or not of_world_model(key):
+        return False
+    with pytest.raises(ConfigurationError, match=key):
+        apply_mode(config, [key])
+    return True
+
+
+def options_of_flow(config: Config) -> set[str]:
+    """Keys of the options that the configuration's flow takes, which are read as one."""
+    dynamics = config.model.dynamics
+    if dynamics.kind != "flow":
+        return set()
+    return {f"model.dynamics.{option}" for option in options_of("flow", dynamics.parameterization)}
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_not_read_is_refused(name, read):
     config = compose([*RUNS[name], *SMALL, "run_dir=x"])
-    unread = [key for key in LEAVES if key not in read[name] and key not in ACCEPTED and key not in OF_SLURM]
-    if (
-        config.model.dynamics.kind == "flow"
-    ):  # its options are read as one; test_meaning compares them with what it takes
-        unread = [key for key in unread if not key.startswith("model.dynamics.")]
-    if name == "extract":
-        unread = [key for key in unread if not of_world_model(key)]  # refused before rules are asked
+    others = {*ACCEPTED, TASKS, *OF_SLURM, *options_of_flow(config)}
+    unread = [key for key in LEAVES if key not in read[name] and key not in others]
     assert "logger.project" in unread, "nothing is recorded"
-    silent = [key for key in unread if not any(rule.covers(key) and not rule.allows(config) for rule in RULES)]
-    assert not silent
+    assert not [key for key in unread if not is_refused(key, config)]
 
 
-def test_what_is_accepted_is_a_key():
-    assert ACCEPTED.keys() <= set(LEAVES)
+@pytest.mark.parametrize("key", ACCEPTED)
+def test_what_no_run_reads_is_read_elsewhere(key, read, tmp_path):
+    assert key in LEAVES
+    assert not [name for name in RUNS if key in read[name]], "it is no exception"
+    with recorded() as found:
+        ACCEPTED[key](tmp_path)
+    assert key in found
+
+
+def test_what_is_for_slurm_is_read_where_a_job_is_queued(monkeypatch):
+    monkeypatch.setattr(prepare, "site", lambda: SITE)
+    config = compose(["cluster=l40s", "cluster.partition=gpu", "size=tiny", "model=mlp", "env=pendulum"])
+    with recorded() as found:
+        _, resources = prepare.plan_for_slurm([Prepared(config, [])])
+        sbatch_parameters(config, resources, "x")
+    assert {*OF_SLURM} - found == {"cluster.time"}, "which is turned into cluster.time_min when it is composed"
+
+
+def test_tasks_are_read_by_a_pretraining_and_by_submit(read, monkeypatch):
+    assert TASKS in read["pretrain"]
+    facts = SimpleNamespace(task_names=("cup-catch", "walker-walk"))
+    monkeypatch.setattr(complete, "world_model_facts", lambda folder: facts)
+    config = compose(["experiment=extract", "world_model=x", "tasks=walker-walk"])
+    assert complete.tasks_to_extract(config) == ["walker-walk"]
