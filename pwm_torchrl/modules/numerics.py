@@ -218,7 +218,7 @@ def endpoint_of(latent: Tensor, logits: Tensor, size: int) -> Tensor:
 
 def through_logarithm(gradient: Tensor, latent: Tensor) -> Tensor:
     """The gradient of log(max(z, ε)) on to the latent z: where that lies below the floor, nothing."""
-    return (gradient / latent).masked_fill_(latent < EPSILON, 0)
+    return torch.ops.aten.threshold_backward(gradient / latent, latent, EPSILON)
 
 
 class _ResidualEndpoint(torch.autograd.Function):
