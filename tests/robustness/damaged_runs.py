@@ -111,11 +111,20 @@ DAMAGES_IN_FULL = {
 
 
 class Answer(NamedTuple):
-    """What a command said, and the numbers that it gave, if it gave any."""
+    """What a command said, and the numbers that it gave, if it gave any; of a report also its page."""
 
     text: str
     code: int
     numbers: Any
+    page: str = ""
+
+    def names(self, names: list[str], healthy: Answer) -> bool:
+        """Whether it speaks of a file more often than of a healthy one, to which a page links, too."""
+        return any(
+            mine.count(name) > usual.count(name)
+            for name in names
+            for mine, usual in ((self.text, healthy.text), (self.page, healthy.page))
+        )
 
 
 @contextlib.contextmanager
@@ -145,9 +154,13 @@ def _report(run: Path, out: Path) -> tuple[int, Any]:
     with contextlib.redirect_stdout(heard):
         code = run_command("report", [str(run), "--out", str(out)])
     print(heard.getvalue())
-    if (out / "report.html").exists():
-        print((out / "report.html").read_text())
-    return code, heard.getvalue()
+    page = out / "report.html"
+    return code, heard.getvalue() + (_without_times(page.read_text()) if page.exists() else "")
+
+
+def _without_times(page: str) -> str:
+    """A report's page as it would be of the same run at the same moment in the same folder."""
+    return re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?", "", page)
 
 
 def _evaluate(run: Path, out: Path) -> tuple[int, Any]:
@@ -176,12 +189,16 @@ def _resume(run: Path, out: Path) -> tuple[int, Any]:
 
 
 def learned(run: Path) -> dict[str, int]:
-    """Checksums of all that training changed, from the newest checkpoint."""
+    """Checksums of all that training changed, from the newest checkpoint, which has every part of it."""
     newest = CheckpointStore(run).latest()
     assert newest is not None
     listed = json.loads((newest / SEAL_FILE).read_text())["files"]
-    trained = ("actor", "critic", "model", "replay")
-    return {name: facts["crc32"] for name, facts in listed.items() if any(f"-{each}/" in name for each in trained)}
+    found: dict[str, int] = {}
+    for each in ("actor", "critic", "model", "replay"):
+        part = {name: facts["crc32"] for name, facts in listed.items() if f"-{each}/" in name}
+        assert part, f"{newest} holds no {each}"
+        found |= part
+    return found
 
 
 COMMANDS = {"status": _status, "report": _report, "evaluate": _evaluate, "resume": _resume}
@@ -197,7 +214,8 @@ def ask(command: str, run: Path, out: Path) -> Answer:
     out.mkdir()
     with _heard() as heard:
         code, numbers = _guarded(command, run, out)
-    return Answer(heard.getvalue(), code, _elsewhere(numbers, run.parent))
+    page = out / "report.html"
+    return Answer(heard.getvalue(), code, _elsewhere(numbers, run.parent), page.read_text() if page.exists() else "")
 
 
 def _elsewhere(numbers: Any, folder: Path) -> Any:

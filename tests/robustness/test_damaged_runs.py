@@ -75,17 +75,20 @@ def resolved(run: Path, pattern: str) -> list[str]:
 
 def fault_of(answer: Answer, healthy: Answer, file: str, damage: str) -> str | None:
     """What is wrong with an answer, if anything is."""
-    if "Traceback" in answer.text:
+    if "Traceback" in answer.text + answer.page:
         return f"a traceback: {answer.text[-400:]}"
     if answer.code == healthy.code and answer.numbers == healthy.numbers:
         return None
-    if any(name in answer.text for name in names_of(file)):
+    if answer.names(names_of(file), healthy):
         return None
     if damage in MAY_BE_EDITED and "checkpoints" not in file:
         return None
     if "flipped" in damage and file.endswith(".bin"):
         return None
-    return f"exit code {answer.code}, another answer, and the file is not named: {answer.text[-600:]!r}"
+    return (
+        f"exit code {answer.code}, another answer, and the file is not named: {answer.text[-600:]!r}, numbers "
+        f"{str(answer.numbers)[:300]!r} in the place of {str(healthy.numbers)[:300]!r}"
+    )
 
 
 #: Damage that may leave another valid text. Nor are the replay's segments, which may be of hundreds of GB, read as a
@@ -149,3 +152,18 @@ def test_every_kind_of_file_is_damaged(runs):
         listed = {file for of, pattern in CASES if of in (base, "stopped") for file in resolved(run, pattern)}
         others = [file for file in files_of(run) if file not in listed and not file.startswith("checkpoints/")]
         assert not others
+
+
+def test_a_link_to_a_file_does_not_name_its_damage():
+    """A report links to files of the run, whether they are damaged or not."""
+    link = "<a href=events.jsonl>events.jsonl</a>"
+    healthy = Answer("written", 0, [1], link)
+    told = "events.jsonl is damaged: "
+    for answer, fault in (
+        (Answer("written", 0, [2], link), True),
+        (Answer("written", 0, [2], told + link), False),
+        (Answer(told + "written", 0, [2], link), False),
+        (Answer(told, 2, None), False),
+        (Answer("", 2, None), True),
+    ):
+        assert (fault_of(answer, healthy, "events.jsonl", "truncated") is not None) == fault
