@@ -326,6 +326,7 @@ class AlgorithmConfig(Section):
     model_lr: float = setting(3e-4, above=0)
     actor_lr: float = setting(5e-4, above=0)
     critic_lr: float = setting(5e-4, above=0)
+    temperature_lr: Optional[float] = setting(None, above=0)  # pwm: of the entropy's weight; None: that of the actor
     final_lr: Optional[float] = setting(1e-5, least=0)  # every learning rate falls linearly to this one; None: they are
     # constant
     model_betas: list[float] = setting([0.9, 0.999], least=0, below=1, count=2)  # of Adam

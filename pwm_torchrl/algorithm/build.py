@@ -283,14 +283,15 @@ class NetworkOptimizer:
     max_norm: float
     lr: float
     final_lr: float | None
+    shares: tuple[float, ...] = (1.0,)  # of every parameter group's rate in ``lr``
 
     def set_progress(self, fraction: float) -> float:
         """Set and return the learning rate, linear from ``lr`` at 0 to ``final_lr`` at 1."""
         if self.final_lr is None:
             return self.lr
         value = self.lr + (self.final_lr - self.lr) * min(max(fraction, 0.0), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = value
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = value * share
         return value
 
     def step(self, before: Callable[[], None] | None = None) -> torch.Tensor:
@@ -314,8 +315,15 @@ def build_optimizers(cfg: Config, networks: Networks) -> dict[str, NetworkOptimi
             continue
         lr, betas, max_norm = (getattr(cfg.algorithm, f"{name}_{setting}") for setting in ("lr", "betas", "grad_norm"))
         parameters = list(module.parameters())
-        adam = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), fused=True)
+        groups: list[dict[str, Any]] = [{"params": parameters, "lr": lr}]
+        shares: tuple[float, ...] = (1.0,)
+        slow = cfg.algorithm.temperature_lr
+        if slow is not None and isinstance(module, Actor) and module.log_temperature is not None:
+            others = [p for p in parameters if p is not module.log_temperature]
+            groups = [{"params": others, "lr": lr}, {"params": [module.log_temperature], "lr": slow}]
+            shares = (1.0, slow / lr)
+        adam = torch.optim.Adam(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
         if isinstance(module, Actor):
             adam.register_step_post_hook(lambda *_, actor=module: actor.keep_std())
-        optimizers[name] = NetworkOptimizer(parameters, adam, max_norm, lr, cfg.algorithm.final_lr)
+        optimizers[name] = NetworkOptimizer(parameters, adam, max_norm, lr, cfg.algorithm.final_lr, shares)
     return optimizers

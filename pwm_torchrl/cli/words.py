@@ -348,7 +348,8 @@ RULES = (
     Rule(
         _keys(
             "algorithm",
-            "updates_per_step max_updates critic_batch critic_steps target_rate temperature target_entropy",
+            "updates_per_step max_updates critic_batch critic_steps target_rate temperature target_entropy "
+            "temperature_lr",
         ),
         _ALGORITHM,
         ("pwm",),
@@ -393,7 +394,10 @@ RULES = (
         (
             *_keys("size", "actor_units critic_units num_critics"),
             *_keys("algorithm", "lmbda detach max_updates critic_batch critic_steps target_rate"),
-            *_keys("algorithm", "temperature target_entropy state_std entropy_weight normalize_returns actor_starts"),
+            *_keys(
+                "algorithm",
+                "temperature temperature_lr target_entropy state_std entropy_weight normalize_returns actor_starts",
+            ),
             *_keys("algorithm", "actor_lr critic_lr actor_betas critic_betas actor_grad_norm critic_grad_norm"),
             *_keys("algorithm", "actor_batch actor_updates critic_passes critic_minibatches log_std_init log_std_min"),
             *_keys("memory", "actor_micro_batch critic_micro_batch"),

@@ -76,6 +76,24 @@ class TestSets:
         rows = [made.step() for _ in range(4)]
         assert {row["lr/actor"] for row in rows} == {made.algorithm.cfg.actor_lr}
 
+    @pytest.mark.parametrize("final", [None, 1e-5])
+    def test_the_temperature_has_a_rate_of_its_own(self, final: float | None) -> None:
+        """Adam's first step is the rate itself, whatever the gradient."""
+        moved = {}
+        for slow in (None, 5e-5):
+            made = bench(algorithm__temperature_lr=slow, algorithm__final_lr=final, training__epochs=2)
+            actor, optimizer = made.networks.actor, made.algorithm.optimizers["actor"]
+            optimizer.set_progress(0.5)
+            before = [p.detach().clone() for p in actor.parameters()]
+            for parameter in actor.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            after = dict(zip(actor.parameters(), before, strict=True))
+            step = {p is actor.log_temperature: (old - p).abs().max().item() for p, old in after.items()}
+            moved[slow] = step[True] / step[False]
+        assert moved[None] == pytest.approx(1, rel=0.05)
+        assert moved[5e-5] == pytest.approx(5e-5 / made.algorithm.cfg.actor_lr, rel=0.05)
+
     def test_the_slow_critics_follow(self) -> None:
         made = bench(algorithm__target_rate=0.25)
         made.step()  # in the unit of the data from here on
