@@ -162,7 +162,8 @@ def _check_file(option: str, file: Path) -> None:
 
 
 _SOURCES = (
-    "folder or file: *.pt (TD-MPC2's chunks), *.npz, *.h5 or *.hdf5 (one's own episodes); or minari:ID, minari:ID=TASK"
+    "folder or file: *.pt (TD-MPC2's chunks), *.npz, *.h5 or *.hdf5 (one's own episodes); minari:ID or minari:ID=TASK; "
+    "or a run, whose replay is read"
 )
 TASKS = "mt30, mt80, names separated by commas, or a YAML list of names"
 _TASK = "the task of episodes that do not name theirs"
@@ -172,7 +173,8 @@ def _usage_of_data() -> str:
     return f"""\
 usage: {typed("data")} COMMAND ...
 
-  import SOURCE... STORE --tasks TASKS   TD-MPC2's chunks, one's own episodes or Minari's, into a store
+  import SOURCE... STORE --tasks TASKS   TD-MPC2's chunks, one's own episodes, Minari's, or
+                                         the replays of runs, into a store
   inspect SOURCE|STORE [--tasks TASKS]   what is in it, and whether actions or rewards lie in the wrong rows
   generate ...                           episodes of random or trained policies, in the format of TD-MPC2
 

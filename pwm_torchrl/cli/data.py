@@ -11,12 +11,14 @@ from pwm_torchrl.cli.arguments import TASKS
 from pwm_torchrl.commands import typed
 from pwm_torchrl.data.episodes import EpisodeStore, Inspection, import_episodes, inspect_source, inspect_store
 from pwm_torchrl.data.episodes.inspection import describe_shifts
+from pwm_torchrl.data.episodes.sources import Source
 from pwm_torchrl.data.episodes.store import MANIFEST
 from pwm_torchrl.envs.tasks import TaskSet, task_set
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.progress import counting
 from pwm_torchrl.report.tables import Table
 from pwm_torchrl.run.generate import RANDOM, Behaviour, generate_episodes
+from pwm_torchrl.run.replay_episodes import RunReplay, is_run
 from pwm_torchrl.user_code import make_cwd_importable
 
 __all__ = ["run"]
@@ -82,11 +84,24 @@ def _behaviour(word: str, text: str, noise: float) -> Behaviour:
 
 
 def _import(args: Namespace) -> int:
-    store = import_episodes(
-        args.sources, args.store, task_set(args.tasks), task=args.task, keep_good=args.keep_good, progress=True
-    )
+    sources = _sources(args.sources, args.task)
+    tasks = task_set(args.tasks)
+    store = import_episodes(sources, args.store, tasks, task=args.task, keep_good=args.keep_good, progress=True)
     _report_store(store)
     return console.OK
+
+
+def _sources(given: Sequence[str], task: str | None) -> list[str | Path | Source]:
+    """Runs among the sources are their replays."""
+    found: list[str | Path | Source] = []
+    for each in given:
+        if is_run(each):
+            path = Path(each).resolve()
+            # Runs of a sweep are often named by their seed alone.
+            found.append(RunReplay(each, task, path.name if len(given) == 1 else f"{path.parent.name}/{path.name}"))
+        else:
+            found.append(each)
+    return found
 
 
 def _report_store(store: EpisodeStore) -> None:
@@ -119,7 +134,8 @@ def _inspect(args: Namespace) -> int:
     elif args.tasks is None:
         raise ConfigurationError(f"{args.sources[0]} is no store; say which tasks it numbers or names: --tasks {TASKS}")
     else:
-        found = inspect_source(args.sources, task_set(args.tasks), task=args.task, progress=True)
+        sources = _sources(args.sources, args.task)
+        found = inspect_source(sources, task_set(args.tasks), task=args.task, progress=True)
     return _report_inspection(found)
 
 

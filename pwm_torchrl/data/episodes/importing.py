@@ -31,12 +31,16 @@ CHUNK_SUFFIXES = (".pt",)
 
 
 def open_sources(
-    given: Sequence[str | Path], task: str | None = None, *, suffixes: Sequence[str] = (*CHUNK_SUFFIXES, *OWN_SUFFIXES)
+    given: Sequence[str | Path | Source],
+    task: str | None = None,
+    *,
+    suffixes: Sequence[str] = (*CHUNK_SUFFIXES, *OWN_SUFFIXES),
 ) -> list[Source]:
     """Open sources in the given order; the files of a folder are sorted by name.
 
     Args:
-        given (sequence of str or Path): folders, files, ``"minari:ID"`` or ``"minari:ID=TASK"``.
+        given (sequence of str, Path or Source): folders, files, ``"minari:ID"`` or ``"minari:ID=TASK"``, or open
+            sources.
         task (str, optional): task name for episodes without one. Defaults to ``None``.
 
     Keyword Args:
@@ -47,6 +51,9 @@ def open_sources(
     """
     found: list[Source] = []
     for each in given:
+        if not isinstance(each, (str, Path)):
+            found.append(each)
+            continue
         if str(each).startswith(PREFIX):
             dataset_id, _, own_task = str(each)[len(PREFIX) :].partition("=")
             found.append(MinariData(dataset_id, own_task or task))
@@ -107,7 +114,7 @@ def import_chunks(
 
 
 def import_episodes(
-    sources: str | Path | Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path | Source],
     store: str | Path,
     tasks: TaskSet,
     *,
@@ -120,7 +127,7 @@ def import_episodes(
     Args:
         sources (str, Path or sequence of them): folders or files of episodes (``*.npz``, ``*.h5``, ``*.hdf5``, laid out
             as described in :mod:`~pwm_torchrl.data.episodes.own_files`, and TD-MPC2's ``*.pt``), ``"minari:ID"`` or
-            ``"minari:ID=TASK"``.
+            ``"minari:ID=TASK"``; or open sources, such as :class:`~pwm_torchrl.run.replay_episodes.RunReplay`.
         store (str or Path): folder of the store; new, or with an unfinished import.
         tasks (TaskSet): the tasks of the store.
 

@@ -24,6 +24,7 @@ from pwm_torchrl.data.episodes.store import BadEpisodes, EpisodeRows, EpisodeSto
 from pwm_torchrl.data.episodes.writer import QUANTILES, ByteProgress
 
 if TYPE_CHECKING:
+    from pwm_torchrl.data.episodes.sources import Source
     from pwm_torchrl.envs.tasks import TaskSet
 
 __all__ = [
@@ -415,7 +416,11 @@ def inspect_store(store: EpisodeStore | str | Path) -> Inspection:
 
 
 def inspect_source(
-    sources: str | Path | Sequence[str | Path], tasks: TaskSet, *, task: str | None = None, progress: bool = False
+    sources: str | Path | Sequence[str | Path | Source],
+    tasks: TaskSet,
+    *,
+    task: str | None = None,
+    progress: bool = False,
 ) -> Inspection:
     """Summarise sources before an import; all data are read and checked as for an import.
 
