@@ -5,10 +5,11 @@
     python benchmarks/learning.py --suite dmc --tasks cheetah-run --seeds 1
     python benchmarks/learning.py --suite dmc --table             # run nothing, rewrite the table
 
-Only ``env.task`` and the seed differ between runs. A reading is the deterministic return of the policy at that step,
-over 20 episodes from starts that no earlier evaluation had. Every run is a directory below ``runs/learning/dmc``;
-finished ones are kept and unfinished ones resumed. One seed of every task comes before the second of any, and each
-finished run adds its readings to ``learning_dmc.csv`` there, or in ``benchmarks/results`` with ``--publish``.
+Only ``env.task`` and the seed differ between runs; words after ``--`` are settings for all of them, and runs with other
+settings have a section of their own. A reading is the deterministic return of the policy at that step, over 20 episodes
+from starts that no earlier evaluation had. Every run is a directory below ``runs/learning/dmc``; finished ones are kept
+and unfinished ones resumed. One seed of every task comes before the second of any, and each finished run adds its
+readings to ``learning_dmc.csv`` there, or in ``benchmarks/results`` with ``--publish``.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def command(task: str, seed: int, steps: int, run_dir: Path, extra: list[str]) -
         sys.executable,
         str(ROOT / "launch" / "train.py"),
         "model=residual",
+        "size=small",
         "env=task",
         f"env.task={task}",
         f"seed={seed}",
@@ -171,24 +173,33 @@ def run_missing(tasks: list[str], seeds: int, steps: int, extra: list[str], fold
                 print(f"  {reading.env_steps}: {reading.value:.0f} after {reading.minutes:.0f} minutes", flush=True)
 
 
-def table(overrides: str, hardware: str, folder: Path) -> str:
-    """The results in a folder as Markdown."""
-    mine = [r for r in recorded(folder) if r.overrides == overrides]
+def document(hardware: str, folder: Path) -> str:
+    """The results in a folder as Markdown, those with other settings below."""
     lines = [
-        "# DMControl online, one configuration" + (f", {overrides}" if overrides else ""),
+        "# DMControl online, one configuration",
         "",
         f"`python benchmarks/learning.py --suite dmc`, {hardware}; one thread per run. Deterministic return of the "
         "policy at that step, 20 episodes from fresh starts, mean over seeds; published means beside it (TD-MPC2's "
         "result files). Bold: at least 95 % of SAC's. Minutes until the reading, on a machine shared with other work.",
         "",
+        *table("", folder),
     ]
+    for overrides in sorted({r.overrides for r in recorded(folder)} - {""}):
+        lines += table(overrides, folder)
+    return "\n".join(lines)
+
+
+def table(overrides: str, folder: Path) -> list[str]:
+    """The lines of the tables of one configuration."""
+    mine = [r for r in recorded(folder) if r.overrides == overrides]
+    lines = []
     for k, steps in enumerate(READINGS):
         here = {t: [r for r in mine if (r.task, r.env_steps) == (t, steps)] for t in TASKS}
         if not any(here.values()):
             continue
         partial = min(len(found) for found in here.values()) < 3
         lines += [
-            f"## {steps:,} environment steps{' (partial)' if partial else ''}",
+            f"## {steps:,} environment steps{f' with `{overrides}`' if overrides else ''}{' (partial)' if partial else ''}",
             "",
             "| task | seeds | return | SAC | TD-MPC2 | DreamerV3 | of SAC | minutes |",
             "|---|---|---|---|---|---|---|---|",
@@ -215,7 +226,7 @@ def table(overrides: str, hardware: str, folder: Path) -> str:
         interval = f" (95 % bootstrap interval {pooled.low:.0f} to {pooled.high:.0f})" if isfinite(pooled.low) else ""
         runs = f"{pooled.count} runs of {len(done)} tasks"
         lines += ["", f"Interquartile mean over {runs}: {pooled.value:.0f}{interval}.", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def main(words: list[str], hardware: str) -> None:
@@ -231,8 +242,7 @@ def main(words: list[str], hardware: str) -> None:
     out = RESULTS if args.publish else RUNS
     if not args.table:
         run_missing(args.tasks, args.seeds, args.steps, args.overrides, out)
-    text = table(" ".join(args.overrides), hardware, out)
+    text = document(hardware, out)
     print("\n" + text)
-    if not args.overrides:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "learning_dmc.md").write_text(text, encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "learning_dmc.md").write_text(text, encoding="utf-8")

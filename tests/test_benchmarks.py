@@ -63,12 +63,23 @@ class TestLearning:
             for seed in range(count):
                 reading = module.Reading(task, seed, 100_000, 100.0 * (seed + 1), 1.0, 1.0, "2026-01-01", "")
                 module.record([reading], tmp_path)
-        text = module.table("", "hardware", tmp_path)
+        text = module.document("hardware", tmp_path)
         pooled = len(set(seeds)) == 1
         assert (f"Interquartile mean over {sum(seeds)} runs of 2 tasks: " in text) == pooled
         assert ("do not have the same number of seeds" in text) != pooled
         assert ("bootstrap interval 100 to 200" in text) == shown
         assert ("interval" in text) == shown
+
+    def test_other_settings_have_a_section_of_their_own(self, learning, tmp_path):
+        module = learning.learning_dmc
+        for value, settings in ((100.0, ""), (300.0, "algorithm.horizon=0")):
+            reading = module.Reading(module.TASKS[0], 0, 100_000, value, 1.0, 1.0, "2026-01-01", settings)
+            module.record([reading], tmp_path)
+        own, _, other = module.document("hardware", tmp_path).partition("with `algorithm.horizon=0`")
+        assert "| 1 | 100 |" in own
+        assert "300" not in own
+        assert "| 1 | 300 |" in other
+        assert "| 1 | 100 |" not in other
 
     def test_a_deviation_where_there_is_more_than_one_seed(self, learning):
         row = {"final_mean": -150.0, "final_std": 7.0}
