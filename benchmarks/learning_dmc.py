@@ -197,9 +197,10 @@ def table(overrides: str, folder: Path) -> list[str]:
         here = {t: [r for r in mine if (r.task, r.env_steps) == (t, steps)] for t in TASKS}
         if not any(here.values()):
             continue
-        partial = min(len(found) for found in here.values()) < 3
+        partial = " (partial)" if min(len(found) for found in here.values()) < 3 else ""
+        settings = f" with `{overrides}`" if overrides else ""
         lines += [
-            f"## {steps:,} environment steps{f' with `{overrides}`' if overrides else ''}{' (partial)' if partial else ''}",
+            f"## {steps:,} environment steps{settings}{partial}",
             "",
             "| task | seeds | return | SAC | TD-MPC2 | DreamerV3 | of SAC | minutes |",
             "|---|---|---|---|---|---|---|---|",

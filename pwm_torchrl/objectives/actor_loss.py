@@ -20,7 +20,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from pwm_torchrl.modules import RunningStatistics, WorldModel
 from pwm_torchrl.modules.numerics import products_in
-from pwm_torchrl.objectives.base import PWMLoss, check_shape, micro_batches
+from pwm_torchrl.objectives.base import Gradients, PWMLoss, check_shape, hand_out, micro_batches, plus_gradients
 from pwm_torchrl.objectives.functional import (
     apart,
     delayed,
@@ -45,7 +45,7 @@ RETURN_EPSILON = 1e-5
 class Accumulated(NamedTuple):
     """What the micro-batches of an actor update add up to, before its gradients are divided."""
 
-    gradients: list[Tensor | None]  # of −mean(J), by parameter; None for those that J does not depend on
+    gradients: Gradients  # of −mean(J), by parameter; None for those that J does not depend on
     returns: Tensor  # J [B, 1]
     rollouts: TensorDictBase  # [B, H], detached
 
@@ -472,7 +472,7 @@ class PWMActorLoss(PWMLoss):
         count = len(start) if count is None else count
         divisor = count if self.reduction == "mean" else 1
         parameters = self._trained()
-        total: list[Tensor | None] = [None] * len(parameters)
+        total: Gradients | None = None
         returns, imagined = [], []
         for rows in micro_batches(len(start), micro_batch):
             tasks = None if task is None else task[rows]
@@ -480,21 +480,17 @@ class PWMActorLoss(PWMLoss):
             rollout, next_value = self.imagine(start[rows], tasks, drawn)
             part = self.returns(rollout, next_value)
             objective = part + self.entropy_bonus(rollout, drawn, tasks)
-            gradients = torch.autograd.grad(-objective.sum() / divisor, parameters, allow_unused=True)
-            # Not in place: autograd may hand out one tensor as the gradient of two parameters.
-            total = [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
+            total = plus_gradients(total, -objective.sum() / divisor, parameters)
             returns.append(part.detach())
             imagined.append(self.detached(rollout, next_value))
-            del rollout, next_value, part, objective, gradients  # or they would live beside the next part's
+            del rollout, next_value, part, objective  # or they would live beside the next part's
+        assert total is not None  # there is at least one part, be it empty
         return Accumulated(total, torch.cat(returns), imagined[0] if len(imagined) == 1 else torch.cat(imagined))
 
     def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:
         """The second half of :meth:`backward`, with what the whole batch accumulated; returns what that returns."""
         divisor = self.divisor(whole.returns)
-        for parameter, gradient in zip(self._trained(), whole.gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient / divisor
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        hand_out(whole.gradients, self._trained(), divisor)
         loss = self.reduced(-whole.returns) / divisor
         return self.metrics(loss, whole.returns, whole.rollouts), whole.rollouts
 

@@ -6,7 +6,7 @@ first, means divide by counts of the whole batch, running statistics are updated
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from tensordict.nn import TensorDictModuleBase
@@ -83,6 +83,26 @@ def backward_in_parts(
         del parts  # or its graph would live beside the next micro-batch's
         total = {key: total[key] + value for key, value in detached.items()} if total else detached
     return total
+
+
+Gradients = list[Tensor | None]
+
+
+def plus_gradients(total: Gradients | None, loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
+    """The gradients of the parts so far and of one more; ``None`` where no part reads a parameter."""
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if total is None:
+        return list(gradients)
+    # Not in place: autograd may hand out one tensor as the gradient of two parameters.
+    return [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
+
+
+def hand_out(gradients: Gradients, parameters: Sequence[Tensor], divisor: Tensor | float | None = None) -> None:
+    """Add gradients, divided if there is a divisor, to the parameters' own."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            gradient = gradient if divisor is None else gradient / divisor
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 # What the losses share as TorchRL LossModules -------------------------------------------------------------------------

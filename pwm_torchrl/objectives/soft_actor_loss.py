@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 from pwm_torchrl.modules import Actor, CriticEnsemble, WorldModel
 from pwm_torchrl.modules.numerics import products_in
 from pwm_torchrl.objectives.actor_loss import Accumulated
-from pwm_torchrl.objectives.base import PWMLoss, check_shape, micro_batches
+from pwm_torchrl.objectives.base import Gradients, PWMLoss, check_shape, hand_out, micro_batches, plus_gradients
 from pwm_torchrl.objectives.functional import frozen, swapped
 
 #: An action of this size or more has left tanh hardly any gradient.
@@ -336,7 +336,7 @@ class SoftActorLoss(PWMLoss):
         divisor = self.divisor * (count if self.reduction == "mean" else 1)
         parameters = self._trained()
         log_temperature = self.actor_params["log_temperature"]
-        total: list[Tensor | None] = [None] * len(parameters)
+        total: Gradients | None = None
         objectives, summaries = [], []
         for rows in micro_batches(len(start), micro_batch):
             rollout = self.imagine(start[rows], noise[:, rows])
@@ -344,19 +344,16 @@ class SoftActorLoss(PWMLoss):
                 count if self.reduction == "mean" else 1
             )
             loss = -(rollout.objective / divisor).sum() + log_temperature * surplus
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            # Not in place: autograd may hand out one tensor as the gradient of two parameters.
-            total = [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
+            total = plus_gradients(total, loss, parameters)
             objectives.append(rollout.objective.detach())
             summaries.append(self._rows(rollout))
-            del rollout, loss, gradients  # or they would live beside the next part's
+            del rollout, loss  # or they would live beside the next part's
+        assert total is not None  # there is at least one part, be it empty
         return Accumulated(total, torch.cat(objectives), torch.cat(summaries))
 
     def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:
         """The second half of :meth:`backward`, with what the whole batch accumulated; returns what that returns."""
-        for parameter, gradient in zip(self._trained(), whole.gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        hand_out(whole.gradients, self._trained())
         return self.metrics(whole.returns, whole.rollouts), whole.rollouts
 
     def _trained(self) -> list[Tensor]:
