@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import uuid
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,6 +217,29 @@ class SegmentFiles:
             with storage_faults(self.path(number), "read the replay file"):
                 raise
 
+    def checksums(self, number: int, parts: Iterable[tuple[int, int]]) -> list[int]:
+        """CRC-32 of parts of a file, (offset, bytes) each.
+
+        Raises:
+            StorageFault: if the file cannot be read.
+        """
+        found = []
+        with storage_faults(self.path(number), "read the replay file"), self.path(number).open("rb") as file:
+            for offset, count in parts:
+                file.seek(offset)
+                value = 0
+                for start in range(0, count, _AT_ONCE):
+                    value = zlib.crc32(file.read(min(_AT_ONCE, count - start)), value)
+                found.append(value)
+        return found
+
+    def damaged(self, number: int) -> str:
+        """Error message for a file whose content is not what was written."""
+        return (
+            f"The replay file {self.path(number)} ({amount(self.size)}) is damaged: its checksum is not that of what "
+            "was written; restore it, or start the run again without resume."
+        )
+
     def sync(self) -> None:
         """Flush everything written to the disk.
 
@@ -273,6 +298,10 @@ class SegmentFiles:
             os.close(descriptor)
 
 
+#: Bytes that are read at once where a file is compared with its checksum.
+_AT_ONCE = 2**22
+
+
 def held_bytes(folder: Path) -> int:
     """Bytes of a folder's segment files."""
     return sum(path.stat().st_size for path in folder.glob(_PATTERN))
@@ -285,6 +314,33 @@ def _number(path: Path) -> int:
 def _close_all(descriptors: dict[int, int]) -> None:
     while descriptors:
         os.close(descriptors.popitem()[1])
+
+
+# Checksums of the segments, which a checkpoint holds ------------------------------------------------------------------
+
+
+class Checksum:
+    """CRC-32 of a segment's steps, kept up while they are written.
+
+    The steps of an environment are written in order, so that each environment has a checksum that grows with them.
+
+    Args:
+        first (int): the first step in the segment that is counted; those before were not written.
+        rows (list of int): CRC-32 of each environment's steps.
+    """
+
+    def __init__(self, first: int, rows: list[int]) -> None:
+        self.first = first
+        self.rows = rows
+
+    def add(self, env: int, steps: memoryview) -> None:
+        """Count steps of an environment that follow those before."""
+        self.rows[env] = zlib.crc32(steps, self.rows[env])
+
+    @property
+    def value(self) -> int:
+        """One number for all environments."""
+        return zlib.crc32(struct.pack(f"<{len(self.rows)}I", *self.rows))
 
 
 # Append-only store of segments, whose newest steps can be sampled -----------------------------------------------------
@@ -301,6 +357,9 @@ class SegmentStore:
     Within a segment, records are ordered ``[env, step]``, so a slice of one environment is one contiguous read and a
     batch ``[N, T]`` is N contiguous writes. Data are written into files that were allocated before, so a full disk
     raises an exception before any part of a batch can be sampled. The pages are page cache, not memory of the process.
+
+    A checkpoint holds a checksum of every segment, with which the segments are compared when it is loaded: that reads
+    them once, as loading a replay in memory does. Sampling compares nothing.
 
     This is not a :class:`~torchrl.data.replay_buffers.Storage`, because a TorchRL writer chooses and reuses slots of a
     ring, and a storage is saved by copying it. This store avoids both.
@@ -340,6 +399,7 @@ class SegmentStore:
         self._protected: int | None = None  # steps at the oldest checkpoint kept, None if there is none
         self._journal: Journal | None = None
         self._files: SegmentFiles | None = None
+        self._sums: dict[int, Checksum] = {}  # of each segment, but of those that an earlier version wrote
 
     @property
     def filled(self) -> int:
@@ -380,6 +440,7 @@ class SegmentStore:
         if end // segment > self.steps // segment:
             # Flush the finished segment now, so that the next checkpoint has at most one segment to flush.
             files.sync()
+        self._count(records, touched)
         self.steps = end
         files.close_before(self.oldest // segment)
 
@@ -392,6 +453,16 @@ class SegmentStore:
         stop = min(self.steps + records.shape[1], first + journal.segment_steps)
         for env, part in enumerate(records[:, start - self.steps : stop - self.steps]):
             yield (env * journal.segment_steps + start - first) * size, part.numpy().data.cast("B")
+
+    def _count(self, records: Tensor, touched: Iterable[int]) -> None:
+        """Let the checksums follow a batch that is written."""
+        journal, _ = self._opened()
+        for number in touched:
+            start = max(0, self.steps - number * journal.segment_steps)
+            if start == 0 or number not in self._sums:
+                self._sums[number] = Checksum(start, [0] * self.num_envs)
+            for env, (_, data) in enumerate(self._pieces(records, number)):
+                self._sums[number].add(env, data)
 
     def end_episodes(self) -> None:
         """Mark the newest step of every environment as the last of its episode.
@@ -413,6 +484,16 @@ class SegmentStore:
         size, start = journal.layout.record_bytes, journal.layout.fields["next", "done"].start
         rows = (env * journal.segment_steps + row for env in range(self.num_envs))
         files.write(number, [(each * size + start, flag.numpy().data.cast("B")) for each, flag in zip(rows, flags)])
+        if number in self._sums:
+            self._sums[number] = self._checksum(number, self._sums[number].first)
+
+    def _checksum(self, number: int, first: int) -> Checksum:
+        """The checksum of a segment as it lies on the disk, from one of its steps on."""
+        journal, files = self._opened()
+        size, segment = journal.layout.record_bytes, journal.segment_steps
+        count = min(segment, self.steps - number * segment) - first
+        parts = (((env * segment + first) * size, count * size) for env in range(self.num_envs))
+        return Checksum(first, files.checksums(number, parts))
 
     def begin_at(self, step: int) -> None:
         """Start at a step, as if earlier steps had been written and deleted; for data from another storage."""
@@ -481,6 +562,7 @@ class SegmentStore:
         kept = self.steps if self._protected is None else min(self._protected, self.steps)
         reachable = max(0, kept - self.capacity) // self._journal.segment_steps
         self._files.remove(number for number in self._files.numbers() if number < reachable)
+        self._sums = {number: each for number, each in self._sums.items() if number >= reachable}
 
     def slices(self, count: int) -> TensorDictBase:
         """Slices ``[count, horizon]``, uniform over all starts."""
@@ -528,6 +610,8 @@ class SegmentStore:
         """
         if self._files is not None:
             self._files.sync()
+        needed = self.oldest // self._journal.segment_steps if self._journal else 0
+        sums = [(number, each.first, each.value) for number, each in self._sums.items() if number >= needed]
         return {
             "steps": self.steps,
             "envs": self.num_envs,
@@ -535,6 +619,8 @@ class SegmentStore:
             "writer": self._writer,
             # Saved because end_episodes may overwrite them later.
             "done": self._newest_done() if self.steps else None,
+            # [segments, 3]: number, first step in it, checksum up to the newest step.
+            "checksums": torch.tensor(sums, dtype=torch.int64).reshape(-1, 3),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -542,7 +628,7 @@ class SegmentStore:
 
         Raises:
             ConfigurationError: if the checkpoint has another number of environments or another capacity.
-            StorageFault: if its data no longer exist.
+            StorageFault: if its data no longer exist, or are damaged.
         """
         steps, envs, filled = state_dict["steps"], state_dict["envs"], state_dict["filled"]
         if not steps:
@@ -566,3 +652,23 @@ class SegmentStore:
         self._journal, self._files = journal, files
         if not torch.equal(self._newest_done(), state_dict["done"]):
             self._write_done(state_dict["done"])
+        try:
+            self._compare(state_dict.get("checksums"))
+        except StorageFault:
+            self._reset()
+            raise
+
+    def _compare(self, saved: Tensor | None) -> None:
+        """Compare the segments with the checksums of a checkpoint; one of an earlier version has none.
+
+        Raises:
+            StorageFault: for the first segment that is damaged.
+        """
+        journal, files = self._opened()
+        for number, first, value in [] if saved is None else saved.tolist():
+            self._sums[number] = self._checksum(number, first)
+            if self._sums[number].value != value:
+                raise StorageFault(files.damaged(number))
+        newest = (self.steps - 1) // journal.segment_steps
+        if newest not in self._sums:  # steps of an earlier version, which new ones follow
+            self._sums[newest] = self._checksum(newest, 0)

@@ -132,7 +132,9 @@ class TestCheckpoints:
     def test_hold_no_data(self, tmp_path):
         state = store_in(tmp_path, steps=30).state_dict()
         assert (state["steps"], state["envs"], state["filled"]) == (30, N, 10)
-        assert sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)) == N
+        assert state["done"].nbytes == N
+        assert state["checksums"].shape == (3, 3)  # of the segments of its steps
+        assert {name for name, value in state.items() if isinstance(value, torch.Tensor)} == {"done", "checksums"}
 
     def test_data_reach_the_disk_first(self, tmp_path, monkeypatch):
         """Every written file and its folder."""
@@ -156,9 +158,14 @@ class TestCheckpoints:
         def fail(descriptor):
             raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(StorageFault, match=r"segment_000000\.bin: Input/output error"):
-            store.state_dict()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(StorageFault, match=r"segment_000000\.bin: Input/output error"):
+                store.state_dict()
+            with pytest.raises(StorageFault, match=r"segment_000000\.bin: Input/output error"):
+                store.extend(numbered(2, 2))  # the segment's last steps
+        store.extend(numbered(2, 2))
+        store_in(tmp_path).load_state_dict(store.state_dict())
 
     @pytest.mark.parametrize("number", [5, 6, 7])
     @pytest.mark.parametrize("damage", ["missing", "short"])
@@ -175,6 +182,57 @@ class TestCheckpoints:
             store.load_state_dict(state)
         assert "\n" not in str(caught.value)
         assert store.steps == 0
+
+    @pytest.mark.parametrize("steps", [30, 32])
+    @pytest.mark.parametrize("ended", [False, True])
+    def test_a_flipped_bit_is_seen(self, ended, steps, tmp_path):
+        """In every segment that a checkpoint needs, and in every record of it."""
+        store = store_in(tmp_path, steps=steps)
+        if ended:
+            store.end_episodes()
+        state = store.state_dict()
+        journal = store._journal
+        for step in range(steps - 10, steps):
+            number, row = divmod(step, 4)
+            file = tmp_path / f"segment_{number:06d}.bin"
+            whole = file.read_bytes()
+            for env in range(N):
+                flipped = bytearray(whole)
+                flipped[(env * 4 + row) * journal.layout.record_bytes] ^= 1
+                file.write_bytes(flipped)
+                again = store_in(tmp_path)
+                with pytest.raises(StorageFault, match=rf"{file.name} .*is damaged: its checksum.* without resume"):
+                    again.load_state_dict(state)
+                assert again.steps == 0
+            file.write_bytes(whole)
+        store_in(tmp_path).load_state_dict(state)
+
+    def test_checksums_follow_a_run_that_goes_on(self, tmp_path):
+        """Through resumptions, back to an earlier checkpoint too, and episodes that end with them."""
+        store, states = store_in(tmp_path, steps=7), []
+        for count in (2, 3, 5, 1):
+            states.append(store.state_dict())
+            store.release(states[0]["steps"])
+            store = store_in(tmp_path)
+            store.load_state_dict(states[-1])
+            store.end_episodes()
+            store.extend(numbered(store.steps, count))
+        store_in(tmp_path).load_state_dict(store.state_dict())
+        store_in(tmp_path).load_state_dict(states[0])
+
+    def test_those_of_an_earlier_version_have_no_checksums(self, tmp_path):
+        state = store_in(tmp_path, steps=30).state_dict()
+        del state["checksums"]
+        store = store_in(tmp_path)
+        store.load_state_dict(state)
+        store.extend(numbered(30, 3))
+        state = store.state_dict()
+        assert sorted(state["checksums"][:, 0].tolist()) == [7, 8]  # 5 and 6 were written before
+        store_in(tmp_path).load_state_dict(state)
+        file = tmp_path / "segment_000007.bin"
+        file.write_bytes(bytes(len(file.read_bytes())))
+        with pytest.raises(StorageFault, match=file.name):
+            store_in(tmp_path).load_state_dict(state)
 
     def test_the_folder_is_gone(self, tmp_path):
         state = store_in(tmp_path / "replay", steps=30).state_dict()

@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,16 +185,22 @@ def _resume(run: Path, out: Path) -> tuple[int, Any]:
         print(error)
         return console.FAILED, None
     told = [summary[key] for key in ("status", "epochs_done", "final_return", "peak_return", "random_return")]
-    return console.OK, [told, rows_of(folder), learned(folder)]
+    # That of a replay on disk names its writer, another one each time.
+    trained = TRAINED[:-1] if cfg.training.replay_storage == "disk" else TRAINED
+    return console.OK, [told, rows_of(folder), learned(folder, trained)]
 
 
-def learned(run: Path) -> dict[str, int]:
+#: What an online run trains, and what it collects.
+TRAINED = ("actor", "critic", "model", "replay")
+
+
+def learned(run: Path, trained: Sequence[str] = TRAINED) -> dict[str, int]:
     """Checksums of all that training changed, from the newest checkpoint, which has every part of it."""
     newest = CheckpointStore(run).latest()
     assert newest is not None
     listed = json.loads((newest / SEAL_FILE).read_text())["files"]
     found: dict[str, int] = {}
-    for each in ("actor", "critic", "model", "replay"):
+    for each in trained:
         part = {name: facts["crc32"] for name, facts in listed.items() if f"-{each}/" in name}
         assert part, f"{newest} holds no {each}"
         found |= part

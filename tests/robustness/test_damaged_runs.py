@@ -81,9 +81,7 @@ def fault_of(answer: Answer, healthy: Answer, file: str, damage: str) -> str | N
         return None
     if answer.names(names_of(file), healthy):
         return None
-    if damage in MAY_BE_EDITED and "checkpoints" not in file:
-        return None
-    if "flipped" in damage and file.endswith(".bin"):
+    if damage in MAY_BE_EDITED and "checkpoints" not in file and not file.endswith(".bin"):
         return None
     return (
         f"exit code {answer.code}, another answer, and the file is not named: {answer.text[-600:]!r}, numbers "
@@ -91,8 +89,7 @@ def fault_of(answer: Answer, healthy: Answer, file: str, damage: str) -> str | N
     )
 
 
-#: Damage that may leave another valid text. Nor are the replay's segments, which may be of hundreds of GB, read as a
-#: whole before a run goes on; that they are there and how long they are is compared.
+#: Damage that may leave another valid text.
 MAY_BE_EDITED = [
     name for name in damaged_runs.DAMAGES_IN_FULL if name.startswith(("flipped_low", "flipped_01", "flipped_10"))
 ]
