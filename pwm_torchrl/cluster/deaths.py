@@ -7,6 +7,7 @@ evidence); SLURM's record tells the rest. What is done depends on the reason and
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,17 +196,18 @@ COMES_BACK = (TIMEOUT, PREEMPTION, REQUEUED, NODE_FAILURE, MEMORY, KILLED)
 JOB_FILE = "job.json"
 
 
-_LISTS = ("job_ids", "awaited_by", "code")
+#: Lists of texts, with the form of each text: SLURM is asked about ids, and refuses to answer about anything else.
+_LISTS = {"job_ids": r"\d+(_\d+)?", "awaited_by": r"\d+(_\d+)?", "code": r"(?s).+"}
 
 
 def read_job(run_dir: Path) -> dict[str, Any]:
     """What was asked for, without what is damaged; empty for a run that was never submitted."""
     content = read_object(run_dir / JOB_FILE)
-    return {key: value for key, value in content.items() if key not in _LISTS or _is_texts(value)}
+    return {key: value for key, value in content.items() if key not in _LISTS or _is_list(value, _LISTS[key])}
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+def _is_list(value: Any, form: str) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) and re.fullmatch(form, each) for each in value)
 
 
 def memory_asked(run_dir: Path) -> int:

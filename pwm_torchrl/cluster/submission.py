@@ -154,10 +154,11 @@ def last_request(run_dir: Path) -> Resources:
     mem_mb, job = memory_asked(run_dir), read_job(run_dir)
     others = [name for name in Resources.__dataclass_fields__ if name != "mem_mb"]
     wrong = [name for name in others if type(job.get(name)) is not int]
+    if not job.get("job_ids"):
+        wrong.append("job_ids")
     if wrong:
         raise ConfigurationError(
-            f"{run_dir / JOB_FILE} is damaged: it has no number for {', '.join(wrong)}; delete it and submit the run "
-            "again"
+            f"{run_dir / JOB_FILE} is damaged: it has no valid {', '.join(wrong)}; delete it and submit the run again"
         )
     return Resources(mem_mb=mem_mb, **{name: job[name] for name in others})
 

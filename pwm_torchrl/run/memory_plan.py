@@ -132,11 +132,14 @@ def decided_compile(cfg: Config, device: torch.device, run_dir: Path, resume: bo
 
 def _saved_decision(file: Path) -> bool:
     try:
-        return bool(json.loads(file.read_text(encoding="utf-8"))["compile"])
+        decision = json.loads(file.read_text(encoding="utf-8"))["compile"]
+        if not isinstance(decision, bool):
+            raise ValueError(f"compile={decision}")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{file} does not say whether the run was compiled ({error}); delete it, and that is decided anew."
         ) from error
+    return decision
 
 
 def saved_choices(run_dir: Path) -> Choices | None:

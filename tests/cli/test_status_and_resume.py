@@ -307,6 +307,18 @@ class TestResources:
         assert (run / "config.yaml").read_text() == before
         assert not asked
 
+    @pytest.mark.parametrize("damage", [{"job_ids": ["x"]}, {"cpus": ["2"]}, {"mem_mb": "2000"}])
+    def test_a_request_that_is_damaged_is_named(self, damage, run, asked, monkeypatch, capsys):
+        monkeypatch.setattr(
+            resume, "job_states", lambda ids: pytest.fail(f"asked about {list(ids)}") if "x" in ids else {}
+        )
+        (run / "job.json").write_text(json.dumps({**json.loads((run / "job.json").read_text()), **damage}))
+        assert run_command("resume", [str(run)]) == 1
+        said = capsys.readouterr().err
+        assert "job.json is damaged" in said
+        assert next(iter(damage)) in said
+        assert not asked
+
     def test_of_a_run_of_this_machine_they_are_refused(self, run, asked, monkeypatch, capsys):
         monkeypatch.setattr(submit, "slurm_available", lambda: False)
         before = (run / "config.yaml").read_text()

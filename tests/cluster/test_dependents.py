@@ -72,7 +72,7 @@ def test_dependents_are_told_before_their_job_is_cancelled(pretraining, monkeypa
     monkeypatch.setattr(end_of_job, "resubmit", lambda run, cfg, asked: done.append(f"queued {asked.mem_mb}") or "9")
     monkeypatch.setattr(submission, "scontrol", lambda *words: done.append(" ".join(words)))
     monkeypatch.setattr(end_of_job.subprocess, "run", lambda command, check: done.append(" ".join(command)))
-    write_job(pretraining, awaited_by=["8"], **Resources(1024, 1, 0, 1, 5).as_dict())
+    write_job(pretraining, job_ids=["7"], awaited_by=["8"], **Resources(1024, 1, 0, 1, 5).as_dict())
     life = Life("7", 0)
     assert end_of_job._ask_for_memory(pretraining, life, NextPlan(2048, {}, "more memory")) == 75
     assert done == ["queued 2048", "update JobId=8 Dependency=afterok:9", "scancel 7"]

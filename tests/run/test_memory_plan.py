@@ -246,7 +246,8 @@ class TestCompile:
         assert "no-such-compiler" in told
         assert "algorithm.compile=false" in told
 
-    def test_a_broken_file_is_told(self, tmp_path: Path) -> None:
-        (tmp_path / "compile.json").write_text("{}")
+    @pytest.mark.parametrize("text", ["{}", "", '{"compile": ["x"]}'])
+    def test_a_broken_file_is_told(self, text: str, tmp_path: Path) -> None:
+        (tmp_path / "compile.json").write_text(text)
         with pytest.raises(ConfigurationError, match=r"compile\.json"):
             self.decided(self.cfg(10), tmp_path, resume=True)
