@@ -623,8 +623,16 @@ class SegmentStore:
             "checksums": torch.tensor(sums, dtype=torch.int64).reshape(-1, 3),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, read_only: bool = False) -> None:
         """Continue from :meth:`state_dict`. Nothing is deleted until :meth:`release` is called.
+
+        Args:
+            state_dict (dict): of a checkpoint.
+
+        Keyword Args:
+            read_only (bool): whether the files belong to a run that may be going on, so that they stay as they are:
+                where that has ended its episodes after the checkpoint, the newest step says so here too. Defaults to
+                ``False``.
 
         Raises:
             ConfigurationError: if the checkpoint has another number of environments or another capacity.
@@ -650,10 +658,14 @@ class SegmentStore:
         self._reset()
         self.steps, self._writer, self._protected = steps, state_dict["writer"], 0
         self._journal, self._files = journal, files
+        sums = state_dict.get("checksums")
         if not torch.equal(self._newest_done(), state_dict["done"]):
-            self._write_done(state_dict["done"])
+            if not read_only:
+                self._write_done(state_dict["done"])
+            elif sums is not None:
+                sums = sums[sums[:, 0] != (steps - 1) // segment]
         try:
-            self._compare(state_dict.get("checksums"))
+            self._compare(sums)
         except StorageFault:
             self._reset()
             raise

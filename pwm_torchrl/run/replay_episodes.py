@@ -177,7 +177,7 @@ class _Replay:
             self.envs, self.filled = int(state["envs"]), int(state["filled"])
             if state["steps"]:
                 self.disk = SegmentStore(run / "replay", self.filled, self.envs, 1)
-                self.disk.load_state_dict(dict(state))
+                self.disk.load_state_dict(dict(state), read_only=True)
         elif self.data:
             self.filled, self.envs = self.data["action"].shape[:2]
         if not (self.disk or self.data):

@@ -220,6 +220,20 @@ class TestCheckpoints:
         store_in(tmp_path).load_state_dict(store.state_dict())
         store_in(tmp_path).load_state_dict(states[0])
 
+    def test_a_reader_leaves_the_files_of_a_run_that_goes_on(self, tmp_path):
+        store = store_in(tmp_path, steps=10)
+        early = store.state_dict()
+        store.release(10)
+        store.end_episodes()
+        store.extend(numbered(10, 3))
+        late = store.state_dict()
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        reader = store_in(tmp_path)
+        reader.load_state_dict(early, read_only=True)
+        assert reader._newest_done().all()
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+        store_in(tmp_path).load_state_dict(late)
+
     def test_those_of_an_earlier_version_have_no_checksums(self, tmp_path):
         state = store_in(tmp_path, steps=30).state_dict()
         del state["checksums"]
