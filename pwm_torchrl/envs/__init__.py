@@ -1,5 +1,5 @@
-"""Environments with one interface: makers for gymnasium, dm_control, Meta-World, dflex and rewarped, the task registry,
-saved states, rendering, imagination as an environment, and planning.
+"""Environments with one interface: makers for gymnasium, dm_control, Meta-World, Brax, dflex and rewarped, the task
+registry, saved states, rendering, imagination as an environment, and planning.
 
 May import from ``modules`` and ``objectives``. Each maker loads its own environment library. Names are loaded on first
 use, so that the task registry can be used without torch.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pwm_torchrl.envs.facts import report_env
     from pwm_torchrl.envs.imagination import LatentImaginationEnv
     from pwm_torchrl.envs.info import EnvInfo, env_info
-    from pwm_torchrl.envs.makers import make_dm_control_env, make_gymnasium_env
+    from pwm_torchrl.envs.makers import make_brax_env, make_dm_control_env, make_gymnasium_env
     from pwm_torchrl.envs.mppi import PolicySeededMPPI
     from pwm_torchrl.envs.rendering import render_frame
     from pwm_torchrl.envs.rewarped import make_rewarped_env
@@ -38,6 +38,7 @@ __all__ = [
     "env_info",
     "env_state_support",
     "load_env_state",
+    "make_brax_env",
     "make_dflex_env",
     "make_dm_control_env",
     "make_env",
@@ -61,6 +62,7 @@ _HOME = {
     "env_info": "info",
     "env_state_support": "env_state",
     "load_env_state": "env_state",
+    "make_brax_env": "makers",
     "make_dflex_env": "dflex",
     "make_dm_control_env": "makers",
     "make_env": "factory",

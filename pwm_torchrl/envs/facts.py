@@ -14,6 +14,7 @@ from pwm_torchrl.envs.dflex import missing_dflex
 from pwm_torchrl.envs.env_state import env_state_support
 from pwm_torchrl.envs.factory import as_stated, opened_env, probe_env
 from pwm_torchrl.envs.info import EnvInfo, env_info
+from pwm_torchrl.envs.makers import require_brax
 from pwm_torchrl.envs.rewarped import require_rewarped
 from pwm_torchrl.envs.tasks.maker import probe_task_env
 from pwm_torchrl.envs.tasks.registry import task_info
@@ -117,6 +118,8 @@ def require_maker(env_cfg: Mapping[str, Any]) -> None:
         module = str(env_cfg.get("module") or "dflex.envs")
         if find_spec(module.partition(".")[0]) is None:
             raise missing_dflex(env_cfg.get("name"), module)
+    if target.endswith(".make_brax_env"):
+        require_brax(env_cfg.get("id"))
     if target.endswith(".make_rewarped_env"):
         require_rewarped(env_cfg.get("name"))
 

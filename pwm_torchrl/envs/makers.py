@@ -1,24 +1,33 @@
-"""Makers of gymnasium and DeepMind Control environments; what needs those libraries is loaded when one is made."""
+"""Makers of gymnasium, DeepMind Control and Brax environments; each loads its library when it makes one."""
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torchrl.envs import EnvBase
 
 from pwm_torchrl.envs.rendering import import_mujoco_library
-from pwm_torchrl.envs.standard import check_maker_arguments
+from pwm_torchrl.envs.standard import check_maker_arguments, standardize
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest
 from pwm_torchrl.user_code import load_module
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["batch_dm_control", "check_dm_control_task", "make_dm_control_env", "make_gymnasium_env"]
+__all__ = [
+    "batch_dm_control",
+    "check_dm_control_task",
+    "make_brax_env",
+    "make_dm_control_env",
+    "make_gymnasium_env",
+    "require_brax",
+]
 
 
 def make_gymnasium_env(
@@ -281,3 +290,83 @@ def check_dm_control_task(domain: str, task: str, tasks_of: Mapping[str, Collect
         raise ConfigurationError(
             f"env.task={task!r} is not a task of {domain}: choose {' or '.join(sorted(tasks_of[domain]))}"
         )
+
+
+def require_brax(id: object) -> None:
+    """Raise MissingLibraryError, for ``env.id``, unless Brax and JAX are installed."""
+    for library in ("jax", "brax"):
+        if find_spec(library) is None:
+            raise MissingLibraryError(
+                f"env.id={id} needs {library}, which is not installed: pip install 'pwm-torchrl[brax]', and for a GPU "
+                "JAX's build for it, jax[cuda12]"
+            )
+
+
+def make_brax_env(
+    id: str,
+    num_envs: int = 1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    action_repeat: int = 1,
+    episode_length: int | None = 1000,
+    terminates: bool = True,
+    **brax_kwargs: Any,
+) -> EnvBase:
+    """N environments of Brax, simulated together on ``device``, as one TorchRL environment of batch size ``[N]``.
+
+    Between JAX and PyTorch tensors are handed over without a copy (:class:`torchrl.envs.BraxWrapper`).
+
+    Args:
+        id (str): name that Brax knows, for example ``"ant"``.
+        num_envs (int): ``N``. Defaults to ``1``.
+        seed (int): of the whole batch. Defaults to ``0``.
+        device (torch.device or str): where it is simulated; JAX needs a build for it. Defaults to ``"cpu"``.
+        action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``1``.
+        episode_length (int, optional): agent steps per episode; ``None``: Brax itself has no limit. Defaults to
+            ``1000``.
+        terminates (bool): whether episodes can end before that. Brax does not say; all but a few tasks do. Defaults to
+            ``True``.
+        **brax_kwargs: of Brax's environment, such as ``backend="positional"``.
+
+    Returns:
+        EnvBase: ``observation`` float32 ``[N, O]``, ``action`` float32 ``[N, A]`` in [-1, 1], and under ``next``
+        ``reward`` float32 ``[N, 1]`` and bool ``[N, 1]`` ``done``, ``terminated``, ``truncated``.
+
+    Raises:
+        ConfigurationError: for an unknown id, or arguments that Brax refuses.
+        MissingLibraryError: if Brax or JAX is not installed.
+    """
+    check_maker_arguments(num_envs, action_repeat, episode_length)
+    require_brax(id)
+    # JAX takes three quarters of a GPU when it starts, which PyTorch needs; it reads this once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Brax and what it imports say that others are maintained better
+        from brax import envs as brax_envs
+        from torchrl.envs import BraxWrapper
+
+        known = BraxWrapper.available_envs
+        if id not in known:
+            near = nearest(id, known)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ConfigurationError(f"env.id={id!r} is not an environment of Brax: {hint}")
+        try:
+            made = brax_envs.get_environment(id, **brax_kwargs)
+        except (TypeError, ValueError, KeyError, AssertionError) as error:
+            raise ConfigurationError(
+                f"Brax cannot make env.id={id!r} with {brax_kwargs}: {_first_line(error)}"
+            ) from error
+        if action_repeat > 1:
+            # TorchRL's wrapper does not read its frame_skip. This one repeats; its limit is never reached.
+            made = brax_envs.training.EpisodeWrapper(made, episode_length=2**30, action_repeat=action_repeat)
+        # By default JAX's caches are cleared, against a leak of differentiated steps, and all is compiled again.
+        env = BraxWrapper(made, batch_size=[num_envs], device=device, cache_clear_frequency=False)
+    env.set_seed(seed)
+    return standardize(
+        env,
+        name=f"brax_{id}",
+        seed=seed,
+        episode_length=episode_length,
+        terminates=terminates,
+        observation_keys=["observation"],
+    )

@@ -77,6 +77,7 @@ CASES = {
     "dm_control": (["env=cartpole_swingup"], "dm_control.suite", "env.domain=cartpole needs dm_control"),
     "dflex": (["env=dflex_ant"], "dflex", "env.name=dflex_ant needs dflex"),
     "rewarped": (["env=rewarped_ant"], "rewarped", "env.name=rewarped_ant needs rewarped"),
+    "brax": (["env=brax", "env.id=ant"], "brax", "env.id=ant needs"),
     "id": (["env=gymnasium", "env.id=Walkr2d-v5"], None, "env.id='Walkr2d-v5' is not a gymnasium environment"),
     "maker": (["env._target_=robots.pendulm"], None, "env._target_='robots.pendulm': robots has no"),
     "module": (["env._target_=half.make"], None, "env._target_='half.make': importing half raised SyntaxError: "),

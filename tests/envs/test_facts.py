@@ -38,6 +38,7 @@ WORDS = {
     "custom": ["env._target_=training_cases.make_clockwork", "env.episode_length=30"],
     **{name: [STAND_IN] for name in DFLEX_DIMENSIONS},
     **{f"rewarped_{task}": [] for task in TASKS},
+    "brax": ["env.id=inverted_pendulum", "+env.backend=positional"],
 }
 
 
@@ -49,6 +50,8 @@ def test_every_environment_is_compared():
 def test_equal_the_environment(name, monkeypatch):
     if name.startswith("rewarped_") and find_spec("rewarped") is None:
         pytest.skip("needs rewarped: pip install 'pwm-torchrl[rewarped]'")
+    if name == "brax" and find_spec("brax") is None:
+        pytest.skip("needs Brax: pip install 'pwm-torchrl[brax]'")
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
     cfg = compose([f"env={name}", *WORDS[name]]).env
     env = make_env(cfg, num_envs=cfg["num_envs"], seed=0)
