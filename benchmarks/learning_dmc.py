@@ -128,7 +128,6 @@ def command(task: str, seed: int, steps: int, run_dir: Path, extra: list[str]) -
         sys.executable,
         str(ROOT / "launch" / "train.py"),
         "model=residual",
-        "size=small",
         "env=task",
         f"env.task={task}",
         f"seed={seed}",

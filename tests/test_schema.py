@@ -142,5 +142,5 @@ def test_comments_explain_keys():
 
 def test_sizes_are_those_of_the_files():
     found = sizes()
-    assert set(found) == {"tiny", "small", "5m", "19m", "48m", "317m"}
+    assert set(found) == {"tiny", "5m", "19m", "48m", "317m"}
     assert (found["48m"].units, found["48m"].latent_dim, found["48m"].num_critics) == ([1792, 1792], 768, 3)

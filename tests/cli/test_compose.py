@@ -88,7 +88,6 @@ def test_presets_carry_their_system(size, name, kind, solver, substeps):
 @pytest.mark.parametrize(
     ("size", "units", "encoder", "latent"),
     [
-        ("small", 2 * [128], [128], 64),
         ("5m", 2 * [512], [256], 512),
         ("19m", 2 * [1024], 2 * [1024], 768),
         ("48m", 2 * [1792], 3 * [1792], 768),
