@@ -24,6 +24,7 @@ from pwm_torchrl.errors import ConfigurationError
 
 NEEDED = {
     "gymnasium": ["env.id=Walker2d-v5"],
+    "brax": ["env.id=ant"],
     "dm_control": ["env.domain=walker", "env.task=walk"],
     "custom": ["env._target_=my_pkg.make_env"],
     "task": ["env.task=walker-walk"],
