@@ -9,7 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from training_cases import CLOCKWORK, config, run_with
+
+from pwm_torchrl.algorithm.build import Facts
+from pwm_torchrl.modules import ResidualEndpointFlow, count_parameters
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -32,6 +36,14 @@ def model_quality(learning: ModuleType) -> ModuleType:
     from benchmarks import model_quality
 
     return model_quality
+
+
+@pytest.fixture
+def flow_study(learning: ModuleType) -> ModuleType:
+    """``benchmarks/flow_study.py``."""
+    from benchmarks import flow_study
+
+    return flow_study
 
 
 def writing(tree: ast.AST) -> list[ast.AST]:
@@ -122,3 +134,114 @@ class TestModelQuality:
         monkeypatch.setattr(sys, "argv", ["model_quality.py"])
         with pytest.raises(SystemExit):
             model_quality.main()
+
+
+class TestFlowStudy:
+    FACTS = Facts(5, 1, False)
+
+    @pytest.mark.parametrize("facts", [FACTS, Facts(17, 6, False)], ids=["1 action", "6 actions"])
+    def test_kinds_have_equal_parameters(self, facts, flow_study):
+        counts = {
+            kind: count_parameters(flow_study.build(kind, "cheetah-run", facts, 0)[1].dynamics)
+            for kind in flow_study.KINDS
+        }
+        for kind, count in counts.items():
+            assert count == pytest.approx(counts["mlp"], rel=0.02), kind
+
+    def test_kinds_begin_with_the_same_encoder_and_reward_head(self, flow_study):
+        models = [flow_study.build(kind, "cheetah-run", self.FACTS, 3)[1] for kind in flow_study.KINDS]
+        for part in ("encoder", "reward"):
+            first, *others = (getattr(model, part).state_dict() for model in models)
+            for other in others:
+                torch.testing.assert_close(other, first, rtol=0, atol=0)
+
+    def test_batches_and_data_depend_on_the_seed_alone(self, flow_study):
+        """Flow matching draws flow times from the process-wide generator, other kinds draw nothing."""
+        pytest.importorskip("dm_control")
+        made = []
+        for draws in (0, 7):
+            torch.rand(draws)
+            data = flow_study.make_data("cartpole-swingup", 1, episodes=2, held_out=2)
+            batches = flow_study.Batches(data.train, 4, 5, seed=1)
+            order = []
+            for _ in range(3):
+                torch.rand(draws)
+                order.append(batches.draw().to_dict())
+            made.append((data.train.to_dict(), vars(data.held_out)["observation"], order))
+        torch.testing.assert_close(made[0], made[1], rtol=0, atol=0)
+        train, held_out, order = made[0]
+        assert order[0]["action"].shape == (4, 5, 1)
+        assert not torch.equal(train["observation"][:, 0], held_out[0])
+        uniform, correlated = train["action"][:, :-1] * train["action"][:, 1:]
+        assert correlated.mean() > 0.2 > uniform.mean().abs()
+
+    def test_the_iterated_control_is_v2_without_flow_time(self, flow_study):
+        control = flow_study.Iterated(16, 2, 0, [24, 24], 8)
+        widths = [layer.out_features for layer in control.net][:-1]
+        flow = ResidualEndpointFlow(16, 2, 0, widths, 8, solver="heun", substeps=4)
+        with torch.no_grad():
+            for ours, theirs in zip(control.net.parameters(), flow.net.parameters(), strict=True):
+                ours.add_(0.3 * torch.randn_like(ours))  # it begins near the identity, which would show little
+                theirs.zero_()[..., : ours.shape[-1]] = ours
+        latent, action = torch.rand(3, 5, 16).unflatten(-1, (2, 8)).softmax(-1).flatten(-2), torch.rand(3, 5, 2)
+        torch.testing.assert_close(control(latent, action), flow(latent, action))
+        assert control.evaluations == flow.evaluations == 7
+
+    def test_every_network_of_the_untied_control_takes_part(self, flow_study):
+        control = flow_study.Untied(16, 2, 0, [24, 24], 8)
+        latent = torch.rand(5, 2, 8).softmax(-1).flatten(-2)
+        control(latent, torch.rand(5, 2))[..., 0].sum().backward()
+        assert control.evaluations == len(control.nets) == 4
+        assert all(net[-1].weight.grad.abs().sum() > 0 for net in control.nets)
+
+    def test_finished_rows_are_not_fitted_again(self, flow_study, tmp_path, monkeypatch):
+        fitted = []
+
+        def fit(kind, task, seed, data, updates):
+            fitted.append((seed, task, kind))
+            return flow_study.Row(task, seed, kind, updates, 9, 0.5, 0.6, "0.1 0.9", "0.2 0.8", 1.0, 0.5, "2026-01-01")
+
+        monkeypatch.setattr(flow_study, "fit", fit)
+        monkeypatch.setattr(flow_study, "make_data", lambda task, seed: object())
+        path = tmp_path / "rows.csv"
+        done = fit("untied", "a", 0, None, 10)
+        flow_study.record(done, path)
+        for _ in range(2):
+            flow_study.run_missing(["a", "b"], 2, ["residual", "untied"], 10, path)
+        others = [(s, t, k) for s in range(2) for t in "ab" for k in ("residual", "untied")]
+        others.remove((0, "a", "untied"))
+        assert fitted == [(0, "a", "untied"), *others]
+        rows = flow_study.recorded(path)
+        assert rows[0] == done
+        assert [(r.seed, r.task, r.kind) for r in rows] == fitted
+
+    @pytest.mark.parametrize(
+        ("ratios", "verdict"),
+        [
+            ((0.8, 0.82, 0.78), "helps"),
+            ((0.97, 0.99, 0.98), "does not help"),
+            ((1.2, 1.3, 1.25), "does not help"),
+            ((0.7, 1.1, 0.9), "undecided"),
+        ],
+    )
+    def test_readings(self, ratios, verdict, flow_study):
+        """A seed without its partner does not count."""
+        rows = []
+        for seed, ratio in enumerate((*ratios, 5.0)):
+            for kind, error in (("residual", 0.2), ("flow_v2", 0.2 * ratio)):
+                if (seed, kind) != (len(ratios), "residual"):
+                    rows.append(flow_study.Row("a", seed, kind, 10, 9, error, 0.6, "1 2", "1 2", 1.0, 0.5, ""))
+        found = flow_study.change(rows, "flow_v2", "residual", ["a"])
+        assert found.by_seed == pytest.approx([ratio - 1 for ratio in ratios])
+        assert found.low < found.value < found.high
+        assert found.verdict == verdict
+        assert flow_study.change(rows, "flow_v2", "residual", ["a", "b"]) is None
+
+    def test_a_fit_is_measured_on_held_out_episodes(self, flow_study):
+        pytest.importorskip("dm_control")
+        data = flow_study.make_data("cartpole-swingup", 0, episodes=4, held_out=2)
+        row = flow_study.fit("flow_v1_fm", "cartpole-swingup", 0, data, updates=20)
+        steps = [float(e) for e in row.reward_steps.split()]
+        assert len(steps) == len(row.latent_steps.split()) == 16
+        assert row.reward_error == pytest.approx(sum(steps) / 16, rel=1e-3)
+        assert row.reward_error < row.reward_halfway
