@@ -471,31 +471,39 @@ def draw(rows: list[Row], tasks: Sequence[str], out: Path) -> None:
     from pwm_torchrl.run.drawing import COLORS, new_figure, png, styled
 
     kinds = [kind for kind in KINDS if kind != "residual" and any(r.kind == kind for r in rows)]
-    panels = {"both tasks": list(tasks), **{task: [task] for task in tasks}} if len(tasks) > 1 else {tasks[0]: tasks}
+    panels = {"all tasks": list(tasks), **{task: [task] for task in tasks}}
+    found = {
+        (title, kind): 100 * np.array([each.value, each.low, each.high, *each.by_seed])
+        for title, group in panels.items()
+        for kind in kinds
+        if (each := change(rows, kind, "residual", group)) is not None
+    }
+    # The MLP is so far off that the others would be one point beside it; its value is written at the edge.
+    drawn = np.concatenate([x for (_, kind), x in found.items() if kind != "mlp" or kinds == ["mlp"]])
+    low, high = np.nanmin(drawn) - 3, np.nanmax(drawn) + 3
     with styled():
-        figure = new_figure((9.0, 0.36 * len(kinds) + 1.3))
-        for axis, (title, group) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        figure = new_figure((9.0, 0.34 * len(kinds) + 1.3))
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, title in zip(axes, panels, strict=True):
             axis.axvline(0, color="#444444", linewidth=1)
             axis.axvline(100 * SMALLEST, color="#444444", linewidth=1, linestyle=":")
             for y, kind in enumerate(kinds):
-                found = change(rows, kind, "residual", group)
-                if found is None:
+                if (title, kind) not in found:
                     continue
+                value, *interval = found[title, kind][:3]
+                seeds = found[title, kind][3:]
                 color = COLORS[1] if kind == "flow_v2" else COLORS[0] if kind.startswith(("flow", "few")) else "#666666"
-                axis.plot(
-                    [100 * x for x in found.by_seed],
-                    [y + 0.22] * len(found.by_seed),
-                    "o",
-                    color=color,
-                    alpha=0.35,
-                    ms=3,
-                )
-                axis.plot([100 * found.low, 100 * found.high], [y, y], color=color, linewidth=2)
-                axis.plot(100 * found.value, y, "o", color=color, ms=6)
+                if interval[1] > high:
+                    axis.text(high - 1, y, f"{value:+.0f} % \u2192", color=color, ha="right", va="center", fontsize=8)
+                    continue
+                axis.plot(seeds, [y + 0.25] * len(seeds), "o", color=color, alpha=0.4, markersize=3)
+                axis.plot(interval, [y, y], color=color, linewidth=2)
+                axis.plot(value, y, "o", color=color, markersize=6)
             axis.set_title(title)
             axis.set_yticks(range(len(kinds)), kinds)
-            axis.set_xlabel("change of reward error, %")
-        axis.invert_yaxis()
+        axes[0].set_xlim(low, high)
+        axes[0].invert_yaxis()
+        figure.supxlabel("change of the reward error against residual, % (dotted: the gain that counts)", fontsize=9)
         out.write_bytes(png(figure, dpi=150))
 
 
