@@ -405,7 +405,7 @@ def over_tasks(rows: Sequence[Row], kind: str, tasks: Sequence[str], number: str
         values = [getattr(r, number) for r in rows if (r.task, r.kind) == (task, kind)]
         if values and isinstance(values[0], str):
             steps = np.mean([[float(x) for x in v.split()] for v in values], 0)
-            cells.append(f"{steps[0]:.2g}/{steps[-1]:.2g}")
+            cells.append("/".join(f"{steps[step - 1]:.2g}" for step in (1, 4, HORIZON)))
         elif values:
             cells.append(f"{np.mean(values):.3f}")
     return " · ".join(cells)
@@ -448,8 +448,8 @@ def table(rows: list[Row], tasks: Sequence[str]) -> str:
         "",
         f'Secondary. Parameters are those of {tasks[0]}; "at half" is the outcome after half of the updates.',
         "",
-        "| kind | against iterated | against untied | reward error at half | reward error, step 1/16 | "
-        "latent error, step 1/16 |",
+        "| kind | against iterated | against untied | reward error at half | reward error, step 1/4/16 | "
+        "latent error, step 1/4/16 |",
         "|---" * 6 + "|",
     ]
     for kind in kinds:
