@@ -217,6 +217,9 @@ def table(overrides: str, folder: Path) -> list[str]:
             minutes = float(np.mean([r.minutes for r in found]))
             lines.append(f"| {task} | {len(found)} | {shown} | {others} | {share:.0%} | {minutes:.0f} |")
         done = [[r.value for r in found] for found in here.values() if found]
+        if len(done) < 2:
+            lines.append("")
+            continue
         if len({len(values) for values in done}) > 1:
             lines += ["", "No mean over tasks: they do not have the same number of seeds.", ""]
             continue

@@ -58,7 +58,7 @@ def test_every_choice_composes(group, choice):
 
 def test_defaults_are_the_quick_start():
     config = compose()
-    assert (config.model.name, config.size.name, config.env["name"]) == ("flow_v2", "tiny", "pendulum")
+    assert (config.model.name, config.size.name, config.env["name"]) == ("residual", "tiny", "pendulum")
     assert config.env["num_envs"] == 8
     assert config.training.epochs < schema.TrainingConfig().epochs
 
@@ -198,7 +198,7 @@ def test_paths_are_text():
         (["size.units=[]"], ["size.units=[]", "one or more"]),
         (["training.replay_capacity=10"], ["training.replay_capacity=10", "slice_steps=5", "48"]),
         (["memory.model_micro_batch=512"], ["memory.model_micro_batch=512", "algorithm.model_batch=64"]),
-        (["model.loss.self_consistency_weight=1"], ["model.dynamics.condition_on_step_size=true"]),
+        (["model=flow_v2", "model.loss.self_consistency_weight=1"], ["model.dynamics.condition_on_step_size=true"]),
         (["model=few_step", "model.loss.few_step_rollout=true"], ["model.loss.flow_matching_weight above 0"]),
         (["env._target_=nodots"], ["env._target_=nodots", "my_pkg.make_env"]),
         (["env=custom"], ["env._target_ has no value", "my_pkg.make_env"]),
@@ -304,16 +304,16 @@ def test_files_are_checked_as_the_command_line_is(tmp_path, monkeypatch, text, s
 @pytest.mark.parametrize(
     ("words", "label"),
     [
-        (["model.dynamics.substeps=1"], "flow_heun_k1"),
+        (["model=flow_v2", "model.dynamics.substeps=1"], "flow_heun_k1"),
         (["model=flow_v3", "model.dynamics.substeps=2"], "flow_euler_k2"),
-        (["model.dynamics.substeps=2"], "flow_v1"),
-        (["model.dynamics.substeps=4"], "flow_v2"),
-        (["model.dynamics.parameterization=tangent"], "flow_v2_tangent"),
-        (["model.dynamics.kind=mlp"], "mlp"),
-        (["model.dynamics={kind: mlp}"], "mlp"),
-        (["model.dynamics.condition_on_start=true"], "flow_v2"),
-        (["model.dynamics.substeps=1", "model.name=mine"], "mine"),
-        (["model.dynamics.imagination_substeps=1"], "flow_v2_few1"),
+        (["model=flow_v2", "model.dynamics.substeps=2"], "flow_v1"),
+        (["model=flow_v2", "model.dynamics.substeps=4"], "flow_v2"),
+        (["model=flow_v2", "model.dynamics.parameterization=tangent"], "flow_v2_tangent"),
+        (["model=flow_v2", "model.dynamics.kind=mlp"], "mlp"),
+        (["model=flow_v2", "model.dynamics={kind: mlp}"], "mlp"),
+        (["model=flow_v2", "model.dynamics.condition_on_start=true"], "flow_v2"),
+        (["model=flow_v2", "model.dynamics.substeps=1", "model.name=mine"], "mine"),
+        (["model=flow_v2", "model.dynamics.imagination_substeps=1"], "flow_v2_few1"),
         (["model=few_step"], "few_step"),
     ],
 )

@@ -59,8 +59,8 @@ def test_train_runs_here_and_ends_with_the_summary(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"run: {Path('run').absolute()}"
     assert lines[-1] == (
-        "pendulum flow_v2 tiny seed 0: finished · final return -120.0 (peak -100.0, random -1200.0) · epochs 2/2 · 1 s "
-        f"· {Path('run').absolute()}"
+        "pendulum residual tiny seed 0: finished · final return -120.0 (peak -100.0, random -1200.0) · epochs 2/2 "
+        f"· 1 s · {Path('run').absolute()}"
     )
     assert run_command("train", ["run_dir=run", "training.epochs=2"]) == 2
     assert "finished run" in capsys.readouterr().err

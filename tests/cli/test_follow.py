@@ -77,7 +77,7 @@ def test_progress_fits_the_terminal_and_follows_its_size():
     assert 0 < before < len(terminal.drawn)
     assert any(re.match(r"return -9\d\d\.0  [0-9,]+/6,000 env steps  0:0\d left", line) for line in terminal.drawn)
     assert [line for line in terminal.lines if re.fullmatch(r"epoch \d+", line)] == [f"epoch {n}" for n in range(1, 61)]
-    end = terminal.lines.index("pendulum flow_v2 tiny seed 5: finished")
+    end = terminal.lines.index("pendulum residual tiny seed 5: finished")
     assert terminal.lines[end + 1].startswith("  final return -120.0 (peak -100.0, random -1200.0)")
     assert not set(terminal.lines[end:]) & set(terminal.drawn)
     assert "\x1b[32mfinished\x1b[0m" in terminal.output
@@ -95,7 +95,7 @@ def test_ctrl_c_stops_and_the_display_is_gone():
     assert terminal.end() == 130
     stopping = terminal.lines.index("stopping: the job saves its state first (Ctrl-C again kills it) ...")
     assert "saving" in terminal.lines[stopping:]
-    assert "pendulum flow_v2 tiny seed 5: stopped" in terminal.output.replace("\x1b[33m", "").replace("\x1b[0m", "")
+    assert "pendulum residual tiny seed 5: stopped" in terminal.output.replace("\x1b[33m", "").replace("\x1b[0m", "")
     assert "to resume: " in terminal.output
     assert "\x1b[33mstopped\x1b[0m" in terminal.output
 
@@ -103,7 +103,7 @@ def test_ctrl_c_stops_and_the_display_is_gone():
 def test_runs_one_after_the_other_and_one_that_is_killed():
     terminal = Terminal(f"seed=0,{KILLED}", "run_dir=null", "training.epochs=3")
     assert terminal.end() == 1, terminal.output
-    assert len([line for line in terminal.lines if line.startswith("pendulum flow_v2 tiny seed 0: finished")]) == 1
+    assert len([line for line in terminal.lines if line.startswith("pendulum residual tiny seed 0: finished")]) == 1
     assert "\x1b[1;31merror\x1b[0m: the job's process ended without a result" in terminal.output
     assert any(line.startswith("full log: ") for line in terminal.lines)
     assert "evaluate.py" in terminal.output.split("next:")[1]  # of the run that finished
@@ -124,4 +124,4 @@ def test_train_draws_in_its_own_process():
     terminal = Terminal(f"seed={SLOW}", "training.epochs=12", script="train")
     assert terminal.end() == 0, terminal.output
     assert terminal.drawn
-    assert [line for line in terminal.lines if line.startswith("pendulum flow_v2 tiny seed 5: finished")]
+    assert [line for line in terminal.lines if line.startswith("pendulum residual tiny seed 5: finished")]

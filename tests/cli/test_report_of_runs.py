@@ -68,12 +68,12 @@ def test_table_of_every_state(runs, capsys):
     assert main(["runs"]) == 0
     out = capsys.readouterr().out
     lines = lines_of(out)
-    expected = ["flow_v2", "tiny", "pendulum", "0", "-400.0", "-500.0", "-1210.0", "4/4", "finished"]
+    expected = ["residual", "tiny", "pendulum", "0", "-400.0", "-500.0", "-1210.0", "4/4", "finished"]
     assert lines["finished"][:9] == expected
     assert lines["running"][:9] == f"mlp tiny pendulum 0 -400.0 -500.0 - 4/{composed().training.epochs} running".split()
-    assert lines["failed"][:9] == ["flow_v2", "tiny", "hopper", "0", "-", "-", "-", "1/15000", "failed"]
+    assert lines["failed"][:9] == ["residual", "tiny", "hopper", "0", "-", "-", "-", "1/15000", "failed"]
     assert lines["waiting"][8:10] == ["not", "started"]
-    assert lines["waiting"][:4] == ["flow_v2", "5m", "pendulum", "7"]
+    assert lines["waiting"][:4] == ["residual", "5m", "pendulum", "7"]
     assert lines["torn"][0] == "flow_v1"
     assert "report: runs/report.html" in out
     assert Path("runs/report_returns.png").read_bytes().startswith(b"\x89PNG")
@@ -148,7 +148,7 @@ def test_a_refused_comparison_writes_nothing(runs, capsys):
     make_run("mlp", "model=mlp", "algorithm.horizon=8", "training.epochs=4")
     words = ["runs/finished", "runs/mlp", "--compare", "model", "--out", "out"]
     assert main(words) == 2
-    assert "algorithm.horizon (3 in finished, 8 in mlp)" in capsys.readouterr().err
+    assert "algorithm.horizon (8 in mlp, 3 in finished)" in capsys.readouterr().err
     assert not Path("out").exists()
     assert main([*words, "--allow-differences"]) == 0
     assert "note: runs also differ in algorithm.horizon" in capsys.readouterr().out
@@ -164,9 +164,9 @@ def test_a_refused_comparison_writes_nothing(runs, capsys):
         (["one", "--out", "a.png"], "--out=a.png is a file; give a folder"),
         (["one", "--out", "one/config.yaml"], "--out=one/config.yaml is a file; give a folder"),
         (["one", "--out", "one/config.yaml/deeper"], "--out=one/config.yaml/deeper cannot be written"),
-        (["one", "--compare", "model"], "every run has model=flow_v2"),
+        (["one", "--compare", "model"], "every run has model=residual"),
         (["one", "--compare", "model"], "submit.py model=mlp size=tiny env=pendulum seed=0"),
-        (["one", "--where", "model=mlp"], "--where model=mlp: no run has it; there are flow_v2"),
+        (["one", "--where", "model=mlp"], "--where model=mlp: no run has it; there are residual"),
         (["one", "--where", "modle=mlp"], "unknown key; nearest: "),
         (["one", "--where", "seed"], "--where seed: write KEY=VALUE"),
     ],

@@ -40,7 +40,7 @@ def test_the_default_is_unique_and_says_what_it_is():
 
 def test_names_are_safe_for_file_systems():
     config = compose(["env=gymnasium", "env.id=My/Env-v0"])
-    assert prepare_run_dir(config).path.name.startswith("My-Env-v0_flow_v2")
+    assert prepare_run_dir(config).path.name.startswith("My-Env-v0_residual")
 
 
 def test_configuration_survives_the_round_trip():
@@ -74,8 +74,9 @@ def test_created_but_never_started_is_fresh():
 
 
 def test_keys_that_change_no_result_may_differ():
-    start("run")
-    words = ["cluster=debug", "training.progress=false", "logger=tensorboard", "memory.model_micro_batch=64"]
+    start("run", "model=flow_v2")
+    words = ["model=flow_v2", "cluster=debug", "training.progress=false", "logger=tensorboard"]
+    words += ["memory.model_micro_batch=64"]
     words += ["training.replay_storage=disk", "model.dynamics.checkpoint_substeps=true"]
     assert prepare_run_dir(compose(["run_dir=run", *words])).resume
     assert load_config("run").memory.model_micro_batch == 64

@@ -36,7 +36,7 @@ def test_the_last_lines_are_the_result_and_what_to_type_next(capfd):
     assert [line for line in lines if line.startswith("epoch ")] == ["epoch 1", "epoch 2", "epoch 3"]
     assert "fresh no state file" in lines  # no terminal here, so nothing draws
     assert "done" in lines  # stderr is shown too
-    assert lines[-4].startswith("pendulum flow_v2 tiny seed 0: finished · final return -120.0 (peak -100.0, random")
+    assert lines[-4].startswith("pendulum residual tiny seed 0: finished · final return -120.0 (peak -100.0, random")
     assert lines[-3:] == ["next:", "  python launch/evaluate.py run", "  python launch/report.py run"]
     assert "submitit" not in out.replace("submitit/", "")
     assert (Path("run") / "log.txt").read_text().startswith("fresh")

@@ -37,7 +37,7 @@ def test_a_finished_run_is_what_its_summary_says(tmp_path):
     )  # fmt: skip
     run = read_run(path)
     assert run.finished
-    assert (run.model, run.size, run.env, run.seed) == ("flow_v2", "tiny", "pendulum", 0)
+    assert (run.model, run.size, run.env, run.seed) == ("residual", "tiny", "pendulum", 0)
     assert (run.peak_return, run.final_return, run.random_return) == (-390.0, -500.0, -1210.0)
     assert (run.epochs_done, run.epochs_planned, run.wall_clock_s) == (4, 4, 7.5)
     assert run.last_error == "summary.json says peak_return=-390, metrics.csv says -400"
