@@ -112,6 +112,18 @@ def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
         check_slurms_keys(typed_keys(run.words), f"this run trains {where}", remedy)
 
 
+def say_unqueued(runs: Sequence[Prepared], place: str) -> None:
+    """Say that runs with a profile of SLURM nodes train in place, where they cannot be queued."""
+    names = sorted({run.config.cluster.name for run in runs if run.config.cluster.kind == SLURM})
+    if place == HERE and names:
+        how = "" if len(runs) == 1 else f", {len(runs)} runs one after the other"
+        console.say(
+            f"cluster={','.join(names)} is not used: no SLURM is found here to queue a job, so this trains in the "
+            f"allocation of job {own_job()}{how}",
+            err=True,
+        )
+
+
 def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:
     """The memory plan of each run, and resources that are enough for all of them.
 

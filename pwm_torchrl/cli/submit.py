@@ -24,6 +24,7 @@ from pwm_torchrl.cli.prepare import (
     place_of,
     plan_for_slurm,
     refuse_slurms_keys,
+    say_unqueued,
 )
 from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
 from pwm_torchrl.cli.resume import Found
@@ -62,6 +63,7 @@ def run(request: Request) -> int:
     runs = compose_all(request.words, request.runs)
     place = place_of(runs[0].config)
     refuse_slurms_keys(runs, place)
+    say_unqueued(runs, place)
     if dry:
         dry_run(runs, place)
         return console.OK
@@ -75,6 +77,7 @@ def _both_stages(chain: Chain, dry: bool) -> int:
     """A pre-training, then the policies that need its world model."""
     place = place_of(chain.pretraining.config)
     refuse_slurms_keys([chain.pretraining, *chain.policies], place)
+    say_unqueued([chain.pretraining, *chain.policies], place)
     console.say(chain.description)
     if dry:
         dry_run([chain.pretraining], place)

@@ -299,9 +299,6 @@ class TrajectoryReplay:
 
         Args:
             kept (int, optional): :attr:`steps` at the oldest checkpoint that can be resumed; ``None`` if there is none.
-
-        Raises:
-            StorageFault: if a file cannot be deleted.
         """
         self.store.release(kept)
 

@@ -21,6 +21,7 @@ from pwm_torchrl.data.layout import RecordLayout, draw_starts, refuse_other_shap
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.files import allocate, amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
 from pwm_torchrl.memory.storage import disk_bytes, segment_steps
+from pwm_torchrl.terminal import warn
 
 # Journal: a JSON file with the layout of the segments and their writers -----------------------------------------------
 
@@ -149,6 +150,7 @@ class SegmentFiles:
         self.size = size
         self._open: dict[int, int] = {}
         self._unsynced: set[int] = set()
+        self._undeleted: set[int] = set()
         weakref.finalize(self, _close_all, self._open)
 
     def path(self, number: int) -> Path:
@@ -266,6 +268,18 @@ class SegmentFiles:
             self._unsynced.discard(number)
             with storage_faults(self.path(number), "delete the replay file"):
                 self.path(number).unlink(missing_ok=True)
+
+    def discard(self, numbers: Iterable[int]) -> None:
+        """Delete files that nothing reads any more; what cannot be deleted is said once, and may be discarded again."""
+        for number in numbers:
+            try:
+                self.remove([number])
+            except StorageFault as fault:
+                if number not in self._undeleted:
+                    warn(
+                        f"{fault.__cause__}: this replay file is not needed any more; deleting it is tried again later"
+                    )
+                self._undeleted.add(number)
 
     def close_before(self, number: int) -> None:
         """Close the files before this one; they are reopened when they are read."""
@@ -549,9 +563,6 @@ class SegmentStore:
 
         Args:
             kept (int, optional): time steps at the oldest checkpoint that can be resumed; ``None`` if there is none.
-
-        Raises:
-            StorageFault: if a file cannot be deleted.
         """
         self._protected = kept
         self._remove_unreachable()
@@ -561,7 +572,7 @@ class SegmentStore:
             return
         kept = self.steps if self._protected is None else min(self._protected, self.steps)
         reachable = max(0, kept - self.capacity) // self._journal.segment_steps
-        self._files.remove(number for number in self._files.numbers() if number < reachable)
+        self._files.discard(number for number in self._files.numbers() if number < reachable)
         self._sums = {number: each for number, each in self._sums.items() if number >= reachable}
 
     def slices(self, count: int) -> TensorDictBase:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import uuid
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -373,6 +375,7 @@ class CheckpointStore:
         self.keep_last = keep_last
         self.claim = claim
         self._abandoned: set[Path] = set()
+        self._undeleted: set[Path] = set()
 
     def save(self, checkpoint: Checkpoint, epoch: int, metadata: Mapping[str, Any], *, inside: bool = False) -> Path:
         """Save, then delete what need not be kept.
@@ -385,8 +388,9 @@ class CheckpointStore:
         folder = self.directory / f"attempt-{self.claim.attempt:04d}"
         name = f"checkpoint-{epoch:06d}" + (f"-{_INSIDE}" if inside else "")
         target, draft = folder / name, folder / f".{name}.partial"
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove(draft)
+        for each in (self.directory, folder):  # not their parents: a run's directory is not made anew
+            each.mkdir(exist_ok=True)
+        self._remove(draft)
         failpoint("save.begin")
         try:
             checkpoint.save(draft, metadata=dict(metadata))
@@ -395,10 +399,12 @@ class CheckpointStore:
             failpoint("save.sealed")
             self.claim.check()
         except BaseException:
-            _remove(draft)
+            self._remove(draft)
+            if self.claim.gone:
+                _remove_empty(folder, self.directory, self.run_dir)  # what writing the draft has made again
             raise
         if target.exists():  # the epoch was saved before, and again with its evaluation or at the end
-            _remove(target)
+            self._remove(target)
         os.replace(draft, target)
         failpoint("save.renamed")
         sync_folder(folder)
@@ -493,12 +499,31 @@ class CheckpointStore:
         kept = {*self.newest_kept(), self.best()}
         for each in self._everything():
             if each.path not in kept and each.attempt <= self.claim.attempt:
-                _remove(each.path)
+                self._remove(each.path)
         for leftover in self.directory.glob("attempt-*/.*"):
-            shutil.rmtree(leftover)
-        for folder in self.directory.glob("attempt-*"):
-            if not any(folder.iterdir()):
-                folder.rmdir()
+            self._delete(leftover)
+        _remove_empty(*self.directory.glob("attempt-*"))
+
+    def _remove(self, path: Path) -> None:
+        """Delete a folder, whole or not at all under its own name."""
+        if not path.exists():
+            return
+        gone = path.with_name(f".{path.name.strip('.')}.{uuid.uuid4().hex[:8]}.deleted")
+        os.replace(path, gone)
+        failpoint("save.deleting")
+        self._delete(gone)
+
+    def _delete(self, path: Path) -> None:
+        """Delete what does not count any more. Where that fails, nothing is lost, and the next save tries it again."""
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if path not in self._undeleted:
+                warn(
+                    f"{path}, which is not needed any more, could not be deleted ({error.strerror or error}); that is "
+                    "tried again with every checkpoint"
+                )
+            self._undeleted.add(path)
 
     def _readable(self) -> list[tuple[Saved, float]]:
         rated = ((each, each.metric) for each in self.countable())
@@ -514,12 +539,8 @@ class CheckpointStore:
         return sorted(found)
 
 
-def _remove(path: Path) -> None:
-    """Delete a folder, whole or not at all under its own name."""
-    if not path.exists():
-        return
-    gone = path.with_name(f".{path.name.strip('.')}.deleted")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(path, gone)
-    failpoint("save.deleting")
-    shutil.rmtree(gone)
+def _remove_empty(*folders: Path) -> None:
+    """Delete those of some folders that are empty, in this order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

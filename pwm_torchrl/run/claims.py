@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.errors import ConfigurationError, Superseded
+from pwm_torchrl.errors import ConfigurationError, StorageFault, Superseded
 from pwm_torchrl.files import read_object, sync_folder, write_durably
 from pwm_torchrl.terminal import warn
 
@@ -225,14 +225,38 @@ class RunClaim:
         self.attempt = claim.attempt
         self.adopted = claim.adopted
         self._successor = _file(run_dir, claim.attempt + 1)
+        self._folder = _folder(run_dir)
         self.outcome: dict[str, Any] = {}
 
+    @property
+    def gone(self) -> bool:
+        """Whether the directory was deleted, be it that there is another one by its name."""
+        return _folder(self.run_dir) != self._folder
+
+    def deleted(self) -> StorageFault:
+        """The error that a run without its directory ends with."""
+        return StorageFault(
+            f"The run's directory {self.run_dir} was deleted or moved while the run was going on; nothing more is "
+            "written. Resume the run where it was moved to, or begin a new one."
+        )
+
+    def check_there(self) -> None:
+        """Whether the directory is still there.
+
+        Raises:
+            StorageFault: if it was deleted.
+        """
+        if self.gone:
+            raise self.deleted()
+
     def check(self) -> None:
-        """Whether this attempt still owns the run.
+        """Whether this attempt still owns the run, and its directory is there.
 
         Raises:
             Superseded: if another attempt has taken over.
+            StorageFault: if the directory was deleted.
         """
+        self.check_there()
         if self._successor.exists():
             raise Superseded(
                 f"Attempt {self.attempt} of {self.run_dir} was superseded by attempt {self.attempt + 1}; it stops and "
@@ -242,6 +266,15 @@ class RunClaim:
     def release(self) -> None:
         """Say that the attempt ended, and how."""
         write_durably(outcome_file(self.run_dir, self.attempt), json.dumps(self.outcome, indent=2, default=str) + "\n")
+
+
+def _folder(path: Path) -> tuple[int, int] | None:
+    """Which folder a path leads to; ``None`` if to none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ def record_end(run_dir: Path, claim: RunClaim, summary: RunSummary | None, error
     An attempt that was refused (its configuration or its surroundings cannot work, and it says what would) has not
     failed what an earlier one trained: the run is as that one left it.
     """
+    if claim.gone:  # there is nothing to write to
+        return
     status = status_of(error)
     epoch = 0 if summary is None else summary.epochs_done
     claim.outcome = {"status": status, "epoch": epoch, "error": f"{type(error).__name__}: {error}"}

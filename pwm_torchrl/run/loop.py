@@ -226,6 +226,7 @@ class Loop:
             DivergenceError: if a loss or gradient norm is not finite.
         """
         record, summary = self.record, self.record.summary
+        record.claim.check_there()
         summary.epochs_done = self.epoch
         summary.agent_steps, summary.env_steps = self.agent_steps, self.env_steps
         numbers = {

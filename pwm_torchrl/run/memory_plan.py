@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -68,11 +68,13 @@ class RunPlan:
         swap_in(self.run_dir / TABLE_FILE, "\n".join(lines) + "\n")
 
     @contextmanager
-    def compared(self) -> Iterator[None]:
-        """Inside, the run; however it ends, the plan is then compared with its peaks."""
+    def compared(self, is_there: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Inside, the run; however it ends, the plan is then compared with its peaks, if its directory is there."""
         try:
             yield
         except BaseException:
+            if not is_there():
+                raise
             try:
                 self.finish()
             except OSError as unwritten:  # what ended the run says more, and may be the same disk

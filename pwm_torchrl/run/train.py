@@ -125,7 +125,7 @@ def _train(
             if ranks is not None:
                 check_device(cfg.device, ranks)
             run = Run(cfg, run_dir, summary, claim, closing, progress, resume=resume, stop=stop, ranks=ranks)
-            with run.memory_plan.compared():
+            with run.memory_plan.compared(lambda: not claim.gone):
                 status = run.execute(resume)
             claim.check()
             failpoint("finish.summary")
@@ -136,6 +136,8 @@ def _train(
             run.draw(status)
     except BaseException as error:
         fault = named(error, run_dir)
+        if claim.gone and isinstance(fault, (OSError, StorageFault)):
+            fault = claim.deleted()
         reserve.free()
         record_end(run_dir, claim, summary, fault)
         if fault is error:

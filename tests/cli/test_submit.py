@@ -42,6 +42,16 @@ def test_the_last_lines_are_the_result_and_what_to_type_next(capfd):
     assert (Path("run") / "log.txt").read_text().startswith("fresh")
 
 
+@pytest.mark.parametrize("words", [["cluster=h100"], []], ids=" ".join)
+def test_a_profile_that_cannot_be_queued_is_told(words, capfd, monkeypatch):
+    """Inside an allocation where SLURM's commands are not found, as in a container."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert main([*words, "seed=1,2", "--dry-run"]) == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "cluster=h100 is not used" in line]
+    assert len(told) == len(words)
+    assert all("job 7" in line and "2 runs one after the other" in line for line in told)
+
+
 def test_pickle_holds_only_the_run_directory(capfd):
     assert main(["run_dir=run", "training.epochs=1"]) == 0
     (submitted,) = Path("run/submitit/attempt_1").glob("*_submitted.pkl")

@@ -120,12 +120,22 @@ class TestDeletion:
         with pytest.raises(StorageFault, match=r"steps 20 to 30 .*another run"):
             store_in(tmp_path).load_state_dict(state)
 
-    def test_a_failed_deletion_is_reported(self, tmp_path):
+    def test_a_failed_deletion_is_said_once_and_tried_again(self, tmp_path, capsys):
         store = store_in(tmp_path, steps=20)
-        (tmp_path / "segment_000001.bin").unlink(missing_ok=True)
-        (tmp_path / "segment_000001.bin").mkdir()
-        with pytest.raises(StorageFault, match=r"delete the replay file .*segment_000001\.bin"):
-            store.release(20)
+        stubborn = tmp_path / "segment_000001.bin"
+        stubborn.unlink(missing_ok=True)
+        stubborn.mkdir()
+        for first in (20, 23):
+            store.extend(numbered(first, 3))
+            store.release(first)
+        assert capsys.readouterr().err.count(str(stubborn)) == 1
+        assert 1 in segments(tmp_path)
+        assert 2 not in segments(tmp_path)
+        assert times(store) == set(range(16, 26))
+        stubborn.rmdir()
+        stubborn.touch()
+        store.release(26)
+        assert 1 not in segments(tmp_path)
 
 
 class TestCheckpoints:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from training_cases import CLOCKWORK, config, rows_of, run_with
 
-from pwm_torchrl.errors import EnvironmentFault
+from pwm_torchrl.errors import EnvironmentFault, StorageFault
+from pwm_torchrl.run import checkpoints
 from pwm_torchrl.run.checkpoints import CheckpointStore
 from pwm_torchrl.training import train
 
@@ -98,3 +102,61 @@ def test_any_other_error_leaves_a_failed_summary(tmp_path, monkeypatch):
     with pytest.raises(KeyError, match="a bug"):
         run_with(monkeypatch, config(), tmp_path, after_epoch=fail)
     assert status(tmp_path) == "failed"
+
+
+class TestDeletion:
+    def test_an_old_checkpoint_that_cannot_be_deleted_is_tried_again(self, tmp_path, monkeypatch, capsys):
+        """As on a file server on which somebody still has a file of it open."""
+        rmtree, refused = shutil.rmtree, []
+
+        def delete(path, *args, **kwargs):
+            if len(refused) < 4 and ".deleted" in str(path):
+                refused.append(path)
+                raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+            rmtree(path, *args, **kwargs)
+
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", delete)
+        summary = train(config({"training.epochs": 8, "training.checkpoint_every": 1}, CLOCKWORK), tmp_path)
+        assert summary["status"] == "finished"
+        assert len(refused) == 4
+        told = [line for line in capsys.readouterr().err.splitlines() if "could not be deleted" in line]
+        assert len(told) == len(set(refused))
+        assert not list(tmp_path.glob("checkpoints/*/.*"))
+        assert len(CheckpointStore(tmp_path).paths()) in (2, 3)
+
+    @pytest.mark.parametrize("every", [0, 1])
+    def test_of_the_runs_directory_between_epochs(self, every, tmp_path, monkeypatch):
+        def delete(run) -> None:
+            if run.loop.epoch == 2:
+                shutil.rmtree(tmp_path / "run")
+
+        cfg = config({"training.checkpoint_every": every}, CLOCKWORK)
+        with pytest.raises(StorageFault, match="was deleted or moved while the run was going on") as ended:
+            run_with(monkeypatch, cfg, tmp_path / "run", after_epoch=delete)
+        assert "\n" not in str(ended.value)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_of_the_runs_directory_while_it_saves(self, when, tmp_path, monkeypatch):
+        seal = checkpoints.seal
+
+        def delete(folder) -> None:
+            if when == "after":
+                seal(folder)
+            shutil.rmtree(tmp_path / "run")
+            if when == "before":
+                seal(folder)
+
+        monkeypatch.setattr(checkpoints, "seal", delete)
+        with pytest.raises(StorageFault, match="was deleted or moved"):
+            run_with(monkeypatch, config(env=CLOCKWORK), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_of_what_another_directory_has_taken_the_place(self, tmp_path, monkeypatch):
+        def swap(run) -> None:
+            os.rename(tmp_path / "run", tmp_path / "moved")
+            (tmp_path / "run").mkdir()
+
+        with pytest.raises(StorageFault, match="Resume the run where it was moved to"):
+            run_with(monkeypatch, config(env=CLOCKWORK), tmp_path / "run", after_epoch=swap)
+        assert not list((tmp_path / "run").iterdir())
