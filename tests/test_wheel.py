@@ -187,7 +187,7 @@ def index(requirements, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("extras", ["dm-control", "dev,minari"])
+@pytest.mark.parametrize("extras", ["dm-control", "dev,minari,brax"])
 def test_extras_bring_their_libraries_with_old_and_new_pip(pip, wheel, index, requirements, extras):
     out, err = pip(
         "install", "--dry-run", "-q", "--ignore-installed", "--no-index", "--find-links", index, "--report", "-",
@@ -199,7 +199,7 @@ def test_extras_bring_their_libraries_with_old_and_new_pip(pip, wheel, index, re
     if extras == "dm-control":
         simulators = {"dm-control"} if sys.version_info < (3, 13) else set()
         assert set(found) == {"pwm-torchrl", "torch", "tensordict", "torchrl", "gymnasium", "mujoco"} | simulators
-    else:  # these two bring all the others
+    else:  # these three bring all the others
         names = {"pwm-torchrl", *(canonicalize_name(each.name) for each in requirements)}
         assert {canonicalize_name(name) for name in found} == names
 

@@ -77,7 +77,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "algorithm.critic_steps": (PWM, "1"),
     "algorithm.target_rate": (PWM, "0.5"),
     "algorithm.temperature": (PWM, "0.5"),
-    "algorithm.temperature_lr": (PWM, "1e-4"),
+    "algorithm.temperature_lr": (PWM, "1e-3"),
     "algorithm.target_entropy": (PWM, "-3"),
     "algorithm.state_std": (PLAIN, "true"),
     "algorithm.scale_rewards": (PLAIN, "true"),

@@ -64,11 +64,11 @@ def test_seeds_are_one_group_and_other_settings_another():
     runs += [report("seed=0", "algorithm.horizon=8", name="short"), report("seed=0", "model=mlp")]
     groups = group_runs(runs)
     assert [(g.model, g.settings, [r.seed for r in g.runs]) for g in groups] == [
-        ("flow_v2", "algorithm.horizon=3", [0, 1, 2]),
-        ("flow_v2", "algorithm.horizon=8", [0]),
         ("mlp", "", [0]),
+        ("residual", "algorithm.horizon=3", [0, 1, 2]),
+        ("residual", "algorithm.horizon=8", [0]),
     ]
-    assert groups[1].label == "flow_v2 tiny algorithm.horizon=8"
+    assert groups[2].label == "residual tiny algorithm.horizon=8"
 
 
 def test_where_a_run_logs_makes_no_group():

@@ -106,13 +106,13 @@ def test_memory_of_the_run_that_holds_most():
         report("seed=0", host_bytes=1 * GIB, host_planned=4 * GIB),
         report("seed=1", host_bytes=3 * GIB, host_planned=5 * GIB, device_bytes=2 * GIB),
         report("model=mlp", host_bytes=2 * GIB),
-        report("model=residual"),
+        report("model=flow_v1"),
     ]
     figure = figures.memory_figure(group_runs(runs))
     figure.canvas.draw()
     host, device = figure.axes
-    assert [bar.get_width() for bar in host.patches] == [3, 2]
-    assert [tick.get_text() for tick in host.get_yticklabels()] == ["pendulum flow_v2 tiny", "pendulum mlp tiny"]
+    assert [bar.get_width() for bar in host.patches] == [2, 3]
+    assert [tick.get_text() for tick in host.get_yticklabels()] == ["pendulum mlp tiny", "pendulum residual tiny"]
     assert [segment[0][0] for segment in host.collections[0].get_segments()] == [5]
     assert [bar.get_width() for bar in device.patches] == [2]
     assert figures.memory_figure(group_runs([report()])) is None

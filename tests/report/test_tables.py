@@ -82,8 +82,8 @@ def test_one_row_per_run():
     )  # fmt: skip
     table = run_table([run])
     assert table.rows == [
-        ["flow_v2", "tiny", "pendulum", "3", "-123.5", "-", "-", "12/40", "failed", "2: timeout", "1 min 35 s", "3 GiB",
-         "-", "pendulum_flow_v2_3", "boom"]
+        ["residual", "tiny", "pendulum", "3", "-123.5", "-", "-", "12/40", "failed", "2: timeout", "1 min 35 s",
+         "3 GiB", "-", "pendulum_residual_3", "boom"]
     ]  # fmt: skip
     assert "boom" not in table.text()
 
@@ -127,7 +127,7 @@ def test_one_row_per_group():
     runs.append(report("seed=2", "training.epochs=40", status="memory", epochs_done=7, restarts=Counter(memory=1)))
     table = group_table(group_runs(runs))
     assert table.rows == [
-        ["flow_v2", "tiny", "pendulum", "3: 0-2", "-", "2.0 ± 1.0 (2 of 3)", "7-40/40", "2 finished, 1 memory",
+        ["residual", "tiny", "pendulum", "3: 0-2", "-", "2.0 ± 1.0 (2 of 3)", "7-40/40", "2 finished, 1 memory",
          "1: memory", "2 min 00 s", "3 GiB", "-"]
     ]  # fmt: skip
     runs.append(report("seed=0", "training.epochs=40", "algorithm.horizon=8"))
