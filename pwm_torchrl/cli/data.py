@@ -16,9 +16,10 @@ from pwm_torchrl.data.episodes.store import MANIFEST
 from pwm_torchrl.envs.tasks import TaskSet, task_set
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.progress import counting
+from pwm_torchrl.report.collect import is_run
 from pwm_torchrl.report.tables import Table
 from pwm_torchrl.run.generate import RANDOM, Behaviour, generate_episodes
-from pwm_torchrl.run.replay_episodes import RunReplay, is_run
+from pwm_torchrl.run.replay_episodes import RunReplay
 from pwm_torchrl.user_code import make_cwd_importable
 
 __all__ = ["run"]
@@ -95,7 +96,7 @@ def _sources(given: Sequence[str], task: str | None) -> list[str | Path | Source
     """Runs among the sources are their replays."""
     found: list[str | Path | Source] = []
     for each in given:
-        if is_run(each):
+        if is_run(Path(each)):
             path = Path(each).resolve()
             # Runs of a sweep are often named by their seed alone.
             found.append(RunReplay(each, task, path.name if len(given) == 1 else f"{path.parent.name}/{path.name}"))

@@ -40,6 +40,7 @@ __all__ = [
     "FAILED",
     "RunReport",
     "find_runs",
+    "is_run",
     "last",
     "names_of",
     "natural",
@@ -268,7 +269,7 @@ def natural(text: Any) -> list[Any]:
 
 def _walk(path: Path, depth: int) -> Iterator[Path]:
     """Runs in and below a folder; nothing is looked for inside a run."""
-    if _is_run(path):
+    if is_run(path):
         yield path
     elif depth > 1:
         try:
@@ -279,7 +280,7 @@ def _walk(path: Path, depth: int) -> Iterator[Path]:
             yield from _walk(child, depth - 1)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether the folder has a ``config.yaml`` of a run, be it cut short or of another version.
 
     Other programs write files of that name too, and Hydra's own begins with ``defaults``.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +20,18 @@ from pwm_torchrl.config import Config
 from pwm_torchrl.data.episodes.own_files import episode_rows
 from pwm_torchrl.data.episodes.sources import Advance
 from pwm_torchrl.data.episodes.store import BadEpisodes, EpisodeRows
-from pwm_torchrl.data.layout import STORED_KEYS, key_name
+from pwm_torchrl.data.layout import STORED_KEYS
+from pwm_torchrl.data.replay import state_slots
 from pwm_torchrl.data.segments import SegmentStore
 from pwm_torchrl.envs.facts import TASK_MAKER
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.run.checkpoints import CheckpointFault, CheckpointStore, load_checkpoint
-from pwm_torchrl.run.directory import CONFIG_FILE, load_config
+from pwm_torchrl.run.directory import load_config
 
 if TYPE_CHECKING:
     from pwm_torchrl.envs.tasks import TaskSet
 
-__all__ = ["RunReplay", "is_run"]
-
-
-def is_run(path: str | Path) -> bool:
-    """Whether a path is a run's directory."""
-    return (Path(path) / CONFIG_FILE).is_file()
+__all__ = ["RunReplay"]
 
 
 class _Saved:
@@ -104,8 +101,9 @@ class RunReplay:
         """
         replay, found = self._opened(), hashlib.sha256()
         for env in range(replay.envs):
+            steps = replay.steps_of(env)
             for key in STORED_KEYS:
-                found.update(replay.steps_of(env).get(key).contiguous().view(torch.uint8).numpy().data)
+                found.update(steps.get(key).contiguous().view(torch.uint8).numpy().data)
             advance(replay.size // replay.envs)
         return found.hexdigest()
 
@@ -122,10 +120,7 @@ class RunReplay:
             steps = replay.steps_of(env)
             ends = (steps["next", "done"].squeeze(-1).nonzero().squeeze(-1) + 1).tolist()
             # What the replay begins with began earlier if older steps were overwritten.
-            begins = [None if replay.oldest else 0, *ends]
-            for begin, end in zip(begins, ends, strict=False):
-                if begin is None:
-                    continue
+            for begin, end in pairwise(ends if replay.oldest else [0, *ends]):
                 terminated = bool(steps["next", "terminated"][end - 1])
                 if not terminated and end - begin != whole:
                     continue  # cut off where the run was resumed
@@ -172,31 +167,25 @@ class _Replay:
 
     def __init__(self, run: Path, state: Mapping[str, Any]) -> None:
         self.disk: SegmentStore | None = None
-        self.data: Mapping[str, torch.Tensor] = state.get("data") or {}
+        self.slots: TensorDict | None = None  # [slots, environments], mapped
         if "writer" in state:
             self.envs, self.filled = int(state["envs"]), int(state["filled"])
             if state["steps"]:
                 self.disk = SegmentStore(run / "replay", self.filled, self.envs, 1)
                 self.disk.load_state_dict(dict(state), read_only=True)
-        elif self.data:
-            self.filled, self.envs = self.data["action"].shape[:2]
-        if not (self.disk or self.data):
+        elif state["data"]:
+            self.slots = state_slots(state["data"])
+            self.filled, self.envs = self.slots.batch_size
+        if self.disk is None and self.slots is None:
             raise BadEpisodes("has an empty replay: the run has collected nothing")
-        self.steps = int(state["steps"])
-        self.oldest = self.steps - self.filled
-        self.size = self.filled * self.envs * sum(_bytes(self.steps_of(0, 1).get(key)) for key in STORED_KEYS)
+        self.oldest = int(state["steps"]) - self.filled
+        step = self.steps_of(0, 1)
+        self.size = self.filled * self.envs * sum(step.get(key).nbytes for key in STORED_KEYS)
 
     def steps_of(self, env: int, count: int | None = None) -> TensorDictBase:
         """The oldest ``count`` steps of an environment, or all of them, ``[count]``."""
         count = self.filled if count is None else count
         if self.disk is not None:
             return self.disk.get(torch.tensor([self.oldest]), torch.tensor([env]), count)[0]
-        slots = torch.arange(self.oldest, self.oldest + count) % self.filled
-        out = TensorDict({}, batch_size=[count])
-        for key in STORED_KEYS:
-            out.set(key, self.data[key_name(key)][slots, env])
-        return out
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        assert self.slots is not None
+        return self.slots[torch.arange(self.oldest, self.oldest + count) % self.filled, env]

@@ -15,9 +15,10 @@ from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.data.episodes import EpisodeStore, import_episodes
 from pwm_torchrl.envs.tasks import task_set
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.report.collect import is_run
 from pwm_torchrl.run.checkpoints import CheckpointStore
 from pwm_torchrl.run.directory import save_config
-from pwm_torchrl.run.replay_episodes import RunReplay, is_run
+from pwm_torchrl.run.replay_episodes import RunReplay
 
 data_main = partial(run_command, "data")
 
@@ -54,7 +55,10 @@ def test_whole_episodes_as_they_were_played(ends, storage, tmp_path, monkeypatch
         assert (start == start[0]).all()
         np.testing.assert_array_equal(count, np.arange(8))
         np.testing.assert_array_equal(rows.action[1:, 0], acted[1:])
-        np.testing.assert_allclose(rows.reward[1:], acted[1:] + start[1:], rtol=1e-6)
+        # The reward is the sum of the action and a float64 of which the observed start is the nearest float32.
+        least, most = (np.nextafter(start[1:], np.float32(side)).astype(np.float64) for side in (-np.inf, np.inf))
+        assert ((acted[1:] + least).astype(np.float32) <= rows.reward[1:]).all()
+        assert (rows.reward[1:] <= (acted[1:] + most).astype(np.float32)).all()
         starts.add(float(start[0]))
     assert len(starts) == 4
     assert episodes.manifest["has_terminated"] == (ends == "terminated")
@@ -103,6 +107,15 @@ class TestCommand:
         assert "10 episodes" in capsys.readouterr().out
         names = [source["name"] for source in EpisodeStore.open(tmp_path / "store").manifest["sources"]]
         assert names == ["a/seed0", "b/seed0"]
+
+    def test_a_folder_of_episodes_beside_another_programs_configuration_is_none(self, tmp_path):
+        folder = tmp_path / "episodes"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("defaults: [base]\nseed: 1\nenv: mine\n")
+        arrays = {"observation": np.zeros((4, 3)), "action": np.zeros((3, 1)), "reward": np.zeros(3)}
+        np.savez(folder / "one.npz", **arrays)
+        assert data_main(["import", str(folder), str(tmp_path / "store"), "--tasks", TASK]) == 0
+        assert EpisodeStore.open(tmp_path / "store").num_transitions == 3
 
     def test_a_task_of_the_registry_is_known(self, tmp_path, monkeypatch):
         pytest.importorskip("dm_control")
