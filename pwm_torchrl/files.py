@@ -6,11 +6,12 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pwm_torchrl.errors import ConfigurationError, StorageFault
+from pwm_torchrl.terminal import warn
 
 #: File systems whose files are RAM.
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
@@ -108,6 +109,28 @@ def is_storage_error(error: BaseException) -> bool:
     return isinstance(error, StorageFault) or (
         isinstance(error, OSError) and error.errno is not None and error.errno in (*_NO_ROOM, *_BROKEN)
     )
+
+
+class Unneeded:
+    """Deletes what nothing reads any more. What cannot be deleted costs nothing but room: it is said once.
+
+    Whoever holds this asks again for what is left, with every checkpoint say.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[Path] = set()
+
+    def delete(self, path: Path, how: Callable[[Path], object]) -> None:
+        """Delete ``path`` with ``how``, which raises OSError where it cannot."""
+        try:
+            how(path)
+        except OSError as error:
+            if path not in self._told:
+                warn(
+                    f"{path}, which is not needed any more, could not be deleted ({error.strerror or error}); that is "
+                    "tried again later"
+                )
+            self._told.add(path)
 
 
 class Reserve:

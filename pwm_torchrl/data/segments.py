@@ -19,9 +19,17 @@ from torch import Tensor
 
 from pwm_torchrl.data.layout import RecordLayout, draw_starts, refuse_other_shape
 from pwm_torchrl.errors import ConfigurationError, StorageFault
-from pwm_torchrl.files import allocate, amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
+from pwm_torchrl.files import (
+    Unneeded,
+    allocate,
+    amount,
+    free_bytes,
+    storage_faults,
+    sync_folder,
+    write_all,
+    write_durably,
+)
 from pwm_torchrl.memory.storage import disk_bytes, segment_steps
-from pwm_torchrl.terminal import warn
 
 # Journal: a JSON file with the layout of the segments and their writers -----------------------------------------------
 
@@ -150,7 +158,7 @@ class SegmentFiles:
         self.size = size
         self._open: dict[int, int] = {}
         self._unsynced: set[int] = set()
-        self._undeleted: set[int] = set()
+        self._unneeded = Unneeded()
         weakref.finalize(self, _close_all, self._open)
 
     def path(self, number: int) -> Path:
@@ -272,14 +280,9 @@ class SegmentFiles:
     def discard(self, numbers: Iterable[int]) -> None:
         """Delete files that nothing reads any more; what cannot be deleted is said once, and may be discarded again."""
         for number in numbers:
-            try:
-                self.remove([number])
-            except StorageFault as fault:
-                if number not in self._undeleted:
-                    warn(
-                        f"{fault.__cause__}: this replay file is not needed any more; deleting it is tried again later"
-                    )
-                self._undeleted.add(number)
+            self._close(number)
+            self._unsynced.discard(number)
+            self._unneeded.delete(self.path(number), lambda path: path.unlink(missing_ok=True))
 
     def close_before(self, number: int) -> None:
         """Close the files before this one; they are reopened when they are read."""

@@ -22,7 +22,7 @@ from torchrl.checkpoint._checkpoint import _decode_state_dict_value, _encode_sta
 
 from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.errors import ConfigurationError, StorageFault
-from pwm_torchrl.files import allocate, storage_faults, sync_folder, write_all, write_durably
+from pwm_torchrl.files import Unneeded, allocate, storage_faults, sync_folder, write_all, write_durably
 from pwm_torchrl.run.claims import RunClaim, newest_claim
 from pwm_torchrl.run.debugging import failpoint
 from pwm_torchrl.terminal import warn
@@ -375,7 +375,7 @@ class CheckpointStore:
         self.keep_last = keep_last
         self.claim = claim
         self._abandoned: set[Path] = set()
-        self._undeleted: set[Path] = set()
+        self._unneeded = Unneeded()
 
     def save(self, checkpoint: Checkpoint, epoch: int, metadata: Mapping[str, Any], *, inside: bool = False) -> Path:
         """Save, then delete what need not be kept.
@@ -501,7 +501,7 @@ class CheckpointStore:
             if each.path not in kept and each.attempt <= self.claim.attempt:
                 self._remove(each.path)
         for leftover in self.directory.glob("attempt-*/.*"):
-            self._delete(leftover)
+            self._unneeded.delete(leftover, shutil.rmtree)
         _remove_empty(*self.directory.glob("attempt-*"))
 
     def _remove(self, path: Path) -> None:
@@ -511,19 +511,7 @@ class CheckpointStore:
         gone = path.with_name(f".{path.name.strip('.')}.{uuid.uuid4().hex[:8]}.deleted")
         os.replace(path, gone)
         failpoint("save.deleting")
-        self._delete(gone)
-
-    def _delete(self, path: Path) -> None:
-        """Delete what does not count any more. Where that fails, nothing is lost, and the next save tries it again."""
-        try:
-            shutil.rmtree(path)
-        except OSError as error:
-            if path not in self._undeleted:
-                warn(
-                    f"{path}, which is not needed any more, could not be deleted ({error.strerror or error}); that is "
-                    "tried again with every checkpoint"
-                )
-            self._undeleted.add(path)
+        self._unneeded.delete(gone, shutil.rmtree)
 
     def _readable(self) -> list[tuple[Saved, float]]:
         rated = ((each, each.metric) for each in self.countable())
