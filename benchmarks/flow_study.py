@@ -59,7 +59,7 @@ from tensordict import TensorDict, TensorDictBase  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.learning import hardware  # noqa: E402
-from benchmarks.model_quality import windows  # noqa: E402
+from benchmarks.model_quality import errors_over_variances, windows  # noqa: E402
 from pwm_torchrl.algorithm.build import (  # noqa: E402
     EnvFacts,
     Facts,
@@ -68,7 +68,7 @@ from pwm_torchrl.algorithm.build import (  # noqa: E402
     build_optimizers,
     build_world_model,
 )
-from pwm_torchrl.algorithm.quality import latent_variance, rollout_errors  # noqa: E402
+from pwm_torchrl.algorithm.quality import latent_variance  # noqa: E402
 from pwm_torchrl.cli.compose import compose  # noqa: E402
 from pwm_torchrl.config import Config  # noqa: E402
 from pwm_torchrl.envs import env_info  # noqa: E402
@@ -261,12 +261,10 @@ def build(kind: str, task: str, facts: EnvFacts, seed: int) -> tuple[Config, Wor
 def errors(model: WorldModel, held_out: Episodes) -> tuple[list[float], list[float]]:
     """Latent and reward errors of steps 1 to 16, over variances."""
     slices = windows(held_out, HORIZON)
-    latent, reward = rollout_errors(
-        model, slices.observation, slices.action, slices.next_observation, slices.reward, valid=slices.valid
-    )
     with torch.no_grad():
         variance = latent_variance(model.encode(slices.observation))
-    return (latent / variance).tolist(), (reward / slices.reward[slices.valid].var(unbiased=False)).tolist()
+    latent, reward = errors_over_variances(model, slices, variance)
+    return latent.tolist(), reward.tolist()
 
 
 def milliseconds_per_step(model: WorldModel, facts: EnvFacts, repeats: int = 30) -> float:

@@ -44,7 +44,7 @@ from pwm_torchrl.config import Config  # noqa: E402
 from pwm_torchrl.data import TrajectoryReplay  # noqa: E402
 from pwm_torchrl.envs import env_info, make_env  # noqa: E402
 from pwm_torchrl.envs.factory import opened_env  # noqa: E402
-from pwm_torchrl.modules import policy_module  # noqa: E402
+from pwm_torchrl.modules import WorldModel, policy_module  # noqa: E402
 from pwm_torchrl.objectives import PWMActorLoss  # noqa: E402
 from pwm_torchrl.objectives.model_loss import Slices  # noqa: E402
 from pwm_torchrl.run.collector import fresh_env_seed, seed_everything  # noqa: E402
@@ -69,21 +69,29 @@ def windows(episodes: Episodes, horizon: int) -> Slices:
     return Slices(cut(episodes.observation)[0], *map(cut, fields))
 
 
+def errors_over_variances(
+    model: WorldModel, slices: Slices, variance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent and reward errors of rollouts without feedback, over the variances in the same data, ``[H]`` each."""
+    latent, reward = rollout_errors(
+        model, slices.observation, slices.action, slices.next_observation, slices.reward, valid=slices.valid
+    )
+    return latent / variance, reward / slices.reward[slices.valid].var(unbiased=False)
+
+
 def of_model(networks: Networks, episodes: Episodes, horizon: int, soft: bool) -> dict[str, Any]:
     """What a model knows of episodes; lists have an entry for each step of the horizon."""
     model, slices = networks.model, windows(episodes, horizon)
     latent = model.encode(slices.observation).detach()
-    variance, reward_variance = latent_variance(latent), slices.reward[slices.valid].var(unbiased=False)
-    errors = rollout_errors(
-        model, slices.observation, slices.action, slices.next_observation, slices.reward, valid=slices.valid
-    )
+    variance = latent_variance(latent)
+    latent_nmse, reward_nmse = errors_over_variances(model, slices, variance)
     left = start_left(model, slices.observation[:STARTS], slices.action[:, 0])
     predicted, real = termination_shares(model, slices, soft)
     return {
         "latent_variance": variance.item(),
         "latent_rank": effective_rank(latent).item(),
-        "latent_nmse": (errors[0] / variance).tolist(),
-        "reward_nmse": (errors[1] / reward_variance).tolist(),
+        "latent_nmse": latent_nmse.tolist(),
+        "reward_nmse": reward_nmse.tolist(),
         "variance_left": left.variance.tolist(),
         "gradient_left": left.gradient.tolist(),
         "terminations_predicted": predicted.item(),
