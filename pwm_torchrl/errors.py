@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Superseded",
     "is_ours",
     "nearest",
+    "require_installed",
     "said",
     "status_of",
 ]
@@ -28,6 +30,19 @@ class ConfigurationError(ValueError):
 
 class MissingLibraryError(ConfigurationError, ImportError):
     """An optional library that the configuration needs and that cannot be imported."""
+
+
+def require_installed(libraries: Iterable[str], by: str, how: str) -> None:
+    """Raise MissingLibraryError for the first library that is not installed.
+
+    Args:
+        libraries (iterable of str): names as they are imported.
+        by (str): the setting that needs them, ``env.id=ant``.
+        how (str): the command that installs them.
+    """
+    for library in libraries:
+        if find_spec(library) is None:
+            raise MissingLibraryError(f"{by} needs {library}, which is not installed: {how}")
 
 
 class DivergenceError(FloatingPointError):

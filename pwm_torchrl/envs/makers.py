@@ -6,7 +6,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torchrl.envs import EnvBase
 
 from pwm_torchrl.envs.rendering import import_mujoco_library
 from pwm_torchrl.envs.standard import check_maker_arguments, standardize
-from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, nearest, require_installed
 from pwm_torchrl.user_code import load_module
 
 if TYPE_CHECKING:
@@ -294,12 +293,8 @@ def check_dm_control_task(domain: str, task: str, tasks_of: Mapping[str, Collect
 
 def require_brax(id: object) -> None:
     """Raise MissingLibraryError, for ``env.id``, unless Brax and JAX are installed."""
-    for library in ("jax", "brax"):
-        if find_spec(library) is None:
-            raise MissingLibraryError(
-                f"env.id={id} needs {library}, which is not installed: pip install 'pwm-torchrl[brax]', and for a GPU "
-                "JAX's build for it, jax[cuda12]"
-            )
+    how = "pip install 'pwm-torchrl[brax]', and for a GPU JAX's build for it, jax[cuda12]"
+    require_installed(("jax", "brax"), f"env.id={id}", how)
 
 
 def make_brax_env(

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pwm_torchrl.envs.differentiable import DifferentiableEnv
 from pwm_torchrl.envs.simulation import RandomStream, check_simulation, message_of
-from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, require_installed
 
 __all__ = ["TASKS", "RewarpedSimulator", "make_rewarped_env", "require_rewarped"]
 
@@ -367,12 +366,8 @@ def make_rewarped_env(
 
 def require_rewarped(name: object) -> None:
     """Raise MissingLibraryError, for ``env.name``, unless rewarped and what it needs are installed."""
-    for library in ("rewarped", "warp", "gymnasium"):
-        if find_spec(library) is None:
-            raise MissingLibraryError(
-                f"env.name={name} needs {library}, which is not installed: pip install 'pwm-torchrl[rewarped]' (Python "
-                "3.10 or 3.11)"
-            )
+    how = "pip install 'pwm-torchrl[rewarped]' (Python 3.10 or 3.11)"
+    require_installed(("rewarped", "warp", "gymnasium"), f"env.name={name}", how)
 
 
 def _load(task: str) -> Any:
