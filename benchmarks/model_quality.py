@@ -26,9 +26,12 @@ sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 import torch  # noqa: E402
 
 from benchmarks.learning import hardware  # noqa: E402
-from pwm_torchrl.algorithm.base import build_parts, find_algorithm  # noqa: E402
+from pwm_torchrl.algorithm.base import (  # noqa: E402
+    MetricRow,
+    build_parts,
+    find_algorithm,
+)
 from pwm_torchrl.algorithm.build import Networks  # noqa: E402
-from pwm_torchrl.algorithm.metrics import MetricRow  # noqa: E402
 from pwm_torchrl.algorithm.quality import (  # noqa: E402
     effective_rank,
     latent_variance,

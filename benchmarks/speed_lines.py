@@ -438,7 +438,7 @@ class Lines:
         try:
             from torchrl.data import Bounded
 
-            from pwm_torchrl.algorithm.metrics import MetricRow
+            from pwm_torchrl.algorithm.base import MetricRow
             from pwm_torchrl.modules import policy_module
             from pwm_torchrl.run.sources import open_source
             from pwm_torchrl.terminal import Progress

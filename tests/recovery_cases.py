@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from training_cases import Bench, assert_equal, config
 
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import MetricRow
 
 UPDATES = ("model", "actor", "critic")
 #: Rows of each update's batch in ``config()``.

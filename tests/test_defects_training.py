@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_cases import PENDULUM, config, live_graphs, rows_of, run_with
 
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import MetricRow
 from pwm_torchrl.run.collector import evaluation_env_seed
 from pwm_torchrl.run.debugging import live_tensors
 from pwm_torchrl.run.directory import save_config

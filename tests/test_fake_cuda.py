@@ -14,9 +14,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from training_cases import config, trajectories
 
-from pwm_torchrl.algorithm.base import Algorithm, find_algorithm
+from pwm_torchrl.algorithm.base import Algorithm, MetricRow, find_algorithm
 from pwm_torchrl.algorithm.build import Facts, Losses, Networks, build_optimizers, world_model_spec
-from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import Config, DynamicsConfig
 from pwm_torchrl.data import TrajectoryReplay

@@ -16,9 +16,8 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase, GymWrapper
 
 import pwm_torchrl.run.train as run_module
-from pwm_torchrl.algorithm.base import find_algorithm
+from pwm_torchrl.algorithm.base import MetricRow, find_algorithm
 from pwm_torchrl.algorithm.build import Facts, build_optimizers
-from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.pwm_paper import PaperWork
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import (

@@ -27,7 +27,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from pwm_torchrl.algorithm.base import Algorithm, EpochWork, Update
+from pwm_torchrl.algorithm.base import Algorithm, EpochWork, MetricRow, Update
 from pwm_torchrl.algorithm.build import (
     EnvFacts,
     Losses,
@@ -40,7 +40,6 @@ from pwm_torchrl.algorithm.build import (
     compiles,
     on,
 )
-from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.config import AlgorithmConfig, Config
 from pwm_torchrl.modules import Actor, CriticEnsemble, WorldModel
 from pwm_torchrl.objectives import PWMValueLoss, SoftActorLoss

@@ -26,8 +26,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from pwm_torchrl.algorithm.base import Algorithm, EpochWork, Update, Work
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import Algorithm, EpochWork, MetricRow, Update, Work
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 

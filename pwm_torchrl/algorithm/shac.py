@@ -20,7 +20,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from pwm_torchrl.algorithm.base import Update
+from pwm_torchrl.algorithm.base import MetricRow, Update
 from pwm_torchrl.algorithm.build import (
     EnvFacts,
     Losses,
@@ -31,7 +31,6 @@ from pwm_torchrl.algorithm.build import (
     compiles,
     on,
 )
-from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.pwm_paper import PaperPWM, PaperWork
 from pwm_torchrl.config import AlgorithmConfig, Config
 from pwm_torchrl.errors import ConfigurationError

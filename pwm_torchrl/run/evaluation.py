@@ -14,8 +14,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from pwm_torchrl.algorithm.base import Algorithm, updates_of
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import Algorithm, MetricRow, updates_of
 from pwm_torchrl.algorithm.quality import rollout_errors, saturated_share, value_quality
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import environment_device

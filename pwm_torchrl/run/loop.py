@@ -18,8 +18,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.checkpoint import Checkpoint
 
-from pwm_torchrl.algorithm.base import Algorithm
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import Algorithm, MetricRow
 from pwm_torchrl.config import Config
 from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.errors import DivergenceError, EnvironmentFault, OutOfMemory, status_of

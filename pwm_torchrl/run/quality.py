@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from pwm_torchrl.algorithm.base import Algorithm
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import Algorithm, MetricRow
 from pwm_torchrl.algorithm.quality import (
     effective_rank,
     latent_variance,

@@ -10,9 +10,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from pwm_torchrl.algorithm.base import find_algorithm
+from pwm_torchrl.algorithm.base import MetricRow, find_algorithm
 from pwm_torchrl.algorithm.build import Networks
-from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.shac import simulator_of
 from pwm_torchrl.config import Config
 from pwm_torchrl.data import TrajectoryReplay

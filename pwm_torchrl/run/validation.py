@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pwm_torchrl.algorithm.base import Algorithm
+from pwm_torchrl.algorithm.base import Algorithm, MetricRow
 from pwm_torchrl.algorithm.build import world_model_spec
-from pwm_torchrl.algorithm.metrics import MetricRow
 from pwm_torchrl.algorithm.quality import rollout_errors
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs.tasks import task_set

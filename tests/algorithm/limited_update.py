@@ -24,7 +24,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from recovery_cases import UPDATES, do, make_bench, prepared, state_of
 from training_cases import Bench
 
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import MetricRow
 
 ROWS = {"model": 512, "actor": 512, "critic": 2048}
 CHANGES = {

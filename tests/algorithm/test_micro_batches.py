@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from training_cases import Bench, assert_equal, config, rows_of, run_with, trajectories, weights_of
 
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import MetricRow
 
 SIZES = [1, 3, 8]
 SHORTCUT = {"model.dynamics.condition_on_step_size": True, "model.loss.self_consistency_weight": 0.5}

@@ -110,7 +110,7 @@ class TestSets:
 
 
 def _row() -> Any:
-    from pwm_torchrl.algorithm.metrics import MetricRow
+    from pwm_torchrl.algorithm.base import MetricRow
 
     return MetricRow()
 

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from training_cases import Bench, config, live_graphs, trajectories
 
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import MetricRow
 from pwm_torchrl.modules import RewardScale
 from pwm_torchrl.run.debugging import live_tensors
 from pwm_torchrl.run.evaluation import gradient_profile

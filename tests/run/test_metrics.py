@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import MetricRow
 from pwm_torchrl.run.metrics import CsvMetrics, checked_metrics, read_metrics
 
 

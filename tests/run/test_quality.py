@@ -22,7 +22,7 @@ from training_cases import (
     weights_of,
 )
 
-from pwm_torchrl.algorithm.metrics import MetricRow
+from pwm_torchrl.algorithm.base import MetricRow
 from pwm_torchrl.algorithm.quality import rollout_errors, saturated_share, value_quality
 from pwm_torchrl.config import Config
 from pwm_torchrl.run import quality as quality_module
