@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.modules.compiled import Piece
 from pwm_torchrl.modules.dynamics import Dynamics, make_dynamics
 from pwm_torchrl.modules.heads import Encoder, RewardHead, ScalarRewardHead, TerminationHead, TwoHotRewardHead
-from pwm_torchrl.modules.layers import RewardDeviation, RunningStatistics, check_simnorm, init_world_model_weights
+from pwm_torchrl.modules.layers import (
+    Piece,
+    RewardDeviation,
+    RunningStatistics,
+    check_simnorm,
+    init_world_model_weights,
+)
 
 #: Normalised observations are cut off here: a dimension that was constant so far would otherwise give hundreds.
 OBSERVATION_CLIP = 10.0
@@ -109,7 +114,7 @@ class WorldModel(nn.Module):
         self.reward.reset_parameters()
 
     def compile_pieces(self) -> None:
-        """From now on, compile the evaluation of the dynamics' network; see :mod:`~pwm_torchrl.modules.compiled`.
+        """From now on, compile the evaluation of the dynamics' network; see :mod:`~pwm_torchrl.modules.layers`.
 
         Dynamics of one's own stay as they are, unless they evaluate their network through their ``piece``.
         """

@@ -22,7 +22,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
 from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
 from pwm_torchrl.memory.readings import format_bytes, read_process
-from pwm_torchrl.modules.compiled import compiler_missing
+from pwm_torchrl.modules.layers import compiler_missing
 from pwm_torchrl.run.artifacts import swap_in
 from pwm_torchrl.run.directory import PLAN_FILE, read_plan
 from pwm_torchrl.run.summary import peak_device_bytes

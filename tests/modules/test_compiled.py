@@ -21,7 +21,7 @@ from pwm_torchrl.modules import (
     value_module,
     world_model_module,
 )
-from pwm_torchrl.modules.compiled import Piece
+from pwm_torchrl.modules.layers import Piece
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss
 
 FLOW = {"kind": "flow", "substeps": 3}

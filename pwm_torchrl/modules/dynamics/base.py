@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from pwm_torchrl.modules.compiled import Piece
+from pwm_torchrl.modules.layers import Piece
 
 
 class Dynamics(nn.Module):
