@@ -114,7 +114,7 @@ class WorldModel(nn.Module):
         self.reward.reset_parameters()
 
     def compile_pieces(self) -> None:
-        """From now on, compile the evaluation of the dynamics' network; see :mod:`~pwm_torchrl.modules.layers`.
+        """From now on, compile the evaluation of the dynamics' network; see :class:`~pwm_torchrl.modules.layers.Piece`.
 
         Dynamics of one's own stay as they are, unless they evaluate their network through their ``piece``.
         """

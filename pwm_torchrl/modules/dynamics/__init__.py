@@ -3,14 +3,13 @@
 Plain ``nn.Module``s over tensors; they import layers and errors, nothing else of the package.
 """
 
-from pwm_torchrl.modules.dynamics.base import Dynamics, FlowDynamics, count_parameters
+from pwm_torchrl.modules.dynamics.base import Dynamics, FlowDynamics, MLPDynamics, count_parameters
 from pwm_torchrl.modules.dynamics.endpoint import (
     ResidualDynamics,
     ResidualEndpointFlow,
     residual_endpoint,
 )
 from pwm_torchrl.modules.dynamics.factory import KINDS, PARAMETERIZATIONS, SOLVERS, dynamics_class, make_dynamics
-from pwm_torchrl.modules.dynamics.mlp import MLPDynamics
 from pwm_torchrl.modules.dynamics.velocity import SimNormVelocityFlow, TangentFlow, VelocityFlow
 
 __all__ = [

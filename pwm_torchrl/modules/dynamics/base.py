@@ -1,4 +1,4 @@
-"""What every latent dynamics offers, and the inputs that the flow kinds share."""
+"""What every latent dynamics offers, the plainest kind, and the inputs that the flow kinds share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from pwm_torchrl.modules.layers import Piece
+from pwm_torchrl.modules.layers import Piece, SimNorm, cat_features, normed_mlp
 
 
 class Dynamics(nn.Module):
@@ -48,6 +48,35 @@ class Dynamics(nn.Module):
     def imagine(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Next latent ``[..., D]`` as imagination takes it: of most dynamics the same as the call."""
         return self(latent, action, task_embedding)
+
+
+class MLPDynamics(Dynamics):
+    """z' = SimNorm(MLP([z, e, a])), as in TD-MPC2 and PWM.
+
+    Args:
+        latent_dim (int): ``D``.
+        action_dim (int): ``A``.
+        task_dim (int): E, 0 without tasks.
+        units (sequence of int): hidden widths.
+        simnorm_dim (int): features per SimNorm group. Defaults to ``8``.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        task_dim: int,
+        units: Sequence[int],
+        simnorm_dim: int = 8,
+    ) -> None:
+        super().__init__()
+        self.simnorm_dim = simnorm_dim
+        self.net = normed_mlp(latent_dim + task_dim + action_dim, units, latent_dim, SimNorm(simnorm_dim))
+
+    def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
+        if self.piece is not None:
+            return self.piece([latent, task_embedding, action], self.net, self.simnorm_dim)
+        return self.net(cat_features(latent, task_embedding, action))
 
 
 class FlowDynamics(Dynamics):
