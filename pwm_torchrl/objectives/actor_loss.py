@@ -20,12 +20,17 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from pwm_torchrl.modules import RunningStatistics, WorldModel
 from pwm_torchrl.modules.numerics import products_in
-from pwm_torchrl.objectives.base import Gradients, PWMLoss, check_shape, hand_out, micro_batches, plus_gradients
-from pwm_torchrl.objectives.functional import (
+from pwm_torchrl.objectives.base import (
+    Gradients,
+    PWMLoss,
     apart,
+    check_shape,
     delayed,
     distribution_parameters,
     frozen,
+    hand_out,
+    micro_batches,
+    plus_gradients,
     swapped,
     tensor_function,
 )

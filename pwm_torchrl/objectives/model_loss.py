@@ -16,8 +16,7 @@ from pwm_torchrl.config import check_few_step_rollout
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import Dynamics, FlowDynamics, ResidualEndpointFlow, WorldModel
 from pwm_torchrl.modules.numerics import products_in
-from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_shape
-from pwm_torchrl.objectives.functional import swapped
+from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_shape, swapped
 from pwm_torchrl.objectives.imagination import discounts
 
 # World-model losses on slices of trajectories, as pure functions ------------------------------------------------------

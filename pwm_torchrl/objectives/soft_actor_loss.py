@@ -20,8 +20,16 @@ from torch.nn.functional import softplus
 from pwm_torchrl.modules import Actor, CriticEnsemble, WorldModel
 from pwm_torchrl.modules.numerics import products_in
 from pwm_torchrl.objectives.actor_loss import Accumulated
-from pwm_torchrl.objectives.base import Gradients, PWMLoss, check_shape, hand_out, micro_batches, plus_gradients
-from pwm_torchrl.objectives.functional import frozen, swapped
+from pwm_torchrl.objectives.base import (
+    Gradients,
+    PWMLoss,
+    check_shape,
+    frozen,
+    hand_out,
+    micro_batches,
+    plus_gradients,
+    swapped,
+)
 
 #: An action of this size or more has left tanh hardly any gradient.
 SATURATED = 0.97

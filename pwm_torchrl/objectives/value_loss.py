@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pwm_torchrl.modules import CriticEnsemble
 from pwm_torchrl.modules.numerics import products_in
-from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_same_shape, check_shape
-from pwm_torchrl.objectives.functional import swapped
+from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_same_shape, check_shape, swapped
 
 
 def ensemble_value_loss(values: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pwm_torchrl.modules.dynamics import endpoint, fused
 from pwm_torchrl.modules.dynamics.base import tensors_of
 from pwm_torchrl.modules.dynamics.fused import Schedule
 from pwm_torchrl.modules.numerics import products_in
-from pwm_torchrl.objectives.functional import frozen
+from pwm_torchrl.objectives.base import frozen
 
 SOLVERS = [("euler", 1), ("euler", 8), ("heun", 1), ("heun", 2), ("heun", 4)]
 

@@ -13,7 +13,7 @@ from torch import nn
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import actor_module, world_model_module
 from pwm_torchrl.objectives import PWMActorLoss
-from pwm_torchrl.objectives.functional import apart, frozen
+from pwm_torchrl.objectives.base import apart, frozen
 
 
 def refuse(*_: object) -> None:
