@@ -28,14 +28,13 @@ from pwm_torchrl.run.checkpoints import METRIC, SCHEMA_VERSION, CheckpointStore,
 from pwm_torchrl.run.claims import RunClaim
 from pwm_torchrl.run.debugging import GraphCheck, failpoint
 from pwm_torchrl.run.directory import write_event
-from pwm_torchrl.run.ending import named
 from pwm_torchrl.run.evaluation import Evaluation
 from pwm_torchrl.run.loggers import RunLoggers
 from pwm_torchrl.run.metrics import CsvMetrics
 from pwm_torchrl.run.quality import Quality
 from pwm_torchrl.run.sources import Source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest
-from pwm_torchrl.run.summary import RunSummary
+from pwm_torchrl.run.summary import RunSummary, named
 from pwm_torchrl.terminal import Progress, warn
 
 #: The phases of an epoch.

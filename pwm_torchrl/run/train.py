@@ -32,7 +32,6 @@ from pwm_torchrl.run.collector import RunRNGState, seed_everything
 from pwm_torchrl.run.debugging import failpoint
 from pwm_torchrl.run.directory import save_config, write_event
 from pwm_torchrl.run.drawing import write_curves
-from pwm_torchrl.run.ending import Closing, named, record_end
 from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.load import load_pretrained, warm_start
 from pwm_torchrl.run.loggers import make_loggers
@@ -44,7 +43,7 @@ from pwm_torchrl.run.publish import log_artifacts
 from pwm_torchrl.run.replica import check_device, serve, start_replicas
 from pwm_torchrl.run.sources import StoredSource, open_source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest, stop_on_interrupt
-from pwm_torchrl.run.summary import RunSummary
+from pwm_torchrl.run.summary import Closing, RunSummary, named, record_end
 from pwm_torchrl.run.validation import HeldOutValidation
 from pwm_torchrl.terminal import Progress, say, warn
 

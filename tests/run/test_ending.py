@@ -12,8 +12,7 @@ from training_cases import config
 
 from pwm_torchrl.errors import ConfigurationError, OutOfMemory, StorageFault, Superseded
 from pwm_torchrl.run.claims import claimed, read_outcome
-from pwm_torchrl.run.ending import Closing, named, record_end
-from pwm_torchrl.run.summary import RunSummary
+from pwm_torchrl.run.summary import Closing, RunSummary, named, record_end
 
 
 def failing(text: str):

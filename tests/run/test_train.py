@@ -28,9 +28,8 @@ from pwm_torchrl.run import evaluation as evaluation_module
 from pwm_torchrl.run.checkpoints import CheckpointStore
 from pwm_torchrl.run.claims import claimed
 from pwm_torchrl.run.collector import evaluation_env_seed
-from pwm_torchrl.run.ending import Closing
 from pwm_torchrl.run.evaluation import play, random_action
-from pwm_torchrl.run.summary import RunSummary
+from pwm_torchrl.run.summary import Closing, RunSummary
 from pwm_torchrl.run.train import Run
 from pwm_torchrl.training import train
 
