@@ -48,10 +48,7 @@ from pwm_torchrl.cli.compose import compose  # noqa: E402
 from pwm_torchrl.config import Config  # noqa: E402
 from pwm_torchrl.run.claims import RunClaim, claimed  # noqa: E402
 from pwm_torchrl.run.debugging import live_nodes, live_tensors  # noqa: E402
-from pwm_torchrl.run.summary import (
-    Closing,  # noqa: E402
-    RunSummary,  # noqa: E402
-)
+from pwm_torchrl.run.summary import Closing, RunSummary  # noqa: E402
 from pwm_torchrl.run.train import Run, quiet_torchrl  # noqa: E402
 
 LIMIT = 4 * 1024  # bytes per epoch; the smallest real leak was 1.8 MB per epoch

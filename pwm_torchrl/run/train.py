@@ -29,7 +29,7 @@ from pwm_torchrl.run.artifacts import write_run_readme
 from pwm_torchrl.run.checkpoints import CheckpointFault, CheckpointStore, StateFileAdapter, load_checkpoint
 from pwm_torchrl.run.claims import RunClaim, claimed
 from pwm_torchrl.run.collector import RunRNGState, seed_everything
-from pwm_torchrl.run.debugging import failpoint
+from pwm_torchrl.run.debugging import UpdateProfile, failpoint
 from pwm_torchrl.run.directory import save_config, write_event
 from pwm_torchrl.run.drawing import write_curves
 from pwm_torchrl.run.evaluation import PolicyEvaluation
@@ -38,7 +38,6 @@ from pwm_torchrl.run.loggers import make_loggers
 from pwm_torchrl.run.loop import Loop, Recording
 from pwm_torchrl.run.memory_plan import RunPlan, decided_compile
 from pwm_torchrl.run.metrics import CsvMetrics
-from pwm_torchrl.run.profiling import UpdateProfile
 from pwm_torchrl.run.publish import log_artifacts
 from pwm_torchrl.run.replica import check_device, serve, start_replicas
 from pwm_torchrl.run.sources import StoredSource, open_source

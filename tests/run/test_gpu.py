@@ -12,8 +12,8 @@ import torch
 
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.run.collector import evaluation_env_seed
+from pwm_torchrl.run.debugging import TRACE
 from pwm_torchrl.run.metrics import read_metrics
-from pwm_torchrl.run.profiling import TRACE
 from pwm_torchrl.training import evaluate_run, train
 
 pytestmark = [

@@ -13,8 +13,8 @@ import pytest
 import torch
 from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
-from pwm_torchrl.run import profiling
-from pwm_torchrl.run.profiling import TRACE, WARM_UP, UpdateProfile
+from pwm_torchrl.run import debugging
+from pwm_torchrl.run.debugging import TRACE, WARM_UP, UpdateProfile
 
 #: Updates of one epoch of the tests' configuration, in their order.
 EPOCH = ["model"] * 2 + ["actor"] + ["critic"] * 4
@@ -118,7 +118,7 @@ class TestBegin:
         def full(source, target):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(profiling.os, "replace", full)
+        monkeypatch.setattr(debugging.os, "replace", full)
         updates, profile = self.profile(tmp_path)
         updates.make(*["model", "actor"] * (WARM_UP + 1))
         profile.close()
