@@ -22,11 +22,19 @@ from pwm_torchrl.report.figures import (
     memory_figure,
     returns_figures,
 )
-from pwm_torchrl.report.grouping import Group, group_runs
 from pwm_torchrl.report.page import Section, render
 from pwm_torchrl.report.pairing import Pairs
-from pwm_torchrl.report.run_tables import group_table, memory_table, run_table
-from pwm_torchrl.report.scores import HELD_OUT_TEXT, SCORE_TEXT, held_out_table, score_table
+from pwm_torchrl.report.run_tables import (
+    HELD_OUT_TEXT,
+    SCORE_TEXT,
+    Group,
+    group_runs,
+    group_table,
+    held_out_table,
+    memory_table,
+    run_table,
+    score_table,
+)
 from pwm_torchrl.run.drawing import png, require_matplotlib
 
 __all__ = ["REPORT_FILE", "Document", "make_document"]

@@ -12,7 +12,7 @@ import pandas as pd
 from pwm_torchrl.memory.readings import GIB
 from pwm_torchrl.report.collect import natural
 from pwm_torchrl.report.compare import AXES, Comparison
-from pwm_torchrl.report.grouping import Group
+from pwm_torchrl.report.run_tables import Group
 from pwm_torchrl.report.statistics import aligned, curve, mean_and_spread, thin
 from pwm_torchrl.run.drawing import COLORS, draw_line, finish_axis, log_where_wide, new_figure, styled
 from pwm_torchrl.run.metrics import progress_axis

@@ -12,7 +12,7 @@ pytest.importorskip("hydra")
 
 from report_cases import report
 
-from pwm_torchrl.report.grouping import group_runs
+from pwm_torchrl.report.run_tables import group_runs
 from pwm_torchrl.report.statistics import aligned, curve, mean_and_spread, thin
 
 NAN = math.nan

@@ -11,9 +11,7 @@ pytest.importorskip("hydra")
 
 from report_cases import report
 
-from pwm_torchrl.report.grouping import group_runs
-from pwm_torchrl.report.run_tables import frame_of, group_table, memory_table, run_table
-from pwm_torchrl.report.scores import held_out_table
+from pwm_torchrl.report.run_tables import frame_of, group_runs, group_table, held_out_table, memory_table, run_table
 from pwm_torchrl.report.tables import (
     Table,
     bytes_text,

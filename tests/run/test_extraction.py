@@ -16,7 +16,7 @@ from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
 from pwm_torchrl.report.collect import read_run
-from pwm_torchrl.report.scores import score_table
+from pwm_torchrl.report.run_tables import score_table
 from pwm_torchrl.run import evaluation
 from pwm_torchrl.run import load as load_module
 from pwm_torchrl.run.evaluation import Episodes, LatentVariance
