@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("hydra")
 
-from pwm_torchrl.report.page import Section, render
+from pwm_torchrl.report.document import Section, render
 from pwm_torchrl.report.tables import Table
 
 VOID = {"meta", "img"}
