@@ -19,7 +19,7 @@ from pwm_torchrl.cli import console
 from pwm_torchrl.cli.draft import draft_profile, profile_file, write_profile
 from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.cli.words import DRAFT, FORCE
-from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
+from pwm_torchrl.cluster.resources import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Partition, Site, SlurmError, from_minutes, site, slurm_available
 from pwm_torchrl.commands import named, typed_here
 from pwm_torchrl.config import ClusterConfig, Config

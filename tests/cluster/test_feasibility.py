@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 from slurm_texts import SITE
 
-from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
-from pwm_torchrl.cluster.resources import Resources
+from pwm_torchrl.cluster.resources import JobRequest, Resources, why_impossible
 from pwm_torchrl.config import ClusterConfig
 
 

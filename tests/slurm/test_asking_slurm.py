@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pwm_torchrl.cluster import slurm as query
-from pwm_torchrl.cluster.feasibility import JobRequest, why_impossible
+from pwm_torchrl.cluster.resources import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Partition
 
 
