@@ -30,10 +30,9 @@ from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
 from pwm_torchrl.cli.resume import Found
 from pwm_torchrl.cli.train import run_in_process
 from pwm_torchrl.cli.words import DRY_RUN, check_slurms_keys
-from pwm_torchrl.cluster.deaths import JOB_FILE, read_job
+from pwm_torchrl.cluster.deaths import JOB_FILE, read_job, thriftier_plan
 from pwm_torchrl.cluster.job import LOG_FILE
 from pwm_torchrl.cluster.resources import Resources, require_fit, resources_again
-from pwm_torchrl.cluster.restarts import thriftier_plan
 from pwm_torchrl.cluster.slurm import live_job, site, slurm_available
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
 from pwm_torchrl.cluster.submission import last_request, leave_open, resubmit, submit_runs

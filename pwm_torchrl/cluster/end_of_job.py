@@ -15,8 +15,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pwm_torchrl.cluster.deaths import END, MEMORY, RESUBMIT, WAIT, Answer, Death, JobRecord, memory_asked, write_job
-from pwm_torchrl.cluster.restarts import Life, NextPlan, apply_plan, decide, next_plan, note
+from pwm_torchrl.cluster.deaths import (
+    END,
+    MEMORY,
+    RESUBMIT,
+    WAIT,
+    Answer,
+    Death,
+    JobRecord,
+    Life,
+    NextPlan,
+    apply_plan,
+    decide,
+    memory_asked,
+    next_plan,
+    note,
+    write_job,
+)
 from pwm_torchrl.cluster.slurm import SlurmError, job_records, scontrol
 from pwm_torchrl.cluster.submission import last_request, move_dependents, resubmit
 from pwm_torchrl.commands import typed

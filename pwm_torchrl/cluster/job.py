@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_torchrl import training
-from pwm_torchrl.cluster.restarts import Life, before_training
+from pwm_torchrl.cluster.deaths import Life, before_training
 from pwm_torchrl.commands import named
 from pwm_torchrl.distributed.rendezvous import SUBMITIT, is_replica
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, is_ours, status_of

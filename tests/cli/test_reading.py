@@ -18,8 +18,8 @@ from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.modes import apply_mode, of_world_model
 from pwm_torchrl.cli.requests import Prepared, lacks_world_model
 from pwm_torchrl.cli.words import OF_SLURM, RULES
+from pwm_torchrl.cluster.deaths import thriftier_plan
 from pwm_torchrl.cluster.resources import sbatch_parameters
-from pwm_torchrl.cluster.restarts import thriftier_plan
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.factory import options_of

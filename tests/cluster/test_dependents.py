@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pwm_torchrl.cluster import end_of_job, submission
-from pwm_torchrl.cluster.deaths import write_job
+from pwm_torchrl.cluster.deaths import Life, NextPlan, write_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
-from pwm_torchrl.cluster.restarts import Life, NextPlan
 from pwm_torchrl.cluster.slurm import JobState
 from pwm_torchrl.config import Config
 from pwm_torchrl.run.directory import save_config

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pwm_torchrl.cluster.restarts import apply_plan, next_plan
+from pwm_torchrl.cluster.deaths import apply_plan, next_plan
 from pwm_torchrl.config import Config
 
 CHOICES = {
