@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from pwm_torchrl.envs.factory import make_env
     from pwm_torchrl.envs.facts import report_env
     from pwm_torchrl.envs.imagination import LatentImaginationEnv
-    from pwm_torchrl.envs.info import EnvInfo, env_info
     from pwm_torchrl.envs.makers import make_brax_env, make_dm_control_env, make_gymnasium_env
     from pwm_torchrl.envs.mppi import PolicySeededMPPI
     from pwm_torchrl.envs.rendering import render_frame
     from pwm_torchrl.envs.rewarped import make_rewarped_env
-    from pwm_torchrl.envs.standard import standardize
+    from pwm_torchrl.envs.standard import EnvInfo, env_info, standardize
     from pwm_torchrl.envs.tasks.maker import make_task_env
     from pwm_torchrl.envs.tasks.registry import register_task
 
@@ -56,10 +55,10 @@ __all__ = [
 _HOME = {
     "DFlexEnv": "dflex",
     "DifferentiableEnv": "differentiable",
-    "EnvInfo": "info",
+    "EnvInfo": "standard",
     "LatentImaginationEnv": "imagination",
     "PolicySeededMPPI": "mppi",
-    "env_info": "info",
+    "env_info": "standard",
     "env_state_support": "env_state",
     "load_env_state": "env_state",
     "make_brax_env": "makers",

@@ -14,8 +14,8 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Categorical
 from torchrl.envs.libs.gym import GymWrapper
 
-from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.envs.rendering import draw_or_explain
+from pwm_torchrl.envs.standard import EnvInfo
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
 
 __all__ = ["BatchedEnv", "SubEnv", "batch_sub_envs", "chosen"]

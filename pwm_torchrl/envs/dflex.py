@@ -14,8 +14,8 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.envs.simulation import RandomStream, SimulatedEnv, check_simulation, message_of
+from pwm_torchrl.envs.standard import EnvInfo
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, nearest
 
 __all__ = ["CLASSES", "INSTALL", "REWARPED", "DFlexEnv", "make_dflex_env", "missing_dflex"]

@@ -15,9 +15,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import PendulumEnv
 
-from pwm_torchrl.envs.info import EnvInfo
 from pwm_torchrl.envs.simulation import SimulatedEnv
-from pwm_torchrl.envs.standard import check_maker_arguments
+from pwm_torchrl.envs.standard import EnvInfo, check_maker_arguments
 from pwm_torchrl.errors import ConfigurationError, DivergenceError
 
 __all__ = ["DifferentiableEnv", "Episodes", "PendulumSimulator", "Simulator", "make_torchrl_pendulum"]

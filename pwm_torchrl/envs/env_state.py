@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.envs.info import env_layers
+from pwm_torchrl.envs.standard import env_layers
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [

@@ -12,8 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torchrl.envs import EnvBase, SerialEnv
 
-from pwm_torchrl.envs.info import EnvInfo, env_info, env_layers
-from pwm_torchrl.envs.standard import GuardedEnv, check_maker_arguments, check_usable, standardize
+from pwm_torchrl.envs.standard import (
+    EnvInfo,
+    GuardedEnv,
+    check_maker_arguments,
+    check_usable,
+    env_info,
+    env_layers,
+    standardize,
+)
 from pwm_torchrl.envs.workers import OpenEnv, ended_by_sigterm
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, is_ours, nearest, said
 from pwm_torchrl.terminal import warn

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.envs.info import env_layers
+from pwm_torchrl.envs.standard import env_layers
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 __all__ = ["draw_or_explain", "import_mujoco_library", "render_frame"]

@@ -17,8 +17,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.envs.info import EnvInfo
-from pwm_torchrl.envs.standard import check_maker_arguments
+from pwm_torchrl.envs.standard import EnvInfo, check_maker_arguments
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, nearest
 
 __all__ = ["RandomStream", "SimulatedEnv", "check_simulation", "message_of"]

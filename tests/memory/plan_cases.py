@@ -7,7 +7,7 @@ from typing import Any
 from training_cases import config
 
 from pwm_torchrl.config import Config
-from pwm_torchrl.envs.info import EnvInfo
+from pwm_torchrl.envs.standard import EnvInfo
 from pwm_torchrl.memory.budget import Budget, Candidate
 from pwm_torchrl.memory.plan import Plan, make_plan
 from pwm_torchrl.memory.predict import Choices

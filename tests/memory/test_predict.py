@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from training_cases import config
 
-from pwm_torchrl.envs.info import EnvInfo
+from pwm_torchrl.envs.standard import EnvInfo
 from pwm_torchrl.memory import predict as predict_module
 from pwm_torchrl.memory.predict import CACHE, DEVICE, DISK, HOST, Choices, Item, Prediction, predict
 from pwm_torchrl.memory.readings import MIB, read_process

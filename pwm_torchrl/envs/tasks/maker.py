@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torchrl.envs import EnvBase
 
 from pwm_torchrl.envs.factory import as_stated, make_env, probe_env
-from pwm_torchrl.envs.info import EnvInfo, env_info
 from pwm_torchrl.envs.makers import batch_dm_control, check_dm_control_task
 from pwm_torchrl.envs.rendering import import_mujoco_library
-from pwm_torchrl.envs.standard import check_maker_arguments
+from pwm_torchrl.envs.standard import EnvInfo, check_maker_arguments, env_info
 from pwm_torchrl.envs.tasks.registry import TaskInfo, task_info
 from pwm_torchrl.errors import ConfigurationError, nearest
 
