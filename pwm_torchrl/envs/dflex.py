@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
-from pwm_torchrl.envs.simulation import RandomStream, SimulatedEnv, check_simulation, message_of
+from pwm_torchrl.envs.differentiable import RandomStream, SimulatedEnv, check_simulation, message_of
 from pwm_torchrl.envs.standard import EnvInfo
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault, MissingLibraryError, nearest
 

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pwm_torchrl.envs.differentiable import DifferentiableEnv
-from pwm_torchrl.envs.simulation import RandomStream, check_simulation, message_of
+from pwm_torchrl.envs.differentiable import DifferentiableEnv, RandomStream, check_simulation, message_of
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, require_installed
 
 __all__ = ["TASKS", "RewarpedSimulator", "make_rewarped_env", "require_rewarped"]

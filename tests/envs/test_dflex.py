@@ -12,7 +12,7 @@ import torch
 from torchrl.envs.utils import check_env_specs
 
 from pwm_torchrl.envs import DFlexEnv, EnvironmentFault, env_info, make_dflex_env, render_frame
-from pwm_torchrl.envs.simulation import RandomStream
+from pwm_torchrl.envs.differentiable import RandomStream
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 
 from .conftest import play, random_actions
