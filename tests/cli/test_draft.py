@@ -12,7 +12,7 @@ pytest.importorskip("hydra")
 from slurm_texts import SITE
 
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.draft import draft_profile, profile_file, write_profile
+from pwm_torchrl.cli.doctor import draft_profile, profile_file, write_profile
 from pwm_torchrl.cluster.resources import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Node, Partition
 from pwm_torchrl.errors import ConfigurationError
