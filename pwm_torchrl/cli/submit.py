@@ -1,16 +1,21 @@
-"""``launch/submit.py``: runs as jobs of their own, on SLURM where it is found, else on this machine."""
+"""``launch/submit.py``: runs as jobs of their own, on SLURM where it is found, else on this machine.
+
+``task=all`` without a world model has two stages: a pre-training first, then a policy for every task in what it made.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.chain import Chain, composed
+from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.local import refuse_while_running, stop_signals_as_interrupt, submit_local
 from pwm_torchrl.cli.preflight import preflight
 from pwm_torchrl.cli.prepare import (
@@ -26,7 +31,7 @@ from pwm_torchrl.cli.prepare import (
     refuse_slurms_keys,
     say_unqueued,
 )
-from pwm_torchrl.cli.requests import Prepared, Request, lacks_world_model
+from pwm_torchrl.cli.requests import Prepared, Request, both_stages, compose_pretraining, lacks_world_model
 from pwm_torchrl.cli.resume import Found
 from pwm_torchrl.cli.train import run_in_process
 from pwm_torchrl.cli.words import DRY_RUN, check_slurms_keys
@@ -45,7 +50,7 @@ from pwm_torchrl.run.stored_episodes import follow_world_model
 from pwm_torchrl.run.validation import announce
 from pwm_torchrl.user_code import make_cwd_importable
 
-__all__ = ["resume", "run"]
+__all__ = ["Chain", "composed", "refuse_while_queued", "resume", "run"]
 
 
 def run(request: Request) -> int:
@@ -70,33 +75,6 @@ def run(request: Request) -> int:
     if place == SLURM:
         return _to_slurm([runs], [facts])
     return _all(runs, place)
-
-
-def _both_stages(chain: Chain, dry: bool) -> int:
-    """A pre-training, then the policies that need its world model."""
-    place = place_of(chain.pretraining.config)
-    refuse_slurms_keys([chain.pretraining, *chain.policies], place)
-    say_unqueued([chain.pretraining, *chain.policies], place)
-    console.say(chain.description)
-    if dry:
-        dry_run([chain.pretraining], place)
-        console.say("\n\n# the policies, in the world model of the run above\n")
-        dry_run(chain.policies, place)
-        return console.OK
-    stages = [[chain.pretraining], chain.policies]
-    facts = [preflight([run.config for run in stage], place) for stage in stages]
-    if place == SLURM:
-        return _to_slurm(stages, facts, chain.place)
-    first = _prepare(chain.pretraining.config, place)
-    chain.place(first.path)
-    code = _here(chain.pretraining, first, place)
-    if code == console.BAD_INPUT:
-        return code
-    if code != console.OK:
-        words = " ".join(shlex.quote(word) for word in chain.policies[0].words if not word.startswith("task="))
-        console.say(f"no policy was begun; when that is finished: {typed_here('submit')} {words} task=all", err=True)
-        return code
-    return _all(chain.policies, place)
 
 
 def _all(runs: Sequence[Prepared], place: str) -> int:
@@ -231,6 +209,85 @@ def _conclude(outcome: dict[str, Any], run: RunDir, words: Sequence[str]) -> int
     message = f"{outcome.get('error', f'the run ended with status {status}')}{where}"
     code = console.fail(message, status, "submit", words, run_dir)
     return console.BAD_INPUT if refused else code
+
+
+# Two stages: task=all without a world model ---------------------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """Runs of one command, the first of which makes the world model of the others.
+
+    Attributes:
+        pretraining (Prepared): makes the world model.
+        policies (list of Prepared): need it.
+        folder (Path): describes the world model, until the pre-training has a directory of its own.
+    """
+
+    pretraining: Prepared
+    policies: list[Prepared]
+    folder: Path
+
+    def place(self, run_dir: Path) -> None:
+        """The pre-training has its directory: that is where the policies find their world model."""
+        for each in self.policies:
+            each.config.world_model = str(run_dir)
+            each.words[:] = [
+                f"world_model={run_dir}" if word.startswith("world_model=") else word for word in each.words
+            ]
+
+    @property
+    def description(self) -> str:
+        """What the command does, in a line."""
+        count = len(self.policies)
+        what = "a policy for its task" if count == 1 else f"{count} policies in it"
+        return f"no world_model is given: {self.pretraining.words[0]} makes one first, then come {what}"
+
+
+@contextlib.contextmanager
+def composed(words: Sequence[str]) -> Iterator[Chain]:
+    """Both stages, composed and checked before anything is written to where runs go.
+
+    Raises:
+        ConfigurationError: for whatever cannot work in either.
+    """
+    own, rest = both_stages(words)
+    pretraining = compose_pretraining(own)
+    try:
+        complete(pretraining.config, own)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"in the pre-training: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="pwm_torchrl_") as name:
+        folder = Path(name) / "world_model_to_come"
+        announce(pretraining.config, folder)
+        yield Chain(pretraining, compose_all([*rest, f"world_model={folder}"]), folder)
+
+
+def _both_stages(chain: Chain, dry: bool) -> int:
+    """A pre-training, then the policies that need its world model."""
+    place = place_of(chain.pretraining.config)
+    refuse_slurms_keys([chain.pretraining, *chain.policies], place)
+    say_unqueued([chain.pretraining, *chain.policies], place)
+    console.say(chain.description)
+    if dry:
+        dry_run([chain.pretraining], place)
+        console.say("\n\n# the policies, in the world model of the run above\n")
+        dry_run(chain.policies, place)
+        return console.OK
+    stages = [[chain.pretraining], chain.policies]
+    facts = [preflight([run.config for run in stage], place) for stage in stages]
+    if place == SLURM:
+        return _to_slurm(stages, facts, chain.place)
+    first = _prepare(chain.pretraining.config, place)
+    chain.place(first.path)
+    code = _here(chain.pretraining, first, place)
+    if code == console.BAD_INPUT:
+        return code
+    if code != console.OK:
+        words = " ".join(shlex.quote(word) for word in chain.policies[0].words if not word.startswith("task="))
+        console.say(f"no policy was begun; when that is finished: {typed_here('submit')} {words} task=all", err=True)
+        return code
+    return _all(chain.policies, place)
 
 
 # Runs that are there already ------------------------------------------------------------------------------------------
