@@ -11,8 +11,7 @@ from pwm_torchrl.cli import console
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import RunReport, find_runs, read_runs, settle
-from pwm_torchrl.report.pairing import Pairs
-from pwm_torchrl.report.select import Condition, pair_or_advise, select
+from pwm_torchrl.report.select import Condition, Pairs, pair_or_advise, select
 from pwm_torchrl.run.directory import CONFIG_FILE
 
 __all__ = ["Chosen", "choose"]

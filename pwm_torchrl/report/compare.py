@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pwm_torchrl.report.collect import FAILED, RunReport
-from pwm_torchrl.report.pairing import Pairs
+from pwm_torchrl.report.select import Pairs
 from pwm_torchrl.report.statistics import Estimate, aligned, curve, curve_interval, estimate, thin
 from pwm_torchrl.report.tables import Table
 from pwm_torchrl.run.metrics import progress_axis

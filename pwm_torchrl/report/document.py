@@ -25,7 +25,6 @@ from pwm_torchrl.report.figures import (
     memory_figure,
     returns_figures,
 )
-from pwm_torchrl.report.pairing import Pairs
 from pwm_torchrl.report.run_tables import (
     HELD_OUT_TEXT,
     SCORE_TEXT,
@@ -37,6 +36,7 @@ from pwm_torchrl.report.run_tables import (
     run_table,
     score_table,
 )
+from pwm_torchrl.report.select import Pairs
 from pwm_torchrl.report.tables import Table
 from pwm_torchrl.run.drawing import png, require_matplotlib
 

@@ -12,7 +12,7 @@ pytest.importorskip("hydra")
 from report_cases import report
 
 from pwm_torchrl.report.compare import ALL_TASKS, compare
-from pwm_torchrl.report.pairing import pair_runs
+from pwm_torchrl.report.select import pair_runs
 
 
 def runs_of(model, finals, env="pendulum", **known):

@@ -14,8 +14,8 @@ from report_cases import report
 
 from pwm_torchrl.report import figures
 from pwm_torchrl.report.compare import compare
-from pwm_torchrl.report.pairing import pair_runs
 from pwm_torchrl.report.run_tables import group_runs
+from pwm_torchrl.report.select import pair_runs
 from pwm_torchrl.run.drawing import png
 
 GIB = 2**30

@@ -9,7 +9,7 @@ pytest.importorskip("hydra")
 from report_cases import report
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.report.pairing import Ambiguous, covered_keys, pair_runs, value_of
+from pwm_torchrl.report.select import Ambiguous, covered_keys, pair_runs, value_of
 
 
 def seeds(words, *numbers, **known):
