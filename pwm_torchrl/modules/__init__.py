@@ -14,11 +14,6 @@ from pwm_torchrl.modules.actor_critic import (
     value_module,
     world_model_module,
 )
-from pwm_torchrl.modules.checkpoints import (
-    LoadReport,
-    load_pwm_world_model,
-    load_tdmpc2_world_model,
-)
 from pwm_torchrl.modules.dynamics import (
     Dynamics,
     FlowDynamics,
@@ -42,8 +37,11 @@ from pwm_torchrl.modules.heads import (
 )
 from pwm_torchrl.modules.layers import NormedLinear, RewardDeviation, RewardScale, RunningStatistics, SimNorm
 from pwm_torchrl.modules.model_files import (
+    LoadReport,
     WorldModelFacts,
     announce_world_model,
+    load_pwm_world_model,
+    load_tdmpc2_world_model,
     read_world_model,
     save_world_model,
     world_model_facts,

@@ -1,18 +1,29 @@
-"""World models as files: weights in safetensors, everything else in JSON, so that other versions can read them."""
+"""World models as files: our own, and other projects' (TD-MPC2's published checkpoints, PWM-style state dicts).
+
+Ours have their weights in safetensors and everything else in JSON, so that other versions can read them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import pickle
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.modules.world_model import WorldModel, WorldModelSpec, make_world_model
+
+# Our own files --------------------------------------------------------------------------------------------------------
+
 
 WEIGHTS_FILE, CONFIG_FILE = "world_model.safetensors", "world_model.json"
 FORMAT, VERSION = "pwm_torchrl.world_model", 1
@@ -234,3 +245,285 @@ def _replace(path: Path, content: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+# Weights of other projects --------------------------------------------------------------------------------------------
+
+
+#: Entries of TD-MPC2's agent that are no part of a world model.
+SKIPPED = re.compile(r"(_pi|_Qs|_target_Qs|_detach_Qs)([._]|$)|log_std_(min|dif)$")
+#: Their names -> ours; the published encoder is a dictionary of encoders whose vector one is called ``state``.
+PREFIXES = (
+    (re.compile(r"_encoder\.(?:state\.)?(?=\d)"), "encoder.net."),
+    (re.compile(r"_(?:dynamics|velocity)\.(?=\d)"), "dynamics.net."),
+    (re.compile(r"_reward\.(?=\d)"), "reward.net."),
+    (re.compile(r"_termination\.(?=\d)"), "termination.net."),
+    (re.compile(r"_task_emb\.(?=weight$)"), "task.embedding."),
+)
+ACTION_MASKS = "_action_masks"
+#: First parts of the names by which a state dict is known as one of these.
+PARTS = ("_encoder", "_dynamics", "_velocity", "_reward")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a foreign state dict.
+
+    Attributes:
+        mapped (dict): their name -> our parameter.
+        skipped (tuple of str): their entries that a world model does not have (policy and value networks).
+        missing (tuple of str): our parameters that they lack; these keep their initialisation.
+        spec (WorldModelSpec): the architecture that their shapes imply.
+    """
+
+    mapped: dict[str, str]
+    skipped: tuple[str, ...]
+    missing: tuple[str, ...]
+    spec: WorldModelSpec
+
+
+def load_tdmpc2_world_model(
+    path: str | Path,
+    *,
+    simnorm_dim: int = 8,
+    vmin: float = -10.0,
+    vmax: float = 10.0,
+    reward_space: str | None = None,
+    action_dims: Sequence[int] | None = None,
+    strict: bool = True,
+) -> tuple[WorldModel, LoadReport]:
+    """World model of a TD-MPC2 checkpoint (https://arxiv.org/abs/2310.16828), a file ``{"model": state_dict}``.
+
+    Both of its layouts are read: the present one, and the older one with Linear and LayerNorm apart.
+
+    Widths, number of tasks and bins come from the shapes; what shapes do not tell are the arguments. Policy and value
+    networks are left out by name.
+
+    Args:
+        path (str or Path): the checkpoint.
+
+    Keyword Args:
+        simnorm_dim (int): features per SimNorm group. Defaults to ``8``.
+        vmin (float): lowest reward bin, symlog space. Defaults to ``-10.0``.
+        vmax (float): highest reward bin, symlog space. Defaults to ``10.0``.
+        reward_space (str, optional): ``"raw"`` or ``"symlog"``. Defaults to ``"symlog"`` for multi-task checkpoints and
+            ``"raw"`` for others.
+        action_dims (sequence of int, optional): action dimension per task, for a multi-task checkpoint without
+            ``_action_masks``. Defaults to those masks.
+        strict (bool): raise if a parameter is missing from the file. Defaults to ``True``.
+
+    Returns:
+        tuple: the model in float32 on the CPU, and a :class:`LoadReport`.
+
+    Raises:
+        ConfigurationError: if the file is missing, truncated, of another format or another architecture.
+
+    Examples:
+        >>> from pwm_torchrl.modules import load_tdmpc2_world_model
+        >>> model, report = load_tdmpc2_world_model("mt30-48M.pt")  # doctest: +SKIP
+        >>> model.encode(observation, task)  # doctest: +SKIP
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigurationError(
+            f"The TD-MPC2 checkpoint {path} does not exist; give the path of a downloaded .pt file."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ConfigurationError(
+            f"The TD-MPC2 checkpoint {path} cannot be read: it is truncated, or holds more than tensors "
+            f"({type(error).__name__})."
+        ) from error
+    state = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not any(str(name).partition(".")[0] in PARTS for name in _unwrapped(state)):
+        raise ConfigurationError(
+            f"The checkpoint {path} is not in TD-MPC2's format, a state dict with entries of {', '.join(PARTS)}, alone "
+            'or under "model" of a dictionary.'
+        )
+    return load_pwm_world_model(
+        state,
+        simnorm_dim=simnorm_dim,
+        vmin=vmin,
+        vmax=vmax,
+        reward_space=reward_space,
+        action_dims=action_dims,
+        strict=strict,
+        origin=str(path),
+    )
+
+
+def load_pwm_world_model(
+    state_dict: Mapping[str, Tensor],
+    *,
+    simnorm_dim: int = 8,
+    vmin: float = -10.0,
+    vmax: float = 10.0,
+    reward_space: str | None = None,
+    action_dims: Sequence[int] | None = None,
+    solver: str = "heun",
+    substeps: int = 2,
+    strict: bool = True,
+    origin: str = "state dict",
+) -> tuple[WorldModel, LoadReport]:
+    """World model of a state dict named ``_encoder``, ``_dynamics`` or ``_velocity``, ``_reward``, ``_task_emb``.
+
+    ``_dynamics`` gives PWM's MLP dynamics, ``_velocity`` the public fork's flow (``simnorm_velocity``), whose solver is
+    no part of its weights.
+
+    Args:
+        state_dict (mapping): their names -> tensors.
+
+    Keyword Args:
+        simnorm_dim (int): features per SimNorm group. Defaults to ``8``.
+        vmin (float): lowest reward bin, symlog space. Defaults to ``-10.0``.
+        vmax (float): highest reward bin, symlog space. Defaults to ``10.0``.
+        reward_space (str, optional): ``"raw"`` or ``"symlog"``. Defaults to ``"symlog"`` for multi-task models and
+            ``"raw"`` for others.
+        action_dims (sequence of int, optional): action dimension per task. Defaults to the rows of ``_action_masks``.
+        solver (str): of a flow. Defaults to ``"heun"``.
+        substeps (int): of a flow. Defaults to ``2``.
+        strict (bool): raise if a parameter is missing. Defaults to ``True``.
+        origin (str): what error messages call the source. Defaults to ``"state dict"``.
+
+    Returns:
+        tuple: the model in float32 on the CPU, and a :class:`LoadReport`.
+
+    Raises:
+        ConfigurationError: for entries or shapes that do not make such a world model.
+    """
+    state_dict = _unwrapped(state_dict)
+    older = _older_names(state_dict)
+    before = {new: old for old, new in older.items()}
+    state_dict = {older.get(name, name): value for name, value in state_dict.items()}
+    mapped, skipped = _map_names(state_dict, origin)
+    masks = state_dict.get(ACTION_MASKS)
+    if action_dims is None and masks is not None:
+        action_dims = [int(dim) for dim in masks.sum(-1)]
+    weights = {ours: state_dict[theirs].float() for theirs, ours in mapped.items()}
+    spec = _infer_spec(weights, action_dims, origin)
+    spec.simnorm_dim, spec.vmin, spec.vmax = simnorm_dim, vmin, vmax
+    spec.reward_space = reward_space or ("symlog" if spec.num_tasks else "raw")
+    if any(name.startswith("_velocity.") for name in mapped):
+        spec.dynamics = {
+            "kind": "flow",
+            "parameterization": "simnorm_velocity",
+            "solver": solver,
+            "substeps": substeps,
+        }
+        spec.action_dim -= 1  # the flow time is an input, too
+    model = make_world_model(spec)
+    wanted = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in wanted or wanted[name].shape != tensor.shape:
+            fits = list(wanted[name].shape) if name in wanted else "no such parameter"
+            raise ConfigurationError(
+                f"The {origin} does not hold a TD-MPC2 or PWM world model: {name} has shape {list(tensor.shape)}, "
+                f"the architecture implied by the other entries has {fits}."
+            )
+    missing = tuple(name for name in wanted if name not in weights)
+    if missing and strict:
+        raise ConfigurationError(f"The {origin} lacks {', '.join(missing)} of the world model.")
+    model.load_state_dict(weights, strict=False)
+    if masks is not None:
+        mapped[ACTION_MASKS] = "task.action_mask"
+        if model.task is None or not torch.equal(masks.float(), model.task.action_mask):
+            raise ConfigurationError(
+                f"The _action_masks of the {origin} are not rows of ones followed by zeros that fit its tasks and "
+                "action_dims."
+            )
+    return model, LoadReport({before.get(name, name): ours for name, ours in mapped.items()}, skipped, missing, spec)
+
+
+def _unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries without what ``torch.compile`` and data-parallel wrappers put in front of their names."""
+    return {re.sub(r"(^|\.)(_orig_mod|module)\.", r"\1", str(name)): value for name, value in state_dict.items()}
+
+
+def _older_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Names of TD-MPC2's older layout and what its present one calls them; empty for the present layout.
+
+    The older one has a module of its own for every Linear and LayerNorm, with their places in the enclosing
+    ``Sequential``: ``_encoder.state.1`` and ``.2``, ``_dynamics.0.0`` and ``.0.1``, where the present one has one layer
+    with its ``ln``. Whatever the places are, their order is that of the layers, and a weight of one dimension is a
+    LayerNorm's.
+    """
+    places: dict[str, dict[tuple[int, ...], list[str]]] = {}
+    for name, value in state_dict.items():
+        match = re.fullmatch(r"(_encoder(?:\.state)?|_dynamics|_reward|_termination)((?:\.\d+)+)\.(weight|bias)", name)
+        if match and isinstance(value, Tensor):
+            place = tuple(map(int, match[2].split(".")[1:]))
+            places.setdefault(match[1], {}).setdefault(place, []).append(name)
+    found = {}
+    for part, modules in places.items():
+        norms = {place for place, names in modules.items() if any(_is_norm(state_dict, name) for name in names)}
+        if not norms:
+            continue
+        layer = -1
+        for place in sorted(modules):
+            layer += place not in norms
+            inner = "ln." if place in norms else ""
+            for name in modules[place]:
+                found[name] = f"{part}.{layer}.{inner}{name.rpartition('.')[2]}"
+    return found
+
+
+def _is_norm(state_dict: Mapping[str, Any], name: str) -> bool:
+    return name.endswith(".weight") and state_dict[name].ndim == 1
+
+
+def _map_names(state_dict: Mapping[str, Tensor], origin: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """(their name -> ours, skipped names)."""
+    mapped: dict[str, str] = {}
+    skipped, unknown = [], []
+    for name, value in state_dict.items():
+        prefix = next(((p, ours) for p, ours in PREFIXES if p.match(name)), None)
+        if SKIPPED.match(name):
+            skipped.append(name)
+        elif prefix and isinstance(value, Tensor):
+            mapped[name] = prefix[0].sub(prefix[1], name, count=1)
+        elif name != ACTION_MASKS:
+            unknown.append(name)
+    if unknown:
+        hint = " (image encoders are not supported)" if any("rgb" in name for name in unknown) else ""
+        raise ConfigurationError(
+            f"The {origin} has entries that no TD-MPC2 or PWM world model has: {', '.join(unknown[:5])}{hint}."
+        )
+    return mapped, tuple(skipped)
+
+
+def _infer_spec(weights: Mapping[str, Tensor], action_dims: Sequence[int] | None, origin: str) -> WorldModelSpec:
+    """Architecture from shapes; ``action_dim`` is what remains of the dynamics' input."""
+
+    def layers(part: str) -> list[Tensor]:
+        named = ((re.fullmatch(rf"{part}\.net\.(\d+)\.weight", name), w) for name, w in weights.items())
+        found = sorted(((int(match[1]), w) for match, w in named if match), key=lambda item: item[0])
+        if not found or [index for index, _ in found] != list(range(len(found))) or any(w.ndim != 2 for _, w in found):
+            raise ConfigurationError(
+                f"The {origin} does not hold a TD-MPC2 or PWM world model: the layers of its {part} are missing "
+                "or incomplete."
+            )
+        return [w for _, w in found]
+
+    encoder, dynamics, reward = layers("encoder"), layers("dynamics"), layers("reward")
+    latent_dim = encoder[-1].shape[0]
+    embedding = weights.get("task.embedding.weight")
+    num_tasks, task_dim = (0, 0) if embedding is None else tuple(embedding.shape)
+    if num_tasks and action_dims is None:
+        raise ConfigurationError(
+            f"The {origin} is multi-task but has no _action_masks; give action_dims, one action dimension per task."
+        )
+    bins = reward[-1].shape[0]
+    return WorldModelSpec(
+        observation_dim=encoder[0].shape[1] - task_dim,
+        action_dim=dynamics[0].shape[1] - task_dim - latent_dim,
+        latent_dim=latent_dim,
+        units=tuple(w.shape[0] for w in dynamics[:-1]),
+        encoder_units=tuple(w.shape[0] for w in encoder[:-1]),
+        reward_head="scalar" if bins == 1 else "two_hot",
+        num_bins=bins if bins > 1 else 101,
+        termination=any(name.startswith("termination.") for name in weights),
+        num_tasks=num_tasks,
+        task_dim=task_dim,
+        action_dims=tuple(action_dims or ()) if num_tasks else (),
+    )

@@ -18,7 +18,7 @@ from pwm_torchrl.modules import (
     value_module,
     world_model_module,
 )
-from pwm_torchrl.modules.checkpoints import load_pwm_world_model, load_tdmpc2_world_model
+from pwm_torchrl.modules.model_files import load_pwm_world_model, load_tdmpc2_world_model
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss, imagine, td_lambda_targets
 
 DEFAULTS = {"simnorm_dim": 8, "vmin": -10.0, "vmax": 10.0}
