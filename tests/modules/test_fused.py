@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from pwm_torchrl.modules import ResidualEndpointFlow, make_dynamics
-from pwm_torchrl.modules.dynamics import endpoint, fused
+from pwm_torchrl.modules.dynamics import flows, fused
 from pwm_torchrl.modules.dynamics.base import tensors_of
 from pwm_torchrl.modules.dynamics.fused import Schedule
 from pwm_torchrl.modules.numerics import products_in
@@ -21,7 +21,7 @@ SOLVERS = [("euler", 1), ("euler", 8), ("heun", 1), ("heun", 2), ("heun", 4)]
 
 
 def written_out() -> object:
-    return mock.patch.object(endpoint, "fuses", return_value=False)
+    return mock.patch.object(flows, "fuses", return_value=False)
 
 
 def made(solver: str = "heun", substeps: int = 4, seed: int = 0, **options: object) -> ResidualEndpointFlow:
@@ -58,7 +58,7 @@ def assert_same(actual: dict[str, Tensor | None], expected: dict[str, Tensor | N
 @pytest.fixture
 def calls():
     """Counts the fused transitions, so that no comparison is of the plain form with itself."""
-    with mock.patch.object(endpoint, "fused_transition", wraps=fused.fused_transition) as counted:
+    with mock.patch.object(flows, "fused_transition", wraps=fused.fused_transition) as counted:
         yield counted
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pwm_torchrl.modules import (
     SimNormVelocityFlow,
 )
-from pwm_torchrl.modules.dynamics.velocity import VelocityFlow
+from pwm_torchrl.modules.dynamics.flows import VelocityFlow
 
 
 class TestVelocityFlows:

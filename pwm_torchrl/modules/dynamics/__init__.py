@@ -4,13 +4,15 @@ Plain ``nn.Module``s over tensors; they import layers and errors, nothing else o
 """
 
 from pwm_torchrl.modules.dynamics.base import Dynamics, FlowDynamics, MLPDynamics, count_parameters
-from pwm_torchrl.modules.dynamics.endpoint import (
+from pwm_torchrl.modules.dynamics.factory import KINDS, PARAMETERIZATIONS, SOLVERS, dynamics_class, make_dynamics
+from pwm_torchrl.modules.dynamics.flows import (
     ResidualDynamics,
     ResidualEndpointFlow,
+    SimNormVelocityFlow,
+    TangentFlow,
+    VelocityFlow,
     residual_endpoint,
 )
-from pwm_torchrl.modules.dynamics.factory import KINDS, PARAMETERIZATIONS, SOLVERS, dynamics_class, make_dynamics
-from pwm_torchrl.modules.dynamics.velocity import SimNormVelocityFlow, TangentFlow, VelocityFlow
 
 __all__ = [
     "KINDS",

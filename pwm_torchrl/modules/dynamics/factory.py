@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.base import Dynamics, MLPDynamics, matched_units
-from pwm_torchrl.modules.dynamics.endpoint import ResidualDynamics, ResidualEndpointFlow
-from pwm_torchrl.modules.dynamics.velocity import SimNormVelocityFlow, TangentFlow
+from pwm_torchrl.modules.dynamics.flows import ResidualDynamics, ResidualEndpointFlow, SimNormVelocityFlow, TangentFlow
 from pwm_torchrl.user_code import locate
 
 KINDS = ("mlp", "residual", "flow")

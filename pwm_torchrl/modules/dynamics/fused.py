@@ -5,7 +5,7 @@ own for every weight: seven small products, and seven passes over the weights to
 rows of all evaluations does. It also repeats for every evaluation what depends on the action and the task alone, and
 copies the network's inputs into one tensor. Here all of that happens once per transition.
 
-:class:`~pwm_torchrl.modules.dynamics.endpoint.ResidualEndpointFlow` has the same written out, for compilers and for the
+:class:`~pwm_torchrl.modules.dynamics.flows.ResidualEndpointFlow` has the same written out, for compilers and for the
 transforms of ``torch.func``; tests compare the two.
 """
 
