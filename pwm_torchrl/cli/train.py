@@ -12,8 +12,8 @@ from pwm_torchrl.cli.prepare import HERE, refuse_slurms_keys
 from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.config import Config
 from pwm_torchrl.distributed.ranks import connected_ranks
+from pwm_torchrl.distributed.updates import serve
 from pwm_torchrl.run.directory import RunDir, discard, prepare_run_dir
-from pwm_torchrl.run.replica import serve
 from pwm_torchrl.run.train import quiet_torchrl
 from pwm_torchrl.terminal import say_after_interrupt
 

@@ -19,7 +19,7 @@ from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import float32_by_default, hardware_name, pick_device, set_precision, set_threads
 from pwm_torchrl.distributed.ranks import Ranks, connected_ranks
-from pwm_torchrl.distributed.updates import SharedExecutor
+from pwm_torchrl.distributed.updates import SharedExecutor, check_device, serve, start_replicas
 from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.files import Reserve
 from pwm_torchrl.memory.watch import RunMemory
@@ -39,7 +39,6 @@ from pwm_torchrl.run.loop import Loop, Recording
 from pwm_torchrl.run.memory_plan import RunPlan, decided_compile
 from pwm_torchrl.run.metrics import CsvMetrics
 from pwm_torchrl.run.publish import log_artifacts
-from pwm_torchrl.run.replica import check_device, serve, start_replicas
 from pwm_torchrl.run.sources import StoredSource, open_source
 from pwm_torchrl.run.stop import StopInEpoch, StopRequest, stop_on_interrupt
 from pwm_torchrl.run.summary import Closing, RunSummary, named, record_end

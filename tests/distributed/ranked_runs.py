@@ -34,7 +34,6 @@ from pwm_torchrl.distributed import updates as shared_updates
 from pwm_torchrl.envs import make_gymnasium_env
 from pwm_torchrl.memory.trace import Persistent, Transient, UpdateTracer
 from pwm_torchrl.objectives import PWMActorLoss, PWMModelLoss, PWMValueLoss
-from pwm_torchrl.run import replica
 from pwm_torchrl.run.stop import StopRequest, stop_on_signals
 from pwm_torchrl.run.stored_episodes import StoredSamples
 
@@ -136,7 +135,7 @@ def refusals(patch: pytest.MonkeyPatch, rank: int) -> None:
 def refused_start(patch: pytest.MonkeyPatch, rank: int) -> None:
     """Rank 1 has no memory for the networks."""
     if rank == 1:
-        patch.setattr(replica, "build_parts", lambda cfg, facts, device: refuse())
+        patch.setattr(shared_updates, "build_parts", lambda cfg, facts, device: refuse())
 
 
 def die(rank: int) -> Fault:

@@ -12,9 +12,8 @@ from training_cases import Bench, config
 
 from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.config import Config
-from pwm_torchrl.distributed.updates import SharedExecutor, checksum
+from pwm_torchrl.distributed.updates import SharedExecutor, check_device, checksum, dataclass_from_dict, device_of_rank
 from pwm_torchrl.errors import ConfigurationError, RankFault
-from pwm_torchrl.run.replica import check_device, dataclass_from_dict, device_of_rank
 
 
 def test_configuration_through_json():
