@@ -51,7 +51,7 @@ COMMANDS = {
     "data": Command("import, inspect or generate stored episodes", ("arguments:read", "data:run")),
     "world_model": Command("import a checkpoint, or say what a world model is", ("arguments:read", "world_model:run")),
     "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:read", "hub:run")),
-    "check_env": Command("say what training would see of an environment", ("requests:read", "preflight:check_env")),
+    "check_env": Command("say what training would see of an environment", ("requests:read", "prepare:check_env")),
     "doctor": Command("check this machine and a cluster profile, or draft one", ("requests:read", "doctor:run")),
 }  # fmt: skip
 #: The last stage where ``--cfg job`` asks for a configuration that has to be completed first.

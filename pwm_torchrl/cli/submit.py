@@ -17,7 +17,6 @@ from typing import Any
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.local import refuse_while_running, stop_signals_as_interrupt, submit_local
-from pwm_torchrl.cli.preflight import preflight
 from pwm_torchrl.cli.prepare import (
     DEBUG,
     HERE,
@@ -28,6 +27,7 @@ from pwm_torchrl.cli.prepare import (
     dry_run,
     place_of,
     plan_for_slurm,
+    preflight,
     refuse_slurms_keys,
     say_unqueued,
 )
@@ -135,7 +135,7 @@ def _to_slurm(
     Args:
         stages (sequence of sequences of Prepared): runs.
         facts (sequence of sequences of EnvInfo): what is known of each, see
-            :func:`~pwm_torchrl.cli.preflight.preflight`.
+            :func:`~pwm_torchrl.cli.prepare.preflight`.
         placed (callable): is told the first run's directory, before later stages are queued.
     """
     arrays = [by_cluster(stage, known) for stage, known in zip(stages, facts, strict=True)]

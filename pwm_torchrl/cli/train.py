@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pwm_torchrl import training
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.complete import complete
-from pwm_torchrl.cli.preflight import preflight
-from pwm_torchrl.cli.prepare import HERE, refuse_slurms_keys
+from pwm_torchrl.cli.prepare import HERE, preflight, refuse_slurms_keys
 from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.config import Config
 from pwm_torchrl.distributed.ranks import connected_ranks

@@ -22,8 +22,7 @@ from pwm_torchrl import training
 from pwm_torchrl.choices import schema_keys
 from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.preflight import preflight
-from pwm_torchrl.cli.prepare import HERE
+from pwm_torchrl.cli.prepare import HERE, preflight
 from pwm_torchrl.config import Section
 from pwm_torchrl.run.directory import prepare_run_dir
 

@@ -14,7 +14,7 @@ pytest.importorskip("hydra")
 from training_stub import BAD_INPUT, BUG, FAULT, NO_DISK, NO_MEMORY
 
 from pwm_torchrl.choices import group_choices
-from pwm_torchrl.cli import console, preflight
+from pwm_torchrl.cli import console, prepare
 from pwm_torchrl.cli.entry import run_command
 
 SCRIPTS = Path(__file__).parents[2] / "launch"
@@ -118,7 +118,7 @@ def test_train_stopped_says_how_to_resume(capsys, stub_training, monkeypatch):
 
 
 def test_check_env_prints_the_report(capsys, monkeypatch):
-    monkeypatch.setattr(preflight, "report_env", lambda env, num_envs: f"{env['id']} x {num_envs}")
+    monkeypatch.setattr(prepare, "report_env", lambda env, num_envs: f"{env['id']} x {num_envs}")
     assert run_command("check_env", ["env=gymnasium", "env.id=Walker2d-v5"]) == 0
     assert capsys.readouterr().out == "Walker2d-v5 x 8\nok: a run can use this environment\n"
     assert list(Path().iterdir()) == []

@@ -21,8 +21,7 @@ from training_stub import BAD_INPUT, BUG
 from pwm_torchrl.cli import prepare, submit
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.entry import run_command
-from pwm_torchrl.cli.preflight import preflight
-from pwm_torchrl.cli.prepare import HERE, LOCAL, SLURM
+from pwm_torchrl.cli.prepare import HERE, LOCAL, SLURM, preflight
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.run import claims
 from pwm_torchrl.run.claims import Identity

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from forked_runs import forked, quickly, warm_up
 from training_cases import config
 
-import pwm_torchrl.cli.preflight as preflight_module
+import pwm_torchrl.cli.prepare as preflight_module
 import pwm_torchrl.run.generate as generate_module
 import pwm_torchrl.run.load as load_module
 import pwm_torchrl.run.train as run_module

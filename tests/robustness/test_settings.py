@@ -14,8 +14,7 @@ pytest.importorskip("hydra")
 import malformed
 
 from pwm_torchrl.cli.complete import complete
-from pwm_torchrl.cli.preflight import preflight
-from pwm_torchrl.cli.prepare import HERE
+from pwm_torchrl.cli.prepare import HERE, preflight
 from pwm_torchrl.cli.requests import read
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config, save_config
