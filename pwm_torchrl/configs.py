@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from pwm_torchrl.plugin.entries import (
+from pwm_torchrl.plugin.build import (
     MLPDynamicsConfig,
     PWMActorConfig,
     PWMActorLossConfig,

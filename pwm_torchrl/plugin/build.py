@@ -1,16 +1,32 @@
-"""From the plain values that Hydra hands over to constructors that want keys, tensors and specs."""
+"""Classes of TorchRL's ConfigStore for this package's networks, losses, environments, sampler and trainer.
+
+Each is made from the signature of what it configures: fields, types and defaults are the constructor's. Where Hydra has
+only plain values for a constructor that wants keys, tensors or specs, it calls a function of this module by its path.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace, UnionType
+from typing import Any, Optional, Union
 
 import torch
+from omegaconf import MISSING
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.data import SliceSampler
 from torchrl.modules import ProbabilisticActor
+from torchrl.trainers.algorithms.configs.common import ConfigBase
+from torchrl.trainers.algorithms.configs.data import SamplerConfig
+from torchrl.trainers.algorithms.configs.envs import EnvConfig
+from torchrl.trainers.algorithms.configs.modules import NetworkConfig
+from torchrl.trainers.algorithms.configs.objectives import LossConfig
+from torchrl.trainers.algorithms.configs.trainers import TrainerConfig
 
-from pwm_torchrl.envs import LatentImaginationEnv
+from pwm_torchrl import modules, objectives
+from pwm_torchrl.envs import LatentImaginationEnv, make_dm_control_env, make_gymnasium_env, make_task_env
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import (
     WorldModel,
@@ -23,8 +39,11 @@ from pwm_torchrl.modules import (
     world_model_module,
 )
 from pwm_torchrl.objectives import PWMActorLoss
+from pwm_torchrl.plugin.trainer import make_torchrl_trainer
+from pwm_torchrl.run.load import load_world_model
 
-MISSING = "???"
+# What Hydra calls: from plain values to constructors that want keys, tensors and specs --------------------------------
+
 
 #: What :func:`~pwm_torchrl.modules.make_dynamics` calls the classes of group ``network``.
 DYNAMICS = {
@@ -134,3 +153,187 @@ def _key(value: Any) -> Any:
 
 def _keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _key(value) for name, value in settings.items()}
+
+
+# Configurations of constructors ---------------------------------------------------------------------------------------
+
+
+PLAIN = (bool, int, float, str)
+BUILD = "pwm_torchrl.plugin.build."
+
+
+def entry(
+    name: str, base: type, made: Callable[..., Any], target: str, note: str = "", *, convert: bool = True, **more: Any
+) -> type[Any]:
+    """The Hydra configuration of a constructor.
+
+    Args:
+        name (str): of the class.
+        base (type): TorchRL's class of the group.
+        made (callable): the class or function whose keyword arguments are the fields.
+        target (str): dotted path that Hydra calls, of ``made`` or of what turns Hydra's values into its arguments.
+        note (str): added to the docstring. Defaults to ``""``.
+
+    Keyword Args:
+        convert (bool): whether Hydra hands plain lists and dicts over. Defaults to ``True``.
+        **more: further fields that are Hydra's own, with their values.
+    """
+    # Of a class, the metaclass may hide the signature.
+    function = made.__init__ if inspect.isclass(made) else made
+    fields: list[Any] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        default = _default(made, parameter)
+        fields.append((parameter.name, _hint(function, parameter), _field(default)))
+    own = {"_target_": target, **({"_convert_": "all"} if convert else {}), **more}
+    fields += [(key, type(value), dataclasses.field(default=value)) for key, value in own.items()]
+    cls = dataclasses.make_dataclass(name, fields, bases=(base,))
+    role = "class" if inspect.isclass(made) else "func"
+    public = f"{made.__module__}.{made.__qualname__}" if target.startswith(BUILD) else target
+    cls.__doc__ = f"Hydra configuration for :{role}:`~{public}`.{note and f' {note}'}"
+    cls.__module__ = __name__
+    return cls
+
+
+def _default(made: Any, parameter: inspect.Parameter) -> Any:
+    if dataclasses.is_dataclass(made):  # its signature does not show what a factory makes
+        field = next(field for field in dataclasses.fields(made) if field.name == parameter.name)
+        if field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+    return MISSING if parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def _hint(function: Any, parameter: inspect.Parameter) -> Any:
+    """A constructor's type as one that OmegaConf has; what it does not have is checked by the constructor."""
+    written = SimpleNamespace(__annotations__={"it": parameter.annotation})
+    try:
+        hint = typing.get_type_hints(written, function.__globals__)["it"]
+    except NameError:  # of a library that is imported for type checkers alone
+        return Any
+    if typing.get_origin(hint) in (Union, UnionType) and len(typing.get_args(hint)) == 2:
+        kind = next((each for each in typing.get_args(hint) if each is not type(None)), Any)
+        if type(None) in typing.get_args(hint) and kind in PLAIN:
+            return Optional[kind]
+    if typing.get_origin(hint) in (list, Sequence) and typing.get_args(hint) == (int,):
+        return list[int]
+    return hint if hint in PLAIN else Any
+
+
+def _field(default: Any) -> Any:
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default))
+    if isinstance(default, (list, tuple)):
+        return dataclasses.field(default_factory=lambda: list(default))
+    return dataclasses.field(default=default)
+
+
+@dataclasses.dataclass
+class PWMModelConfig(ConfigBase):
+    """What the entries of group ``model`` share."""
+
+    _partial_: bool = False
+
+    def __post_init__(self) -> None:
+        """Nothing to do."""
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+def _network(name: str, made: type, note: str = "") -> type[Any]:
+    return entry(name, NetworkConfig, made, f"pwm_torchrl.modules.{made.__name__}", note)
+
+
+MLPDynamicsConfig = _network("MLPDynamicsConfig", modules.MLPDynamics)
+ResidualDynamicsConfig = _network("ResidualDynamicsConfig", modules.ResidualDynamics)
+SimNormVelocityFlowConfig = _network("SimNormVelocityFlowConfig", modules.SimNormVelocityFlow)
+TangentFlowConfig = _network("TangentFlowConfig", modules.TangentFlow)
+ResidualEndpointFlowConfig = _network("ResidualEndpointFlowConfig", modules.ResidualEndpointFlow)
+PWMWorldModelConfig = entry(
+    "PWMWorldModelConfig",
+    NetworkConfig,
+    modules.WorldModelSpec,
+    BUILD + "world_model",
+    "``dynamics`` holds keyword arguments of :func:`~pwm_torchrl.modules.make_dynamics`, or one of this group's "
+    "dynamics: ``network@trainer.world_model.dynamics: pwm_flow``. Sizes that those leave open are the world model's.",
+    _recursive_=False,  # the dynamics' sizes are the world model's, so it is built together with them
+)
+PWMActorConfig = _network("PWMActorConfig", modules.Actor)
+PWMCriticEnsembleConfig = _network("PWMCriticEnsembleConfig", modules.CriticEnsemble)
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def _model(name: str, made: Callable[..., Any], builder: str) -> type[Any]:
+    return entry(name, PWMModelConfig, made, BUILD + builder)
+
+
+PWMEncoderModelConfig = _model("PWMEncoderModelConfig", modules.encoder_module, "encoder_model")
+PWMWorldModelModelConfig = _model("PWMWorldModelModelConfig", modules.world_model_module, "world_model_model")
+PWMActorModelConfig = _model("PWMActorModelConfig", modules.actor_module, "actor_model")
+PWMCriticEnsembleModelConfig = _model("PWMCriticEnsembleModelConfig", modules.value_module, "value_model")
+PWMPolicyModelConfig = _model("PWMPolicyModelConfig", modules.policy_module, "policy_model")
+PWMTrainedWorldModelConfig = entry(
+    "PWMTrainedWorldModelConfig", PWMModelConfig, load_world_model, "pwm_torchrl.load_world_model"
+)
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+
+PWMModelLossConfig = entry(
+    "PWMModelLossConfig", LossConfig, objectives.PWMModelLoss, "pwm_torchrl.objectives.PWMModelLoss", convert=False
+)
+PWMActorLossConfig = entry(
+    "PWMActorLossConfig",
+    LossConfig,
+    objectives.PWMActorLoss,
+    BUILD + "actor_loss",
+    "``action_mask`` may be lists of 0 and 1.",
+)
+PWMValueLossConfig = entry(
+    "PWMValueLossConfig", LossConfig, objectives.PWMValueLoss, "pwm_torchrl.objectives.PWMValueLoss", convert=False
+)
+
+# Environments ---------------------------------------------------------------------------------------------------------
+
+PWMImaginationEnvConfig = entry(
+    "PWMImaginationEnvConfig",
+    EnvConfig,
+    LatentImaginationEnv,
+    BUILD + "imagination_env",
+    "``world_model`` is made with the environment, for example ``model@env.world_model: pwm_trained_world_model``; one "
+    "that is still learning is given in code, since Hydra would make it again.",
+)
+PWMMultitaskEnvConfig = entry(
+    "PWMMultitaskEnvConfig", EnvConfig, make_task_env, "pwm_torchrl.envs.make_task_env", convert=False
+)
+PWMGymnasiumEnvConfig = entry(
+    "PWMGymnasiumEnvConfig",
+    EnvConfig,
+    make_gymnasium_env,
+    "pwm_torchrl.envs.make_gymnasium_env",
+    "Arguments of the environment itself are added: ``+env.healthy_reward=0``.",
+    convert=False,
+)
+PWMDMControlEnvConfig = entry(
+    "PWMDMControlEnvConfig", EnvConfig, make_dm_control_env, "pwm_torchrl.envs.make_dm_control_env", convert=False
+)
+
+# Sampler and trainer --------------------------------------------------------------------------------------------------
+
+PWMSliceSamplerConfig = entry(
+    "PWMSliceSamplerConfig",
+    SamplerConfig,
+    SliceSampler,
+    BUILD + "slice_sampler",
+    "TorchRL's own ``slice`` hands ``('next', 'truncated')`` over as a ``ListConfig``, with which sampling fails.",
+)
+PWMTrainerConfig = entry(
+    "PWMTrainerConfig",
+    TrainerConfig,
+    make_torchrl_trainer,
+    "pwm_torchrl.training.make_torchrl_trainer",
+    "World model, actor and critics are described here, once; collector and losses have ``_partial_: true`` and get "
+    "them from the trainer, so that all parts share one set of networks. ``algorithm`` holds keys of "
+    ":class:`~pwm_torchrl.config.AlgorithmConfig`.",
+)
