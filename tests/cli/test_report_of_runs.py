@@ -19,6 +19,8 @@ pytest.importorskip("hydra")
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.config import Config
+from pwm_torchrl.run import claims
+from pwm_torchrl.run.claims import Identity
 from pwm_torchrl.run.directory import prepare_run_dir
 
 main = partial(run_command, "report")
@@ -101,6 +103,28 @@ def test_table_of_what_ran_out(status, capsys):
     out = capsys.readouterr().out
     assert " ".join(lines_of(out)[status][7:]).startswith(f"1/4 {status} 2: 1 memory, 1 by hand")
     assert f"  {status}: OutOfMemory: no room" in out
+
+
+def test_a_process_that_is_gone_is_not_running(capsys):
+    """Killed with -9, it could not write that it ended; of a process elsewhere nothing is known."""
+    here = Identity.here({})
+    for name, owner in {
+        "alive": here,
+        "killed": replace(here, pid=2**22 + 1),
+        "far": replace(here, host="far"),
+    }.items():
+        path = make_run(name, rows="1,128,-1300,,\n", status="running", epochs_done=1, epochs_planned=4)
+        (path / claims.FOLDER).mkdir()
+        (path / claims.FOLDER / "000001.json").write_text(json.dumps(claims.Claim(1, owner).as_dict()))
+    assert main(["runs"]) == 0
+    out = capsys.readouterr().out
+    shown = {name: line[8] for name, line in lines_of(out).items()}
+    assert shown == {"alive": "running", "killed": "died", "far": "running"}
+    (told,) = [line for line in out.splitlines() if line.startswith("  killed: ")]
+    assert f"process {2**22 + 1} on {here.host} is gone and did not say why" in told
+    assert "python launch/resume.py" in told
+    page = Path("runs/report.html").read_text()
+    assert (page.count(">died</td>"), page.count(">running</td>")) == (1, 2)
 
 
 def test_several_arguments(runs, capsys):

@@ -1,7 +1,8 @@
-"""``train.py`` with an environment in worker processes: it ends, leaves a checkpoint where it can, and no process."""
+"""A run with an environment in worker processes: it ends, leaves a checkpoint where it can, and no process."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -42,29 +43,31 @@ pytestmark = [
 
 
 class Running:
-    """A command as a terminal starts it: in a process group of its own."""
+    """A command as a terminal starts it: in a process group of its own, and in a folder of its own."""
 
-    def __init__(self, folder: Path, method: str, *words: str, script: str = "train", before: str = "") -> None:
+    def __init__(
+        self, folder: Path, method: str, *words: str, script: str = "train", before: str = "", job: str | None = None
+    ) -> None:
         maker = MAKER.replace('GymEnv("Pendulum-v1")', 'Raising("Pendulum-v1")') if before else MAKER
         (folder / "par_env.py").write_text(before + maker.format(method=method))
-        settings = WORDS if script in ("train", "check_env") else []
+        settings = WORDS if script in ("train", "submit", "check_env") else []
         command = [sys.executable, str(ROOT / f"launch/{script}.py"), *settings, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.run_dir = folder / "run"
+        if job is not None:  # inside its allocation
+            environment["SLURM_JOB_ID"] = job
+        self.folder, self.run_dir = folder, folder / "run"
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
 
-    def of_its_session(self) -> list[psutil.Process]:
-        """Itself and what it started, as long as that has not ended."""
+    def in_its_folder(self) -> list[psutil.Process]:
+        """Itself and what it started, jobs with sessions of their own too, as long as that has not ended."""
         found = []
         for each in psutil.process_iter():
-            try:
-                if os.getsid(each.pid) == self.process.pid and each.status() != psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(psutil.Error):  # ended, or not one of ours
+                if Path(each.cwd()) == self.folder and each.status() != psutil.STATUS_ZOMBIE:
                     found.append(each)
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
         return found
 
     def workers(self) -> list[int]:
@@ -82,11 +85,11 @@ class Running:
         """Exit code and output, once the process and everything that it started are gone."""
         out, err = self.process.communicate(timeout=120)  # ends when the last process that has the pipes does
         assert "Traceback" not in out + err
-        until(lambda: not self.of_its_session())
+        until(lambda: not self.in_its_folder())
         return self.process.returncode, out, err
 
     def kill(self) -> None:
-        for each in self.of_its_session():
+        for each in self.in_its_folder():
             each.kill()
         self.process.wait()
 
@@ -95,7 +98,7 @@ class Running:
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
-    def make(method: str, *words: str, **options: str) -> Running:
+    def make(method: str, *words: str, **options: str | None) -> Running:
         started.append(Running(tmp_path, method, *words, **options))
         return started[-1]
 
@@ -119,8 +122,10 @@ def saved(run: Running) -> list[str]:
     return [path.name for path in run.run_dir.glob("checkpoints/*/checkpoint-*")]
 
 
-def test_a_run_that_fails_ends(start):
-    run = start("fork", "training.epochs=3", "algorithm.model_lr=1e30")
+@pytest.mark.parametrize("script", ["train", "submit"])
+def test_a_run_that_fails_ends(start, script):
+    where = ["cluster=local"] if script == "submit" else []
+    run = start("fork", *where, "training.epochs=3", "algorithm.model_lr=1e30", script=script)
     code, _, err = run.end()
     assert code == 1
     assert "algorithm.*_lr" in err
@@ -142,22 +147,27 @@ def test_a_worker_that_is_killed_is_named_after_a_checkpoint(start):
 
 
 @pytest.mark.parametrize(
-    ("signum", "method"),
+    ("signum", "method", "script"),
     [
-        (signal.SIGINT, "fork"),
-        (signal.SIGTERM, "fork"),
-        pytest.param(signal.SIGINT, "spawn", marks=pytest.mark.slow),  # each worker imports everything
+        (signal.SIGINT, "fork", "train"),
+        (signal.SIGTERM, "fork", "train"),
+        (signal.SIGTERM, "fork", "submit"),
+        pytest.param(signal.SIGINT, "fork", "submit", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "spawn", "train", marks=pytest.mark.slow),  # each worker imports everything
     ],
 )
-def test_a_signal_to_all_processes_stops_the_run(start, signum, method):
-    """As a terminal sends it at Ctrl-C, or a scheduler: the workers go on until the run has saved."""
-    run = start(method, ENDLESS)
+def test_a_signal_to_all_processes_stops_the_run(start, signum, method, script):
+    """As a terminal sends it at Ctrl-C, or a scheduler: the workers go on until the run has saved.
+
+    ``submit.py`` trains in its own process where it is inside of an allocation.
+    """
+    run = start(method, ENDLESS, script=script, job="7" if script == "submit" else None)
     until(run.has_trained)
     os.killpg(run.process.pid, signum)
     code, out, err = run.end()
     assert code == 130
     assert "the run saves its state at its next step" in out
-    assert "to resume: python launch/train.py" in err
+    assert f"to resume: python launch/{script}.py" in err
     assert summary(run)["status"] == "stopped"
     assert len(saved(run)) == 1
 
