@@ -31,6 +31,17 @@ ALGORITHMS = {
 MISSING: Any = "???"  # OmegaConf's marker of a mandatory value, written out so that this file needs no OmegaConf
 
 
+def missing_keys(tree: Any, key: str = "") -> list[str]:
+    """The dotted keys of plain dicts and lists that hold :data:`MISSING`, a list's under its own key.
+
+    OmegaConf's own search stops at an interpolation that refers to one, and merging leaves out what is missing.
+    """
+    if isinstance(tree, dict):
+        below = (missing_keys(value, f"{key}.{name}" if key else str(name)) for name, value in tree.items())
+        return [each for found in below for each in found]
+    return [key] if tree == MISSING or (isinstance(tree, list) and MISSING in tree) else []
+
+
 def one_of(default: str, *others: str, path: bool = False) -> Any:
     """A field that accepts a few strings, the first of which is its default.
 

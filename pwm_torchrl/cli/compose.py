@@ -43,13 +43,14 @@ from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
 from pwm_torchrl.cli.words import (
     check_meaning,
     instead_of_hydras,
-    name_profile,
+    leaves,
+    left_open,
+    naming_profiles,
     option_hint,
-    own_profile,
     profile_keys,
     unknown_option,
 )
-from pwm_torchrl.config import MISSING, RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit
+from pwm_torchrl.config import RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit, missing_keys
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.terminal import warn
 from pwm_torchrl.user_code import make_cwd_importable
@@ -76,8 +77,11 @@ def explain(error: Exception, words: list[str], env_keys: list[str]) -> Configur
     """
     root = _root(error)
     key = str(getattr(root, "full_key", "") or "")
-    file = re.match(r"In '(\w+)/([\w.-]+)': \w+Error raised", str(error))
+    file = re.search(r"\b[Ii]n '(\w+)/([\w.-]+)'", str(error))
     place = f"{_file(*file.groups())}: " if file else ""
+    if isinstance(error, RecursionError):
+        chosen = next((word for word in reversed(words) if word.startswith("cluster=")), "a configuration file")
+        return ConfigurationError(f"{chosen}: its defaults lead back to itself; take the one out that does")
     if isinstance(root, (ConfigAttributeError, ConfigKeyError)) and key:
         return ConfigurationError(place + _unknown_key(key, env_keys))
     if isinstance(root, ValidationError) and key:
@@ -86,7 +90,7 @@ def explain(error: Exception, words: list[str], env_keys: list[str]) -> Configur
         return ConfigurationError(f"a configuration file is not readable YAML: {' '.join(str(root).split())}")
     if isinstance(root, InterpolationResolutionError):
         return ConfigurationError(f"{key} refers to a value that does not exist: {_first_line(root)}")
-    return ConfigurationError(f"the configuration does not compose: {_first_line(error)}")
+    return ConfigurationError(f"{place}the configuration does not compose: {_first_line(error)}")
 
 
 def type_words(hint: Any) -> str:
@@ -179,7 +183,7 @@ KEYS_OF_ANY_ENV = ("env.terminates", "env.observation_keys", "env.name", "env.ep
 
 SCHEMA = "pwm_config_schema"  # TorchRL owns the plain names in the shared ConfigStore
 
-_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError)
 
 _TOLD: set[str] = set()  # keys of earlier versions whose new names were told
 
@@ -213,29 +217,17 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             (with the nearest ones), wrong types, missing values, values out of range.
     """
     make_cwd_importable()
-    try:
+    with naming_profiles([overrides]):
         return _composed(overrides)
-    except ConfigurationError as error:
-        file = own_profile(overrides)
-        if file is not None and _is_fine([*overrides, "cluster=auto"]):
-            name_profile(error, file)
-        raise
-
-
-def _is_fine(words: Sequence[str]) -> bool:
-    try:
-        _composed(words)
-    except ConfigurationError:
-        return False
-    return True
 
 
 def _composed(overrides: Sequence[str]) -> Config:
     parsed = [_parse(word) for each in overrides for word in renamed(each)]
     _check_names(parsed)
     words = [*_profile_words(parsed), *_env_words(parsed)]
-    resolved = _to_config(_compose(words, parsed))
-    typed = _typed(parsed)
+    composed, typed = _compose(words, parsed), _typed(parsed)
+    _check_given(parsed, typed)
+    resolved = _to_config(composed)
     _label_honestly(resolved, typed)
     if resolved.init_from is not None:  # a job, or a resume from another folder, finds it too
         resolved.init_from = str(Path(resolved.init_from).expanduser().absolute())
@@ -307,14 +299,8 @@ def _typed(parsed: list[Override]) -> dict[str, Any]:
     """Every key that was typed with its last value; a section, ``model.dynamics={kind:mlp}``, by its keys."""
     found: dict[str, Any] = {}
     for o in parsed:
-        found |= _leaves(o.key_or_group, None if o.type == OverrideType.DEL else o.value())
+        found |= leaves(o.key_or_group, None if o.type == OverrideType.DEL else o.value())
     return found
-
-
-def _leaves(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    return {leaf: v for name, below in value.items() for leaf, v in _leaves(f"{key}.{name}", below).items()}
 
 
 def _parse(word: str) -> Override:
@@ -471,6 +457,14 @@ def _profile_words(parsed: list[Override]) -> list[str]:
     return [f"hydra.searchpath=[{_quoted(f'file://{user_configs_dir()}')}]", f"cluster.name={_quoted(file.stem)}"]
 
 
+def _check_given(parsed: list[Override], typed: dict[str, Any]) -> None:
+    """What the user's own files leave open is typed: merging would let other values stand, those of the schema too."""
+    chosen = [o.value() for o in parsed if o.key_or_group == "cluster"]
+    for key, file in left_open(str(chosen[-1])).items() if chosen else ():
+        if not any(each == key or each.startswith(f"{key}.") for each in typed):
+            raise ConfigurationError(f"{file}: {key} has no value; write one there, or set {key}=...")
+
+
 def _of_profile(parsed: list[Override]) -> dict[str, Any]:
     """The keys of the user's own cluster profile with their values: they count as typed."""
     chosen = [o.value() for o in parsed if o.key_or_group == "cluster"]
@@ -530,7 +524,7 @@ def _own_schema() -> Iterator[None]:
 
 def _to_config(composed: DictConfig) -> Config:
     """Resolves interpolations and leaves OmegaConf behind."""
-    for key in _missing_keys(OmegaConf.to_container(composed, resolve=False)):
+    for key in missing_keys(OmegaConf.to_container(composed, resolve=False)):
         hint = _MISSING_HINTS.get(key)
         raise ConfigurationError(f"{key} has no value; set {key}=..." + (f", {hint}" if hint else ""))
     try:
@@ -539,15 +533,6 @@ def _to_config(composed: DictConfig) -> Config:
         raise explain(error, [], []) from error
     check_types(config)
     return config
-
-
-def _missing_keys(tree: Any, prefix: str = "") -> list[str]:
-    """Dotted keys without a value (OmegaConf's own search stops at an interpolation that refers
-    to one).
-    """
-    if isinstance(tree, dict):
-        return [k for name, value in tree.items() for k in _missing_keys(value, f"{prefix}{name}.")]
-    return [prefix[:-1]] if tree == MISSING else []
 
 
 def _label_honestly(config: Config, typed: dict[str, Any]) -> None:

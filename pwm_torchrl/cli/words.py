@@ -19,11 +19,12 @@ from pwm_torchrl.choices import (
     group_choices,
     schema_choices,
     schema_keys,
+    user_configs_dir,
     user_profiles,
 )
 from pwm_torchrl.cli.validate import value_of
 from pwm_torchrl.commands import named, typed
-from pwm_torchrl.config import Config
+from pwm_torchrl.config import Config, missing_keys
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
@@ -33,10 +34,10 @@ __all__ = [
     "check_meaning",
     "check_slurms_keys",
     "instead_of_hydras",
-    "name_profile",
+    "leaves",
+    "left_open",
     "naming_profiles",
     "option_hint",
-    "own_profile",
     "profile_keys",
     "read_words",
     "unknown_option",
@@ -343,7 +344,7 @@ RULES = (
     Rule(("data.",), "mode", ("pretrain", "extract")),
     Rule(("init_from_parts",), "init_from", ANY),
     Rule(("data.scratch_dir",), "data.stage", ("scratch",)),
-    Rule(OF_SLURM, "cluster.kind", ("slurm", "auto")),
+    Rule((*OF_SLURM, "cluster.sbatch."), "cluster.kind", ("slurm", "auto")),
     # Keys that only some algorithms use.
     Rule(
         _keys(
@@ -451,14 +452,56 @@ def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: b
                 raise _refusal(config, key, value, rule)
 
 
+def leaves(key: str, value: Any) -> dict[str, Any]:
+    """What a dotted key and its value say, with each part of a section under its own key."""
+    if not isinstance(value, dict):
+        return {key: value}
+    below = (leaves(f"{key}.{name}" if key else str(name), part) for name, part in value.items())
+    return {leaf: part for found in below for leaf, part in found.items()}
+
+
 def profile_keys(name: str) -> dict[str, Any]:
     """The keys that a cluster profile of the user's own sets, with their values; none of a packaged one."""
-    file = user_profiles().get(name)
-    content = None if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
-    return {f"cluster.{key}": value for key, value in content.items()} if isinstance(content, dict) else {}
+    return next((keys for _, keys in _files_of(name)), {})
 
 
-def own_profile(words: Sequence[str]) -> Path | None:
+def left_open(name: str) -> dict[str, Path]:
+    """The keys that the files of a cluster profile of the user's own leave open with ``???``, each with its file; not
+    those that another of them sets.
+    """
+    files = list(_files_of(name))
+    given = {key for _, keys in files for key, value in keys.items() if not missing_keys(value)}
+    return {
+        key: file for file, keys in files for key, value in keys.items() if missing_keys(value) and key not in given
+    }
+
+
+def _files_of(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The file of a cluster profile of the user's own, then their other files that its defaults name; with the keys
+    that each sets.
+    """
+    places = [f"cluster/{name}"]
+    for place in places:
+        file, group = user_configs_dir() / f"{place}.yaml", place.rpartition("/")[0]
+        if not file.is_file():  # a packaged one
+            continue
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            continue
+        listed = content.pop("defaults", None)
+        for entry in listed if isinstance(listed, list) else ():  # what is none is refused where it is composed
+            chosen = entry.items() if isinstance(entry, dict) else [("", entry)]
+            # ``base``, ``/cluster/base``, ``/cluster: base`` or ``override /cluster: base``
+            named_there = ["/".join([*str(of).split()[-1:], str(choice)]) for of, choice in chosen]
+            found = [each[1:] if each.startswith("/") else f"{group}/{each}" for each in named_there]
+            places += [each for each in found if each not in places]
+        package = re.match(r"\s*#\s*@package\s+(\S+)", text)
+        written = "_group_" if package is None else package[1]
+        yield file, leaves({"_global_": "", "_group_": group.replace("/", ".")}.get(written, written), content)
+
+
+def _own_profile(words: Sequence[str]) -> Path | None:
     """The file of the cluster profile of the user's own that the words of a run choose, if they choose one."""
     chosen = [word.partition("=")[2] for word in words if word.partition("=")[0] == "cluster"]
     profiles = user_profiles()
@@ -466,15 +509,9 @@ def own_profile(words: Sequence[str]) -> Path | None:
     return None if name is None else profiles[name]
 
 
-def name_profile(error: ConfigurationError, file: Path) -> None:
-    """Adds to an error where the profile is that it is about; one that names the file already stays as it is."""
-    if str(file) not in str(error):
-        error.args = (f"{error} (cluster={file.stem} is {file})",)
-
-
 @contextlib.contextmanager
 def naming_profiles(runs: Iterable[Sequence[str]]) -> Iterator[None]:
-    """Inside, an error about what a cluster profile of the user's own says names its file.
+    """Inside, an error about what a cluster profile of the user's own says names its file, once.
 
     Args:
         runs (iterable of sequences of str): the words of each run.
@@ -482,23 +519,29 @@ def naming_profiles(runs: Iterable[Sequence[str]]) -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        for words in runs:
-            file = own_profile(words)
-            if file is not None and _is_about(str(error), file, words):
-                name_profile(error, file)
-                break
+        file = next(filter(None, (_file_meant(str(error), words) for words in runs)), None)
+        if file is not None and str(file) not in str(error):
+            error.args = (f"{error} ({file.parent.name}={file.stem} is {file})",)
         raise
 
 
-def _is_about(message: str, file: Path, words: Sequence[str]) -> bool:
-    """Whether a message is about a profile: it mentions it, or a key that it sets and the words do not."""
+def _file_meant(message: str, words: Sequence[str]) -> Path | None:
+    """The user's own file that a message is about: it mentions the profile, or a key that is set there and not by the
+    words.
+    """
+    profile = _own_profile(words)
+    if profile is None:
+        return None
     typed = {word.partition("=")[0].lstrip("+~") for word in words}
     try:
-        keys = profile_keys(file.stem).keys() - typed
-    except (OSError, ValueError, yaml.YAMLError):  # not readable: which the message is about, or something else
-        keys = set()
-    subjects = [*map(re.escape, keys), re.escape(f"cluster={file.stem}")]
-    return re.search(rf"(?<![\w.])({'|'.join(subjects)})(?![\w.-]*\w)", message) is not None
+        files = list(_files_of(profile.stem))
+    except (OSError, ValueError, yaml.YAMLError):  # one cannot be read: that is what is wrong
+        return profile
+    for file, keys in files:
+        subjects = "|".join(map(re.escape, [*(keys.keys() - typed), f"{file.parent.name}={file.stem}"]))
+        if re.search(rf"(?<![\w.])({subjects})(?![\w.-]*\w)", message):
+            return file
+    return None
 
 
 def check_slurms_keys(typed: Mapping[str, Any], instead: str, remedy: str) -> None:

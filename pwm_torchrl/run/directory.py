@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pwm_torchrl.config import NETWORKS, RENAMED_KEYS, Config, in_present_unit, micro_batch_key
+from pwm_torchrl.config import NETWORKS, RENAMED_KEYS, Config, in_present_unit, micro_batch_key, missing_keys
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.files import append_text, existing, read_object, write_durably
 from pwm_torchrl.run.claims import refuse_owned
@@ -74,6 +74,8 @@ def load_config(run_dir: str | Path) -> Config:
             raise ConfigurationError(
                 f"{file} is empty or cut short: its last key, run_dir, is missing; put the whole file back"
             )
+        for key in missing_keys(OmegaConf.to_container(content)):
+            raise ConfigurationError(f"{file}: {key} has no value; write the run's own there again")
         rename_keys(content)
         stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
     except OmegaConfBaseException as error:

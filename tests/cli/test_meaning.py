@@ -88,6 +88,7 @@ FLOWS = "model=few_step, flow_v1, flow_v2 or flow_v3"
         (["run_dir=here", "runs_dir=there"], ["runs_dir=there", "run_dir=here", "leave one of them out"]),
         (["cluster=local", "cluster.time=1:00:00"], ["cluster.time=1:00:00", "cluster.kind=local"]),
         (["cluster=local", "cluster.partition=gpu"], ["cluster.partition=gpu", "cluster.kind=local", "l40s"]),
+        (["cluster=local", "cluster.sbatch.nice=3"], ["cluster.sbatch.nice=3", "cluster.kind=local", "l40s"]),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else v,
 )

@@ -138,6 +138,20 @@ def test_a_damaged_configuration_file_is_one_sentence(content, said):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("line", "key"), [("seed: 0", "seed"), ("  horizon: 3", "algorithm.horizon"), ("  num_envs: 8", "env.num_envs")]
+)
+def test_a_value_that_is_left_open_in_it_is_not_the_default(line, key):
+    start("run")
+    file = Path("run/config.yaml")
+    before = file.read_text()
+    assert before.count(f"\n{line}\n") == 1
+    file.write_text(before.replace(f"\n{line}\n", f"\n{line.partition(':')[0]}: ???\n"))
+    with pytest.raises(ConfigurationError) as caught:
+        load_config("run")
+    assert str(caught.value) == f"run/config.yaml: {key} has no value; write the run's own there again"
+
+
 def test_a_configuration_file_that_was_cut_short_is_not_taken_for_another_run():
     """Every key behind the cut would have its default."""
     start("run", "training.epochs=5")

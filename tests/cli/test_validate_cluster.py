@@ -89,6 +89,12 @@ def test_a_time_limit_becomes_minutes(text, minutes):
         ("- a\n", []),
         ("defaults: [nope]\n", []),
         ("# @package _global_\nseed: x\n", []),
+        ("# @package _global_\ncluster: {kind: slurm, gpus: 1}\n", []),
+        ("gpu: \x00\n", []),
+        ("defaults: [mine]\n", []),
+        ("defaults: 5\n", []),
+        ("defaults: [{/env: nope}]\n", []),
+        ("sbatch: {nice: 3}\nkind: local\n", []),
     ],
     ids=lambda v: v if isinstance(v, str) else " ".join(v),
 )
@@ -97,6 +103,67 @@ def test_what_is_wrong_with_a_profile_of_ones_own_names_its_file(text, words, tm
     with pytest.raises(ConfigurationError) as caught:
         compose(["cluster=mine", *words])
     assert str(caught.value).count(str(file)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("partition: ???\n", "cluster.partition"),
+        ("gpus: ???\n", "cluster.gpus"),
+        ("kind: ???\n", "cluster.kind"),
+        ("setup: ???\n", "cluster.setup"),
+        ("setup: [module load cuda, '???']\n", "cluster.setup"),
+        ("sbatch: ???\n", "cluster.sbatch"),
+        ("sbatch:\n  nice: ???\n", "cluster.sbatch.nice"),
+        ("account: ${cluster.partition}\npartition: ???\n", "cluster.partition"),
+        ("defaults: [l40s, _self_]\ngpus: ???\n", "cluster.gpus"),
+        ("# @package _global_\nseed: ???\n", "seed"),
+        ("\n# @package _global_\nenv:\n  num_envs: ???\n", "env.num_envs"),
+    ],
+)
+def test_a_value_that_a_profile_leaves_open_is_asked_for(text, key, tmp_path, monkeypatch):
+    """Merged, it would let the default stand without a word."""
+    file = own(text, tmp_path, monkeypatch)
+    with pytest.raises(ConfigurationError) as caught:
+        compose(["cluster=mine"])
+    assert str(caught.value) == f"{file}: {key} has no value; write one there, or set {key}=..."
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "key", "value"),
+    [
+        ("partition: ???\n", "cluster.partition=gpu", "partition", "gpu"),
+        ("sbatch: ???\n", "cluster.sbatch.nice=3", "sbatch", {"nice": 3}),
+        ("sbatch:\n  nice: ???\n", "cluster.sbatch={nice: 3}", "sbatch", {"nice": 3}),
+    ],
+)
+def test_it_may_be_given_beside_it(text, word, key, value, tmp_path, monkeypatch):
+    own(f"kind: slurm\n{text}", tmp_path, monkeypatch)
+    assert getattr(compose(["cluster=mine", word]).cluster, key) == value
+
+
+@pytest.mark.parametrize("entry", ["site", "/cluster/site", "{/cluster: site}", "{/env: site}"])
+def test_so_is_what_a_file_leaves_open_that_a_profile_builds_on(entry, tmp_path, monkeypatch):
+    group, key = ("env", "num_envs") if "env" in entry else ("cluster", "partition")
+    mine = own(f"defaults: [{entry}, _self_]\nkind: slurm\n", tmp_path, monkeypatch)
+    site = tmp_path / group / "site.yaml"
+    site.parent.mkdir(exist_ok=True)
+    site.write_text(f"# @package {group}\n{key}: ???\n")
+    with pytest.raises(ConfigurationError, match=f"{group}.{key} has no value") as caught:
+        compose(["cluster=mine"])
+    assert str(site) in str(caught.value)
+    if group == "cluster":
+        mine.write_text(f"defaults: [{entry}, _self_]\nkind: slurm\npartition: gpu\n")
+        assert compose(["cluster=mine"]).cluster.partition == "gpu"
+
+
+def test_of_two_files_the_one_is_named_that_says_it(tmp_path, monkeypatch):
+    mine = own("defaults: [site, _self_]\nkind: slurm\n", tmp_path, monkeypatch)
+    (tmp_path / "cluster" / "site.yaml").write_text("time: tomorrow\n")
+    with pytest.raises(ConfigurationError, match="time=tomorrow is not a time limit") as caught:
+        compose(["cluster=mine"])
+    assert str(tmp_path / "cluster" / "site.yaml") in str(caught.value)
+    assert str(mine) not in str(caught.value)
 
 
 def test_what_is_no_fault_of_the_profile_does_not(tmp_path, monkeypatch):
