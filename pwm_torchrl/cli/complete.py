@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from pwm_torchrl.algorithm.base import find_algorithm
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked, typed_keys
+from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked, keys_to_use
 from pwm_torchrl.cli.modes import epoch_in_words, known_action_repeat, set_epochs, steps_per_epoch
 from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.cli.sweeps import EVERY_TASK, expand, values_of
@@ -57,7 +57,7 @@ def complete(config: Config, words: Sequence[str], *, without_data: bool = False
     find_algorithm(config.algorithm.name)
     if config.mode == "extract":
         _adopt_world_model(config)
-        check_meaning(config, typed_keys(words))
+        check_meaning(config, keys_to_use(words))
         validate(config)
     if config.training.steps is not None and known_action_repeat(config) is None:
         set_epochs(config, _action_repeat(config))

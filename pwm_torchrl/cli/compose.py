@@ -38,7 +38,7 @@ from pwm_torchrl.choices import (
     user_profiles,
 )
 from pwm_torchrl.cli.modes import apply_mode, apply_steps
-from pwm_torchrl.cli.sweeps import PATHS, SLURMS_LISTS, SWEEP
+from pwm_torchrl.cli.sweeps import EVERY_TASK, PATHS, PREFIX, SLURMS_LISTS, SWEEP
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
 from pwm_torchrl.cli.words import (
     check_meaning,
@@ -62,6 +62,7 @@ __all__ = [
     "compose_onto",
     "compose_unchecked",
     "explain",
+    "keys_to_use",
     "type_words",
     "typed_keys",
 ]
@@ -233,9 +234,8 @@ def _composed(overrides: Sequence[str]) -> Config:
         resolved.init_from = str(Path(resolved.init_from).expanduser().absolute())
     apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
-    # What another word refers to is used by it, whatever else there is.
-    own = {key: value for key, value in typed.items() if not any(f"${{{key}}}" in word for word in overrides)}
-    check_meaning(resolved, {**_of_profile(parsed), **own}, model_is_known=resolved.mode != "extract")
+    given = {**_of_profile(parsed), **keys_to_use(overrides)}
+    check_meaning(resolved, given, model_is_known=resolved.mode != "extract")
     validate(resolved)
     apply_steps(resolved, typed)
     return resolved
@@ -288,6 +288,12 @@ def compose_unchecked(overrides: Sequence[str]) -> Config:
 def typed_keys(overrides: Sequence[str]) -> dict[str, Any]:
     """Every key that the words of a command line set, with its value."""
     return _typed([_parse(word) for each in overrides for word in renamed(each)])
+
+
+def keys_to_use(overrides: Sequence[str]) -> dict[str, Any]:
+    """:func:`typed_keys` without those that another word refers to, which uses them whatever else there is."""
+    typed = typed_keys(overrides)
+    return {key: value for key, value in typed.items() if not any(f"${{{key}}}" in word for word in overrides)}
 
 
 def as_yaml(config: Config) -> str:
@@ -417,6 +423,11 @@ def _check_names(parsed: list[Override]) -> None:
             raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {instead_of_hydras(key)}")
         elif o.type == OverrideType.DEL:
             raise ConfigurationError(f"{word!r} deletes a key, but every key of the schema is needed; set a value")
+        elif key.startswith(PREFIX):
+            raise ConfigurationError(
+                f"{word} is for the pre-training with which {EVERY_TASK} begins where no world_model is given: give "
+                f"{EVERY_TASK} and no world_model, or leave {key} out"
+            )
         elif key not in schema:
             near = option_hint(key) or nearest_sentence(key, {**schema, **groups})
             raise ConfigurationError(f"{word}: unknown key {key!r}{near}")

@@ -13,7 +13,7 @@ from pwm_torchrl.cli import console
 from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked
 from pwm_torchrl.cli.help import doctor_help, help_text
 from pwm_torchrl.cli.modes import known_action_repeat, of_world_model
-from pwm_torchrl.cli.sweeps import EVERY_TASK, expand, values_of
+from pwm_torchrl.cli.sweeps import EVERY_TASK, PREFIX, expand, values_of
 from pwm_torchrl.cli.validate import require_runnable
 from pwm_torchrl.cli.words import DRAFT, FORCE, CommandLine, read_words, with_preset
 from pwm_torchrl.cluster.job import require_submitit
@@ -36,8 +36,6 @@ SHARED = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
 #: Shared keys that only one of the two stages uses.
 OF_PRETRAINING = ("data.balanced", "data.validation_fraction", "data.validation_slices")
 OF_POLICIES = ("memory.actor_micro_batch", "memory.critic_micro_batch")
-#: Begins a word that is for the pre-training alone.
-PREFIX = "pretraining."
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def both_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     own = [f"experiment={_first(words).pretraining}", *_of_pretraining(words)]
     policies = [word for word in words if not word.startswith(PREFIX) and not of_world_model(_key(word))]
-    return own, [word for word in policies if _key(word) not in OF_PRETRAINING]
+    return own, [word for word in policies if _key(word) not in ("pretraining", *OF_PRETRAINING)]
 
 
 def compose_pretraining(words: list[str]) -> Prepared:

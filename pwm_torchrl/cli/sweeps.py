@@ -14,10 +14,12 @@ from hydra.errors import HydraException
 from pwm_torchrl.choices import group_choices
 from pwm_torchrl.errors import ConfigurationError
 
-__all__ = ["EVERY_TASK", "PATHS", "SLURMS_LISTS", "SWEEP", "expand", "values_of"]
+__all__ = ["EVERY_TASK", "PATHS", "PREFIX", "SLURMS_LISTS", "SWEEP", "expand", "values_of"]
 
 #: A run for each task.
 EVERY_TASK = "task=all"
+#: Begins a word that is for the pre-training alone with which that may begin.
+PREFIX = "pretraining."
 MOST = 10_000
 #: Keys whose values are lists with commas to SLURM; runs for each of several are choice(a,b).
 SLURMS_LISTS = ("cluster.partition", "cluster.gres")
@@ -35,12 +37,15 @@ def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
             Defaults to ``()``: it is left out.
 
     Returns:
-        list of list of str: the words of each run; one of them if nothing is swept.
+        list of list of str: the words of each run; one of them if nothing is swept. What ``task=all`` reads itself is
+            not among them, unless another word refers to it.
 
     Raises:
         ConfigurationError: for a sweep without discrete values, without an end or without any value, or too many runs.
     """
     every = [f"task={name}" for name in tasks]
+    if EVERY_TASK in words and not any("${tasks}" in word for word in words):
+        words = [word for word in words if word.partition("=")[0] != "tasks"]
     options = [every if word == EVERY_TASK else values_of(word) for word in words if tasks or word != EVERY_TASK]
     count = 1
     for values in options:

@@ -379,6 +379,9 @@ RULES = (
     ),
     # Keys that only some modes use.
     Rule(("task", "world_model", "world_model_sha256", "pretraining", "finetune"), "mode", ("extract",)),
+    # What task=all reads is no word of the runs that it stands for.
+    Rule(("pretraining",), "world_model", (None,), only=("mode", "extract")),
+    Rule(("tasks", "pretraining"), "task", ("all",), only=("mode", "extract")),
     Rule(
         (
             *_keys("algorithm", "collect_steps random_steps normalize_rewards first_model_updates updates_per_step"),

@@ -161,7 +161,7 @@ def test_rules_are_about_keys_that_exist():
         for by in rule.by.split(", "):
             assert by in keys
         choices = schema_choices().get(rule.by)
-        assert rule.values in (ANY, (None,), (True,)) or set(rule.values) <= set(choices or ())
+        assert rule.values in (ANY, (None,), (True,), ("all",)) or set(rule.values) <= set(choices or ())
         assert rule.only is None or rule.only[1] in schema_choices()[rule.only[0]]
 
 

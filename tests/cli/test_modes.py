@@ -109,8 +109,37 @@ class TestExtract:
         runs = expand([*words, "task=all", "seed=1,2"])
         assert len(runs) == 6
         runs = expand([*words, "task=all", "tasks=cup-catch,cartpole-swingup"])
-        assert [run[-2] for run in runs] == ["task=cup-catch", "task=cartpole-swingup"]
+        assert [run[-1] for run in runs] == ["task=cup-catch", "task=cartpole-swingup"]
 
+    def test_what_task_all_reads_is_no_word_of_its_runs(self, words):
+        names = "tasks=cup-catch,cartpole-swingup"
+        for run in expand([*words, names, "task=all"]):
+            assert names not in run
+            assert compose(run).tasks is None
+        for run in expand([*words, names, "task=all", "run_dir=runs/${tasks}/${task}"]):  # which another word reads
+            assert compose(run).run_dir == f"runs/cup-catch,cartpole-swingup/{compose(run).task}"
+
+    @pytest.mark.parametrize(
+        ("more", "remedy"),
+        [
+            (["task=cup-catch", "tasks=cup-catch,cartpole-swingup"], "with task=cup-catch: choose task=all"),
+            (["tasks=cup-catch,cartpole-swingup"], "choose task=all"),
+            (["task=cup-catch", "pretraining=mt30_pretrain"], "beside world_model="),
+            (["task=cup-catch", "pretraining.seed=3"], "give task=all and no world_model"),
+            (["task=all", "pretraining=mt30_pretrain"], "beside world_model="),
+            (["task=all", "pretraining.seed=3"], "give task=all and no world_model"),
+            (["task=cup-catch", "world_model=null", "pretraining=mt30_pretrain"], "choose task=all"),
+            (["task=cup-catch", "world_model=null", "pretraining.seed=3"], "give task=all and no world_model"),
+        ],
+    )
+    def test_what_is_for_task_all_is_refused_where_nothing_reads_it(self, words, more, remedy):
+        with pytest.raises(ConfigurationError) as caught:
+            for run in expand([*words, *more]):
+                compose(run)
+        message = str(caught.value)
+        assert more[-1].partition("=")[0] in message
+        assert remedy in message
+        assert "\n" not in message
     def test_task_all_of_tasks_that_it_does_not_know(self, words):
         with pytest.raises(ConfigurationError, match="was not trained on walker-walk"):
             expand([*words, "task=all", "tasks=walker-walk,cup-catch"])

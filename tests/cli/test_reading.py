@@ -14,7 +14,7 @@ from reading import LEAVES, RUNS, SMALL, read_elsewhere, recorded
 from slurm_texts import SITE
 
 from pwm_torchrl.cli import complete, prepare
-from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.compose import compose, compose_unchecked
 from pwm_torchrl.cli.modes import apply_mode, of_world_model
 from pwm_torchrl.cli.requests import Prepared, lacks_world_model
 from pwm_torchrl.cli.words import OF_SLURM, RULES
@@ -30,9 +30,8 @@ ACCEPTED: dict[str, Callable[[Path], object]] = {
     "cluster.kind": lambda folder: prepare.place_of(compose([])),
     "cluster.name": lambda folder: hardware_of(compose(["cluster=cpu"]), None),
     "cluster.max_memory_restarts": lambda folder: thriftier_plan(folder, compose([]), {"status": "memory"}),
-    "pretraining": lambda folder: lacks_world_model(["experiment=extract", "task=all"]),
 }
-#: Read by a pre-training, and by submit for task=all, whose runs it is then a word of.
+#: Read by a pre-training, and by submit for task=all; what an online run says of it is in test_modes.py.
 TASKS = "tasks"
 
 
@@ -64,7 +63,7 @@ def options_of_flow(config: Config) -> set[str]:
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_not_read_is_refused(name, read):
     config = compose([*RUNS[name], *SMALL, "run_dir=x"])
-    others = {*ACCEPTED, TASKS, *OF_SLURM, *options_of_flow(config)}
+    others = {*ACCEPTED, *OF_SLURM, *options_of_flow(config), *([TASKS] if config.mode == "online" else [])}
     unread = [key for key in LEAVES if key not in read[name] and key not in others]
     assert "logger.project" in unread, "nothing is recorded"
     assert not [key for key in unread if not is_refused(key, config)]
@@ -92,5 +91,11 @@ def test_tasks_are_read_by_a_pretraining_and_by_submit(read, monkeypatch):
     assert TASKS in read["pretrain"]
     facts = SimpleNamespace(task_names=("cup-catch", "walker-walk"))
     monkeypatch.setattr(complete, "world_model_facts", lambda folder: facts)
-    config = compose(["experiment=extract", "world_model=x", "tasks=walker-walk"])
+    config = compose_unchecked(["experiment=extract", "world_model=x", "tasks=walker-walk"])
     assert complete.tasks_to_extract(config) == ["walker-walk"]
+
+
+def test_the_pretraining_is_read_where_it_begins():
+    with recorded() as found:
+        assert lacks_world_model(["experiment=extract", "task=all"])
+    assert "pretraining" in found
