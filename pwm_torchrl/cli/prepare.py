@@ -67,6 +67,7 @@ __all__ = [
     "plan_for_slurm",
     "preflight",
     "refuse_slurms_keys",
+    "settle_place",
 ]
 
 # Composed, placed and planned -----------------------------------------------------------------------------------------
@@ -118,6 +119,26 @@ def place_of(config: Config) -> str:
     return kind
 
 
+def settle_place(runs: Sequence[Prepared]) -> str:
+    """Where the runs of a command go, see :func:`place_of`, with what that leaves unused: settings of theirs for SLURM
+    are refused, profiles of SLURM nodes that cannot be queued there are told.
+
+    Raises:
+        ConfigurationError: for a setting that only a job of SLURM would be asked with, where there is none.
+    """
+    place = place_of(runs[0].config)
+    refuse_slurms_keys(runs, place)
+    names = sorted({run.config.cluster.name for run in runs if run.config.cluster.kind == SLURM})
+    if place == HERE and names:
+        how = "" if len(runs) == 1 else f", {len(runs)} runs one after the other"
+        console.say(
+            f"cluster={','.join(names)} is not used: no SLURM is found here to queue a job, so this trains in the "
+            f"allocation of job {own_job()}{how}",
+            err=True,
+        )
+    return place
+
+
 def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
     """Refuses what was typed for a job of SLURM, of runs that are none.
 
@@ -138,18 +159,6 @@ def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
         remedy = f"queue a job of its own: {named('submit')} with a profile of SLURM nodes, cluster=NAME"
     for run in runs:
         check_slurms_keys(typed_keys(run.words), f"this run trains {where}", remedy)
-
-
-def say_unqueued(runs: Sequence[Prepared], place: str) -> None:
-    """Say that runs with a profile of SLURM nodes train in place, where they cannot be queued."""
-    names = sorted({run.config.cluster.name for run in runs if run.config.cluster.kind == SLURM})
-    if place == HERE and names:
-        how = "" if len(runs) == 1 else f", {len(runs)} runs one after the other"
-        console.say(
-            f"cluster={','.join(names)} is not used: no SLURM is found here to queue a job, so this trains in the "
-            f"allocation of job {own_job()}{how}",
-            err=True,
-        )
 
 
 def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:

@@ -25,11 +25,9 @@ from pwm_torchrl.cli.prepare import (
     by_cluster,
     compose_all,
     dry_run,
-    place_of,
     plan_for_slurm,
     preflight,
-    refuse_slurms_keys,
-    say_unqueued,
+    settle_place,
 )
 from pwm_torchrl.cli.requests import Prepared, Request, both_stages, compose_pretraining, lacks_world_model
 from pwm_torchrl.cli.resume import Found
@@ -65,9 +63,7 @@ def run(request: Request) -> int:
         with composed(request.words) as chain:
             return _both_stages(chain, dry)
     runs = compose_all(request.words, request.runs)
-    place = place_of(runs[0].config)
-    refuse_slurms_keys(runs, place)
-    say_unqueued(runs, place)
+    place = settle_place(runs)
     if dry:
         dry_run(runs, place)
         return console.OK
@@ -265,9 +261,7 @@ def composed(words: Sequence[str]) -> Iterator[Chain]:
 
 def _both_stages(chain: Chain, dry: bool) -> int:
     """A pre-training, then the policies that need its world model."""
-    place = place_of(chain.pretraining.config)
-    refuse_slurms_keys([chain.pretraining, *chain.policies], place)
-    say_unqueued([chain.pretraining, *chain.policies], place)
+    place = settle_place([chain.pretraining, *chain.policies])
     console.say(chain.description)
     if dry:
         dry_run([chain.pretraining], place)
@@ -329,10 +323,10 @@ def _bring_back(run: Path, cfg: Config, typed: Mapping[str, Any]) -> tuple[str, 
     make_cwd_importable()
     preflight([cfg], SLURM if on_slurm else LOCAL, again=True)
     if on_slurm:
-        resources = resources_again(last_request(run), cfg, typed)
+        resources = resources_again(last_request(run, job), cfg, typed)
         require_fit(cfg.cluster, resources, site())
         prepare_run_dir(replace(cfg, run_dir=str(run)))
-        return f"job {resubmit(run, cfg, resources)}", console.OK
+        return f"job {resubmit(run, cfg, resources, job)}", console.OK
     check_slurms_keys(
         typed,
         "this run goes on on this machine",

@@ -216,13 +216,17 @@ def _is_list(value: Any, form: str) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) and re.fullmatch(form, each) for each in value)
 
 
-def memory_asked(run_dir: Path) -> int:
+def memory_asked(run_dir: Path, job: Mapping[str, Any]) -> int:
     """Host memory that the last job of a run asked for, MiB.
+
+    Args:
+        run_dir (Path): the run.
+        job (Mapping): what :func:`read_job` read of it.
 
     Raises:
         ConfigurationError: if its file does not say so.
     """
-    asked = read_job(run_dir).get("mem_mb")
+    asked = job.get("mem_mb")
     if not isinstance(asked, int) or isinstance(asked, bool) or asked <= 0:
         raise ConfigurationError(
             f"{run_dir / JOB_FILE} is damaged: mem_mb={asked} is no amount of memory; delete it and submit the run "

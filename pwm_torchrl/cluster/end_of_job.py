@@ -30,6 +30,7 @@ from pwm_torchrl.cluster.deaths import (
     memory_asked,
     next_plan,
     note,
+    read_job,
     write_job,
 )
 from pwm_torchrl.cluster.slurm import SlurmError, job_records, scontrol
@@ -87,7 +88,8 @@ def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
         write_job(run, mem_mb=plan.mem_mb)
         return 0
     say(f"SLURM changes no request here ({refused}); a new job takes over")
-    job_id = resubmit(run, load_config(run), replace(last_request(run), mem_mb=plan.mem_mb))
+    job = read_job(run)
+    job_id = resubmit(run, load_config(run), replace(last_request(run, job), mem_mb=plan.mem_mb), job)
     say(f"job {job_id}")
     for complaint in move_dependents(run, job_id):  # before the job that they wait for is cancelled, and they with it
         say(f"a job that waits for this one was not told: {complaint}; {typed('resume')} brings its run back")
@@ -99,7 +101,7 @@ def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]
     """The next plan, its choices in place for the next attempt; an end if there is none."""
     cfg = load_config(run)
     try:
-        plan = next_plan(run, cfg, memory_asked(run))
+        plan = next_plan(run, cfg, memory_asked(run, read_job(run)))
     except ConfigurationError as damaged:
         return Answer(END, "memory", f"{death.detail}; {damaged}"), None
     if plan is None:

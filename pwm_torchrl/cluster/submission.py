@@ -14,10 +14,11 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from submitit.core.utils import FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
@@ -145,13 +146,17 @@ def submit_runs(
     return done
 
 
-def last_request(run_dir: Path) -> Resources:
+def last_request(run_dir: Path, job: Mapping[str, Any]) -> Resources:
     """What the last job of a run asked for.
+
+    Args:
+        run_dir (Path): the run.
+        job (Mapping): what :func:`~pwm_torchrl.cluster.deaths.read_job` read of it.
 
     Raises:
         ConfigurationError: if its file does not say so.
     """
-    mem_mb, job = memory_asked(run_dir), read_job(run_dir)
+    mem_mb = memory_asked(run_dir, job)
     others = [name for name in Resources.__dataclass_fields__ if name != "mem_mb"]
     wrong = [name for name in others if type(job.get(name)) is not int]
     if not job.get("job_ids"):
@@ -163,13 +168,19 @@ def last_request(run_dir: Path) -> Resources:
     return Resources(mem_mb=mem_mb, **{name: job[name] for name in others})
 
 
-def resubmit(run_dir: Path, cfg: Config, resources: Resources) -> str:
-    """Queue a run again; returns the job's id.
+def resubmit(run_dir: Path, cfg: Config, resources: Resources, job: Mapping[str, Any]) -> str:
+    """Queue a run again, with the code of its last job; returns the job's id.
+
+    Args:
+        run_dir (Path): the run.
+        cfg (Config): its configuration.
+        resources (Resources): what the job asks for.
+        job (Mapping): what :func:`~pwm_torchrl.cluster.deaths.read_job` read of its last job.
 
     Raises:
         ConfigurationError: if SLURM refuses.
     """
-    code = [Path(each) for each in read_job(run_dir).get("code", [])]
+    code = [Path(each) for each in job.get("code", [])]
     (submitted,) = _submit([run_dir], cfg, resources, code, run_dir.parent)
     return submitted.job_id
 

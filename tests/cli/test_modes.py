@@ -140,6 +140,7 @@ class TestExtract:
         assert more[-1].partition("=")[0] in message
         assert remedy in message
         assert "\n" not in message
+
     def test_task_all_of_tasks_that_it_does_not_know(self, words):
         with pytest.raises(ConfigurationError, match="was not trained on walker-walk"):
             expand([*words, "task=all", "tasks=walker-walk,cup-catch"])

@@ -265,7 +265,7 @@ class TestResources:
             "preflight": lambda *args, **kwargs: [],
             "site": lambda: None,
             "require_fit": lambda *args: None,
-            "resubmit": lambda folder, cfg, resources: found.append((resources, load_config(folder))) or "8",
+            "resubmit": lambda folder, cfg, resources, job: found.append((resources, load_config(folder))) or "8",
         }.items():
             monkeypatch.setattr(submit, name, stand_in)
         monkeypatch.setattr(resume, "job_states", lambda ids: {"7": OVER})

@@ -119,9 +119,9 @@ class TestDamagedFiles:
     def test_an_amount_of_memory_that_is_none(self, asked, tmp_path):
         (tmp_path / "job.json").write_text(json.dumps({"mem_mb": asked}))
         with pytest.raises(ConfigurationError, match=r"job\.json is damaged: mem_mb="):
-            memory_asked(tmp_path)
+            memory_asked(tmp_path, read_job(tmp_path))
         (tmp_path / "job.json").write_text(json.dumps({"mem_mb": 2000}))
-        assert memory_asked(tmp_path) == 2000
+        assert memory_asked(tmp_path, read_job(tmp_path)) == 2000
 
     @pytest.mark.parametrize("ids", [None, "7", {"7": 1}, [7], [["7"]]])
     def test_lists_that_are_none(self, ids, tmp_path):

@@ -68,7 +68,9 @@ def test_dependents_are_told_before_their_job_is_cancelled(pretraining, monkeypa
     done = []
     monkeypatch.setattr(end_of_job, "load_config", lambda run: Config())
     monkeypatch.setattr(end_of_job, "scontrol", lambda *words: "Access denied")
-    monkeypatch.setattr(end_of_job, "resubmit", lambda run, cfg, asked: done.append(f"queued {asked.mem_mb}") or "9")
+    monkeypatch.setattr(
+        end_of_job, "resubmit", lambda run, cfg, asked, job: done.append(f"queued {asked.mem_mb}") or "9"
+    )
     monkeypatch.setattr(submission, "scontrol", lambda *words: done.append(" ".join(words)))
     monkeypatch.setattr(end_of_job.subprocess, "run", lambda command, check: done.append(" ".join(command)))
     write_job(pretraining, job_ids=["7"], awaited_by=["8"], **Resources(1024, 1, 0, 1, 5).as_dict())
