@@ -133,9 +133,9 @@ class TestExtract:
         ],
     )
     def test_what_is_for_task_all_is_refused_where_nothing_reads_it(self, words, more, remedy):
+        first = expand([*words, *more])[0]
         with pytest.raises(ConfigurationError) as caught:
-            for run in expand([*words, *more]):
-                compose(run)
+            compose(first)
         message = str(caught.value)
         assert more[-1].partition("=")[0] in message
         assert remedy in message
