@@ -133,9 +133,8 @@ class TestExtract:
         ],
     )
     def test_what_is_for_task_all_is_refused_where_nothing_reads_it(self, words, more, remedy):
-        first = expand([*words, *more])[0]
         with pytest.raises(ConfigurationError) as caught:
-            compose(first)
+            compose(expand([*words, *more])[0])
         message = str(caught.value)
         assert more[-1].partition("=")[0] in message
         assert remedy in message
