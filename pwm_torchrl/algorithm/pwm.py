@@ -252,7 +252,7 @@ def q_targets(
     valid = (done.cumsum(1) - done.long()) == 0  # [B, n, 1]
     count = valid.sum(1)  # [B, 1], at least 1
     weight = valid * gamma ** torch.arange(valid.shape[1], device=valid.device).view(1, -1, 1)
-    reward = (weight * following["reward"]).sum(1)
+    reward = (weight * model.reward.in_space(following["reward"])).sum(1)
     rows = torch.arange(len(slices), device=valid.device)
     last = following["observation"][rows, count.squeeze(-1) - 1]
     going = ~following["terminated"][rows, count.squeeze(-1) - 1]

@@ -390,7 +390,7 @@ RULES = (
         "mode",
         ("online",),
     ),
-    Rule(_keys("algorithm", "normalize_observations scale_rewards"), "mode", ("online", "pretrain")),
+    Rule(_keys("algorithm", "normalize_observations"), "mode", ("online", "pretrain")),
     # It is the length of the slices, of which a world model learns alone, only where they have none of their own.
     Rule(("algorithm.horizon",), "algorithm.slice_steps", (None,), only=("mode", "pretrain")),
     Rule(("size.task_dim", *_keys("data", "balanced validation_fraction validation_slices")), "mode", ("pretrain",)),

@@ -132,6 +132,10 @@ class RewardHead(nn.Module):
         self.net.apply(init_world_model_weights)
         nn.init.zeros_(self.net[-1].weight)  # type: ignore[arg-type]
 
+    def in_space(self, reward: Tensor) -> Tensor:
+        """Real rewards in the space of decoded ones, so that the two add up to one return; the identity here."""
+        return reward
+
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
         """Logits ``[..., num_logits]``."""
         return self.net(cat_features(latent, task_embedding, action))
@@ -210,6 +214,9 @@ class TwoHotRewardHead(RewardHead):
             raise ConfigurationError(f"model.reward_space={space!r} is not one of {', '.join(REWARD_SPACES)}.")
         self.codec = TwoHotCodec(num_bins, vmin, vmax)
         self.space = space
+
+    def in_space(self, reward: Tensor) -> Tensor:
+        return symlog(reward) if self.space == "symlog" else reward
 
     def decode(self, logits: Tensor) -> Tensor:
         return self.codec.decode(logits, self.space)

@@ -201,7 +201,7 @@ class RunningStatistics(nn.Module):
     The count starts at ``epsilon``, the mean at 0 and the variance at 1, so that a first batch nearly replaces them.
 
     Args:
-        shape (tuple of int): feature shape. Defaults to ``(1,)``.
+        shape (tuple of int): feature shape; of several tasks ``(tasks, features)``. Defaults to ``(1,)``.
         epsilon (float): initial count. Defaults to ``1e-4``.
     """
 
@@ -237,9 +237,25 @@ class RunningStatistics(nn.Module):
         )
         return mean, var, total
 
-    def normalize(self, x: Tensor, epsilon: float = 1e-5, clip: float | None = None) -> Tensor:
-        """(x − mean) / sqrt(var + ε), within ±``clip``: a dimension that was constant so far may move at any time."""
-        normalized = (x - self.mean) * torch.rsqrt(self.var + epsilon)
+    @torch.no_grad()
+    def set(self, x: Tensor, task: int | None = None) -> None:
+        """Forget what was seen, of one task or of all there is, and take samples ``[..., features]`` instead."""
+        own = RunningStatistics(tuple(x.shape[-1:])).to(self.mean.device)
+        own.update(x.to(self.mean.device))
+        rows = slice(None) if task is None else task
+        self.mean[rows] = own.mean
+        self.var[rows] = own.var
+        self.count.copy_(own.count)
+
+    def normalize(
+        self, x: Tensor, epsilon: float = 1e-5, clip: float | None = None, task: Tensor | None = None
+    ) -> Tensor:
+        """(x − mean) / sqrt(var + ε), within ±``clip``: a dimension that was constant so far may move at any time.
+
+        ``task``, int64, chooses among statistics of several tasks; its shape is that of the last batch dimensions.
+        """
+        mean, var = (self.mean, self.var) if task is None else (self.mean[task], self.var[task])
+        normalized = (x - mean) * torch.rsqrt(var + epsilon)
         return normalized if clip is None else normalized.clamp(-clip, clip)
 
 
@@ -263,6 +279,12 @@ class RewardDeviation(nn.Module):
         if reward.numel():
             self.statistics.update(reward)
             self.largest.copy_(torch.maximum(self.largest, reward.abs().max()))
+
+    @torch.no_grad()
+    def set(self, reward: Tensor) -> None:
+        """Forget what was seen and take rewards ``[..., 1]`` instead."""
+        self.statistics.set(reward)
+        self.largest.copy_(reward.abs().max())
 
     @property
     def value(self) -> Tensor:

@@ -85,7 +85,8 @@ class WorldModel(nn.Module):
         reward (RewardHead): R(z, a, e) -> logits.
         termination (TerminationHead, optional): for environments that terminate.
         task (TaskEmbedding, optional): for multi-task models.
-        observation_statistics (RunningStatistics, optional): normalises observations in front of the encoder.
+        observation_statistics (RunningStatistics, optional): normalises observations in front of the encoder; of a
+            multi-task model with a row for each task.
         reward_deviation (RewardDeviation, optional): unit in which a scalar reward head computes.
     """
 
@@ -142,8 +143,13 @@ class WorldModel(nn.Module):
     def encode(self, observation: Tensor, task: Tensor | None = None) -> Tensor:
         """Latent ``[..., D]``."""
         if self.observation_statistics is not None:
-            observation = self.observation_statistics.normalize(observation, clip=OBSERVATION_CLIP)
+            own = self.statistics_task(task)
+            observation = self.observation_statistics.normalize(observation, clip=OBSERVATION_CLIP, task=own)
         return self.encoder(observation, self.embed(task))
+
+    def statistics_task(self, task: Tensor | None) -> Tensor | None:
+        """The index of the task whose statistics normalise observations; ``None`` for a single-task model."""
+        return task
 
     def predict(
         self, latent: Tensor, action: Tensor, task: Tensor | None = None
@@ -228,7 +234,8 @@ class WorldModelSpec:
         num_tasks (int): 0 for a single-task model. Defaults to ``0``.
         task_dim (int): ``E``. Defaults to ``0``.
         action_dims (sequence of int): action dimension per task. Defaults to ``()``.
-        normalize_observations (bool): running mean and variance in front of the encoder. Defaults to ``False``.
+        normalize_observations (bool): running mean and variance, of each task, in front of the encoder. Defaults to
+            ``False``.
         scale_rewards (bool): a scalar reward head computes in units of the rewards' running standard deviation.
             Defaults to ``False``.
     """
@@ -282,9 +289,15 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
         reward=reward,
         termination=TerminationHead(spec.latent_dim + task_dim, spec.units) if spec.termination else None,
         task=TaskEmbedding(spec.num_tasks, task_dim, spec.action_dims, spec.action_dim) if spec.num_tasks else None,
-        observation_statistics=RunningStatistics((spec.observation_dim,)) if spec.normalize_observations else None,
+        observation_statistics=_statistics_of(spec),
         reward_deviation=RewardDeviation() if spec.scale_rewards else None,
     )
+
+
+def _statistics_of(spec: WorldModelSpec) -> RunningStatistics | None:
+    if not spec.normalize_observations:
+        return None
+    return RunningStatistics((*([spec.num_tasks] if spec.num_tasks else []), spec.observation_dim))
 
 
 # One task's view of a multi-task world model --------------------------------------------------------------------------
@@ -352,6 +365,10 @@ class TaskWorldModel(WorldModel):
         if task is not None:
             return super().embed(task)
         return None if self.bound_task is None else self.bound_task(self.task_index)
+
+    def statistics_task(self, task: Tensor | None) -> Tensor | None:
+        """The bound task's index, unless another is given; ``None`` for a single-task model."""
+        return task if task is not None or self.bound_task is None else self.task_index
 
     def mask_action(self, action: Tensor, task: Tensor | None = None) -> Tensor:
         """``action`` ``[..., A]`` padded to the model's width."""

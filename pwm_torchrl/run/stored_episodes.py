@@ -25,12 +25,14 @@ from pwm_torchrl.envs.tasks import TaskSet, task_info, task_set
 from pwm_torchrl.errors import ConfigurationError, nearest
 from pwm_torchrl.memory.readings import Reading, read_memory
 from pwm_torchrl.memory.storage import store_bytes
-from pwm_torchrl.modules import world_model_facts
+from pwm_torchrl.modules import WorldModel, world_model_facts
 from pwm_torchrl.modules.model_files import CONFIG_FILE as MODEL_FILE
 from pwm_torchrl.run.directory import pretraining_run, read_summary, save_config
 
 #: Splits a store; the same for every run, so that no run trains on what another validates with.
 SPLIT_SEED = 0
+#: Of each task, evenly spaced over its episodes, for mean and deviation: enough for two digits, and not all of 40 GB.
+STATISTICS_ROWS = 50_000
 #: Where SLURM and others put a node's own disk, the first that is set.
 SCRATCH_VARIABLES = ("SLURM_TMPDIR", "TMPDIR")
 
@@ -369,6 +371,16 @@ class StoredSamples:
         observations = observations[..., : self.observation_dim]
         return to_device(observations, self.device)
 
+    def evenly_spaced_rows(self, name: str, most: int) -> np.ndarray:
+        """At most so many rows of one task's episodes, int64, which no random numbers choose; no first rows."""
+        chosen = self.episodes[self.store.task[self.episodes] == self.store.task_names.index(name)]
+        length = self.store.length[chosen]
+        ends = length.cumsum()
+        total = int(ends[-1])
+        picked = np.linspace(0, total - 1, min(total, most)).astype(np.int64)
+        episode = np.searchsorted(ends, picked, side="right")
+        return self.store.first_row[chosen][episode] + 1 + picked - (ends - length)[episode]
+
     def of_task(self, name: str) -> SliceIndex | None:
         """The slices of one task among those drawn from; ``None`` if it has none."""
         number = self.store.task_names.index(name)
@@ -376,6 +388,39 @@ class StoredSamples:
         if not np.any((self.store.task[self.episodes] == number) & long):
             return None
         return SliceIndex(self.store, self.horizon, tasks=[number], episodes=self.episodes)
+
+
+def take_statistics(model: WorldModel, samples: StoredSamples) -> None:
+    """Set what a world model to be trained keeps of its data: statistics of each task's observations, unit of rewards.
+
+    Args:
+        model (WorldModel): those of its statistics that are there are set.
+        samples (StoredSamples): of the model's tasks, in its order.
+    """
+    statistics = model.observation_statistics
+    rewards = []
+    for place, name in enumerate(samples.tasks):
+        rows = samples.evenly_spaced_rows(name, STATISTICS_ROWS)
+        if statistics is not None:
+            own = place if model.task is not None else None
+            statistics.set(samples.store.observations(rows)[:, : samples.observation_dim], own)
+        rewards.append(samples.store.rewards(rows))
+    if model.reward_deviation is not None:
+        model.reward_deviation.set(model.reward.in_space(torch.cat(rewards)))
+
+
+def take_reward_unit(model: WorldModel, samples: StoredSamples) -> None:
+    """Let the critics of a policy extraction compute in the deviation of its own task's rewards.
+
+    A pre-trained world model has that of all its tasks, or none.
+
+    Args:
+        model (WorldModel): bound to the task.
+        samples (StoredSamples): of the task.
+    """
+    if model.reward_deviation is not None:
+        rows = samples.evenly_spaced_rows(samples.tasks[0], STATISTICS_ROWS)
+        model.reward_deviation.set(model.reward.in_space(samples.store.rewards(rows)))
 
 
 def outgrows_memory(store: EpisodeStore, reading: Reading | None = None) -> bool:

@@ -180,6 +180,14 @@ class TestRunningStatistics:
         torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
         torch.testing.assert_close(y.std(0), torch.ones(4), atol=1e-2, rtol=0)
 
+    def test_set_forgets(self) -> None:
+        statistics, x = RunningStatistics((4,)), 5 + 3 * torch.randn(200, 4)
+        statistics.update(torch.randn(10, 4) * 100)
+        statistics.set(x)
+        torch.testing.assert_close(statistics.mean, x.mean(0))
+        torch.testing.assert_close(statistics.var, x.var(0, unbiased=False), rtol=1e-4, atol=1e-4)
+        assert statistics.count == pytest.approx(200, abs=1e-3)
+
     def test_update_keeps_no_graph(self) -> None:
         statistics, x = RunningStatistics(), torch.randn(5, 1, requires_grad=True)
         statistics.update(x)

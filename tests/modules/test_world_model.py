@@ -9,6 +9,7 @@ from torch import nn
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import (
     TaskEmbedding,
+    TaskWorldModel,
     WorldModel,
     WorldModelSpec,
     make_world_model,
@@ -103,6 +104,36 @@ class TestWorldModel:
         torch.testing.assert_close(model.encode(o), model.encoder(standard), rtol=1e-3, atol=1e-4)
         assert "observation_statistics.mean" in model.state_dict()
 
+    @pytest.mark.parametrize("batch", [(7,), (5, 7)])
+    def test_each_task_has_statistics_of_its_own(self, batch: tuple[int, ...]) -> None:
+        model = world_model(True, normalize_observations=True)
+        samples = {place: place + (1 + place) * torch.randn(200, OBS) for place in range(4)}
+        for place, o in samples.items():
+            model.observation_statistics.set(o, place)
+        task, o = torch.tensor([0, 1, 2, 3, 0, 1, 2]), torch.randn(*batch, OBS)
+        mean = torch.stack([samples[int(t)].mean(0) for t in task])
+        var = torch.stack([samples[int(t)].var(0, unbiased=False) for t in task])
+        standard = (o - mean) / (var + 1e-5).sqrt()
+        expected = model.encoder(standard, model.embed(task))
+        torch.testing.assert_close(model.encode(o, task), expected, rtol=1e-3, atol=1e-4)
+
+    def test_a_bound_model_takes_its_own_tasks_statistics(self) -> None:
+        model = world_model(True, normalize_observations=True)
+        spec = WorldModelSpec(OBS, A, D, [24], [20], num_tasks=N, task_dim=6, action_dims=DIMS)
+        for place in range(4):
+            model.observation_statistics.set(place + torch.randn(200, OBS), place)
+        bound, o = TaskWorldModel(model, spec, 2, OBS - 1, DIMS[2]), torch.randn(6, OBS - 1)
+        padded = torch.nn.functional.pad(o, (0, 1))
+        assert torch.equal(bound.encode(o), model.encode(padded, torch.full((6,), 2)))
+
+    def test_real_rewards_in_the_space_of_imagined_ones(self) -> None:
+        raw, symlog = world_model(reward_head="two_hot"), world_model(reward_head="two_hot", reward_space="symlog")
+        reward = torch.tensor([[-3.0], [0.0], [7.0]])
+        assert torch.equal(raw.reward.in_space(reward), reward)
+        assert torch.equal(world_model().reward.in_space(reward), reward)
+        coded = symlog.reward.codec.encode(reward)
+        torch.testing.assert_close(symlog.reward.in_space(reward), symlog.reward.decode(coded.log()))
+
     def test_reward_space_reaches_the_policy(self) -> None:
         raw, symlog = world_model(reward_head="two_hot"), world_model(reward_head="two_hot", reward_space="symlog")
         symlog.load_state_dict(raw.state_dict())
@@ -113,7 +144,7 @@ class TestWorldModel:
 
     def test_reset_parameters_is_as_built(self) -> None:
         model = world_model(True, termination=True, normalize_observations=True, dynamics={"kind": "flow"})
-        model.observation_statistics.update(torch.randn(9, OBS))
+        model.observation_statistics.update(torch.randn(9, N, OBS))
         mean = model.observation_statistics.mean.clone()
         with torch.no_grad():
             for p in model.parameters():

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from training_cases import assert_equal, config, rows_of, run_with, stop_after, weights_of
 
 from pwm_torchrl.algorithm.base import updates_of
+from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.envs.tasks import task_info
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import TaskWorldModel, WorldModelSpec, make_world_model, read_world_model, save_world_model
@@ -79,6 +80,24 @@ def test_policy_and_critics_learn_in_a_frozen_world_model(monkeypatch, store, wo
     names = {path.name.partition("-")[2] for path in checkpoint.rglob("*") if path.is_dir()}
     assert {"actor", "critic"} <= names
     assert not any("model" in name for name in names)
+
+
+def test_critics_compute_in_the_unit_of_the_tasks_own_rewards(monkeypatch, store, tmp_path):
+    """As imagined, in symlog space; the model comes with the unit of all its tasks."""
+    torch.manual_seed(0)
+    spec = WorldModelSpec(8, 2, 16, [16], [16], scale_rewards=True, normalize_observations=True, **SPEC)
+    model = make_world_model(spec)
+    model.reward_deviation.set(1000 * torch.randn(50, 1))
+    save_world_model(tmp_path / "model", model, spec, task_names=TASKS, observation_dims=(3, 8))
+    ignored = {"algorithm.critic_passes": 8, "algorithm.critic_minibatches": 4}
+    changes = {"algorithm.name": "pwm", "algorithm.scale_rewards": True, **ignored}
+    _, run = run_with(monkeypatch, extraction_config(store, tmp_path / "model", changes), tmp_path / "run")
+    data = EpisodeStore.open(store)
+    mine = [data.episode_rows(int(e)) for e in range(data.num_episodes) if data.task_names[data.task[e]] == "cup-catch"]
+    rewards = torch.cat([torch.from_numpy(rows.reward[1:]) for rows in mine])
+    expected = (rewards.sign() * rewards.abs().log1p()).std(correction=0)
+    torch.testing.assert_close(run.networks.model.reward_deviation.value.squeeze(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(run.networks.critic.scale, run.networks.model.reward_deviation.value)
 
 
 def test_a_store_with_fewer_transitions_than_random_steps_is_learned_from(monkeypatch, store, world_model, tmp_path):

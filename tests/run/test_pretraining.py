@@ -128,6 +128,26 @@ def test_a_store_with_fewer_transitions_than_random_steps_is_trained_on(monkeypa
     assert all(float(row["loss/model"]) > 0 for row in rows_of(tmp_path))
 
 
+def test_observations_are_normalised_for_each_task(monkeypatch, store, tmp_path):
+    changes = {"algorithm.scale_rewards": True, "algorithm.normalize_observations": True}
+    cfg = pretraining_config(store, changes)
+    run_with(monkeypatch, cfg, tmp_path)
+    model, _ = read_world_model(tmp_path)
+    data = EpisodeStore.open(store)
+    training = training_split(cfg, data)[0]
+    rewards = []
+    for place, (name, width) in enumerate(zip(TASKS, (3, 8), strict=True)):
+        chosen = [e for e in training if data.task_names[data.task[e]] == name]
+        episodes = [data.episode_rows(int(e)) for e in chosen]
+        seen = torch.cat([torch.from_numpy(rows.observation[1:]) for rows in episodes])[:, :width]
+        rewards += [torch.from_numpy(rows.reward[1:]) for rows in episodes]
+        statistics = model.observation_statistics
+        torch.testing.assert_close(statistics.mean[place, :width], seen.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics.var[place, :width], seen.var(0, unbiased=False), rtol=1e-3, atol=1e-4)
+    deviation = torch.cat(rewards).std(correction=0)
+    torch.testing.assert_close(model.reward_deviation.statistics.var.sqrt().squeeze(), deviation, rtol=1e-3, atol=1e-5)
+
+
 def test_the_best_by_validation_is_kept(monkeypatch, store, tmp_path):
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(Validation, "run", lambda self, *args: {"validation/loss": next(losses)})
@@ -157,6 +177,16 @@ class TestSamples:
         assert set(data["task"].unique().tolist()) == {0, 1}
         second = data["action"][..., 1].abs().sum(1) > 0
         assert torch.equal(second, data["task"][:, 0] == 0)
+
+    @pytest.mark.parametrize("most", [7, 10**6])
+    def test_evenly_spaced_rows_are_of_the_task_and_have_rewards(self, store, most):
+        data = EpisodeStore.open(store)
+        samples = StoredSamples(data, TASKS, 4, 8, 2)
+        rows = samples.evenly_spaced_rows("cup-catch", most)
+        mine = data.task[data.episode_of(rows)]
+        assert set(mine) == {data.task_names.index("cup-catch")}
+        assert not set(rows) & set(data.first_row)
+        assert len(set(rows)) == len(rows) == min(most, int(data.length[data.task == mine[0]].sum()))
 
     def test_one_task_alone(self, store):
         samples = StoredSamples(EpisodeStore.open(store), ["pendulum-swingup"], 4, 3, 1, labelled=False)

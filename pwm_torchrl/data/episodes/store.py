@@ -399,6 +399,10 @@ class EpisodeStore:
         """Observations ``[B, O]`` of rows ``[B]``."""
         return torch.from_numpy(self._observation[self._rows(rows)])
 
+    def rewards(self, rows: Ints | Tensor) -> Tensor:
+        """Rewards ``[B, 1]`` that were received on the way to rows ``[B]``; an episode's first row has none, and 0."""
+        return torch.from_numpy(self._reward[self._rows(rows)]).unsqueeze(-1)
+
     def episode_rows(self, episode: int, most: int | None = None) -> EpisodeRows:
         """A copy of an episode's rows, without padding.
 

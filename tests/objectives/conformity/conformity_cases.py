@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from objective_cases import FLOW, OBS, D, Networks, randomized, slice_data, world_model
+from objective_cases import FLOW, D, Networks, randomized, slice_data, world_model
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
@@ -83,10 +83,10 @@ class Case:
 def model_case(name: str, tasks: bool, trains: dict[str, tuple[str, ...]], options: dict, **model: object) -> Case:
     def make(nested: bool = False, **kwargs: object) -> PWMModelLoss:
         network = world_model(tasks, **model)
-        if network.observation_statistics is not None:
-            network.observation_statistics.update(
-                1 + 2 * torch.randn(50, OBS, generator=torch.Generator().manual_seed(1))
-            )
+        statistics = network.observation_statistics
+        if statistics is not None:
+            shape, generator = (50, *statistics.mean.shape), torch.Generator().manual_seed(1)
+            statistics.update(1 + 2 * torch.randn(shape, generator=generator))
         loss = PWMModelLoss(network, **{**options, **kwargs})
         if nested:
             loss.set_keys(**NESTED[PWMModelLoss])
