@@ -122,11 +122,9 @@ def readings_of(run_dir: Path, task: str, seed: int, overrides: str) -> list[Rea
     return found
 
 
-def command(task: str, seed: int, steps: int, run_dir: Path, extra: list[str]) -> list[str]:
-    """The command of one run."""
+def words(task: str, seed: int, steps: int) -> list[str]:
+    """The settings of one run."""
     return [
-        sys.executable,
-        str(ROOT / "launch" / "train.py"),
         "model=residual",
         "env=task",
         f"env.task={task}",
@@ -139,9 +137,13 @@ def command(task: str, seed: int, steps: int, run_dir: Path, extra: list[str]) -
         "training.video=false",
         "training.progress=false",
         "training.threads=1",
-        f"run_dir={run_dir}",
-        *extra,
     ]
+
+
+def command(task: str, seed: int, steps: int, run_dir: Path, extra: list[str]) -> list[str]:
+    """The command of one run."""
+    script = str(ROOT / "launch" / "train.py")
+    return [sys.executable, script, *words(task, seed, steps), f"run_dir={run_dir}", *extra]
 
 
 def run_missing(tasks: list[str], seeds: int, steps: int, extra: list[str], folder: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from stored_cases import write_store
 from training_cases import CLOCKWORK, config, run_with
 
 from pwm_torchrl.algorithm.build import Facts
+from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.modules import ResidualEndpointFlow, count_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -245,3 +249,44 @@ class TestFlowStudy:
         assert len(steps) == len(row.latent_steps.split()) == 16
         assert row.reward_error == pytest.approx(sum(steps) / 16, rel=1e-3)
         assert row.reward_error < row.reward_halfway
+
+
+class TestMultitask:
+    @pytest.fixture
+    def study(self, learning: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        """A store of two tasks, and what two policies of the first returned."""
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        from benchmarks import multitask
+
+        made = multitask.Study(tmp_path, ("cup-catch", "finger-spin"), ("residual",), 100, 2, [], False, 1)
+        store = write_store(made.store, ("cup-catch", "finger-spin"), 10)
+        returns = EpisodeStore.open(store).returns()
+        monkeypatch.setattr(EpisodeStore, "returns", lambda self, rows: (100 * np.arange(20.0))[rows])
+        assert len(returns) == 20  # of which every second is of cup-catch: 0, 200, ... 1800
+        for seed, value in enumerate((1400.0, 1600.0)):
+            run = made.policy("residual", "cup-catch", seed)
+            run.mkdir(parents=True)
+            (run / "summary.json").write_text('{"status": "finished"}')
+            (run / "final_returns.json").write_text(json.dumps([value] * 20))
+        return multitask, made
+
+    def test_policies_beside_the_mean_and_the_best_tenth_of_the_data(self, study) -> None:
+        row = study[1].rows()[0]
+        assert (row["data"], row["best"]) == (900, 1800)
+        assert row["seeds"] == [1400, 1600]
+        assert row["mean"] == 1500
+        assert 1400 < row["low"] < 1500 < row["high"] < 1600
+        assert row["above_data"]
+        assert row["near_best"]  # 1500 of 1440
+
+    def test_a_table_with_missing_runs_says_so(self, study) -> None:
+        multitask, made = study
+        text = multitask.markdown("COMMAND", made.rows(), "Title", 100, 2)
+        assert "# Title (partial)" in text
+        assert "| finger-spin | residual | not run |" in text
+
+    def test_a_task_without_good_data_does_not_count(self, study) -> None:
+        multitask, made = study
+        rows = [{**made.rows()[0], "best": 499.0}]
+        assert "does not count" in multitask.markdown("COMMAND", rows, "Title", 100, 2)
+        assert "(partial)" not in multitask.markdown("COMMAND", rows, "Title", 100, 2)
