@@ -57,7 +57,7 @@ _KEYS = {
 _ONLINE = ("training.steps=N", "env.num_envs", "world_model=PATH")
 
 _EXAMPLES = {
-    "": "Flow V2 on Pendulum-v1, a few minutes",
+    "": "the default model on Pendulum-v1, two minutes",
     "model=mlp seed=1": "PWM's own dynamics, another seed",
     "env=halfcheetah size=5m training.steps=1e6": "a MuJoCo task",
     "env=dm_control env.domain=walker env.task=walk": "any dm_control task",

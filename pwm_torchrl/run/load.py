@@ -80,7 +80,10 @@ def load_checkpointed(
     if "facts" not in metadata:
         raise CheckpointFault(f"The checkpoint {path} does not say what environment it is for.")
     if cfg.mode == "pretrain":
-        raise ConfigurationError(f"{run} pre-trained a world model and has no policy; extract one: mode=extract.")
+        raise ConfigurationError(
+            f"{run} pre-trained a world model and has no policy; extract one, experiment=extract world_model={run}, or "
+            f"read the model alone: pwm_torchrl.modules.read_world_model({str(run)!r})"
+        )
     facts = Facts.restored(metadata["facts"])
     if cfg.mode == "extract":
         follow_world_model(cfg, run)

@@ -18,6 +18,8 @@ __all__ = [
 
 
 Ints = npt.NDArray[np.int64]
+#: What helps where episodes are shorter than slices.
+SHORTER = "shorter slices (algorithm.slice_steps, or algorithm.horizon where that is null)"
 _LARGE = 1 << 62
 
 
@@ -122,12 +124,12 @@ def _check(store: EpisodeStore, horizon: int, tasks: Sequence[int] | None, count
         if not counts[task]:
             raise ConfigurationError(
                 f"task {store.task_names[task]!r} has no episode of at least {horizon} transitions in the episode "
-                f"store {store.path}; choose other tasks, a shorter algorithm.horizon, or import data of it"
+                f"store {store.path}; choose other tasks, {SHORTER}, or import data of it"
             )
     if not counts.any():
         raise ConfigurationError(
-            f"the episode store {store.path} has no chosen episode of at least {horizon} transitions; choose a shorter "
-            "algorithm.horizon or other data"
+            f"the episode store {store.path} has no chosen episode of at least {horizon} transitions; choose other "
+            f"data, or {SHORTER}"
         )
 
 
