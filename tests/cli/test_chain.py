@@ -28,10 +28,16 @@ TASKS = ("pendulum-swingup", "cup-catch")
 #: Both stages as small as can be.
 SMALL = (
     *("model=mlp", "size=tiny", "size.latent_dim=16", "size.units=[16]", "size.encoder_units=[16]", "device=cpu"),
-    *(f"pretraining.{word}" for word in ("algorithm.horizon=4", "algorithm.model_batch=8", "training.epochs=2")),
+    *(f"pretraining.{word}" for word in ("algorithm.slice_steps=4", "algorithm.model_batch=8", "training.epochs=2")),
     *("pretraining.algorithm.model_updates=2", "pretraining.training.eval_every=1"),
     *("data.validation_fraction=0.2", "data.validation_slices=4"),
-    *("size.actor_units=[8]", "size.critic_units=[8]", "algorithm.horizon=4", "algorithm.actor_batch=4"),
+    *(
+        "size.actor_units=[8]",
+        "size.critic_units=[8]",
+        "algorithm.horizon=4",
+        "algorithm.slice_steps=4",
+        "algorithm.actor_batch=4",
+    ),
     *("training.epochs=2", "training.eval_every=0", "training.eval_episodes=0", "training.video=false"),
 )
 

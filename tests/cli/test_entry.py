@@ -31,7 +31,7 @@ ANSWERED = {
     "submit model=flwo_v2": 2,
     "submit seed=1,2 model.dynamics.substps=2": 2,
     "submit model=mlp model.dynamics.substeps=2": 2,
-    "submit experiment=extract task=all model=flow_v2 pretraining.algorithm.horizon=no": 2,
+    "submit experiment=extract task=all model=flow_v2 pretraining.algorithm.slice_steps=no": 2,
     "submit --dryrunn": 2,
     "train training.epochs=many": 2,
     "train algorithm.gamma=2": 2,

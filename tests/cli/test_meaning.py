@@ -114,7 +114,7 @@ def test_is_refused_with_what_would_use_it(words, parts):
         ["cluster=local", "cluster.partition=null"],
         ["experiment=extract", "finetune=true", "algorithm.model_lr=1"],
         ["memory.device_gib=8"],
-        ["experiment=pretrain", "algorithm.horizon=9"],
+        ["experiment=pretrain", "algorithm=pwm_paper", "algorithm.horizon=9"],
         ["experiment=pretrain", "algorithm=pwm", "algorithm.slice_steps=null", "algorithm.horizon=9"],
         ["logger=tensorboard", "logger.also=[wandb]", "logger.project=x"],
         ["algorithm=shac", "env=pendulum_torchrl", "algorithm.random_steps=0"],

@@ -48,7 +48,8 @@ class TestPretrain:
         cfg = compose(with_preset("pretrain", [f"data.path={store}", "tasks=cup-catch,pendulum-swingup"]))
         assert cfg.mode == "pretrain"
         assert cfg.tasks == "cup-catch,pendulum-swingup"
-        assert (cfg.model.loss.form, cfg.model.loss.rho, cfg.algorithm.model_batch) == ("tdmpc2", 0.99, 1024)
+        assert (cfg.model.loss.form, cfg.model.loss.rho, cfg.algorithm.model_batch) == ("tdmpc2", 0.99, 256)
+        assert (cfg.algorithm.name, cfg.algorithm.slice_length) == ("pwm", 5)
         assert cfg.env["name"] == "cup-catch,pendulum-swingup"
         assert cfg.data.path == str(store)
 
@@ -58,6 +59,7 @@ class TestPretrain:
         cfg = compose([f"experiment={name}_pretrain", "data.path=somewhere"])
         assert (cfg.tasks, cfg.size.name, cfg.size.task_dim, cfg.model.name) == (name, "48m", task_dim, "flow_v2")
         assert cfg.model.reward_head == "two_hot"
+        assert (cfg.algorithm.name, cfg.algorithm.slice_length, cfg.algorithm.model_batch) == ("pwm_paper", 16, 1024)
 
     def test_no_environment(self, store):
         with pytest.raises(ConfigurationError, match="env has no meaning with mode=pretrain"):
@@ -102,7 +104,7 @@ class TestExtract:
         assert (cfg.size.latent_dim, cfg.size.units, cfg.size.encoder_units) == (16, [24], [32])
         assert cfg.world_model_sha256
         assert cfg.env["task"] == cfg.env["name"] == "cup-catch"
-        assert cfg.model.reward_space == "symlog"
+        assert cfg.model.reward_space == "raw"
 
     def test_task_all_is_a_run_for_each(self, words):
         assert [run[-1] for run in expand([*words, "task=all"])] == [f"task={name}" for name in TASKS]

@@ -105,7 +105,7 @@ CASES = {
     "key of W&B": (["logger=wandb", "logger.mode=online"], None, "logger.mode=online needs a W&B key"),
     "video": ([], "imageio_ffmpeg", "training.video=true needs imageio-ffmpeg"),
     "data": (["experiment=pretrain", "data.path=nowhere"], None, "nowhere"),
-    "slices": (["experiment=pretrain", "data.path=store", "algorithm.horizon=400"], None, "algorithm.horizon"),
+    "slices": (["experiment=pretrain", "data.path=store", "algorithm.slice_steps=400"], None, "algorithm.slice_steps"),
     "folder": (["runs_dir=robots.py/runs"], None, "runs_dir="),
     "folder of the run": (["run_dir=robots.py/run"], None, "run_dir="),
 }

@@ -18,7 +18,7 @@ resume = partial(run_command, "resume")
 main = partial(run_command, "submit")
 
 TASKS = ("pendulum-swingup", "cup-catch")
-FIRST = ("algorithm.horizon=4", "algorithm.model_batch=8", "algorithm.model_updates=2", "training.epochs=3")
+FIRST = ("algorithm.slice_steps=4", "algorithm.model_batch=8", "algorithm.model_updates=2", "training.epochs=3")
 SMALL = (
     *("experiment=extract", "task=all", "model=mlp", "size=tiny", "size.latent_dim=16", "size.units=[16]"),
     *("size.encoder_units=[16]", "size.actor_units=[8]", "size.critic_units=[8]", "data.validation_slices=4"),
