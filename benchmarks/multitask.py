@@ -49,16 +49,10 @@ EVALUATION_SEED = 88_000_000
 BEST, ENOUGH = 0.1, 500
 
 PRETRAIN = (
-    *("algorithm=pwm", "size=tiny", "algorithm.model_batch=256", "algorithm.model_updates=100"),
-    *("training.epochs=200", "training.eval_every=20", "training.checkpoint_every=20", "data.balanced=true"),
+    *("size=tiny", "training.epochs=200", "data.balanced=true"),
     *("data.validation_fraction=0.05", "data.validation_slices=128"),
 )
-EXTRACT = (
-    # The smallest of five critics: no new transitions correct what they overestimate.
-    *("algorithm=pwm", "algorithm.horizon=3", "algorithm.actor_batch=128", "size.num_critics=5"),
-    *("algorithm.actor_updates=50", "training.epochs=200", "training.eval_every=20", "training.checkpoint_every=40"),
-    *("training.eval_episodes=10", "training.video=false"),
-)
+EXTRACT = ("training.checkpoint_every=100", "training.video=false")
 QUICK = {
     "online": ("training.steps=9000", "algorithm.updates_per_step=0.01", "training.eval_episodes=1"),
     "pretrain": ("training.epochs=2", "algorithm.model_updates=2", "training.eval_every=2"),
@@ -114,6 +108,7 @@ class Study:
         self.folder, self.tasks, self.models, self.steps, self.seeds = folder, tasks, models, steps, seeds
         self.quick, self.jobs = quick, jobs
         self.store, self.set = folder / "store", ",".join(tasks)
+        self.stored = (f"data.path={self.store}",)
         self.sources = {task: folder / "online" / task for task in tasks}
         self.sources |= {str(load_config(run).env["task"]): run.absolute() for run in online}
 
@@ -137,7 +132,7 @@ class Study:
                 f"world model {model}",
                 self.folder / "pretrain" / model,
                 "pretrain.py",
-                (f"model={model}", f"tasks={self.set}", f"data.path={self.store}", *PRETRAIN, *self.extra("pretrain")),
+                (f"model={model}", f"tasks={self.set}", *self.stored, *PRETRAIN, *self.extra("pretrain")),
             )
             for model in self.models
         ]
@@ -151,7 +146,7 @@ class Study:
                 "train.py",
                 (
                     *("experiment=extract", f"task={task}", f"world_model={self.folder / 'pretrain' / model}"),
-                    *(f"seed={seed}", f"data.path={self.store}", *EXTRACT, *self.extra("extract")),
+                    *(f"seed={seed}", *self.stored, *EXTRACT, *self.extra("extract")),
                 ),
             )
             for seed in range(self.seeds)
