@@ -254,7 +254,9 @@ class RunningStatistics(nn.Module):
 
         ``task``, int64, chooses among statistics of several tasks; its shape is that of the last batch dimensions.
         """
-        mean, var = (self.mean, self.var) if task is None else (self.mean[task], self.var[task])
+        mean, var = self.mean, self.var
+        if task is not None:  # not mean[task], which waits for the device where there is one task
+            mean, var = F.embedding(task, mean), F.embedding(task, var)
         normalized = (x - mean) * torch.rsqrt(var + epsilon)
         return normalized if clip is None else normalized.clamp(-clip, clip)
 
