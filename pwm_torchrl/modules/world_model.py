@@ -269,6 +269,7 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
     check_simnorm(spec.latent_dim, spec.simnorm_dim)
     task_dim = spec.task_dim if spec.num_tasks else 0
     step_features = spec.latent_dim + task_dim + spec.action_dim
+    of_observations = (spec.num_tasks, spec.observation_dim) if spec.num_tasks else (spec.observation_dim,)
     reward: RewardHead
     if spec.reward_head == "scalar":
         reward = ScalarRewardHead(step_features, spec.units, spec.scale_rewards)
@@ -289,15 +290,9 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
         reward=reward,
         termination=TerminationHead(spec.latent_dim + task_dim, spec.units) if spec.termination else None,
         task=TaskEmbedding(spec.num_tasks, task_dim, spec.action_dims, spec.action_dim) if spec.num_tasks else None,
-        observation_statistics=_statistics_of(spec),
+        observation_statistics=RunningStatistics(of_observations) if spec.normalize_observations else None,
         reward_deviation=RewardDeviation() if spec.scale_rewards else None,
     )
-
-
-def _statistics_of(spec: WorldModelSpec) -> RunningStatistics | None:
-    if not spec.normalize_observations:
-        return None
-    return RunningStatistics((*([spec.num_tasks] if spec.num_tasks else []), spec.observation_dim))
 
 
 # One task's view of a multi-task world model --------------------------------------------------------------------------
@@ -367,8 +362,8 @@ class TaskWorldModel(WorldModel):
         return None if self.bound_task is None else self.bound_task(self.task_index)
 
     def statistics_task(self, task: Tensor | None) -> Tensor | None:
-        """The bound task's index, unless another is given; ``None`` for a single-task model."""
-        return task if task is not None or self.bound_task is None else self.task_index
+        """The bound task's index; ``None`` for a single-task model."""
+        return None if self.bound_task is None else self.task_index
 
     def mask_action(self, action: Tensor, task: Tensor | None = None) -> Tensor:
         """``action`` ``[..., A]`` padded to the model's width."""

@@ -33,8 +33,8 @@ from pwm_torchrl.run.stored_episodes import (
     pin_world_model,
     pretraining_facts,
     pretraining_tasks,
+    take_observation_statistics,
     take_reward_unit,
-    take_statistics,
     training_split,
 )
 from pwm_torchrl.terminal import Progress
@@ -290,7 +290,8 @@ class StoredSource:
         training, held_out = training_split(cfg, self.episodes)
         options["balanced"] = cfg.data.balanced
         self.samples = self._samples(cfg, episodes=training, **options)
-        take_statistics(networks.model, self.samples)
+        take_observation_statistics(networks.model, self.samples)
+        take_reward_unit(networks.model, self.samples)
         self.held_out = self._samples(cfg, episodes=held_out, **options)
 
     def _samples(self, cfg: Config, **options: Any) -> StoredSamples:

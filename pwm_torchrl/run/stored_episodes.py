@@ -373,13 +373,8 @@ class StoredSamples:
 
     def evenly_spaced_rows(self, name: str, most: int) -> np.ndarray:
         """At most so many rows of one task's episodes, int64, which no random numbers choose; no first rows."""
-        chosen = self.episodes[self.store.task[self.episodes] == self.store.task_names.index(name)]
-        length = self.store.length[chosen]
-        ends = length.cumsum()
-        total = int(ends[-1])
-        picked = np.linspace(0, total - 1, min(total, most)).astype(np.int64)
-        episode = np.searchsorted(ends, picked, side="right")
-        return self.store.first_row[chosen][episode] + 1 + picked - (ends - length)[episode]
+        number = self.store.task_names.index(name)
+        return SliceIndex(self.store, 1, tasks=[number], episodes=self.episodes).evenly_spaced(most) + 1
 
     def of_task(self, name: str) -> SliceIndex | None:
         """The slices of one task among those drawn from; ``None`` if it has none."""
@@ -390,37 +385,35 @@ class StoredSamples:
         return SliceIndex(self.store, self.horizon, tasks=[number], episodes=self.episodes)
 
 
-def take_statistics(model: WorldModel, samples: StoredSamples) -> None:
-    """Set what a world model to be trained keeps of its data: statistics of each task's observations, unit of rewards.
+def take_observation_statistics(model: WorldModel, samples: StoredSamples) -> None:
+    """Normalise the observations of each task as those of its episodes are distributed, where a model normalises them.
 
     Args:
-        model (WorldModel): those of its statistics that are there are set.
+        model (WorldModel): to be trained.
         samples (StoredSamples): of the model's tasks, in its order.
     """
     statistics = model.observation_statistics
-    rewards = []
+    if statistics is None:
+        return
     for place, name in enumerate(samples.tasks):
         rows = samples.evenly_spaced_rows(name, STATISTICS_ROWS)
-        if statistics is not None:
-            own = place if model.task is not None else None
-            statistics.set(samples.store.observations(rows)[:, : samples.observation_dim], own)
-        rewards.append(samples.store.rewards(rows))
-    if model.reward_deviation is not None:
-        model.reward_deviation.set(model.reward.in_space(torch.cat(rewards)))
+        observations = samples.store.observations(rows)[:, : samples.observation_dim]
+        statistics.set(observations, place if model.task is not None else None)
 
 
 def take_reward_unit(model: WorldModel, samples: StoredSamples) -> None:
-    """Let the critics of a policy extraction compute in the deviation of its own task's rewards.
-
-    A pre-trained world model has that of all its tasks, or none.
+    """Compute in the deviation of the tasks' rewards, where a model has a unit of rewards.
 
     Args:
-        model (WorldModel): bound to the task.
-        samples (StoredSamples): of the task.
+        model (WorldModel): to be trained; or bound to the one task of a policy extraction, whose critics compute in the
+            unit of its own rewards, not in that of all tasks of the pre-training.
+        samples (StoredSamples): of the tasks.
     """
-    if model.reward_deviation is not None:
-        rows = samples.evenly_spaced_rows(samples.tasks[0], STATISTICS_ROWS)
-        model.reward_deviation.set(model.reward.in_space(samples.store.rewards(rows)))
+    if model.reward_deviation is None:
+        return
+    rows = (samples.evenly_spaced_rows(name, STATISTICS_ROWS) for name in samples.tasks)
+    rewards = torch.cat([samples.store.rewards(each) for each in rows])
+    model.reward_deviation.set(model.reward.in_space(rewards))
 
 
 def outgrows_memory(store: EpisodeStore, reading: Reading | None = None) -> bool:

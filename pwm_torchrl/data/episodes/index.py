@@ -13,6 +13,7 @@ from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
     "SliceIndex",
+    "evenly_spaced",
     "split_episodes",
 ]
 
@@ -87,7 +88,14 @@ class SliceIndex:
         else:
             task = _integers(len(self._task_counts), count, generator)
             drawn = self._task_first[task] + _integers(_LARGE, count, generator) % self._task_counts[task]
-        episode, offset = self._starts.locate(drawn)
+        return self._first_rows(drawn)
+
+    def evenly_spaced(self, most: int) -> Ints:
+        """First rows of at most so many slices, evenly spaced over all of them; takes no random numbers."""
+        return self._first_rows(evenly_spaced(self.num_starts, most))
+
+    def _first_rows(self, starts: Ints) -> Ints:
+        episode, offset = self._starts.locate(starts)
         return self._first[episode] + offset
 
     def observation_rows(self, count: int, generator: torch.Generator | None = None) -> Ints:
@@ -131,6 +139,11 @@ def _check(store: EpisodeStore, horizon: int, tasks: Sequence[int] | None, count
             f"the episode store {store.path} has no chosen episode of at least {horizon} transitions; choose other "
             f"data, or {SHORTER}"
         )
+
+
+def evenly_spaced(count: int, most: int) -> Ints:
+    """At most so many of the numbers below ``count``, each of them once, int64."""
+    return np.arange(count) if count <= most else np.linspace(0, count - 1, most).astype(np.int64)
 
 
 def split_episodes(store: EpisodeStore, fraction: float, seed: int) -> tuple[Ints, Ints]:

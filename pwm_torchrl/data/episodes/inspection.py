@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pwm_torchrl.data.episodes.importing import open_sources
+from pwm_torchrl.data.episodes.index import evenly_spaced
 from pwm_torchrl.data.episodes.store import BadEpisodes, EpisodeRows, EpisodeStore, used_widths
 from pwm_torchrl.data.episodes.writer import QUANTILES, ByteProgress
 
@@ -184,7 +185,7 @@ def _smooth_errors(windows: _Windows) -> dict[int, float]:
 def _local_errors(windows: _Windows) -> dict[int, float]:
     """Errors of a nearest-neighbour prediction, for discontinuous rewards."""
     fitted, held_out = (np.flatnonzero(half) for half in (windows.training, ~windows.training))
-    fitted, held_out = (rows[_spread(len(rows), _MOST_NEIGHBOURS)] for rows in (fitted, held_out))
+    fitted, held_out = (rows[evenly_spaced(len(rows), _MOST_NEIGHBOURS)] for rows in (fitted, held_out))
     reward = windows.reward[:, _NOW]
     variance = float(reward[held_out].var())
     errors = {}
@@ -241,16 +242,12 @@ class _Windows:
             _FEWEST_ROWS // 2
         ):
             return None
-        chosen = _spread(sum(map(len, training)), 2 * _MOST_ROWS)
+        chosen = evenly_spaced(sum(map(len, training)), 2 * _MOST_ROWS)
         o, a, r = (np.concatenate(x)[chosen].astype(np.float64) for x in (observation, action, reward))
         spread = o.std((0, 1))
         o = o[:, :, spread > 1e-6]
         scaled = (o - o.mean((0, 1))) / np.maximum(o.std((0, 1)), 1e-6)
         return cls(o, scaled, a, r, np.concatenate(training)[chosen])
-
-
-def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
-    return np.arange(count) if count <= most else np.linspace(0, count - 1, most).astype(np.int64)
 
 
 def _gains(windows: _Windows, state: Array, target: Array) -> dict[int, float]:
@@ -407,7 +404,7 @@ def inspect_store(store: EpisodeStore | str | Path) -> Inspection:
         if not len(members):
             absent.append(name)
             continue
-        chosen = members[np.unique(np.linspace(0, len(members) - 1, _SAMPLED_EPISODES).astype(np.int64))]
+        chosen = members[evenly_spaced(len(members), _SAMPLED_EPISODES)]
         collected = _Collected(store.length[members].tolist(), store.returns(members).tolist())
         for episode in chosen:
             _add_sample(collected, store.episode_rows(int(episode), _SAMPLED_ROWS))
