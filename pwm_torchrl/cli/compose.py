@@ -234,7 +234,7 @@ def _composed(overrides: Sequence[str]) -> Config:
         resolved.init_from = str(Path(resolved.init_from).expanduser().absolute())
     apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
-    given = {**_of_profile(parsed), **keys_to_use(overrides)}
+    given = {**_of_profile(parsed), **_not_referred_to(typed, overrides)}
     check_meaning(resolved, given, model_is_known=resolved.mode != "extract")
     validate(resolved)
     apply_steps(resolved, typed)
@@ -292,7 +292,10 @@ def typed_keys(overrides: Sequence[str]) -> dict[str, Any]:
 
 def keys_to_use(overrides: Sequence[str]) -> dict[str, Any]:
     """:func:`typed_keys` without those that another word refers to, which uses them whatever else there is."""
-    typed = typed_keys(overrides)
+    return _not_referred_to(typed_keys(overrides), overrides)
+
+
+def _not_referred_to(typed: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in typed.items() if not any(f"${{{key}}}" in word for word in overrides)}
 
 
@@ -451,14 +454,18 @@ def _check_choice(o: Override, group: str, choices: list[str]) -> None:
         )
 
 
+def _profile(parsed: list[Override]) -> str:
+    """The name of the cluster profile that is chosen; empty if none is."""
+    return next((str(o.value()) for o in reversed(parsed) if o.key_or_group == "cluster"), "")
+
+
 def _profile_words(parsed: list[Override]) -> list[str]:
     """Words that let Hydra find the user's own cluster profile, labelled by its name; none for the packaged ones.
 
     Raises:
         ConfigurationError: if it has the name of a packaged one: Hydra would silently take that.
     """
-    chosen = [o.value() for o in parsed if o.key_or_group == "cluster"]
-    file = user_profiles().get(chosen[-1]) if chosen else None
+    file = user_profiles().get(_profile(parsed))
     if file is None:
         return []
     if (configs_dir() / "cluster" / file.name).exists():
@@ -470,16 +477,14 @@ def _profile_words(parsed: list[Override]) -> list[str]:
 
 def _check_given(parsed: list[Override], typed: dict[str, Any]) -> None:
     """What the user's own files leave open is typed: merging would let other values stand, those of the schema too."""
-    chosen = [o.value() for o in parsed if o.key_or_group == "cluster"]
-    for key, file in left_open(str(chosen[-1])).items() if chosen else ():
+    for key, file in left_open(_profile(parsed)).items():
         if not any(each == key or each.startswith(f"{key}.") for each in typed):
             raise ConfigurationError(f"{file}: {key} has no value; write one there, or set {key}=...")
 
 
 def _of_profile(parsed: list[Override]) -> dict[str, Any]:
     """The keys of the user's own cluster profile with their values: they count as typed."""
-    chosen = [o.value() for o in parsed if o.key_or_group == "cluster"]
-    return profile_keys(str(chosen[-1])) if chosen else {}
+    return profile_keys(_profile(parsed))
 
 
 def _env_words(parsed: list[Override]) -> list[str]:
