@@ -1,5 +1,5 @@
-"""What is learned in an epoch and how: the algorithms themselves, their networks, losses and optimizers.
+"""The algorithms: what an epoch learns and how, with the networks, losses and optimizers.
 
-May import modules and objectives, and of the ground floor the configuration; knows no environment, rank, checkpoint or
-cluster.
+May import ``modules``, ``objectives`` and top-level modules such as the configuration; must not depend on environments,
+ranks, checkpoints or the cluster.
 """

@@ -1,8 +1,8 @@
-"""What the algorithms share: how they are found, their data, the model's update, and the state of an unfinished epoch.
+"""Base class of the algorithms: lookup by name, data sources, the model update, and the state of an unfinished epoch.
 
-``algorithm.name`` names a class of :data:`~pwm_torchrl.config.ALGORITHMS`, or one of the user's own by its dotted path.
-What the rest of the program must know of it, it asks that class: which updates an epoch makes, and of what networks and
-losses they consist. Memory plan, run length, checkpoints and recovery follow from the answers.
+``algorithm.name`` is a key of :data:`~pwm_torchrl.config.ALGORITHMS`, or the dotted path of a user's own class. The
+class methods tell the rest of the program which updates an epoch makes, with which networks and losses. Memory plan,
+run length, checkpoints and recovery are derived from them.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ Number = int | float
 
 
 class MetricRow:
-    """One row of metrics while an epoch fills it.
+    """Accumulates the metrics of one epoch.
 
     :meth:`set` keeps the last value, :meth:`mean` averages over the calls. Tensors stay on their device until
-    :meth:`numbers`, so that collecting does not wait for the accelerator at every update.
+    :meth:`numbers`, so that an update does not wait for the accelerator.
 
-    Nothing that outlives a step may own an autograd graph: a logged loss that kept its graph once cost a run 128 GB of
-    host memory. A tensor that requires grad is therefore refused here instead of being detached in silence.
+    Nothing that outlives a step may hold an autograd graph: a logged loss that kept its graph once cost a run 128 GB of
+    host memory. A tensor that requires grad therefore raises an error instead of being detached silently.
 
     Examples:
         >>> from pwm_torchrl.algorithm.base import MetricRow
@@ -80,8 +80,8 @@ class MetricRow:
         """Stores values, replacing earlier ones of the same name.
 
         Args:
-            values: numbers or tensors with one element and no gradient; a TensorDict of such works too.
-            prefix: put in front of each name. Defaults to ``""``.
+            values: numbers, or one-element tensors that do not require grad; a TensorDict of these works too.
+            prefix: prepended to each name. Defaults to ``""``.
 
         Raises:
             ValueError: if a tensor requires grad or has more than one element.
@@ -93,7 +93,7 @@ class MetricRow:
             self._counts[key] = 1
 
     def mean(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        """Adds values to the running mean of their names; takes and raises what :meth:`set` does."""
+        """Adds values to the running mean of each name; same arguments and errors as :meth:`set`."""
         for name, value in values.items():
             key = prefix + name
             checked = _check(key, value)
@@ -101,17 +101,17 @@ class MetricRow:
             self._counts[key] = self._counts.get(key, 0) + 1
 
     def numbers(self) -> dict[str, Number]:
-        """The row as plain Python numbers, in the order in which the names appeared."""
+        """The row as plain Python numbers, in the order in which the names were added."""
         totals = _on_host(self._sums)
         return {key: total if self._counts[key] == 1 else total / self._counts[key] for key, total in totals.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The row as far as it is filled, to the bit."""
+        """The sums and counts so far, exact to the bit."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     @classmethod
     def restored(cls, state_dict: Mapping[str, Any], device: Any = None) -> MetricRow:
-        """A row as :meth:`state_dict` gave it, its tensors on ``device``."""
+        """A row from :meth:`state_dict`, its tensors on ``device``."""
         row = cls()
         row._sums = {
             k: v.to(device) if isinstance(v, Tensor) and device is not None else v
@@ -122,7 +122,7 @@ class MetricRow:
 
 
 def _check(name: str, value: Any) -> Any:
-    """The value itself, or its detached tensor, after refusing what must not be kept."""
+    """The value as a Python number or a scalar copy; raises for anything that a row must not keep."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(
@@ -138,7 +138,7 @@ def _check(name: str, value: Any) -> Any:
 
 
 def _on_host(values: Mapping[str, Any]) -> dict[str, Number]:
-    """Values as Python numbers; the tensors of a device and dtype are copied together, since each copy waits."""
+    """Values as Python numbers; one copy per device and dtype, since each copy waits for the device."""
     together: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for key, value in values.items():
         if isinstance(value, Tensor):
@@ -149,25 +149,25 @@ def _on_host(values: Mapping[str, Any]) -> dict[str, Number]:
     return numbers
 
 
-# The algorithms: their data, an epoch's work, and the class that each of them is --------------------------------------
+# The algorithms: their data, an epoch's remaining work, and the base class --------------------------------------------
 
 Work = TypeVar("Work", bound="EpochWork")
 
 
 class Samples(Protocol):
-    """What updates draw from: a replay, or stored episodes."""
+    """Source of training data for the updates: a replay buffer or stored episodes."""
 
     @property
     def device(self) -> torch.device:
-        """Of what is drawn."""
+        """Device of the sampled tensors."""
 
     @property
     def collected(self) -> int:
-        """Transitions that were ever stored."""
+        """Transitions stored so far, including those overwritten since."""
 
     @property
     def can_sample(self) -> bool:
-        """Whether there is a whole slice."""
+        """Whether at least one whole slice is stored."""
 
     def sample_slices(self, count: int) -> TensorDictBase:
         """Slices ``[count, T]``."""
@@ -181,17 +181,17 @@ Phase = Callable[[str, int, int], AbstractContextManager[Callable[[], None]]]
 
 @dataclass(frozen=True)
 class Update:
-    """One of an epoch's updates, under the name of the network that it trains.
+    """One kind of update in an epoch, named after the network that it trains.
 
-    That name is the one word for it everywhere: keys ``algorithm.{name}_lr`` and ``memory.{name}_micro_batch``, losses,
-    optimizers, metrics ``loss/{name}``, checkpoints and messages.
+    The same name is used everywhere: in the keys ``algorithm.{name}_lr`` and ``memory.{name}_micro_batch``, and for
+    losses, optimizers, metrics ``loss/{name}``, checkpoints and messages.
 
     Attributes:
         name (str): one of :data:`~pwm_torchrl.config.NETWORKS`.
-        rows (str): what a batch consists of.
-        batch (int): rows of a batch.
-        per_epoch (int): updates in an epoch; at most, where the number varies.
-        steps (int): steps through which a row is rolled out and differentiated.
+        rows (str): what a row of the batch is, for example ``"slices"``.
+        batch (int): rows per batch.
+        per_epoch (int): updates per epoch; the maximum, if the number varies.
+        steps (int): steps that a row is rolled out and differentiated through.
     """
 
     name: str
@@ -213,11 +213,11 @@ def _no_phase(name: str, total: int, done: int) -> Iterator[Callable[[], None]]:
 
 @dataclass
 class EpochWork:
-    """What is left of an epoch's updates, and their metrics so far: an epoch that is stopped inside goes on with it.
+    """The remaining updates of an epoch and its metrics so far, so that an interrupted epoch can continue.
 
     Attributes:
         model_updates (int): model updates left before the others begin.
-        row (MetricRow): metrics.
+        row (MetricRow): metrics so far.
     """
 
     model_updates: int
@@ -229,49 +229,49 @@ class EpochWork:
 
     @classmethod
     def restored(cls: type[Work], state_dict: Mapping[str, Any], device: torch.device) -> Work:
-        """Work as :meth:`state_dict` gave it, its tensors on ``device``."""
+        """Work from :meth:`state_dict`, its tensors on ``device``."""
         return cls(**{**state_dict, "row": MetricRow.restored(state_dict["row"], device)})
 
 
 class Algorithm:
-    """The updates of an epoch; a subclass says which, and in which order, in :meth:`epoch`.
+    """Base class; a subclass defines in :meth:`epoch` which updates an epoch makes, and in which order.
 
     Args:
-        cfg (AlgorithmConfig): numbers of updates and sizes of batches.
-        networks (Networks): what is trained.
-        losses (Losses): the objectives around ``networks``.
-        optimizers (dict of NetworkOptimizer): of the networks that are trained; the updates of others are left out.
-        samples (Samples): source of slices and start states; an algorithm that simulates has others.
+        cfg (AlgorithmConfig): numbers of updates and batch sizes.
+        networks (Networks): the networks to train.
+        losses (Losses): the objectives of ``networks``.
+        optimizers (dict of NetworkOptimizer): one per trained network; a network without one gets no updates.
+        samples (Samples): source of slices and start states; an algorithm with ``simulates`` takes another type.
         updates (Updates): carries out single updates.
 
     Keyword Args:
-        reward_scale (RewardScale, optional): divides rewards before the model sees them. Defaults to ``None``.
+        reward_scale (RewardScale, optional): scales rewards before the model sees them. Defaults to ``None``.
         first_model_updates (int, optional): model updates of the first epoch that has any. Defaults to ``None``:
             ``cfg.model_updates``.
-        stored (bool): whether the data are there from the beginning; else epochs pass without updates until
-            ``cfg.random_steps`` transitions and a whole slice are collected. Defaults to ``False``.
-        between (callable, optional): called between two updates; what it raises leaves the epoch at a place where
-            :meth:`epoch` goes on when it is called again. Defaults to ``None``.
-        phase (callable, optional): ``phase(name, total, done)`` is entered around updates of one kind, for a progress
-            display, and gives a function that counts one. Defaults to ``None``.
+        stored (bool): whether all data exist from the start; else epochs make no updates until ``cfg.random_steps``
+            transitions and a whole slice are collected. Defaults to ``False``.
+        between (callable, optional): called before each update; if it raises, the next call of :meth:`epoch` continues
+            from there. Defaults to ``None``.
+        phase (callable, optional): ``phase(name, total, done)`` returns a context manager around the updates of one
+            kind, for a progress display; it yields a function to call after each update. Defaults to ``None``.
 
     Attributes:
-        work (EpochWork, optional): what is left of an epoch that has begun.
+        work (EpochWork, optional): remaining work of the epoch in progress.
         started (bool): whether the first updates have been made.
     """
 
     work_type: ClassVar[type[EpochWork]] = EpochWork
 
-    #: Whether the updates step a differentiable environment: nothing is collected, and there is no world model.
+    #: Whether the updates step a differentiable environment; then there is no collection and no world model.
     simulates: ClassVar[bool] = False
-    #: Keys of :class:`~pwm_torchrl.config.AlgorithmConfig` that mean nothing to it; one that is set is refused.
+    #: Keys of :class:`~pwm_torchrl.config.AlgorithmConfig` that it does not use; setting one raises an error.
     ignored: ClassVar[tuple[str, ...]] = ()
 
-    # What others ask the class ----------------------------------------------------------------------------------------
+    # Class methods that describe the algorithm ------------------------------------------------------------------------
 
     @classmethod
     def updates_of(cls, cfg: Config) -> list[Update]:
-        """The updates of an epoch, in their order, of a run of any mode; their networks are those that it trains."""
+        """The updates of an epoch in order, for a run of any mode; they name the networks that the run trains."""
         raise NotImplementedError
 
     @classmethod
@@ -281,18 +281,18 @@ class Algorithm:
 
     @classmethod
     def build_losses(cls, cfg: Config, facts: EnvFacts, networks: Networks) -> Losses:
-        """The losses of the networks that are there; they share the networks' parameters."""
+        """The losses of the networks that exist; they share the networks' parameters."""
         return build_losses(cfg, networks)
 
     @classmethod
     @torch.no_grad()
     def starts_like(cls, cfg: Config, facts: EnvFacts, networks: Networks, count: int) -> Tensor:
-        """Latents ``[count, D]`` such as its actor updates start from, for predictions of memory."""
+        """Placeholder start latents ``[count, D]`` of an actor update, to predict its memory."""
         return networks.model.encode(torch.empty(count, facts.observation_dim))
 
     @classmethod
     def critic_input(cls, cfg: Config, facts: EnvFacts, latent: Tensor) -> Tensor:
-        """What the critics are updated on, of latents ``[S, D]``."""
+        """Input of the critics for latents ``[S, D]``."""
         return latent
 
     # An instance ------------------------------------------------------------------------------------------------------
@@ -325,16 +325,16 @@ class Algorithm:
         """One epoch's updates.
 
         Args:
-            batch (TensorDictBase): what was just collected, ``[N, T]``; it is in ``samples`` already.
-            progress (float): how much of the training is done, from 0 to 1, for the learning rates.
+            batch (TensorDictBase): the transitions just collected, ``[N, T]``; ``samples`` already holds them.
+            progress (float): fraction of the training that is done, from 0 to 1, for the learning rates.
 
         Returns:
-            MetricRow: means over the epoch; empty while too little is collected for updates.
+            MetricRow: means over the epoch; without update metrics until enough data are collected.
         """
         raise NotImplementedError
 
     def set_rates(self, progress: float, row: MetricRow) -> None:
-        """Set the learning rates of this part of the training."""
+        """Set the learning rates for ``progress``, and log them in ``row``."""
         for name, optimizer in self.optimizers.items():
             row.set({f"lr/{name}": optimizer.set_progress(progress)})
 
@@ -346,11 +346,11 @@ class Algorithm:
         row.mean({key.replace("loss_", "loss/model_"): value for key, value in losses.items()})
         row.mean({"grad_norm/model": norm, "data/valid_fraction": valid})
 
-    # What the updates start from --------------------------------------------------------------------------------------
+    # Inputs of the updates --------------------------------------------------------------------------------------------
 
     @property
     def has_data(self) -> bool:
-        """Whether enough is collected for updates."""
+        """Whether enough data are collected for updates."""
         enough = self.samples.collected >= self.cfg.random_steps and self.samples.can_sample
         return self.stored or enough
 
@@ -359,14 +359,14 @@ class Algorithm:
         return self.scaled(self.samples.sample_slices(count))
 
     def scaled(self, slices: TensorDictBase) -> TensorDictBase:
-        """Slices whose rewards are as the model learns them; changes and returns what is given."""
+        """Scale the rewards of ``slices`` in place, and return them."""
         if self.reward_scale is not None:
             slices["next", "reward"] = self.reward_scale(slices["next", "reward"])
         return slices
 
     @torch.no_grad()
     def start_observations(self, batch: TensorDictBase) -> Tensor:
-        """Observations ``[actor_batch, O]`` from which to imagine, replayed or of this epoch's batch."""
+        """Observations ``[actor_batch, O]`` to imagine from, sampled from the replay or from this epoch's batch."""
         count = self.cfg.actor_batch
         if self.cfg.actor_starts == "replay":
             return self.samples.sample_observations(count)
@@ -375,7 +375,7 @@ class Algorithm:
         return to_device(current[rows], self.samples.device)
 
     def sample_starts(self, count: int) -> Tensor:
-        """Observations ``[count, O]`` to imagine from, for a look at gradients."""
+        """Observations ``[count, O]`` to imagine from, for gradient diagnostics."""
         return self.samples.sample_observations(count)
 
     def encode(self, observation: Tensor) -> TensorDictBase:
@@ -387,7 +387,7 @@ class Algorithm:
     # State ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Reduced micro-batches and unfinished work; networks and optimizers are components of their own."""
+        """Reduced micro-batches and unfinished work; checkpoints save networks and optimizers separately."""
         return {
             "started": self.started,
             "updates": self.updates.state_dict(),
@@ -395,18 +395,18 @@ class Algorithm:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Restore the state that :meth:`state_dict` returned."""
         self.started = bool(state_dict["started"])
         self.updates.load_state_dict(state_dict["updates"])
         work = state_dict["work"]
         self.work = None if work is None else self.work_type.restored(work, self.samples.device)
 
 
-# Which algorithm a run has --------------------------------------------------------------------------------------------
+# Finding and building a run's algorithm -------------------------------------------------------------------------------
 
 
 def find_algorithm(name: str) -> type[Algorithm]:
-    """The class that trains.
+    """The algorithm class of a name.
 
     Args:
         name (str): ``algorithm.name``: one of :data:`~pwm_torchrl.config.ALGORITHMS`, or the dotted path of a subclass
@@ -426,13 +426,13 @@ def find_algorithm(name: str) -> type[Algorithm]:
 
 
 def updates_of(cfg: Config) -> dict[str, Update]:
-    """The updates of a run's epochs, by the networks that they train."""
+    """The updates of an epoch, by the names of the networks that they train."""
     return {update.name: update for update in find_algorithm(cfg.algorithm.name).updates_of(cfg)}
 
 
 @dataclass
 class Parts:
-    """What a run computes with."""
+    """Networks, losses and optimizers of a run."""
 
     networks: Networks
     losses: Losses
@@ -458,14 +458,15 @@ def _check_ignored(cfg: Config, algorithm: type[Algorithm]) -> None:
             )
 
 
-#: Evaluations of the dynamics' network, with their gradients, from which a run is compiled. Measured in CPU time, one
-#: thread, AVX-512: a compiled one takes 0.14 ms less of 1.05 at ``tiny`` and 1.1 ms less of 21.5 at ``5m`` (flow_v2,
-#: float32). Compiling takes up to two minutes of a busy machine the first time, and 2 s with a filled cache.
+#: A run with at least this many evaluations of the dynamics network (each with its gradient) is compiled. Measured CPU
+#: time on one thread with AVX-512: compiling saves 0.14 ms of 1.05 ms per evaluation at ``tiny``, and 1.1 ms of 21.5 ms
+#: at ``5m`` (flow_v2, float32). The first compilation takes up to two minutes on a busy machine, and 2 s with a warm
+#: cache.
 COMPILE_FROM = 500_000
 
 
 def pays_to_compile(cfg: Config) -> bool:
-    """Whether a run on a CPU is long enough for ``algorithm.compile=auto``. On a GPU it was not measured: it is not."""
+    """Whether ``algorithm.compile=auto`` compiles: only in a long run on a CPU, since the GPU was not measured."""
     if find_algorithm(cfg.algorithm.name).simulates:
         return False
     d, updates = cfg.model.dynamics, updates_of(cfg)

@@ -1,4 +1,4 @@
-"""The one construction site: from a configuration and an environment's facts to networks, losses and optimizers."""
+"""Builds networks, losses and optimizers from a configuration and an environment's facts; nothing else builds them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class EnvFacts(Protocol):
-    """What construction needs to know of an environment; :class:`pwm_torchrl.envs.EnvInfo` has it."""
+    """What the builders need to know about an environment; :class:`pwm_torchrl.envs.EnvInfo` implements it."""
 
     @property
     def observation_dim(self) -> int: ...
@@ -49,19 +49,19 @@ class EnvFacts(Protocol):
 
 @dataclass(frozen=True)
 class Facts:
-    """What of its environment networks and policies depend on; saved in every checkpoint."""
+    """The environment's properties that networks and policies depend on; saved in every checkpoint."""
 
     observation_dim: int
     action_dim: int
     terminates: bool
-    action_dims: tuple[int, ...] = ()  # of every task of a multi-task world model
-    action_low: tuple[float, ...] = ()  # in the environment's own units; empty in checkpoints that do not say
+    action_dims: tuple[int, ...] = ()  # one per task of a multi-task world model
+    action_low: tuple[float, ...] = ()  # in the environment's own units; empty in checkpoints without bounds
     action_high: tuple[float, ...] = ()
-    simulator: ClassVar[None] = None  # of a differentiable environment; no part of what is saved
+    simulator: ClassVar[None] = None  # only live differentiable environments have one; it is not saved
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Facts:
-        """From checkpoint metadata, in which tuples are lists."""
+        """Facts from checkpoint metadata, which stores tuples as lists."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         return cls(**values)
 
@@ -82,21 +82,21 @@ def facts_of(facts: EnvFacts) -> dict[str, Any]:
 
 @dataclass
 class Networks:
-    """The modules of a run, by the names that losses, optimizers, updates and checkpoints share.
+    """The networks of a run, by the names that losses, optimizers, updates and checkpoints share.
 
     Attributes:
-        model (WorldModel, optional): ``None`` where the policy is trained in a differentiable environment.
+        model (WorldModel, optional): ``None`` if the policy is trained in a differentiable environment.
         actor (Actor, optional): ``None`` in pre-training.
         critic (CriticEnsemble, optional): ``None`` in pre-training.
     """
 
-    # Typed as if they were there: what a mode lacks, it does not use.
+    # Typed as if never None: a mode does not use the networks that it lacks.
     model: WorldModel = None  # type: ignore[assignment]
     actor: Actor = None  # type: ignore[assignment]
     critic: CriticEnsemble = None  # type: ignore[assignment]
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) of those that are there."""
+        """(name, module) of the networks that exist."""
         for field in fields(self):
             module = getattr(self, field.name)
             if module is not None:
@@ -105,9 +105,9 @@ class Networks:
 
 @dataclass
 class Losses:
-    """The objectives around one set of networks, under the networks' names."""
+    """The objectives of one set of networks, under the networks' names."""
 
-    # Typed as if they were there, as the networks are.
+    # Typed as if never None, like the networks.
     model: PWMModelLoss = None  # type: ignore[assignment]
     actor: PWMActorLoss | SoftActorLoss = None  # type: ignore[assignment]
     critic: PWMValueLoss = None  # type: ignore[assignment]
@@ -119,7 +119,7 @@ class Losses:
 
 
 def world_model_spec(cfg: Config, facts: EnvFacts) -> WorldModelSpec:
-    """Architecture of the world model; a pre-trained one's is that of its file."""
+    """Architecture of the world model; in extraction, read from the pre-trained model's file."""
     model, size = cfg.model, cfg.size
     if cfg.mode == "extract":
         spec = world_model_facts(str(cfg.world_model)).spec
@@ -150,7 +150,7 @@ def world_model_spec(cfg: Config, facts: EnvFacts) -> WorldModelSpec:
 
 
 def dynamics_options(model: ModelConfig) -> dict[str, Any]:
-    """Keyword arguments of :func:`~pwm_torchrl.modules.make_dynamics`; options of flows only for flows."""
+    """Keyword arguments of :func:`~pwm_torchrl.modules.make_dynamics`; flow options only if the kind is a flow."""
     options = dict(vars(model.dynamics))
     options["checkpoint_substeps"] = bool(options["checkpoint_substeps"])
     if options["kind"] != "flow":
@@ -159,7 +159,7 @@ def dynamics_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def build_world_model(cfg: Config, facts: EnvFacts) -> WorldModel:
-    """The world model, not yet trained; of a policy extraction the view of its task, frozen unless it is fine-tuned."""
+    """A new, untrained world model; in policy extraction, its view for one task, frozen unless it is fine-tuned."""
     spec = world_model_spec(cfg, facts)
     model = make_world_model(spec)
     if cfg.mode != "extract":
@@ -171,10 +171,10 @@ def build_world_model(cfg: Config, facts: EnvFacts) -> WorldModel:
 
 
 def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
-    """A world model, and actor and critics of its latents unless it is pre-trained alone; on ``device``."""
+    """A world model and, except in pre-training, an actor and critics on its latents; on ``device``."""
     if cfg.mode == "pretrain":
         return Networks(model=on(build_world_model(cfg, facts), device))
-    actor = build_actor(cfg, cfg.size.latent_dim, facts.action_dim)  # first: a seed gives the same networks as ever
+    actor = build_actor(cfg, cfg.size.latent_dim, facts.action_dim)  # built first, so that a seed keeps its networks
     networks = Networks(model=on(build_world_model(cfg, facts), device), actor=on(actor, device))
     scaled = networks.model.reward_deviation is not None
     networks.critic = on(build_critic(cfg, cfg.size.latent_dim, scaled=scaled), device)
@@ -182,7 +182,7 @@ def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "c
 
 
 def build_actor(cfg: Config, input_dim: int, action_dim: int, temperature: float | None = None) -> Actor:
-    """A policy on latents or observations; with a ``temperature``, its entropy's weight is learned from there."""
+    """A policy on latents or observations; ``temperature`` is the initial value of a learned entropy weight."""
     return Actor(
         input_dim,
         action_dim,
@@ -195,7 +195,7 @@ def build_actor(cfg: Config, input_dim: int, action_dim: int, temperature: float
 
 
 def build_critic(cfg: Config, input_dim: int, action_dim: int = 0, scaled: bool = False) -> CriticEnsemble:
-    """Values of latents or observations, with an ``action_dim`` of actions in them; ``scaled``: in units of rewards."""
+    """Critics of latents or observations, and of actions if ``action_dim`` is set; ``scaled``: in reward units."""
     units = list(cfg.size.critic_units)
     return CriticEnsemble(input_dim, units, cfg.size.num_critics, action_dim=action_dim, scaled=scaled)
 
@@ -207,7 +207,7 @@ def on(module: AnyModule, device: torch.device | str) -> AnyModule:
 
 
 def compiles(cfg: Config) -> bool:
-    """Whether the losses are built to compile; an undecided ``auto`` does not."""
+    """Whether the losses compile; an unresolved ``auto`` counts as no."""
     return str(cfg.algorithm.compile).lower() == "true"
 
 
@@ -235,7 +235,7 @@ def build_model_loss(cfg: Config, world_model: WorldModel) -> PWMModelLoss:
 
 
 def build_losses(cfg: Config, networks: Networks) -> Losses:
-    """The losses of the networks that are there; they share the networks' parameters."""
+    """The losses of the networks that exist; they share the networks' parameters."""
     losses = Losses()
     if networks.model is not None:
         losses.model = build_model_loss(cfg, networks.model)
@@ -252,9 +252,9 @@ def build_actor_loss(cfg: Config, actor: Any, step: TensorDictModuleBase, critic
     Args:
         cfg (Config): the run's configuration.
         actor (nn.Module): latents -> mean and standard deviation, as :class:`~pwm_torchrl.modules.Actor`.
-        step (TensorDictModuleBase): ``latent``, ``action`` -> what comes next, as
+        step (TensorDictModuleBase): ``latent``, ``action`` -> next latent, reward and termination, as
             :func:`~pwm_torchrl.modules.world_model_module`.
-        critic (nn.Module): has ``value``, as :class:`~pwm_torchrl.modules.CriticEnsemble`.
+        critic (nn.Module): has a method ``value``, as :class:`~pwm_torchrl.modules.CriticEnsemble`.
     """
     algorithm = cfg.algorithm
     loss = PWMActorLoss(
@@ -276,14 +276,14 @@ def build_actor_loss(cfg: Config, actor: Any, step: TensorDictModuleBase, critic
 
 @dataclass
 class NetworkOptimizer:
-    """Adam for one network, its gradient-norm limit and its learning-rate schedule; ``final_lr=None``: constant."""
+    """Adam for one network, with gradient clipping and a linear learning-rate schedule; ``final_lr=None``: constant."""
 
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Adam
     max_norm: float
     lr: float
     final_lr: float | None
-    shares: tuple[float, ...] = (1.0,)  # of every parameter group's rate in ``lr``
+    shares: tuple[float, ...] = (1.0,)  # each parameter group's learning rate as a fraction of ``lr``
 
     def set_progress(self, fraction: float) -> float:
         """Set and return the learning rate, linear from ``lr`` at 0 to ``final_lr`` at 1."""
@@ -295,9 +295,9 @@ class NetworkOptimizer:
         return value
 
     def step(self, before: Callable[[], None] | None = None) -> torch.Tensor:
-        """Clip, step, clear; returns the gradient norm before clipping, a detached scalar.
+        """Clip the gradients, step, clear them; returns the gradient norm before clipping, a detached scalar.
 
-        ``before`` is called when the gradients are ready, just before the parameters change.
+        ``before`` is called after clipping, just before the parameters change.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         if before is not None:
@@ -308,7 +308,7 @@ class NetworkOptimizer:
 
 
 def build_optimizers(cfg: Config, networks: Networks) -> dict[str, NetworkOptimizer]:
-    """Adam for each network that is not frozen, by the networks' names."""
+    """An optimizer for each network that is not frozen, by name."""
     optimizers = {}
     for name, module in networks.items():
         if not any(parameter.requires_grad for parameter in module.parameters()):

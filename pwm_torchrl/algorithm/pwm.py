@@ -1,19 +1,19 @@
-"""PWM made robust: first-order gradients through a few imagined steps, and values of real transitions after them.
+"""The default PWM: short imagined rollouts with first-order gradients, bootstrapped by critics of real transitions.
 
-An epoch follows the collection of real transitions. It makes as many *sets* of updates as ``updates_per_step`` says,
-each of
+Each epoch first collects real transitions. ``updates_per_step`` then sets how many *sets* of updates it makes. A set is
 
-1. a model update on replayed slices: latents and rewards, over a few steps from the first observation and over one from
-   every other (:class:`~pwm_torchrl.objectives.PWMModelLoss`),
-2. a critic update on replayed real transitions: an ensemble Q_k(z, a) learns soft n-step targets of slow copies
-   (:class:`~pwm_torchrl.objectives.PWMValueLoss`),
-3. an actor update: the policy acts in the model for H steps, and the gradient of the imagined rewards and of the value
-   after them goes back through critics, reward and dynamics (:class:`~pwm_torchrl.objectives.SoftActorLoss`).
+1. a model update on replayed slices: predict latents and rewards, over a few steps from the first observation and over
+   one step from every later one (:class:`~pwm_torchrl.objectives.PWMModelLoss`),
+2. a critic update on replayed real transitions: an ensemble Q_k(z, a) learns soft n-step targets, computed with slowly
+   updated target copies (:class:`~pwm_torchrl.objectives.PWMValueLoss`),
+3. an actor update: the policy acts in the model for H steps, and the gradient of the imagined rewards and of the final
+   value flows back through critics, reward and dynamics (:class:`~pwm_torchrl.objectives.SoftActorLoss`).
 
-What differs from the published algorithm (:mod:`~pwm_torchrl.algorithm.pwm_paper`), and why, with measurements:
-``docs/concepts/training_loop.md``. Rewards and values are computed in units of the rewards' running deviation, so that
-one set of defaults serves every task. How one update is carried out, alone or shared among processes, at once or in
-micro-batches, is handed in (:class:`~pwm_torchrl.algorithm.updates.Updates`). Pre-training has model updates alone.
+``docs/concepts/training_loop.md`` explains the differences from the published algorithm
+(:mod:`~pwm_torchrl.algorithm.pwm_paper`), with measurements. Rewards and values are scaled by the running standard
+deviation of the rewards, so that one set of defaults works for every task. An
+:class:`~pwm_torchrl.algorithm.updates.Updates` object is passed in and carries out each update: in one process or
+several, in one batch or in micro-batches. Pre-training makes model updates only.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ __all__ = ["PWM", "SetWork", "q_targets"]
 
 @dataclass
 class SetWork(EpochWork):
-    """What is left of an epoch's updates.
+    """The remaining updates of an epoch.
 
     Attributes:
-        sets (int): sets of updates left, that in progress among them.
-        made (int): updates of the set in progress that are made.
+        sets (int): sets of updates left, including the one in progress.
+        made (int): updates already made in the set in progress.
     """
 
     sets: int = 0
@@ -65,17 +65,17 @@ class PWM(Algorithm):
     """Sets of model, critic and actor updates.
 
     Attributes:
-        target_critic (CriticEnsemble, optional): follows the critics slowly; ``None`` in pre-training.
+        target_critic (CriticEnsemble, optional): slowly updated copy of the critics; ``None`` in pre-training.
     """
 
     work_type = SetWork
     ignored = ("lmbda", "entropy_weight", "normalize_returns", "critic_passes", "critic_minibatches")
 
-    # What others ask the class ----------------------------------------------------------------------------------------
+    # Class methods that describe the algorithm ------------------------------------------------------------------------
 
     @classmethod
     def updates_of(cls, cfg: Config) -> list[Update]:
-        """Model, critic and actor; in pre-training the first alone, in extraction the others unless it fine-tunes."""
+        """Model, critic and actor; pre-training has only the model's, extraction without fine-tuning all but that."""
         a = cfg.algorithm
         if cfg.mode == "pretrain":
             return [Update("model", "slices", a.model_batch, a.model_updates, a.slice_length)]
@@ -92,7 +92,7 @@ class PWM(Algorithm):
 
     @classmethod
     def build_networks(cls, cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
-        """A world model, an actor that learns its temperature, and critics of latents and actions."""
+        """A world model, an actor with a learned temperature, and critics that take latents and actions."""
         if cfg.mode == "pretrain":
             return build_networks(cfg, facts, device)
         latent_dim, action_dim = cfg.size.latent_dim, facts.action_dim
@@ -103,7 +103,7 @@ class PWM(Algorithm):
 
     @classmethod
     def build_losses(cls, cfg: Config, facts: EnvFacts, networks: Networks) -> Losses:
-        """The model's loss, and where there are actor and critics, theirs."""
+        """The model's loss, and the losses of actor and critics if they exist."""
         a, precision = cfg.algorithm, cfg.training.precision
         losses = Losses(model=build_model_loss(cfg, networks.model))
         if networks.actor is None:
@@ -130,7 +130,7 @@ class PWM(Algorithm):
     # The algorithm ----------------------------------------------------------------------------------------------------
 
     def epoch(self, batch: TensorDictBase, progress: float) -> MetricRow:
-        """Sets of updates, in the first epoch after a fit of the model; see :meth:`Algorithm.epoch`."""
+        """Sets of updates; the first epoch fits the model before them. See :meth:`Algorithm.epoch`."""
         work = self.work = self.work or self._new_work(batch)
         self.set_rates(progress, work.row)
         with self.phase("fitting the model", work.model_updates, 0) as count:
@@ -162,7 +162,7 @@ class PWM(Algorithm):
         return work.row
 
     def update_critic(self, row: MetricRow) -> None:
-        """One critic update on replayed transitions: mean_k (Q_k(z, a) − target)², then the slow copies follow."""
+        """One critic update on replayed transitions, mean_k (Q_k(z, a) − target)², and a soft target update."""
         count = self.cfg.critic_batch
         losses, norm = self.updates.critic(lambda: self.critic_states(self.sample_slices(count)), count)
         target = self.target_critic
@@ -172,11 +172,11 @@ class PWM(Algorithm):
         row.mean({"loss/critic": losses["loss_value"], "grad_norm/critic": norm, "critic/value": losses["value"]})
 
     def critic_states(self, slices: TensorDictBase) -> TensorDictBase:
-        """The first steps of slices ``[B, T]`` with targets of their values, ``[B]``."""
+        """The first steps of slices ``[B, T]`` with their value targets, ``[B]``."""
         target = self.target_critic
         assert target is not None
         networks, cfg = self.networks, self.cfg
-        if networks.model.reward_deviation is not None:  # the critics follow it in the update
+        if networks.model.reward_deviation is not None:  # the update rescales the critics themselves
             target.rescale(networks.model.reward_deviation.value)
         return q_targets(networks.model, networks.actor, target, slices, cfg.gamma, cfg.critic_steps)
 
@@ -204,19 +204,19 @@ class PWM(Algorithm):
     # State ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Also the slow critics."""
+        """The base class's state and the target critics."""
         target = None if self.target_critic is None else dict(self.target_critic.state_dict())
         return {**super().state_dict(), "target_critic": target}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Restore the state that :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
         if self.target_critic is not None:
             self.target_critic.load_state_dict(state_dict["target_critic"])
 
 
 def updates_per_epoch(algorithm: AlgorithmConfig, agent_steps: int) -> int:
-    """Sets of updates that follow so many agent steps."""
+    """Number of update sets after ``agent_steps`` collected steps."""
     return min(algorithm.max_updates, max(1, round(algorithm.updates_per_step * agent_steps)))
 
 
@@ -231,17 +231,17 @@ def q_targets(
 ) -> TensorDictBase:
     """Soft n-step targets of Q(z_0, a_0) on slices of real transitions.
 
-    y = Σ_{k<n} γ^k r_k + γ^n (1 − d_n) (min_k Q̄_k(z_n, a) − w log π(a | z_n)), a ~ π(z_n), where n is the number of
-    steps, or of those before a slice's episode ends, and d_n says whether it ended in a termination. The weight w is
-    the actor's temperature, in the unit of the critics.
+    y = Σ_{k<n} γ^k r_k + γ^n (1 − d_n) (min_k Q̄_k(z_n, a) − w log π(a | z_n)), a ~ π(z_n), where n is ``steps``, or
+    fewer if the episode ends earlier in the slice, and d_n is 1 if it ended in a termination. The weight w is the
+    actor's temperature times the critics' unit.
 
     Args:
-        model (WorldModel): its encoder gives the latents.
-        actor (Actor): with a temperature.
+        model (WorldModel): encodes the observations.
+        actor (Actor): the policy; an actor without a temperature adds no entropy term.
         target_critic (CriticEnsemble): Q̄.
         slices (TensorDictBase): ``[B, T]``.
         gamma (float): discount.
-        steps (int): n, at most T are used.
+        steps (int): n; a slice has at most T.
 
     Returns:
         TensorDictBase: ``latent``, ``action``, ``value_target``, ``[B]``.

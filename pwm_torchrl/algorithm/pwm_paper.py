@@ -1,16 +1,15 @@
-"""PWM as it was published: Algorithm 1 of *Policy learning with large World Models* (https://arxiv.org/abs/2407.02466).
+"""PWM as published: Algorithm 1 of *Policy learning with large World Models* (https://arxiv.org/abs/2407.02466).
 
-An epoch follows the collection of a batch of real transitions. It makes
+Each epoch first collects a batch of real transitions, then makes
 
 1. model updates on replayed slices: the world model learns to predict latents and rewards,
-2. actor updates: the policy acts in the model for H steps, and the gradient of the imagined return goes back through
-   model and reward; after each of them
+2. actor updates: the policy acts in the model for H steps, and the gradient of the imagined return flows back through
+   model and reward; each is followed by
 3. critic updates on the states of that rollout: the ensemble learns its TD(λ) targets.
 
-How one update is carried out, alone or shared among processes, at once or in micro-batches, is handed in
-(:class:`~pwm_torchrl.algorithm.updates.Updates`), and so is the source of the data
-(:class:`~pwm_torchrl.algorithm.base.Samples`). Pre-training has the first part alone; policy extraction in a frozen
-model has the other two.
+An :class:`~pwm_torchrl.algorithm.updates.Updates` object is passed in and carries out each update: in one process or
+several, in one batch or in micro-batches. The data come from a :class:`~pwm_torchrl.algorithm.base.Samples`.
+Pre-training makes model updates only; policy extraction in a frozen model makes the other two kinds.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ __all__ = ["PaperPWM", "PaperWork"]
 
 @dataclass
 class PaperWork(EpochWork):
-    """What is left of an epoch's updates.
+    """The remaining updates of an epoch.
 
     Attributes:
         actor_updates (int): actor updates left.
-        starts (Tensor, optional): observations ``[B, O]`` from which the present actor update imagines.
-        states (TensorDict, optional): imagined states ``[B * H]`` on which the critics are learning.
+        starts (Tensor, optional): observations ``[B, O]`` that the current actor update imagines from.
+        states (TensorDict, optional): imagined states ``[B * H]`` for the critic updates in progress.
         passes (int): passes over ``states`` that have not begun.
-        minibatches (list of Tensor): rows of ``states`` left in the present pass.
+        minibatches (list of Tensor): rows of ``states`` left in the current pass.
     """
 
     actor_updates: int
@@ -58,7 +57,7 @@ class PaperWork(EpochWork):
 
     @classmethod
     def restored(cls: type[Work], state_dict: Mapping[str, Any], device: torch.device) -> Work:
-        """Work as :meth:`state_dict` gave it, its tensors on ``device``."""
+        """Work from :meth:`state_dict`, its tensors on ``device``."""
         values = dict(state_dict)
         if values["states"] is not None:
             values["states"] = TensorDict(values["states"]).auto_batch_size_(1).unflatten_keys("|").to(device)
@@ -69,13 +68,13 @@ class PaperWork(EpochWork):
 
 
 class PaperPWM(Algorithm):
-    """The updates of an epoch in their published numbers and order."""
+    """The updates of an epoch in the published order."""
 
     work_type = PaperWork
 
     @classmethod
     def updates_of(cls, cfg: Config) -> list[Update]:
-        """Model, actor and critic; in pre-training the first alone, in extraction the others unless it fine-tunes."""
+        """Model, actor and critic; pre-training has only the model's, extraction without fine-tuning all but that."""
         a = cfg.algorithm
         if a.horizon < 1:
             raise ConfigurationError(
@@ -135,9 +134,9 @@ class PaperPWM(Algorithm):
         return self.critic_states(rollout)
 
     def critic_states(self, rollout: TensorDictBase) -> TensorDictBase:
-        """What the critics learn from a rollout ``[B, H]``: states and targets, ``[B * H]``.
+        """The critics' training data from a rollout ``[B, H]``: states and targets, ``[B * H]``.
 
-        Nothing but these may keep the rollout: it would live on beside the next actor update.
+        Keep no other reference to the rollout, or it stays in memory during the next actor update.
         """
         keys = self.losses.critic.tensor_keys
         return rollout.select(keys.latent, keys.value_target, ("collector", "mask")).flatten()

@@ -1,7 +1,7 @@
-"""How good networks are: pure functions of networks and data, for the metrics of runs and for benchmarks.
+"""Quality measures of networks: pure functions of networks and data, for the metrics of runs and for benchmarks.
 
 Nothing here changes a network or draws from the process-wide random generators. Tensors are time-major, ``[H, B, ...]``
-or, of whole episodes, ``[T, N, ...]``.
+or, for whole episodes, ``[T, N, ...]``.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def latent_variance(latent: Tensor) -> Tensor:
 def effective_rank(latent: Tensor) -> Tensor:
     """Effective rank of centred latents ``[B, D]``: exp of the entropy of their normalised singular values; a scalar.
 
-    From Roy and Vetterli, "The effective rank" (EUSIPCO 2007). It is at most min(B − 1, D), and 0 for latents that are
-    all the same.
+    From Roy and Vetterli, "The effective rank" (EUSIPCO 2007). It is at most min(B − 1, D), and 0 if all latents are
+    equal.
     """
     singular = torch.linalg.svdvals((latent - latent.mean(0)).double())
     total = singular.sum()
-    if total <= 1e-6 * latent.double().norm():  # what rounding leaves where all latents are the same
+    if total <= 1e-6 * latent.double().norm():  # only rounding errors are left if all latents are equal
         return torch.zeros((), dtype=latent.dtype, device=latent.device)
     return torch.special.entr(singular / total).sum().exp().to(latent.dtype)
 
 
 @torch.no_grad()
 def within_tasks(latent: Tensor, task: Tensor) -> Tensor:
-    """Latents ``[B, D]`` less the mean of their task: what tells states apart, without what tells tasks apart.
+    """Latents ``[B, D]`` minus the mean of their task, which leaves only the differences within tasks.
 
     Args:
         latent (Tensor): ``[B, D]``.
@@ -75,7 +75,7 @@ def within_tasks(latent: Tensor, task: Tensor) -> Tensor:
 
 @contextmanager
 def not_compiled(model: Any) -> Iterator[None]:
-    """Evaluate the dynamics' network without its compiled code, which is made anew for every size of a batch."""
+    """Evaluate the dynamics network uncompiled: each new batch size would compile it again."""
     dynamics = getattr(model, "dynamics", None)
     piece = getattr(dynamics, "piece", None)
     if piece is None:
@@ -98,23 +98,23 @@ def rollout_errors(
     task: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Open-loop errors of the model at every step of a rollout, means over the batch.
+    """Open-loop errors of the model at every step of a rollout, averaged over the batch.
 
     Args:
         model (WorldModel): the model.
         observation (Tensor): first observations ``[B, O]``.
         action (Tensor): ``[H, B, A]``.
         next_observation (Tensor): ``[H, B, O]``.
-        reward (Tensor): ``[H, B, 1]``, as the model was trained on it.
+        reward (Tensor): ``[H, B, 1]``, scaled as in the model's training.
         task (Tensor, optional): index ``[B]``, for multi-task models.
-        valid (Tensor, optional): bool ``[H, B, 1]``, false after an episode's end. Defaults to ``None``, all are.
+        valid (Tensor, optional): bool ``[H, B, 1]``, false after an episode's end. Defaults to ``None``, all valid.
 
     Returns:
-        tuple: squared error of the latent and of the reward, each ``[H]``; NaN at a step that no slice reaches.
+        tuple: squared errors of latent and reward, each ``[H]``; NaN at a step that no slice reaches.
     """
     target, z = model.encode(next_observation, task), model.encode(observation, task)
     latent_error, reward_error = [], []
-    codec = getattr(model.reward, "codec", None)  # a two-hot head may decode to symlog rewards, for the policy alone
+    codec = getattr(model.reward, "codec", None)  # a two-hot head may decode to symlog rewards, only for the policy
     with not_compiled(model):
         for t in range(len(action)):
             rows = slice(None) if valid is None else valid[t].squeeze(-1)
@@ -127,15 +127,15 @@ def rollout_errors(
 
 @torch.no_grad()
 def termination_shares(model: WorldModel, slices: Slices, soft: bool = True) -> tuple[Tensor, Tensor]:
-    """Shares of slices that end in a termination: as the model predicts, and in reality.
+    """Fractions of slices that terminate: as the model predicts, and in the data.
 
-    The model is rolled out from the first observation with the slice's actions, up to where the episode really ends.
+    The model is rolled out from the first observation with the slice's actions, up to the episode's real end.
 
     Args:
-        model (WorldModel): without a termination head it predicts none.
+        model (WorldModel): the model; without a termination head it predicts no terminations.
         slices (Slices): H steps of B slices.
-        soft (bool): a rollout ends with the probability 1 − ∏(1 − p_t); else where p_t reaches the head's threshold, as
-            the published algorithm counts. Defaults to ``True``.
+        soft (bool): a rollout terminates with probability 1 − ∏(1 − p_t); if false, where p_t reaches the head's
+            threshold, as in the published algorithm. Defaults to ``True``.
 
     Returns:
         tuple: two scalars between 0 and 1.
@@ -150,18 +150,18 @@ def termination_shares(model: WorldModel, slices: Slices, soft: bool = True) -> 
 
 
 class StartLeft(NamedTuple):
-    """What is left of the start after 1..H imagined steps."""
+    """How much latents still depend on the start after 1..H imagined steps."""
 
     variance: Tensor  # [H], variance over the starts, relative to that of z_0; NaN if that is 0
     gradient: Tensor  # [H], norm of d z_h / d z_0, relative to that of the identity
 
 
 def start_left(model: WorldModel, observation: Tensor, action: Tensor, probes: int = 4) -> StartLeft:
-    """How much rollouts still depend on where they started.
+    """Measures how much imagined latents still depend on their start.
 
-    All starts take the same actions, so that what differs between latents comes from the starts. The gradient is the
+    All rollouts take the same actions, so that their latents differ only because of the starts. The gradient is the
     Frobenius norm of the Jacobian over sqrt(D), root mean square over the starts, estimated with random signs
-    (Hutchinson) from a generator of its own.
+    (Hutchinson) from a separate generator.
 
     Args:
         model (WorldModel): single-task.
@@ -193,17 +193,17 @@ def start_left(model: WorldModel, observation: Tensor, action: Tensor, probes: i
 
 @torch.no_grad()
 def saturated_share(action: Tensor, valid: Tensor) -> Tensor:
-    """Share of actions ``[T, N, A]`` in which tanh has hardly any gradient left, over valid steps; a scalar."""
+    """Fraction of actions ``[T, N, A]`` in which tanh has almost no gradient left, over valid steps; a scalar."""
     return (action[valid.squeeze(-1)].abs() > SATURATED).float().mean()
 
 
 class ValueQuality(NamedTuple):
-    """Values of visited states and actions beside what they really returned; scalars."""
+    """Predicted values of visited states and actions, and their realised returns; scalars."""
 
     predicted: Tensor  # mean value
     realised: Tensor  # mean discounted return
-    error: Tensor  # root mean squared difference over the root mean square of the returns, which counts as one unit of
-    # the critics at least
+    error: Tensor  # root mean squared difference, divided by the root mean square of the returns or by one unit of the
+    # critics, whichever is larger
 
 
 @torch.no_grad()
@@ -217,18 +217,18 @@ def value_quality(
     terminated: Tensor,
     gamma: float,
 ) -> ValueQuality:
-    """Values against realised discounted returns, over the first half of each episode.
+    """Compares values with realised discounted returns, over the first half of each episode.
 
-    An episode that is cut off goes on with the critics' own value of its last state, so that short ones hide errors. If
-    the actor has a temperature, the returns include the entropies that the critics' targets count, estimated with one
-    sample per state from a generator of its own.
+    A truncated episode's return ends in the critics' own value of its last state, so short episodes hide errors. If the
+    actor has a temperature, the returns include the entropies that are in the critics' targets, estimated with one
+    sample per state from a separate generator.
 
     Args:
-        networks (Networks): actor, critic and, unless those are functions of observations, the model.
+        networks (Networks): actor, critic and, unless those take observations, the model.
         observation (Tensor): ``[T, N, O]``.
         action (Tensor): ``[T, N, A]``.
         next_observation (Tensor): ``[T, N, O]``.
-        reward (Tensor): ``[T, N, 1]``, as the critics were trained on it.
+        reward (Tensor): ``[T, N, 1]``, scaled as in the critics' training.
         valid (Tensor): bool ``[T, N, 1]``, false after an episode's end.
         terminated (Tensor): bool ``[T, N, 1]``.
         gamma (float): discount.

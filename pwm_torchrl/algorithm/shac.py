@@ -1,14 +1,13 @@
 """Short-horizon actor-critic (https://arxiv.org/abs/2204.07137): PWM's policy learning in a differentiable environment.
 
-Where PWM imagines with a world model, the environment itself is stepped, and the gradient of the return goes back
-through its equations of motion. So there is no model and no model update, nothing is collected beside it and nothing is
-replayed: an epoch is
+PWM imagines with a world model; SHAC steps the environment itself, and the gradient of the return flows back through
+its equations of motion. There is no world model, no model update, no separate collection and no replay. An epoch is
 
-1. an actor update: all N environments go on for H steps from where they are; the gradient of
-   J = Σ_{t<H} γ^t r_t + γ^H min_k V_k(o_H) goes back through rewards and transitions to the policy; after it
-2. critic updates on the states of that rollout, on their TD(λ) targets,
+1. an actor update: all N environments continue for H steps from their current states; the gradient of
+   J = Σ_{t<H} γ^t r_t + γ^H min_k V_k(o_H) flows back through rewards and transitions to the policy; then
+2. critic updates on the states of that rollout, with TD(λ) targets,
 
-as often as ``collect_steps`` holds H. Loss, critics and the state of an unfinished epoch are PWM's.
+repeated ``collect_steps`` / H times. Loss, critics and the state of an unfinished epoch are the published PWM's.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ __all__ = ["SHAC"]
 
 
 class SHAC(PaperPWM):
-    """Actor and critic updates, in which the environment is stepped.
+    """Actor and critic updates; the actor's step the environment.
 
-    ``samples`` are the :class:`~pwm_torchrl.envs.differentiable.Episodes` that its rollouts advance.
+    ``samples`` are the :class:`~pwm_torchrl.envs.differentiable.Episodes` that the rollouts advance.
     """
 
     simulates = True
@@ -51,11 +50,11 @@ class SHAC(PaperPWM):
         "model_updates", "first_model_updates",
     )  # fmt: skip
 
-    # What others ask the class ----------------------------------------------------------------------------------------
+    # Class methods that describe the algorithm ------------------------------------------------------------------------
 
     @classmethod
     def updates_of(cls, cfg: Config) -> list[Update]:
-        """Actor and critic; a rollout has a row for each environment."""
+        """Actor and critic; an actor batch has one row per environment."""
         if cfg.mode != "online":
             raise ConfigurationError(
                 f"algorithm=shac learns in an environment, and mode={cfg.mode} from stored episodes; choose another "
@@ -71,13 +70,13 @@ class SHAC(PaperPWM):
 
     @classmethod
     def build_networks(cls, cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
-        """Actor and critics, both of observations."""
+        """Actor and critics, both on observations."""
         actor = build_actor(cfg, facts.observation_dim, facts.action_dim)
         return Networks(actor=on(actor, device), critic=on(build_critic(cfg, facts.observation_dim), device))
 
     @classmethod
     def build_losses(cls, cfg: Config, facts: EnvFacts, networks: Networks) -> Losses:
-        """PWM's losses with the simulator in place of the world model; their latents are the simulator's states."""
+        """PWM's losses with the simulator as world model; their latents are the simulator's states."""
         if compiles(cfg):
             raise ConfigurationError(
                 "algorithm.compile=true compiles the dynamics of a world model, and algorithm=shac has none; leave it "
@@ -106,7 +105,7 @@ class SHAC(PaperPWM):
     # An epoch ---------------------------------------------------------------------------------------------------------
 
     def epoch(self, batch: TensorDictBase, progress: float) -> MetricRow:
-        """Rollouts, each of which improves the policy and then fits the critics."""
+        """Repeat: an actor update on one rollout, then critic updates on its states."""
         row = super().epoch(batch, progress)
         returns = self.samples.pop_returns()
         if len(returns):
@@ -114,21 +113,21 @@ class SHAC(PaperPWM):
         return row
 
     def start_observations(self, batch: TensorDictBase) -> Tensor:
-        """The states in which the environments are, ``[N, S]``."""
+        """The environments' current states, ``[N, S]``."""
         states: Tensor = self.samples.states
         return states
 
     def sample_starts(self, count: int) -> Tensor:
-        """Some of them."""
+        """The states of the first ``count`` environments."""
         states: Tensor = self.samples.states
         return states[:count]
 
     def encode(self, observation: Tensor) -> TensorDictBase:
-        """States as the starts of rollouts."""
+        """States as start latents; there is no encoder."""
         return TensorDict(latent=observation, batch_size=observation.shape[:1])
 
     def critic_states(self, rollout: TensorDictBase) -> TensorDictBase:
-        """Observations and TD(λ) targets of a rollout, ``[N * H]``; the environments go on behind it."""
+        """Observations and TD(λ) targets of a rollout, ``[N * H]``; moves the environments to the rollout's end."""
         keys = self.losses.actor.tensor_keys
         last = rollout[:, -1]
         self.samples.advance(
@@ -143,7 +142,7 @@ class SHAC(PaperPWM):
 
     @property
     def has_data(self) -> bool:
-        """Always: the environment is at hand."""
+        """Always true: rollouts need no collected data."""
         return True
 
     def _new_work(self) -> PaperWork:
@@ -151,10 +150,10 @@ class SHAC(PaperPWM):
 
 
 def rollouts_per_epoch(algorithm: AlgorithmConfig) -> int:
-    """Actor updates of an epoch.
+    """Actor updates per epoch.
 
     Raises:
-        ConfigurationError: if its steps are not whole rollouts.
+        ConfigurationError: if the horizon is below 1 or does not divide the epoch's steps.
     """
     if algorithm.horizon < 1:
         raise ConfigurationError(
@@ -186,7 +185,7 @@ def simulator_of(cfg: Config, facts: EnvFacts) -> Any:
 
 
 class Observed(nn.Module):
-    """A network of observations as one of a simulator's states."""
+    """Wraps a network on observations so that it takes a simulator's states."""
 
     def __init__(self, simulator: Any, network: nn.Module) -> None:
         super().__init__()
@@ -196,13 +195,13 @@ class Observed(nn.Module):
         return self.network(self.simulator.observe(state))
 
     def value(self, state: Tensor, action: Tensor | None = None) -> Tensor:
-        """Smallest of the critics' values."""
+        """Minimum over the critics."""
         smallest: Tensor = self.network.value(self.simulator.observe(state), action)
         return smallest
 
 
 class Stepped(nn.Module):
-    """A simulator's step."""
+    """A simulator's ``step`` as a module."""
 
     def __init__(self, simulator: Any) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""How one update is carried out: in micro-batches, and again in smaller ones where memory runs out.
+"""Carries out updates in micro-batches, and retries with smaller ones when memory runs out.
 
-An update that runs out of memory is undone, to the bit, and repeated with half the micro-batch. What an algorithm hands
-in is a function that makes the update's batch, so that a repetition draws the same numbers again.
+An update that runs out of memory is undone exactly and retried with half the micro-batch. The algorithm passes a
+function that makes the update's batch, so that a retry draws the same random numbers again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pwm_torchrl.errors import OutOfMemory, RankFault
 Result = TypeVar("Result")
 Metrics = dict[str, Tensor]
 
-#: Parts of the messages of errors by which PyTorch and its libraries tell that an allocation was refused.
+#: Substrings of the error messages of PyTorch and its libraries when an allocation fails.
 REFUSALS = (
     "out of memory",
     "can't allocate memory",
@@ -36,7 +36,7 @@ REFUSALS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation was refused, on the host or on a device; also where that is the cause of an error."""
+    """Whether the error, or one in its chain of causes, is a failed allocation on the host or a device."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, RankFault):  # another process died, so the update cannot be retried
@@ -52,14 +52,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Executor(Protocol):
-    """Makes one update with a batch: back-propagates it in micro-batches of ``size`` rows, and steps."""
+    """Makes one update: back-propagates a batch in micro-batches of ``size`` rows, and takes an optimizer step."""
 
     @property
     def undo(self) -> Mapping[str, Undo]:
-        """What undoes an update, by its name."""
+        """The :class:`Undo` of each update, by name."""
 
     def largest_share(self, batch: int) -> int:
-        """Rows of a batch that one process has at most."""
+        """The most rows of a batch that any process gets."""
 
     def model(self, slices: TensorDictBase, size: int) -> tuple[Metrics, Tensor, Tensor]:
         """Model update on slices ``[B, H]``: losses, fraction of valid steps, gradient norm."""
@@ -72,11 +72,11 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Makes updates in this process alone.
+    """Makes updates in this process only.
 
     Args:
         losses (Losses): the objectives.
-        optimizers (dict of NetworkOptimizer): of the networks that are trained, by their names.
+        optimizers (dict of NetworkOptimizer): one per trained network, by name.
     """
 
     def __init__(self, losses: Losses, optimizers: Mapping[str, NetworkOptimizer]) -> None:
@@ -84,7 +84,7 @@ class LocalExecutor:
         self.undo = undo_of(optimizers, losses.return_statistics)
 
     def largest_share(self, batch: int) -> int:
-        """All of it."""
+        """The whole batch."""
         return batch
 
     def model(self, slices: TensorDictBase, size: int) -> tuple[Metrics, Tensor, Tensor]:
@@ -110,17 +110,17 @@ class LocalExecutor:
 
 
 class Updates:
-    """Carries out updates; their micro-batches only ever become smaller while a run lasts.
+    """Carries out updates; during a run, their micro-batches only shrink.
 
     Args:
-        executor (Executor): makes an update with a batch.
-        memory (MemoryConfig): the micro-batches to begin with; ``None``: whole batches.
-        on_reduction (callable): called with (update, refused size, next size, error message) after each reduction.
+        executor (Executor): makes one update with a batch.
+        memory (MemoryConfig): the initial micro-batches; ``None`` in it stands for the whole batch.
+        on_reduction (callable): called with (update, refused size, next size, error message) at each reduction.
 
     Attributes:
-        made (int): updates so far, in this process's life.
-        around (callable, optional): gives, of an update's name, the context that it is made in, such as a profiler's
-            range. ``None``: none.
+        made (int): updates so far in this process.
+        around (callable, optional): maps an update's name to a context manager that is entered around the update, such
+            as a profiler range.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Updates:
         self.executor = executor
         self.sizes: dict[str, int | None] = {name: getattr(memory, micro_batch_key(name)) for name in NETWORKS}
         self.reduced: dict[str, int] = {}
-        self.used: dict[str, int] = {}  # by each update's last success
+        self.used: dict[str, int] = {}  # micro-batch of each update's last success
         self.on_reduction = on_reduction
         self.made = 0
         self.around: Callable[[str], AbstractContextManager[None]] | None = None
@@ -147,21 +147,21 @@ class Updates:
         return self.run("critic", rows, lambda size: self.executor.critic(states(), size))
 
     def size(self, update: str, rows: int) -> int:
-        """Rows per backward pass of an update on a batch of ``rows``, in each process that has a share of it."""
+        """Rows per backward pass, in each process, of an update on a batch of ``rows``."""
         return self.limit(update, self.executor.largest_share(rows))
 
     def limit(self, update: str, rows: int) -> int:
-        """Of ``rows``, as many as memory was planned for at a time."""
+        """``rows``, limited by the configured and by the reduced micro-batch."""
         limits = (self.sizes[update], self.reduced.get(update), rows)
         return max(1, min(limit for limit in limits if limit is not None))
 
     def run(self, update: str, rows: int, attempt: Callable[[int], Result]) -> Result:
-        """Call ``attempt`` with the update's micro-batch, again with half of it each time memory is refused.
+        """Call ``attempt`` with the update's micro-batch; halve it and retry each time an allocation fails.
 
         A smaller size is kept once an update has succeeded with it.
 
         Raises:
-            OutOfMemory: if memory is refused at micro-batch 1; everything is as it was before the update.
+            OutOfMemory: if an allocation fails at micro-batch 1; the state before the update is restored.
         """
         if self.around is None:
             return self._run(update, rows, attempt)
@@ -185,7 +185,7 @@ class Updates:
                     self.reduced[update] = size
                 self.made += 1
                 return result
-            # Out of the handler: the error's traceback no longer holds the frames with the update's tensors.
+            # Outside the handler, because the error's traceback keeps the frames with the update's tensors alive.
             undo.restore()
             if size == 1:
                 raise OutOfMemory(
@@ -196,15 +196,15 @@ class Updates:
             self.on_reduction(update, refused, size, message)
 
     def metrics(self) -> dict[str, int]:
-        """The sizes in use, under the names of their keys."""
+        """The micro-batches in use, as metrics named after their config keys."""
         return {f"memory/{micro_batch_key(update)}": size for update, size in self.used.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The reduced sizes, and those from which they were reduced."""
+        """The reduced micro-batches, and the configured ones."""
         return {"sizes": dict(self.sizes), "reduced": dict(self.reduced)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with reduced sizes, except of updates whose size was set anew since: there is other memory now."""
+        """Restore reduced micro-batches, except where the configured one has changed: memory may differ now."""
         self.reduced = {
             update: size
             for update, size in state_dict["reduced"].items()
@@ -213,7 +213,7 @@ class Updates:
 
 
 def follow_unit(losses: Losses) -> None:
-    """Let reward head and critics compute in the present unit of rewards; what they predict does not change."""
+    """Rescale reward head and critics to the current reward unit; their predictions do not change."""
     model = losses.model
     if model is None or model.world_model.reward_deviation is None:
         return
@@ -223,20 +223,19 @@ def follow_unit(losses: Losses) -> None:
 
 
 def undo_of(optimizers: Mapping[str, NetworkOptimizer], return_statistics: nn.Module | None) -> dict[str, Undo]:
-    """Undoes an update of each network; the actor's changes the return statistics, too."""
+    """An :class:`Undo` for each network; the actor's covers the return statistics, which its update changes, too."""
     changed = [] if return_statistics is None else [return_statistics]
     return {name: Undo(optimizer, changed if name == "actor" else []) for name, optimizer in optimizers.items()}
 
 
 class Undo:
-    """Undoes an unfinished update: weights, optimizer state, generators and running statistics.
+    """Undoes an unfinished update: restores weights, optimizer state, random generators and running statistics.
 
-    Gradient accumulation changes none of the weights, so their copy is taken by :meth:`before_step`, just before the
-    optimizer changes them; into buffers that stay, since this is done at every update. They are as large as the weights
-    and the optimizer's state.
+    Gradient accumulation does not change the weights, so :meth:`before_step` copies them just before the optimizer
+    does. The copies go into buffers that are reused by every update, as large as the weights and the optimizer's state.
 
     Args:
-        optimizer (NetworkOptimizer): whose parameters and state the update changes.
+        optimizer (NetworkOptimizer): the optimizer whose parameters and state the update changes.
         statistics (sequence of nn.Module): modules whose buffers the update changes.
     """
 
@@ -255,7 +254,7 @@ class Undo:
         return [buffer for module in self.statistics for buffer in module.buffers()]
 
     def _changed_by_step(self) -> list[Tensor]:
-        """Weights, and the optimizer's tensors of those that have any."""
+        """The weights and the optimizer's state tensors."""
         state = self.optimizer.optimizer.state
         tensors: list[Tensor] = [p.data for p in self.optimizer.parameters]
         for parameter in self.optimizer.parameters:
@@ -263,7 +262,7 @@ class Undo:
         return tensors
 
     def note(self) -> None:
-        """An update begins."""
+        """Call when an update begins: save random generators and statistics."""
         self._stepping = False
         self._host_generator = torch.get_rng_state()
         self._generators = [(device, torch.cuda.get_rng_state(device)) for device in self._devices]
@@ -271,9 +270,9 @@ class Undo:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """The optimizer is about to change the weights."""
+        """Call just before the optimizer changes the weights: copy them and the optimizer's state."""
         tensors = self._changed_by_step()
-        if len(self._copies) != len(tensors):  # the optimizer makes its state in its first step
+        if len(self._copies) != len(tensors):  # the optimizer creates its state in its first step
             self._copies = [torch.empty_like(tensor) for tensor in tensors]
         torch._foreach_copy_(self._copies, tensors)
         self._with_state = {p for p in self.optimizer.parameters if p in self.optimizer.optimizer.state}
@@ -281,15 +280,15 @@ class Undo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Everything is as it was when the update began, gradients cleared, and unused memory is given back."""
+        """Restore the state at the beginning of the update, clear gradients, and release unused memory."""
         optimizer = self.optimizer.optimizer
         optimizer.zero_grad(set_to_none=True)
-        # Autograd holds on to the rest of a backward pass that failed until the thread's next one begins.
+        # Autograd keeps the rest of a failed backward pass alive until the thread's next backward pass begins.
         torch.zeros((), requires_grad=True).backward()
         gc.collect()
         if self._stepping:
             for parameter in self.optimizer.parameters:
-                if parameter not in self._with_state:  # its state was begun by the failed step, whole or in part
+                if parameter not in self._with_state:  # the failed step created its state, perhaps incompletely
                     optimizer.state.pop(parameter, None)
             torch._foreach_copy_(self._changed_by_step(), self._copies)
         for buffer, copy in zip(self._live_buffers(), self._buffers, strict=True):
