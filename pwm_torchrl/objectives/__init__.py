@@ -1,6 +1,7 @@
-"""PWM's objectives: LossModules over TensorDicts around pure functions of tensors.
+"""PWM's objectives: TorchRL LossModules around pure functions of tensors.
 
-Imports modules and errors of this package; knows no Hydra, logger, cluster or environment.
+May import ``modules``, the configuration's schema and errors; must not depend on Hydra, loggers, environments or the
+cluster.
 """
 
 from pwm_torchrl.objectives.actor_loss import PWMActorLoss

@@ -1,7 +1,7 @@
-"""Actor loss over TensorDicts: first-order gradients through imagined rollouts.
+"""Actor loss of the published PWM: first-order gradients through imagined rollouts.
 
-One subject from the start latents to the gradients: the rollout, its return and the entropy bonus, the value targets
-that critics learn from, and gradients that add up over micro-batches and ranks to those of the whole batch.
+Covers everything from start latents to gradients: the rollout, its return and entropy bonus, the value targets for the
+critics, and gradients that add up over micro-batches and ranks to those of the whole batch.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ RETURN_EPSILON = 1e-5
 
 
 class Accumulated(NamedTuple):
-    """What the micro-batches of an actor update add up to, before its gradients are divided."""
+    """The sum over the micro-batches of an actor update, before the gradients are divided."""
 
-    gradients: Gradients  # of −mean(J), by parameter; None for those that J does not depend on
+    gradients: Gradients  # of −mean(J), one per parameter; None for those that J does not depend on
     returns: Tensor  # J [B, 1]
     rollouts: TensorDictBase  # [B, H], detached
 
@@ -58,13 +58,13 @@ class Accumulated(NamedTuple):
 def detached_rollout(
     rollout: Imagined, next_value: Tensor, targets: Tensor, keys: PWMActorLoss._AcceptedKeys
 ) -> TensorDictBase:
-    """A rollout without its graph, batch-major ``[B, H]``.
+    """A rollout without its autograd graph, batch-major ``[B, H]``.
 
     Args:
         rollout (Imagined): time-major.
         next_value (Tensor): V(z_1) .. V(z_H) ``[H, B, 1]``.
         targets (Tensor): value targets of z_0 .. z_{H-1} ``[H, B, 1]``.
-        keys (PWMActorLoss._AcceptedKeys): names of the entries.
+        keys (PWMActorLoss._AcceptedKeys): names of the output entries.
     """
     horizon, batch = rollout.reward.shape[:2]
     ended = rollout.terminated
@@ -86,12 +86,12 @@ def detached_rollout(
 def estimated_targets(
     estimator: ValueEstimatorBase, rollout: Imagined, next_value: Tensor, latent: NestedKey
 ) -> Tensor:
-    """Value targets ``[H, B, 1]`` of one of TorchRL's estimators.
+    """Value targets ``[H, B, 1]`` from one of TorchRL's estimators.
 
-    An estimator that has a value network evaluates the rollout's latents, under ``latent``, by itself.
+    An estimator with its own value network evaluates the rollout's latents, which it reads under the key ``latent``.
     """
     keys = estimator.tensor_keys
-    if not rollout.reward.numel():  # a share of a batch may be empty, and TorchRL's estimates cannot
+    if not rollout.reward.numel():  # a share of a batch may be empty, which TorchRL's estimators do not support
         return rollout.reward.detach()
     states = rollout.latent.detach().transpose(0, 1)
     data = TensorDict({}, batch_size=[states.shape[0], states.shape[1] - 1])
@@ -109,9 +109,9 @@ def estimated_targets(
 
 
 class PWMActorLoss(PWMLoss):
-    r"""Negative return of imagined rollouts, differentiated through model and reward.
+    r"""Negative return of imagined rollouts, differentiated through dynamics and reward.
 
-    From start latents z_0 the policy acts for H steps in the model:
+    The policy acts in the model for H steps from start latents z_0:
 
     .. math::
 
@@ -119,12 +119,13 @@ class PWMActorLoss(PWMLoss):
         L = -\frac{\operatorname{mean}(J)}{H} \quad\text{or}\quad
         L = -\frac{\operatorname{mean}(J)}{\sqrt{\mathrm{Var} + 10^{-5}}}
 
-    with the running variance of J, if ``normalize_returns``. What follows a termination in the model counts 0. World
-    model and value network get no gradient. Reference: https://arxiv.org/abs/2407.02466.
+    The second form, with the running variance of J, is used with ``normalize_returns``. Rewards and values after a
+    termination in the model count as 0. World model and value network get no gradient. Reference:
+    https://arxiv.org/abs/2407.02466.
 
     Args:
         actor_network (TensorDictModule): ``latent`` -> ``loc``, ``scale`` of a Gaussian before tanh, or a
-            :class:`~torchrl.modules.ProbabilisticActor` around such a module; its parameters are those of the loss.
+            :class:`~torchrl.modules.ProbabilisticActor` around such a module; the loss trains its parameters.
         world_model (TensorDictModule): ``latent``, ``action`` (and ``task``) -> ``("next", latent)``,
             ``("next", reward)``, ``("next", terminated)``; see :func:`~pwm_torchrl.modules.world_model_module`.
         value_network (TensorDictModule): ``latent`` -> ``state_value``.
@@ -136,25 +137,25 @@ class PWMActorLoss(PWMLoss):
         detach (bool): stop the gradient at the actor's input. Defaults to ``True``.
         normalize_returns (bool): divide by the running standard deviation of J instead of H. Defaults to ``False``.
         deterministic (bool): act with tanh(loc), without noise. Defaults to ``False``.
-        entropy_weight (float): weight of the policy's entropy, mean over steps, beside the scaled −mean(J); it enters
-            the gradient and not the value of ``loss_actor``. PWM has none. Without it, actions may saturate where they
-            matter and take those with them for which J gives no gradient. Defaults to ``0.0``.
+        entropy_weight (float): weight of the policy's entropy, averaged over steps, relative to the scaled −mean(J).
+            It affects the gradient but not the value of ``loss_actor``. The published PWM has no such term. Without it,
+            actions with a large gradient may saturate, and pull actions without a gradient along. Defaults to ``0.0``.
         action_mask (Tensor, optional): ``[num_tasks, A]`` of 0 and 1, for multi-task models; needs ``task`` in the
             input. Defaults to ``None``.
         reduction (str): ``"mean"`` or ``"sum"`` over rollouts, or ``"none"``, which leaves ``loss_actor`` ``[B, 1]``.
             Defaults to ``"mean"``.
-        delay_value (bool): take values from parameters that follow the value network's, moved by a TorchRL target
-            updater such as :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``False``, its own.
-        compile (bool): compile the evaluation of the dynamics' network of a
-            :class:`~pwm_torchrl.modules.WorldModel`, the piece that repeats. Defaults to ``False``.
-        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
+        delay_value (bool): compute values with target parameters, moved by a TorchRL target updater such as
+            :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``False``, the value network's own parameters.
+        compile (bool): compile the evaluation of the dynamics network of a :class:`~pwm_torchrl.modules.WorldModel`,
+            which is called at every step. Defaults to ``False``.
+        precision (str): precision of matrix products: ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
 
     The input holds ``latent`` ``[B, D]`` (and ``task`` ``[B]``). The output is a TensorDict with ``loss_actor`` and
-    detached metrics; :meth:`rollout_and_loss` also gives the rollout, from which critics learn, and :meth:`backward`
-    does so a micro-batch at a time.
+    detached metrics; :meth:`rollout_and_loss` also returns the rollout, for the critics to learn from, and
+    :meth:`backward` computes both one micro-batch at a time.
 
-    .. note:: TorchRL's LossModule forces deterministic exploration inside ``forward``; the noise here is drawn
-        explicitly and is not affected.
+    .. note:: TorchRL's LossModule forces deterministic exploration inside ``forward``. This loss draws its noise
+        explicitly, so it is not affected.
 
     Examples:
         >>> import torch
@@ -239,9 +240,9 @@ class PWMActorLoss(PWMLoss):
             )
         actor_network = distribution_parameters(actor_network)
         self.convert_to_functional(actor_network, "actor_network")
-        # Where layers are shared, the policy's are trained and those of the model and the values are not.
+        # If networks share layers, only the policy's copy is trained.
         self.__dict__["actor_network"] = apart(actor_network, world_model, value_network)
-        # Not registered: their parameters are no parameters of this loss (as in TorchRL's DreamerActorLoss).
+        # Not registered as submodules: this loss does not train their parameters (as in TorchRL's DreamerActorLoss).
         self.__dict__["world_model"] = world_model
         self.__dict__["value_network"] = value_network
         if delay_value:
@@ -262,11 +263,11 @@ class PWMActorLoss(PWMLoss):
 
     @property
     def value_network_params(self) -> TensorDictBase:
-        """The value network's parameters as they are now; no parameters of this loss."""
+        """The value network's current parameters, which this loss does not train."""
         return TensorDict.from_module(self.value_network)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> PWMActorLoss:
-        # They are no submodules, but the loss computes with them and goes nowhere without.
+        # They are not submodules, but must move to the same device and dtype as the loss.
         for network in (self.world_model, self.value_network):
             network._apply(fn)
         super()._apply(fn)
@@ -301,12 +302,12 @@ class PWMActorLoss(PWMLoss):
     def imagine(
         self, start: Tensor, task: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Imagined, Tensor]:
-        """Differentiable rollout from ``[B, D]`` and V(z_1) .. V(z_H) ``[H, B, 1]``; only the last has a graph.
+        """Differentiable rollout, and V(z_1) .. V(z_H) ``[H, B, 1]``, of which only the last value has a graph.
 
         Args:
             start (Tensor): start latents ``[B, D]``.
             task (Tensor, optional): task index ``[B]``.
-            noise (Tensor, optional): of :meth:`draw_noise`, which is called if it is ``None``.
+            noise (Tensor, optional): from :meth:`draw_noise`. Defaults to ``None``, drawn here.
         """
         keys = self.tensor_keys
         check_shape("latent", start, (None, None))
@@ -327,7 +328,7 @@ class PWMActorLoss(PWMLoss):
             action = torch.tanh(loc if noise is None else loc + scale * noise)
             return action if mask is None else action * mask
 
-        values = self.target_value_network_params  # detached, whether they are delayed or not
+        values = self.target_value_network_params  # detached, with and without delay_value
         with (
             products_in(self.products),
             frozen(self.world_model),
@@ -342,7 +343,7 @@ class PWMActorLoss(PWMLoss):
                 noise,
                 self.detach,
             )
-            # Of all values, only the last enters J; the others are targets' and need no graph.
+            # Only the last value enters J; the others are for the targets and need no graph.
             with torch.no_grad():
                 targets = value(rollout.latent[1:-1].detach())[0]
             return rollout, torch.cat([targets, value(rollout.latent[-1:])[0]])
@@ -352,7 +353,7 @@ class PWMActorLoss(PWMLoss):
         return rollout_return(rollout.reward, rollout.terminated, next_value[-1], self.gamma)
 
     def objective(self, rollout: Imagined, next_value: Tensor, bonus: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-        """(loss, J ``[B, 1]``); with return normalisation, J enters the running variance first."""
+        """(loss, J ``[B, 1]``); with return normalisation, updates the running variance with J first."""
         returns = self.returns(rollout, next_value)
         return self.reduced(-returns - bonus) / self.divisor(returns), returns
 
@@ -362,15 +363,15 @@ class PWMActorLoss(PWMLoss):
         return list(torch.autograd.grad(self.returns(rollout, next_value).mean(), rollout.actions))
 
     def entropy_bonus(self, rollout: Imagined, noise: Tensor | None, task: Tensor | None = None) -> Tensor | float:
-        """What is added to J ``[B, 1]``: value 0, and the gradient of the weighted entropy.
+        """A term to add to J ``[B, 1]``: its value is 0, its gradient is that of the weighted entropy.
 
-        It is in the units of J: times H, or the running standard deviation so far, by which J is divided. States do not
-        change for its sake.
+        It is multiplied by H or the running standard deviation so far, because J is later divided by it. The gradient
+        does not flow through the states.
 
         Args:
-            rollout (Imagined): of :meth:`imagine`.
-            noise (Tensor, optional): what it was imagined with, ``[H, B, A]``.
-            task (Tensor, optional): task index ``[B]``; padded actions have no entropy.
+            rollout (Imagined): from :meth:`imagine`.
+            noise (Tensor, optional): the rollout's noise ``[H, B, A]``.
+            task (Tensor, optional): task index ``[B]``; padded action dimensions have no entropy.
         """
         if not self.entropy_weight or noise is None:
             return 0.0
@@ -384,13 +385,13 @@ class PWMActorLoss(PWMLoss):
         return bonus - bonus.detach()
 
     def _scale(self) -> Tensor | int:
-        """What J is divided by, as far as is known before it enters the running variance."""
+        """The divisor of J, from the running variance as it is now."""
         if not self.normalize_returns:
             return self.horizon
         return torch.sqrt(self.return_statistics.var + RETURN_EPSILON).squeeze()
 
     def divisor(self, returns: Tensor) -> Tensor | int:
-        """What −mean(J) is divided by: H, or the running standard deviation after J has entered it."""
+        """The divisor of −mean(J): H, or the running standard deviation after an update with J."""
         if self.normalize_returns:
             self.return_statistics.update(returns)
         return self._scale()
@@ -418,7 +419,7 @@ class PWMActorLoss(PWMLoss):
         return latent, None if self.action_mask is None else tensordict[keys.task]
 
     def metrics(self, loss: Tensor, returns: Tensor, imagined: TensorDictBase) -> TensorDictBase:
-        """What ``forward`` returns, of returns J ``[B, 1]`` and a detached rollout ``[B, H]``."""
+        """The output of ``forward``, from returns J ``[B, 1]`` and a detached rollout ``[B, H]``."""
         keys = self.tensor_keys
         return TensorDict(
             loss_actor=loss,
@@ -428,10 +429,10 @@ class PWMActorLoss(PWMLoss):
             terminated=imagined.get(("next", keys.terminated)).any(1).float().mean(),
         )
 
-    # Gradients, a micro-batch or a share of a batch at a time ---------------------------------------------------------
+    # Gradients, one micro-batch or share of a batch at a time ---------------------------------------------------------
 
     def reduced(self, each: Tensor) -> Tensor:
-        """``each`` ``[B, 1]`` as ``reduction`` says."""
+        """``each`` ``[B, 1]``, reduced according to ``reduction``."""
         if self.reduction == "none":
             return each
         return each.mean() if self.reduction == "mean" else each.sum()
@@ -439,17 +440,17 @@ class PWMActorLoss(PWMLoss):
     def backward(
         self, tensordict: TensorDictBase, micro_batch: int | None = None
     ) -> tuple[TensorDictBase, TensorDictBase]:
-        """Add the gradients of the loss to the actor's parameters, a micro-batch of rollouts at a time.
+        """Add the gradients of the loss to the actor's parameters, one micro-batch of rollouts at a time.
 
-        The noise is drawn for the whole batch, and the gradients are divided by the running standard deviation once all
-        its returns have entered it, so that the arithmetic is that of :meth:`rollout_and_loss` on the whole batch.
+        The result equals that of :meth:`rollout_and_loss` on the whole batch: noise is drawn for the whole batch, and
+        the gradients are divided by the running standard deviation after all returns of the batch have entered it.
 
         Args:
             tensordict (TensorDictBase): start latents ``[B]``, as :meth:`forward` takes them.
             micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
 
         Returns:
-            tuple: what :meth:`rollout_and_loss` returns, all of it detached.
+            tuple: the outputs of :meth:`rollout_and_loss`, detached.
 
         Raises:
             ConfigurationError: for ``reduction="none"``.
@@ -463,12 +464,13 @@ class PWMActorLoss(PWMLoss):
         noise: Tensor | None = None,
         count: int | None = None,
     ) -> Accumulated:
-        """The first half of :meth:`backward`: what adds up over shares of a batch; changes nothing.
+        """The first half of :meth:`backward`: sums over a share of a batch; changes no parameters or statistics.
 
         Args:
-            tensordict (TensorDictBase): start latents ``[B]``, or a share of a batch of them.
+            tensordict (TensorDictBase): start latents ``[B]``, the whole batch or a share of it.
             micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
-            noise (Tensor, optional): of these rollouts, as :meth:`draw_noise` draws it. Defaults to ``None``, drawn.
+            noise (Tensor, optional): noise of these rollouts, from :meth:`draw_noise`. Defaults to ``None``, drawn
+                here.
             count (int, optional): rollouts of the whole batch. Defaults to ``None``, B.
         """
         self.check_back_propagates()
@@ -488,12 +490,12 @@ class PWMActorLoss(PWMLoss):
             total = plus_gradients(total, -objective.sum() / divisor, parameters)
             returns.append(part.detach())
             imagined.append(self.detached(rollout, next_value))
-            del rollout, next_value, part, objective  # or they would live beside the next part's
-        assert total is not None  # there is at least one part, be it empty
+            del rollout, next_value, part, objective  # frees their graph before the next part
+        assert total is not None  # an empty batch also has one (empty) part
         return Accumulated(total, torch.cat(returns), imagined[0] if len(imagined) == 1 else torch.cat(imagined))
 
     def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:
-        """The second half of :meth:`backward`, with what the whole batch accumulated; returns what that returns."""
+        """The second half of :meth:`backward`, from the sums over the whole batch; same return value."""
         divisor = self.divisor(whole.returns)
         hand_out(whole.gradients, self._trained(), divisor)
         loss = self.reduced(-whole.returns) / divisor
@@ -509,19 +511,19 @@ class PWMActorLoss(PWMLoss):
         value_type: ValueEstimators | ValueEstimatorBase | type[ValueEstimatorBase] | None = None,
         **hyperparams: Any,
     ) -> PWMActorLoss:
-        """Choose how the value targets of rollouts are estimated; J stays what it is.
+        """Choose the estimator of the rollouts' value targets; J does not change.
 
         Args:
-            value_type (ValueEstimators, ValueEstimatorBase or type): ``TD0``, ``TD1`` or ``TDLambda``, or an estimator
-                of your own. Defaults to ``None``, TD(λ).
-            **hyperparams: of the estimator; ``gamma`` and ``lmbda`` default to this loss's.
+            value_type (ValueEstimators, ValueEstimatorBase or type): ``TD0``, ``TD1`` or ``TDLambda``, or a custom
+                estimator. Defaults to ``None``, TD(λ).
+            **hyperparams: arguments of the estimator; ``gamma`` and ``lmbda`` default to this loss's.
         """
         kind = self.default_value_estimator if value_type is None else value_type
         if isinstance(kind, (ValueEstimatorBase, type)):
             super().make_value_estimator(kind, **hyperparams)
         else:
             self._make_known(kind, hyperparams)
-        # No submodule: an estimator may have a value network, whose parameters are not this loss's.
+        # Not a submodule: the estimator may have a value network, which this loss must not train.
         self.__dict__["_value_estimator"] = self._modules.pop("_value_estimator")
         self._forward_value_estimator_keys()
         return self
@@ -542,7 +544,7 @@ class PWMActorLoss(PWMLoss):
             )
 
     def detached(self, rollout: Imagined, next_value: Tensor) -> TensorDictBase:
-        """A rollout without its graph, batch-major ``[B, H]``, with value targets."""
+        """A rollout without its autograd graph, batch-major ``[B, H]``, with value targets."""
         if self._value_estimator is None:
             targets = td_lambda_targets(rollout.reward, next_value, rollout.terminated, self.gamma, self.lmbda)
         else:

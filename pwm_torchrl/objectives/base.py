@@ -1,7 +1,7 @@
-"""What the losses share: exact shapes; batches in parts; TorchRL's LossModule; modules as functions of tensors.
+"""Shared by the losses: shape checks, micro-batches, the LossModule base class, and modules as functions of tensors.
 
-What couples the members of a batch is settled for the whole batch beforehand or afterwards: random numbers are drawn
-first, means divide by counts of the whole batch, running statistics are updated once with all of it.
+A batch can be processed in parts with the same result, because everything that couples its rows is computed for the
+whole batch: random numbers are drawn first, means divide by whole-batch counts, running statistics are updated once.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torchrl.objectives.common import LossModule
 
 from pwm_torchrl.errors import ConfigurationError
 
-# Shape checks: a loss refuses what broadcasting would silently accept -------------------------------------------------
+# Shape checks: a loss raises where broadcasting would silently accept a wrong shape -----------------------------------
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     """Raise ``ValueError`` unless ``tensor`` has the expected shape; ``None`` matches any size.
 
     Args:
-        name (str): what the tensor is, for the message.
-        tensor (Tensor): what to check.
-        expected (tuple): size per dimension.
+        name (str): the tensor's name in the message.
+        tensor (Tensor): the tensor to check.
+        expected (tuple): size of each dimension.
     """
     shape = tuple(tensor.shape)
     if len(shape) != len(expected) or any(e is not None and e != s for s, e in zip(shape, expected, strict=True)):
@@ -54,13 +54,13 @@ def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) 
         )
 
 
-# Updates split into micro-batches: gradients accumulate to those of the whole batch -----------------------------------
+# Micro-batches, whose gradients add up to those of the whole batch ----------------------------------------------------
 
 
 def micro_batches(count: int, size: int | None = None) -> Iterator[slice]:
-    """Consecutive rows of at most ``size``; one slice of all of them if ``size`` is ``None``.
+    """Consecutive slices of at most ``size`` rows; one slice of all rows if ``size`` is ``None``.
 
-    No rows are one empty slice: a share of a batch may be empty, and its losses are then zeros like any other's.
+    Zero rows give one empty slice: a share of a batch may be empty, and its losses must still be computed, as zeros.
 
     Raises:
         ValueError: if ``size`` is below 1.
@@ -79,17 +79,17 @@ def backward_in_parts(
     Args:
         count (int): rows of the batch.
         size (int, optional): rows per backward pass; ``None``: all at once.
-        losses (callable): rows -> the micro-batch's share of each loss, so that the shares add up to the batch's loss.
+        losses (callable): rows -> the micro-batch's share of each loss; the shares must add up to the batch's loss.
 
     Returns:
-        dict of Tensor: the batch's losses, detached. The gradients are added to the parameters' ``.grad``.
+        dict of Tensor: the batch's losses, detached. Gradients are added to the parameters' ``.grad``.
     """
     total: dict[str, Tensor] = {}
     for rows in micro_batches(count, size):
         parts = losses(rows)
         sum(parts.values()).backward()
         detached = {key: value.detach() for key, value in parts.items()}
-        del parts  # or its graph would live beside the next micro-batch's
+        del parts  # frees its graph before the next micro-batch
         total = {key: total[key] + value for key, value in detached.items()} if total else detached
     return total
 
@@ -98,41 +98,41 @@ Gradients = list[Tensor | None]
 
 
 def plus_gradients(total: Gradients | None, loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
-    """The gradients of the parts so far and of one more; ``None`` where no part reads a parameter."""
+    """``total`` plus the gradients of ``loss``; ``None`` for a parameter that no loss depends on."""
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     if total is None:
         return list(gradients)
-    # Not in place: autograd may hand out one tensor as the gradient of two parameters.
+    # Not in place: autograd may return one tensor as the gradient of two parameters.
     return [b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
 
 
 def hand_out(gradients: Gradients, parameters: Sequence[Tensor], divisor: Tensor | float | None = None) -> None:
-    """Add gradients, divided if there is a divisor, to the parameters' own."""
+    """Add gradients, divided by ``divisor`` if it is given, to the parameters' ``.grad``."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             gradient = gradient if divisor is None else gradient / divisor
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-# What the losses share as TorchRL LossModules -------------------------------------------------------------------------
+# The base class of the losses -----------------------------------------------------------------------------------------
 
 
 REDUCTIONS = ("none", "mean", "sum")
-#: Precisions of matrix products and the dtype to which a layer rounds their factors. With ``tf32`` that is the GPU's
-#: affair: it is a setting of the process, see :func:`pwm_torchrl.devices.set_precision`.
+#: Precisions of matrix products, and the dtype that a layer rounds the factors to. With ``tf32`` the GPU rounds them,
+#: by a process-wide setting; see :func:`pwm_torchrl.devices.set_precision`.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}
 
 
 class PWMLoss(LossModule):
-    """Reduction, output keys, moves and initialisation, the same for every loss of this package.
+    """Base class of this package's losses: reduction, output keys, moves between devices, and initialisation.
 
     Args:
-        reduction (str): ``"none"``, ``"mean"`` or ``"sum"``.
-        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``; norms, softmaxes, losses, solver
-            steps and gradients of parameters are float32 with each. Defaults to ``"fp32"``.
+        reduction (str): ``"none"``, ``"mean"`` or ``"sum"``. Defaults to ``"mean"``.
+        precision (str): precision of matrix products: ``"fp32"``, ``"tf32"`` or ``"bf16"``; norms, softmaxes, losses,
+            solver steps and parameter gradients are always float32. Defaults to ``"fp32"``.
 
     Raises:
-        ConfigurationError: for another reduction or precision.
+        ConfigurationError: for an unknown reduction or precision.
     """
 
     def __init__(self, reduction: str = "mean", precision: str = "fp32") -> None:
@@ -146,16 +146,16 @@ class PWMLoss(LossModule):
         self._selected_keys: list[NestedKey] | None = None
 
     def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """No value estimator."""
+        """Nothing to forward: there is no value estimator."""
 
     @property
     def written_keys(self) -> list[NestedKey]:
-        """Everything that ``forward`` computes."""
+        """The keys of everything that ``forward`` computes."""
         raise NotImplementedError
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What ``forward`` returns: all of :attr:`written_keys`, or those of ``select_out_keys``."""
+        """The keys that ``forward`` returns: :attr:`written_keys`, or those chosen by ``select_out_keys``."""
         return self.written_keys if self._selected_keys is None else self._selected_keys
 
     @out_keys.setter
@@ -163,12 +163,12 @@ class PWMLoss(LossModule):
         self._selected_keys = None if list(keys) == self.written_keys else list(keys)
 
     def check_back_propagates(self) -> None:
-        """Raise :class:`ConfigurationError` if the loss is no scalar to back-propagate from."""
+        """Raise :class:`ConfigurationError` if the reduction leaves no scalar to back-propagate from."""
         if self.reduction == "none":
             raise ConfigurationError("reduction='none' leaves no scalar for backward; accepted there are mean and sum.")
 
     def reset_parameters_recursive(self) -> None:
-        """Initialise the parameters of this loss anew, targets alike; networks that it only reads stay as they are."""
+        """Re-initialise the trained parameters and their targets; networks that the loss only reads do not change."""
         for name, network in self._own_networks():
             if isinstance(network, TensorDictModuleBase):
                 network.reset_parameters_recursive()
@@ -182,29 +182,29 @@ class PWMLoss(LossModule):
             target.data.update_(getattr(self, f"{name}_params").data)
 
     def _own_networks(self) -> list[tuple[str, nn.Module]]:
-        """The networks whose parameters are this loss's."""
+        """The networks that this loss trains."""
         names = [name.removesuffix("_params") for name in self._modules if name.endswith("_params")]
         return [(name, getattr(self, name)) for name in names if not name.startswith("target_")]
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> PWMLoss:
         super()._apply(fn)
-        # The moved tensors are in the loss's own collections; the networks are to have the same ones.
+        # Moving replaced the tensors in the loss's own collections; the networks must use the same ones.
         for name, network in self._own_networks():
             getattr(self, f"{name}_params").to_module(network, return_swap=False)
         return self
 
 
-# Modules as functions of tensors, with parameters of someone's choice: frozen, swapped, delayed -----------------------
+# Modules as functions of tensors, with chosen parameters: swapped, frozen, delayed ------------------------------------
 
 
 @contextmanager
 def swapped(tensors: TensorDictBase, module: nn.Module) -> Iterator[None]:
-    """Inside, ``module`` computes with ``tensors``; afterwards with its own again, after an error, too.
+    """Within the context, ``module`` computes with ``tensors``; its own are restored afterwards, also after an error.
 
-    The context that :meth:`~tensordict.TensorDictBase.to_module` returns leaves the tensors in place when an error
-    ends it: after running out of memory in it, a network would go on without its parameters.
+    The context of :meth:`~tensordict.TensorDictBase.to_module` does not restore them after an error: a network that ran
+    out of memory inside would continue without its own parameters.
     """
-    # Kept as parameters they would be made anew, take gradients, and break a compiled graph.
+    # Preserving the module's state would create new Parameters, which collect gradients and break a compiled graph.
     context = tensors.to_module(module, preserve_module_state=False)
     context.__enter__()
     try:
@@ -215,9 +215,9 @@ def swapped(tensors: TensorDictBase, module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Inside, the modules' parameters are detached views: gradients flow through them, not into them.
+    """Within the context, the modules' parameters are detached: gradients flow through the modules, not into them.
 
-    Unlike switching ``requires_grad``, this leaves partly frozen modules as they were.
+    Unlike switching ``requires_grad`` off and on, this does not unfreeze partly frozen modules.
     """
     if not modules:
         yield
@@ -232,16 +232,16 @@ def tensor_function(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The function of tensors that a TensorDictModule wraps.
 
-    A plain :class:`~tensordict.nn.TensorDictModule` with exactly these keys is called through its ``module``, without a
-    TensorDict in between; anything else goes through one.
+    If it is a plain :class:`~tensordict.nn.TensorDictModule` with exactly these keys, its ``module`` is called
+    directly; any other module is called with a TensorDict.
 
     Args:
         module (TensorDictModuleBase): reads ``in_keys`` and writes ``out_keys``.
-        in_keys (sequence of NestedKey): order of the function's arguments.
-        out_keys (sequence of NestedKey): order of its results.
+        in_keys (sequence of NestedKey): keys of the function's arguments, in order.
+        out_keys (sequence of NestedKey): keys of its results, in order.
 
     Raises:
-        ValueError: if the module does not read and write these keys.
+        ValueError: if the module reads other keys, or does not write these.
     """
     wanted_in, wanted_out = ([unravel_key(k) for k in keys] for keys in (in_keys, out_keys))
     has_in, has_out = ([unravel_key(k) for k in keys] for keys in (module.in_keys, module.out_keys))
@@ -260,7 +260,7 @@ def tensor_function(
         return direct
 
     def through_tensordict(*tensors: Tensor) -> tuple[Tensor, ...]:
-        # The state, last to be given a batch shape, has features last: everything before them is batch.
+        # All dimensions of the state but the last are batch dimensions.
         data = TensorDict({}, batch_size=tensors[0].shape[:-1])
         for key, tensor in zip(wanted_in, tensors, strict=True):
             data.set(key, tensor)
@@ -271,7 +271,7 @@ def tensor_function(
 
 
 def distribution_parameters(actor: TensorDictModuleBase) -> TensorDictModuleBase:
-    """The part of a probabilistic actor that computes its distribution's parameters; other modules as they are."""
+    """The part of a probabilistic actor that computes its distribution's parameters; other modules unchanged."""
     if isinstance(actor, ProbabilisticTensorDictSequential):
         parts = list(actor)[:-1]
         return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
@@ -279,7 +279,7 @@ def distribution_parameters(actor: TensorDictModuleBase) -> TensorDictModuleBase
 
 
 def shares_parameters(module: nn.Module, *others: nn.Module) -> bool:
-    """Whether a parameter of ``module`` is one of the others', too."""
+    """Whether ``module`` shares a parameter with one of ``others``."""
     theirs = {id(p) for other in others for p in other.parameters()}
     return any(id(p) in theirs for p in module.parameters())
 
@@ -287,17 +287,16 @@ def shares_parameters(module: nn.Module, *others: nn.Module) -> bool:
 def apart(module: nn.Module, *others: nn.Module) -> nn.Module:
     """``module``, or a copy of it if it shares parameters with ``others``.
 
-    Tensors are swapped in and out of networks while a loss is computed; a layer of two networks could not have one's
-    and the other's at a time.
+    A loss swaps tensors in and out of its networks; a layer shared by two networks cannot hold the tensors of both.
     """
     return deepcopy(module) if shares_parameters(module, *others) else module
 
 
 def delayed(module: nn.Module, *others: nn.Module) -> TensorDictParams:
-    """Buffers that start as copies of the parameters, for a target updater to move.
+    """Target parameters: buffers that start as copies of the module's parameters, for a target updater to move.
 
     Raises:
-        ConfigurationError: if ``others`` share parameters with the module: theirs would be delayed with its own.
+        ConfigurationError: if the module shares parameters with ``others``, which would then be delayed, too.
     """
     if shares_parameters(module, *others):
         raise ConfigurationError(

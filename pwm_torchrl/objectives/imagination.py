@@ -1,7 +1,6 @@
 """Imagined rollouts, time-major ``[H, B, ...]``: the rollout itself, its return, value targets and entropy.
 
-Pure functions of tensors, so that they compile as one graph. Shapes are time-major: H horizon, B batch, D latent,
-A action.
+Pure functions of tensors, so that they compile as one graph. In shapes, H is the horizon, B batch, D latent, A action.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from pwm_torchrl.objectives.base import check_same_shape, check_shape
 
 
 def alive_before(terminated: Tensor) -> Tensor:
-    """Probability that no earlier step ended the rollout: ∏(1 − p), which is 1 or 0 where ends are decided.
+    """Probability that no earlier step ended the rollout: ∏(1 − p), which is 1 or 0 if ``terminated`` is bool.
 
     Args:
-        terminated (Tensor): ``[H, B, 1]``; entry t says whether the transition t -> t+1 ended the rollout, as bool, or
-            with which probability, as float.
+        terminated (Tensor): ``[H, B, 1]``; entry t says whether the transition t -> t+1 ended the rollout (bool), or
+            the probability that it did (float).
 
     Returns:
-        Float ``[H + 1, B, 1]``; entry t belongs to the state t.
+        Float ``[H + 1, B, 1]``; entry t belongs to state t.
     """
     if terminated.dtype == torch.bool:
         going = (~terminated).to(torch.get_default_dtype()).cumprod(0)
@@ -42,7 +41,7 @@ def discounts(gamma: float, steps: int, like: Tensor) -> Tensor:
 
 
 def rollout_return(reward: Tensor, terminated: Tensor, final_value: Tensor, gamma: float) -> Tensor:
-    """J = Σ_{t<H} γ^t r_t + γ^H V(z_H) per rollout, where the sum stops and V counts 0 after a termination.
+    """J = Σ_{t<H} γ^t r_t + γ^H V(z_H) per rollout; rewards and value after a termination count as 0.
 
     Args:
         reward (Tensor): ``[H, B, 1]``.
@@ -81,11 +80,11 @@ def td_lambda_targets(
     Args:
         reward (Tensor): ``[H, B, 1]``.
         next_value (Tensor): V(z_{t+1}) ``[H, B, 1]``.
-        terminated (Tensor): bool ``[H, B, 1]``; the value after a termination counts 0.
+        terminated (Tensor): bool ``[H, B, 1]``; the value after a termination counts as 0.
         gamma (float): discount.
         lmbda (float): λ.
-        done (Tensor, optional): bool ``[H, B, 1]``, where the λ-return stops and bootstraps: terminations and
-            truncations. Defaults to ``terminated``.
+        done (Tensor, optional): bool ``[H, B, 1]``, terminations and truncations, where the λ-return stops and
+            bootstraps. Defaults to ``terminated``.
 
     Returns:
         ``[H, B, 1]``.
@@ -96,7 +95,7 @@ def td_lambda_targets(
     check_shape("reward", reward, (None, None, 1))
     check_same_shape("next_value", next_value, "reward", reward)
     check_same_shape("terminated", terminated, "reward", reward)
-    if not reward.numel():  # a share of a batch may be empty, and TorchRL's estimate cannot
+    if not reward.numel():  # a share of a batch may be empty, which TorchRL's estimate does not support
         return reward.detach()
     return td_lambda_return_estimate(
         gamma,
@@ -113,10 +112,10 @@ def td_lambda_targets(
 
 
 def squashed_entropy(loc: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-    """One-sample estimate of the entropy of tanh(loc + scale · noise), per action and but for a constant.
+    """One-sample estimate of the entropy of tanh(loc + scale · noise), per action dimension and up to a constant.
 
-    That of the Gaussian, log(scale), plus the mean of log(1 − tanh²(u)); its gradient is that of −log π(a) along the
-    sample (https://arxiv.org/abs/1812.05905, appendix C).
+    It is the Gaussian's entropy, log(scale), plus log(1 − tanh²(u)) with u = loc + scale · noise. Its gradient is that
+    of −log π(a) along the sample (https://arxiv.org/abs/1812.05905, appendix C).
 
     Args:
         loc (Tensor): mean before tanh ``[..., A]``.
@@ -128,7 +127,7 @@ def squashed_entropy(loc: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     return scale.log() - 2 * (u + softplus(-2 * u))
 
 
-# Imagined rollouts: the differentiable core that policy learning back-propagates through ------------------------------
+# Imagined rollouts, which policy learning back-propagates through -----------------------------------------------------
 
 
 #: (latent [B, D], action [B, A]) -> (next latent [B, D], reward [B, 1], terminated bool [B, 1])
@@ -141,7 +140,7 @@ class Imagined(NamedTuple):
     """An imagined rollout; ``latent[t]``, ``actions[t]`` -> ``latent[t + 1]``, ``reward[t]``, ``terminated[t]``."""
 
     latent: Tensor  # [H + 1, B, D]
-    actions: tuple[Tensor, ...]  # H times [B, A]; apart, so that a gradient can be taken at each step
+    actions: tuple[Tensor, ...]  # H times [B, A]; not stacked, so that each step's gradient can be taken
     reward: Tensor  # [H, B, 1]
     terminated: Tensor  # bool [H, B, 1]
 
@@ -162,14 +161,14 @@ def imagine(
     """Roll a policy out in a model.
 
     Args:
-        step (callable): any transition function, of a learned model or a differentiable environment.
-        policy (callable): action from latent and noise.
+        step (callable): transition function of a learned model or of a differentiable environment.
+        policy (callable): latent, noise -> action.
         start (Tensor): z_0 ``[B, D]``.
         horizon (int): ``H``.
-        noise (Tensor, optional): standard normal ``[H, B, A]``, drawn beforehand so that splitting a batch does not
-            change it; ``None`` acts deterministically.
-        detach_policy_input (bool): stop the gradient at the policy's input (PWM's choice), so that the policy is
-            improved through its actions only. Defaults to ``True``.
+        noise (Tensor, optional): standard normal ``[H, B, A]``, drawn in advance so that splitting the batch does not
+            change it. Defaults to ``None``, a deterministic policy.
+        detach_policy_input (bool): stop the gradient at the policy's input, as PWM does, so that no gradient flows
+            through the policy's dependence on the latent. Defaults to ``True``.
 
     Returns:
         :class:`Imagined`.

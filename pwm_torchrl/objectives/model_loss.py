@@ -1,4 +1,4 @@
-"""World-model loss over slices of trajectories: the arithmetic as pure functions, and the LossModule around it."""
+"""World-model loss on trajectory slices: pure functions for the arithmetic, and the LossModule around them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLOW_MATCHING_SOURCES = ("teacher", "detached", "attached")
 
 
 class Slices(NamedTuple):
-    """A batch of trajectory slices. ``valid`` is False after an episode's end; weights are means over valid steps."""
+    """A batch of trajectory slices; ``valid`` is False after an episode's end, and losses average over valid steps."""
 
     observation: Tensor  # [B, O], the first of each slice
     next_observation: Tensor  # [H, B, O]
@@ -50,16 +50,16 @@ class Slices(NamedTuple):
         )
 
     def valid_counts(self) -> tuple[Tensor, Tensor]:
-        """Valid entries per step ``[H, 1, 1]`` and in all, by which a loss divides."""
+        """Number of valid entries per step ``[H, 1, 1]`` and in total, the divisors of the losses."""
         valid = self.valid.to(self.reward.dtype)
         return valid.sum(1, keepdim=True), valid.sum()
 
 
 @dataclass(frozen=True)
 class SliceLossWeights:
-    """Coefficients of the terms; see :class:`pwm_torchrl.objectives.PWMModelLoss`."""
+    """Coefficients of the loss terms; see :class:`pwm_torchrl.objectives.PWMModelLoss`."""
 
-    form: str  # pwm: rewards averaged over steps | tdmpc2: summed over steps; both then divided by H
+    form: str  # pwm: reward losses averaged over steps | tdmpc2: summed over steps; both are then divided by H
     step: float  # weight of step t is step ** t
     dynamics: float = 1.0
     reward: float = 1.0
@@ -73,7 +73,7 @@ class SliceLossWeights:
     few_step_rollout: bool = False
 
     def roll_out_few_step_beside(self, dynamics: Dynamics) -> bool:
-        """Whether the few-step map of ``dynamics`` has a rollout of its own, beside the solver's."""
+        """Whether the few-step map of ``dynamics`` is rolled out in addition to the solver."""
         return dynamics.few_step and self.few_step > 0 and not self.few_step_rollout
 
 
@@ -89,10 +89,10 @@ class SliceLosses(NamedTuple):
 
 
 class FlowNoise(NamedTuple):
-    """Random numbers of the flow terms, drawn for a whole batch beforehand."""
+    """Random numbers of the flow terms, drawn in advance for the whole batch."""
 
     tau: Tensor  # [H, B, 1], uniform in [0, 1)
-    half_step: Tensor  # [H, B, 1], of the self-consistency grid
+    half_step: Tensor  # [H, B, 1], half a step of the self-consistency grid
     half_step_tau: Tensor  # [H, B, 1], a multiple of twice the half step
 
     def rows(self, rows: slice) -> FlowNoise:
@@ -149,23 +149,24 @@ def slice_losses(
     """World-model loss L = (L_dyn + L_rew) / H, with L_dyn = Σ_t w_t MSE(z_{t+1}, sg h(o_{t+1})).
 
     PWM's L_rew = mean_{t,b} w_t ℓ(r̂_t, r_t) divides the reward term by H a second time; TD-MPC2's is
-    Σ_t w_t mean_b ℓ(r̂_t, r_t). With ``weights.one_step``, every later observation is encoded with gradient, too, and
-    the same terms of one step from there, with equal weights, are added.
+    Σ_t w_t mean_b ℓ(r̂_t, r_t). With ``weights.one_step``, every later observation is also encoded with gradient, and
+    the same terms for one step from it are added, with equal weights for all steps.
 
-    A flow with a few-step map for imagination learns both of its maps: Σ_t w_t MSE(z^f_{t+1}, sg h(o_{t+1})) of the
-    few-step map's rollout is added with ``weights.few_step``; or, with ``weights.few_step_rollout``, that map alone is
-    rolled out, and flow matching trains the solver's field.
+    A flow with a few-step map for imagination trains both maps: the few-step map's rollout adds
+    Σ_t w_t MSE(z^f_{t+1}, sg h(o_{t+1})), weighted by ``weights.few_step``. With ``weights.few_step_rollout``, only the
+    few-step map is rolled out, and flow matching trains the solver's velocity field.
 
     Args:
-        model (WorldModel): what is trained.
-        slices (Slices): data.
+        model (WorldModel): the model to train.
+        slices (Slices): training data.
         weights (SliceLossWeights): coefficients.
-        noise (FlowNoise, optional): needed by the flow terms.
-        valid_counts (tuple of Tensor, optional): valid entries per step ``[H, 1, 1]`` and in all, of the *whole* batch
-            when ``slices`` is a part of it, so that the parts' losses add up to the batch's.
-        target (Tensor, optional): z̄ ``[H, B, D]``. Defaults to ``None``, the model's encodings.
-        reduction (str): ``"mean"``: L; ``"sum"``: L times the number of valid steps; ``"none"``: ``[B, H, 1]`` with
-            that sum. Defaults to ``"mean"``.
+        noise (FlowNoise, optional): random numbers of the flow terms. Defaults to ``None``, drawn here.
+        valid_counts (tuple of Tensor, optional): number of valid entries per step ``[H, 1, 1]`` and in total; if
+            ``slices`` is a part of a batch, those of the *whole* batch, so that the parts' losses add up to the
+            batch's. Defaults to ``None``, counted here.
+        target (Tensor, optional): z̄ ``[H, B, D]``. Defaults to ``None``, the model's own encodings.
+        reduction (str): ``"mean"``: L; ``"sum"``: L times the number of valid steps; ``"none"``: ``[B, H, 1]``, which
+            add up to that sum. Defaults to ``"mean"``.
 
     Returns:
         :class:`SliceLosses`.
@@ -188,7 +189,7 @@ def slice_losses(
         return (a - b).square().mean(-1, keepdim=True)
 
     task = slices.task
-    # Encodings from which one step is predicted: the first begins the rollout, the others stand for themselves.
+    # One-step predictions start from these encodings; the rollout continues only the first.
     if weights.one_step:
         encoded = model.encode(torch.cat([slices.observation.unsqueeze(0), slices.next_observation]), task)
         starts = encoded[:-1]
@@ -209,7 +210,7 @@ def slice_losses(
     step = model.dynamics.imagine if weights.few_step_rollout else model.dynamics
     if len(starts) > 1:
         once = step(starts, action[: len(starts)], embedding)
-    else:  # of the shape of the steps that follow, so that a compiler has one graph
+    else:  # same shape as the later steps, so that a compiler makes only one graph
         once = step(start, action[0], embedding).unsqueeze(0)
     latents = rolled_out(step, [start, once[0]])
     latent = torch.stack(latents[1:])
@@ -220,7 +221,7 @@ def slice_losses(
         imagined = torch.stack(rolled_out(model.dynamics.imagine, [start])[1:])
         few_step = reduced(by_step * mse(imagined, target)) * weights.dynamics * weights.few_step
     dynamics = reduced(by_step * mse(latent, target)) * weights.dynamics * weights.rollout
-    # The heads see all steps at once: nothing that follows depends on them.
+    # The heads take all steps at once, since no later latent depends on their outputs.
     logits = model.reward(
         torch.cat([torch.stack(latents[:-1]), starts[1:]]), torch.cat([action, action[1 : len(starts)]]), embedding
     )
@@ -280,8 +281,8 @@ MASK_KEY = ("collector", "mask")
 class PWMModelLoss(PWMLoss):
     r"""Loss of PWM's latent world model on slices of trajectories.
 
-    The latent is rolled out from the first observation with the slice's actions; it should match the encoding of the
-    observations that followed (gradient stopped, sg), and its reward logits the rewards:
+    The latent is rolled out from the first observation with the slice's actions. It is trained to match the encodings
+    of the next observations (with stopped gradient, sg), and its reward logits to match the rewards:
 
     .. math::
 
@@ -289,20 +290,20 @@ class PWMModelLoss(PWMLoss):
         \operatorname{MSE}\big(z_{t+1}, \operatorname{sg} h(o_{t+1})\big) + c_r L_r \Big),
         \qquad z_0 = h(o_0), \quad z_{t+1} = d(z_t, a_t)
 
-    with the rewards' cross-entropy or squared error :math:`\ell`, weighted like the latents and averaged or summed over
-    steps:
+    where the reward loss :math:`\ell` is a cross-entropy or squared error, weighted like the latent error and averaged
+    or summed over steps:
 
     .. math::
 
         L_r = \frac{1}{H} \sum_{t<H} w^t \operatorname{mean}_b \ell(\hat r_t, r_t) \;\;\text{(pwm)}, \qquad
         L_r = \sum_{t<H} w^t \operatorname{mean}_b \ell(\hat r_t, r_t) \;\;\text{(tdmpc2)}
 
-    The step weight w is γ or ρ. Means are over valid steps: those after the first ``done`` inside a slice are masked.
-    The other weights below add terms of the same kind. Reference: https://arxiv.org/abs/2407.02466 (PWM) and
+    The step weight w is γ or ρ. Means are over valid steps: steps after the first ``done`` in a slice are masked. The
+    weights below add further terms of this kind. References: https://arxiv.org/abs/2407.02466 (PWM) and
     https://arxiv.org/abs/2310.16828 (TD-MPC2).
 
     Args:
-        world_model (WorldModel): the model; its parameters are those of the loss.
+        world_model (WorldModel): the model; the loss trains its parameters.
 
     Keyword Args:
         form (str): ``"pwm"`` (weights γ^t, coefficients 1, rewards averaged over steps) or ``"tdmpc2"`` (weights ρ^t,
@@ -313,26 +314,27 @@ class PWMModelLoss(PWMLoss):
         reward_coef (float, optional): coefficient of the reward loss. Defaults to the form's.
         termination_coef (float): coefficient of the termination loss. Defaults to ``1.0``.
         rollout_weight (float): λ_roll, weight of the latent error of rollouts. Defaults to ``1.0``.
-        one_step_weight (float): weight of the terms of one step from every encoded observation of the slice, beside
-            the rollout from the first. Defaults to ``0.0``.
+        one_step_weight (float): weight of one-step terms from every later observation of the slice, added to the
+            rollout from the first. Defaults to ``0.0``.
         flow_matching_weight (float): λ_fm. Defaults to ``0.0``.
         flow_matching_source (str): where the flow starts: ``"teacher"`` (encodings), or the rollout latent
             ``"detached"`` or ``"attached"``. Defaults to ``"teacher"``.
         self_consistency_weight (float): λ_sc. Defaults to ``0.0``.
-        few_step_weight (float): of the rollout of the few-step map, for dynamics with one. Defaults to ``1.0``.
-        few_step_rollout (bool): roll out the few-step map in place of the solver, whose field flow matching alone
-            trains. Defaults to ``False``.
-        reduction (str): ``"mean"`` over valid steps, ``"sum"``, which is that times their number, or ``"none"``, which
-            leaves ``[B, H, 1]`` per term, 0 at masked steps, with that sum. Defaults to ``"mean"``.
-        delay_target (bool): encode the observations that followed by parameters that follow the model's, moved by a
-            TorchRL target updater such as :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``False``, the model's.
-        compile (bool): compile the evaluation of the dynamics' network, the piece that repeats. Defaults to
+        few_step_weight (float): weight of the few-step map's rollout, for dynamics that have such a map. Defaults to
+            ``1.0``.
+        few_step_rollout (bool): roll out the few-step map instead of the solver, whose velocity field is then trained
+            by flow matching only. Defaults to ``False``.
+        reduction (str): ``"mean"`` over valid steps; ``"sum"``, the mean times their number; or ``"none"``, which
+            returns ``[B, H, 1]`` per term, 0 at masked steps, that add up to that sum. Defaults to ``"mean"``.
+        delay_target (bool): encode the next observations with target parameters, moved by a TorchRL target updater
+            such as :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``False``, the model's own parameters.
+        compile (bool): compile the evaluation of the dynamics network, which is called at every step. Defaults to
             ``False``.
-        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
+        precision (str): precision of matrix products: ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
 
     The input has batch size ``[B, H]``; the output is a TensorDict of scalars: ``loss_dynamics``, ``loss_reward`` and,
-    where they apply, ``loss_termination``, ``loss_flow_matching``, ``loss_self_consistency``, ``loss_few_step``; their
-    sum is the loss.
+    if enabled, ``loss_termination``, ``loss_flow_matching``, ``loss_self_consistency``, ``loss_few_step``; their sum is
+    the loss.
 
     Raises:
         ConfigurationError: for an unknown form or source, or ``few_step_rollout`` with dynamics that have no few-step
@@ -340,7 +342,7 @@ class PWMModelLoss(PWMLoss):
 
     .. note:: ``tensordict`` may hold a mask under :attr:`~torchrl.objectives.LossModule.loss_mask_key`, by default
         ``("collector", "mask")``, as :class:`~torchrl.data.SliceSampler` writes it with ``pad_output=True``; masked
-        steps count as steps after the end.
+        steps are treated as steps after the end.
 
     Examples:
         >>> import torch
@@ -460,14 +462,14 @@ class PWMModelLoss(PWMLoss):
         return names
 
     def read(self, tensordict: TensorDictBase) -> Slices:
-        """Time-major tensors of a batch-major ``[B, H]`` TensorDict, checked.
+        """Check a batch-major ``[B, H]`` TensorDict, and return its tensors time-major.
 
         Raises:
             ValueError: for shapes that would only work by broadcasting.
         """
         keys = self.tensor_keys
         if tensordict.ndim == 3 and tensordict.shape[-1] == 1:
-            # Called with tensors that all have one feature: `dispatch` takes that dimension for a batch dimension.
+            # If all tensors passed to `dispatch` have one feature, it takes that dimension for a batch dimension.
             tensordict = tensordict.copy()
             tensordict.batch_size = tensordict.batch_size[:2]
         if tensordict.ndim != 2:
@@ -515,15 +517,15 @@ class PWMModelLoss(PWMLoss):
         noise: FlowNoise | None = None,
         valid_counts: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Add the gradients of a batch's loss to the parameters, a micro-batch at a time.
+        """Add the gradients of a batch's loss to the parameters, one micro-batch at a time.
 
         Args:
-            slices (Slices): the batch, of :meth:`read`, or a share of it.
+            slices (Slices): the batch from :meth:`read`, or a share of it.
             micro_batch (int, optional): slices per backward pass. Defaults to ``None``, all at once.
 
         Keyword Args:
-            noise (FlowNoise, optional): random numbers of these slices. Defaults to ``None``, drawn here.
-            valid_counts (tuple of Tensor, optional): those of the whole batch if ``slices`` are a share of it, so that
+            noise (FlowNoise, optional): random numbers for these slices. Defaults to ``None``, drawn here.
+            valid_counts (tuple of Tensor, optional): counts of the whole batch if ``slices`` is a share of it, so that
                 the shares' gradients and losses add up to the batch's. Defaults to ``None``, counted here.
 
         Returns:
@@ -563,6 +565,6 @@ class PWMModelLoss(PWMLoss):
 
     @torch.no_grad()
     def _delayed_target(self, slices: Slices) -> Tensor:
-        """Latents ``[H, B, D]`` of the observations that followed, by the target parameters."""
+        """Encodings ``[H, B, D]`` of the next observations by the target parameters."""
         with products_in(self.products), swapped(self.target_world_model_params, self.world_model):
             return self.world_model.encode(slices.next_observation, slices.task)

@@ -1,6 +1,7 @@
-"""Maximum-entropy actor loss: first-order gradients through a few imagined steps, then a value of the last action.
+"""Maximum-entropy actor loss: first-order gradients through a few imagined steps and the value of the last action.
 
-One subject from the start latents to the gradients, as :mod:`~pwm_torchrl.objectives.actor_loss` is for PWM's own loss.
+Covers everything from start latents to gradients, as :mod:`~pwm_torchrl.objectives.actor_loss` does for the published
+PWM's loss.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from pwm_torchrl.objectives.base import (
     swapped,
 )
 
-#: An action of this size or more has left tanh hardly any gradient.
+#: Above this absolute value of an action, tanh has almost no gradient.
 SATURATED = 0.97
-#: Below this probability of going on, a rollout counts as ended in the metrics.
+#: In the metrics, a rollout counts as terminated if its probability of continuing is below this.
 ENDED = 0.5
 
 
 def squashed_log_prob(u: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """Log π(tanh(u)) ``[..., 1]`` of u = mean + std · noise, summed over actions.
+    """Log π(tanh(u)) ``[..., 1]`` for u = mean + std · noise, summed over action dimensions.
 
     From https://arxiv.org/abs/1812.05905, appendix C.
 
@@ -54,14 +55,14 @@ def squashed_log_prob(u: Tensor, std: Tensor, noise: Tensor) -> Tensor:
 
 
 class SoftRollout(NamedTuple):
-    """Rollouts of H steps and the action after them; all but ``actions`` is ``[B, 1]``."""
+    """Rollouts of H steps and one more action; everything but ``actions`` is ``[B, 1]``."""
 
-    actions: tuple[Tensor, ...]  # H + 1 times [B, A]; apart, so that a gradient can be taken at each step
+    actions: tuple[Tensor, ...]  # H + 1 times [B, A]; not stacked, so that each step's gradient can be taken
     objective: Tensor  # J
-    reward: Tensor  # mean over the H steps; of the value after none
+    reward: Tensor  # mean over the H steps; 0 if H = 0
     value: Tensor  # of the last action
     entropy: Tensor  # mean over the H + 1 actions
-    alive: Tensor  # probability that the rollout goes on after H steps
+    alive: Tensor  # probability that the rollout continues after H steps
 
 
 def soft_rollout(
@@ -76,16 +77,16 @@ def soft_rollout(
 ) -> SoftRollout:
     """J = Σ_{t<H} γ^t c_t (r_t + w h_t) + γ^H c_H (Q(z_H, a_H) + w h_H).
 
-    The entropies are h_t = −log π(a_t | z_t), the probabilities of going on c_t = ∏_{s<t}(1 − p_s).
+    The entropies are h_t = −log π(a_t | z_t), the probabilities of continuing c_t = ∏_{s<t}(1 − p_s).
 
     Args:
-        step (callable): latent, action -> next latent, reward, probability of a termination.
+        step (callable): latent, action -> next latent, reward, termination probability.
         policy (callable): latent -> mean and standard deviation before tanh.
         value (callable): latent, action -> value ``[B, 1]``.
         start (Tensor): z_0 ``[B, D]``.
         noise (Tensor): standard normal ``[H + 1, B, A]``.
         gamma (float): discount.
-        weight (Tensor): w, of the entropy, in units of the rewards.
+        weight (Tensor): w, the entropy's weight, in units of the rewards.
         detach (bool): stop the gradient at the policy's input. Defaults to ``True``.
     """
     horizon = len(noise) - 1
@@ -113,7 +114,7 @@ def soft_rollout(
 
 
 class SoftActorLoss(PWMLoss):
-    r"""Negative soft return of a few imagined steps and the value after them, differentiated through model and critics.
+    r"""Negative soft return of a few imagined steps plus a final value, differentiated through model and critics.
 
     .. math::
 
@@ -121,31 +122,32 @@ class SoftActorLoss(PWMLoss):
         + \gamma^H c_H \big( \min_k Q_k(z_H, a_H) + \alpha u\, h_H \big), \qquad
         L = -\frac{\operatorname{mean}(J)}{u (H + 1)}
 
-    with the entropies :math:`h_t = -\log \pi(a_t \mid z_t)`, the probability :math:`c_t = \prod_{s<t} (1 - p_s)` of
-    still going on, and u the unit in which the critics compute. H is a dial: 0 is SAC in latent space (https://arxiv.org/abs/1801.01290),
-    16 nearly PWM (https://arxiv.org/abs/2407.02466); between them lies SAC-SVG (https://arxiv.org/abs/2008.12775). The
-    weight α is learned so that the entropy is ``target_entropy`` per action dimension
-    (https://arxiv.org/abs/1812.05905).
+    where :math:`h_t = -\log \pi(a_t \mid z_t)` is the entropy, :math:`c_t = \prod_{s<t} (1 - p_s)` the probability that
+    the rollout continues to step t, and u the critics' unit. H = 0 gives SAC in latent space
+    (https://arxiv.org/abs/1801.01290), H = 16 nearly PWM (https://arxiv.org/abs/2407.02466); SAC-SVG
+    (https://arxiv.org/abs/2008.12775) lies between them. The weight α is learned so that the entropy is
+    ``target_entropy`` per action dimension (https://arxiv.org/abs/1812.05905).
 
     Args:
-        actor (Actor): with a temperature; its parameters are those of the loss.
+        actor (Actor): with a temperature; the loss trains its parameters.
         world_model (WorldModel): single-task, or bound to one task; gets no gradient.
-        critics (CriticEnsemble): of actions, ``action_dim`` > 0; get no gradient.
+        critics (CriticEnsemble): critics that take actions, ``action_dim`` > 0; get no gradient.
 
     Keyword Args:
         horizon (int): H, 0 or more. Defaults to ``3``.
         gamma (float): discount. Defaults to ``0.99``.
         detach (bool): stop the gradient at the actor's input. Defaults to ``True``.
-        target_entropy (float): per action dimension. Defaults to ``-1.0``.
+        target_entropy (float): target per action dimension. Defaults to ``-1.0``.
         reduction (str): ``"mean"`` or ``"sum"`` over rollouts, or ``"none"``, which leaves ``loss_actor`` ``[B, 1]``.
             Defaults to ``"mean"``.
-        compile (bool): compile the evaluation of the dynamics' network, the piece that repeats. Defaults to ``False``.
-        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
+        compile (bool): compile the evaluation of the dynamics network, which is called at every step. Defaults to
+            ``False``.
+        precision (str): precision of matrix products: ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
 
     The input holds ``latent`` ``[B, D]``; the output is a TensorDict with ``loss_actor`` and detached metrics.
 
     Raises:
-        ValueError: for a negative horizon, an actor without temperature or critics of states.
+        ValueError: for a negative horizon, an actor without temperature, or critics that take no actions.
 
     Examples:
         >>> import torch
@@ -177,7 +179,7 @@ class SoftActorLoss(PWMLoss):
     actor_params: TensorDictParams
     target_actor_params: TensorDictParams
 
-    #: J is divided by a unit that collected rewards set, not by statistics of its own.
+    #: J is divided by the critics' unit, which is computed from collected rewards, not by statistics of J.
     return_statistics = None
 
     def __init__(
@@ -203,7 +205,7 @@ class SoftActorLoss(PWMLoss):
                 f"temperature={actor.initial_temperature} and action_dim={critics.action_dim}."
             )
         self.convert_to_functional(actor, "actor")
-        # Not registered: their parameters are no parameters of this loss.
+        # Not registered as submodules: this loss does not train their parameters.
         self.__dict__["world_model"] = world_model
         self.__dict__["critics"] = critics
         if compile:
@@ -212,7 +214,7 @@ class SoftActorLoss(PWMLoss):
         self.target_entropy = target_entropy * actor.action_dim
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> SoftActorLoss:
-        # They are no submodules, but the loss computes with them and goes nowhere without.
+        # They are not submodules, but must move to the same device and dtype as the loss.
         for network in (self.world_model, self.critics):
             network._apply(fn)
         super()._apply(fn)
@@ -229,7 +231,7 @@ class SoftActorLoss(PWMLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Loss and metrics of rollouts from latents ``[B, D]``; the temperature's own loss is not in ``loss_actor``."""
+        """Loss and metrics of rollouts from latents ``[B, D]``; ``loss_actor`` excludes the temperature's own loss."""
         start = self.start(tensordict)
         rollout = self.imagine(start, self.draw_noise(start))
         return self.metrics(rollout.objective, self._rows(rollout))
@@ -246,7 +248,7 @@ class SoftActorLoss(PWMLoss):
         return torch.randn(*shape, dtype=latent.dtype, device=latent.device)
 
     def imagine(self, start: Tensor, noise: Tensor) -> SoftRollout:
-        """Differentiable rollouts from ``[B, D]`` with the noise of :meth:`draw_noise`."""
+        """Differentiable rollouts from start latents ``[B, D]``, with noise from :meth:`draw_noise`."""
         with products_in(self.products), frozen(self.world_model, self.critics), swapped(self.actor_params, self.actor):
             temperature = self.actor.temperature
             assert temperature is not None
@@ -264,12 +266,12 @@ class SoftActorLoss(PWMLoss):
 
     @property
     def unit(self) -> Tensor | float:
-        """What J is divided by, beside the number of actions: the unit in which the critics compute."""
+        """u, the unit in which the critics compute; 1 without one."""
         return 1.0 if self.critics.scale is None else self.critics.scale
 
     @property
     def divisor(self) -> Tensor | float:
-        """What −J is divided by."""
+        """The divisor of −J: u (H + 1)."""
         return self.unit * (self.horizon + 1)
 
     def action_gradients(self, start: Tensor) -> list[Tensor]:
@@ -278,7 +280,7 @@ class SoftActorLoss(PWMLoss):
         return list(torch.autograd.grad(rollout.objective.mean(), rollout.actions))
 
     def metrics(self, objective: Tensor, rows: TensorDictBase) -> TensorDictBase:
-        """What ``forward`` returns, of J ``[B, 1]`` and a detached summary of the rollouts ``[B]``."""
+        """The output of ``forward``, from J ``[B, 1]`` and a detached summary of the rollouts ``[B]``."""
         loss = -objective / self.divisor
         loss = loss if self.reduction == "none" else loss.mean() if self.reduction == "mean" else loss.sum()
         temperature = self.actor.temperature
@@ -303,12 +305,12 @@ class SoftActorLoss(PWMLoss):
         rows = {key: value.detach() for key, value in entries.items()}
         return TensorDict({**rows, "saturated": saturated.mean(0)}, rollout.objective.shape[:1])
 
-    # Gradients, a micro-batch or a share of a batch at a time ---------------------------------------------------------
+    # Gradients, one micro-batch or share of a batch at a time ---------------------------------------------------------
 
     def backward(
         self, tensordict: TensorDictBase, micro_batch: int | None = None
     ) -> tuple[TensorDictBase, TensorDictBase]:
-        """Add the gradients of the loss, and of the temperature's, to the actor's parameters.
+        """Add the gradients of the loss and of the temperature's loss to the actor's parameters.
 
         Args:
             tensordict (TensorDictBase): start latents ``[B]``.
@@ -329,12 +331,13 @@ class SoftActorLoss(PWMLoss):
         noise: Tensor | None = None,
         count: int | None = None,
     ) -> Accumulated:
-        """The first half of :meth:`backward`: what adds up over shares of a batch; changes nothing.
+        """The first half of :meth:`backward`: sums over a share of a batch; changes no parameters.
 
         Args:
-            tensordict (TensorDictBase): start latents ``[B]``, or a share of a batch of them.
+            tensordict (TensorDictBase): start latents ``[B]``, the whole batch or a share of it.
             micro_batch (int, optional): rollouts per backward pass. Defaults to ``None``, all at once.
-            noise (Tensor, optional): of these rollouts, as :meth:`draw_noise` draws it. Defaults to ``None``, drawn.
+            noise (Tensor, optional): noise of these rollouts, from :meth:`draw_noise`. Defaults to ``None``, drawn
+                here.
             count (int, optional): rollouts of the whole batch. Defaults to ``None``, B.
         """
         self.check_back_propagates()
@@ -355,12 +358,12 @@ class SoftActorLoss(PWMLoss):
             total = plus_gradients(total, loss, parameters)
             objectives.append(rollout.objective.detach())
             summaries.append(self._rows(rollout))
-            del rollout, loss  # or they would live beside the next part's
-        assert total is not None  # there is at least one part, be it empty
+            del rollout, loss  # frees their graph before the next part
+        assert total is not None  # an empty batch also has one (empty) part
         return Accumulated(total, torch.cat(objectives), torch.cat(summaries))
 
     def finish(self, whole: Accumulated) -> tuple[TensorDictBase, TensorDictBase]:
-        """The second half of :meth:`backward`, with what the whole batch accumulated; returns what that returns."""
+        """The second half of :meth:`backward`, from the sums over the whole batch; same return value."""
         hand_out(whole.gradients, self._trained())
         return self.metrics(whole.returns, whole.rollouts), whole.rollouts
 

@@ -1,4 +1,4 @@
-"""Critic loss over TensorDicts."""
+"""Critic loss: regression of the ensemble's values on their targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pwm_torchrl.objectives.base import PWMLoss, backward_in_parts, check_same_s
 
 
 def ensemble_value_loss(values: Tensor, target: Tensor) -> Tensor:
-    """(V_k(z) − target)² ``[K, ..., 1]`` of every member, gradients of the target stopped.
+    """(V_k(z) − target)² ``[K, ..., 1]`` of every member; no gradient flows into the target.
 
     Args:
         values (Tensor): ``[K, ..., 1]``.
@@ -37,23 +37,23 @@ class PWMValueLoss(PWMLoss):
 
         L = \operatorname{mean}_s \frac{1}{K} \sum_k \big( V_k(z_s) - \hat V_s \big)^2
 
-    Critics of actions are Q_k(z, a) in place of V_k(z). Critics that compute in a unit of their own have their errors
-    in that unit.
+    Critics that take actions are Q_k(z, a) instead of V_k(z). If the critics have a unit, the errors are divided by it.
 
     Args:
-        critics (CriticEnsemble): the value functions; their parameters are those of the loss.
+        critics (CriticEnsemble): the value functions; the loss trains their parameters.
 
     Keyword Args:
-        reduction (str): ``"mean"`` or ``"sum"`` over states, or ``"none"``, which leaves ``[*batch, 1]``; each is a
-            mean over members. Defaults to ``"mean"``.
-        deactivate_vmap (bool): evaluate the members one after another instead of all in batched products. Defaults to
+        reduction (str): ``"mean"`` or ``"sum"`` over states, or ``"none"``, which leaves ``[*batch, 1]``; each is
+            averaged over members. Defaults to ``"mean"``.
+        deactivate_vmap (bool): evaluate the members one after another instead of in batched products. Defaults to
             ``False``.
-        precision (str): of matrix products, ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
+        precision (str): precision of matrix products: ``"fp32"``, ``"tf32"`` or ``"bf16"``. Defaults to ``"fp32"``.
 
-    The input holds ``latent`` ``[*batch, D]`` and ``value_target`` ``[*batch, 1]`` as
-    :class:`~pwm_torchrl.objectives.PWMActorLoss` writes them; the output ``loss_value``, and detached ``value`` (mean).
+    The input holds ``latent`` ``[*batch, D]`` and ``value_target`` ``[*batch, 1]``, as
+    :class:`~pwm_torchrl.objectives.PWMActorLoss` writes them, and ``action`` for critics that take actions. The output
+    holds ``loss_value`` and the detached mean ``value``.
 
-    .. note:: states after the end of an imagined rollout are excluded through
+    .. note:: States after the end of an imagined rollout are excluded by the mask under
         :attr:`~torchrl.objectives.LossModule.loss_mask_key`, by default ``("collector", "mask")``.
 
     Examples:
@@ -73,7 +73,7 @@ class PWMValueLoss(PWMLoss):
 
         Attributes:
             latent (NestedKey): latent state. Defaults to ``"latent"``.
-            action (NestedKey): action, of critics of actions. Defaults to ``"action"``.
+            action (NestedKey): action, for critics that take actions. Defaults to ``"action"``.
             value_target (NestedKey): regression target. Defaults to ``"value_target"``.
         """
 
@@ -117,7 +117,7 @@ class PWMValueLoss(PWMLoss):
         return TensorDict(loss_value=loss, value=values.detach().mean())
 
     def _errors(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Squared error ``[*batch, 1]``, mean over members, and values ``[K, *batch, 1]``."""
+        """Squared error ``[*batch, 1]``, averaged over members, and values ``[K, *batch, 1]``."""
         keys, scale = self.tensor_keys, self.critics.scale
         inputs = [tensordict[key].detach() for key in self.in_keys[:-1]]
         with products_in(self.products), swapped(self.critics_params, self.critics):
@@ -127,7 +127,7 @@ class PWMValueLoss(PWMLoss):
         return error if scale is None else error / scale.square(), values
 
     def counted(self, tensordict: TensorDictBase) -> Tensor:
-        """States ``[S]`` that are not masked, at least 1: what the sum of their errors is divided by."""
+        """Number of unmasked states, at least 1: the divisor of their summed errors."""
         ones = torch.ones_like(tensordict[self.tensor_keys.value_target])
         return self._reduce_loss(ones, tensordict, reduction="sum").clamp_min(1)
 
@@ -138,15 +138,15 @@ class PWMValueLoss(PWMLoss):
         *,
         whole: tuple[int, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Add the gradients of a batch's loss to the parameters, a micro-batch at a time.
+        """Add the gradients of a batch's loss to the parameters, one micro-batch at a time.
 
         Args:
-            tensordict (TensorDictBase): states ``[S]``, as :meth:`forward` takes them, or a share of a batch of them.
+            tensordict (TensorDictBase): states ``[S]``, as :meth:`forward` takes them; the whole batch or a share.
             micro_batch (int, optional): states per backward pass. Defaults to ``None``, all at once.
 
         Keyword Args:
-            whole (tuple, optional): number of states and :meth:`counted` of the whole batch if ``tensordict`` is a
-                share of it, so that the shares' gradients and results add up to the batch's. Defaults to ``None``.
+            whole (tuple, optional): number of states and :meth:`counted` of the whole batch, if ``tensordict`` is a
+                share of it; then the shares' gradients and losses add up to the batch's. Defaults to ``None``.
 
         Returns:
             dict of Tensor: ``loss_value`` and ``value``, detached.
