@@ -1,4 +1,4 @@
-"""A run from its configuration to its summary: the loop, sources of data, evaluations, checkpoints, logs, its end.
+"""Runs: the training loop, data sources, evaluation, checkpoints, logging, and how a run ends.
 
 May import modules, objectives, algorithm, memory, distributed, envs and data. Importing this package is light; most of
 its modules import torch.

@@ -154,15 +154,15 @@ Frame = npt.NDArray[np.uint8]
 
 
 def write_summary(run_dir: str | os.PathLike[str], summary: Mapping[str, Any]) -> Path:
-    """Writes ``summary.json`` in one step.
+    """Writes ``summary.json`` atomically.
 
-    Numbers that JSON does not know (NaN, infinities) become ``null``.
+    NaN and infinities, which JSON does not have, become ``null``.
 
     Returns:
         The file's path.
 
     Raises:
-        TypeError: if a value is not plain data; a tensor has no place in a summary.
+        TypeError: if a value is not plain data, for example a tensor.
     """
     return swap_in(Path(run_dir) / "summary.json", json_text(dict(summary)))
 
@@ -173,13 +173,13 @@ def json_text(content: Any) -> str:
 
 
 def write_video(file: str | os.PathLike[str], frames: Iterable[Frame], fps: float = 30.0) -> Path:
-    """Writes an mp4 (H.264) from pictures.
+    """Writes an mp4 (H.264) from frames.
 
     Args:
-        file: where to write, ``RUN/video.mp4`` for example.
-        frames: uint8 arrays ``[height, width, 3]``, all of one shape; a generator keeps only one in memory.
+        file: the file to write, for example ``RUN/video.mp4``.
+        frames: uint8 arrays ``[height, width, 3]``, all of one shape; with a generator, only one is in memory.
             An odd height or width, which the format does not allow, is padded by repeating the last row or column.
-        fps: pictures per second, > 0. Defaults to ``30.0``.
+        fps: frames per second, > 0. Defaults to ``30.0``.
 
     Returns:
         The video's path.
@@ -253,6 +253,6 @@ def _finite(value: Any) -> Any:
 
 
 def swap_in(target: Path, text: str) -> Path:
-    """Writes a file in one step; it is on the disk when this returns."""
+    """Writes a file atomically and flushes it to disk; returns its path."""
     write_durably(target, text)
     return target

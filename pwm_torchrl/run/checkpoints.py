@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how they reach the disk, and which are kept."""
+"""Checkpoints: writing, sealing, reading and pruning them."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from pwm_torchrl.terminal import warn
 SEAL_FILE = "checksums.json"
 MANIFEST = "manifest.json"  # TorchRL's name
 _BLOCK = 1 << 22
-#: Flushes that wait together cost a journalling file system little more than one.
+#: Files flushed at the same time: a journalling file system commits concurrent flushes together, at the cost of one.
 _FLUSHES = 8
 
 
 class BrokenSeal(RuntimeError):
-    """A file of a sealed folder is missing, or is not what was sealed."""
+    """A folder's seal file is missing or damaged, or one of its files is missing or has changed."""
 
 
 def seal(folder: Path) -> None:
-    """Flush a folder's files to the disk and list them.
+    """Flush a folder's files to disk and write their sizes and checksums to its seal file, ``checksums.json``.
 
     Raises:
-        OSError: if the disk does not take them.
+        OSError: if a file cannot be flushed or written.
     """
     files = _files(folder)
     with ThreadPoolExecutor(_FLUSHES) as pool:
@@ -59,17 +59,17 @@ def seal(folder: Path) -> None:
 
 
 def check_seal(folder: Path) -> None:
-    """Compare a folder's files with its seal.
+    """Compare a folder's files with its seal file.
 
     Raises:
-        BrokenSeal: if there is none, or a file differs; the message is the end of a sentence.
+        BrokenSeal: if there is no seal file or a file differs; the message is a clause about the folder ("it has ...").
     """
     for name, facts in _sealed(folder).items():
         _check_sealed(folder, name, facts)
 
 
 def check_manifest(folder: Path) -> None:
-    """Compare a checkpoint's manifest with its seal, which costs next to nothing.
+    """Compare only a checkpoint's manifest with its seal file, which is cheap.
 
     Raises:
         BrokenSeal: as :func:`check_seal`.
@@ -81,7 +81,7 @@ def check_manifest(folder: Path) -> None:
 
 
 def _sealed(folder: Path) -> dict[str, Any]:
-    """Size and checksum of each file of a folder when it was sealed."""
+    """Size and checksum of each file at the time when the folder was sealed, by file name."""
     try:
         content = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
         listed = content["files"]
@@ -140,10 +140,11 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 class StateFileAdapter(CheckpointAdapter):
     """Writes a component's state dict as one file, ``state.safetensors``.
 
-    TorchRL's own adapter makes a file of every tensor: hundreds for a small run, which file servers of clusters count
-    and are slow with, and maps them to copy tensors into them, which a full disk answers with SIGBUS. Here the room is
-    taken first, and everything is written through file calls. The file is in the safetensors format
-    (https://github.com/huggingface/safetensors); what is no tensor is JSON under ``state`` of its metadata.
+    TorchRL's own adapter writes one file per tensor: hundreds for a small run, which are slow on a cluster's file
+    server and count against file quotas. It also copies tensors into memory-mapped files, which causes SIGBUS on a full
+    disk. This adapter allocates the space first and writes with ordinary file calls. The file is in the safetensors
+    format (https://github.com/huggingface/safetensors); values that are not tensors are JSON in its metadata entry
+    ``state``.
     """
 
     adapter_id = "pwm_torchrl.state_file"
@@ -152,7 +153,7 @@ class StateFileAdapter(CheckpointAdapter):
         """Write ``component.state_dict(*args, **kwargs)`` into the folder ``path``.
 
         Raises:
-            StorageFault: if there is no room.
+            StorageFault: if the disk is full.
         """
         path.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
@@ -169,7 +170,7 @@ class StateFileAdapter(CheckpointAdapter):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Read the file into ``component.load_state_dict``."""
+        """Read the file and pass its state dict to ``component.load_state_dict``."""
         tensors, metadata = map_tensors(path / STATE_FILE)
         state = _decode_state_dict_value(json.loads(metadata["state"]), tensors, map_location)
         component.load_state_dict(state, *args, **kwargs)
@@ -179,14 +180,14 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Write tensors as a safetensors file.
 
     Args:
-        file (Path): where; replaced.
-        tensors (Mapping): by name; of any device and layout, copied to the host one at a time.
-        metadata (Mapping): more text.
+        file (Path): the file to write; an existing one is replaced.
+        tensors (Mapping): tensors by name, on any device and with any layout; copied to the host one at a time.
+        metadata (Mapping): strings to store in the file's header.
 
     Raises:
-        StorageFault: if there is no room; nothing is left then.
+        StorageFault: if the disk is full; no file is left then.
     """
-    # Large elements first: then each tensor begins at a multiple of its element's size, and can be mapped.
+    # Largest elements first, so that each tensor starts at a multiple of its element size and can be memory-mapped.
     ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -210,12 +211,12 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def map_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors of a safetensors file and its metadata; the tensors are mapped, and read where they are looked at.
+    """Tensors of a safetensors file by name, and its metadata; tensors are memory-mapped and read on access.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is no such file.
-        KeyError: likewise.
+        OSError: if the file cannot be read.
+        ValueError: if it is not a safetensors file.
+        KeyError: if its header has no metadata, or a tensor of an unknown dtype.
     """
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
@@ -230,16 +231,16 @@ def map_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     }, metadata
 
 
-#: Raised when the set of components, their meaning or their files change.
+#: Incremented when the set of components, their meaning or their files change.
 SCHEMA_VERSION = 4
-#: Names of networks in checkpoints of earlier versions, whose networks can be read and whose runs cannot be resumed.
+#: Names of networks in checkpoints of earlier versions; the networks can be loaded, but the runs cannot be resumed.
 EARLIER_NETWORKS = {2: {"model": "world_model", "critic": "critics"}}
-#: Components that version 3, which is otherwise the same in a file for every tensor, does not have.
+#: Components added in version 4. Version 3 is otherwise the same, except that each tensor has a file of its own.
 SINCE_4 = {"data"}
 READABLE = (*EARLIER_NETWORKS, 3, SCHEMA_VERSION)
-#: What a damaged manifest makes TorchRL raise.
+#: Exceptions that TorchRL raises for a damaged manifest.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-#: Parts of the messages of PyTorch and TorchRL that tell a checkpoint of other shapes or components.
+#: Substrings of PyTorch and TorchRL error messages for a checkpoint with other shapes or components.
 MISFITS = ("size mismatch", "Missing key", "Unexpected key", "doesn't match the size", "missing=[", "unexpected=[")
 
 
@@ -250,7 +251,7 @@ class CheckpointFault(RuntimeError):
 def kept_replay_steps(store: CheckpointStore) -> int | None:
     """Time steps in replay at the oldest checkpoint that resuming may fall back to; ``None`` without checkpoints.
 
-    The best checkpoint may be much older than the newest ones; it is kept for its policy, not for its replay.
+    The best checkpoint does not count: it may be much older, and it is kept for its policy, not for its replay.
     """
     newest = store.newest_kept()
     steps = [checkpoint_metadata(path).get("replay_steps") for path in newest]
@@ -262,15 +263,15 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         path (Path): the checkpoint.
-        components (dict): live objects by component name.
+        components (dict): objects to restore, by component name.
 
     Returns:
-        dict: its metadata.
+        dict: the checkpoint's metadata.
 
     Raises:
         CheckpointFault: if it is incomplete, damaged, or of a schema version that lacks one of the components.
-        ConfigurationError: if its tensors do not fit the live objects.
-        StorageFault: if the replay on disk that it refers to is not there.
+        ConfigurationError: if its tensors do not fit the objects.
+        StorageFault: if the replay on disk that it refers to is missing.
     """
     metadata = checkpoint_metadata(path)
     version = metadata["schema_version"]
@@ -295,10 +296,10 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
     except BrokenSeal as error:
         raise CheckpointFault(f"The checkpoint {path} cannot be read, it is truncated or damaged: {error}.") from error
     except Exception as error:
-        if is_out_of_memory(error):  # that says nothing about the checkpoint
+        if is_out_of_memory(error):  # not the checkpoint's fault
             raise
         link: BaseException | None = error
-        while link is not None:  # TorchRL wraps what a component raises
+        while link is not None:  # TorchRL wraps the exceptions of components
             if isinstance(link, ConfigurationError):
                 raise link from error
             if isinstance(link, StorageFault):
@@ -317,7 +318,7 @@ def checkpoint_metadata(path: Path) -> dict[str, Any]:
     """A checkpoint's metadata.
 
     Raises:
-        CheckpointFault: if it is no checkpoint or of another schema version.
+        CheckpointFault: if it is not a readable checkpoint or has an unsupported schema version.
     """
     try:
         metadata = dict(Checkpoint.manifest(path).get("metadata", {}))
@@ -335,13 +336,13 @@ def checkpoint_metadata(path: Path) -> dict[str, Any]:
 FOLDER = "checkpoints"
 METRIC = "eval_return"
 _INSIDE = "inside"
-#: Names of checkpoints; ``latest`` is the older word for ``last``.
+#: Names that select a checkpoint; ``latest`` is an older name for ``last``.
 WHICH = ("best", "last", "latest")
 
 
 @dataclass(frozen=True, order=True)
 class Saved:
-    """A checkpoint by its place in time: attempt, complete epochs, whether it was saved inside the next one."""
+    """A saved checkpoint, ordered by attempt, completed epochs, and whether it was saved inside the next epoch."""
 
     attempt: int
     epoch: int
@@ -350,7 +351,7 @@ class Saved:
 
     @property
     def metric(self) -> float | None:
-        """Evaluation return of its policy; ``None`` if its manifest cannot be read, or is not what was sealed."""
+        """Evaluation return of its policy; ``None`` if its manifest cannot be read or does not match its seal."""
         try:
             check_manifest(self.path)
             value = Checkpoint.manifest(self.path).get("metadata", {}).get(METRIC)
@@ -364,9 +365,9 @@ class CheckpointStore:
 
     Args:
         run_dir (Path): the run's directory.
-        keep_last (int): newest ones kept, beside the best by evaluation return. Defaults to ``2``.
-        claim (RunClaim, optional): of the attempt that saves; without one, checkpoints can only be read. Defaults to
-            ``None``.
+        keep_last (int): number of newest checkpoints to keep, beside the best by evaluation return. Defaults to ``2``.
+        claim (RunClaim, optional): claim of the attempt that saves; without one, checkpoints can only be read. Defaults
+            to ``None``.
     """
 
     def __init__(self, run_dir: Path, keep_last: int = 2, claim: RunClaim | None = None) -> None:
@@ -378,17 +379,17 @@ class CheckpointStore:
         self._unneeded = Unneeded()
 
     def save(self, checkpoint: Checkpoint, epoch: int, metadata: Mapping[str, Any], *, inside: bool = False) -> Path:
-        """Save, then delete what need not be kept.
+        """Save a checkpoint, then delete those that need not be kept.
 
         Raises:
-            Superseded: if another attempt owns the run by now; nothing is left then.
+            Superseded: if another attempt has taken over the run; nothing is saved then.
         """
         assert self.claim is not None, "only the attempt that owns a run saves"
         self.claim.check()
         folder = self.directory / f"attempt-{self.claim.attempt:04d}"
         name = f"checkpoint-{epoch:06d}" + (f"-{_INSIDE}" if inside else "")
         target, draft = folder / name, folder / f".{name}.partial"
-        for each in (self.directory, folder):  # not their parents: a run's directory is not made anew
+        for each in (self.directory, folder):  # not their parents: a deleted run directory must not be created again
             each.mkdir(exist_ok=True)
         self._remove(draft)
         failpoint("save.begin")
@@ -401,9 +402,9 @@ class CheckpointStore:
         except BaseException:
             self._remove(draft)
             if self.claim.gone:
-                _remove_empty(folder, self.directory, self.run_dir)  # what writing the draft has made again
+                _remove_empty(folder, self.directory, self.run_dir)  # created again by writing the draft
             raise
-        if target.exists():  # the epoch was saved before, and again with its evaluation or at the end
+        if target.exists():  # an epoch may be saved again, with its evaluation or at the end
             self._remove(target)
         os.replace(draft, target)
         failpoint("save.renamed")
@@ -414,9 +415,9 @@ class CheckpointStore:
         return target
 
     def countable(self) -> list[Saved]:
-        """Checkpoints that the run may continue from, oldest first, whole or damaged.
+        """Checkpoints that the run may resume from, oldest first, including damaged ones.
 
-        They are those of the newest attempt, and those that it found when it took over.
+        These are the checkpoints of the newest attempt, and those that existed when it claimed the run.
         """
         everything = self._everything()
         newest = newest_claim(self.run_dir)
@@ -426,36 +427,37 @@ class CheckpointStore:
         return [each for each in everything if each.attempt >= newest.attempt or each.path in adopted]
 
     def abandon_after(self, restored: Path) -> None:
-        """Later ones than the one that was restored do not count any more: they could not be read."""
+        """Exclude the checkpoints after ``restored`` from now on, because they could not be read."""
         paths = self.paths()
         self._abandoned.update(paths[paths.index(restored) + 1 :])
 
     def names(self) -> list[str]:
-        """The countable ones, relative to the run."""
+        """Paths of the countable checkpoints, relative to the run directory."""
         return [each.path.relative_to(self.run_dir).as_posix() for each in self.countable()]
 
     def paths(self) -> list[Path]:
-        """Directories of the countable ones, oldest first."""
+        """Paths of the countable checkpoints, oldest first."""
         return [each.path for each in self.countable()]
 
     def latest(self) -> Path | None:
-        """The newest countable one with a readable manifest."""
+        """The newest countable checkpoint with a readable manifest."""
         readable = self._readable()
         return readable[-1][0].path if readable else None
 
     def best(self) -> Path | None:
-        """The one with the highest evaluation return, the newest of equals; it was saved after a whole epoch."""
+        """The checkpoint with the highest evaluation return (the newest of equals), saved after a whole epoch."""
         rated = [(metric, saved) for saved, metric in self._readable() if not saved.inside]
         return max(rated)[1].path if rated else None
 
     def pick(self, which: str | int) -> Path:
-        """The checkpoint that a person names.
+        """The checkpoint that a user selects.
 
         Args:
             which (str or int): ``"best"`` by evaluation return, ``"last"`` (or ``"latest"``), or a number of epochs.
 
         Raises:
-            ConfigurationError: if the name is unknown, or there is no such checkpoint; those that are there are listed.
+            ConfigurationError: if the name is unknown, or there is no such checkpoint; the message lists those that
+                exist.
         """
         word = str(which)
         if word not in WHICH and not word.isdecimal():
@@ -483,18 +485,18 @@ class CheckpointStore:
         return max(found, key=lambda saved: (saved.attempt, not saved.inside)).path
 
     def _tell_unreadable(self) -> None:
-        """Name those that a person might have meant and that cannot be chosen."""
+        """Warn of the checkpoints that cannot be read and so cannot be selected."""
         readable = {saved.path for saved, _ in self._readable()}
         for each in self.countable():
             if each.path not in readable:
                 warn(f"the checkpoint {each.path} cannot be read; it is chosen among the others")
 
     def newest_kept(self) -> list[Path]:
-        """Those that resuming may fall back to; the best one may be much older."""
+        """The newest readable checkpoints, which resuming may fall back to; the best one may be much older."""
         return [saved.path for saved, _ in self._readable()[-self.keep_last :]]
 
     def prune(self) -> None:
-        """Delete all but the newest and the best; also what attempts left that were killed while they saved."""
+        """Delete all checkpoints but the newest and the best, and the drafts of attempts that were killed in a save."""
         assert self.claim is not None, "only the attempt that owns a run deletes"
         kept = {*self.newest_kept(), self.best()}
         for each in self._everything():
@@ -505,7 +507,7 @@ class CheckpointStore:
         _remove_empty(*self.directory.glob("attempt-*"))
 
     def _remove(self, path: Path) -> None:
-        """Delete a folder, whole or not at all under its own name."""
+        """Rename a folder, then delete it, so that a partly deleted folder never has the original name."""
         if not path.exists():
             return
         gone = path.with_name(f".{path.name.strip('.')}.{uuid.uuid4().hex[:8]}.deleted")
@@ -528,7 +530,7 @@ class CheckpointStore:
 
 
 def _remove_empty(*folders: Path) -> None:
-    """Delete those of some folders that are empty, in this order."""
+    """Delete the folders that are empty, in the given order."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()

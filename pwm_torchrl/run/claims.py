@@ -1,4 +1,4 @@
-"""A run directory belongs to one process at a time: who owns it, and how it is claimed."""
+"""Claims of a run directory, which one process owns at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pwm_torchrl.files import read_object, sync_folder, write_durably
 from pwm_torchrl.terminal import warn
 
 ALIVE, ENDED, UNKNOWN = "alive", "ended", "unknown"
-#: Seconds that SLURM has for an answer.
+#: Timeout in seconds of a query to SLURM.
 QUERY_TIMEOUT_S = 20
 #: States in which processes of a job may exist.
 WITH_PROCESSES = (
@@ -31,16 +31,16 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Identity:
-    """A process, as far as it can be recognised later and from elsewhere.
+    """Identifies a process, so that other processes and machines can check later whether it still runs.
 
     Attributes:
-        job_id (str, optional): of the SLURM job, ``123``, or ``123_4`` in an array; ``None`` outside of SLURM.
+        job_id (str, optional): id of its SLURM job, ``123``, or ``123_4`` in an array; ``None`` outside of SLURM.
         restart_count (int): how often SLURM has requeued that job.
         host (str): name of the machine.
-        boot_id (str, optional): the kernel's name for the machine's present uptime.
+        boot_id (str, optional): the kernel's id of the machine's current boot.
         pid (int): process id.
-        pid_namespace (str, optional): where that id holds; containers have their own.
-        started (int, optional): the process's start, clock ticks since the machine's: ids are used again.
+        pid_namespace (str, optional): namespace of the process id; containers have their own.
+        started (int, optional): start time of the process in clock ticks since boot, because process ids are reused.
     """
 
     job_id: str | None
@@ -67,7 +67,7 @@ class Identity:
         )
 
 
-#: Owner of a claim that ended and cannot be read any more.
+#: Owner of a claim that has ended and whose file cannot be read.
 NOBODY = Identity(None, 0, "", None, 0, None, None)
 
 
@@ -85,11 +85,11 @@ def own_job(
 ) -> str | None:
     """Id of the SLURM job that this process is in, ``None`` outside of one.
 
-    A terminal may have kept the variables of a job that has ended: if SLURM says so, they are removed, with a sentence,
-    since memory, CPUs and the place of a run would be read from them.
+    A shell may still have the variables of a job that has ended. If SLURM reports that it has ended, the variables are
+    removed with a warning, because the run's memory, CPUs and location would be read from them.
 
     Args:
-        environ (MutableMapping, optional): variables of the process. Defaults to ``None``, its own.
+        environ (MutableMapping, optional): environment variables. Defaults to ``None``, those of this process.
         ask_slurm (callable, optional): as for :func:`owner_state`. Defaults to ``None``: :func:`slurm_state`.
     """
     environ = os.environ if environ is None else environ
@@ -106,13 +106,13 @@ def owner_state(owner: Identity, here: Identity | None = None, ask_slurm: Callab
     """Whether an owner still runs.
 
     Args:
-        owner (Identity): the process asked about.
-        here (Identity, optional): the process that asks. Defaults to ``None``: this one.
-        ask_slurm (callable, optional): whether processes of a job may exist, by its id. Defaults to ``None``:
+        owner (Identity): the process to check.
+        here (Identity, optional): the process that checks. Defaults to ``None``: this one.
+        ask_slurm (callable, optional): returns the state of a job from its id. Defaults to ``None``:
             :func:`slurm_state`.
 
     Returns:
-        str: ``"alive"``, ``"ended"``, or ``"unknown"`` if neither can be told.
+        str: ``"alive"``, ``"ended"``, or ``"unknown"`` if this cannot be determined.
     """
     here = Identity.here() if here is None else here
     same_machine = owner.host == here.host and owner.boot_id == here.boot_id
@@ -120,15 +120,15 @@ def owner_state(owner: Identity, here: Identity | None = None, ask_slurm: Callab
         return ALIVE if _same_process(owner) else ENDED
     if owner.job_id is not None:
         if owner.job_id == here.job_id and owner.restart_count < here.restart_count:
-            return ENDED  # SLURM requeues a job when nothing of it runs any more
+            return ENDED  # SLURM requeues a job only after all its processes have ended
         return (ask_slurm or slurm_state)(owner.job_id)
     if owner.host == here.host and not same_machine:
-        return ENDED  # the machine was started again since
+        return ENDED  # the machine was rebooted
     return UNKNOWN
 
 
 def slurm_state(job_id: str) -> str:
-    """Whether processes of a SLURM job may exist; ``"unknown"`` without SLURM or its answer."""
+    """``"alive"`` if processes of a SLURM job may exist, else ``"ended"``; ``"unknown"`` if SLURM does not answer."""
     if shutil.which("squeue") is None:
         return UNKNOWN
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
@@ -137,21 +137,21 @@ def slurm_state(job_id: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return UNKNOWN
     if answer.returncode != 0:
-        # What SLURM has forgotten has ended; any other error says nothing.
+        # SLURM forgets only jobs that have ended; any other error is inconclusive.
         return ENDED if "Invalid job id" in answer.stderr else UNKNOWN
     states = answer.stdout.split()
     return ALIVE if any(state in WITH_PROCESSES for state in states) else ENDED
 
 
 def describe(owner: Identity) -> str:
-    """An owner in words."""
+    """Description of an owner for messages."""
     job = "" if owner.job_id is None else f"SLURM job {owner.job_id}, "
     return f"{job}process {owner.pid} on {owner.host}"
 
 
 def _same_process(owner: Identity) -> bool:
     started = _started(owner.pid)
-    if started is None and not _PROC.is_dir():  # a system that does not tell: whoever has the id now
+    if started is None and not _PROC.is_dir():  # without /proc, check only whether the id is in use
         try:
             os.kill(owner.pid, 0)
         except ProcessLookupError:
@@ -163,7 +163,7 @@ def _same_process(owner: Identity) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Start of a process in clock ticks, ``None`` if there is none, or none but its entry in the table is left."""
+    """Start time of a process in clock ticks since boot; ``None`` if it does not exist or is a zombie."""
     try:
         fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -186,19 +186,20 @@ def _pid_namespace() -> str | None:
 
 
 FOLDER = "attempts"
-#: Seconds for which a new attempt waits for one that is just ending.
+#: Seconds that a new attempt waits for the previous one to end.
 PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The content of a claim's file.
+    """Content of a claim's file.
 
     Attributes:
-        attempt (int): its number, from 1.
-        owner (Identity): the process that made it.
-        adopted (list of str): checkpoints of earlier attempts that it may continue from, relative to the run.
-        time (str): UTC, ISO 8601; for people.
+        attempt (int): number of the attempt, from 1.
+        owner (Identity): the process that made the claim.
+        adopted (list of str): checkpoints of earlier attempts that it may resume from, relative to the run directory;
+            ``None`` if the file cannot be read.
+        time (str): UTC, ISO 8601; only for information.
     """
 
     attempt: int
@@ -207,7 +208,7 @@ class Claim:
     time: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: the owner's facts beside the rest."""
+        """Plain values; the fields of the owner are on the same level as the others."""
         return {"attempt": self.attempt, **asdict(self.owner), "time": self.time, "adopted": self.adopted}
 
     @classmethod
@@ -218,7 +219,7 @@ class Claim:
 
 
 class RunClaim:
-    """A run directory that this attempt owns; made by :func:`claimed`."""
+    """A run directory that this attempt owns; created by :func:`claimed`."""
 
     def __init__(self, run_dir: Path, claim: Claim) -> None:
         self.run_dir = run_dir
@@ -230,31 +231,31 @@ class RunClaim:
 
     @property
     def gone(self) -> bool:
-        """Whether the directory was deleted, be it that there is another one by its name."""
+        """Whether the directory was deleted or moved, even if there is another one with the same name now."""
         return _folder(self.run_dir) != self._folder
 
     def deleted(self) -> StorageFault:
-        """The error that a run without its directory ends with."""
+        """The error of a run whose directory was deleted or moved."""
         return StorageFault(
             f"The run's directory {self.run_dir} was deleted or moved while the run was going on; nothing more is "
             "written. Resume the run where it was moved to, or begin a new one."
         )
 
     def check_there(self) -> None:
-        """Whether the directory is still there.
+        """Check that the directory still exists.
 
         Raises:
-            StorageFault: if it was deleted.
+            StorageFault: if it was deleted or moved.
         """
         if self.gone:
             raise self.deleted()
 
     def check(self) -> None:
-        """Whether this attempt still owns the run, and its directory is there.
+        """Check that this attempt still owns the run, and that its directory exists.
 
         Raises:
             Superseded: if another attempt has taken over.
-            StorageFault: if the directory was deleted.
+            StorageFault: if the directory was deleted or moved.
         """
         self.check_there()
         if self._successor.exists():
@@ -264,12 +265,12 @@ class RunClaim:
             )
 
     def release(self) -> None:
-        """Say that the attempt ended, and how."""
+        """Record that the attempt has ended, with its outcome."""
         write_durably(outcome_file(self.run_dir, self.attempt), json.dumps(self.outcome, indent=2, default=str) + "\n")
 
 
 def _folder(path: Path) -> tuple[int, int] | None:
-    """Which folder a path leads to; ``None`` if to none."""
+    """Device and inode of a folder; ``None`` if it does not exist."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -279,30 +280,30 @@ def _folder(path: Path) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def claimed(run_dir: Path, adoptable: Sequence[str] = (), patience_s: float = PATIENCE_S) -> Iterator[RunClaim]:
-    """Own a run directory inside the block.
+    """Claim a run directory for the duration of the block.
 
     Args:
         run_dir (Path): the run's directory.
-        adoptable (sequence of str): checkpoints that this attempt may continue from; see
-            :func:`pwm_torchrl.run.checkpoints.countable`. Defaults to none.
-        patience_s (float): how long a job waits for an owner that may be just ending. Defaults to ``60.0``.
+        adoptable (sequence of str): checkpoints that this attempt may resume from; see
+            :meth:`pwm_torchrl.run.checkpoints.CheckpointStore.countable`. Defaults to none.
+        patience_s (float): seconds that a SLURM job waits for the previous owner to end. Defaults to ``60.0``.
 
     Raises:
-        ConfigurationError: if another attempt owns it, or whether it does cannot be told.
+        ConfigurationError: if another attempt owns it, or if this cannot be determined.
     """
     claim = RunClaim(run_dir, _take(run_dir, list(adoptable), patience_s))
     try:
         yield claim
     finally:
-        with contextlib.suppress(OSError):  # a full disk: the next attempt asks the process table instead
+        with contextlib.suppress(OSError):  # full disk: the next attempt then checks whether this process runs
             claim.release()
 
 
 def refuse_owned(run_dir: Path) -> None:
-    """Refuse a run that another attempt owns, before anything is written to it.
+    """Raise an error for a run that another attempt owns, before anything is written to it.
 
     Raises:
-        ConfigurationError: if one does, or whether it does cannot be told.
+        ConfigurationError: if another attempt owns it, or if this cannot be determined.
     """
     newest = newest_claim(run_dir)
     if newest is not None and read_outcome(run_dir, newest.attempt) is None:
@@ -319,7 +320,7 @@ def _take(run_dir: Path, adoptable: list[str], patience_s: float) -> Claim:
         if newest is not None and read_outcome(run_dir, newest.attempt) is None:
             state = owner_state(newest.owner)
             if state == ALIVE and Identity.here().job_id is not None and time.monotonic() < patience:
-                time.sleep(0.5)  # a job that comes back may be here before its last life has ended
+                time.sleep(0.5)  # a requeued job may start before the processes of its previous attempt have ended
                 continue
             if state != ENDED:
                 raise _refusal(run_dir, newest, alive=state == ALIVE)
@@ -334,7 +335,7 @@ def _take(run_dir: Path, adoptable: list[str], patience_s: float) -> Claim:
 
 
 def newest_claim(run_dir: Path) -> Claim | None:
-    """The claim with the highest number; ``None`` if nobody ever claimed the run.
+    """The claim with the highest number; ``None`` if the run was never claimed.
 
     Raises:
         ConfigurationError: if it cannot be read.
@@ -347,7 +348,7 @@ def newest_claim(run_dir: Path) -> Claim | None:
         return Claim.from_dict(json.loads(newest.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         attempt = int(newest.stem)
-        if read_outcome(run_dir, attempt) is not None:  # it has ended, whoever it was
+        if read_outcome(run_dir, attempt) is not None:  # it has ended, so its owner does not matter
             return Claim(attempt, NOBODY, None)
         raise ConfigurationError(
             f"{newest} is not a claim of this version ({error}); make sure that nothing trains in {run_dir}, then "
@@ -356,7 +357,7 @@ def newest_claim(run_dir: Path) -> Claim | None:
 
 
 def open_owner(run_dir: Path) -> Identity | None:
-    """The process that trains a run, or did last and ended without saying so; ``None`` if the last one said so.
+    """The newest owner of a run if it has not recorded an outcome: it still trains, or was killed. ``None`` otherwise.
 
     Raises:
         ConfigurationError: if its claim cannot be read.
@@ -366,13 +367,13 @@ def open_owner(run_dir: Path) -> Identity | None:
 
 
 def read_outcome(run_dir: Path, attempt: int) -> dict[str, Any] | None:
-    """How an attempt said that it ended; ``None`` if it did not, or is not over."""
+    """The outcome that an attempt recorded; ``None`` if it recorded none, or has not ended."""
     file = outcome_file(run_dir, attempt)
-    return read_object(file) if file.exists() else None  # damaged, it still says that the attempt has ended
+    return read_object(file) if file.exists() else None  # even a damaged file shows that the attempt has ended
 
 
 def outcome_file(run_dir: Path, attempt: int) -> Path:
-    """Where an attempt says how it ended."""
+    """The file in which an attempt records its outcome."""
     return run_dir / FOLDER / f"{attempt:06d}.outcome.json"
 
 
@@ -381,7 +382,10 @@ def _file(run_dir: Path, attempt: int) -> Path:
 
 
 def _create(target: Path, text: str) -> bool:
-    """Create a file with all of its content, unless it exists; a link is atomic where an exclusive open may not be."""
+    """Create a file with its whole content; returns False if it exists.
+
+    A hard link is used because it is atomic on file systems where exclusive creation may not be.
+    """
     draft = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with draft.open("w", encoding="utf-8") as file:
@@ -392,7 +396,7 @@ def _create(target: Path, text: str) -> bool:
             os.link(draft, target)
         except FileExistsError:
             return False
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             try:
                 with target.open("x", encoding="utf-8") as file:
                     file.write(text)

@@ -234,20 +234,19 @@ WARM_UP = 2
 
 
 class UpdateProfile:
-    """Profiles a number of consecutive updates in steady state, then takes itself away.
+    """Profiles a number of consecutive updates in steady state, then removes itself.
 
-    It begins in an epoch whose updates are not the run's first, when every network that is trained has been updated
-    ``WARM_UP`` times by this process, and it lasts for ``count`` updates of any of them. What happens between two
-    updates (collection, evaluation, checkpoints) is in the trace too. Each update has a range of its name in it:
-    ``model update``, ``actor update``, ``critic update``. The trace is in Chrome's format. An attempt that resumes the
-    run profiles anew and replaces the trace.
+    It begins after the run's first updates, when this process has updated every trained network ``WARM_UP`` times, and
+    records ``count`` updates of any network. The trace includes what happens between two updates (collection,
+    evaluation, checkpoints). Each update is marked by a range: ``model update``, ``actor update``, ``critic update``.
+    The trace is in Chrome's format. An attempt that resumes the run profiles again and replaces the trace.
 
     Args:
-        updates (Updates): is profiled.
+        updates (Updates): the updates to profile.
         count (int): updates to record, at least 1.
         run_dir (Path): where ``trace.json.gz`` goes.
-        started (callable): tells whether the first updates of the run have been made.
-        device (torch.device): of the updates; a GPU's kernels are recorded beside the operators.
+        started (callable): returns whether the first updates of the run have been made.
+        device (torch.device): device of the updates; a GPU's kernels are recorded beside the operators.
     """
 
     def __init__(
@@ -263,8 +262,8 @@ class UpdateProfile:
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
         else:
-            # Torch's profiler prints two lines of its own when it starts and stops. They are above errors in its scale,
-            # so this hides its errors too: those of a GPU's counters, which must be seen, and on a CPU there are none.
+            # PyTorch's profiler prints two lines when it starts and stops, at a level above errors. Hiding them hides
+            # errors too. On a CPU there are none; on a GPU, errors of its counters must be shown.
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         updates.around = self._around
 
@@ -295,7 +294,7 @@ class UpdateProfile:
         self._profile.start()
 
     def close(self) -> None:
-        """Profile no more; a run that ends before all updates are recorded writes those that are, and says so."""
+        """Stop profiling. If not all updates are recorded yet, those that are get written, with a message."""
         if self._updates.around is None:
             return
         self._updates.around = None
@@ -309,11 +308,11 @@ class UpdateProfile:
         if not self._recorded:  # stopped in the profiler's warm-up
             return
         self._written = True
-        unfinished = self._path.with_name(f".unfinished_{TRACE}")  # the ending makes the profiler compress it
+        unfinished = self._path.with_name(f".unfinished_{TRACE}")  # the profiler compresses a file named .gz
         try:
             recorded.export_chrome_trace(str(unfinished))
             os.replace(unfinished, self._path)
-        except OSError as error:  # a full disk costs the trace, and the run decides about itself
+        except OSError as error:  # a full disk must not end the run here
             unfinished.unlink(missing_ok=True)
             warn(f"no {TRACE}: {error}")
             return

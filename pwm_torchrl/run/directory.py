@@ -1,4 +1,4 @@
-"""``config.yaml``, ``events.jsonl`` and ``summary.json`` of a run directory; creating and recognising one."""
+"""``config.yaml``, ``events.jsonl`` and ``summary.json`` of a run directory; creating and checking run directories."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ CONFIG_FILE = "config.yaml"
 
 
 def save_config(config: Config, run_dir: Path) -> None:
-    """Write ``config.yaml``, unless it says the same already; the directory's own path is left out, so that a run can
-    be moved.
-    """
+    """Write ``config.yaml`` unless its content is the same; ``run_dir`` is left out, so that a run can be moved."""
     from omegaconf import OmegaConf
 
     text = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "run_dir": None}))
@@ -81,16 +79,16 @@ def load_config(run_dir: str | Path) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigurationError(f"{file} does not fit this version at {key}: {str(error).splitlines()[0]}") from error
-    except (YAMLError, UnicodeDecodeError, OSError) as error:  # OSError: of OmegaConf, for a file that is a single word
+    except (YAMLError, UnicodeDecodeError, OSError) as error:  # OmegaConf raises OSError for a file of a single word
         raise ConfigurationError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
     return stored
 
 
 def rename_keys(content: Any) -> None:
-    """Give the keys of a file that an earlier version wrote their present names, in place.
+    """Rename the keys of an earlier version's configuration file to their present names, in place.
 
     Args:
-        content (DictConfig): the file.
+        content (DictConfig): content of the file.
     """
     from omegaconf import OmegaConf
 
@@ -112,14 +110,14 @@ def write_event(run_dir: Path, event: str, **details: Any) -> None:
 
     Args:
         run_dir (Path): the run's directory.
-        event (str): ``start``, ``resume``, ``micro_batch`` (halved), ``unsaved`` (no checkpoint after a fault),
-            ``unwatched`` (memory is not watched any more), and at the end a status: ``finished``, ``stopped``,
-            ``failed``, ``memory`` or ``storage``, or ``refused`` where an attempt could not go on with an earlier
-            one's work and left it as it was.
+        event (str): ``start``, ``resume``, ``micro_batch`` (halved), ``quality`` or ``latent_collapse`` (a warning),
+            ``unsaved`` (no checkpoint after a fault), ``unwatched`` (memory is not watched any more), and at the end a
+            status: ``finished``, ``stopped``, ``failed``, ``memory`` or ``storage``, or ``refused`` if an attempt could
+            not continue an earlier one and left it unchanged.
         details: plain values.
 
     Raises:
-        OSError: if it cannot be written; the file is as before then.
+        OSError: if it cannot be written; the file is unchanged then.
     """
     record = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **details}
     with (run_dir / EVENTS_FILE).open("ab", buffering=0) as file:
@@ -130,12 +128,12 @@ SUMMARY_FILE = "summary.json"
 
 
 def was_started(run_dir: str | Path) -> bool:
-    """Whether an earlier attempt left something to continue, be it only its first lines."""
+    """Whether an earlier attempt left checkpoints, metrics or a summary."""
     return any((Path(run_dir) / name).exists() for name in ("checkpoints", "metrics.csv", SUMMARY_FILE))
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """The run's ``summary.json``; empty while there is none or it is torn."""
+    """Content of the run's ``summary.json``; empty if the file is missing or damaged."""
     return read_object(Path(run_dir) / SUMMARY_FILE)
 
 
@@ -147,11 +145,11 @@ def read_plan(run_dir: str | Path, without: str) -> dict[str, Any] | None:
 
     Args:
         run_dir (str or Path): the run's directory.
-        without (str): what follows from a plan that cannot be used, for the warning.
+        without (str): clause for the warning, which says what happens if the plan cannot be used.
 
     Returns:
-        dict, optional: what ``memory_plan.json`` holds, with ``choices``, ``batches`` and ``prediction`` as they were
-        written; ``None`` without one, or, with a warning, if it is damaged or of another version.
+        dict, optional: content of ``memory_plan.json``, with valid ``choices``, ``batches`` and ``prediction``;
+        ``None`` if there is no plan or, with a warning, if it is damaged or from another version.
     """
     file = Path(run_dir) / PLAN_FILE
     content = read_object(file)
@@ -183,13 +181,16 @@ def _is_size(value: Any) -> bool:
 
 
 def pretraining_run(world_model: str | Path) -> Path | None:
-    """The run directory of the pre-training that makes a world model; ``None`` for one that came from elsewhere."""
+    """The run directory of the pre-training that trains a world model; ``None`` if it does not belong to a run."""
     path = Path(world_model).expanduser()
     return next((each for each in (path, path.parent) if (each / CONFIG_FILE).is_file()), None)
 
 
 def set_status(run_dir: str | Path, status: str, *, whatever_it_was: bool = False) -> None:
-    """Corrects a summary that still says ``running`` although its process ended, or anything but ``finished``."""
+    """Set the status of a summary that still says ``running`` although its process has ended.
+
+    With ``whatever_it_was``, set any status but ``finished``.
+    """
     summary = read_summary(run_dir)
     said = summary.get("status")
     if said == "running" or (whatever_it_was and said not in (None, "finished")):
@@ -200,9 +201,8 @@ def _say(run_dir: Path, summary: dict[str, Any]) -> None:
     write_durably(run_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
-# Keys that do not change what a run learns: where it runs and logs, what it shows, how often it
-# saves. The split of a batch changes the rounding only, and a run must be able to come back with a
-# smaller one.
+# Keys that do not change what a run learns: where it runs and logs, what it shows, how often it saves. The micro-batch
+# size changes only rounding, and a run must be able to resume with a smaller one.
 IGNORED = (
     "run_dir",
     "runs_dir",
@@ -212,7 +212,7 @@ IGNORED = (
     "memory",
     "data.stage",
     "data.scratch_dir",
-    "training.steps",  # training.epochs holds what it comes to
+    "training.steps",  # converted to training.epochs
     "training.progress",
     "training.video",
     "training.threads",
@@ -227,12 +227,12 @@ IGNORED = (
 
 
 class RunDir(NamedTuple):
-    """Where a run lives.
+    """A run's directory.
 
     Attributes:
-        path (Path): its directory.
-        resume (bool): whether it continues an earlier attempt.
-        created (tuple of Path): folders that were made for it, the outermost first; none if the directory was there.
+        path (Path): the directory.
+        resume (bool): whether the run continues an earlier attempt.
+        created (tuple of Path): directories that were created for it, outermost first; empty if it existed.
     """
 
     path: Path
@@ -241,10 +241,10 @@ class RunDir(NamedTuple):
 
 
 def check_run_dir(config: Config) -> None:
-    """Whether :func:`prepare_run_dir` would refuse; makes and changes nothing.
+    """Check whether :func:`prepare_run_dir` would raise an error; creates and changes nothing.
 
     Raises:
-        ConfigurationError: as that.
+        ConfigurationError: as :func:`prepare_run_dir`.
     """
     key = "runs_dir" if config.run_dir is None else "run_dir"
     path = Path(config.runs_dir if config.run_dir is None else config.run_dir).expanduser().absolute()
@@ -263,21 +263,21 @@ def check_run_dir(config: Config) -> None:
 
 
 def prepare_run_dir(config: Config, *, here: bool = False) -> RunDir:
-    """Creates or recognises the directory of a run and saves the configuration in it.
+    """Create or check the directory of a run, and save the configuration in it.
 
-    Without ``config.run_dir`` a new one is created under ``config.runs_dir``. With it: an empty or
-    missing directory is a fresh start, an unfinished run of the same configuration is resumed, and so is one that is
-    to be longer than it was, finished or not; everything else is refused.
+    Without ``config.run_dir``, a new directory is created under ``config.runs_dir``. With it, an empty or missing
+    directory starts a new run. An unfinished run of the same configuration is resumed, and so is a run, finished or
+    not, whose number of epochs was increased. Anything else raises an error.
 
     Args:
         config (Config): the run.
-        here (bool): whether this process trains it. Then the configuration of a run that is there already is left to
-            be saved when the run is claimed (see :mod:`pwm_torchrl.run.claims`), since another process may have
-            claimed it meanwhile. Defaults to ``False``.
+        here (bool): whether this process trains it. The configuration of an existing run is then saved only when the
+            run is claimed (see :mod:`pwm_torchrl.run.claims`), because another process may claim it in the meantime.
+            Defaults to ``False``.
 
     Raises:
-        ConfigurationError: if the directory cannot be written, holds something else, a run of
-            another configuration (the differing keys are listed), a finished run or one that is in use.
+        ConfigurationError: if the directory cannot be written, or contains something else, a run of another
+            configuration (the message lists the differing keys), a finished run, or a run in use.
     """
     if config.run_dir is None:
         path, created = _new_directory(config)
@@ -286,17 +286,17 @@ def prepare_run_dir(config: Config, *, here: bool = False) -> RunDir:
         _examine(path, config)
         created = _make_writable(path)
     if not here or not (path / CONFIG_FILE).is_file():
-        if read_summary(path).get("status") == "finished":  # it is to be longer, which its process is about to do
+        if read_summary(path).get("status") == "finished":  # its number of epochs was increased
             _say(path, {**read_summary(path), "status": "stopped"})
         save_config(config, path)
     return RunDir(path, was_started(path), created)
 
 
 def discard(run: RunDir) -> bool:
-    """Remove the directory of a run that was refused before it trained, if it was made for that.
+    """Delete the directory of a run that ended before it trained, if it was created for this run.
 
     Returns:
-        bool: whether it is gone; ``False`` if the directory was there before, or holds something that was trained.
+        bool: whether it was deleted; ``False`` if the directory existed before, or contains training results.
     """
     if run.path not in run.created or _has_trained(run.path):
         return False
@@ -304,7 +304,7 @@ def discard(run: RunDir) -> bool:
     for folder in reversed(run.created[:-1]):
         try:
             folder.rmdir()
-        except OSError:  # something else is in there by now
+        except OSError:  # no longer empty
             break
     return True
 
@@ -326,15 +326,15 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Dotted keys that change what a run learns, with their values."""
     flat = _flat(dataclasses.asdict(config))
     if config.world_model_sha256 is not None:
-        del flat["world_model"]  # wherever it lies, it is the one with that hash
+        del flat["world_model"]  # the hash identifies it at any path
     return {k: v for k, v in flat.items() if not any(k == i or k.startswith(i + ".") for i in IGNORED)}
 
 
 def hindrances(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
-    """The :func:`differing_keys` that keep a run from being continued with another configuration, with both values.
+    """The :func:`differing_keys` that prevent a run from being continued with another configuration, with both values.
 
-    It may be longer: schedules run over the new length. Where its stored episodes lie may change, too; that they are
-    the same is found out from the episodes (:class:`~pwm_torchrl.run.sources.StoredSource`).
+    The number of epochs may increase; schedules then extend over the new length. The path of the stored episodes may
+    change; :class:`~pwm_torchrl.run.sources.StoredSource` checks that the episodes are the same.
     """
     differing = differing_keys(stored, asked)
     differing.pop("data.path", None)
@@ -354,7 +354,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _examine(path: Path, config: Config) -> None:
-    """Raises unless ``path`` is free or holds an unfinished run of this configuration."""
+    """Raise ConfigurationError unless ``path`` is unused or holds a run that this configuration can continue."""
     try:
         empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
@@ -384,7 +384,7 @@ def _examine(path: Path, config: Config) -> None:
 
 
 def _new_directory(config: Config) -> tuple[Path, tuple[Path, ...]]:
-    """A directory of a new name under ``runs_dir``, and all the folders that were made for it."""
+    """Create a directory with a new name under ``runs_dir``; returns it and all directories created for it."""
     env = config.env.get("name") or config.env["_target_"]
     label = f"{env}_{config.model.name}_{config.size.name}_s{config.seed}"
     name = f"{label}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -406,7 +406,7 @@ def _new_directory(config: Config) -> tuple[Path, tuple[Path, ...]]:
 
 
 def _make_writable(path: Path) -> tuple[Path, ...]:
-    """Makes ``run_dir`` unless it is there; returns the folders that were made."""
+    """Create ``run_dir`` if it does not exist, and check that it is writable; returns the directories created."""
     try:
         missing = _missing(path)
         with contextlib.suppress(FileExistsError):
@@ -420,6 +420,6 @@ def _make_writable(path: Path) -> tuple[Path, ...]:
 
 
 def _missing(path: Path) -> tuple[Path, ...]:
-    """The folders that making a path would make, the outermost first."""
+    """The directories on a path that do not exist, outermost first."""
     there = existing(path)
     return tuple(each for each in reversed((path, *path.parents)) if each != there and each.is_relative_to(there))

@@ -1,6 +1,6 @@
-"""Figures: the style that a run's curves and the report share, and ``curves.png`` itself. Needs matplotlib.
+"""Figures: the common style of a run's curves and the report, and ``curves.png``. Needs matplotlib.
 
-Figures are built without pyplot: no global state, no display, and a user's own figures are left alone.
+Figures are built without pyplot, so that they need no display and do not change a user's own figures.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ STYLE = {
 DPI = 130
 SMOOTH_ABOVE = 60  # points; longer series get a moving mean over a faint raw line
 MAX_LINES = 8  # per panel of curves.png, one for each colour
-_MOST_MARKERS = 40  # points of a line that are marked one by one, at most
+_MOST_MARKERS = 40  # largest number of points of a line with markers
 _WIDE = 10  # ratio of the largest to the smallest value above which an axis is logarithmic
 
 
@@ -74,7 +74,7 @@ def require_matplotlib() -> None:
 
 
 def styled() -> AbstractContextManager[None]:
-    """Applies the style while figures are drawn and saved: matplotlib makes some ticks only when it saves."""
+    """Applies the style; needed for saving as well as drawing, because matplotlib makes some ticks only on saving."""
     from matplotlib import rc_context
 
     return rc_context(STYLE)
@@ -127,9 +127,9 @@ def draw_line(
         y: ``[points]``, NaN where the line is interrupted.
         low: ``[points]``. Defaults to ``None``: no band.
         high: likewise.
-        style: of the line, as matplotlib's ``plot`` takes it; ``color`` is needed for a band.
+        style: style of the line, for matplotlib's ``plot``; a band needs ``color``.
     """
-    if len(np.atleast_1d(np.asarray(x))) == 1:  # one point makes no line
+    if len(np.atleast_1d(np.asarray(x))) == 1:  # a line of one point is invisible
         style = {"marker": "o", "markersize": 3, **style}
     axis.plot(x, y, **style)
     if low is not None and high is not None and np.isfinite(np.asarray(low, dtype=np.float64)).any():
@@ -144,7 +144,7 @@ def log_where_wide(axis: Any, values: npt.ArrayLike) -> None:
 
 
 def finish_axis(axis: Any, title: str, x_label: str, y_label: str = "", *, steps: bool = True) -> None:
-    """Sets title, labels and ticks of a panel; one without lines says that nothing was logged.
+    """Sets title, labels and ticks of a panel; a panel without lines shows "nothing logged".
 
     Args:
         axis: the panel.
@@ -217,7 +217,7 @@ def run_figure(metrics: Metrics, summary: Mapping[str, Any], name: str) -> Any:
     Args:
         metrics: columns of ``metrics.csv``.
         summary: content of ``summary.json``.
-        name: of the run, for the title of a figure whose summary does not describe the run.
+        name: name of the run, used as title if the summary does not describe the run.
 
     Returns:
         A :class:`matplotlib.figure.Figure`.

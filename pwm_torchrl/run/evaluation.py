@@ -28,9 +28,9 @@ from pwm_torchrl.run.directory import write_event
 from pwm_torchrl.run.summary import RunSummary
 from pwm_torchrl.terminal import Progress, say, warn
 
-#: Stops an evaluation whose episodes neither end nor have a known length.
+#: Maximum agent steps of an evaluation episode in an environment without a known episode length.
 MAX_AGENT_STEPS = 10_000
-#: Share of the latent's variance at the beginning below which fine-tuning has collapsed it.
+#: Fine-tuning has collapsed the latents if their variance falls below this fraction of its first value.
 COLLAPSED = 0.1
 
 
@@ -43,7 +43,7 @@ class Episodes:
     next_observation: Tensor  # [T, N, O]
     reward: Tensor  # [T, N, 1]
     valid: Tensor  # bool [T, N, 1]
-    success: Tensor | None = None  # bool [N], whether the task was solved at the end, where an environment says so
+    success: Tensor | None = None  # bool [N], whether the task was solved at the end; None: not reported
     terminated: Tensor | None = None  # bool [T, N, 1]; None: never
 
     @property
@@ -71,8 +71,8 @@ def play(
         env (EnvBase): environments of batch size ``[N]``.
         act (callable): sets ``action`` in a TensorDict, such as a policy module.
         seed (int): of the first environment; the same seed starts the same episodes.
-        between (callable, optional): called before every step; what it raises ends the evaluation. Defaults to
-            ``None``.
+        between (callable, optional): called before every step; an exception that it raises ends the evaluation.
+            Defaults to ``None``.
     """
     env.set_seed(seed)
     limit = env_info(env).episode_length or MAX_AGENT_STEPS
@@ -122,7 +122,7 @@ def acting_on(
 
 
 def random_action(env: EnvBase) -> Callable[[TensorDictBase], TensorDictBase]:
-    """Uniform actions from a generator of their own, so that evaluating them leaves training's alone."""
+    """Uniform actions from a separate generator, so that evaluating them does not change training."""
     generator = torch.Generator().manual_seed(0)
     shape = env.action_spec.shape
 
@@ -146,8 +146,8 @@ def open_loop_errors(
         reward_scale (Tensor, optional): factor that the model's rewards were trained with.
 
     Returns:
-        dict: ``latent_mse`` and ``reward_nmse`` (squared error over the variance of the real rewards, which a single
-        reward does not have), means over the horizon, and the same at its last step (``_last``). Empty if no episode is
+        dict: ``latent_mse`` and ``reward_nmse`` (squared error over the variance of the real rewards; missing if there
+        is only one reward), means over the horizon, and the same at its last step (``_last``). Empty if no episode is
         as long as the horizon.
     """
     device = next(model.parameters()).device
@@ -178,12 +178,12 @@ def open_loop_errors(
 
 
 def frames_per_second(info: EnvInfo) -> float:
-    """Speed of a video with one picture per agent step: 30 environment steps per second."""
+    """Frame rate of a video with one frame per agent step, so that it shows 30 environment steps per second."""
     return 30.0 / max(1, info.action_repeat)
 
 
 def film(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: int) -> Iterator[np.ndarray]:
-    """Pictures of one deterministic episode in a rendering environment of batch size [1]."""
+    """Frames of one deterministic episode in a rendering environment of batch size [1]."""
     env.set_seed(seed)
     state = env.reset()
     limit = env_info(env).episode_length or MAX_AGENT_STEPS
@@ -197,41 +197,41 @@ def film(env: EnvBase, act: Callable[[TensorDictBase], TensorDictBase], seed: in
 
 
 class Evaluation(Protocol):
-    """Measures what has been learned, in the way of a run's mode."""
+    """Measures a run's networks; the modes have different implementations."""
 
     @property
     def measuring(self) -> str:
-        """What :meth:`measure` does, in words."""
+        """Name of :meth:`measure` in the progress display."""
 
     def prelude(self) -> None:
-        """What comes before the first epoch, and again when a run is resumed."""
+        """Called before the first epoch of every attempt."""
 
     def begin_epoch(self, epoch: int, row: MetricRow) -> None:
-        """Look at the networks before an epoch's updates."""
+        """Measure the networks before an epoch's updates."""
 
     def measure(self, epoch: int, row: MetricRow) -> float | None:
-        """Measure into ``row`` and the summary; returns the number by which the best checkpoint is kept."""
+        """Write metrics to ``row`` and the summary; returns the score of the checkpoint, higher is better."""
 
     def profile(self, row: MetricRow) -> None:
-        """Measure gradients into ``row``."""
+        """Write gradient norms to ``row``."""
 
     def finish(self) -> None:
-        """The run has finished: leave behind what people look at."""
+        """Write the final files of a run that has finished."""
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close everything that this object opened."""
 
 
 class PolicyEvaluation:
-    """Deterministic episodes in environments of its own, and the model's open-loop errors on them.
+    """Plays deterministic episodes in separate environments, and measures the model's open-loop errors on them.
 
     Args:
         cfg (Config): the run's configuration.
         run_dir (Path): the run's directory.
-        info (EnvInfo): of the environment that is learned.
-        summary (RunSummary): receives returns.
-        between (callable): called between two steps of an episode; what it raises ends the evaluation.
-        progress (Progress): is told what takes long.
+        info (EnvInfo): facts of the training environment.
+        summary (RunSummary): receives the returns.
+        between (callable): called between two steps of an episode; an exception that it raises ends the evaluation.
+        progress (Progress): shows phases that take long.
     """
 
     measuring = "evaluating"
@@ -256,7 +256,7 @@ class PolicyEvaluation:
         self.opened: OpenEnv | None = None
         if cfg.mode == "online" or cfg.training.eval_episodes > 0:
             self.env, self.opened = self._open(max(1, cfg.training.eval_episodes))
-            made = env_info(self.env)  # the task registry does not know the range of actions
+            made = env_info(self.env)  # the task registry does not contain action ranges
             self.info = replace(info, action_low=made.action_low, action_high=made.action_high)
 
     def _open(self, count: int, render: bool = False) -> tuple[EnvBase, OpenEnv]:
@@ -269,18 +269,18 @@ class PolicyEvaluation:
     def start(
         self, algorithm: Algorithm, policy: Callable[[TensorDictBase], TensorDictBase], device: torch.device
     ) -> None:
-        """Take the policy that is evaluated, and the algorithm whose model and losses are looked at."""
+        """Set the policy to evaluate, and the algorithm whose model and losses are measured."""
         self.algorithm, self.device = algorithm, device
         self.act = acting_on(policy, device, self.env_device)
 
     def prelude(self) -> None:
-        """The return of random actions, once in the life of a run."""
+        """Measure the return of random actions, once per run."""
         if self.env is not None and self.summary.random_return is None:
             with self.progress.phase("evaluating random actions"):
                 self.summary.random_return = float(self.play(random_action(self.env)).returns.mean())
 
     def play(self, act: Callable[[TensorDictBase], TensorDictBase], number: int = 0) -> Episodes:
-        """One episode in each environment, from the starts of evaluation ``number``."""
+        """Play one episode in each environment, with the seeds of evaluation ``number``."""
         assert self.env is not None
         assert self.opened is not None
         seed = evaluation_env_seed(self.cfg.seed, number, self.env.batch_size.numel())
@@ -288,7 +288,7 @@ class PolicyEvaluation:
             return play(self.env, act, seed, self.between)
 
     def begin_epoch(self, epoch: int, row: MetricRow) -> None:
-        """In fine-tuning, an alarm when the latents collapse: their variance over stored observations."""
+        """In fine-tuning, measure the latents' variance over stored observations, and warn if it has collapsed."""
         if not self.cfg.finetune:
             return
         variance = latent_variance(self.algorithm)
@@ -302,10 +302,10 @@ class PolicyEvaluation:
             )
 
     def measure(self, epoch: int, row: MetricRow) -> float | None:
-        """Returns, success, the task's score and the model's errors."""
+        """Measure returns, success, the task's score and the model's errors; returns the mean return."""
         if self.env is None:
             return None
-        # Other starts than before: the best of many evaluations from the same ones would be too good.
+        # New initial states every time: with the same ones, the best of many evaluations would be biased upwards.
         episodes = self.play(self.act, epoch)
         returns = episodes.returns
         mean, std = returns.mean().item(), returns.std(unbiased=False).item()
@@ -335,7 +335,7 @@ class PolicyEvaluation:
         return mean
 
     def _measure_policy(self, episodes: Episodes, scale: Tensor | None, row: MetricRow) -> None:
-        """Saturated actions, and the critics' values beside what followed."""
+        """Measure the share of saturated actions, and the critics' values against the returns that followed."""
         row.set({"policy/mean_saturated": saturated_share(episodes.action, episodes.valid)})
         found = value_quality(
             self.algorithm.networks,
@@ -353,12 +353,12 @@ class PolicyEvaluation:
     def profile(self, row: MetricRow) -> None:
         """Gradient norm per horizon step; uses a forked random generator, so that logging does not change training."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # No more rollouts than an update back-propagates at once: that is what memory was planned for.
+            # No more rollouts than an update back-propagates at once, because memory was planned for those.
             count = self.algorithm.updates.size("actor", updates_of(self.cfg)["actor"].batch)
             row.set(gradient_profile(self.algorithm, self.algorithm.sample_starts(count)))
 
     def finish(self) -> None:
-        """A video of one deterministic episode, if it is wanted; a machine that cannot make one says why."""
+        """Write a video of one deterministic episode if configured; an error is reported and does not fail the run."""
         if not self.cfg.training.video or self.env is None:
             return
         opened: OpenEnv | None = None
@@ -368,7 +368,7 @@ class PolicyEvaluation:
             with self.progress.phase("filming an episode"):
                 frames = film(env, self.act, self.seed)
                 write_video(self.run_dir / "video.mp4", frames, frames_per_second(self.info))
-        except Exception as error:  # noqa: BLE001 - whatever a renderer or an encoder raises, the run has finished
+        except Exception as error:  # noqa: BLE001 - no exception of a renderer or an encoder may fail a finished run
             reason = " ".join(str(error).split()) or type(error).__name__
             say(f"no video: {reason} (training.video=false films nothing)")
         finally:
@@ -385,19 +385,21 @@ def gradient_profile(algorithm: Algorithm, observation: Tensor) -> dict[str, flo
     """Norm of the actor objective's gradient with respect to the action of every horizon step, batch mean.
 
     Args:
-        algorithm (Algorithm): its actor loss imagines.
-        observation (Tensor): ``[B, O]`` to imagine from.
+        algorithm (Algorithm): has the actor loss and the encoder.
+        observation (Tensor): ``[B, O]``, start of the imagined rollouts.
     """
     gradient = algorithm.losses.actor.action_gradients(algorithm.encode(observation)["latent"])
     return {f"grad_profile/{t:02d}": g.norm(dim=-1).sum().item() for t, g in enumerate(gradient)}
 
 
 class LatentVariance:
-    """Watches fine-tuning: a model that predicts itself may do so ever better with latents that say ever less.
+    """Detects collapsing latents in fine-tuning.
+
+    A model that predicts its own latents can reduce its loss by making them less informative.
 
     Attributes:
         first (float, optional): the variance before training.
-        told (bool): whether the alarm was given.
+        told (bool): whether the collapse was reported.
     """
 
     def __init__(self) -> None:
@@ -405,7 +407,7 @@ class LatentVariance:
         self.told = False
 
     def enter(self, variance: float) -> bool:
-        """Take a variance; whether the latents have collapsed, told only once."""
+        """Record a variance; returns True the first time that the latents have collapsed."""
         if self.first is None:
             self.first = variance
         collapsed = variance < COLLAPSED * self.first
@@ -417,7 +419,7 @@ class LatentVariance:
         return dict(vars(self))
 
     def load_state_dict(self, state_dict: dict[str, float | bool | None]) -> None:
-        """Take attributes back."""
+        """Restore its attributes."""
         vars(self).update(state_dict)
 
 
@@ -425,7 +427,7 @@ class LatentVariance:
 def latent_variance(algorithm: Algorithm, count: int = 512) -> float:
     """Variance of the model's latents over ``count`` stored observations, mean over features.
 
-    Uses a forked random generator, so that looking does not change training.
+    Uses a forked random generator, so that measuring does not change training.
     """
     device = algorithm.samples.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,6 +1,6 @@
-"""Trained networks of a run as a folder that others can read: safetensors, JSON and YAML, no pickle and no code.
+"""Exports a run's trained networks as a folder of safetensors, JSON and YAML files, without pickle or code.
 
-The folder is what W&B gets as an artifact and what a model hub stores; :func:`~pwm_torchrl.load_policy` and
+The folder can be uploaded as a W&B artifact or to a model hub; :func:`~pwm_torchrl.load_policy` and
 :func:`~pwm_torchrl.load_world_model` read it like a run directory.
 """
 
@@ -37,9 +37,10 @@ EXPORT_FILE = "pwm_torchrl.json"
 HUB = "hf://"
 FORMAT, VERSION = "pwm_torchrl.export", 1
 WORLD_MODEL = "world_model"  # the architecture of the multi-task model that a policy was extracted from
-#: Files that are downloaded from the hub, where a repository may hold anything.
+#: Files to download from the hub, where a repository may contain any others.
 _PATTERNS = ("*.safetensors", "*.json", "*.yaml", "world_model/*.json")
-#: What a downloaded configuration may name: exact names, since a prefix would let it reach what our modules import.
+#: Names that a downloaded configuration may contain. They are exact: a prefix would allow everything that our modules
+#: import.
 _OURS = {f"pwm_torchrl.envs.{name}" for name in envs.__all__} | {
     f"pwm_torchrl.modules.{name}" for name in modules.__all__
 }
@@ -51,11 +52,11 @@ def write_export(
     """Writes ``config.yaml``, ``pwm_torchrl.json``, ``summary.json`` and a ``.safetensors`` file for each network.
 
     Args:
-        folder (Path): where to; created.
+        folder (Path): the folder to create.
         cfg (Config): the run.
-        networks (Networks): trained.
-        facts (Facts): of the run's environment.
-        epoch (int): of the checkpoint that they are from.
+        networks (Networks): the trained networks.
+        facts (Facts): facts of the run's environment.
+        epoch (int): epoch of the checkpoint that the networks are from.
         summary (mapping): content of the run's ``summary.json``.
 
     Returns:
@@ -77,7 +78,7 @@ def write_export(
         files += sorted((folder / WORLD_MODEL).iterdir())
     files.append(swap_in(folder / "summary.json", json_text(dict(summary))))
     content = {"format": FORMAT, "version": VERSION, "epoch": epoch, "facts": vars(facts)}
-    files.append(swap_in(folder / EXPORT_FILE, json_text(content)))  # last: with it the folder is complete
+    files.append(swap_in(folder / EXPORT_FILE, json_text(content)))  # last, because it marks the folder as complete
     return files
 
 
@@ -118,15 +119,16 @@ def read_export(folder: Path) -> tuple[Config, Networks, Facts, int]:
 
 
 def fetched(run: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """A local folder of a run: downloaded if ``run`` is ``hf://ORG/NAME``, else ``run`` itself.
+    """The local folder of a run: downloaded if ``run`` is ``hf://ORG/NAME``, else ``run`` itself.
 
     Args:
         run (str or Path): run directory, exported folder or address on the Hugging Face hub.
         revision (str, optional): branch, tag or commit on the hub. Defaults to ``None``: the newest.
-        trust_remote_code (bool): whether what is downloaded may name code of other packages. Defaults to ``False``.
+        trust_remote_code (bool): whether a downloaded configuration may name code of other packages. Defaults to
+            ``False``.
 
     Raises:
-        ConfigurationError: if the address is malformed, nothing is there, or what is there may not be loaded.
+        ConfigurationError: if the address is malformed or does not exist, or its content may not be loaded.
         MissingLibraryError: if huggingface_hub is not installed.
     """
     if not str(run).startswith(HUB):
@@ -163,16 +165,16 @@ def require_hub() -> Any:
 
 
 def hub_message(error: Exception) -> str:
-    """What an error of the hub's library says, in one line; the rest of its lines is advice."""
+    """The first two lines of a hub error, as one line; the other lines are advice."""
     return " ".join([line for line in str(error).splitlines() if line.strip()][:2])
 
 
 def check_trusted(folder: Path, source: str) -> None:
-    """Refuses a configuration from elsewhere that names code which is not this package's.
+    """Raises an error for a downloaded configuration that names code of other packages.
 
     Args:
-        folder (Path): with its ``config.yaml``.
-        source (str): where it is from.
+        folder (Path): the folder with ``config.yaml``.
+        source (str): where the folder is from, for the message.
 
     Raises:
         ConfigurationError: if it names a class, function or module of another package.
@@ -186,7 +188,7 @@ def check_trusted(folder: Path, source: str) -> None:
 
 
 def foreign_names(cfg: Config) -> Iterator[str]:
-    """``key=value`` of every value that makes this package import code of others.
+    """``key=value`` of every setting that makes this package import code of other packages.
 
     These are ``_target_`` anywhere below ``env``, gymnasium's ``id=module:Name``, dflex's ``module``, and algorithms
     and dynamics by their dotted path.

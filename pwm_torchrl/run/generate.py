@@ -1,4 +1,4 @@
-"""Episodes of the registry's tasks in TD-MPC2's format, from random and from trained policies."""
+"""Generates episodes of the registry's tasks in TD-MPC2's format, with random and with trained policies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pwm_torchrl.files import flush, storage_faults, sync_folder
 from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.run.load import load_policy
 
-#: Episodes that are played side by side.
+#: Episodes that are played in parallel.
 BATCH = 32
 RANDOM = "random"
 
@@ -28,14 +28,14 @@ Act = Callable[[TensorDictBase], TensorDictBase]
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What acts in a share of a task's episodes.
+    """The policy that acts in a share of a task's episodes.
 
     Attributes:
         policy (str): ``"random"``, uniform actions, or the directory of a run.
-        hold (int): most steps that a random action is held; how many, is drawn anew with each, uniformly from 1.
-            Actions that change every step hardly move what is heavy. Defaults to ``1``.
-        noise (float): standard deviation of the noise on a run's deterministic actions, drawn anew for each episode
-            between 0 and this. Defaults to ``0.3``.
+        hold (int): maximum number of steps for which a random action is repeated; the number is sampled for each action
+            uniformly from 1 to ``hold``. Actions that change every step hardly move heavy bodies. Defaults to ``1``.
+        noise (float): maximum standard deviation of the noise on a run's deterministic actions; the standard deviation
+            is sampled for each episode uniformly from 0 to ``noise``. Defaults to ``0.3``.
     """
 
     policy: str
@@ -55,22 +55,22 @@ def generate_episodes(
 
     A chunk is a TensorDict ``[episodes, T + 1]`` of ``obs``, ``action``, ``reward`` and ``task``, as TD-MPC2 publishes
     them (https://arxiv.org/abs/2310.16828): action and reward belong to the transition that led to the observation
-    beside them, the first ones are NaN, and all is padded with zeros to the widest task. Files that are there already
-    are kept: a command that was interrupted goes on with the next task.
+    beside them, the first ones are NaN, and all is padded with zeros to the widest task. Existing files are kept, so
+    that an interrupted command continues with the next task.
 
     Args:
-        folder (str or Path): where to; created.
-        tasks (TaskSet): what to play; a task's index is its place.
-        behaviours (mapping): by the name of a task, what acts in it; each has an equal share of its episodes.
-        episodes (int): per task.
-        seed (int): of environments, actions and noise. Defaults to ``0``.
-        on_episodes (callable, optional): told how many more episodes have been played.
+        folder (str or Path): folder for the files; created if it does not exist.
+        tasks (TaskSet): tasks to play; a task's index is its position.
+        behaviours (mapping): behaviours by task name; each acts in an equal share of the task's episodes.
+        episodes (int): number of episodes per task.
+        seed (int): seed of environments, actions and noise. Defaults to ``0``.
+        on_episodes (callable, optional): called with the number of episodes played since the last call.
 
     Returns:
         list of Path: the files, in the order of the tasks.
 
     Raises:
-        ConfigurationError: if a policy is no run, or one of another task's dimensions.
+        ConfigurationError: if a policy is not a run, or its dimensions differ from the task's.
         MissingLibraryError: if a simulator is not installed.
     """
     folder = Path(folder)
@@ -99,7 +99,7 @@ def generate_episodes(
 
 
 def _seed(seed: int, task: int, place: int) -> int:
-    """First environment's seed of a task and behaviour, far from the others'."""
+    """Seed of the first environment for a task and behaviour, far from the other seeds."""
     return 1_000_000 * (seed + 1) + 20_000 * task + 5_000 * place
 
 
@@ -170,7 +170,7 @@ def _noisy(policy: Act, noise: float, shape: torch.Size, generator: torch.Genera
 
 
 def _padded(part: TensorDictBase, task: int, tasks: TaskSet) -> TensorDictBase:
-    """With the widths of the set, and the task's index."""
+    """Pad to the widths of the task set, and add the task's index."""
 
     def widen(x: Tensor, width: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, width - x.shape[-1]))

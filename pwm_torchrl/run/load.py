@@ -1,4 +1,4 @@
-"""Trained modules and the environment from a run directory."""
+"""Loads trained networks, policies, world models and the environment from a run directory."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def load_networks(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Config, Networks]:
-    """Configuration and trained networks of a run, in evaluation mode and without gradient.
+    """Configuration and trained networks of a run, in evaluation mode and without gradients.
 
     Args:
         run (str or Path): run directory, finished or not; a folder of
-            :func:`~pwm_torchrl.run.publish.export_run`, which has one set of networks, whatever ``which`` says; or
+            :func:`~pwm_torchrl.run.publish.export_run`, which has one set of networks and ignores ``which``; or
             ``hf://ORG/NAME``, such a folder on the Hugging Face hub.
         which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"`` (or ``"latest"``), or the number of
             an epoch that has one. Defaults to ``"best"``.
-        device (str or torch.device): where to put them. Defaults to ``"cpu"``.
+        device (str or torch.device): device of the networks. Defaults to ``"cpu"``.
 
     Keyword Args:
         revision (str, optional): branch, tag or commit on the hub. Defaults to ``None``: the newest.
         trust_remote_code (bool): whether a configuration from the hub may name code of other packages that are
-            installed here, such as an environment of its author's. Defaults to ``False``.
+            installed here, such as its author's own environment. Defaults to ``False``.
 
     Raises:
-        ConfigurationError: if ``run`` is no run directory or has no such checkpoint, or a configuration from the hub
+        ConfigurationError: if ``run`` is not a run directory or has no such checkpoint, or a configuration from the hub
             names code of other packages.
         CheckpointFault: if the checkpoint cannot be read.
         MissingLibraryError: if ``run`` is on the hub and huggingface_hub is not installed.
@@ -67,7 +67,7 @@ def load_networks(
 def load_checkpointed(
     run: str | Path, which: str | int, device: str | torch.device = "cpu"
 ) -> tuple[Config, Networks, Facts, int]:
-    """:func:`load_networks` of a local folder, and the facts and the epoch of its checkpoint."""
+    """Like :func:`load_networks` for a local folder, with the facts and the epoch of its checkpoint."""
     run = Path(run)
     if is_export(run):
         cfg, networks, facts, epoch = read_export(run)
@@ -98,10 +98,10 @@ def load_checkpointed(
 
 
 def load_pretrained(cfg: Config, world_model: WorldModel) -> None:
-    """Put the weights of ``cfg.world_model`` into the view of one of its tasks.
+    """Load the weights of ``cfg.world_model`` into a single-task view of that model.
 
     Raises:
-        ConfigurationError: if they are not there, damaged, or not those that the run began with.
+        ConfigurationError: if the weights are missing or damaged, or not those that the run began with.
     """
     assert isinstance(world_model, TaskWorldModel)
     pretrained, _ = read_world_model(str(cfg.world_model), cfg.world_model_sha256)
@@ -112,8 +112,8 @@ def check_warm_start(cfg: Config) -> tuple[Config, Path]:
     """The run that ``cfg.init_from`` names, and its best checkpoint.
 
     Raises:
-        ConfigurationError: if it is none, has no checkpoint, or one of the two runs does not train a part that is
-            wanted.
+        ConfigurationError: if it is not a run, has no checkpoint, or one of the two runs does not train one of
+            ``cfg.init_from_parts``.
         CheckpointFault: if the checkpoint cannot be read.
     """
     source = Path(str(cfg.init_from))
@@ -133,10 +133,10 @@ def check_warm_start(cfg: Config) -> tuple[Config, Path]:
 
 
 def warm_start(cfg: Config, networks: Networks) -> None:
-    """Give networks that were just built the weights that ``cfg.init_from`` names.
+    """Load the weights of the run ``cfg.init_from`` into newly built networks.
 
     Raises:
-        ConfigurationError: as :func:`check_warm_start`, and if a part has other dimensions there.
+        ConfigurationError: as :func:`check_warm_start`, and if the dimensions of a part differ.
         CheckpointFault: if the checkpoint cannot be read.
     """
     theirs, path = check_warm_start(cfg)
@@ -183,20 +183,20 @@ def load_policy(
     :class:`~torchrl.envs.GymEnv` and in :func:`load_env`. Training scales them to [-1, 1]; an environment that
     :func:`~pwm_torchrl.envs.make_env` made expects that range, so give it as ``env``.
 
-    The policy is **deterministic**, whatever TorchRL's exploration type is, unless ``deterministic=False``.
+    The policy is **deterministic** for every exploration type of TorchRL, unless ``deterministic=False``.
 
     Args:
-        run (str or Path): run directory, finished or not, or what else :func:`load_networks` takes:
+        run (str or Path): run directory, finished or not, or anything else that :func:`load_networks` accepts:
             ``"hf://ORG/NAME"`` loads from the Hugging Face hub.
         which (str or int): checkpoint: ``"best"`` by evaluation return, ``"last"``, or the number of an epoch. Defaults
             to ``"best"``.
-        device (str or torch.device, optional): where the policy is. Defaults to ``None``: the device of ``env``, or
+        device (str or torch.device, optional): device of the policy. Defaults to ``None``: the device of ``env``, or
             the CPU.
 
     Keyword Args:
-        env (EnvBase, optional): environment to act in. The policy then reads and writes its entries, whatever their
-            names, and scales actions to its range. Defaults to ``None``: one with the names of
-            :class:`~torchrl.envs.GymEnv` and the range of the environment that the run was trained in.
+        env (EnvBase, optional): environment to act in. The policy then uses its keys and scales actions to its range.
+            Defaults to ``None``: the keys of :class:`~torchrl.envs.GymEnv` and the action range of the environment
+            that the run was trained in.
         deterministic (bool): act without noise. With ``False`` the policy is a
             :class:`~torchrl.modules.ProbabilisticActor` that samples, and follows
             :class:`~torchrl.envs.set_exploration_type`. Defaults to ``True``.
@@ -207,10 +207,10 @@ def load_policy(
         TensorDictSequential: for TensorDicts of any batch size; called with a tensor, it returns the action.
 
     Raises:
-        ConfigurationError: if ``run`` is no run directory or has no checkpoint, or its policy cannot act in ``env``.
+        ConfigurationError: if ``run`` is not a run directory or has no checkpoint, or its policy cannot act in ``env``.
         CheckpointFault: if the checkpoint cannot be read.
-        MissingLibraryError: if the checkpoint is too old to say the range of actions, and the environment that would
-            tell it cannot be made; with ``env``, none is made.
+        MissingLibraryError: if the checkpoint is too old to contain the action range, and the run's environment cannot
+            be created to read it; with ``env``, none is created.
 
     Examples:
         >>> from pwm_torchrl import load_policy
@@ -238,14 +238,14 @@ def load_env(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> EnvBase:
-    """The environment that a run was trained in, with actions in its own units, as :func:`load_policy` gives them.
+    """The environment that a run was trained in, with actions in its own units, as :func:`load_policy` returns them.
 
     Args:
-        run (str or Path): run directory, or what else :func:`load_networks` takes.
-        num_envs (int): ``N``. Defaults to ``1``.
-        seed (int, optional): of the first of them; number i has ``seed + i``. Defaults to ``None``: the seed of
-            ``launch/evaluate.py``, whose episodes training never saw.
-        device (str or torch.device): where the tensors go. Defaults to ``"cpu"``.
+        run (str or Path): run directory, or anything else that :func:`load_networks` accepts.
+        num_envs (int): number of environments ``N``. Defaults to ``1``.
+        seed (int, optional): seed of the first environment; environment i has ``seed + i``. Defaults to ``None``: the
+            seed of ``launch/evaluate.py``, which training never uses.
+        device (str or torch.device): device of the tensors. Defaults to ``"cpu"``.
         render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
 
     Keyword Args:
@@ -253,10 +253,10 @@ def load_env(
         trust_remote_code (bool): as for :func:`load_networks`. Defaults to ``False``.
 
     Returns:
-        EnvBase: of batch size ``[N]``; ``observation`` is one float32 vector ``[N, O]``.
+        EnvBase: with batch size ``[N]``; ``observation`` is one float32 vector ``[N, O]``.
 
     Raises:
-        ConfigurationError: if ``run`` is no run directory, or one of a pre-training, which has no environment.
+        ConfigurationError: if ``run`` is not a run directory, or is a pre-training, which has no environment.
         MissingLibraryError: if the environment's library is not installed.
 
     Examples:
@@ -276,12 +276,12 @@ def _specs(env: EnvBase, cfg: Config, facts: Facts) -> PolicySpecs:
 
 
 def _own_range(run: str | Path, cfg: Config, facts: Facts) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Smallest and largest action of the run's environment, which is made if the checkpoint does not say."""
+    """Smallest and largest action of the run's environment, which is created if the checkpoint does not have them."""
     if facts.action_low:
         return facts.action_low, facts.action_high
     try:
         with opened_env(cfg.env, num_envs=1, seed=0) as env:
-            _specs(env, cfg, facts)  # an environment that has changed since has the range of something else
+            _specs(env, cfg, facts)  # raises if the environment has changed, since its range would be wrong
             info = env_info(env)
     except MissingLibraryError as error:
         raise MissingLibraryError(
@@ -292,7 +292,7 @@ def _own_range(run: str | Path, cfg: Config, facts: Facts) -> tuple[tuple[float,
 
 
 class _Observe(nn.Module):
-    """An environment's entries as the policy's observation: one vector, float32."""
+    """Concatenates an environment's entries into the policy's observation, one float32 vector."""
 
     def __init__(self, feature_dims: tuple[int, ...]) -> None:
         super().__init__()
@@ -320,7 +320,7 @@ class _Act(nn.Module):
 
 
 class _Cast(nn.Module):
-    """An action in the environment's precision."""
+    """Casts an action to the environment's dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ class _Cast(nn.Module):
 
 
 def _policy(networks: Networks, specs: PolicySpecs, deterministic: bool) -> TensorDictSequential:
-    """Networks as a policy for an environment; beside the action it leaves nothing in the TensorDict."""
+    """Builds a policy for an environment from networks; it writes only the action into the TensorDict."""
     key, observed = specs.action_key, ("_pwm", "observation")
     modules: list[TensorDictModuleBase] = [
         TensorDictModule(_Observe(specs.feature_dims), list(specs.observation_keys), [observed]),
@@ -355,7 +355,7 @@ def _policy(networks: Networks, specs: PolicySpecs, deterministic: bool) -> Tens
 
 
 class _Part(nn.Module):
-    """One method of a world model as a module."""
+    """Base of the modules that each wrap one part of a world model."""
 
     def __init__(self, world_model: WorldModel) -> None:
         super().__init__()
@@ -413,19 +413,19 @@ def load_world_model(
 def evaluate_run(
     run_dir: str | Path, episodes: int = 10, seed: int | None = None, which: str | int = "best"
 ) -> dict[str, Any]:
-    """Deterministic return of a run's policy in environments of its own.
+    """Evaluate a run's policy with deterministic actions in new environments.
 
     Args:
         run_dir (str or Path): run directory.
-        episodes (int): number of episodes, played side by side. Defaults to ``10``.
-        seed (int, optional): of the first environment. Defaults to one of the run's that neither its training nor its
-            choice of the best checkpoint used.
+        episodes (int): number of episodes, played in parallel. Defaults to ``10``.
+        seed (int, optional): seed of the first environment. Defaults to one derived from the run's seed that was used
+            neither for training nor to select the best checkpoint.
         which (str or int): checkpoint: ``"best"``, ``"last"`` or the number of an epoch. Defaults to ``"best"``.
 
     Returns:
-        dict: ``return_mean``, ``return_std``, ``episodes``, ``returns``, ``seed`` and the checkpoint's ``epoch``; where
-        the environment tells it, ``success_rate``; of a policy for one of the registry's tasks, ``score`` on the task's
-        scale from 0 to 1.
+        dict: ``return_mean``, ``return_std``, ``episodes``, ``returns``, ``seed`` and the checkpoint's ``epoch``;
+        ``success_rate`` if the environment reports success; ``score``, from 0 to 1 on the task's scale, if the run was
+        trained on a task of the registry.
     """
     cfg, networks, facts, epoch = load_checkpointed(run_dir, which)
     seed = fresh_env_seed(cfg.seed) if seed is None else seed
@@ -455,13 +455,13 @@ def film_run(run_dir: str | Path, file: str | Path, seed: int | None = None, whi
 
     Args:
         run_dir (str or Path): run directory.
-        file (str or Path): where to write.
+        file (str or Path): the video file to write.
         seed (int, optional): as for :func:`evaluate_run`. Defaults to ``None``.
         which (str or int): as for :func:`evaluate_run`. Defaults to ``"best"``.
 
     Raises:
-        ConfigurationError: if the environment cannot be drawn here.
-        MissingLibraryError: if a library that draws or encodes is missing.
+        ConfigurationError: if the environment cannot be rendered on this machine.
+        MissingLibraryError: if a library for rendering or encoding is missing.
     """
     cfg, networks, facts, _ = load_checkpointed(run_dir, which)
     seed = fresh_env_seed(cfg.seed) if seed is None else seed

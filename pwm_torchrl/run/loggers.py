@@ -1,7 +1,7 @@
-"""Loggers beside ``metrics.csv``: TorchRL's TensorBoard and Weights & Biases loggers, made from the configuration.
+"""Loggers beside ``metrics.csv``: TorchRL's TensorBoard and Weights & Biases loggers, built from the configuration.
 
-Logging never ends a run. W&B falls back from online to offline, and from there to nothing, with one sentence each time;
-while a run trains, W&B's own process uploads, so that no step waits for it.
+A logging error never ends a run. W&B falls back from online to offline and then to no logging, with a warning each
+time. W&B uploads in its own process, so that training does not wait for it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ PROJECT = "pwm_torchrl"
 WANDB_ID_FILE = "wandb_id.txt"
 SYNC = "wandb/offline-run-*"  # what `wandb sync` uploads
 
-CONNECT_TIMEOUT = 3.0  # seconds for finding out whether W&B can be reached
-INIT_TIMEOUT = 30.0  # seconds for opening a run there
+CONNECT_TIMEOUT = 3.0  # seconds for checking whether W&B can be reached
+INIT_TIMEOUT = 30.0  # seconds for starting a W&B run
 FINISH_TIMEOUT = 60.0  # seconds for the last upload
 GIF_FRAMES = 120  # frames of an episode in TensorBoard, evenly spaced
 
@@ -59,15 +59,15 @@ _log = logging.getLogger(__name__)
 
 
 class RunTensorboardLogger(TensorboardLogger):
-    """TorchRL's TensorBoard logger, which also takes a video file, without moviepy."""
+    """TorchRL's TensorBoard logger, which can also log video files, without moviepy."""
 
     def log_video_file(self, name: str, file: Path, step: int) -> None:
-        """Adds an episode as an animation, which TensorBoard shows under Images.
+        """Logs a video as an animated GIF, which TensorBoard shows under Images.
 
         Args:
             name (str): tag.
             file (Path): an mp4 file.
-            step (int): of the run.
+            step (int): step of the run.
 
         Raises:
             MissingLibraryError: if imageio-ffmpeg is not installed.
@@ -84,7 +84,7 @@ class RunWandbLogger(WandbLogger):
     """TorchRL's W&B logger, with video files, artifacts and an exit code.
 
     Attributes:
-        exit_code (int): 0 if the run ended as it should; W&B shows others as failed.
+        exit_code (int): 0 if the run succeeded; W&B shows runs with any other code as failed.
     """
 
     exit_code = 0
@@ -100,16 +100,16 @@ class RunWandbLogger(WandbLogger):
         """Uploads files as a version of an artifact.
 
         Args:
-            name (str): of the artifact, unique within the W&B project.
+            name (str): name of the artifact, unique within the W&B project.
             kind (str): W&B's artifact type, such as ``"model"``.
-            files (sequence of Path): put at the artifact's top; have to stay where they are until they are uploaded.
-            metadata (mapping): plain values shown beside it.
+            files (sequence of Path): files for the artifact's top level; must not move until they are uploaded.
+            metadata (mapping): plain values shown with the artifact.
         """
         import wandb
 
         artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata))
         for file in files:
-            # Uploaded from where it is, perhaps by a later `wandb sync`, instead of from a copy in the home directory.
+            # Upload from this path, possibly in a later `wandb sync`, instead of from a copy in the home directory.
             artifact.add_file(str(file), name=file.name, policy="immutable", skip_cache=True)
         self.experiment.log_artifact(artifact)
 
@@ -120,7 +120,7 @@ class RunWandbLogger(WandbLogger):
 
 
 class RunLoggers:
-    """The loggers of a run: what one of them raises is a warning, and that logger is not called again.
+    """The loggers of a run. An exception in a logger becomes a warning, and that logger is not called again.
 
     Args:
         loggers (sequence of Logger): may be empty.
@@ -144,11 +144,11 @@ class RunLoggers:
         return None if logger is None or logger.offline else logger.experiment.url
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs numbers at a step."""
+        """Logs metrics at a step."""
         self._call(lambda logger: logger.log_metrics(dict(metrics), step=step))
 
     def log_video_file(self, name: str, file: Path, step: int) -> None:
-        """Logs an mp4 file where loggers can show one."""
+        """Logs an mp4 file in the loggers that can show one."""
         self._call(lambda logger: logger.log_video_file(name, file, step), RunTensorboardLogger, RunWandbLogger)
 
     def log_artifact(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any]) -> None:
@@ -156,7 +156,7 @@ class RunLoggers:
         self._call(lambda logger: logger.log_artifact(name, kind, files, metadata), RunWandbLogger)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
-        """Sets the run's summary at W&B, over which runs are sorted there."""
+        """Sets values in the run's W&B summary, by which W&B can sort runs."""
         self._call(lambda logger: logger.experiment.summary.update(dict(values)), RunWandbLogger)
 
     def close(self, failed: bool = False, timeout: float = FINISH_TIMEOUT) -> None:
@@ -178,25 +178,25 @@ class RunLoggers:
                 continue
             try:
                 act(logger)
-            except Exception as error:  # noqa: BLE001 - whatever a logger raises, the run goes on
+            except Exception as error:  # noqa: BLE001 - no exception of a logger may end the run
                 self.loggers.remove(logger)
                 _log.warning("%s stopped logging (%s); metrics.csv goes on", _name(logger), _first_line(error))
 
 
 def make_loggers(cfg: Config, run_dir: Path, facts: Mapping[str, Any], *, first_step: int = 0) -> RunLoggers:
-    """Makes the loggers that ``cfg.logger`` asks for.
+    """Builds the loggers that ``cfg.logger`` selects.
 
     Args:
-        cfg (Config): the whole run, shown beside its metrics.
-        run_dir (Path): the run's directory; everything local goes below it.
-        facts (mapping): shown beside the configuration, such as the git commit.
+        cfg (Config): the whole configuration, which is logged with the metrics.
+        run_dir (Path): the run's directory; local files are written below it.
+        facts (mapping): logged with the configuration, such as the git commit.
 
     Keyword Args:
-        first_step (int): the step that will be logged first; a resumed run gives the one after its checkpoint, so that
-            TensorBoard hides what an interrupted process logged beyond it. Defaults to ``0``.
+        first_step (int): the first step that will be logged. A resumed run passes the step after its checkpoint, so
+            that TensorBoard hides what an interrupted process logged after it. Defaults to ``0``.
 
     Returns:
-        RunLoggers: empty where ``metrics.csv`` is all: ``logger=csv``, W&B disabled or impossible to start.
+        RunLoggers: empty if there is only ``metrics.csv``: with ``logger=csv``, or if W&B is disabled or cannot start.
 
     Raises:
         ConfigurationError: if ``logger.kind`` or ``logger.mode`` is unknown.
@@ -214,9 +214,9 @@ def make_loggers(cfg: Config, run_dir: Path, facts: Mapping[str, Any], *, first_
 
 
 def require_logging(cfg: LoggerConfig) -> None:
-    """Checks before a run begins what its loggers need: libraries, and W&B's key if it must log online.
+    """Checks, before a run begins, that its loggers have their libraries, and W&B its key if it must log online.
 
-    A compute node cannot ask for a key. Whether the server can be reached from there is not known before.
+    A job on a compute node cannot prompt for a key. Whether the node can reach the server is not checked.
 
     Raises:
         ConfigurationError: if ``logger.kind`` or ``logger.mode`` is unknown, or no key is found.
@@ -232,13 +232,13 @@ def require_logging(cfg: LoggerConfig) -> None:
 
 
 def active_kinds(cfg: LoggerConfig) -> list[str]:
-    """Loggers beside ``metrics.csv``, each once."""
+    """Kinds of the loggers beside ``metrics.csv``, without duplicates."""
     kinds = dict.fromkeys([cfg.kind, *cfg.also])
     return [kind for kind in kinds if kind != "csv" and not (kind == "wandb" and wandb_mode(cfg) == "disabled")]
 
 
 def wandb_mode(cfg: LoggerConfig) -> str:
-    """``auto``, ``online``, ``offline`` or ``disabled``: what the configuration says, else what W&B's variables say."""
+    """``auto``, ``online``, ``offline`` or ``disabled``, from the configuration or else from W&B's variables."""
     if cfg.mode != "auto":
         return cfg.mode
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
@@ -250,10 +250,11 @@ def wandb_mode(cfg: LoggerConfig) -> str:
 
 
 def group_name(cfg: Config) -> str:
-    """The W&B group of a run: equal for runs that differ in the seed only, such as those of ``seed=0,1,2``.
+    """The W&B group of a run; runs that differ only in the seed, such as those of ``seed=0,1,2``, share one.
 
     Returns:
-        str: environment, model and size, then eight hexadecimal digits of a hash of the settings that matter.
+        str: environment, model and size, then eight hexadecimal digits of a hash of the settings that change what a
+        run learns.
     """
     settings = {key: value for key, value in settings_of(cfg).items() if key != "seed"}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -272,7 +273,7 @@ def _close(logger: Logger, timeout: float) -> None:
     def close() -> None:
         try:
             logger.shutdown()
-        except Exception as error:  # noqa: BLE001 - a logger's last words must not fail a finished run
+        except Exception as error:  # noqa: BLE001 - an error in closing a logger must not fail a finished run
             _log.warning("closing %s failed: %s", _name(logger), _first_line(error))
 
     thread = threading.Thread(target=close, name="close-logger", daemon=True)
@@ -361,12 +362,12 @@ def _start_wandb(cfg: Config, run_dir: Path, shown: dict[str, Any], mode: str) -
     }
     # Older versions of W&B lack some of these settings and run without them.
     known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
-    # `mode` instead of TorchRL's `offline=True`, which sets WANDB_MODE for this process and all that it starts.
+    # `mode` instead of TorchRL's `offline=True`, which sets WANDB_MODE for this process and its children.
     logger = RunWandbLogger(
         exp_name=os.environ.get("WANDB_NAME") or run_dir.name,
         save_dir=run_dir,
         id=_stable_id(run_dir),
-        # What else is null here W&B takes from its own variables (WANDB_ENTITY, WANDB_TAGS, WANDB_NOTES).
+        # W&B reads other settings that are null here from its own variables (WANDB_ENTITY, WANDB_TAGS, WANDB_NOTES).
         project=cfg.logger.project or os.environ.get("WANDB_PROJECT") or PROJECT,
         entity=cfg.logger.entity,
         group=cfg.logger.group or os.environ.get("WANDB_RUN_GROUP") or group_name(cfg),
@@ -386,12 +387,12 @@ def _teardown() -> None:
 
     try:
         wandb.teardown()
-    except Exception as error:  # noqa: BLE001 - the offline start that follows tells whether it mattered
+    except Exception as error:  # noqa: BLE001 - if it matters, the offline start that follows fails too
         _log.debug("wandb.teardown failed: %s", _first_line(error))
 
 
 def offline_reason() -> str | None:
-    """Why W&B cannot be online: the end of a sentence, or ``None`` if it can."""
+    """Why W&B cannot log online, as a clause for a message; ``None`` if it can."""
     import wandb
 
     base_url = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
@@ -431,9 +432,9 @@ def _netrc_has(host: str) -> bool:
 
 
 def _stable_id(run_dir: Path) -> str:
-    """The run's W&B id, kept in its directory so that a resumed run continues the same curve.
+    """The run's W&B id, saved in its directory so that a resumed run continues the same curve.
 
-    An agent of a W&B sweep gives its run an id.
+    In a W&B sweep, the agent sets the id.
     """
     file = run_dir / WANDB_ID_FILE
     if file.is_file():
@@ -442,7 +443,7 @@ def _stable_id(run_dir: Path) -> str:
             return stored
         warn(f"{file} is damaged: the run goes on as a new one at W&B")
     given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    new = given or secrets.token_hex(4)  # not from the seeded generators: two runs of one seed are two runs
+    new = given or secrets.token_hex(4)  # not from the seeded generators: runs with the same seed need different ids
     write_durably(file, new + "\n")
     return new
 

@@ -1,9 +1,9 @@
-"""The loop of every run: collect, update, finish, epoch after epoch.
+"""The training loop of every run: each epoch collects data, updates the networks and finishes.
 
-It is our own and plain rather than TorchRL's Trainer, because a run must be able to stop between any two updates and go
-on there to the bit. Where it is, is saved state: the epoch, its phase, the collected batch and the metrics so far. The
-modes differ by a source of data and an evaluation (:mod:`~pwm_torchrl.run.sources`,
-:mod:`~pwm_torchrl.run.evaluation`), not by loops.
+It is used instead of TorchRL's Trainer because a run must be able to stop between any two updates and to resume there
+bit for bit. Its position is saved in checkpoints: the epoch, its phase, the collected batch and the metrics so far. The
+modes share this loop and differ in their data source and evaluation (:mod:`~pwm_torchrl.run.sources`,
+:mod:`~pwm_torchrl.run.evaluation`).
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from pwm_torchrl.terminal import Progress, warn
 
 #: The phases of an epoch.
 COLLECT, UPDATE, FINISH = "collect", "update", "finish"
-#: Metric of a checkpoint whose policy was not evaluated: it is never the best.
+#: Metric of a checkpoint whose policy was not evaluated, so that it is never the best.
 NOT_EVALUATED = -1e30
 
 
 @dataclass
 class Recording:
-    """Where a run writes what happens: checkpoints, metrics, summary and the terminal.
+    """The outputs of a run: checkpoints, metrics, summary, loggers and the terminal.
 
     Attributes:
-        claim (RunClaim): of the run's directory; checked before anything is written.
+        claim (RunClaim): claim of the run's directory; checked before anything is written.
         store (CheckpointStore): checkpoints.
         checkpoint (Checkpoint): the components that are saved.
         facts (dict): saved in every checkpoint's metadata, for :func:`~pwm_torchrl.load_policy`.
         summary (RunSummary): ``summary.json``.
         csv (CsvMetrics): ``metrics.csv``.
         memory (RunMemory): watches the memory of the run's processes.
-        loggers (RunLoggers): TensorBoard and W&B, if they are wanted.
+        loggers (RunLoggers): TensorBoard and W&B, if configured.
         progress (Progress): the terminal.
     """
 
@@ -82,7 +82,7 @@ class Loop:
         stop (StopRequest): asks the run to stop at its next step.
 
     Attributes:
-        epoch (int): epochs whose updates are done.
+        epoch (int): number of epochs whose updates are done.
         phase (str): ``collect``, ``update`` or ``finish``, of the epoch in progress.
     """
 
@@ -101,22 +101,22 @@ class Loop:
         self.epochs = cfg.training.epochs
         self.epoch = 0
         self.phase = COLLECT
-        self.batch: TensorDictBase | None = None  # of an epoch whose updates are not done
-        self.row = MetricRow()  # of an epoch that is not logged
-        self.measured: float | None = None  # in this epoch's evaluation
+        self.batch: TensorDictBase | None = None  # collected in an epoch whose updates are not done
+        self.row = MetricRow()  # metrics of an epoch that is not logged yet
+        self.measured: float | None = None  # result of this epoch's evaluation
         self.best = NOT_EVALUATED
         self.saved_at = time.monotonic()
         self.epoch_started = time.monotonic()
-        self.alarm: str | None = None  # memory is short: the run stops after this epoch
+        self.alarm: str | None = None  # set if memory is short: the run then stops after this epoch
         self.graph_check = GraphCheck() if cfg.training.check_graphs else None
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end, or until a stop was asked for; what was reached is saved.
+        """Train to the last epoch or until a stop is requested, and save a checkpoint.
 
         Raises:
-            OutOfMemory: if an update does not fit, or memory is about to run out; after a checkpoint.
+            OutOfMemory: if an update does not fit into memory, or memory is about to run out; after a checkpoint.
             EnvironmentFault: if an environment fails; after a checkpoint.
             DivergenceError: if a loss is not finite.
         """
@@ -136,7 +136,7 @@ class Loop:
                 self.finish()
                 stopping = self.stop.reason is not None or self.alarm is not None
                 self.save_if_due(stopping)
-                if stopping:  # as it was known when it was saved: what is asked since stops the next epoch
+                if stopping:  # read before the save; a request during the save stops the next epoch
                     self.stop.reached.set()
                     break
         except StopInEpoch:
@@ -158,7 +158,7 @@ class Loop:
         """Get the epoch's data."""
         self.evaluation.begin_epoch(self.epoch, self.row)
         batch = self.source.collect(self.row)
-        self.record.claim.check()  # before anything is written to files that a successor may own
+        self.record.claim.check()  # before writing to files that a newer attempt may own
         self.source.store(batch)
         if self.evaluates(self.epoch + 1):
             self.quality.measure_model(batch, self.row)
@@ -177,13 +177,13 @@ class Loop:
         failpoint("epoch.updated")
 
     def finish(self) -> None:
-        """Evaluate if it is due, then log; begun anew if a stop comes between, since neither has left anything."""
+        """Evaluate if it is due, then log; if a stop interrupts the evaluation, the whole phase is repeated."""
         self.measured = None
-        # Metrics that a stopped evaluation left are measured again into a copy.
+        # A copy, so that an interrupted evaluation leaves no metrics in the row.
         row = MetricRow.restored(self.row.state_dict())
         t = self.cfg.training
         due = self.evaluates(self.epoch)
-        # A diverged policy is not evaluated: the environment would be blamed for its actions.
+        # A diverged policy is not evaluated: its actions could make the environment fail, which would hide the cause.
         healthy = not_finite(row.numbers()) is None
         if healthy and due:
             with self.record.progress.phase(self.evaluation.measuring):
@@ -197,7 +197,7 @@ class Loop:
         row.set(self.record.memory.metrics())
         self.record.summary.own_bytes = self.record.memory.peak_own
         self.log(row.numbers())
-        if healthy and due:  # once the epoch is logged: a measurement that is repeated must not count twice
+        if healthy and due:  # after logging, so that a repeated measurement does not count twice
             self.quality.judge(self.epoch, row.numbers())
         if due:
             self.record.summary.write()
@@ -211,14 +211,14 @@ class Loop:
             self.graph_check.compare(f"epoch {self.epoch}")
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether the networks are evaluated after so many epochs."""
+        """Whether the networks are evaluated after ``epoch`` epochs."""
         every = self.cfg.training.eval_every
         return (every > 0 and epoch % every == 0) or epoch >= self.epochs
 
     # Logging ----------------------------------------------------------------------------------------------------------
 
     def log(self, numbers: dict[str, float]) -> None:
-        """Write the epoch's numbers everywhere.
+        """Write the epoch's metrics to all outputs.
 
         Raises:
             DivergenceError: if a loss or gradient norm is not finite.
@@ -238,7 +238,7 @@ class Loop:
         record.loggers.log_metrics(numbers, step=self.log_step)
         trained = numbers.get("train/return")
         shown = {
-            # Evaluations are with the policy's mean, training with its noise: once there is one, that is the return.
+            # The return of evaluations, without noise, if there is one; before that, the return of training episodes.
             "return": summary.final_return if summary.final_return is not None else trained,
             "best": summary.peak_return,
             "validation": summary.validation_loss,
@@ -255,7 +255,7 @@ class Loop:
 
     @property
     def agent_steps(self) -> int:
-        """Decisions of the policy so far, all environments together."""
+        """Policy decisions so far, summed over environments."""
         return self.source.agent_steps
 
     @property
@@ -265,16 +265,16 @@ class Loop:
 
     @property
     def log_step(self) -> int:
-        """What loggers count: environment steps, or epochs where nothing is collected."""
+        """Step of the loggers: environment steps, or epochs if there is no environment."""
         return self.env_steps if self.source.agent_steps_per_epoch else self.epoch
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def save_if_due(self, stopping: bool) -> None:
-        """Save a checkpoint if the epoch is due, the last, the best so far, or the run is ``stopping``.
+        """Save a checkpoint if one is due, the epoch is the last or the best so far, or the run is ``stopping``.
 
         Raises:
-            StorageFault: if the disk does not take it; those before it stay.
+            StorageFault: if it cannot be written; earlier checkpoints are kept.
         """
         t = self.cfg.training
         due = self.over or stopping
@@ -287,10 +287,13 @@ class Loop:
             self.save(inside=False)
 
     def save(self, *, inside: bool) -> None:
-        """Save where the run is, be it inside an epoch.
+        """Save a checkpoint.
+
+        Args:
+            inside (bool): whether the run stops inside an epoch; ignored if it is between two epochs.
 
         Raises:
-            StorageFault: if the disk does not take it; those before it stay.
+            StorageFault: if it cannot be written; earlier checkpoints are kept.
         """
         store, samples = self.record.store, self.algorithm.samples
         if inside and self.phase == COLLECT:
@@ -310,10 +313,10 @@ class Loop:
             replay.release(kept_replay_steps(store))
 
     def save_after(self, fault: Exception) -> None:
-        """Save what can be saved after an environment failed or memory ran out.
+        """Save a checkpoint, if possible, after an environment failed or memory ran out.
 
-        An update that ran out of memory was undone, and an evaluation is repeated: the run goes on from there. A fault
-        while collecting leaves the last complete epoch, without the environments' state.
+        An update that ran out of memory was undone, and an interrupted evaluation is repeated, so the run can resume
+        from there. After a fault in collection, the last complete epoch is saved, without the environments' states.
         """
         if self.phase != COLLECT:
             try:
@@ -322,7 +325,7 @@ class Loop:
                 unsaved = named(error, self.record.store.run_dir)
                 if isinstance(fault, EnvironmentFault) or status_of(unsaved) == "failed":
                     raise
-                # What ended the run is told anyway; without memory or a disk there is no more to do about it.
+                # The fault is reported in any case; without memory or a disk, nothing else can be done.
                 write_event(self.record.store.run_dir, "unsaved", epoch=self.epoch, error=str(unsaved))
                 warn(f"no checkpoint after epoch {self.epoch}, those before it stay: {unsaved}")
         elif isinstance(fault, EnvironmentFault) and self.epoch > 0:
@@ -331,11 +334,11 @@ class Loop:
 
     @property
     def logged_epoch(self) -> int:
-        """The last epoch whose row is written."""
+        """The last epoch whose metrics are written."""
         return self.epoch - (self.phase == FINISH)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run is; everything else is a checkpoint component of its own."""
+        """The position in the run; all other state belongs to other checkpoint components."""
         batch = self.batch
         return {
             "epoch": self.epoch,
@@ -348,7 +351,7 @@ class Loop:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Restore the position saved by :meth:`state_dict`."""
         self.epoch, self.phase = int(state_dict["epoch"]), str(state_dict["phase"])
         self.best = float(state_dict["best"])
         if self.source.agent_steps_per_epoch:
@@ -360,7 +363,7 @@ class Loop:
 
 
 def known(values: Mapping[str, float | None]) -> dict[str, float]:
-    """Those of some values that there are."""
+    """The values that are not ``None``."""
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,6 +1,6 @@
-"""A run's memory plan: made before anything large is built, saved beside the run, compared with what was measured.
+"""A run's memory plan: made before anything large is built, saved in the run directory, compared with measurements.
 
-Beside it, whether the run is compiled: the other thing that is decided before anything is built.
+The decision whether to compile the run is made here too, because it must also come before anything is built.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ TABLE_FILE = "memory_plan.txt"
 class RunPlan:
     """The plan of one attempt at a run.
 
-    A resumed run keeps the choices of the attempt before if they still fit, since another micro-batch would change its
-    rounding.
+    A resumed run keeps the choices of the previous attempt if they still fit, because another micro-batch size would
+    change its rounding.
 
     Args:
         cfg (Config): the run's configuration.
         info (EnvInfo): its environment's facts.
-        device (torch.device): of the networks.
-        run_dir (Path): where the plan is saved.
-        resume (bool): whether an earlier attempt's choices are kept.
+        device (torch.device): device of the networks.
+        run_dir (Path): the directory in which the plan is saved.
+        resume (bool): whether to keep an earlier attempt's choices.
 
     Raises:
-        ConfigurationError: if the run cannot fit; it names the smallest budget that would do.
+        ConfigurationError: if the run cannot fit; the message names the smallest budget that is sufficient.
     """
 
     def __init__(self, cfg: Config, info: EnvInfo, device: torch.device, run_dir: Path, resume: bool) -> None:
@@ -61,7 +61,7 @@ class RunPlan:
         self.write(None)
 
     def write(self, measured: dict[str, int] | None) -> None:
-        """Write the plan, and what was measured once that is known."""
+        """Write the plan and, if known, the measured memory in bytes."""
         content = {**self.plan.as_dict(), "measured": measured}
         swap_in(self.run_dir / PLAN_FILE, json.dumps(content, indent=2) + "\n")
         lines = [plan_table(self.plan), *([] if measured is None else ["", *self.comparison(measured)])]
@@ -69,7 +69,7 @@ class RunPlan:
 
     @contextmanager
     def compared(self, is_there: Callable[[], bool] = lambda: True) -> Iterator[None]:
-        """Inside, the run; however it ends, the plan is then compared with its peaks, if its directory is there."""
+        """Run the block, then compare the plan with the measured peaks; after an error, only if ``is_there()``."""
         try:
             yield
         except BaseException:
@@ -77,13 +77,13 @@ class RunPlan:
                 raise
             try:
                 self.finish()
-            except OSError as unwritten:  # what ended the run says more, and may be the same disk
+            except OSError as unwritten:  # the error that ended the run is more important, and may be the same
                 warn(f"measured memory could not be written beside its plan: {unwritten}")
             raise
         self.finish()
 
     def finish(self) -> list[str]:
-        """Compare with the peaks of this attempt; returns a line per place."""
+        """Compare with the measured peaks of this attempt; returns a line each for the host and the device."""
         measured: dict[str, int] = {}
         now = read_process()
         # The kernel keeps one peak per process: it is this run's if it is higher than before the run.
@@ -95,7 +95,7 @@ class RunPlan:
         return self.comparison(measured)
 
     def comparison(self, measured: dict[str, int]) -> list[str]:
-        """Measured beside predicted; the host's is the growth over what the process held when the plan was made."""
+        """Lines with measured and predicted memory; for the host, the growth since the plan was made."""
         prediction = self.plan.prediction
         predicted = {HOST: prediction.growth, DEVICE: prediction.total(DEVICE)}
         name = {HOST: "host memory above its base", DEVICE: "GPU memory"}
@@ -110,13 +110,13 @@ COMPILE_FILE = "compile.json"
 
 
 def decided_compile(cfg: Config, device: torch.device, run_dir: Path, resume: bool) -> Config:
-    """``cfg`` with ``algorithm.compile`` true or false: a resumed run keeps the decision that it began with.
+    """``cfg`` with ``algorithm.compile`` true or false; a resumed run keeps the decision that it began with.
 
-    Compiled code rounds differently, and an exact resumption must round alike. Where there is no compiler, a sentence
-    says so and the run is eager.
+    Compiled code rounds differently, which would make a resumed run differ from an uninterrupted one. Without a
+    compiler, the run is eager, with a warning.
 
     Raises:
-        ConfigurationError: if the file of an earlier decision is not one that this version wrote.
+        ConfigurationError: if the file with an earlier decision is damaged.
     """
     file = run_dir / COMPILE_FILE
     if resume and file.exists():
@@ -145,6 +145,6 @@ def _saved_decision(file: Path) -> bool:
 
 
 def saved_choices(run_dir: Path) -> Choices | None:
-    """The choices of the last attempt; ``None`` without one, or, with a warning, where they cannot be read."""
+    """The choices of the last attempt; ``None`` if there is none or, with a warning, if they cannot be read."""
     plan = read_plan(run_dir, "the memory of the run is planned anew")
     return None if plan is None else Choices(**plan["choices"])

@@ -1,4 +1,4 @@
-"""``metrics.csv``: written a row at a time, read as columns, drawn over steps or epochs; needs no torch."""
+"""``metrics.csv``: writing it row by row, reading it as columns, and its x axis for curves; does not import torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["CsvMetrics", "checked_metrics", "progress_axis", "read_metrics"]
 
 
 class CsvMetrics:
-    """``metrics.csv``: a row per epoch, on disk as soon as it is written.
+    """``metrics.csv``: one row per epoch, written without buffering.
 
-    A column that appears late is added to the header by rewriting the file beside the old one and swapping them; rows
-    that lack a column leave its cell empty. On opening, an incomplete last line, left by a killed process, is dropped,
-    and, with a warning, so are damaged rows.
+    A new column is added by writing a new file that replaces the old one; a row without a value for a column has an
+    empty cell. On opening, an incomplete last line, left by a killed process, is dropped. Damaged rows are dropped with
+    a warning.
 
     Args:
         path: the file; created with its first row, continued if it exists.
@@ -48,11 +48,11 @@ class CsvMetrics:
                 self._replace(table.rows)
 
     def write(self, row: Mapping[str, float | int]) -> None:
-        """Appends a row and hands it to the system at once.
+        """Appends a row, without buffering.
 
         Raises:
-            ValueError: if a value is no plain number, such as a tensor; :meth:`MetricRow.numbers` gives plain numbers.
-            OSError: if it cannot be written; the file is as before then.
+            ValueError: if a value is not a plain number but, for example, a tensor; see :meth:`MetricRow.numbers`.
+            OSError: if it cannot be written; the file is unchanged then.
         """
         for name, value in row.items():
             if not isinstance(value, (int, float)):
@@ -68,9 +68,9 @@ class CsvMetrics:
         append_text(self._open(), line.getvalue())
 
     def truncate(self, epoch: int) -> None:
-        """Drops the rows of later epochs than ``epoch``: what a resume from that epoch will write again.
+        """Drops the rows after ``epoch``, because a run that resumes from that epoch writes them again.
 
-        A warning names a file whose rows end before that epoch: it was cut short.
+        Warns if the rows end before that epoch, which means that some were lost.
         """
         rows = _read_rows(self.path).rows if self.columns else []
         last = int(_number(rows[-1].get("epoch"))) if rows and "epoch" in self.columns else 0
@@ -126,11 +126,11 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float]]:
 
 
 def checked_metrics(path: str | os.PathLike[str]) -> tuple[dict[str, list[float]], str | None]:
-    """The columns of :func:`read_metrics`, and what is wrong with the file.
+    """The columns of :func:`read_metrics`, and a description of damage to the file.
 
     Returns:
-        tuple: the columns, and one sentence that names the file; ``None`` for one that is whole. A last line without
-        its end is no damage: a run that was killed leaves it, and one that writes it is read like that.
+        tuple: the columns, and one sentence that names the file and its damage; ``None`` if it is intact. An incomplete
+        last line is not damage: a killed run leaves one, and a run that is writing may have one for a moment.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -141,7 +141,7 @@ def checked_metrics(path: str | os.PathLike[str]) -> tuple[dict[str, list[float]
 
 
 def _damage(name: str, table: _Table) -> str | None:
-    """What is wrong with the table of a file of this name, in one sentence."""
+    """The damage of a file's table in one sentence; ``None`` if it is intact."""
     rows = table.rows
     if not table.columns:
         return f"{name} is damaged: it has no header"
@@ -162,7 +162,7 @@ def _damage(name: str, table: _Table) -> str | None:
 
 
 def progress_axis(runs: Iterable[Mapping[str, Sequence[float]]]) -> tuple[str, str]:
-    """Column and name of what the curves of some runs are drawn over: epochs if one of them takes no environment steps.
+    """Column and label of the x axis for the curves of some runs: environment steps, or epochs if one run has none.
 
     Args:
         runs (iterable of mappings): columns of each run's ``metrics.csv``.
@@ -173,7 +173,7 @@ def progress_axis(runs: Iterable[Mapping[str, Sequence[float]]]) -> tuple[str, s
 
 
 class _Table(NamedTuple):
-    """A file's header and rows as text; rows that were left out as damaged, and whether its last line has no end."""
+    """A file's header and rows as text, the number of damaged rows left out, and whether the file ends in mid-line."""
 
     columns: list[str]
     rows: list[dict[str, str]]
@@ -186,11 +186,10 @@ class _Table(NamedTuple):
 
 
 def _read_rows(path: Path) -> _Table:
-    """What can be relied on in a file.
+    """The intact rows of a file.
 
-    Of a damaged one, rows are left out that have not as many cells as the header, whose values may stand in other
-    columns, and those whose epoch is not a whole number above that of the row before: a line that was hit, and what was
-    appended a second time.
+    Rows with another number of cells than the header are left out, because their values may be in the wrong columns. So
+    are rows whose epoch is not an integer greater than that of the previous row, because they are damaged or repeated.
     """
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         text = file.read().replace("\0", "\N{REPLACEMENT CHARACTER}")
@@ -214,7 +213,7 @@ def _read_rows(path: Path) -> _Table:
 
 
 def _is_number(text: str) -> bool:
-    """Whether a cell is empty or holds a number, be it NaN or infinite."""
+    """Whether a cell is empty or contains a number, including NaN and infinities."""
     try:
         float(text or "nan")
     except ValueError:

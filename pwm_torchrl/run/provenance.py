@@ -1,4 +1,4 @@
-"""Which code a run runs: the commit of a checkout and the versions of libraries."""
+"""The code that a run uses: the git commit and the versions of libraries."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pwm_torchrl
 
 __all__ = ["COMMIT_FILE", "checkout", "git_commit", "versions"]
 
-#: Where a copy of a checkout's code says of which commit it is, since a copy has no ``.git``.
+#: File in a copy of a checkout that contains the commit, because a copy has no ``.git``.
 COMMIT_FILE = "git_commit.txt"
 
 _LIBRARIES = ("torch", "torchrl", "tensordict", "numpy")
-_TIMEOUT = 10.0  # seconds for git, which a slow file system may hold up
+_TIMEOUT = 10.0  # seconds for git, which may hang on a slow file system
 
 
 def checkout() -> Path:
@@ -47,7 +47,7 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries that decide what a run computes."""
+    """Versions of Python, this package and the libraries that affect what a run computes."""
     found = {"python": platform.python_version(), "pwm_torchrl": pwm_torchrl.__version__}
     for library in _LIBRARIES:
         try:

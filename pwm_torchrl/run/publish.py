@@ -19,26 +19,26 @@ from pwm_torchrl.run.loggers import RunLoggers
 
 __all__ = ["export_run", "log_artifacts", "model_card", "push_run"]
 
-#: Files of a run that a reader of its page on the hub wants to see.
+#: Files of a run that are uploaded to the hub with its networks.
 _SHOWN = ("curves.png", "video.mp4", "metrics.csv")
 _MEGABYTE = 1e6
-#: Where a run keeps the networks that W&B uploads, at once or with a later `wandb sync`.
+#: Folder in a run directory for the networks that W&B uploads, at once or in a later `wandb sync`.
 NETWORKS = Path("wandb") / "networks"
 
 
 def export_run(run: Path, folder: Path, which: str | int = "best") -> list[Path]:
-    """Writes the trained networks of a run as a folder for others, which :func:`~pwm_torchrl.load_policy` reads.
+    """Exports the trained networks of a run as a folder, which :func:`~pwm_torchrl.load_policy` can read.
 
     Args:
         run (Path): run directory with a checkpoint.
-        folder (Path): where to; created.
+        folder (Path): the folder to create.
         which (str or int): checkpoint: ``"best"``, ``"last"`` or the number of an epoch. Defaults to ``"best"``.
 
     Returns:
         list of Path: the files.
 
     Raises:
-        ConfigurationError: if ``run`` is no run directory, has no such checkpoint, or is a pre-training.
+        ConfigurationError: if ``run`` is not a run directory, has no such checkpoint, or is a pre-training.
         MissingLibraryError: if safetensors is not installed.
     """
     cfg, networks, facts, epoch = load_checkpointed(run, which)
@@ -46,10 +46,10 @@ def export_run(run: Path, folder: Path, which: str | int = "best") -> list[Path]
 
 
 def log_artifacts(loggers: RunLoggers, run: Path, summary: Mapping[str, Any]) -> None:
-    """Gives W&B the best policy and the world model of a finished run, each as a version of an artifact.
+    """Logs the best policy and the world model of a finished run to W&B, each as a version of an artifact.
 
     Args:
-        loggers (RunLoggers): with a W&B logger.
+        loggers (RunLoggers): loggers that include a W&B logger.
         run (Path): run directory.
         summary (mapping): content of its ``summary.json``, shown beside the artifacts.
     """
@@ -83,7 +83,7 @@ def push_run(
 
     Keyword Args:
         private (bool): whether a repository that is created is private. Defaults to ``False``.
-        message (str, optional): of the commit. Defaults to the run's name.
+        message (str, optional): message of the commit. Defaults to the run's name.
 
     Returns:
         str: address of the commit.
@@ -115,12 +115,12 @@ def push_run(
 
 
 def model_card(run: Path, folder: Path, repository: str) -> str:
-    """The README of an exported run: what it is, how it did, how it was made and how to use it.
+    """The README of an exported run: its description, results, settings and usage.
 
     Args:
         run (Path): the run's directory.
-        folder (Path): where it was exported to.
-        repository (str): ``ORG/NAME``, for the lines that load it.
+        folder (Path): the folder to which it was exported.
+        repository (str): ``ORG/NAME``, for the code that loads it.
     """
     cfg, summary = load_config(run), read_summary(run)
     exported = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
@@ -198,7 +198,7 @@ def _facts(cfg: Config, summary: Mapping[str, Any], exported: Mapping[str, Any],
 
 
 def _model_index(repository: str, env: str, summary: Mapping[str, Any]) -> list[str]:
-    """Results in the form that the hub shows beside a model."""
+    """Results in the hub's ``model-index`` format."""
     value = summary.get("final_return")
     if not isinstance(value, (int, float)):
         return []
@@ -213,5 +213,5 @@ def _model_index(repository: str, env: str, summary: Mapping[str, Any]) -> list[
 
 
 def _trust(cfg: Config) -> str:
-    """What a configuration that names code of its author's needs to be loaded."""
+    """The additional argument for loading a configuration that names code of other packages, else empty."""
     return ", trust_remote_code=True" if any(True for _ in foreign_names(cfg)) else ""

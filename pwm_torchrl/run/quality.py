@@ -1,4 +1,4 @@
-"""Why a run does not learn: what its networks are worth at each evaluation, and a sentence where something is wrong."""
+"""Diagnoses runs that do not learn: measures the networks at each evaluation, and warns of problems."""
 
 from __future__ import annotations
 
@@ -26,40 +26,42 @@ from pwm_torchrl.terminal import warn
 
 __all__ = ["Quality"]
 
-#: Slices of a measurement, at most.
+#: Maximum number of slices per measurement.
 SLICES = 256
-#: Nothing is said of networks that were updated less often: they have had no time to learn.
+#: Networks with fewer updates cause no warning, because they have not had time to learn.
 LEAST_UPDATES = 100
-#: Latents are collapsed below this share of the variance that groups of SimNorm can have.
+#: Latents count as collapsed below this fraction of the largest variance that SimNorm's groups can have.
 COLLAPSED = 1e-3
-#: Share of the rewards' variance from which the model counts as not predicting them; 1 is as good as their mean.
+#: The model counts as not predicting rewards from this error on, as a fraction of their variance; predicting the mean
+#: has an error of 1.
 REWARDS_MISSED = 0.9
-#: Share of saturated deterministic actions from which the policy counts as saturated.
+#: The policy counts as saturated from this fraction of saturated deterministic actions on.
 SATURATED = 0.95
-#: Values that are too high are unreal from this error on, in sizes of the returns. Values of 0, as critics begin, have
-#: an error of 1.
+#: Values that are too high count as wrong from this error on, relative to the size of the returns. Values of 0, which
+#: critics start with, have an error of 1.
 UNREAL = 2.0
-#: Values that are too low: those of a policy that learns fast lag behind it, by 2.3 in a good run of Pendulum-v1.
+#: The same for values that are too low. This limit is higher because values lag behind a policy that learns fast: the
+#: error is 2.3 in a good run of Pendulum-v1.
 LAGGING = 10.0
-#: Terminations are missed, or invented, where predicted and real shares differ by this factor ...
+#: Predicted terminations count as wrong if their fraction and the real one differ by this factor ...
 MISCOUNTED = 4.0
-#: ... and the larger of them is at least this.
+#: ... and the larger of the two is at least this.
 TERMINATIONS = 0.1
 
 
 class Quality:
-    """Measures the networks at evaluations, and warns: of each cause once in a run, when two measurements show it.
+    """Measures the networks at evaluations. Warns of each problem once per run, if two measurements in a row show it.
 
-    After a crash, a run repeats the epochs since its last checkpoint, and may repeat a warning with them.
+    After a crash, a run repeats the epochs since its last checkpoint, and may repeat their warnings.
 
     Args:
         cfg (Config): the run's configuration.
-        algorithm (Algorithm): its networks are looked at.
+        algorithm (Algorithm): has the networks.
         run_dir (Path): the run's directory.
 
     Attributes:
-        shown (list of str): causes that the last measurement showed.
-        told (list of str): causes that were warned of.
+        shown (list of str): problems that the last measurement showed.
+        told (list of str): problems that were reported.
     """
 
     def __init__(self, cfg: Config, algorithm: Algorithm, run_dir: Path) -> None:
@@ -71,17 +73,17 @@ class Quality:
 
     @torch.no_grad()
     def measure_model(self, batch: TensorDictBase, row: MetricRow) -> None:
-        """Measure a model in training, if it is trained yet, before it learns from a collected batch.
+        """Measure the model on a collected batch before it is trained on it; no-op if the model was not trained yet.
 
-        Latents of many tasks are compared within each. Errors are of rollouts along the batch, over variances of
-        everything that was stored: a policy that has learned to stand still collects rewards that hardly vary. Uses a
-        forked random generator, so that measuring does not change training.
+        With several tasks, latents are compared within each task. Errors of rollouts along the batch are divided by
+        variances over all stored data, because a policy that has learned to stand still collects rewards that hardly
+        vary. Uses a forked random generator, so that measuring does not change training.
 
         Args:
-            batch (TensorDictBase): just collected and stored, ``[N, T]``; empty where nothing is collected.
+            batch (TensorDictBase): ``[N, T]``, just collected and stored; empty if nothing is collected.
             row (MetricRow): receives ``model/latent_variance``, ``model/latent_rank``; ``model/terminations_predicted``
-                and ``model/terminations_real`` where episodes may terminate; of a collected batch
-                ``model/latent_nmse`` and ``model/reward_nmse``, means over steps.
+                and ``model/terminations_real`` if episodes may terminate; ``model/latent_nmse`` and
+                ``model/reward_nmse``, means over steps, if a batch was collected.
         """
         algorithm = self.algorithm
         if not algorithm.started or "model" not in algorithm.optimizers:
@@ -91,7 +93,7 @@ class Quality:
             torch.manual_seed(0)
             stored = algorithm.losses.model.read(algorithm.sample_slices(SLICES))
         latent = model.encode(stored.observation, stored.task)
-        if not latent.isfinite().all():  # the epoch's losses say it, too
+        if not latent.isfinite().all():  # the epoch's losses are not finite either, and reported
             return
         if stored.task is not None:
             latent = within_tasks(latent, stored.task)
@@ -124,7 +126,7 @@ class Quality:
     # Warnings ---------------------------------------------------------------------------------------------------------
 
     def judge(self, epoch: int, numbers: Mapping[str, float]) -> None:
-        """Warn of what the numbers of an epoch with an evaluation show, if those of the one before showed it too."""
+        """Warn of problems that an evaluation's metrics show, if those of the previous evaluation showed them too."""
         causes = dict(self._causes(numbers)) if self._updates() >= LEAST_UPDATES else {}
         for cause, sentence in causes.items():
             if cause in self.shown and cause not in self.told:
@@ -140,7 +142,7 @@ class Quality:
         return int(states[0]["step"]) if states else 0
 
     def _causes(self, numbers: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        """(cause, sentence) of what is wrong."""
+        """The name of each problem, with a sentence that describes it."""
         actor = self.algorithm.networks.actor
         soft = actor is not None and actor.temperature is not None
         yield from self._predictions(numbers, soft)
@@ -149,9 +151,9 @@ class Quality:
 
     def _predictions(self, numbers: Mapping[str, float], soft: bool) -> Iterator[tuple[str, str]]:
         a, group = self.cfg.algorithm, self.cfg.size.simnorm_dim
-        pretrained = self.cfg.mode == "extract"  # a model whose units and heads were fixed before
+        pretrained = self.cfg.mode == "extract"  # the model's units and heads were fixed in pre-training
         variance = numbers.get("model/latent_variance")
-        possible = (group - 1) / group**2  # of one-hot groups, all entries as often
+        possible = (group - 1) / group**2  # variance of one-hot groups with equally frequent entries
         if variance is not None and variance <= COLLAPSED * possible:
             weights = self.algorithm.losses.model.weights
             yield (
@@ -215,9 +217,9 @@ class Quality:
     # State ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was shown and told."""
+        """``shown`` and ``told``."""
         return {"shown": list(self.shown), "told": list(self.told)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take it back; checkpoints of earlier versions have nothing."""
+        """Restore ``shown`` and ``told``, which are missing in checkpoints of earlier versions."""
         self.shown, self.told = list(state_dict.get("shown", [])), list(state_dict.get("told", []))

@@ -1,8 +1,8 @@
-"""The episodes in the replay of a run, as a source of an import: what a policy met while it was learning.
+"""The episodes in a run's replay buffer, as a source for an import into a store.
 
-A run's last checkpoint has its replay, from the first random steps to the last policy unless ``replay_capacity`` was
-smaller than the run. Observations and rewards there are the environment's own, whatever the run's networks make of
-them, and actions lie in [-1, 1], as in stored episodes.
+The last checkpoint of a run has its replay buffer, with all steps of the run unless ``replay_capacity`` was smaller.
+Observations and rewards in it are the environment's own, not normalised, and actions are in [-1, 1], as in stored
+episodes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["RunReplay"]
 
 
 class _Saved:
-    """Takes a component's saved state as it is; a replay in RAM stays a mapped file."""
+    """Keeps a component's saved state as it is, so that a replay in RAM stays memory-mapped."""
 
     state: dict[str, Any]
 
@@ -46,13 +46,12 @@ class _Saved:
 class RunReplay:
     """The complete episodes in a run's replay as a source of :func:`~pwm_torchrl.data.episodes.import_sources`.
 
-    An episode is left out if the replay holds a part of it alone: the oldest of each environment where they were
-    overwritten, the newest, and those that were cut off where a run was resumed. Of a replay in RAM only the steps of
-    one environment are read at a time.
+    Incomplete episodes are left out: the oldest of each environment if its steps were overwritten, the newest, and
+    those that were cut off when the run was resumed. Only one environment's steps are read into memory at a time.
 
     Args:
         run (str or Path): the run's directory.
-        task (str, optional): the task, where the run's environment is none of the registry's. Defaults to ``None``.
+        task (str, optional): the task, if the run's environment is not a task of the registry. Defaults to ``None``.
         name (str, optional): name of the source. Defaults to ``None``, that of the directory.
 
     Attributes:
@@ -71,11 +70,11 @@ class RunReplay:
         self._replay: _Replay | None = None
         try:
             self.size = self._opened().size
-        except BadEpisodes:  # which check() tells
+        except BadEpisodes:  # check() reports it
             self.size = 0
 
     def check(self, tasks: TaskSet) -> int:
-        """Find the replay and the task; returns the largest number of rows.
+        """Check the replay and the task; returns an upper bound of the number of rows.
 
         Raises:
             BadEpisodes: if the run has no replay, or its task is not in the set.
@@ -119,7 +118,7 @@ class RunReplay:
         for env in range(replay.envs):
             steps = replay.steps_of(env)
             ends = (steps["next", "done"].squeeze(-1).nonzero().squeeze(-1) + 1).tolist()
-            # What the replay begins with began earlier if older steps were overwritten.
+            # The first episode in the replay is incomplete if older steps were overwritten.
             for begin, end in pairwise(ends if replay.oldest else [0, *ends]):
                 terminated = bool(steps["next", "terminated"][end - 1])
                 if not terminated and end - begin != whole:
@@ -144,7 +143,7 @@ class RunReplay:
             )
 
     def _whole_length(self, tasks: TaskSet) -> int:
-        """Steps of an episode that ends by its length."""
+        """Steps of an episode that reaches the time limit."""
         own = self.cfg.env.get("episode_length")
         return int(own or tasks.tasks[tasks.index(self.task or tasks.names[0])].episode_length)
 
@@ -163,7 +162,7 @@ class RunReplay:
 
 
 class _Replay:
-    """Steps in the order of time, from the saved state of a replay in RAM or on disk."""
+    """Reads steps in chronological order from the saved state of a replay in RAM or on disk."""
 
     def __init__(self, run: Path, state: Mapping[str, Any]) -> None:
         self.disk: SegmentStore | None = None

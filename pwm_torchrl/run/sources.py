@@ -1,4 +1,4 @@
-"""Where a run's data come from: environments that it collects in, or stored episodes."""
+"""Data sources of a run: environments to collect in, stored episodes, or a differentiable environment."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ from pwm_torchrl.run.stored_episodes import (
 )
 from pwm_torchrl.terminal import Progress
 
-#: Model updates of the first epoch with updates where an episode's length is unknown.
+#: Model updates in the first epoch that has any, if the episode length is unknown.
 UNKNOWN_EPISODE_UPDATES = 1000
 
 
 class Source(Protocol):
-    """What a run learns from.
+    """A run's data source.
 
-    A source is opened when it is made, since the memory plan needs its facts; :meth:`start` comes after the plan.
+    The constructor opens it, because the memory plan needs its dimensions; :meth:`start` is called after planning.
 
     Attributes:
         info (EnvInfo): dimensions and lengths.
-        samples (Samples or Episodes): what updates draw from, or step.
-        reward_scale (RewardScale, optional): divides rewards before the model sees them.
-        first_model_updates (int): model updates of the first epoch that has any.
-        agent_steps_per_epoch (int): decisions of the policy in an epoch, all environments together; 0 without any.
-        agent_steps (int): decisions of the policy so far.
-        resumed_exactly (bool): whether a restored source goes on as if it had never stopped.
-        components (dict): what a checkpoint saves of it, by name.
+        samples (Samples or Episodes): data that updates sample from, or episodes that they step.
+        reward_scale (RewardScale, optional): scales the rewards that the model is trained on.
+        first_model_updates (int): model updates in the first epoch that has any.
+        agent_steps_per_epoch (int): policy decisions in an epoch, summed over environments; 0 without an environment.
+        agent_steps (int): policy decisions so far.
+        resumed_exactly (bool): whether a restored source continues as if it had never stopped.
+        components (dict): the objects whose state is saved in checkpoints, by name.
     """
 
     agent_steps: int
@@ -85,32 +85,32 @@ class Source(Protocol):
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """Get ready for :meth:`collect`."""
+        """Prepare for :meth:`collect`."""
 
     def collect(self, row: MetricRow) -> TensorDictBase:
         """The data of an epoch, ``[N, T]``."""
 
     def store(self, batch: TensorDictBase) -> None:
-        """Put collected data into ``samples``, which may write files."""
+        """Add collected data to ``samples``; may write files."""
 
     def restored(self) -> None:
-        """A checkpoint was loaded into ``components``."""
+        """Called after a checkpoint was loaded into ``components``."""
 
     def environment_failed(self) -> None:
-        """An environment raised in the middle of a batch: its state is worth nothing any more."""
+        """Called after an environment raised an exception in the middle of a batch, so that its state is invalid."""
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close everything that this object opened."""
 
 
 class OnlineSource:
-    """Collects in environments into a replay.
+    """Collects data in environments into a replay buffer.
 
     Args:
         cfg (Config): the run's configuration.
 
     Raises:
-        ConfigurationError: if the environments cannot be made, or settings do not fit them.
+        ConfigurationError: if the environments cannot be created, or settings do not fit them.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -136,7 +136,7 @@ class OnlineSource:
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """Make collector, replay and running statistics."""
+        """Create the collector, the replay buffer and the running statistics."""
         assert policy is not None
         a, t = cfg.algorithm, cfg.training
         steps = a.steps_per_env
@@ -167,11 +167,11 @@ class OnlineSource:
 
     @property
     def resumed_exactly(self) -> bool:
-        """Whether the environments could be put back where they were."""
+        """Whether the environments' states were restored."""
         return self.collector.resumed_exactly
 
     def collect(self, row: MetricRow) -> TensorDictBase:
-        """The next steps of every environment; the running statistics take them in."""
+        """Collect the next steps of every environment, and update the running statistics with them."""
         if self._batches is None:
             self._batches = iter(self.collector)
         with self.opened.naming_dead_workers():
@@ -191,23 +191,23 @@ class OnlineSource:
         return batch
 
     def store(self, batch: TensorDictBase) -> None:
-        """Into the replay."""
+        """Add the batch to the replay buffer."""
         self.samples.extend(batch)
 
     def restored(self) -> None:
-        """Where the environments could not be put back, new episodes begin."""
+        """Begin new episodes if the environments' states could not be restored."""
         if not self.resumed_exactly:
             self.begin_new_episodes()
 
     def begin_new_episodes(self) -> None:
-        """End the replay's episodes: what comes next does not continue them."""
+        """End the episodes in the replay buffer, because the next steps do not continue them."""
         self.samples.end_episodes()
         self.returns.running.zero_()
         if self.reward_scale is not None:
             self.reward_scale.returns.zero_()
 
     def environment_failed(self) -> None:
-        """Leave the environments' state out of checkpoints."""
+        """Leave the environments' states out of checkpoints."""
         self.collector.forget_env_state()
 
     def close(self) -> None:
@@ -216,7 +216,7 @@ class OnlineSource:
 
 
 class StoreIdentity:
-    """Makes sure that a run goes on with the stored episodes that it began with, wherever they lie by now.
+    """Checks that a resumed run has the stored episodes that it began with, even if their path has changed.
 
     Args:
         store (EpisodeStore): the episodes.
@@ -226,14 +226,14 @@ class StoreIdentity:
         self.store = store
 
     def state_dict(self) -> dict[str, str]:
-        """What the episodes are known by."""
+        """The fingerprint of the episodes."""
         return {"fingerprint": self.store.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Compare.
+        """Compare the fingerprints.
 
         Raises:
-            ConfigurationError: if the store holds others.
+            ConfigurationError: if the store has other episodes.
         """
         if state_dict["fingerprint"] != self.store.fingerprint():
             raise ConfigurationError(
@@ -243,10 +243,11 @@ class StoreIdentity:
 
 
 class StoredSource:
-    """Stored episodes: there is nothing to collect.
+    """Stored episodes; nothing is collected.
 
     Args:
-        cfg (Config): the run's configuration; a world model that was planned before it existed is pinned in it.
+        cfg (Config): the run's configuration; if the run was planned before its world model existed, the world model's
+            hash is set here.
         run_dir (Path): the run's directory.
 
     Raises:
@@ -280,7 +281,7 @@ class StoredSource:
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """Index the episodes to learn from, and in pre-training those that are held out."""
+        """Prepare sampling from the training episodes and, in pre-training, from the held-out ones."""
         options: dict[str, Any] = {"device": device}
         if cfg.mode == "extract":
             self.samples = self._samples(cfg, labelled=False, **options)
@@ -306,23 +307,23 @@ class StoredSource:
         """Nothing to do: the episodes are stored."""
 
     def restored(self) -> None:
-        """Nothing to do: the episodes are as they were."""
+        """Nothing to do: stored episodes do not change."""
 
     def environment_failed(self) -> None:
-        """Nothing to do: no environment is collected in."""
+        """Nothing to do: nothing is collected."""
 
     def close(self) -> None:
-        """Nothing to do: the files are mapped."""
+        """Nothing to do: the files are memory-mapped."""
 
 
 class SimulatedSource:
-    """A differentiable environment, which the algorithm's updates step themselves.
+    """A differentiable environment, which is stepped by the algorithm's updates.
 
     Args:
         cfg (Config): the run's configuration.
 
     Raises:
-        ConfigurationError: if the environment cannot be made, or is not differentiable.
+        ConfigurationError: if the environment cannot be created, or is not differentiable.
     """
 
     reward_scale: RewardScale | None = None
@@ -350,23 +351,23 @@ class SimulatedSource:
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """Begin the episodes."""
+        """Start the episodes."""
         self.samples = Episodes(self.info.simulator, self.info, device)
         self.components: dict[str, Any] = {"episodes": self.samples}
 
     def collect(self, row: MetricRow) -> TensorDictBase:
-        """An empty batch: the epoch's updates make its steps."""
+        """An empty batch: the epoch's updates make the steps."""
         self.agent_steps += self.agent_steps_per_epoch
         return TensorDict({}, batch_size=[1])
 
     def store(self, batch: TensorDictBase) -> None:
-        """Nothing to do: nothing is replayed."""
+        """Nothing to do: there is no replay buffer."""
 
     def restored(self) -> None:
-        """Nothing to do: the episodes are as they were."""
+        """Nothing to do: the checkpoint has the episodes' whole state."""
 
     def environment_failed(self) -> None:
-        """Nothing to do: the episodes' state is as it was before the step."""
+        """Nothing to do: a failed step does not change the episodes' state."""
 
     def close(self) -> None:
         """Close the environment."""
@@ -374,7 +375,7 @@ class SimulatedSource:
 
 
 def open_source(cfg: Config, run_dir: Path) -> OnlineSource | StoredSource | SimulatedSource:
-    """The source of a run's mode and algorithm."""
+    """Open the data source for a run's mode and algorithm."""
     if cfg.mode != "online":
         return StoredSource(cfg, run_dir)
     return SimulatedSource(cfg) if find_algorithm(cfg.algorithm.name).simulates else OnlineSource(cfg)

@@ -1,4 +1,4 @@
-"""Runs on stored episodes: the tasks and facts that they take from them, and what they draw."""
+"""Runs on stored episodes: their tasks and dimensions, and the sampling of slices and observations."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from pwm_torchrl.modules import WorldModel, world_model_facts
 from pwm_torchrl.modules.model_files import CONFIG_FILE as MODEL_FILE
 from pwm_torchrl.run.directory import pretraining_run, read_summary, save_config
 
-#: Splits a store; the same for every run, so that no run trains on what another validates with.
+#: Seed of the split into training and validation; the same for every run, so that all hold out the same episodes.
 SPLIT_SEED = 0
-#: Of each task, evenly spaced over its episodes, for mean and deviation: enough for two digits, and not all of 40 GB.
+#: Rows per task, evenly spaced over its episodes, for mean and standard deviation: enough for two digits, without
+#: reading a whole store of, for example, 40 GB.
 STATISTICS_ROWS = 50_000
-#: Where SLURM and others put a node's own disk, the first that is set.
+#: Environment variables with a directory on the node's local disk; the first one that is set is used.
 SCRATCH_VARIABLES = ("SLURM_TMPDIR", "TMPDIR")
 
 
 def run_facts(cfg: Config, without_data: bool = False) -> EnvInfo:
-    """Dimensions of what a run of any mode learns from: of its environment, or of its tasks as the registry knows them.
+    """Dimensions and episode length of a run: of its environment or, in the other modes, of its tasks in the registry.
 
     Args:
         cfg (Config): the run.
-        without_data (bool): whether a pre-training that names its tasks needs no stored episodes: to plan it before
-            they are there. Defaults to ``False``.
+        without_data (bool): whether to accept a pre-training without stored episodes if it names its tasks, so that it
+            can be planned before they exist. Defaults to ``False``.
 
     Raises:
-        ConfigurationError: if environment or data are not there, disagree with the registry, or episodes are shorter
-            than the horizon.
+        ConfigurationError: if the environment or the data are missing or disagree with the registry, or episodes are
+            shorter than the horizon.
     """
     if cfg.mode == "pretrain":
         if without_data and cfg.data.path is None and cfg.tasks is not None:
@@ -62,7 +63,7 @@ def run_facts(cfg: Config, without_data: bool = False) -> EnvInfo:
 
 
 def check_horizon(cfg: Config, info: EnvInfo) -> None:
-    """What only an environment can refute.
+    """Check the horizon against the environment's episode length.
 
     Raises:
         ConfigurationError: if the horizon is longer than an episode.
@@ -79,12 +80,12 @@ def open_store(cfg: Config, staged: bool = False) -> EpisodeStore:
     """The stored episodes of a run.
 
     Args:
-        cfg (Config): ``data``.
-        staged (bool): whether to copy them to the node's own disk first, if ``data.stage`` says so. Defaults to
+        cfg (Config): the run; its section ``data`` is read.
+        staged (bool): whether to copy them to the node's local disk first if ``data.stage=scratch``. Defaults to
             ``False``.
 
     Raises:
-        ConfigurationError: if there are none, or there is no place to copy them to.
+        ConfigurationError: if there are no stored episodes, or no directory to copy them to.
     """
     if cfg.data.path is None:
         raise ConfigurationError(f"mode={cfg.mode} learns from stored episodes; set data.path=STORE")
@@ -95,10 +96,10 @@ def open_store(cfg: Config, staged: bool = False) -> EpisodeStore:
 
 
 def scratch_directory(cfg: Config) -> Path:
-    """The node's own disk.
+    """A directory on the node's local disk.
 
     Raises:
-        ConfigurationError: if nothing says where it is.
+        ConfigurationError: if neither ``data.scratch_dir`` nor one of :data:`SCRATCH_VARIABLES` is set.
     """
     given = [cfg.data.scratch_dir, *(os.environ.get(name) for name in SCRATCH_VARIABLES)]
     found = next((each for each in given if each), None)
@@ -111,10 +112,10 @@ def scratch_directory(cfg: Config) -> Path:
 
 
 def pretraining_tasks(cfg: Config, store: EpisodeStore) -> TaskSet:
-    """The tasks of a pre-training, all of the store's unless the configuration names some.
+    """The tasks of a pre-training: those that the configuration names, else all tasks of the store.
 
     Raises:
-        ConfigurationError: if the store lacks one, or has other dimensions for it than the registry.
+        ConfigurationError: if the store has no episodes of a task, or other dimensions for it than the registry.
     """
     tasks = task_set(cfg.tasks if cfg.tasks is not None else list(store.task_names))
     numbers = {name: store.task_names.index(name) for name in tasks.names if name in store.task_names}
@@ -130,10 +131,10 @@ def pretraining_tasks(cfg: Config, store: EpisodeStore) -> TaskSet:
 
 
 def check_task(store: EpisodeStore, name: str) -> int:
-    """The store's number of a task, whose dimensions are those of the registry.
+    """A task's number in the store; checks that the store and the registry agree on its dimensions.
 
     Raises:
-        ConfigurationError: if it has no data of the task, or other dimensions.
+        ConfigurationError: if the store has no data of the task, or other dimensions.
     """
     if name not in store.task_names:
         near = nearest(name, store.task_names)
@@ -172,10 +173,11 @@ def _widths(tasks: TaskSet, episode_length: int) -> EnvInfo:
 
 
 def extraction_facts(cfg: Config) -> EnvInfo:
-    """Dimensions of the task of a policy extraction, which the world model and the store have to know.
+    """Dimensions of the task of a policy extraction; checks that the world model and the store have that task.
 
     Raises:
-        ConfigurationError: if one of them does not.
+        ConfigurationError: if no world model or task is set, or the world model or the store does not have the task
+            with the registry's dimensions.
     """
     if cfg.world_model is None:
         raise ConfigurationError(
@@ -210,12 +212,13 @@ def extraction_facts(cfg: Config) -> EnvInfo:
 
 
 def follow_world_model(cfg: Config, run_dir: Path) -> None:
-    """Find a world model that was moved, with the runs that belong to it, by its hash; written into ``cfg`` alone.
+    """Find a world model by its hash after it was moved together with its runs, and set ``cfg.world_model`` to it.
 
-    It is looked for where the configuration says, then beside the run and one folder further up, two folders deep.
+    Searches the configured path, then up to three levels below the run's parent directory and below the directory above
+    that one. The run's ``config.yaml`` is not changed.
 
     Args:
-        cfg (Config): of an extraction that knows its world model's hash; others are left as they are.
+        cfg (Config): the run; left unchanged unless it has ``world_model`` and ``world_model_sha256``.
         run_dir (Path): its directory.
     """
     if cfg.world_model is None or cfg.world_model_sha256 is None:
@@ -231,10 +234,10 @@ def follow_world_model(cfg: Config, run_dir: Path) -> None:
 
 
 def pin_world_model(cfg: Config, run_dir: Path) -> None:
-    """Write the hash of the world model into a run that was planned before there was one.
+    """Save the world model's hash in the configuration of a run that was planned before the world model existed.
 
     Raises:
-        ConfigurationError: if its pre-training has not come to an end.
+        ConfigurationError: if its pre-training has not finished.
     """
     if cfg.world_model is None or cfg.world_model_sha256 is not None:
         return
@@ -244,10 +247,10 @@ def pin_world_model(cfg: Config, run_dir: Path) -> None:
 
 
 def require_world_model(cfg: Config) -> None:
-    """Whether the pre-training of a world model that the configuration does not pin has come to its end.
+    """Check that the pre-training of the world model has finished, unless the configuration already has its hash.
 
     Raises:
-        ConfigurationError: if it has not.
+        ConfigurationError: if it has not finished.
     """
     if cfg.world_model is None or cfg.world_model_sha256 is not None:
         return
@@ -261,10 +264,10 @@ def require_world_model(cfg: Config) -> None:
 
 
 def require_slices(cfg: Config) -> None:
-    """Whether every task of a run on stored episodes has an episode of ``algorithm.horizon`` steps to train on.
+    """Check that every task of a run on stored episodes has a training episode of ``algorithm.horizon`` steps.
 
     Raises:
-        ConfigurationError: if one has none.
+        ConfigurationError: if a task has none.
     """
     store, chosen = open_store(cfg), None
     if cfg.mode == "pretrain":
@@ -277,33 +280,33 @@ def require_slices(cfg: Config) -> None:
 
 
 def training_split(cfg: Config, store: EpisodeStore) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the episodes for training and of those for validation, none of them if the share is 0."""
+    """Numbers of the episodes for training and of those for validation; none are held out if the fraction is 0."""
     if not cfg.data.validation_fraction:
         return np.arange(store.num_episodes), np.empty(0, np.int64)
     return split_episodes(store, cfg.data.validation_fraction, SPLIT_SEED)
 
 
 class StoredSamples:
-    """Slices and observations of some of a store's tasks, in the widths and with the task indices of a model.
+    """Samples slices and observations of a store's tasks, with the widths and the task indices of a model.
 
-    Drawing takes PyTorch's global random numbers, so that a resumed run goes on with the same draws.
+    Sampling uses PyTorch's global generator, so that a resumed run continues with the same samples.
 
     Args:
         store (EpisodeStore): the episodes.
-        tasks (sequence of str): names of the tasks to draw from; a task's index is its place here.
+        tasks (sequence of str): names of the tasks to sample from; a task's index is its position here.
         horizon (int): steps per slice.
-        observation_dim (int): O of what is drawn; the store's padding beyond it is left out.
-        action_dim (int): A of what is drawn.
+        observation_dim (int): O of the samples; the store's padding beyond it is cut off.
+        action_dim (int): A of the samples.
 
     Keyword Args:
-        episodes (array of int, optional): numbers of the episodes to draw from. Defaults to ``None``, all.
-        balanced (bool): draw tasks with equal probability. Defaults to ``False``.
-        labelled (bool): whether slices name their task. Defaults to ``True``.
-        device (torch.device): where samples go. Defaults to the CPU.
-        ahead (bool, optional): ask the disk for all pages of a batch at once. Defaults to ``None``: if the store is
-            larger than the memory that could keep it, see :func:`outgrows_memory`.
+        episodes (array of int, optional): numbers of the episodes to sample from. Defaults to ``None``, all.
+        balanced (bool): sample tasks with equal probability. Defaults to ``False``.
+        labelled (bool): whether slices contain their task's index. Defaults to ``True``.
+        device (torch.device): device of the samples. Defaults to the CPU.
+        ahead (bool, optional): whether to prefetch all pages of a batch from the disk at once. Defaults to ``None``:
+            only if the store does not fit into memory, see :func:`outgrows_memory`.
 
-    Drawing raises ConfigurationError if one of the tasks has no slice of ``horizon`` steps.
+    Sampling raises ConfigurationError if one of the tasks has no slice of ``horizon`` steps.
     """
 
     def __init__(
@@ -327,32 +330,32 @@ class StoredSamples:
         self.episodes = np.arange(store.num_episodes) if episodes is None else episodes
         self._balanced = balanced
         self._ahead = outgrows_memory(store) if ahead is None else ahead
-        #: From the store's task numbers to places in ``tasks``; -1 where a task is not drawn.
+        #: Maps the store's task numbers to positions in ``tasks``; -1 for a task that is not sampled.
         self._place = torch.full((len(store.task_names),), -1)
         self._place[numbers] = torch.arange(len(numbers))
 
     @functools.cached_property
     def index(self) -> SliceIndex:
-        """Where slices begin."""
+        """Index of the rows at which slices may start."""
         numbers = [self.store.task_names.index(name) for name in self.tasks]
         return SliceIndex(self.store, self.horizon, tasks=numbers, episodes=self.episodes, balanced=self._balanced)
 
     @property
     def can_sample(self) -> bool:
-        """Whether there is a whole slice."""
+        """Whether there is at least one slice."""
         return self.index.num_starts > 0
 
     @property
     def collected(self) -> int:
-        """Transitions of the store."""
+        """Number of transitions in the store."""
         return self.store.num_transitions
 
     def sample_slices(self, count: int) -> TensorDictBase:
-        """Slices ``[count, horizon]``."""
+        """Random slices, ``[count, horizon]``."""
         return self.slices(self.index.sample(count))
 
     def slices(self, rows: np.ndarray) -> TensorDictBase:
-        """The slices that begin at ``rows``."""
+        """The slices that start at ``rows``, ``[len(rows), horizon]``."""
         if self._ahead:
             self.store.prefetch(rows, self.horizon)
         slices = self.store.slices(rows, self.horizon)
@@ -372,12 +375,12 @@ class StoredSamples:
         return to_device(observations, self.device)
 
     def evenly_spaced_rows(self, name: str, most: int) -> np.ndarray:
-        """At most so many rows of one task's episodes, int64, which no random numbers choose; no first rows."""
+        """At most ``most`` evenly spaced rows of one task's episodes, int64, without the first row of an episode."""
         number = self.store.task_names.index(name)
         return SliceIndex(self.store, 1, tasks=[number], episodes=self.episodes).evenly_spaced(most) + 1
 
     def of_task(self, name: str) -> SliceIndex | None:
-        """The slices of one task among those drawn from; ``None`` if it has none."""
+        """Index of one task's slices; ``None`` if it has none."""
         number = self.store.task_names.index(name)
         long = self.store.length[self.episodes] >= self.horizon
         if not np.any((self.store.task[self.episodes] == number) & long):
@@ -386,11 +389,11 @@ class StoredSamples:
 
 
 def take_observation_statistics(model: WorldModel, samples: StoredSamples) -> None:
-    """Normalise the observations of each task as those of its episodes are distributed, where a model normalises them.
+    """Set a model's observation statistics to those of each task's episodes; no-op if it does not normalise.
 
     Args:
-        model (WorldModel): to be trained.
-        samples (StoredSamples): of the model's tasks, in its order.
+        model (WorldModel): the model to be trained.
+        samples (StoredSamples): samples of the model's tasks, in its order.
     """
     statistics = model.observation_statistics
     if statistics is None:
@@ -402,12 +405,12 @@ def take_observation_statistics(model: WorldModel, samples: StoredSamples) -> No
 
 
 def take_reward_unit(model: WorldModel, samples: StoredSamples) -> None:
-    """Compute in the deviation of the tasks' rewards, where a model has a unit of rewards.
+    """Set a model's reward unit to the standard deviation of the tasks' rewards; no-op if it has no reward unit.
 
     Args:
-        model (WorldModel): to be trained; or bound to the one task of a policy extraction, whose critics compute in the
-            unit of its own rewards, not in that of all tasks of the pre-training.
-        samples (StoredSamples): of the tasks.
+        model (WorldModel): the model to be trained; in a policy extraction, the view of one task, whose critics then
+            use the unit of that task's rewards instead of that of all tasks of the pre-training.
+        samples (StoredSamples): samples of the tasks.
     """
     if model.reward_deviation is None:
         return
@@ -417,11 +420,11 @@ def take_reward_unit(model: WorldModel, samples: StoredSamples) -> None:
 
 
 def outgrows_memory(store: EpisodeStore, reading: Reading | None = None) -> bool:
-    """Whether a store is larger than the memory that this process may use, its page cache included.
+    """Whether a store is larger than the memory that this process may use, page cache included.
 
     Args:
         store (EpisodeStore): the episodes.
-        reading (Reading, optional): memory. Defaults to ``None``, what there is now.
+        reading (Reading, optional): memory reading. Defaults to ``None``, a new one.
     """
     reading = read_memory() if reading is None else reading
     most = [group.limit for group in reading.limits if group.limit is not None]
@@ -432,9 +435,9 @@ def outgrows_memory(store: EpisodeStore, reading: Reading | None = None) -> bool
 
 
 class StoredEpochs:
-    """Source of a trainer whose data are there already: epoch after epoch without any collection."""
+    """Yields one empty batch per epoch, for offline training."""
 
-    requested_frames_per_batch = 1  # the trainer's measure of an epoch
+    requested_frames_per_batch = 1  # one batch is one epoch
     init_random_frames = 0
     resumed_exactly = True
 
@@ -443,11 +446,11 @@ class StoredEpochs:
             yield TensorDict({}, batch_size=[1])
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing runs beside."""
+        """Nothing to do: there are no workers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """No state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing was kept."""
+        """No state."""

@@ -1,6 +1,6 @@
-"""The result of a run, kept up to date in ``summary.json``, and how a run ends.
+"""The result of a run in ``summary.json``, and the end of a run.
 
-At its end, errors get their names, the end is written down, and everything that was opened is closed.
+At the end of a run, its error is classified, its outcome is recorded, and everything that was opened is closed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pwm_torchrl.terminal import warn
 # The result so far ----------------------------------------------------------------------------------------------------
 
 
-#: What training adds to, by the keys of ``summary.json``.
+#: Keys of ``summary.json`` that training updates.
 PROGRESS = (
     "epochs_done", "agent_steps", "env_steps", "peak_return", "final_return", "final_return_std", "validation_loss",
     "best_validation_loss", "resume_exact"
@@ -38,7 +38,7 @@ PROGRESS = (
 
 @dataclass
 class RunSummary:
-    """What ``summary.json`` says; see :meth:`as_dict` for the keys."""
+    """Content of ``summary.json``; see :meth:`as_dict` for the keys."""
 
     run_dir: Path
     fixed: dict[str, Any]
@@ -65,7 +65,7 @@ class RunSummary:
 
     @classmethod
     def start(cls, cfg: Config, run_dir: Path, resume: bool) -> RunSummary:
-        """A new summary, written at once; a resumed run counts one restart more than its file says."""
+        """Create a summary and write it; a resumed run starts from its file, with one more restart."""
         summary = cls(
             run_dir,
             {
@@ -79,7 +79,7 @@ class RunSummary:
             },
         )
         if resume:
-            before = read_object(run_dir / "summary.json")  # damaged: what it said comes back with the checkpoint
+            before = read_object(run_dir / "summary.json")  # empty if damaged; the checkpoint restores the progress
             summary.restarts = int(_number(before, "restarts") or 0) + 1
             summary.random_return = _number(before, "random_return")
             summary.earlier_host_bytes = int(_number(before, "peak_host_bytes") or 0)
@@ -87,7 +87,7 @@ class RunSummary:
             summary.earlier_own_bytes = int(_number(before, "peak_own_bytes") or 0)
             url = before.get("wandb_url")
             summary.wandb_url = url if isinstance(url, str) else None
-            # Until a checkpoint is restored, what the file said stays true.
+            # Keep the values of the file until a checkpoint is restored.
             summary.earlier_s = float(_number(before, "wall_clock_s") or 0.0)
             for key in PROGRESS:
                 known = _number(before, key)
@@ -99,31 +99,31 @@ class RunSummary:
         return summary
 
     def begin_again(self) -> None:
-        """Forget the progress of earlier attempts: there was no checkpoint to continue from."""
+        """Reset the progress of earlier attempts, because there was no checkpoint to resume from."""
         for spec in fields(self):
             if spec.name in (*PROGRESS, "earlier_s"):
                 setattr(self, spec.name, spec.default)
 
     def evaluated(self, mean: float, std: float) -> None:
-        """Enter an evaluation."""
+        """Record the mean and standard deviation of an evaluation's returns."""
         self.final_return, self.final_return_std = mean, std
         self.peak_return = mean if self.peak_return is None else max(self.peak_return, mean)
 
     def validated(self, loss: float) -> None:
-        """Enter a validation."""
+        """Record the loss of a validation."""
         self.validation_loss = loss
         self.best_validation_loss = min(loss, loss if self.best_validation_loss is None else self.best_validation_loss)
 
     @property
     def wall_clock_s(self) -> float:
-        """Seconds of this attempt and of those before, up to the checkpoints they were resumed from."""
+        """Seconds of this attempt and of earlier ones, up to the checkpoints from which they were resumed."""
         return self.earlier_s + time.monotonic() - self.started
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of ``summary.json``; return in the environment's reward, memory in bytes.
+        """The content of ``summary.json``; returns are sums of the environment's rewards, memory is in bytes.
 
-        ``peak_host_bytes`` is resident memory of the main process, files it has mapped included; ``peak_own_bytes`` the
-        anonymous and shared memory of all processes of the run while it trained, looked at once a second.
+        ``peak_host_bytes`` is the resident memory of the main process, including mapped files. ``peak_own_bytes`` is
+        the anonymous and shared memory of all processes of the run during training, sampled once a second.
         """
         return {
             **{key: self.fixed[key] for key in ("model", "size", "env", "seed")},
@@ -159,12 +159,12 @@ class RunSummary:
         return content
 
     def finish(self, status: str) -> dict[str, Any]:
-        """Write the last one."""
+        """Set the final status and write ``summary.json``."""
         self.status = status
         return self.write()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """The values that a resumed run continues from."""
         values = asdict(self)
         for key in (
             "run_dir",
@@ -190,7 +190,7 @@ class RunSummary:
 
 
 def _number(content: dict[str, Any], key: str) -> Any:
-    """A finite number of a file, or a truth; ``None`` where the key has anything else."""
+    """The value of a key if it is a finite number or a boolean, else ``None``."""
     value = content.get(key)
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
@@ -212,7 +212,7 @@ def peak_host_bytes() -> int:
 
 
 class Closing:
-    """Closes everything that was opened, in reverse order, whatever happened; what fails meanwhile is a warning.
+    """Closes everything in reverse order at the end of the block, also after an error; errors of closing are warnings.
 
     Examples:
         >>> from pwm_torchrl.run.summary import Closing
@@ -224,7 +224,7 @@ class Closing:
         self._later: list[tuple[str, Callable[[], object]]] = []
 
     def later(self, what: str, close: Callable[[], object]) -> None:
-        """Call ``close`` at the end."""
+        """Register ``close`` to be called at the end; ``what`` names it in a warning."""
         self._later.append((what, close))
 
     def __enter__(self) -> Closing:
@@ -235,25 +235,24 @@ class Closing:
             what, close = self._later.pop()
             try:
                 close()
-            except Exception as failure:  # noqa: BLE001 - it must not hide what ended the run
+            except Exception as failure:  # noqa: BLE001 - it must not hide the error that ended the run
                 text = " ".join(str(failure).split())[:200] or type(failure).__name__
                 warn(f"closing {what} failed: {text}")
 
 
 def record_end(run_dir: Path, claim: RunClaim, summary: RunSummary | None, error: BaseException) -> None:
-    """Write how the run ended; where that fails too, stderr says so and the error is raised all the same.
+    """Record how the run ended; if this cannot be written, warn.
 
-    An attempt that was refused (its configuration or its surroundings cannot work, and it says what would) has not
-    failed what an earlier one trained: the run is as that one left it.
+    A ConfigurationError in a later attempt does not fail the run: its status stays that of the earlier attempt.
     """
-    if claim.gone:  # there is nothing to write to
+    if claim.gone:  # the directory does not exist any more
         return
     status = status_of(error)
     epoch = 0 if summary is None else summary.epochs_done
     claim.outcome = {"status": status, "epoch": epoch, "error": f"{type(error).__name__}: {error}"}
     refused = isinstance(error, ConfigurationError) and summary is not None and summary.earlier_status is not None
     try:
-        if summary is not None and status != "superseded":  # or the summary is the successor's
+        if summary is not None and status != "superseded":  # otherwise the summary belongs to the newer attempt
             summary.finish(str(summary.earlier_status) if refused else status)
         write_event(run_dir, "refused" if refused else status, epoch=epoch, error=f"{type(error).__name__}: {error}")
     except OSError as unwritten:
@@ -261,13 +260,13 @@ def record_end(run_dir: Path, claim: RunClaim, summary: RunSummary | None, error
 
 
 def named(error: BaseException, run_dir: Path) -> BaseException:
-    """The error that a run ends with: of memory or a disk that ran out, wherever that was, one of the package's own.
+    """Converts an error to :class:`StorageFault` or :class:`OutOfMemory` if a disk failed or memory ran out.
 
-    This is the one place where they are told apart; what the package raised itself, and bugs, stay as they are.
+    All errors that end a run are classified here. The package's own errors, and all others, are returned unchanged.
 
     Args:
-        error (BaseException): what was raised.
-        run_dir (Path): the run's directory, of which an error that names no file tells.
+        error (BaseException): the exception that ended the run.
+        run_dir (Path): the run's directory, which the message names if ``error`` names no file.
     """
     if is_ours(error):
         return error

@@ -1,4 +1,4 @@
-"""A run from its configuration to its summary: claimed, built, trained, recorded and closed, however it ends."""
+"""Runs a configuration from start to end: claims the directory, builds the run, trains, records the end and closes."""
 
 from __future__ import annotations
 
@@ -50,39 +50,39 @@ __all__ = ["Run", "train"]
 
 @float32_by_default()
 def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Train what a configuration describes to its end, or to a stop.
+    """Train a configuration to its last epoch, or until a stop is requested.
 
-    SIGINT, SIGTERM and a stop request end the run at its next step, with a checkpoint and the status ``stopped``;
-    environments, worker processes and loggers are closed however it ends. Where a launcher started several processes,
-    each calls this; rank 0 does what is said here, the others compute shares of its updates.
+    SIGINT, SIGTERM and a stop request end the run at its next step, with a checkpoint and the status ``stopped``.
+    Environments, worker processes and loggers are closed in any case. If a launcher started several processes, each of
+    them calls this function: rank 0 trains as described here, the others compute shares of its updates.
 
     Args:
         cfg (Config): the whole run.
-        run_dir (Path): where everything is written; exists.
+        run_dir (Path): directory for all output; must exist.
         resume (bool): continue from the newest readable checkpoint, or start again if there is none.
             Defaults to ``False``.
         stop (StopRequest, optional): asks the run to stop at its next step. Defaults to ``None``.
 
     Returns:
-        dict: the summary that ``summary.json`` holds too; ``rank`` and ``status`` on ranks other than 0.
+        dict: the content of ``summary.json``; on ranks other than 0, ``rank`` and ``status``.
 
     Raises:
-        ConfigurationError: for a configuration that cannot work.
+        ConfigurationError: if the configuration cannot work.
         EnvironmentFault: if an environment fails, after a checkpoint.
         DivergenceError: if a loss is not finite; the last checkpoint stays the newest.
-        OutOfMemory: if an update does not fit into memory even in parts of 1, or memory is about to run out, after a
-            checkpoint; if memory runs out elsewhere, with the last checkpoint as the newest. Status ``memory``.
-        RankFault: if another of several processes fails or is gone; the last checkpoint stays the newest.
+        OutOfMemory: if an update does not fit into memory even with micro-batches of 1, or memory is about to run out,
+            after a checkpoint; if memory runs out elsewhere, the last checkpoint stays the newest. Status ``memory``.
+        RankFault: if another rank fails or is gone; the last checkpoint stays the newest.
         StorageFault: if the disk is full, over its quota or broken; the last checkpoint stays the newest. Status
             ``storage``.
-        Superseded: if another attempt has taken the run over; it is left to that one.
+        Superseded: if another attempt has taken over the run; this one writes nothing more.
     """
     run_dir, stop = Path(run_dir), stop or StopRequest()
     quiet_torchrl()
     try:
         with connected_ranks() as ranks:
             if ranks is not None and not ranks.is_rank_zero:
-                stop.reached.set()  # its signals are for rank 0 to answer: no step of this process ends on them
+                stop.reached.set()  # rank 0 handles signals; this process has no deadline for reaching a step
                 return {"rank": ranks.rank, "status": serve(ranks)}
             with (
                 stop_on_interrupt(stop),
@@ -94,7 +94,7 @@ def train(cfg: Config, run_dir: Path | str, resume: bool = False, stop: StopRequ
             if ranks is not None:
                 ranks.status = result["status"]
             return result
-    except OSError as error:  # of the claim; all others have their names
+    except OSError as error:  # from claiming; _train() names all others
         fault = named(error, run_dir)
         if fault is error:
             raise
@@ -110,7 +110,7 @@ def _train(
     stop: StopRequest,
     ranks: Ranks | None,
 ) -> dict[str, Any]:
-    """Train in a claimed directory, and write down how that ended."""
+    """Train in a claimed directory, and record how the run ended."""
     summary: RunSummary | None = None
     reserve = Reserve(run_dir)
     try:
@@ -147,15 +147,15 @@ def _train(
 
 
 class Run:
-    """The parts of a run, put together.
+    """Builds the parts of a run and connects them.
 
     Args:
         cfg (Config): the whole run.
         run_dir (Path): its directory.
         summary (RunSummary): its result so far.
-        claim (RunClaim): of its directory.
-        closing (Closing): closes what is opened here.
-        progress (Progress, optional): is told what the run does. Defaults to ``None``: nothing is shown.
+        claim (RunClaim): claim of its directory.
+        closing (Closing): closes everything that is opened here.
+        progress (Progress, optional): shows what the run does. Defaults to ``None``: nothing is shown.
 
     Keyword Args:
         resume (bool): whether it continues an earlier attempt. Defaults to ``False``.
@@ -208,7 +208,7 @@ class Run:
         return PolicyEvaluation(cfg, self.run_dir, self.source.info, self.summary, between, self.progress)
 
     def _assemble(self) -> None:
-        """Networks, updates, algorithm, checkpoints and loop around source and evaluation."""
+        """Build networks, updates, algorithm, checkpoints and loop, and connect them to source and evaluation."""
         cfg, source, t = self.cfg, self.source, self.cfg.training
         parts = build_parts(cfg, source.info, self.device)
         self.networks = networks = parts.networks
@@ -251,7 +251,7 @@ class Run:
         self.loop = Loop(cfg, source, self.algorithm, self.evaluation, record, self.stop)
         statistics = parts.losses.return_statistics
         self.components: dict[str, Any] = {
-            # What is not trained is not saved: it is where it was read from.
+            # Networks that are not trained are not saved: they can be read from their source again.
             **{name: network for name, network in networks.items() if name in parts.optimizers},
             **{f"optimizer_{name}": each.optimizer for name, each in parts.optimizers.items()},
             **({} if statistics is None else {"return_statistics": statistics}),
@@ -272,11 +272,11 @@ class Run:
         return SharedExecutor(parts.networks, parts.losses, parts.optimizers, self.ranks, before_first_update=start)
 
     def restore(self) -> bool:
-        """Load the newest readable checkpoint; False if there is none at all.
+        """Load the newest readable checkpoint; returns False if there are no checkpoints.
 
         Raises:
-            CheckpointFault: if there are checkpoints and none can be read.
-            StorageFault: likewise, because the replay on disk that they refer to is not there.
+            CheckpointFault: if there are checkpoints, but none can be read.
+            StorageFault: likewise, if the replay on disk that a checkpoint refers to is missing.
         """
         store = self.loop.record.store
         paths = store.paths()
@@ -333,18 +333,18 @@ class Run:
         return "finished" if loop.over else "stopped"
 
     def draw(self, status: str) -> None:
-        """Leave behind what people look at: curves, and of a finished run its video or world model."""
+        """Write the curves and, for a finished run, its video or world model; then log the results."""
         try:
             with self.progress.phase("drawing the curves"):
                 write_curves(self.run_dir)
-        except ConfigurationError as error:  # a machine that cannot draw gets a sentence, not a failed run
+        except ConfigurationError as error:  # missing curves must not fail the run
             say(f"no curves: {error}")
         if status == "finished":
             self.evaluation.finish()
         self._publish(status)
 
     def _publish(self, status: str) -> None:
-        """Give the loggers the end result; of a finished run its video and networks too."""
+        """Log the end result and, for a finished run, its video and networks."""
         loggers, summary = self.loop.record.loggers, self.summary.as_dict()
         if not len(loggers):
             return

@@ -1,4 +1,4 @@
-"""How good a world model is on episodes that it was not trained on, task by task."""
+"""Validates a world model on held-out episodes, task by task."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pwm_torchrl.run.sources import StoredSource
 from pwm_torchrl.run.stored_episodes import StoredSamples, open_store, pretraining_facts, pretraining_tasks
 from pwm_torchrl.run.summary import RunSummary
 
-#: Where a run leaves its world model, best by validation, for other runs to read.
+#: Folder in a run directory for the world model with the best validation loss, which other runs read.
 WORLD_MODEL = "world_model"
 
 
 class Validation:
-    """The same slices each time: of every task, the same number.
+    """Measures a model on a fixed set of held-out slices, with the same number for every task.
 
     Args:
         samples (StoredSamples): held-out episodes.
-        loss (PWMModelLoss): what is trained.
+        loss (PWMModelLoss): the training loss.
         count (int): slices per task; fewer where a task has fewer.
     """
 
@@ -56,8 +56,8 @@ class Validation:
 
         Returns:
             dict: ``validation/loss``, the training loss; ``validation/latent_mse`` and ``validation/reward_nmse``,
-            squared errors of rollouts without feedback (that of rewards over their variance), means over horizon and
-            tasks; and the two of every task, with its name behind. Empty if there is nothing to validate on.
+            squared errors of rollouts without feedback (for rewards, divided by their variance), means over horizon and
+            tasks; and both errors for every task, with ``/TASK`` appended. Empty if there is nothing to validate on.
         """
         losses, latents, rewards = [], [], []
         metrics: dict[str, float] = {}
@@ -101,15 +101,15 @@ class Validation:
 
 
 class HeldOutValidation:
-    """Validates a world model that is pre-trained, and keeps the one that is best by it for other runs to read.
+    """Validates the world model of a pre-training, and saves the best one for other runs to read.
 
     Args:
         cfg (Config): the run's configuration.
         run_dir (Path): the run's directory.
         source (StoredSource): its episodes, some of them held out.
         summary (RunSummary): receives losses.
-        between (callable): called between two batches; what it raises ends the validation.
-        check_owner (callable): raises if another attempt owns the run, before a file is written.
+        between (callable): called between two batches; an exception that it raises ends the validation.
+        check_owner (callable): called before a file is written; raises if another attempt owns the run.
     """
 
     measuring = "validating"
@@ -130,20 +130,20 @@ class HeldOutValidation:
         self.components: dict[str, Any] = {}
 
     def start(self, algorithm: Algorithm, policy: object, device: torch.device) -> None:
-        """Take the algorithm whose model is validated; there is no policy."""
+        """Set the algorithm whose model is validated; ``policy`` is not used."""
         self.algorithm, self.device = algorithm, device
         loss = algorithm.losses.model
         self.validation = Validation(self.source.held_out, loss, self.cfg.data.validation_slices)
 
     def prelude(self) -> None:
-        """Nothing comes before the first epoch."""
+        """Nothing to do."""
 
     def begin_epoch(self, epoch: int, row: MetricRow) -> None:
-        """Nothing is looked at."""
+        """Nothing to do."""
 
     def measure(self, epoch: int, row: MetricRow) -> float | None:
         """Loss on held-out slices, and open-loop errors for every task; returns minus the loss."""
-        # Validating changes nothing: its flow terms draw random numbers of their own.
+        # The loss may draw random numbers (flow terms); a forked generator keeps them from changing training.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             limit = self.algorithm.updates.limit("model", self.cfg.algorithm.model_batch)
@@ -159,10 +159,10 @@ class HeldOutValidation:
         return -loss
 
     def profile(self, row: MetricRow) -> None:
-        """There is no actor whose gradient could be profiled."""
+        """Nothing to do: there is no actor."""
 
     def save_world_model(self, epoch: int) -> WorldModelFacts:
-        """Write the present world model for others to read."""
+        """Save the current world model for other runs to read."""
         self.check_owner()
         tasks = task_set(self.source.tasks)
         return save_world_model(
@@ -179,24 +179,24 @@ class HeldOutValidation:
         )
 
     def finish(self) -> None:
-        """The world model, if no validation has chosen one."""
+        """Save the world model if no validation has saved one."""
         folder = self.run_dir / WORLD_MODEL
         if not folder.is_dir() or not world_model_facts(folder).trained:
             self.save_world_model(self.summary.epochs_done)
 
     def close(self) -> None:
-        """Nothing was opened."""
+        """Nothing to do: nothing was opened."""
 
 
 def announce(cfg: Config, folder: Path) -> None:
-    """Describe the world model of a pre-training that has not begun, so that policies can be planned with it.
+    """Write the description of a pre-training's world model before it begins, so that extractions can be planned.
 
     Args:
         cfg (Config): the pre-training.
-        folder (Path): its run directory, or any that stands for it.
+        folder (Path): its run directory, or a substitute for it.
 
     Raises:
-        ConfigurationError: if its episodes are not there, or lack a task.
+        ConfigurationError: if its episodes are missing, or a task has none.
     """
     store = open_store(cfg)
     tasks = pretraining_tasks(cfg, store)
