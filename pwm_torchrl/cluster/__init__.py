@@ -1,6 +1,6 @@
-"""Jobs that come back: what a job runs, why it ended, what is done about it, and how it is submitted.
+"""Jobs and their restarts: submitting a job, the program that it runs, why it ended, and whether it runs again.
 
-May import ``run`` and everything before it; of these only what needs no torch, since most of this runs beside a job
-and not in it. :mod:`~pwm_torchrl.cluster.slurm` asks SLURM, :mod:`~pwm_torchrl.cluster.resources` tells what could
-never run there.
+May import ``run`` and everything before it, but only modules without torch, because most of this package runs outside
+of a job. :mod:`~pwm_torchrl.cluster.slurm` queries SLURM; :mod:`~pwm_torchrl.cluster.resources` chooses resources and
+rejects requests that no node could ever satisfy.
 """

@@ -1,9 +1,9 @@
-"""Why jobs end, what is done about it, and the record of each attempt that says so.
+"""Why a job ended, whether it runs again, and the record of this.
 
-An attempt says itself how it ended (its outcome), if it can; the supervisor in its step knows what killed it (its
-evidence); SLURM's record tells the rest. What is done depends on the reason and on what the attempts before achieved:
-the job runs again, with more memory or smaller batches, or it is left. That is decided and recorded in the run's
-directory here; :mod:`~pwm_torchrl.cluster.end_of_job` carries it out.
+There are three sources: the outcome, which an attempt writes itself if it can; the evidence, which the supervisor in
+its step writes; and SLURM's record of the job. Depending on the reason and on the progress of earlier attempts, the job
+runs again, if necessary with more memory or smaller batches, or the run ends. This module decides that and records it
+in the run directory; :mod:`~pwm_torchrl.cluster.end_of_job` carries it out.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from pwm_torchrl.run.claims import Claim, newest_claim, read_outcome, slurm_job_
 from pwm_torchrl.run.directory import EVENTS_FILE, PLAN_FILE, load_config, read_plan, set_status, write_event
 from pwm_torchrl.run.stop import NO_STEP_IN_TIME
 
-# The words by which deaths and their answers are named in ``events.jsonl``, reports and code --------------------------
+# Names of deaths and answers in ``events.jsonl``, reports and code ----------------------------------------------------
 
 
-TIMEOUT = "timeout"  # the time limit came near or was reached
-PREEMPTION = "preemption"  # another job was more important
-REQUEUED = "requeue"  # scontrol requeue, or another end that SLURM asked for
-NODE_FAILURE = "node_failure"  # SLURM restarted the job and nobody had said that it ended
-MEMORY = "memory"  # the kernel killed a process, or the run's own guard stopped it
-KILLED = "killed"  # a process was killed and memory was not the reason
-START_UP = "start_up"  # it ended before training began
+TIMEOUT = "timeout"  # the time limit was reached or about to be
+PREEMPTION = "preemption"  # SLURM needed the resources for another job
+REQUEUED = "requeue"  # scontrol requeue, or SLURM ended the job for another reason
+NODE_FAILURE = "node_failure"  # SLURM restarted the job, and nothing recorded how it had ended
+MEMORY = "memory"  # the kernel killed a process for lack of memory, or the run stopped itself before that
+KILLED = "killed"  # a process was killed, but not for lack of memory
+START_UP = "start_up"  # the job ended before training began
 
-REQUEUE = "requeue"  # scontrol requeue, from within
-RESUBMIT = "resubmit"  # the same, with another request
-WAIT = "wait"  # SLURM brings the job back by itself
+REQUEUE = "requeue"  # requeue this job with scontrol
+RESUBMIT = "resubmit"  # requeue it with another memory request or plan
+WAIT = "wait"  # SLURM requeues the job by itself
 END = "end"
 
 
-# Every way in which a job ends, told apart, and what is done about it: pure functions ---------------------------------
+# Classifying the end of a job and choosing the answer: pure functions -------------------------------------------------
 
 
-#: Restarts in a row without progress after which a run is left alone.
+#: Restarts in a row without progress after which a run ends as stalled.
 MOST_WITHOUT_PROGRESS = 2
 _SIGKILL = 9
-#: In the message of a rank whose fellows are gone: the reason is theirs.
+#: Part of the message of a rank that lost the connection to the others: the cause is in another rank.
 _LOST_RANK = "cannot reach the other"
 
 
@@ -56,9 +56,9 @@ class Death:
     """How an attempt ended.
 
     Attributes:
-        reason (str): a status of a run that is over, or one of :mod:`~pwm_torchrl.cluster.deaths`.
-        detail (str): in words, for events and ``launch/status.py``.
-        slurm_requeues (bool): whether SLURM brings the job back by itself.
+        reason (str): a final status of a run, or a name of a death in :mod:`~pwm_torchrl.cluster.deaths`.
+        detail (str): description for events and ``launch/status.py``.
+        slurm_requeues (bool): whether SLURM requeues the job by itself.
     """
 
     reason: str
@@ -68,13 +68,13 @@ class Death:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What of SLURM's record of a job matters here, read before the batch script ends.
+    """The relevant fields of SLURM's record of a job, read before the batch script ends.
 
     Attributes:
         state (str): such as ``RUNNING``, ``COMPLETING``, ``CANCELLED``; empty if SLURM did not answer.
         reason (str): such as ``TimeLimit``.
-        requeued (bool): whether SLURM is about to bring it back by itself.
-        derived_oom (bool): whether a step's exit code was 0:125, which stands for an out-of-memory kill.
+        requeued (bool): whether SLURM is about to requeue it by itself.
+        derived_oom (bool): whether a step's exit code was 0:125, which means an out-of-memory kill.
     """
 
     state: str = ""
@@ -93,10 +93,10 @@ def classify(
     """Why an attempt ended.
 
     Args:
-        outcome (dict, optional): what the attempt itself wrote; ``None`` if it could not.
-        evidence (sequence of dict): what each task's supervisor wrote.
-        term_received (bool): whether the batch script was sent SIGTERM.
-        record (JobRecord, optional): SLURM's.
+        outcome (dict, optional): the outcome that the attempt wrote; ``None`` if it wrote none.
+        evidence (sequence of dict): the evidence that each task's supervisor wrote.
+        term_received (bool): whether the batch script received SIGTERM.
+        record (JobRecord, optional): SLURM's record.
     """
     record = record or JobRecord()
     status = str((outcome or {}).get("status", ""))
@@ -140,11 +140,11 @@ def _killed(evidence: Sequence[Mapping[str, Any]]) -> bool:
 
 @dataclass(frozen=True)
 class Restart:
-    """One that happened.
+    """A restart in the history of a run.
 
     Attributes:
-        reason (str): of the death before it.
-        progressed (bool): whether the attempt that died had got further than the one before.
+        reason (str): reason of the death before it.
+        progressed (bool): whether the attempt that ended had made progress.
     """
 
     reason: str
@@ -153,13 +153,13 @@ class Restart:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is done about a death.
+    """The answer to a death.
 
     Attributes:
-        action (str): ``requeue`` this job, ``resubmit`` with another request, ``wait`` for SLURM, which brings it back
+        action (str): ``requeue`` this job, ``resubmit`` it with another request, ``wait`` for SLURM, which requeues it
             by itself, or ``end``.
-        status (str): of the run, when it ends.
-        why (str): in words.
+        status (str): final status of the run if it ends.
+        why (str): description.
     """
 
     action: str
@@ -168,13 +168,13 @@ class Answer:
 
 
 def answer(death: Death, progressed: bool, before: Sequence[Restart], max_memory_restarts: int) -> Answer:
-    """What is done about a death.
+    """Choose the answer to a death.
 
     Args:
-        death (Death): of the attempt.
-        progressed (bool): whether that attempt got further than what it began from.
-        before (sequence of Restart): earlier ones, oldest first.
-        max_memory_restarts (int): how often memory that ran out is answered with another plan.
+        death (Death): how the attempt ended.
+        progressed (bool): whether that attempt made progress.
+        before (sequence of Restart): earlier restarts, oldest first.
+        max_memory_restarts (int): maximum number of restarts with another plan after memory ran out.
     """
     if death.reason not in COMES_BACK:
         return Answer(END, death.reason, death.detail)
@@ -196,18 +196,18 @@ def answer(death: Death, progressed: bool, before: Sequence[Restart], max_memory
 COMES_BACK = (TIMEOUT, PREEMPTION, REQUEUED, NODE_FAILURE, MEMORY, KILLED)
 
 
-# What the launcher keeps of a run beside its training -----------------------------------------------------------------
+# Records of a run's jobs: job.json and events -------------------------------------------------------------------------
 
 
 JOB_FILE = "job.json"
 
 
-#: Lists of texts, with the form of each text: SLURM is asked about ids, and refuses to answer about anything else.
+#: Keys with lists of strings, and the pattern of each string: ids are passed to SLURM, which fails for anything else.
 _LISTS = {"job_ids": r"\d+(_\d+)?", "awaited_by": r"\d+(_\d+)?", "code": r"(?s).+"}
 
 
 def read_job(run_dir: Path) -> dict[str, Any]:
-    """What was asked for, without what is damaged; empty for a run that was never submitted."""
+    """Content of ``job.json``, the last request, without damaged lists; empty for a run that was never submitted."""
     content = read_object(run_dir / JOB_FILE)
     return {key: value for key, value in content.items() if key not in _LISTS or _is_list(value, _LISTS[key])}
 
@@ -217,14 +217,14 @@ def _is_list(value: Any, form: str) -> bool:
 
 
 def memory_asked(run_dir: Path, job: Mapping[str, Any]) -> int:
-    """Host memory that the last job of a run asked for, MiB.
+    """Host memory that the last job of a run requested, MiB.
 
     Args:
         run_dir (Path): the run.
-        job (Mapping): what :func:`read_job` read of it.
+        job (Mapping): its record from :func:`read_job`.
 
     Raises:
-        ConfigurationError: if its file does not say so.
+        ConfigurationError: if the record has no valid amount.
     """
     asked = job.get("mem_mb")
     if not isinstance(asked, int) or isinstance(asked, bool) or asked <= 0:
@@ -236,14 +236,14 @@ def memory_asked(run_dir: Path, job: Mapping[str, Any]) -> int:
 
 
 def write_job(run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """Change what was asked for; returns all of it."""
+    """Change entries of ``job.json``; returns the whole content."""
     content = {**read_job(run_dir), **changes}
     write_durably(run_dir / JOB_FILE, json.dumps(content, indent=2) + "\n")
     return content
 
 
 def note_submission(run_dir: Path, job_id: str, **request: Any) -> None:
-    """A job for this run is queued."""
+    """Record that a job was submitted for a run."""
     jobs = [*read_job(run_dir).get("job_ids", []), job_id]
     write_job(run_dir, job_ids=jobs, **request)
     asked = {key: value for key, value in request.items() if key != "code"}
@@ -251,7 +251,7 @@ def note_submission(run_dir: Path, job_id: str, **request: Any) -> None:
 
 
 def note_restart(run_dir: Path, attempt: int, restart: Restart, action: str, detail: str, job_id: str | None) -> None:
-    """An attempt died and its run comes back."""
+    """Record that an attempt ended and that its run is restarted."""
     write_event(
         run_dir,
         "restart",
@@ -265,7 +265,7 @@ def note_restart(run_dir: Path, attempt: int, restart: Restart, action: str, det
 
 
 def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Events of one kind, oldest first; a line that was torn by a full disk is passed over."""
+    """Events of one kind, oldest first; an incomplete line, for example from a full disk, is skipped."""
     return [event for event in read_objects(run_dir / EVENTS_FILE) if event.get("event") == kind]
 
 
@@ -275,19 +275,20 @@ def restarts_of(run_dir: Path) -> list[Restart]:
     return [Restart(str(each.get("reason", "unknown")), bool(each.get("progressed"))) for each in restarts]
 
 
-# A job on this machine whose memory ran out: the next plan, as a SLURM job would get it -------------------------------
+# The next memory plan for a job on this machine -----------------------------------------------------------------------
 
 
 def thriftier_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) -> str | None:
-    """Let the next attempt start from a plan that needs less; there is no more memory to ask for here.
+    """Save a plan that needs less memory for the next attempt; a job on this machine cannot request more memory.
 
     Args:
         run_dir (Path): the run's directory.
         cfg (Config): its configuration.
-        outcome (dict): of the attempt's job.
+        outcome (dict): outcome of the job.
 
     Returns:
-        str, optional: what changes, in words; ``None`` if the attempt did not end for memory or nothing is left.
+        str, optional: description of the change; ``None`` if the attempt did not run out of memory, or no plan needs
+        less.
     """
     if outcome.get("status") != MEMORY:
         return None
@@ -304,22 +305,22 @@ def thriftier_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) -> st
     return plan.change
 
 
-# The next memory plan after one that was too small --------------------------------------------------------------------
+# The next memory plan after memory ran out ----------------------------------------------------------------------------
 
 
-#: Factor of each larger request.
+#: Factor by which the memory request grows each time.
 GROWTH = 1.5
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class NextPlan:
-    """What changes.
+    """The plan of the next attempt.
 
     Attributes:
-        mem_mb (int): host memory to ask for, MiB.
-        choices (dict): of the plan that the next attempt starts from; empty if they stay.
-        change (str): in words.
+        mem_mb (int): host memory to request, MiB.
+        choices (dict): choices of the memory plan; empty if they do not change.
+        change (str): description of the change.
     """
 
     mem_mb: int
@@ -328,15 +329,16 @@ class NextPlan:
 
 
 def next_plan(run_dir: Path, cfg: Config, mem_mb: int) -> NextPlan | None:
-    """What to try after memory ran out; ``None`` if nothing is left.
+    """The plan to try after memory ran out; ``None`` if there is no other.
 
-    More memory comes first, since it costs no speed. At the ceiling, updates on the host are split further, and then
-    the replay goes to disk. What the configuration sets itself stays. A plan that is damaged is told, and is none.
+    More memory is requested first, because it costs no speed. At the limit, updates on the host are split into smaller
+    micro-batches; after that, the replay is moved to disk. Values that the configuration sets are not changed. A
+    damaged plan is reported with a warning and treated as missing.
 
     Args:
-        run_dir (Path): with the plan of the attempt that died.
+        run_dir (Path): run directory, with the plan of the attempt that ran out of memory.
         cfg (Config): the run's configuration.
-        mem_mb (int): host memory that it had, MiB.
+        mem_mb (int): host memory that the attempt had, MiB.
     """
     ceiling = mem_mb if cfg.cluster.host_gib is None else int(cfg.cluster.host_gib * 1024)
     if mem_mb < ceiling:
@@ -358,7 +360,7 @@ def next_plan(run_dir: Path, cfg: Config, mem_mb: int) -> NextPlan | None:
 
 
 def apply_plan(run_dir: Path, plan: NextPlan) -> None:
-    """Let the next attempt start from a plan's choices."""
+    """Save a plan's choices, from which the next attempt starts."""
     if plan.choices:
         saved = read_object(run_dir / PLAN_FILE)
         write_durably(run_dir / PLAN_FILE, json.dumps({**saved, "choices": plan.choices}, indent=2) + "\n")
@@ -372,19 +374,19 @@ def _half(size: int | None, batch: int) -> int:
     return max(1, -(-(size or batch) // 2))
 
 
-# From a death to what is done about it, with the files of a run -------------------------------------------------------
+# Deciding and recording with the files of a run -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Life:
-    """One life of a SLURM job: its id and how often it was requeued before."""
+    """One execution of a SLURM job: its id and how often it was requeued before."""
 
     job_id: str
     restart_count: int
 
     @classmethod
     def here(cls, environ: Mapping[str, str] | None = None) -> Life:
-        """The one that this process belongs to.
+        """The execution that this process belongs to.
 
         Raises:
             ConfigurationError: outside of a SLURM job.
@@ -396,21 +398,21 @@ class Life:
         return cls(job_id, int(environ.get("SLURM_RESTART_COUNT", "0") or 0))
 
     def outcome_file(self, run: Path) -> Path:
-        """Where the job's function tells how it ended, in case its attempt could not."""
+        """The file in which the job's function writes the outcome, in case the attempt could not record its own."""
         return run / "attempts" / f"outcome-{self.job_id}-{self.restart_count}.json"
 
     @property
     def _evidence(self) -> str:
-        """How the names of its files begin; the batch script names them too."""
+        """Prefix of its evidence files; the batch script uses the same names."""
         return f"evidence-{self.job_id}-{self.restart_count}"
 
     def evidence(self, run: Path) -> list[dict[str, Any]]:
-        """What the supervisors of its tasks wrote."""
+        """The evidence that the supervisors of its tasks wrote."""
         files = sorted((run / "attempts").glob(f"{self._evidence}-*.json"))
-        return [content for file in files if (content := read_object(file))]  # torn by a full disk: as if not there
+        return [content for file in files if (content := read_object(file))]  # damaged files are ignored
 
     def claim(self, run: Path) -> Claim | None:
-        """Its attempt at the run; ``None`` if it died before it claimed the run."""
+        """Its claim of the run; ``None`` if it ended before it claimed the run."""
         newest = newest_claim(run)
         if newest is None:
             return None
@@ -418,7 +420,7 @@ class Life:
         return newest if mine else None
 
     def outcome(self, run: Path) -> dict[str, Any] | None:
-        """How its attempt, or the job's function if it came no further, said that it ended."""
+        """The outcome that its attempt recorded or else the job's function; ``None`` if neither did."""
         claim = self.claim(run)
         said = None if claim is None else read_outcome(run, claim.attempt)
         if said:
@@ -427,7 +429,7 @@ class Life:
 
 
 def progressed(run: Path, claim: Claim | None) -> bool:
-    """Whether an attempt saved something that it did not begin from."""
+    """Whether an attempt saved a checkpoint with updates of its own."""
     if claim is None:
         return False
     folder = run / "checkpoints" / f"attempt-{claim.attempt:04d}"
@@ -439,14 +441,14 @@ def progressed(run: Path, claim: Claim | None) -> bool:
 
 
 def decide(run: Path, life: Life, *, term_received: bool, record: JobRecord) -> tuple[Death, Answer]:
-    """Why this life of the job ended, and what is done; nothing is changed."""
+    """Why this execution of the job ended, and the answer; changes nothing."""
     death = classify(life.outcome(run), life.evidence(run), term_received=term_received, record=record)
     most = load_config(run).cluster.max_memory_restarts
     return death, answer(death, progressed(run, life.claim(run)), restarts_of(run), most)
 
 
 def note(run: Path, life: Life, death: Death, reply: Answer, detail: str) -> None:
-    """Write a restart or an end into the run's events and summary."""
+    """Record a restart in the run's events, or an end in its events and summary."""
     claim = life.claim(run)
     if reply.action != END:
         restart = Restart(death.reason, progressed(run, claim))
@@ -459,10 +461,10 @@ def note(run: Path, life: Life, death: Death, reply: Answer, detail: str) -> Non
 
 
 def before_training(run: Path) -> None:
-    """At the start of a job's new life: tell a restart that nobody decided, such as after a node failure.
+    """Record, at the start of a requeued job, a restart that SLURM made by itself, for example after a node failure.
 
     Raises:
-        ConfigurationError: if the run keeps dying without progress.
+        ConfigurationError: if the run is not to be continued, for example after repeated restarts without progress.
     """
     here = Life.here()
     if here.restart_count == 0:

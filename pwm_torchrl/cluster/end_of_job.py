@@ -1,8 +1,8 @@
-"""The last words of a job's batch script: why the step ended, and what is done about it.
+"""The last command of a job's batch script: finds out why the step ended, and requeues the job or ends the run.
 
 python -m pwm_torchrl.cluster.end_of_job RUN_DIR --code N --term 0|1
 
-SLURM gives it seconds, so it imports no torch.
+It has only seconds until SLURM kills the job, so it does not import torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config
 
-#: SLURM's record of a step that was killed for memory may come this much later than srun's return.
+#: Seconds by which SLURM's record of an out-of-memory kill may lag behind the return of srun.
 PATIENCE_S = 6.0
 #: Exit codes of the job by the run's status, as on the command line.
 _CODES = {"finished": 0, "stopped": 0, "superseded": 0, "storage": 74, "memory": 75}
@@ -82,7 +82,7 @@ def _act(run: Path, life: Life, reply: Answer, plan: NextPlan | None) -> int:
 
 
 def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
-    """Change the request of this job, which is queued again by now; where a site forbids that, queue a new one."""
+    """Change the memory request of this job, which has been requeued; if the site forbids that, submit a new job."""
     refused = scontrol("update", f"JobId={life.job_id}", f"MinMemoryNode={plan.mem_mb}")
     if refused is None:
         write_job(run, mem_mb=plan.mem_mb)
@@ -91,14 +91,14 @@ def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
     job = read_job(run)
     job_id = resubmit(run, load_config(run), replace(last_request(run, job), mem_mb=plan.mem_mb), job)
     say(f"job {job_id}")
-    for complaint in move_dependents(run, job_id):  # before the job that they wait for is cancelled, and they with it
+    for complaint in move_dependents(run, job_id):  # before scancel, which would also cancel the dependent jobs
         say(f"a job that waits for this one was not told: {complaint}; {typed('resume')} brings its run back")
     subprocess.run(["scancel", life.job_id], check=False)
     return _CODES[MEMORY]
 
 
 def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]:
-    """The next plan, its choices in place for the next attempt; an end if there is none."""
+    """The next memory plan, saved for the next attempt, with the answer RESUBMIT; without a plan, the answer END."""
     cfg = load_config(run)
     try:
         plan = next_plan(run, cfg, memory_asked(run, read_job(run)))
@@ -112,7 +112,7 @@ def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]
 
 
 def read_record(life: Life) -> JobRecord:
-    """SLURM's record of this job now; an empty one if it does not answer."""
+    """SLURM's current record of this job; empty if SLURM does not answer."""
     try:
         found = job_records(life.job_id)
     except SlurmError as error:
@@ -122,7 +122,7 @@ def read_record(life: Life) -> JobRecord:
 
 
 def record_of(facts: Mapping[str, str], restart_count: int) -> JobRecord:
-    """What matters of what ``scontrol show job`` tells."""
+    """The fields of ``scontrol show job`` that matter here."""
     restarts = facts.get("Restarts", "0")
     return JobRecord(
         state=facts.get("JobState", ""),
@@ -133,7 +133,7 @@ def record_of(facts: Mapping[str, str], restart_count: int) -> JobRecord:
 
 
 def _wait_for_the_step(life: Life) -> JobRecord:
-    """The record once it tells how the step ended, or after a while."""
+    """Poll SLURM's record until it shows how the step ended, for at most :data:`PATIENCE_S` seconds."""
     end = time.monotonic() + PATIENCE_S
     while True:
         record = read_record(life)
@@ -143,7 +143,7 @@ def _wait_for_the_step(life: Life) -> JobRecord:
 
 
 def say(text: str) -> None:
-    """A line in the job's output."""
+    """Write a line to the job's output."""
     sys.stdout.write(f"[pwm_torchrl] {text}\n")
     sys.stdout.flush()
 

@@ -1,8 +1,8 @@
-"""The function that a job runs, on this machine or under SLURM, and the files in which it tells how that went.
+"""The function that a job runs, on this machine or under SLURM, and the files with its output and outcome.
 
-A job is told nothing but its run directory. It writes its output to ``log.txt`` there and how it ended to a JSON file,
-so that whoever waits for it needs no pickle and shows no pickle's traceback. Imports no torch: what trains is loaded in
-the job.
+The run directory is a job's only argument. The job writes its output to ``log.txt`` there and its outcome to a JSON
+file, so that a process that waits for it does not depend on submitit's pickle files and their tracebacks. Does not
+import torch: the training code is imported in the job.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
 ]
 
 LOG_FILE = "log.txt"
-#: In the folder of an attempt on this machine.
+#: Files in the folder of an attempt on this machine.
 OUTCOME_FILE = "outcome.json"
 PID_FILE = "pid"
-STATE_FILE = "progress.json"  # what the job is doing, where a terminal follows it
-#: What ``CUDA_VISIBLE_DEVICES`` is for the user: submitit's local executor hides every GPU that is not asked for.
+STATE_FILE = "progress.json"  # the job's progress, for the terminal that follows it
+#: The user's value of ``CUDA_VISIBLE_DEVICES``; submitit's local executor hides every GPU that is not requested.
 CUDA_VARIABLE = "PWM_TORCHRL_CUDA_VISIBLE_DEVICES"
 
 
@@ -56,7 +56,7 @@ def require_submitit() -> None:
     """Checks that jobs can be submitted.
 
     Raises:
-        MissingLibraryError: if submitit, through which that is done, is not installed.
+        MissingLibraryError: if submitit is not installed.
     """
     if importlib.util.find_spec("submitit") is None:
         raise MissingLibraryError(
@@ -66,12 +66,12 @@ def require_submitit() -> None:
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What differs between a job of this machine and one of SLURM.
+    """Settings that differ between a job on this machine and a SLURM job.
 
     Attributes:
-        log (Path): where output goes; a file for each process.
-        outcome (Path, optional): where it tells how it ended; ``None`` in a process that computes for another.
-        deadline_s (float, optional): seconds from a signal in which a step must be reached.
+        log (Path): file for the output of this process.
+        outcome (Path, optional): file for the outcome; ``None`` on ranks other than 0.
+        deadline_s (float, optional): seconds after a signal within which a step must be reached.
     """
 
     log: Path
@@ -80,19 +80,21 @@ class _Surroundings:
 
     @classmethod
     def of_slurm(cls, run: Path) -> _Surroundings:
-        """In a step of a SLURM job: half of the time that SLURM gives is for the last step."""
-        rank = int(os.environ.get("SLURM_PROCID", "0"))  # one without several tasks, too
+        """In a SLURM job: half of the time between SLURM's signal and the end may be used to reach a step."""
+        rank = int(os.environ.get("SLURM_PROCID", "0"))  # set for a single task, too
         log = run / (LOG_FILE if rank == 0 else f"log_rank{rank}.txt")
         outcome = None if is_replica() else Life.here().outcome_file(run)
         return cls(log, outcome, load_config(run).cluster.signal_delay_s / 2)
 
     @classmethod
     def of_this_machine(cls, run: Path) -> _Surroundings:
-        """In a process that submitit started here: in a session of its own, so that Ctrl-C reaches its follower alone
-        and that can stop it in order; with the GPUs that the user sees.
+        """In a process that submitit started on this machine.
+
+        It gets its own session, so that Ctrl-C reaches only the terminal's process, which then stops the job in an
+        orderly way. All GPUs that the user sees become visible again.
         """
         attempt = Path(os.environ["SUBMITIT_FOLDER"])
-        with contextlib.suppress(PermissionError):  # already the leader of a group of its own
+        with contextlib.suppress(PermissionError):  # already a process group leader
             os.setsid()
         (attempt / PID_FILE).write_text(str(os.getpid()), encoding="utf-8")
         restore_cuda()
@@ -100,16 +102,16 @@ class _Surroundings:
 
 
 def run_job(run_dir: str) -> dict[str, Any]:
-    """Trains the run that a directory describes; what submitit calls in the job's process.
+    """Trains the run of a directory; submitit calls this function in the job's process.
 
-    SIGUSR2 and SIGTERM stop it at its next step. Under SLURM the process ends if it reaches none in half of the time
-    that SLURM gives, and the run continues from its last checkpoint; the batch script decides what happens then.
+    SIGUSR2 and SIGTERM stop the run at its next step. Under SLURM, the process exits if no step is reached within half
+    of the time that SLURM gives; the run can then resume from its last checkpoint. The batch script decides what to do.
 
     Args:
-        run_dir (str): absolute path of a directory made by :func:`~pwm_torchrl.run.directory.prepare_run_dir`.
+        run_dir (str): absolute path of a directory created by :func:`~pwm_torchrl.run.directory.prepare_run_dir`.
 
     Returns:
-        dict: the outcome: ``status`` and, where they exist, ``summary``, ``error``, ``bad_input``, ``log_end``.
+        dict: the outcome: ``status`` and, if they exist, ``summary``, ``error``, ``bad_input``, ``log_end``.
 
     Raises:
         JobFailed: if training failed, or ended because memory or a disk ran out.
@@ -130,7 +132,7 @@ def run_job(run_dir: str) -> dict[str, Any]:
 
 
 def _train(run: Path, stop: StopRequest, *, slurm: bool) -> tuple[dict[str, Any], str]:
-    """The outcome, and the traceback of what went wrong."""
+    """The outcome, and the traceback of an error."""
     try:
         make_cwd_importable()
         if slurm and not is_replica():
@@ -138,13 +140,13 @@ def _train(run: Path, stop: StopRequest, *, slurm: bool) -> tuple[dict[str, Any]
         summary = training.train(load_config(run), run, resume=was_started(run), stop=stop)
     except KeyboardInterrupt:
         return {"status": "stopped"}, ""
-    except (Exception, SystemExit) as failure:  # noqa: BLE001  whatever it is, it is reported
+    except (Exception, SystemExit) as failure:  # noqa: BLE001  every error is reported
         return _describe(failure), traceback.format_exc()
     return {"status": str(summary.get("status", "finished")), "summary": summary}, ""
 
 
 def _describe(failure: BaseException) -> dict[str, Any]:
-    """The error in a few lines; our own messages stand for themselves, others need their type."""
+    """The error in a few lines; the package's own messages are complete, others need the type and the place."""
     text = str(failure).strip() or "no message"
     if is_ours(failure):
         bad_input = isinstance(failure, ConfigurationError)
@@ -157,16 +159,16 @@ def _describe(failure: BaseException) -> dict[str, Any]:
 
 
 def _tell(run: Path, outcome: dict[str, Any], file: Path) -> None:
-    """Writes how the job ended into the run's summary and into a file of its own."""
+    """Writes the outcome to the run's summary and to the outcome file."""
     try:
         set_status(run, outcome["status"])
-    except OSError as unwritten:  # the disk that ended the run, and that the log may lie on, too
+    except OSError as unwritten:  # for example a full disk, which may hold the log too
         with contextlib.suppress(OSError):
             sys.stderr.write(f"summary.json could not be written ({unwritten}); its status stays as it was\n")
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # Followers show the log up to here; the traceback behind it is for those who open the file.
+    # A terminal that follows the job shows the log up to here; the traceback after it is only in the file.
     outcome["log_end"] = os.fstat(1).st_size
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +177,7 @@ def _tell(run: Path, outcome: dict[str, Any], file: Path) -> None:
 
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
-    """Send stdout and stderr to ``log``, at the level of file descriptors: libraries written in C print too."""
+    """Redirect stdout and stderr to ``log`` at the level of file descriptors, which includes output of C libraries."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
@@ -195,7 +197,7 @@ def _output_to(log: Path) -> Iterator[None]:
 
 
 def restore_cuda() -> None:
-    """Undoes that submitit's local executor hides every GPU that was not asked for by number."""
+    """Restores the user's ``CUDA_VISIBLE_DEVICES``: submitit's local executor hides all GPUs that are not requested."""
     if CUDA_VARIABLE in os.environ:
         visible = os.environ.pop(CUDA_VARIABLE)
         if visible == "unset":

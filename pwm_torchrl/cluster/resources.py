@@ -1,12 +1,13 @@
-"""The resources that a run asks SLURM for: memory, CPUs, GPUs, a time limit, on nodes that have them.
+"""The resources that a run requests from SLURM: memory, CPUs, GPUs and a time limit, checked against the nodes.
 
-A job that reaches its limit saves and comes back, so that a guess that is too short costs a restart and one that is too
-long costs queue priority; nothing else depends on it.
+A job that reaches its time limit saves a checkpoint and is requeued. An estimate that is too short costs a restart, and
+one that is too long costs queue priority; nothing else depends on it.
 
-What no node could ever give is refused here: much of what is too large SLURM accepts and lets wait for ever. ``sbatch
---test-only`` does not tell (tried with SLURM 22.05 and its default settings): it accepts a time limit beyond the
-partition's and a partition that is down, says "Requested node configuration is not available" alike of too much memory,
-too many CPUs, GPUs or nodes and of an unknown type of GPU, and says so too while all nodes are drained, which passes.
+Requests that no node could ever satisfy are rejected here, because SLURM accepts many of them and lets the job wait
+forever. ``sbatch --test-only`` does not find them (tested with SLURM 22.05 and its default settings): it accepts a time
+limit beyond the partition's and a partition that is down. It reports "Requested node configuration is not available"
+alike for too much memory, too many CPUs, GPUs or nodes, an unknown type of GPU, and while all nodes are drained, which
+is temporary.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ __all__ = [
     "why_impossible",
 ]
 
-# How long a run may take ----------------------------------------------------------------------------------------------
+# Estimated time limit -------------------------------------------------------------------------------------------------
 
 
-#: Floating-point operations per second that small matrix products reach: a guess, per CPU core and per GPU.
+#: Estimated floating-point operations per second of small matrix products, per CPU core and per GPU.
 CPU_FLOPS, GPU_FLOPS = 5e9, 8e12
-#: Seconds that an update takes beside its arithmetic: launching kernels, per network evaluation of the rollout.
+#: Seconds of overhead in an update per network evaluation of the rollout, for launching kernels.
 OVERHEAD_S = 4e-4
-#: Agent steps per second of an environment on a core, with TorchRL's overhead: a slow simulator's.
+#: Agent steps per second of one environment on one core, for a slow simulator with TorchRL's overhead.
 STEPS_PER_S = 500.0
-#: A guess is multiplied by this, and start-up is added.
+#: Factor on the estimate, minutes added for start-up, and the smallest time limit in minutes.
 SAFETY, START_UP_MIN, LEAST_MIN = 3.0, 15, 30
 
 
 def estimated_minutes(cfg: Config, plan: Plan, cpus: int) -> int:
-    """A time limit for the whole run, in minutes."""
+    """Estimated time limit for the whole run, in minutes."""
     a, t = cfg.algorithm, cfg.training
     parameters = sum(item.bytes for item in plan.prediction.items if item.what == "parameters") / 4
     evaluations = plan.prediction.evaluations
@@ -78,11 +79,11 @@ def estimated_minutes(cfg: Config, plan: Plan, cpus: int) -> int:
     return max(LEAST_MIN, math.ceil(minutes / 15) * 15)
 
 
-# The resources that a run asks SLURM for ------------------------------------------------------------------------------
+# The resources that a run requests ------------------------------------------------------------------------------------
 
 
 MIB = 2**20
-#: Smaller requests are not worth their risk.
+#: Smallest memory request, MiB.
 LEAST_MB = 1024
 DEFAULT_CPUS = 2
 
@@ -93,10 +94,10 @@ class Resources:
 
     Attributes:
         mem_mb (int): host memory per node, MiB.
-        cpus (int): per task.
-        gpus (int): per node; a task each.
-        nodes (int): of the job.
-        time_min (int): limit of one job, minutes; a longer run comes back until it is done.
+        cpus (int): CPUs per task.
+        gpus (int): GPUs per node, with one task each.
+        nodes (int): number of nodes.
+        time_min (int): time limit of one job, minutes; a job of a longer run is requeued until the run is done.
     """
 
     mem_mb: int
@@ -107,7 +108,7 @@ class Resources:
 
     @property
     def tasks_per_node(self) -> int:
-        """A process for each GPU, one without."""
+        """One task per GPU, or one without GPUs."""
         return max(1, self.gpus)
 
     def as_dict(self) -> dict[str, int]:
@@ -115,20 +116,20 @@ class Resources:
         return asdict(self)
 
     def covering(self, other: Resources) -> Resources:
-        """The least that is enough for both, for jobs of one array."""
+        """The maximum of both in every resource, for jobs of one array."""
         return Resources(*(max(a, b) for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
 def resources_for(cfg: Config, plan: Plan) -> Resources:
-    """What the run needs, as far as its profile does not say it.
+    """The resources of a run: those that its profile sets, and estimates for the others.
 
     Raises:
-        ConfigurationError: if the profile cannot give what its own keys ask for.
+        ConfigurationError: if the profile requests more than it allows itself.
     """
     profile = cfg.cluster
     mem_mb = _memory_mb(profile)
     if mem_mb is None:
-        # The run stops itself at a share of the limit and leaves a margin below that: both have to be asked for.
+        # The run stops itself at a fraction of the limit, so the request must be larger than its need.
         needed = plan.prediction.total("host") / plan.share("host")
         mem_mb = _at_most(max(LEAST_MB, math.ceil(needed / MIB / 256) * 256), _ceiling_mb(profile))
     cpus = _cpus(cfg) or DEFAULT_CPUS
@@ -139,18 +140,18 @@ def resources_for(cfg: Config, plan: Plan) -> Resources:
 
 
 def resources_again(before: Resources, cfg: Config, keys: Collection[str]) -> Resources:
-    """What a run asks for when it comes back: the same as before, except for what is set explicitly now.
+    """The resources of a run that is submitted again: as before, except for those that are set explicitly now.
 
-    A key that is set to null leaves its resource as it was. The memory may be more than the configuration says, since
-    a run that ran out of memory asks for more by itself.
+    A key that is set to null leaves its resource as it was. The memory may be more than in the configuration, because a
+    run that ran out of memory requests more.
 
     Args:
-        before (Resources): of its last job.
+        before (Resources): resources of its last job.
         cfg (Config): its configuration with the new settings.
         keys (collection of str): the keys that are set explicitly.
 
     Raises:
-        ConfigurationError: if the profile cannot give what its own keys ask for.
+        ConfigurationError: if the profile requests more than it allows itself.
     """
     profile = cfg.cluster
 
@@ -175,12 +176,12 @@ def _at_most(number: int, limit: int | None) -> int:
 
 
 def _ceiling_mb(profile: ClusterConfig) -> int | None:
-    """The most memory that a job of the profile may have, MiB."""
+    """Maximum memory of a job with this profile, MiB; ``None`` if it has no limit."""
     return None if profile.host_gib is None else int(profile.host_gib * 1024)
 
 
 def _memory_mb(profile: ClusterConfig) -> int | None:
-    """The memory that a profile asks for, MiB; ``None`` where that is planned."""
+    """The memory that a profile requests, MiB; ``None`` if the memory plan determines it."""
     if profile.mem_gib is None:
         return None
     mem_mb, ceiling = int(profile.mem_gib * 1024), _ceiling_mb(profile)
@@ -193,7 +194,7 @@ def _memory_mb(profile: ClusterConfig) -> int | None:
 
 
 def _cpus(cfg: Config) -> int | None:
-    """The CPUs that are asked for, one for each thread unless the profile says otherwise."""
+    """The CPUs to request: those of the profile, else one per thread; ``None`` if neither is set."""
     threads, cpus = cfg.training.threads, cfg.cluster.cpus
     if threads is not None and cpus is not None and threads > cpus:
         raise ConfigurationError(
@@ -208,7 +209,7 @@ def _gpus(cfg: Config) -> int:
 
 
 def _minutes(profile: ClusterConfig) -> int | None:
-    """The time limit that a profile sets; ``None`` where that is estimated."""
+    """The time limit that a profile sets, minutes; ``None`` if it is to be estimated."""
     minutes = profile.time_min
     if minutes is not None and profile.max_time_min is not None and minutes > profile.max_time_min:
         raise ConfigurationError(
@@ -218,7 +219,7 @@ def _minutes(profile: ClusterConfig) -> int | None:
     return minutes
 
 
-#: Options of sbatch that a run sets itself, and the keys that set them; none where nothing may.
+#: Options of sbatch that a run sets itself, with the key under ``cluster`` that sets them; ``None`` if there is none.
 _TAKEN = {
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "gres": "gres",
     "comment": "comment", "nodes": "nodes", "cpus-per-task": "cpus", "mem": "mem_gib", "time": "time", "signal":
@@ -231,10 +232,10 @@ _TAKEN = {
 
 
 def sbatch_options(profile: ClusterConfig) -> dict[str, Any]:
-    """The options of ``cluster.sbatch`` as sbatch spells them, without those that are null or false.
+    """The options of ``cluster.sbatch`` in sbatch's spelling, without those that are null or false.
 
     Raises:
-        ConfigurationError: for what is set by another key, or is no option at all.
+        ConfigurationError: for an option that another key sets, or a key or value that cannot be an option.
     """
     found: dict[str, Any] = {}
     for key, value in profile.sbatch.items():
@@ -255,12 +256,12 @@ def sbatch_options(profile: ClusterConfig) -> dict[str, Any]:
     return found
 
 
-#: Variables of the user's shell by which sbatch takes options, without their ``SBATCH_``: keys of a profile.
+#: Variables ``SBATCH_*`` (without the prefix) that correspond to a key of a profile.
 _VARIABLES = {
     "PARTITION": "partition", "ACCOUNT": "account", "QOS": "qos", "CONSTRAINT": "constraint", "GRES": "gres",
     "COMMENT": "comment", "TIMELIMIT": "time_min",
 }  # fmt: skip
-#: Likewise: options that no key stands for, and those of them that take no value.
+#: Variables ``SBATCH_*`` for options without such a key, and those of them that take no value.
 _OPTIONS = (
     "RESERVATION", "EXCLUSIVE", "CLUSTERS", "WCKEY", "NETWORK", "HINT", "DISTRIBUTION", "CORE_SPEC", "THREAD_SPEC",
     "GRES_FLAGS", "GPU_BIND", "GPU_FREQ", "CONTAINER", "SPREAD_JOB", "OVERCOMMIT", "PROFILE", "DELAY_BOOT",
@@ -269,19 +270,20 @@ _FLAGS = ("EXCLUSIVE", "SPREAD_JOB", "OVERCOMMIT")
 
 
 def take_variables(profile: ClusterConfig, environ: Mapping[str, str]) -> list[str]:
-    """Fill in what a profile leaves open from the variables ``SBATCH_*`` of the user's shell, outside of jobs.
+    """Fill the open settings of a profile from the variables ``SBATCH_*`` of the user's shell, outside of jobs.
 
-    Written into the configuration they also hold for a job that comes back, whose environment is that of a node.
+    They are stored in the configuration so that they also apply to a job that is requeued, whose environment is that of
+    a compute node.
 
     Args:
-        profile (ClusterConfig): changed in place; what it says wins.
-        environ (Mapping): of the process.
+        profile (ClusterConfig): changed in place; its own settings take precedence.
+        environ (Mapping): environment variables of the process.
 
     Returns:
-        list of str: variables that are set and not taken: what they are about is planned.
+        list of str: variables that are set but ignored, because the run plans their settings itself.
 
     Raises:
-        ConfigurationError: for a time limit that is none.
+        ConfigurationError: for an invalid time limit.
     """
     ignored = []
     for name, value in sorted(environ.items()):
@@ -311,11 +313,11 @@ def take_variables(profile: ClusterConfig, environ: Mapping[str, str]) -> list[s
 
 
 def sbatch_parameters(cfg: Config, resources: Resources, name: str, after: str | None = None) -> dict[str, Any]:
-    """Parameters of submitit's executor for a job; it begins when job ``after`` has succeeded."""
+    """Parameters of submitit's executor for a job, which starts after job ``after`` has succeeded."""
     profile = cfg.cluster
     extra: dict[str, Any] = {"requeue": True, **sbatch_options(profile)}
     if after is not None:
-        # Without the second, jobs would wait for ever for one that failed.
+        # Without kill-on-invalid-dep, a job would wait forever for one that failed.
         extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
     parameters: dict[str, Any] = {
         "job_name": name,
@@ -333,7 +335,7 @@ def sbatch_parameters(cfg: Config, resources: Resources, name: str, after: str |
         "wckey": None,
     }
     if {"mem-per-cpu", "mem-per-gpu"} & extra.keys():
-        del parameters["mem"]  # sbatch takes one of them
+        del parameters["mem"]  # sbatch accepts only one of them
     if profile.gres is not None:
         parameters["gres"] = profile.gres
     elif resources.gpus:
@@ -347,15 +349,15 @@ def sbatch_parameters(cfg: Config, resources: Resources, name: str, after: str |
     return parameters
 
 
-# What the nodes of a partition have, and whether they could run a job -------------------------------------------------
+# Whether the nodes of a partition could run a job ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a job asks for; ``None`` stands for what is not said.
+    """The request of a job; ``None`` stands for a setting that is not given.
 
     Attributes:
-        partition: names separated by commas; ``None``: the default one.
+        partition: names separated by commas; ``None``: the default partition.
         nodes: number of nodes.
         tasks: tasks per node.
         cpus: CPUs per task.
@@ -376,7 +378,7 @@ class JobRequest:
 
     @classmethod
     def of(cls, profile: ClusterConfig, resources: Resources | None = None) -> JobRequest:
-        """Of a profile, and of a run's resources where there are any, which say what the profile leaves open."""
+        """The request of a profile, with a run's resources if they are known already."""
         gpus = profile.gpus if resources is None else resources.gpus
         kinds = parse_gpus(profile.gres) if profile.gres is not None else {"": gpus}
         memory_mb = None if profile.mem_gib is None else round(profile.mem_gib * 1024)
@@ -394,13 +396,13 @@ class JobRequest:
 
 
 def why_impossible(request: JobRequest, site: Site) -> str | None:
-    """Why no node of the asked partitions could ever run the job: a sentence with the key to change.
+    """Why the requested partitions could never run the job: a sentence with the key to change.
 
-    Of several partitions one that fits is enough.
+    If there are several partitions, it is enough that one of them fits.
 
     Args:
-        request (JobRequest): what is asked.
-        site (Site): what there is.
+        request (JobRequest): the request.
+        site (Site): the cluster.
 
     Returns:
         str, optional: ``None`` if the job can run.
@@ -423,7 +425,7 @@ def why_impossible(request: JobRequest, site: Site) -> str | None:
 
 
 def _beyond_limits(request: JobRequest, config: SlurmConfig, partition: Partition) -> str | None:
-    """What a partition's own limits forbid."""
+    """The limit of the partition that a request exceeds, as a sentence; ``None`` if there is none."""
     where = f"partition {partition.name}"
     if not partition.up:
         return f"{where} takes no jobs now; set cluster.partition to another one"
@@ -444,7 +446,7 @@ def _beyond_limits(request: JobRequest, config: SlurmConfig, partition: Partitio
 
 
 def _beyond_nodes(request: JobRequest, partition: Partition, nodes: Sequence[Node]) -> str | None:
-    """What its nodes do not have, each thing alone and then all together."""
+    """What the partition's nodes do not have, each resource separately and then all together; ``None`` if they fit."""
     where = f"partition {partition.name}"
     if not nodes:
         return f"{where} has no nodes; set cluster.partition to another one"
@@ -508,10 +510,10 @@ def _exceeds(asked: int | None, most: int | None) -> bool:
 
 
 def node_memory_mb(partition: str | None, site: Site) -> int:
-    """Memory in MiB that every node of the partitions has, of SLURM's default partition for ``None``.
+    """Smallest memory of a node in the given partitions, MiB; ``None`` stands for SLURM's default partition.
 
     Raises:
-        ConfigurationError: if there are no such nodes.
+        ConfigurationError: if a partition does not exist or there are no nodes.
     """
     known = [each.name for each in site.partitions]
     for name in partition.split(",") if partition else []:
@@ -526,10 +528,10 @@ def node_memory_mb(partition: str | None, site: Site) -> int:
 
 
 def require_fit(cluster: ClusterConfig, resources: Resources, site: Site) -> None:
-    """Refuse what SLURM would accept and never run.
+    """Reject a request that SLURM might accept but could never run.
 
     Raises:
-        ConfigurationError: with the key to change.
+        ConfigurationError: if no node can ever run it; the message names the key to change.
     """
     reason = why_impossible(JobRequest.of(cluster, resources), site)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""What SLURM says: its commands' answers, read and parsed."""
+"""Queries to SLURM: runs its commands and parses their output."""
 
 from __future__ import annotations
 
@@ -86,33 +86,33 @@ def from_minutes(minutes: int) -> str:
     return f"{days}-{clock}" if days else clock
 
 
-# Reading what SLURM's commands write; every function here works on text alone -----------------------------------------
+# Parsing the output of SLURM's commands; these functions only work on text --------------------------------------------
 
 
 SQUEUE_FORMAT = "%i|%T|%M|%N|%r"  # the reason last: it is free text
 SACCT_FIELDS = "JobID,State,Elapsed,NodeList,Reason"
 
-#: States in which a job waits, perhaps again.
+#: States in which a job waits, for the first time or after a requeue.
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 #: States in which a job has nodes.
 ACTIVE = ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-#: Reasons of a waiting job that nobody but a user, or the administrator, lets go on.
+#: Reasons of a waiting job that starts only after a user or an administrator releases it.
 _HELD = re.compile(r"held|hold", re.IGNORECASE)
-#: Reasons of a waiting job that will never start as it is.
+#: Reasons of a waiting job that can never start without a change.
 NEVER = ("PartitionConfig", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "DependencyNeverSatisfied")
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What SLURM says of a job.
+    """State of a job as SLURM reports it.
 
     Attributes:
         job_id: ``12``, or ``12_3`` for a task of an array.
         state: ``PENDING``, ``RUNNING``, ``COMPLETED``, ``TIMEOUT``, ... A job that is requeued passes through
             ``COMPLETING``.
-        reason: why it waits or ended so, SLURM's word; empty if there is none.
-        elapsed: how long it has run, SLURM's writing.
-        nodes: where it runs or ran last, SLURM's writing; may be empty.
+        reason: why it waits or ended, in SLURM's words; empty if there is none.
+        elapsed: how long it has run, in SLURM's format.
+        nodes: nodes on which it runs or ran last, in SLURM's format; may be empty.
     """
 
     job_id: str
@@ -123,22 +123,22 @@ class JobState:
 
     @property
     def waiting(self) -> bool:
-        """Whether it has yet to start, or to start again."""
+        """Whether it waits to start, for the first time or again."""
         return self.state in WAITING
 
     @property
     def ended(self) -> bool:
-        """Whether it will not run any more by itself."""
+        """Whether it will not run again by itself."""
         return self.state not in (*WAITING, *ACTIVE)
 
     @property
     def held(self) -> bool:
-        """Whether it waits until somebody releases it (``scontrol release``)."""
+        """Whether it waits until it is released (``scontrol release``)."""
         return self.waiting and _HELD.search(self.reason) is not None
 
     @property
     def impossible(self) -> bool:
-        """Whether it waits for what its partition cannot give."""
+        """Whether it waits for resources that its partition can never provide."""
         return self.waiting and self.reason in NEVER
 
 
@@ -148,12 +148,12 @@ class Partition:
 
     Attributes:
         name: its name.
-        default: whether jobs that name none come here.
-        up: whether it takes jobs.
-        max_minutes: longest time limit of a job.
-        max_nodes: most nodes of a job.
-        max_cpus: most CPUs of a job on a node.
-        max_memory_mb: most memory of a job on a node, MiB.
+        default: whether it is the default for jobs that do not name a partition.
+        up: whether it accepts jobs.
+        max_minutes: maximum time limit of a job.
+        max_nodes: maximum number of nodes of a job.
+        max_cpus: maximum CPUs of a job on a node.
+        max_memory_mb: maximum memory of a job on a node, MiB.
     """
 
     name: str
@@ -171,12 +171,12 @@ class Node:
 
     Attributes:
         name: its name.
-        state: SLURM's words in capitals, joined by ``+``.
-        cpus: CPUs that jobs may have.
-        memory_mb: memory that jobs may have, MiB.
-        gpus: number of GPUs by type; the type is ``""`` where SLURM names none.
-        features: what ``--constraint`` can ask for.
-        partitions: names of those it is in.
+        state: SLURM's states in capitals, joined by ``+``.
+        cpus: CPUs that are available to jobs.
+        memory_mb: memory that is available to jobs, MiB.
+        gpus: number of GPUs by type; the type is ``""`` if SLURM does not name it.
+        features: features that ``--constraint`` can require.
+        partitions: names of its partitions.
     """
 
     name: str
@@ -189,26 +189,26 @@ class Node:
 
     @property
     def up(self) -> bool:
-        """Whether it takes jobs, now or when others have ended."""
+        """Whether it accepts jobs, now or after others have ended."""
         words = re.split(r"[+*~#!%$@^-]", self.state)
         return not {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "NOT_RESPONDING", "UNKNOWN"} & set(words)
 
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """What the controller is set to.
+    """Settings of the SLURM controller.
 
     Attributes:
-        version: of SLURM.
+        version: version of SLURM.
         cluster: the cluster's name.
-        max_array_size: indices of an array are below it.
-        accounting: whether ended jobs are remembered in a database, for ``sacct``.
-        requeue: whether jobs come back after preemption and the loss of a node unless they object.
+        max_array_size: upper bound of array indices, exclusive.
+        accounting: whether ended jobs are stored in a database, for ``sacct``.
+        requeue: whether jobs are requeued by default after preemption and node failures.
         requeue_hold_s: seconds that a requeued job waits before it may start.
         kill_wait_s: seconds between SIGTERM and SIGKILL.
-        remembers_s: seconds for which an ended job is remembered without accounting.
-        enforces_limits: whether what exceeds a partition's limits is refused; otherwise it waits for ever.
-        max_memory_mb: most memory of a job on a node, MiB; ``None``: no limit.
+        remembers_s: seconds for which an ended job is known without accounting.
+        enforces_limits: whether requests beyond a partition's limits are rejected; otherwise they wait forever.
+        max_memory_mb: maximum memory of a job on a node, MiB; ``None``: no limit.
     """
 
     version: str
@@ -229,8 +229,8 @@ class Site:
 
     Attributes:
         config: the controller's settings.
-        partitions: all that this user may see.
-        nodes: all of them, up or down.
+        partitions: all partitions that this user may see.
+        nodes: all nodes, up or down.
     """
 
     config: SlurmConfig
@@ -239,7 +239,7 @@ class Site:
 
 
 def parse_squeue(text: str) -> dict[str, JobState]:
-    """Jobs by id, of ``squeue -h -r -o`` with :data:`SQUEUE_FORMAT`."""
+    """Parse the output of ``squeue -h -r -o`` with :data:`SQUEUE_FORMAT`; returns jobs by id."""
     found = {}
     for line in text.splitlines():
         if line.count("|") >= 4:
@@ -249,7 +249,10 @@ def parse_squeue(text: str) -> dict[str, JobState]:
 
 
 def parse_sacct(text: str) -> dict[str, JobState]:
-    """Jobs by id, of ``sacct -X -n --parsable2 -o`` with :data:`SACCT_FIELDS`, without tasks that wait."""
+    """Parse the output of ``sacct -X -n --parsable2 -o`` with :data:`SACCT_FIELDS`; returns jobs by id.
+
+    Waiting tasks of arrays are left out.
+    """
     found = {}
     for line in text.splitlines():
         if line.count("|") >= 4 and not line.startswith("JobID|"):
@@ -263,18 +266,18 @@ def parse_sacct(text: str) -> dict[str, JobState]:
 
 
 def records(text: str) -> list[dict[str, str]]:
-    """Lines of ``scontrol --oneliner show`` as ``{key: value}``; values may hold blanks."""
+    """Parse lines of ``scontrol --oneliner show`` to ``{key: value}``; values may contain blanks."""
     pattern = re.compile(r"(?:^|\s)([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|\s*$)")
     found = []
     for line in text.splitlines():
         pairs = pattern.findall(line)
         if pairs:
-            found.append({key: value.strip() for key, value in reversed(pairs)})  # the first of equal keys
+            found.append({key: value.strip() for key, value in reversed(pairs)})  # of equal keys, keep the first
     return found
 
 
 def parse_partitions(text: str) -> list[Partition]:
-    """Of ``scontrol --oneliner show partition``."""
+    """Parse the output of ``scontrol --oneliner show partition``."""
     return [
         Partition(
             name=each["PartitionName"],
@@ -291,7 +294,7 @@ def parse_partitions(text: str) -> list[Partition]:
 
 
 def parse_nodes(text: str) -> list[Node]:
-    """Of ``scontrol --oneliner show node``."""
+    """Parse the output of ``scontrol --oneliner show node``."""
     return [
         Node(
             name=each["NodeName"],
@@ -308,7 +311,7 @@ def parse_nodes(text: str) -> list[Node]:
 
 
 def parse_gpus(gres: str) -> dict[str, int]:
-    """GPUs by type in a list of generic resources: ``gpu:l40s:4(S:0-1),lustre:1`` is ``{"l40s": 4}``."""
+    """Number of GPUs by type in a list of generic resources: ``gpu:l40s:4(S:0-1),lustre:1`` is ``{"l40s": 4}``."""
     found: dict[str, int] = {}
     for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *rest = entry.strip().split(":")
@@ -320,7 +323,7 @@ def parse_gpus(gres: str) -> dict[str, int]:
 
 
 def parse_config(text: str) -> SlurmConfig:
-    """Of ``scontrol show config``."""
+    """Parse the output of ``scontrol show config``."""
     values = {}
     for line in text.splitlines():
         key, equal, value = line.partition("=")
@@ -350,16 +353,16 @@ def _names(value: str) -> tuple[str, ...]:
 
 
 def _limit(value: str | None) -> int | None:
-    """A number, ``None`` for no limit; 0 is none either."""
+    """A number, or ``None`` for no limit, which 0 means too."""
     return None if value is None or value.upper() in UNLIMITED else int(value) or None
 
 
 def _seconds(value: str | None, default: int) -> int:
-    """``3 sec``."""
+    """The number of seconds in a text such as ``3 sec``, or the default."""
     return int(value.split()[0]) if value and value.split()[0].isdigit() else default
 
 
-# Asking SLURM, one command per question -------------------------------------------------------------------------------
+# Running SLURM's commands ---------------------------------------------------------------------------------------------
 
 
 TIMEOUT_S = 20.0
@@ -370,20 +373,20 @@ _NO_ACCOUNTING = "accounting storage is disabled"
 
 
 class SlurmError(ConfigurationError):
-    """SLURM does not answer, or refuses; one sentence."""
+    """SLURM does not answer, or rejects a command."""
 
 
 def slurm_available() -> bool:
-    """Whether this machine belongs to a SLURM cluster, be its controller up or down.
+    """Whether this machine belongs to a SLURM cluster, whether its controller is up or down.
 
-    Commands alone are not enough: a distribution's packages bring them to machines without a cluster.
+    Installed commands alone do not show this: packages of a distribution install them on machines without a cluster.
     """
     if any(shutil.which(command) is None for command in COMMANDS):
         return False
     try:
         answer = _run(["scontrol", "ping"])
     except SlurmError:
-        return True  # somebody was asked, and did not answer in time
+        return True  # there is a controller, but it did not answer in time
     return _NO_CLUSTER not in answer.stderr
 
 
@@ -394,10 +397,10 @@ def ask(command: Sequence[str]) -> str:
         command (sequence of str): the command and its arguments.
 
     Returns:
-        str: what it wrote.
+        str: its output.
 
     Raises:
-        SlurmError: if it is not installed, does not answer within 20 seconds or fails.
+        SlurmError: if the command is not installed, does not answer within 20 seconds or fails.
     """
     answer = _run(command)
     if answer.returncode:
@@ -406,13 +409,13 @@ def ask(command: Sequence[str]) -> str:
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """States of jobs and of tasks of arrays, by one call of ``squeue``, and of ``sacct`` for those it has forgotten.
+    """States of jobs and array tasks, from one call of ``squeue`` and one of ``sacct`` for those that it has forgotten.
 
     Args:
-        job_ids (iterable of str): ``12`` or ``12_3``; of an array's number ``12`` its tasks are told.
+        job_ids (iterable of str): ``12`` or ``12_3``; for an array ``12``, the states of its tasks are returned.
 
     Returns:
-        dict: by id. What SLURM does not know, or not any more, is left out: without accounting it forgets an ended job
+        dict: states by id. Jobs that SLURM does not know are left out: without accounting, it forgets an ended job
         after some minutes (:attr:`~pwm_torchrl.cluster.slurm.SlurmConfig.remembers_s`).
 
     Raises:
@@ -421,7 +424,7 @@ def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
     ids = list(dict.fromkeys(job_ids))
     if not ids:
         return {}
-    # A single unknown id is an error to squeue, one among several is not: it is never asked for a single one.
+    # squeue fails for a single unknown id, but not for one among several, so it is never called with a single id.
     asked = ",".join(ids if len(ids) > 1 else ids * 2)
     command = ["squeue", "-h", "-r", "-t", "all", "-j", asked, "-o", SQUEUE_FORMAT]
     answer = _run(command)
@@ -434,7 +437,7 @@ def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
 
 
 def live_job(run_dir: Path) -> JobState | None:
-    """The newest job of a run that waits, runs or comes back; ``None`` if there is none.
+    """The newest job of a run that waits, runs or will be requeued; ``None`` if there is none.
 
     Raises:
         SlurmError: if SLURM does not answer.
@@ -466,7 +469,7 @@ def job_records(job_id: str) -> list[dict[str, str]]:
 
 
 def scontrol(*words: str) -> str | None:
-    """Change a job; what SLURM complained about, ``None`` if it did what was asked."""
+    """Run ``scontrol`` to change a job; returns SLURM's error message, or ``None`` on success."""
     try:
         answer = _run(["scontrol", *words])
     except SlurmError as error:
@@ -475,7 +478,7 @@ def scontrol(*words: str) -> str | None:
 
 
 def site() -> Site:
-    """Settings, partitions and nodes, by a call for each.
+    """Settings, partitions and nodes of the cluster, from one command for each.
 
     Raises:
         SlurmError: if SLURM does not answer.
@@ -488,7 +491,7 @@ def site() -> Site:
 
 
 def _remembered(job_ids: list[str]) -> dict[str, JobState]:
-    """What accounting knows of ended jobs; nothing where there is none."""
+    """States of ended jobs from accounting; empty if there is none."""
     if shutil.which("sacct") is None:
         return {}
     command = ["sacct", "-X", "-n", "--parsable2", "-o", SACCT_FIELDS, "-j", ",".join(job_ids)]

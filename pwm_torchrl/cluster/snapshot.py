@@ -1,11 +1,11 @@
-"""A copy of the code that a job runs: editing a checkout changes no job that is queued or comes back later.
+"""Copies the code that a job runs, so that editing a checkout does not change jobs that are queued or requeued.
 
-The copy's name is the hash of its content, so that many runs of the same code share one. It lies beside the runs,
-``runs/.code/<hash>``, where compute nodes see it; copies that differ share the files in which they do not.
+A copy is named by the hash of its content, so that runs of the same code share one. It is stored with the runs in
+``runs/.code/<hash>``, which compute nodes can read. Different copies share their identical files.
 
-Copied is what the job would import: the folder that holds a module of the user's, with everything in it that may be
-imported or read beside modules, whether git knows it or not, but no output of runs, no environment, nothing that may be
-a secret, and no file that is data by its size. What is left out is told.
+The copy of the user's code is the folder from which their module is imported, with all files that may be imported or
+read, whether git tracks them or not. Run outputs, virtual environments, possible secrets and large data files are left
+out; a warning lists secrets and large files.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from pwm_torchrl.run.provenance import COMMIT_FILE, git_commit
 from pwm_torchrl.terminal import warn
 
 FOLDER = ".code"
-#: Contents that copies share, by their hashes.
+#: Folder of the file contents that copies share, named by their hashes.
 SHARED = ".files"
-#: Larger files of a user's folder are data, not code.
+#: Larger files in a user's folder count as data, not code.
 LARGEST_FILE = 16 << 20
 LARGEST_COPY = 256 << 20
 MOST_FILES = 20_000
-#: Of this package, what it needs beside modules.
+#: Suffixes of the files of this package that are copied.
 SUFFIXES = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".txt", ".csv", ".xml", ".npz", ".npy", ".so")
-#: Names that a secret may have.
+#: File names that may belong to secrets.
 _SECRET = re.compile(
     r"(.*\.(env|pem|key|p12|pfx|jks|keystore|kdbx|gpg|asc)|id_(rsa|dsa|ecdsa|ed25519).*|_?netrc"
     r"|(.*[_.-])?(credentials?|secrets?|passwords?|token|api_?keys?|service_account)([_.-].*)?"
     r"\.(json|ya?ml|toml|ini|cfg|txt|csv))",
     re.IGNORECASE,
 )
-#: What programs write and nobody imports.
+#: Suffixes of files that programs write and that are not imported.
 _WRITTEN = (".pyc", ".pyo", ".log", ".out", ".err", ".tmp", ".swp", ".ipynb")
 _NO_CODE = ("__pycache__", "node_modules", "wandb", "mlruns", "lightning_logs")
-#: What only a folder of runs has, of ours or of Hydra's.
+#: Names that occur only in a folder of runs, of this package or of Hydra.
 _HOLDERS = (FOLDER, ".jobs", ".hydra")
-#: One of these beside ``config.yaml`` makes a folder a run.
+#: A folder with ``config.yaml`` and one of these is a run directory.
 _OUTPUT = ("attempts", "metrics.csv", "events.jsonl", "summary.json")
 _ENVIRONMENT = ("pyvenv.cfg", "conda-meta")
 _SITE = ("site-packages", "dist-packages")
-#: What lies beside the package in a checkout, and a file by which it is told from a folder of that name elsewhere.
+#: Folders beside the package in a checkout, each with a file that distinguishes it from other folders of that name.
 BESIDE = (("configs", "config.yaml"), ("launch", "train.py"))
 
 
@@ -62,14 +62,14 @@ def snapshot(runs_dir: Path, targets: Iterable[str] = ()) -> list[Path]:
     """Copy this package, unless it is installed, and the user's code that the configuration names.
 
     Args:
-        runs_dir (Path): where runs are made.
-        targets (iterable of str): dotted names of the configuration, such as ``env._target_``.
+        runs_dir (Path): folder of the runs.
+        targets (iterable of str): dotted paths in the configuration, such as the value of ``env._target_``.
 
     Returns:
         list of Path: folders to put first on the job's ``PYTHONPATH``.
 
     Raises:
-        ConfigurationError: if the user's folder holds more than is taken for code.
+        ConfigurationError: if the user's folder contains more bytes or files than code would.
     """
     package = Path(pwm_torchrl.__file__).resolve().parent
     copies = []
@@ -87,7 +87,7 @@ def snapshot(runs_dir: Path, targets: Iterable[str] = ()) -> list[Path]:
 
 
 def targets_of(tree: Any) -> Iterator[str]:
-    """Every dotted path of a configuration's plain values: of ``_target_``, and of a ``kind`` of dynamics."""
+    """Every dotted path in a configuration's plain values: values of ``_target_``, and of ``kind`` of dynamics."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             if isinstance(value, str) and (key == "_target_" or (key == "kind" and "." in value)):
@@ -100,7 +100,7 @@ def targets_of(tree: Any) -> Iterator[str]:
 
 
 def _roots(targets: Iterable[str]) -> set[Path]:
-    """The folders from which the user's modules are imported: those of the configuration, and what they import."""
+    """The folders from which the user's modules are imported: modules in the configuration, and those they import."""
     names = [target.split(".")[0] for target in targets]
     seen: set[str] = set()
     roots = set()
@@ -118,20 +118,20 @@ def _roots(targets: Iterable[str]) -> set[Path]:
 
 
 def _used_by(module: ModuleType) -> Iterator[str]:
-    """Top-level names of the modules that a loaded module has imported something of."""
+    """Top-level names of the modules from which a loaded module has imported something."""
     for value in list(vars(module).values()):
         name = None
-        with contextlib.suppress(Exception):  # attributes of somebody's objects may do anything
+        with contextlib.suppress(Exception):  # attribute access on other people's objects may raise anything
             name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
         if isinstance(name, str):
             yield name.split(".")[0]
 
 
 def _user_root(name: str) -> Path | None:
-    """The folder from which a module is imported, if that is a user's: neither installed nor part of Python."""
+    """The folder from which a module is imported; ``None`` if it is installed or part of Python."""
     try:
         spec = importlib.util.find_spec(name)
-    except (ValueError, ImportError):  # __main__, and what has no finder
+    except (ValueError, ImportError):  # __main__, and modules without a finder
         return None
     if spec is None:
         return None
@@ -157,11 +157,11 @@ def _own_code(root: Path) -> Iterator[Path]:
 
 @dataclass
 class _Found:
-    """Files of a user's folder that a job gets, and what it does not get.
+    """The files of a user's folder that are copied for a job, and those that are left out.
 
     Attributes:
         root (Path): the folder.
-        runs_dir (Path): where runs are written, which may lie in it.
+        runs_dir (Path): folder of the runs, which may be inside ``root``.
     """
 
     root: Path
@@ -173,14 +173,18 @@ class _Found:
     entered: set[Path] = field(default_factory=set)
 
     def walk(self, folder: Path) -> None:
-        """Look through a folder; a link to one is followed, since it is imported, too, but never in circles."""
+        """Search a folder. Links to folders are followed, because modules may be imported through them, but only once.
+
+        Raises:
+            ConfigurationError: if there are more bytes or files than code would have.
+        """
         real = folder.resolve()
         if real in self.entered or real == self.runs_dir.resolve():
             return
         self.entered.add(real)
         try:
             entries = sorted(folder.iterdir())
-        except OSError:  # somebody else's
+        except OSError:  # no permission
             return
         names = {entry.name for entry in entries}
         if names & set(_ENVIRONMENT) or (folder != self.root and _is_output(names)):
@@ -213,7 +217,7 @@ class _Found:
             )
 
     def tell(self) -> None:
-        """Name what is left out."""
+        """Warn of the files that are left out."""
         left = [f"{self._name(file)} ({amount(size)})" for size, file in sorted(self.large, reverse=True)]
         if left:
             warn(
@@ -235,7 +239,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _is_output(names: set[str]) -> bool:
-    """Whether a folder of these names is what a program has written: a run, or a folder of runs."""
+    """Whether a folder with these entries is a run directory or a folder of runs."""
     if "__init__.py" in names:
         return False
     return bool(names & set(_HOLDERS)) or ("config.yaml" in names and bool(names & set(_OUTPUT)))
@@ -265,7 +269,7 @@ def _copy(runs_dir: Path, root: Path, files: list[Path]) -> Path:
         (draft / COMMIT_FILE).write_text(commit + "\n", encoding="utf-8")
     try:
         draft.rename(target)
-    except OSError:  # somebody else was first
+    except OSError:  # another process was first
         if not target.is_dir():
             raise
         shutil.rmtree(draft)
@@ -273,7 +277,7 @@ def _copy(runs_dir: Path, root: Path, files: list[Path]) -> Path:
 
 
 def _place(file: Path, place: Path, shared: Path) -> None:
-    """Put a file into a copy, as a link to a content that another copy has, too, where the file system has links."""
+    """Put a file into a copy, as a hard link to the shared content; as a plain copy if that fails."""
     try:
         if not shared.exists():
             draft = shared.with_name(f"{shared.name}.{os.getpid()}")

@@ -1,10 +1,10 @@
-"""Runs a module as a program without looking for it in the working directory first; started as a script.
+"""Runs a module as a program, without searching the working directory first; started as a script.
 
     python start.py MODULE [ARGUMENT ...]
 
-``python -m`` puts the working directory before everything else, also before the copy of the code that a job was given:
-a job that was started in a checkout would run the checkout's code of that moment. Here the copy comes first and the
-working directory last, where what was not copied is still found.
+``python -m`` puts the working directory first in the search path, before the job's copy of the code, so a job started
+in a checkout would run the checkout's current code. Here the copy comes first. The working directory comes last, so
+that modules that were not copied are still found.
 """
 
 from __future__ import annotations

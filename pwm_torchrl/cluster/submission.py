@@ -1,9 +1,8 @@
-"""Submitting runs to SLURM: arrays through submitit's executor, with a batch script of our own.
+"""Submitting runs to SLURM, as arrays, with submitit's executor and this project's own batch script.
 
-Two things of submitit's stay out of the way: its signal handler, which saves inside the handler, ignores SIGTERM and
-counts time-outs (the submitted function puts its own in place), and its batch script, which ends with the step. Here
-the script outlives the step, asks why it ended and decides; a SIGTERM, by which SLURM announces the end, is passed on
-first.
+Two parts of submitit are replaced. Its signal handler saves inside the handler, ignores SIGTERM and counts time-outs;
+the submitted function installs its own. Its batch script ends with the step; ours continues after the step, finds out
+why it ended and decides whether to requeue. It forwards SIGTERM, with which SLURM announces the end, to the step.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from pwm_torchrl.run.directory import pretraining_run
 
 _SUPERVISE, _START = (Path(__file__).with_name(name) for name in ("supervise.py", "start.py"))
 
-#: ``wait`` returns early when a trap has run, so the loop asks whether the step still exists. Requeueing sends SIGTERM
-#: to the script that asks for it, which then still has to write what it decided. Since SLURM 22.05 srun does not take
+#: ``wait`` returns early when a trap has run, so the loop checks whether the step still exists. A requeue sends SIGTERM
+#: to the script that requests it, which must ignore it to record its decision. Since SLURM 22.05, srun does not inherit
 #: the number of CPUs from the job.
 _SCRIPT = """\
 export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}
@@ -69,9 +68,9 @@ class RunExecutor(SlurmExecutor):
     """Submits runs, one or an array of them.
 
     Args:
-        folder (Path): of submitit's files and the jobs' output.
+        folder (Path): folder for submitit's files and the jobs' output.
         code (sequence of Path): folders to put first on the jobs' ``PYTHONPATH``.
-        cpus (int): per task, for SLURM configurations that do not tell a job.
+        cpus (int): CPUs per task, for SLURM configurations that do not set this in a job.
     """
 
     def __init__(self, folder: Path, code: Sequence[Path], cpus: int) -> None:
@@ -81,7 +80,7 @@ class RunExecutor(SlurmExecutor):
         self.runs = Path(folder) / f"runs_{uuid.uuid4().hex[:8]}.txt"
 
     def write_runs(self, runs: Sequence[Path]) -> None:
-        """Which task of the array is which run: one directory a line."""
+        """Write the run directories of the array's tasks, one per line."""
         self.runs.parent.mkdir(parents=True, exist_ok=True)
         self.runs.write_text("".join(f"{run}\n" for run in runs), encoding="utf-8")
 
@@ -99,17 +98,17 @@ class RunExecutor(SlurmExecutor):
 
 
 def _in_copy(file: Path, code: Sequence[Path]) -> Path:
-    """The copy of one of the package's files that a job uses."""
+    """The copy of a file of this package that a job uses; the file itself if it was not copied."""
     relative = file.relative_to(file.parents[2])
     return next((copy / relative for copy in code if (copy / relative).is_file()), file)
 
 
-# Runs to SLURM --------------------------------------------------------------------------------------------------------
+# Submitting runs ------------------------------------------------------------------------------------------------------
 
 
 FOLDER = "submitit"
 ARRAYS = ".jobs"
-#: What a job leaves in the environment of the jobs that it submits, and that makes them fail.
+#: Variables that a job submitted from inside a job would inherit, and that would make it fail.
 _INHERITED = re.compile(r"^(SLURM|SBATCH|SRUN)_")
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
@@ -120,23 +119,23 @@ class Submitted:
 
     run_dir: Path
     job_id: str
-    after: str | None = None  # the job that has to succeed first
+    after: str | None = None  # id of the job that must succeed first
 
 
 def submit_runs(
     runs: Sequence[Path], configs: Sequence[Config], resources: Resources, code: Sequence[Path], runs_dir: Path
 ) -> list[Submitted]:
-    """Queue runs whose directories are written.
+    """Submit runs whose directories exist.
 
     Args:
         runs (sequence of Path): their directories, absolute.
-        configs (sequence of Config): one each, of one cluster profile.
-        resources (Resources): of each job.
+        configs (sequence of Config): one per run, all with the same cluster profile.
+        resources (Resources): resources of each job.
         code (sequence of Path): copies of the code, see :func:`~pwm_torchrl.cluster.snapshot.snapshot`.
-        runs_dir (Path): where the files of an array go.
+        runs_dir (Path): folder for the files of an array.
 
     Raises:
-        ConfigurationError: if SLURM refuses; nothing of that array is queued then.
+        ConfigurationError: if SLURM rejects an array; none of its jobs is queued then.
     """
     done: list[Submitted] = []
     limit = site().config.max_array_size if len(runs) > 1 else 1
@@ -147,14 +146,14 @@ def submit_runs(
 
 
 def last_request(run_dir: Path, job: Mapping[str, Any]) -> Resources:
-    """What the last job of a run asked for.
+    """The resources that the last job of a run requested.
 
     Args:
         run_dir (Path): the run.
-        job (Mapping): what :func:`~pwm_torchrl.cluster.deaths.read_job` read of it.
+        job (Mapping): its record from :func:`~pwm_torchrl.cluster.deaths.read_job`.
 
     Raises:
-        ConfigurationError: if its file does not say so.
+        ConfigurationError: if the record is damaged.
     """
     mem_mb = memory_asked(run_dir, job)
     others = [name for name in Resources.__dataclass_fields__ if name != "mem_mb"]
@@ -169,16 +168,16 @@ def last_request(run_dir: Path, job: Mapping[str, Any]) -> Resources:
 
 
 def resubmit(run_dir: Path, cfg: Config, resources: Resources, job: Mapping[str, Any]) -> str:
-    """Queue a run again, with the code of its last job; returns the job's id.
+    """Submit a run again, with the code of its last job; returns the new job's id.
 
     Args:
         run_dir (Path): the run.
         cfg (Config): its configuration.
-        resources (Resources): what the job asks for.
-        job (Mapping): what :func:`~pwm_torchrl.cluster.deaths.read_job` read of its last job.
+        resources (Resources): resources to request.
+        job (Mapping): record of its last job, from :func:`~pwm_torchrl.cluster.deaths.read_job`.
 
     Raises:
-        ConfigurationError: if SLURM refuses.
+        ConfigurationError: if SLURM rejects the job.
     """
     code = [Path(each) for each in job.get("code", [])]
     (submitted,) = _submit([run_dir], cfg, resources, code, run_dir.parent)
@@ -215,21 +214,21 @@ def _submit(
 
 
 def leave_open(cfg: Config) -> None:
-    """Unpin a world model that a job still trains: the policies wait for the one that it ends with."""
+    """Remove the hash of a world model that a job still trains, so that extractions wait for the final one."""
     source = None if cfg.world_model is None else pretraining_run(cfg.world_model)
     if source is not None and live_job(source) is not None:
         cfg.world_model_sha256 = None
 
 
 def pretraining_of(cfg: Config) -> Path | None:
-    """The run whose world model the policies of this configuration wait for; ``None`` if they have theirs."""
+    """The pre-training run that this configuration waits for; ``None`` if its world model is known or not needed."""
     if cfg.world_model is None or cfg.world_model_sha256 is not None:
         return None
     return pretraining_run(cfg.world_model)
 
 
 def move_dependents(run_dir: Path, job_id: str) -> list[str]:
-    """Let the jobs that wait for a run wait for another job of it; returns what SLURM complained about."""
+    """Make the jobs that wait for a run depend on its new job; returns SLURM's error messages."""
     waiting = [str(each) for each in read_job(run_dir).get("awaited_by", [])]
     return [
         refused
@@ -239,7 +238,7 @@ def move_dependents(run_dir: Path, job_id: str) -> list[str]:
 
 
 def _refusal(answer: str, cfg: Config) -> str:
-    """Sbatch's own words, with where they can be answered."""
+    """The error message of sbatch, with the configuration keys to check."""
     lines = [line.strip() for line in answer.splitlines() if "error:" in line]
     said = "; ".join(line.partition("error:")[2].strip() for line in lines) or " ".join(answer.split())[:300]
     return (
@@ -250,7 +249,7 @@ def _refusal(answer: str, cfg: Config) -> str:
 
 @contextmanager
 def outside_of_a_job() -> Iterator[None]:
-    """Inside, the environment has none of the variables that describe the job this process may be in."""
+    """Remove the variables that describe the surrounding job from the environment for the duration of the block."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if _INHERITED.match(name) and name not in _KEPT}
     try:
         yield

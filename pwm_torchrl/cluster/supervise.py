@@ -1,12 +1,12 @@
-"""Runs a job's program inside the step and stays to tell how it ended; started as a script, standard library only.
+"""Runs a job's program inside the step and records how it ended; started as a script, standard library only.
 
     python supervise.py EVIDENCE PROGRAM [ARGUMENT ...]     # writes EVIDENCE-<task>.json
 
-SLURM tells little of a death, late, and not without accounting. A small process beside the program knows it at once:
-the program's exit code, the signals that arrived and when, and whether the kernel killed a process of the step because
-memory was short, which is counted in the memory cgroup that both share and that is gone when the step ends. The kernel
-kills the largest process, so this one survives. It passes on SIGUSR2 and SIGTERM, which SLURM sends to a step's first
-process only.
+SLURM reports little about why a program ended, late, and only with accounting. A small parent process knows it at once:
+the program's exit code, the signals that arrived and when, and whether the kernel killed a process of the step for lack
+of memory. The kernel counts such kills in the memory cgroup, which both processes share and which is removed when the
+step ends. It kills the largest process, so this one survives. SLURM sends SIGUSR2 and SIGTERM only to a step's first
+process, so this process forwards them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUERY_TIMEOUT_S = 20
 
 
 def oom_kills() -> int | None:
-    """Processes that the kernel has killed in this process's memory cgroup; ``None`` if it does not tell."""
+    """Number of processes that the kernel killed in this process's memory cgroup; ``None`` if it is not available."""
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
@@ -42,7 +42,7 @@ def oom_kills() -> int | None:
 
 
 def is_preempted() -> bool:
-    """Whether SLURM wants this job's place for another one."""
+    """Whether SLURM preempts this job for another one."""
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return False
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     def forward(signum: int, frame: object) -> None:
         name = signal.Signals(signum).name
         if name not in received and signum == signal.SIGUSR2:
-            # Only now does SLURM tell a preemption from a time limit.
+            # SLURM's record shows only now whether the cause is preemption or the time limit.
             threading.Thread(target=lambda: preempted.append(is_preempted()), daemon=True).start()
         received.setdefault(name, time.time())
         if child is not None and child.poll() is None:
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     for each in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(each, forward)
     child = subprocess.Popen(command)
-    for name in list(received):  # arrived before there was a child
+    for name in list(received):  # signals that arrived before the child was started
         child.send_signal(getattr(signal, name))
     code = child.wait()
     after = oom_kills()
@@ -106,7 +106,7 @@ def _write(file: Path, content: dict[str, object]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(content), encoding="utf-8")
         os.replace(draft, file)
-    except OSError as error:  # a full disk must not hide the program's own end
+    except OSError as error:  # a full disk must not hide the program's exit code
         sys.stderr.write(f"could not write {file}: {error}\n")
 
 
