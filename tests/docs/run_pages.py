@@ -401,6 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="clone into DIR and keep it")
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # end the session, delete the clone
     try:
         if args.list:
             for command in read_pages(ROOT):
