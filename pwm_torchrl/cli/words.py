@@ -369,6 +369,7 @@ RULES = (
             *_keys("model", "reward_head num_bins vmin vmax reward_space termination_head"),
             *_keys("size", "latent_dim units encoder_units simnorm_dim"),
             *_keys("algorithm", "model_batch model_lr model_betas model_grad_norm scale_rewards random_steps"),
+            "algorithm.exploration_noise",
             *_keys("algorithm", "normalize_observations normalize_rewards actor_starts actor_batch"),
             "algorithm.first_model_updates",
             "memory.model_micro_batch",
@@ -385,6 +386,7 @@ RULES = (
     Rule(
         (
             *_keys("algorithm", "collect_steps random_steps normalize_rewards first_model_updates updates_per_step"),
+            "algorithm.exploration_noise",
             *_OF_REPLAY,
         ),
         "mode",
@@ -453,6 +455,20 @@ def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: b
         for rule in rules:
             if rule.covers(key) and not rule.allows(config):
                 raise _refusal(config, key, value, rule)
+    if "algorithm.updates_per_step" in typed and config.algorithm.name == "pwm":
+        _check_sets(config)
+
+
+def _check_sets(config: Config) -> None:
+    """The sets of updates that were asked for are not more than an epoch may have."""
+    a, num_envs = config.algorithm, int(config.env.get("num_envs") or 1)
+    sets = round(a.updates_per_step * a.steps_per_env * num_envs)
+    if sets > a.max_updates:
+        raise ConfigurationError(
+            f"algorithm.updates_per_step={a.updates_per_step:g} asks for {sets} sets of updates after the "
+            f"{a.steps_per_env * num_envs} agent steps of an epoch, and algorithm.max_updates={a.max_updates} allows "
+            f"{a.max_updates}; set algorithm.max_updates={sets}, or fewer updates per step"
+        )
 
 
 def leaves(key: str, value: Any) -> dict[str, Any]:

@@ -81,6 +81,8 @@ FLOWS = "model=few_step, flow_v1, flow_v2 or flow_v3"
             ["experiment=pretrain", "algorithm=pwm", "algorithm.horizon=9"],
             ["algorithm.horizon=9", "algorithm.slice_steps=5", "algorithm.slice_steps=null"],
         ),
+        (["algorithm.updates_per_step=1"], ["=1 asks for 128 sets", "algorithm.max_updates=64"]),
+        (["experiment=pretrain", "algorithm.exploration_noise=white"], ["mode=pretrain", "mode=online"]),
         (["experiment=pretrain", "task=cup-catch"], ["task=cup-catch", "mode=pretrain", "mode=extract"]),
         (["experiment=extract", "algorithm.model_lr=1"], ["algorithm.model_lr=1", "finetune=false", "finetune=true"]),
         (["experiment=extract", "algorithm.collect_steps=2"], ["algorithm.collect_steps=2", "mode=online"]),
@@ -120,6 +122,8 @@ def test_is_refused_with_what_would_use_it(words, parts):
         ["algorithm=shac", "env=pendulum_torchrl", "algorithm.random_steps=0"],
         ["cluster=local", "cluster.gpus=0", "cluster.setup=[]"],
         ["runs_dir=out", "run_dir=${runs_dir}/mine"],
+        ["algorithm.updates_per_step=1", "algorithm.max_updates=128"],
+        ["algorithm.updates_per_step=1", "env.num_envs=4"],
     ],
     ids=" ".join,
 )
