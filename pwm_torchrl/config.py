@@ -306,6 +306,8 @@ class AlgorithmConfig(Section):
     # horizon
     collect_steps: Optional[int] = setting(None, least=1)  # agent steps per environment and epoch; None: horizon
     random_steps: int = setting(0, least=0)  # first agent steps (all environments together) with uniform actions
+    exploration_noise: str = one_of("white", "pink")  # of collected actions: independent from step to step, or
+    # correlated in time; each single action has the policy's distribution with either
     gamma: float = setting(0.99, above=0, most=1)
     lmbda: float = setting(0.95, least=0, most=1)  # lambda of the TD(lambda) critic targets
     detach: bool = True  # stop the gradient at the actor's input in imagination

@@ -46,8 +46,8 @@ class SHAC(PaperPWM):
 
     simulates = True
     ignored = (
-        "random_steps", "normalize_observations", "normalize_rewards", "actor_starts", "actor_batch", "actor_updates",
-        "model_updates", "first_model_updates",
+        "random_steps", "exploration_noise", "normalize_observations", "normalize_rewards", "actor_starts",
+        "actor_batch", "actor_updates", "model_updates", "first_model_updates",
     )  # fmt: skip
 
     # Class methods that describe the algorithm ------------------------------------------------------------------------

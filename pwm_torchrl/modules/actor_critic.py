@@ -110,6 +110,42 @@ class Actor(nn.Module):
         return torch.tanh(mean if noise is None else mean + std * noise)
 
 
+class PinkNoise(nn.Module):
+    """Normal noise that is correlated in time, for a policy that explores a fixed batch of environments.
+
+    ε_t = K^(-1/2) Σ_k x_k,t with x_k,t = a_k x_k,t-1 + (1 − a_k²)^(1/2) ξ_k,t, independent normal ξ, a_0 = 0 and
+    a_k = exp(−4^(−k)): white noise and first-order processes that forget within 4, 16, 64 and 256 steps, whose sum has
+    a spectrum close to 1/f in between. At every step ε is standard normal, so that single actions are distributed as
+    the policy says; successive ones push in the same direction more often, and reach states where independent ones
+    cancel out (pink noise for exploration: Eberhard et al. 2023, https://openreview.net/forum?id=hQ9V5QN27eS).
+
+    Args:
+        num_envs (int): ``N``.
+        action_dim (int): ``A``.
+
+    Examples:
+        >>> from pwm_torchrl.modules import PinkNoise
+        >>> PinkNoise(8, 2)().shape
+        torch.Size([8, 2])
+    """
+
+    TIMES = (4, 16, 64, 256)
+    state: Tensor
+    kept: Tensor
+
+    def __init__(self, num_envs: int, action_dim: int) -> None:
+        super().__init__()
+        kept = torch.tensor([0.0, *(math.exp(-1 / time) for time in self.TIMES)])
+        self.register_buffer("kept", kept.view(-1, 1, 1), persistent=False)
+        self.register_buffer("state", torch.randn(len(kept), num_envs, action_dim))
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """The noise of the next step, ``[N, A]``."""
+        self.state.mul_(self.kept).add_((1 - self.kept.square()).sqrt() * torch.randn_like(self.state))
+        return self.state.sum(0) / math.sqrt(len(self.kept))
+
+
 # Ensemble of value functions on latents -------------------------------------------------------------------------------
 
 
@@ -226,6 +262,17 @@ class _MaskAction(nn.Module):
         return action * self.action_mask[task]
 
 
+class _ActWithNoise(nn.Module):
+    """``Actor.act`` with the next step of a noise."""
+
+    def __init__(self, actor: Actor, noise: PinkNoise) -> None:
+        super().__init__()
+        self.actor, self.noise = actor, noise
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.actor.act(latent, self.noise())
+
+
 class _MinValue(nn.Module):
     """``CriticEnsemble.value`` as a module of its own."""
 
@@ -324,6 +371,12 @@ def value_module(
 ) -> TensorDictModule:
     """``latent`` -> ``state_value`` ``[..., 1]``, the minimum over the ensemble."""
     return TensorDictModule(_MinValue(critics), in_keys=[latent], out_keys=[state_value])
+
+
+def exploring_policy_module(world_model: WorldModel | None, actor: Actor, noise: PinkNoise) -> TensorDictSequential:
+    """``observation`` -> ``latent`` -> ``action`` with a noise of its own, whatever TorchRL's exploration type is."""
+    act = TensorDictModule(_ActWithNoise(actor, noise), in_keys=["latent"], out_keys=["action"])
+    return TensorDictSequential(encoder_module(world_model), act)
 
 
 def policy_module(

@@ -111,6 +111,7 @@ Loss = TypeVar("Loss", bound=LossModule)
 ELSEWHERE = {
     "collect_steps": "collector.frames_per_batch",
     "random_steps": "collector.init_random_frames",
+    "exploration_noise": "the collector's policy",
     "normalize_observations": "world_model.normalize_observations",
     "normalize_rewards": "a reward transform of the environment",
     "log_std_init": "actor.log_std_init",

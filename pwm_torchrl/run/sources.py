@@ -22,7 +22,7 @@ from pwm_torchrl.envs.differentiable import Episodes
 from pwm_torchrl.envs.workers import OpenEnv
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.storage import steps_since_checkpoint
-from pwm_torchrl.modules import RewardScale
+from pwm_torchrl.modules import PinkNoise, RewardScale, exploring_policy_module
 from pwm_torchrl.run.collector import EpisodeReturns, ResumableCollector, training_env_seed
 from pwm_torchrl.run.stored_episodes import (
     StoredSamples,
@@ -140,6 +140,11 @@ class OnlineSource:
         assert policy is not None
         a, t = cfg.algorithm, cfg.training
         steps = a.steps_per_env
+        noise = None
+        if a.exploration_noise == "pink":
+            assert networks.actor is not None
+            noise = PinkNoise(self.info.num_envs, self.info.action_dim).to(device)
+            policy = exploring_policy_module(networks.model, networks.actor, noise)
         self.collector = ResumableCollector(self.env, policy, steps, a.random_steps, device, self.env_device)
         self.collector.progress = progress
         self.samples = TrajectoryReplay(
@@ -161,6 +166,7 @@ class OnlineSource:
             "replay": self.samples,
             "collector": self.collector,
             "episode_returns": self.returns,
+            **({} if noise is None else {"exploration_noise": noise}),
             **({} if self.reward_scale is None else {"reward_scale": self.reward_scale}),
         }
         self._batches: Iterator[TensorDictBase] | None = None

@@ -168,6 +168,7 @@ EFFECTS: dict[str, str] = {
     "algorithm.name": "run/test_shac.py::TestRun::test_it_trains_records_and_can_be_used",
     "algorithm.collect_steps": "cli/test_compose.py::test_steps_count_every_environment_and_the_action_repeat",
     "algorithm.random_steps": "run/test_train.py::TestCounting::test_random_steps",
+    "algorithm.exploration_noise": f"{HERE}::test_exploration_noise_changes_what_is_collected",
     "algorithm.normalize_rewards": "run/test_train.py::TestOptions::test_normalized_rewards",
     "algorithm.first_model_updates": "cli/test_effects.py::test_first_model_updates_are_so_many",
     "algorithm.compile": "run/test_memory_plan.py::TestCompile::test_without_a_compiler_a_sentence_and_eager",
@@ -236,6 +237,13 @@ UNSEEN = {
     "logger.artifacts": "uploads happen online; what is given to W&B is tested, not that false leaves it out",
     "data.validation_slices": "how many slices a validation averages over",
 }
+
+
+def test_exploration_noise_changes_what_is_collected(monkeypatch, tmp_path):
+    for noise in ("white", "pink"):
+        changes = {"algorithm.exploration_noise": noise, "training.epochs": 1, "training.eval_every": 0}
+        run_with(monkeypatch, config(changes), tmp_path / noise)
+    assert rows_of(tmp_path / "white") != rows_of(tmp_path / "pink")
 
 
 def test_first_model_updates_are_so_many(monkeypatch, tmp_path):

@@ -7,9 +7,53 @@ import math
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
-from pwm_torchrl.modules import Actor, CriticEnsemble, RewardScale, RunningStatistics
+from pwm_torchrl.modules import (
+    Actor,
+    CriticEnsemble,
+    PinkNoise,
+    RewardScale,
+    RunningStatistics,
+    WorldModelSpec,
+    exploring_policy_module,
+    make_world_model,
+)
 from pwm_torchrl.modules.layers import policy_mlp
+
+
+class TestPinkNoise:
+    def test_every_step_is_standard_normal_and_the_spectrum_falls_like_one_over_the_frequency(self) -> None:
+        torch.manual_seed(0)
+        noise = PinkNoise(64, 2)
+        steps = torch.stack([noise() for _ in range(4096)])
+        assert abs(steps.mean()) < 0.05
+        assert abs(steps.std() - 1) < 0.03
+        assert abs(steps[::1024].std() - 1) < 0.1  # from the first step on
+        power = torch.fft.rfft(steps, dim=0).abs().square().mean((1, 2))[1:]
+        frequency = torch.fft.rfftfreq(4096)[1:]
+        between = (frequency > 1 / 1000) & (frequency < 1 / 5)
+        x, y = frequency[between].log(), power[between].log()
+        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+        assert abs(slope + 1) < 0.1
+
+    def test_environments_and_dimensions_are_independent(self) -> None:
+        torch.manual_seed(0)
+        noise = PinkNoise(2, 2)
+        steps = torch.stack([noise().flatten() for _ in range(20_000)], 1)
+        assert (torch.corrcoef(steps) - torch.eye(4)).abs().max() < 0.2
+
+    def test_the_policy_acts_with_it_as_the_actor_does_with_noise(self) -> None:
+        torch.manual_seed(0)
+        model = make_world_model(WorldModelSpec(3, 1, latent_dim=8, units=[8], encoder_units=[8]))
+        actor, noise = Actor(8, 1, [16]), PinkNoise(5, 1)
+        policy = exploring_policy_module(model, actor, noise)
+        observation, before = torch.randn(5, 3), noise.state.clone()
+        torch.manual_seed(1)
+        found = policy(TensorDict(observation=observation, batch_size=[5]))["action"]
+        noise.state.copy_(before)
+        torch.manual_seed(1)
+        assert torch.equal(found, actor.act(model.encode(observation), noise()))
 
 
 class TestActor:

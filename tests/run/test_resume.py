@@ -55,6 +55,7 @@ class TestExactResume:
                     "algorithm.normalize_rewards": True,
                     "algorithm.normalize_observations": True,
                     "algorithm.actor_starts": "current",
+                    "algorithm.exploration_noise": "pink",
                     "memory.model_micro_batch": 3,
                     "model.loss.flow_matching_weight": 0.5,
                 },
