@@ -1,4 +1,4 @@
-"""From the words of a command line to a configuration, or one sentence that says what is wrong with them."""
+"""Composes the words of a command line to a configuration, or raises an error that explains what is wrong."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ __all__ = [
 
 
 def explain(error: Exception, words: list[str], env_keys: list[str]) -> ConfigurationError:
-    """Builds the :class:`ConfigurationError` that tells a user what ``error`` means.
+    """Builds the :class:`ConfigurationError` that explains ``error`` to a user.
 
     Args:
-        error: what Hydra or OmegaConf raised.
-        words: the command line's words.
-        env_keys: dotted keys of the chosen environment, for the nearest one.
+        error: the exception of Hydra or OmegaConf.
+        words: the words of the command line.
+        env_keys: dotted keys of the chosen environment, from which the nearest one is suggested.
     """
     root = _root(error)
     key = str(getattr(root, "full_key", "") or "")
@@ -108,10 +108,10 @@ def type_words(hint: Any) -> str:
 
 
 def check_types(config: Config) -> None:
-    """Lists and sections are what the schema says: OmegaConf does not look behind an interpolation that stands for one.
+    """Checks the types of lists and sections, because OmegaConf does not check those that come from interpolations.
 
     Raises:
-        ConfigurationError: for the first that is something else.
+        ConfigurationError: for the first value of another type than in the schema.
     """
     for key, hint in schema_keys().items():
         section = hint if dataclasses.is_dataclass(hint) else typing.get_origin(hint)
@@ -136,7 +136,7 @@ def _file(group: str, choice: str) -> str:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The deepest OmegaConf error that names a key; Hydra wraps it into one that says less."""
+    """The innermost OmegaConf error that names a key; Hydra wraps it in a less specific one."""
     found, current = error, error.__cause__ or error.__context__
     while current is not None:
         if isinstance(current, OmegaConfBaseException) and getattr(current, "full_key", None):
@@ -146,7 +146,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _unknown_key(key: str, env_keys: list[str]) -> str:
-    if key in RENAMED_KEYS:  # in a file, such as a cluster profile of the user's own
+    if key in RENAMED_KEYS:  # in a file, such as a user's cluster profile
         unit = f" and counted in GiB: multiply its value by {RENAMED_UNITS[key]:.4g}" if key in RENAMED_UNITS else ""
         return f"{key} is called {' and '.join(RENAMED_KEYS[key])} now{unit}"
     if key.startswith("env."):
@@ -164,7 +164,7 @@ def _wrong_type(key: str, root: ValidationError, words: list[str]) -> str:
     given = [w for w in words if w.lstrip("+").partition("=")[0] == key]
     # A key may be given twice; the error is about one of its values.
     word = next((w for w in given if quoted and w.partition("=")[2].strip("'\"") == quoted.group(1)), None)
-    if word is None and typing.get_origin(hint) is list:  # the error does not quote what is no list
+    if word is None and typing.get_origin(hint) is list:  # the error does not quote a value that is not a list
         word = next((w for w in given if not w.partition("=")[2].startswith("[")), None)
     word = word or next(iter(given), None)
     if word is not None:
@@ -182,11 +182,11 @@ def _first_line(error: BaseException) -> str:
 #: Keys that every environment understands, see :func:`pwm_torchrl.envs.make_env`.
 KEYS_OF_ANY_ENV = ("env.terminates", "env.observation_keys", "env.name", "env.episode_length")
 
-SCHEMA = "pwm_config_schema"  # TorchRL owns the plain names in the shared ConfigStore
+SCHEMA = "pwm_config_schema"  # TorchRL uses the plain names in the shared ConfigStore
 
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError)
 
-_TOLD: set[str] = set()  # keys of earlier versions whose new names were told
+_TOLD: set[str] = set()  # keys of earlier versions for which a warning was given
 
 _SYSTEMS = {"heun_k2": "flow_v1", "heun_k4": "flow_v2", "euler_k8": "flow_v3"}
 
@@ -199,23 +199,20 @@ _MISSING_HINTS = {
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """Composes a run's configuration and checks it as far as that goes without files, environments and torch.
+    """Composes a run's configuration and checks everything that needs no files, environments or torch.
 
-    That is all there is to it for online runs in environments of this package; of others
+    This is complete for online runs in environments of this package; for other runs,
     :func:`~pwm_torchrl.cli.complete.complete` does the rest.
 
     Args:
         overrides: words of the command line, ``group=choice`` or ``group.key=value``.
 
-    Keyword Args:
-        without_data: whether a pre-training may be composed without ``data.path``, to plan it. Defaults to ``False``.
-
     Returns:
         The resolved configuration as an instance of the schema; ``env`` is a plain dict.
 
     Raises:
-        ConfigurationError: for whatever cannot work, in a few lines: unknown choices and keys
-            (with the nearest ones), wrong types, missing values, values out of range.
+        ConfigurationError: for unknown choices and keys (the message names the nearest ones), wrong types, missing
+            values, and values out of range.
     """
     make_cwd_importable()
     with naming_profiles([overrides]):
@@ -230,7 +227,7 @@ def _composed(overrides: Sequence[str]) -> Config:
     _check_given(parsed, typed)
     resolved = _to_config(composed)
     _label_honestly(resolved, typed)
-    if resolved.init_from is not None:  # a job, or a resume from another folder, finds it too
+    if resolved.init_from is not None:  # so that a job, or a resume from another folder, finds it
         resolved.init_from = str(Path(resolved.init_from).expanduser().absolute())
     apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
@@ -242,15 +239,15 @@ def _composed(overrides: Sequence[str]) -> Config:
 
 
 def compose_onto(stored: Config, overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a run that is there already, with single keys set anew.
+    """Changes single keys in the configuration of an existing run.
 
     Args:
-        stored: the run's configuration; it stays as it is.
+        stored: the run's configuration; not modified.
         overrides: words of the command line, ``group.key=value``.
 
     Returns:
-        The configuration, checked as far as that goes without what the keys mean together, and the keys that the words
-        set with their values.
+        The configuration, without a check whether every key has an effect, and the keys that the words set with their
+        values.
 
     Raises:
         ConfigurationError: for a choice of a group, unknown keys, wrong types and values out of range.
@@ -271,14 +268,14 @@ def compose_onto(stored: Config, overrides: Sequence[str]) -> tuple[Config, dict
         raise explain(error, list(overrides), [f"env.{key}" for key in stored.env]) from error
     changed = _to_config(tree)
     if "cluster.time" in typed and "cluster.time_min" not in typed:
-        changed.cluster.time_min = None  # both are the same limit, and that of the run is stored in minutes
+        changed.cluster.time_min = None  # both set the same limit, and the stored one is in minutes
     read_time(changed.cluster)
     validate(changed)
     return changed, typed
 
 
 def compose_unchecked(overrides: Sequence[str]) -> Config:
-    """The configuration of some words without checks of what they mean together, to find out what a sweep is over."""
+    """Composes words without checking their combination, to find out what a sweep covers."""
     make_cwd_importable()
     parsed = [_parse(word) for each in overrides for word in renamed(each)]
     _check_names(parsed)
@@ -291,7 +288,7 @@ def typed_keys(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def keys_to_use(overrides: Sequence[str]) -> dict[str, Any]:
-    """:func:`typed_keys` without those that another word refers to, which uses them whatever else there is."""
+    """:func:`typed_keys` without those to which another word refers, because these always have an effect."""
     return _not_referred_to(typed_keys(overrides), overrides)
 
 
@@ -300,12 +297,12 @@ def _not_referred_to(typed: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def as_yaml(config: Config) -> str:
-    """A configuration as YAML, without a line break at its end."""
+    """A configuration as YAML, without a newline at the end."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config))).rstrip()
 
 
 def _typed(parsed: list[Override]) -> dict[str, Any]:
-    """Every key that was typed with its last value; a section, ``model.dynamics={kind:mlp}``, by its keys."""
+    """Every key of the words with its last value; a section, ``model.dynamics={kind:mlp}``, is split into its keys."""
     found: dict[str, Any] = {}
     for o in parsed:
         found |= leaves(o.key_or_group, None if o.type == OverrideType.DEL else o.value())
@@ -313,10 +310,10 @@ def _typed(parsed: list[Override]) -> dict[str, Any]:
 
 
 def _parse(word: str) -> Override:
-    """Reads a word; what can be written in several ways is put into one of them.
+    """Parses a word and normalises the spelling of its value.
 
     Raises:
-        ConfigurationError: for what is no setting, or asks for several runs.
+        ConfigurationError: for a word that is not a setting, or that is a sweep.
     """
     override = _read(word)
     if override.is_sweep_override():
@@ -336,7 +333,7 @@ def _parse(word: str) -> Override:
 
 
 def renamed(word: str) -> list[str]:
-    """A word with the present names of its key; a key of earlier versions is accepted, and its new name told once."""
+    """A word with the present names of its key; for a key of an earlier version, the new name is reported once."""
     written, equal, value = word.partition("=")
     if written == "logger" and value.startswith("["):
         return _several_loggers(value)
@@ -346,7 +343,7 @@ def renamed(word: str) -> list[str]:
     if now is None or not equal:
         return [word]
     given = value
-    with suppress(ValueError):  # not a number: composing tells whether it can be one
+    with suppress(ValueError):  # not a number; composing reports it if it should be one
         value = str(in_present_unit(old, float(value))) if old in RENAMED_UNITS else value
     if written not in _TOLD:
         _TOLD.add(written)
@@ -356,7 +353,7 @@ def renamed(word: str) -> list[str]:
 
 
 def _several_loggers(value: str) -> list[str]:
-    """``logger=[tensorboard,wandb]`` as the words that Hydra takes, which composes one choice of a group."""
+    """The words for ``logger=[tensorboard,wandb]``; Hydra composes only one choice per group."""
     names = [name for name in (each.strip().strip("'\"") for each in value.strip("[]").split(",")) if name]
     choices = group_choices()["logger"]
     for name in names or [""]:
@@ -365,7 +362,7 @@ def _several_loggers(value: str) -> list[str]:
                 f"logger={value}: {name!r} is not a choice of logger{nearest_sentence(name, choices)}\n"
                 f"choices of logger: {', '.join(choices)}"
             )
-    first = "wandb" if "wandb" in names else names[0]  # whose file has settings
+    first = "wandb" if "wandb" in names else names[0]  # the configuration file of wandb has settings
     return [f"logger={first}", f"logger.also=[{','.join(name for name in names if name not in (first, 'csv'))}]"]
 
 
@@ -405,9 +402,7 @@ def _quoted(text: str) -> str:
 
 
 def _check_names(parsed: list[Override]) -> None:
-    """Groups, choices and keys, before Hydra sees them: its own search would offer other
-    packages' choices.
-    """
+    """Checks groups, choices and keys before Hydra does, because Hydra would suggest choices of other packages."""
     groups, schema = group_choices(), schema_keys()
     for o in parsed:
         key, word = o.key_or_group, o.input_line
@@ -421,7 +416,7 @@ def _check_names(parsed: list[Override]) -> None:
         if key in groups:
             _check_choice(o, key, groups[key])
         elif key.startswith(("env.", "cluster.sbatch.")):
-            continue  # keys that depend on the choice of env, and on what sbatch knows
+            continue  # these keys depend on the choice of env, and on the options of sbatch
         elif key.startswith("hydra"):
             raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {instead_of_hydras(key)}")
         elif o.type == OverrideType.DEL:
@@ -455,15 +450,15 @@ def _check_choice(o: Override, group: str, choices: list[str]) -> None:
 
 
 def _profile(parsed: list[Override]) -> str:
-    """The name of the cluster profile that is chosen; empty if none is."""
+    """The name of the chosen cluster profile; empty if none is chosen."""
     return next((str(o.value()) for o in reversed(parsed) if o.key_or_group == "cluster"), "")
 
 
 def _profile_words(parsed: list[Override]) -> list[str]:
-    """Words that let Hydra find the user's own cluster profile, labelled by its name; none for the packaged ones.
+    """Words that let Hydra find the user's cluster profile and that set its name; empty for a packaged profile.
 
     Raises:
-        ConfigurationError: if it has the name of a packaged one: Hydra would silently take that.
+        ConfigurationError: if a packaged profile has the same name, because Hydra would silently use that one.
     """
     file = user_profiles().get(_profile(parsed))
     if file is None:
@@ -476,21 +471,21 @@ def _profile_words(parsed: list[Override]) -> list[str]:
 
 
 def _check_given(parsed: list[Override], typed: dict[str, Any]) -> None:
-    """What the user's own files leave open is typed: merging would let other values stand, those of the schema too."""
+    """Checks that the words set all keys that the user's files leave open: merging would use other values for them."""
     for key, file in left_open(_profile(parsed)).items():
         if not any(each == key or each.startswith(f"{key}.") for each in typed):
             raise ConfigurationError(f"{file}: {key} has no value; write one there, or set {key}=...")
 
 
 def _of_profile(parsed: list[Override]) -> dict[str, Any]:
-    """The keys of the user's own cluster profile with their values: they count as typed."""
+    """The keys of the user's cluster profile with their values, which count as set by the command line."""
     return profile_keys(_profile(parsed))
 
 
 def _env_words(parsed: list[Override]) -> list[str]:
-    """The words for Hydra; a user's own maker selects env=custom, whose keys are free."""
+    """The words for Hydra; a user's own ``env._target_`` selects env=custom, which accepts any key."""
     words = [o.input_line or "" for o in parsed]
-    # Whatever sbatch knows may be added.
+    # Any option of sbatch may be added.
     words = ["++" + word.lstrip("+") if re.match(r"\+*cluster\.sbatch[.=]", word) else word for word in words]
     chosen = [o.value() for o in parsed if o.key_or_group == "env"]
     if not chosen and any(o.key_or_group == "env._target_" for o in parsed):
@@ -498,7 +493,7 @@ def _env_words(parsed: list[Override]) -> list[str]:
         chosen = ["custom"]
     if chosen[-1:] == ["custom"]:
         return ["++" + w if w.startswith("env.") else w for w in words]
-    # What every environment understands, whether its file lists it or not.
+    # Every environment has these keys, even if its file does not list them.
     return ["++" + w if w.partition("=")[0] in KEYS_OF_ANY_ENV else w for w in words]
 
 
@@ -523,9 +518,9 @@ def _hydra(words: list[str]) -> DictConfig:
 
 @contextmanager
 def _own_schema() -> Iterator[None]:
-    """Inside, the ConfigStore holds Hydra's entries and the schema alone.
+    """Restrict the ConfigStore to Hydra's entries and the schema for the duration of the block.
 
-    Where TorchRL's configurations are loaded, Hydra would take its ``logger/csv`` for the schema of ours.
+    Otherwise, if TorchRL's configurations are loaded, Hydra would use TorchRL's ``logger/csv`` as the schema of ours.
     """
     store = ConfigStore.instance()
     everything = store.repo
@@ -539,7 +534,7 @@ def _own_schema() -> Iterator[None]:
 
 
 def _to_config(composed: DictConfig) -> Config:
-    """Resolves interpolations and leaves OmegaConf behind."""
+    """Resolves interpolations and converts the configuration to the schema's dataclasses."""
     for key in missing_keys(OmegaConf.to_container(composed, resolve=False)):
         hint = _MISSING_HINTS.get(key)
         raise ConfigurationError(f"{key} has no value; set {key}=..." + (f", {hint}" if hint else ""))
@@ -552,9 +547,9 @@ def _to_config(composed: DictConfig) -> Config:
 
 
 def _label_honestly(config: Config, typed: dict[str, Any]) -> None:
-    """A model or size changed by single keys does not keep the name of the choice it started from.
+    """Renames a model or size that single keys have changed, so that it does not keep the name of the original choice.
 
-    A flow used at K = 1, above all, must never be reported as Flow V2.
+    In particular, a flow with K = 1 must never be reported as Flow V2.
     """
     keys = typed.keys()
     dynamics = config.model.dynamics

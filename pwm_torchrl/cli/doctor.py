@@ -1,4 +1,4 @@
-"""``doctor``: what this machine and its SLURM offer, and what would fail on them; drafts a cluster profile from it."""
+"""``doctor``: checks this machine and its SLURM cluster for problems, or drafts a cluster profile."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ __all__ = [
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
-#: Free space below which a run will hardly finish, and below which a replay on disk or videos may not fit.
+#: Free space below which a run will probably not finish, and below which a replay on disk or videos may not fit.
 NO_ROOM_GIB, LITTLE_ROOM_GIB = 1.0, 10.0
-#: File systems that belong to one machine.
+#: File systems that are local to one machine.
 _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "f2fs", "apfs")
 _RENDER_TIMEOUT_S = 120
 _RENDER = """
@@ -70,12 +70,12 @@ renderer.close()
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor.
+    """The result of a check, one line of output.
 
     Attributes:
-        level: ``ok``, ``warning`` (it works, less well) or ``problem`` (it does not).
-        subject: what was looked at, a word or two.
-        text: what was found, and what to do.
+        level: ``ok``, ``warning`` (works, but less well) or ``problem`` (does not work).
+        subject: what was checked, in one or two words.
+        text: the result, and what to do.
     """
 
     level: str
@@ -84,7 +84,7 @@ class Finding:
 
 
 def check_packages() -> list[Finding]:
-    """Versions, for whoever is asked for help."""
+    """Versions of Python and the main libraries, for requests for help."""
     names = ("pwm-torchrl", "torch", "torchrl", "tensordict", "submitit")
     found = []
     for name in names:
@@ -96,11 +96,11 @@ def check_packages() -> list[Finding]:
 
 
 def check_gpu(config: Config, *, elsewhere: bool) -> list[Finding]:
-    """Whether PyTorch can use the GPUs of this machine, where it has any.
+    """Whether PyTorch can use the GPUs of this machine, if it has any.
 
     Args:
-        config (Config): its ``device`` may need one.
-        elsewhere (bool): whether jobs run on other machines, so that this one may do without.
+        config (Config): its ``device`` may require a GPU.
+        elsewhere (bool): whether jobs run on other machines, so that this one does not need a GPU.
     """
     import torch
 
@@ -146,7 +146,7 @@ def _listed_gpus() -> list[str]:
 
 
 def check_rendering() -> list[Finding]:
-    """Whether MuJoCo draws without a display, in a process of its own: a broken driver may end it."""
+    """Whether MuJoCo renders without a display; checked in a child process, which a broken driver may crash."""
     if find_spec("mujoco") is None:
         return [
             Finding(OK, "rendering", "MuJoCo is not installed; pip install 'pwm-torchrl[mujoco]' where it is needed")
@@ -163,13 +163,13 @@ def check_rendering() -> list[Finding]:
         failures[backend] = reason
     said = "; ".join(f"{backend}: {reason}" for backend, reason in failures.items())
     advice = "install libegl1, or libosmesa6 with MUJOCO_GL=osmesa, or set training.video=false"
-    if chosen:  # dm_control fails to load then, not only to draw
+    if chosen:  # dm_control then fails on import, not only in rendering
         return [Finding(PROBLEM, "rendering", f"MUJOCO_GL={chosen} does not work ({said}); unset it, or {advice}")]
     return [Finding(WARNING, "rendering", f"MuJoCo cannot draw here ({said}); {advice}")]
 
 
 def _rendering_fault(backend: str) -> str | None:
-    """Why MuJoCo does not draw with a backend; ``None`` if it does."""
+    """Why MuJoCo does not render with a backend; ``None`` if it does."""
     environment = {**os.environ, "MUJOCO_GL": backend}
     command = [sys.executable, "-c", _RENDER]
     try:
@@ -178,17 +178,17 @@ def _rendering_fault(backend: str) -> str | None:
         return f"no picture in {_RENDER_TIMEOUT_S} s"
     if done.returncode == 0:
         return None
-    # What a destructor complains about afterwards is not the reason.
+    # The first error is the cause; later ones come from destructors.
     lines = [line for line in done.stderr.splitlines() if ("Error" in line or "error" in line) and line[:1].strip()]
     return lines[0][:160] if lines else f"it ended with {done.returncode}"
 
 
 def check_disk(folder: Path, *, elsewhere: bool) -> list[Finding]:
-    """The file system of the runs: whether it can be written to, lasts, is seen by other machines, and has room.
+    """Whether the file system of the runs is writable, permanent, shared with other machines, and has enough space.
 
     Args:
-        folder (Path): where runs are created; it need not exist yet.
-        elsewhere (bool): whether jobs run on other machines, which must see it.
+        folder (Path): folder in which runs are created; it need not exist yet.
+        elsewhere (bool): whether jobs run on other machines, which need access to it.
     """
     place = existing(folder)
     kind = filesystem_type(folder) or "unknown"
@@ -241,10 +241,10 @@ _SUBJECT = "SLURM"
 
 
 def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
-    """The cluster, each of its partitions, and the profile against them.
+    """Checks the cluster, each of its partitions, and whether the profile fits them.
 
     Args:
-        profile (ClusterConfig): what jobs would ask for.
+        profile (ClusterConfig): the profile of the jobs.
         available (bool): whether this machine belongs to a cluster.
     """
     if not available:
@@ -276,7 +276,7 @@ def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
 
 
 def _doubts(profile: ClusterConfig, here: Site) -> list[str]:
-    """Where a profile describes other nodes than its partition has: memory plans would be made for those."""
+    """Differences between the nodes that a profile describes and those of its partition, which make plans wrong."""
     names = profile.partition.split(",") if profile.partition else [p.name for p in here.partitions if p.default]
     nodes = [node for node in here.nodes if set(names) & set(node.partitions)]
     if not nodes:
@@ -297,7 +297,7 @@ def _doubts(profile: ClusterConfig, here: Site) -> list[str]:
 
 
 def _same_gpu(name: str, kind: str) -> bool:
-    """Whether a type of ours may be one of SLURM's, of which each site has its own names."""
+    """Whether a GPU type of a profile may be the given type of SLURM, which each site names differently."""
     try:
         return gpu_bytes(name) == gpu_bytes(kind)
     except ValueError:
@@ -337,14 +337,14 @@ def _partition_of(profile: ClusterConfig, here: Site) -> str:
     return f"the default partition, {', '.join(p.name for p in here.partitions if p.default)}"
 
 
-# A cluster profile drafted from what SLURM says of one partition ------------------------------------------------------
+# Drafting a cluster profile from SLURM's description of a partition ---------------------------------------------------
 
 
 def profile_file(name: str) -> Path:
-    """Where a profile of the user's own is kept.
+    """The file of a user's cluster profile.
 
     Raises:
-        ConfigurationError: if the name cannot be one, or is a packaged profile's.
+        ConfigurationError: if the name is invalid, or that of a packaged profile.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigurationError(f"--draft {name!r} is not a name of letters, digits, '_', '-' and '.'; choose another")
@@ -354,10 +354,10 @@ def profile_file(name: str) -> Path:
 
 
 def write_profile(file: Path, text: str, *, force: bool) -> None:
-    """Writes a profile; one that is there is kept unless ``force`` says otherwise.
+    """Writes a profile; an existing file is overwritten only with ``force``.
 
     Raises:
-        ConfigurationError: if there is one, or it cannot be written.
+        ConfigurationError: if the file exists and ``force`` is false, or it cannot be written.
     """
     if file.exists() and not force:
         raise ConfigurationError(f"{file} exists; --force writes over it, or --draft another name")
@@ -371,16 +371,16 @@ def write_profile(file: Path, text: str, *, force: bool) -> None:
 
 
 def draft_profile(name: str, site: Site, partition: str | None, day: date | None = None) -> str:
-    """Text of a profile of the nodes of one partition.
+    """Text of a profile for the nodes of one partition.
 
-    Where nodes differ, those with the most common kind of GPU are described, and of these the least of each thing, so
+    If nodes differ, the profile describes those with the most common type of GPU, with the minimum of each resource, so
     that a job fits on any of them.
 
     Args:
-        name (str): of the profile.
-        site (Site): what SLURM has.
-        partition (str, optional): ``None``: the default one.
-        day (date, optional): of the draft. Defaults to today.
+        name (str): name of the profile.
+        site (Site): the cluster.
+        partition (str, optional): ``None``: the default partition.
+        day (date, optional): date of the draft. Defaults to today.
 
     Raises:
         ConfigurationError: if there is no such partition, or it has no nodes.
@@ -488,7 +488,7 @@ def run(request: Request) -> int:
 
 
 def _check(config: Config) -> list[Finding]:
-    """Every check, said as soon as it is done."""
+    """Run all checks; each result is printed immediately."""
     slurm = slurm_available()
     elsewhere = config.cluster.kind == "slurm" or (config.cluster.kind == "auto" and slurm)
     checks = [

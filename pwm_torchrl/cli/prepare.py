@@ -1,7 +1,7 @@
-"""What is looked up, checked and planned before a run begins or is submitted, and what a dry run shows of it.
+"""Checks and plans before a run begins or is submitted, and the output of a dry run.
 
-What a run needs is looked up or opened before anything of it is written, in the one place that every command asks: a
-run that could never have begun would otherwise leave a directory that ``status`` and ``report`` list for ever.
+Everything that a run needs is checked here, for all commands, before anything is written. Otherwise, a run that cannot
+begin would leave a directory that ``status`` and ``report`` list forever.
 """
 
 from __future__ import annotations
@@ -70,22 +70,22 @@ __all__ = [
     "settle_place",
 ]
 
-# Composed, placed and planned -----------------------------------------------------------------------------------------
+# Composing, choosing a place and planning -----------------------------------------------------------------------------
 
 
 LOCAL, DEBUG, SLURM, HERE = "local", "debug", "slurm", "here"
 
 
 def compose_all(words: Sequence[str], composed: Sequence[Prepared] = ()) -> list[Prepared]:
-    """Every run that a command line asks for, complete and checked.
+    """All runs of a command line, complete and checked.
 
     Args:
-        words (sequence of str): its settings.
-        composed (sequence of Prepared): the runs, composed, where ``words`` does not ask for every task. Defaults to
+        words (sequence of str): the settings.
+        composed (sequence of Prepared): the composed runs; not used if ``words`` contains ``task=all``. Defaults to
             ``()``: they are composed here.
 
     Raises:
-        ConfigurationError: for whatever cannot work, before anything is written.
+        ConfigurationError: if a run cannot work; nothing has been written then.
     """
     runs = list(composed)
     if not runs or EVERY_TASK in words:
@@ -101,14 +101,19 @@ def compose_all(words: Sequence[str], composed: Sequence[Prepared] = ()) -> list
 
 
 def place_of(config: Config) -> str:
-    """Where a run goes: ``local``, ``debug``, ``slurm``, or ``here`` inside of an allocation, unless a profile of SLURM
-    nodes is chosen, which is queued from there, too.
+    """The place of a run: ``local`` (a job on this machine), ``debug`` (this process), ``slurm`` (a SLURM job), or
+    ``here`` (this process, in a SLURM allocation).
+
+    A profile of SLURM nodes is queued as a job also from inside an allocation.
+
+    Raises:
+        ConfigurationError: for a profile of SLURM nodes on a machine without SLURM.
     """
     kind = config.cluster.kind
     if kind == DEBUG:
         return DEBUG
     if own_job() is not None and not (kind == SLURM and slurm_available()):
-        return HERE  # resources are there already; a profile that is named is for a job of its own
+        return HERE  # the allocation has resources already; a named profile stands for a separate job
     if kind == "auto":
         return SLURM if slurm_available() else LOCAL
     if kind == SLURM and not slurm_available():
@@ -120,11 +125,12 @@ def place_of(config: Config) -> str:
 
 
 def settle_place(runs: Sequence[Prepared]) -> str:
-    """Where the runs of a command go, see :func:`place_of`, with what that leaves unused: settings of theirs for SLURM
-    are refused, profiles of SLURM nodes that cannot be queued there are told.
+    """The place of a command's runs, see :func:`place_of`, after reporting what has no effect there.
+
+    A message names profiles of SLURM nodes that are not used.
 
     Raises:
-        ConfigurationError: for a setting that only a job of SLURM would be asked with, where there is none.
+        ConfigurationError: for a setting that only SLURM jobs use, if there is no SLURM job.
     """
     place = place_of(runs[0].config)
     refuse_slurms_keys(runs, place)
@@ -140,10 +146,10 @@ def settle_place(runs: Sequence[Prepared]) -> str:
 
 
 def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
-    """Refuses what was typed for a job of SLURM, of runs that are none.
+    """Rejects settings for SLURM jobs if the runs are not SLURM jobs.
 
     Args:
-        runs (sequence of Prepared): runs.
+        runs (sequence of Prepared): the runs.
         place (str): where they train, see :func:`place_of`.
 
     Raises:
@@ -162,22 +168,22 @@ def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
 
 
 def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:
-    """The memory plan of each run, and resources that are enough for all of them.
+    """The memory plan of each run, and resources that are sufficient for all of them.
 
     Args:
-        runs (sequence of Prepared): of one cluster profile.
-        facts (sequence of EnvInfo, optional): what :func:`~pwm_torchrl.cli.prepare.preflight` found out about
-            each. Defaults to nothing; what is not known is looked up here.
+        runs (sequence of Prepared): runs with the same cluster profile.
+        facts (sequence of EnvInfo, optional): facts of each run from :func:`~pwm_torchrl.cli.prepare.preflight`.
+            Defaults to nothing; missing facts are read here.
 
     Raises:
-        ConfigurationError: if a run cannot fit the nodes of its profile.
+        ConfigurationError: if a run does not fit the nodes of its profile.
     """
     plans: dict[str, Any] = {}
     found, resources, here = [], None, site()
     for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
         fill_in_shell(run.config)
         fill_in_node_memory(run.config, here)
-        # A seed changes no memory.
+        # The seed does not change the memory plan.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
         if key not in plans:
             known = known or run_facts(run.config)
@@ -191,7 +197,7 @@ def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = (
 
 
 def by_cluster(runs: Sequence[Prepared], facts: Sequence[Any] = ()) -> list[tuple[list[Prepared], list[Any]]]:
-    """Runs whose cluster settings are the same, with what is known of each: what one array can hold, in order."""
+    """Runs grouped by their cluster settings, with the facts of each; a group can be submitted as one array."""
     groups: dict[str, tuple[list[Prepared], list[Any]]] = {}
     for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
         key = json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str)
@@ -202,8 +208,8 @@ def by_cluster(runs: Sequence[Prepared], facts: Sequence[Any] = ()) -> list[tupl
 
 
 def fill_in_shell(config: Config) -> None:
-    """Fill in what the user's shell says of jobs by ``SBATCH_*``, outside of a job, and the profile does not."""
-    if own_job() is not None:  # they are those of the job then
+    """Fill settings that the profile leaves open from the shell's variables ``SBATCH_*``, outside of a job."""
+    if own_job() is not None:  # the variables then belong to that job
         return
     ignored = take_variables(config.cluster, os.environ)
     sbatch_options(config.cluster)
@@ -212,11 +218,11 @@ def fill_in_shell(config: Config) -> None:
         console.say(f"{', '.join(ignored)} of this shell are not taken: a run sets that itself", err=True)
 
 
-_TOLD: set[str] = set()  # variables that are not taken, told once
+_TOLD: set[str] = set()  # ignored variables, which are reported once
 
 
 def fill_in_node_memory(config: Config, here: Site) -> None:
-    """Fill in what nodes have where the profile does not say it, so that a run keeps it for its restarts.
+    """Set the nodes' memory in a profile without it, so that a run keeps the same value for its restarts.
 
     Raises:
         ConfigurationError: if there are no such nodes.
@@ -226,30 +232,31 @@ def fill_in_node_memory(config: Config, here: Site) -> None:
         cluster.host_gib = round(node_memory_mb(cluster.partition, here) / 1024, 3)
 
 
-# What a run needs, looked up or opened --------------------------------------------------------------------------------
+# Checking what a run needs --------------------------------------------------------------------------------------------
 
 
 def preflight(configs: Sequence[Config], place: str, *, again: bool = False) -> list[EnvInfo | None]:
-    """Check everything that the runs of one command need, of all of them before the first directory is made.
+    """Check everything that the runs of a command need, for all runs before the first directory is created.
 
-    Checked are the libraries that the settings need, the devices, where runs are written, stored episodes and world
-    models, the key of W&B, and the environment, which is made once, read and closed. A run that trains in this process
-    or on this machine is checked against this machine. A job of SLURM is checked on the login node, which shares its
-    libraries and files but not its GPU: ``cuda`` is checked against the cluster profile, and an environment with a GPU
-    of its own, ``env.device=cuda``, is not made; its maker and its library are looked up. It is not made either for a
-    job on this machine, whose GPU this process would then hold part of. A profile with lines of ``cluster.setup`` may
-    bring libraries that are not found here, so none is missed for it.
+    Checks the libraries, the devices, the run directories, stored episodes and world models, the key of W&B, and the
+    environment, which is created once, read and closed.
+
+    A run on this machine is checked against this machine. A SLURM job is checked on the login node, which has the same
+    libraries and files but not the same GPU: ``cuda`` is checked against the cluster profile. An environment on a GPU,
+    ``env.device=cuda``, is not created for a job; only its ``_target_`` and library are checked. (For a job on this
+    machine, this process would otherwise occupy part of the GPU.) If a profile has lines of ``cluster.setup``, missing
+    libraries are accepted, because those lines may provide them.
 
     Args:
         configs (sequence of Config): composed runs.
         place (str): where they will train, see :func:`~pwm_torchrl.cli.prepare.place_of`.
 
     Keyword Args:
-        again (bool): whether the runs have their directories and go on. Under SLURM their environments are not made
-            then: a job that comes back imports its own copy of their code. Defaults to ``False``.
+        again (bool): whether these are existing runs that are resumed. Under SLURM, their environments are then not
+            created, because the job imports its own copy of their code. Defaults to ``False``.
 
     Returns:
-        list of EnvInfo: facts of what each run learns from; ``None`` where an environment was not made.
+        list of EnvInfo: facts of each run's environment or tasks; ``None`` if the environment was not created.
 
     Raises:
         ConfigurationError: for the first thing that is missing, with the key that needs it.
@@ -273,13 +280,13 @@ def preflight(configs: Sequence[Config], place: str, *, again: bool = False) -> 
 
 
 def _acts(config: Config) -> bool:
-    """Whether there are environments."""
+    """Whether a run uses environments."""
     return config.mode == "online" or (config.mode == "extract" and config.training.eval_episodes > 0)
 
 
 @contextlib.contextmanager
 def _may_be_set_up(config: Config, place: str) -> Iterator[None]:
-    """Inside, what is not installed here is no fault of a job whose profile prepares its node."""
+    """Ignore missing libraries in the block for a SLURM job whose profile has ``cluster.setup``."""
     try:
         yield
     except MissingLibraryError:
@@ -310,14 +317,14 @@ def _check_devices(config: Config, place: str) -> None:
 
 
 def _check_data(config: Config, place: str) -> EnvInfo | None:
-    """What a run begins with, stored episodes and the world model; facts of a run that learns from them."""
+    """Check the stored episodes, world model and warm start of a run; returns the facts of a run on stored episodes."""
     if config.init_from is not None:
         check_warm_start(config)
     if config.mode == "online":
         return None
     facts = run_facts(config)
     require_slices(config)
-    if place != SLURM:  # there it waits for its world model, and the node has its own disk
+    if place != SLURM:  # a SLURM job may wait for its world model, and has its node's disk
         require_world_model(config)
         if config.data.stage == "scratch":
             scratch_directory(config)
@@ -325,7 +332,7 @@ def _check_data(config: Config, place: str) -> EnvInfo | None:
 
 
 def _open_environment(config: Config, place: str, opened: dict[str, EnvInfo]) -> EnvInfo | None:
-    """Facts of a run's environment, made once for all runs that share it; ``None`` if it is not made here."""
+    """Facts of a run's environment, which is created once for all runs that share it; ``None`` if it is not created."""
     if str(config.env.get("device") or "").startswith("cuda") and place in (LOCAL, SLURM):
         require_maker(config.env)
         return None
@@ -346,7 +353,7 @@ def _open_environment(config: Config, place: str, opened: dict[str, EnvInfo]) ->
 
 @contextlib.contextmanager
 def _graphics_as_before() -> Iterator[None]:
-    """Keeps the choice of an OpenGL backend for this machine from the jobs that inherit its variables."""
+    """Restore ``MUJOCO_GL`` after the block, so that jobs do not inherit the backend chosen for this machine."""
     before = os.environ.get("MUJOCO_GL")
     try:
         yield
@@ -355,14 +362,14 @@ def _graphics_as_before() -> Iterator[None]:
             os.environ.pop("MUJOCO_GL", None)
 
 
-# What is shown in place of a run: a dry run, a plan, an environment ---------------------------------------------------
+# Commands that only print: a dry run, a plan, an environment ----------------------------------------------------------
 
 
 def dry_run(runs: Sequence[Prepared], place: str) -> None:
-    """Prints runs, memory plan, sbatch parameters and, last, the configuration; writes and submits nothing.
+    """Prints runs, memory plan, sbatch parameters and configuration; writes and submits nothing.
 
     Raises:
-        ConfigurationError: as submitting would.
+        ConfigurationError: as submitting them would.
     """
     first = runs[0].config
     facts = run_facts(first)
@@ -409,8 +416,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
 
 
 def plan(request: Request) -> int:
-    """``launch/plan.py``: plans the memory of a run and prints the plan, parameters and hours; ``--json FILE`` writes
-    the plan too.
+    """``launch/plan.py``: prints a run's memory plan, parameters and hours; ``--json FILE`` also writes the plan.
 
     Returns:
         The exit code: 0.
@@ -447,12 +453,12 @@ def plan(request: Request) -> int:
 
 
 def _budgets_of(config: Config, device: torch.device) -> dict[str, Budget]:
-    """What this machine offers to a run on one of its devices."""
+    """The memory budgets of this machine for a run on a device."""
     return budgets(config, str(device) if device.type == "cuda" else None)
 
 
 def check_env(request: Request) -> int:
-    """``launch/check_env.py``: makes the environment of a run and prints what training would see of it.
+    """``launch/check_env.py``: creates the environment of a run and prints what training sees of it.
 
     Returns:
         The exit code: 0, or 1 if no run can use it.

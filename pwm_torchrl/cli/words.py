@@ -1,4 +1,4 @@
-"""What is wrong with the words of a command line: unknown, refused, or without a meaning under the choices made."""
+"""Parses the options of a command line, and reports unknown options and settings that have no effect."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ __all__ = [
 
 DRY_RUN, JSON, DRAFT, FORCE, CONFIG = "--dry-run", "--json", "--draft", "--force", "--cfg"
 
-#: Options of each command, beside ``--help`` and ``--cfg job``, with what their value is called; "": they take none.
+#: Options of each command, beside ``--help`` and ``--cfg job``, with the name of their value; "": no value.
 OPTIONS: dict[str, dict[str, str]] = {
     "submit": {DRY_RUN: ""},
     "train": {},
@@ -55,14 +55,14 @@ OPTIONS: dict[str, dict[str, str]] = {
     "check_env": {},
     "doctor": {DRAFT: "NAME", FORCE: ""},
 }
-#: What a command puts in front of the settings, unless they choose a preset themselves.
+#: Preset of a command, unless the settings choose another one.
 PRESET = {"pretrain": "pretrain"}
 _EXAMPLES = {JSON: "plan.json", DRAFT: "my_cluster"}
 HELP = frozenset(("-h", "--help", "help"))
 _MULTIRUN = ("--multirun", "-m")
 _CFG = (CONFIG, "-c")
 
-#: Hydra's options that are not options here, and what to type instead.
+#: Options of Hydra that are not supported here, and what to type instead.
 _HYDRAS_OPTIONS: dict[tuple[str, ...], Callable[[], str]] = {
     ("--run", "-r"): lambda: "leave it out: settings alone start a run",
     ("--config-name", "-cn"): lambda: "there is one configuration; experiment=NAME chooses a preset of its settings",
@@ -76,7 +76,7 @@ _HYDRAS_OPTIONS: dict[tuple[str, ...], Callable[[], str]] = {
     ("--version",): lambda: "write python -c 'import pwm_torchrl; print(pwm_torchrl.__version__)'",
 }
 
-#: Beginnings of Hydra's own keys, and what to set instead; the first that fits.
+#: Prefixes of Hydra's own keys, and what to set instead; the first that matches is used.
 _HYDRAS_KEYS: dict[str, Callable[[], str]] = {
     "hydra.run": lambda: "run_dir=PATH names the directory of a run, runs_dir=PATH where new ones are created",
     "hydra.sweep.": lambda: "runs_dir=PATH says where the directories of several runs are created",
@@ -99,12 +99,12 @@ def _own_files() -> str:
 
 @dataclass
 class CommandLine:
-    """A command line, taken apart.
+    """A parsed command line.
 
     Attributes:
         settings (list of str): words for the configuration, in their order.
-        options (dict): the options that were given, each with its value, ``""`` where it takes none.
-        help (bool): whether help is asked for, wherever that stands.
+        options (dict): values by option; ``""`` for an option without a value.
+        help (bool): whether help is requested, in any position.
     """
 
     settings: list[str] = field(default_factory=list)
@@ -113,22 +113,22 @@ class CommandLine:
 
     @property
     def shows_config(self) -> bool:
-        """Whether ``--cfg job`` asks for the configuration instead of a run."""
+        """Whether ``--cfg job`` requests the configuration instead of a run."""
         return CONFIG in self.options
 
 
 def read_words(script: str, words: Sequence[str]) -> CommandLine:
-    """Takes options out of a command line.
+    """Separates the options of a command line from its settings.
 
-    Large and small letters are alike in long options, and so are ``--dry-run``, ``--dry_run`` and ``--dryrun``.
+    Long options ignore case, dashes and underscores: ``--dry-run``, ``--dry_run`` and ``--dryrun`` are the same.
 
     Args:
         script (str): the command, a key of :data:`OPTIONS`.
-        words (sequence of str): what was typed behind it.
+        words (sequence of str): the words after it.
 
     Raises:
-        ConfigurationError: for an option that the command does not have, or one without its value; not where help is
-            asked for.
+        ConfigurationError: for an option that the command does not have, or one without its value; not if help is
+            requested.
     """
     line = CommandLine(help=any(word in HELP for word in words))
     if line.help:
@@ -174,7 +174,7 @@ def _needs_value(option: str, what: str) -> str:
 
 
 def _option(written: str, known: Iterable[str]) -> str | None:
-    """The option that was meant, of those that a command has."""
+    """The option of a command that a word stands for; ``None`` if there is none."""
     if written in _MULTIRUN:
         return "--multirun"
     if written in _CFG:
@@ -187,12 +187,12 @@ def _bare(option: str) -> str:
 
 
 def unknown_option(word: str, script: str | None = None, following: str = "") -> ConfigurationError:
-    """The error for an option that a command does not have, with what to type instead.
+    """The error for an unknown option, with what to type instead.
 
     Args:
         word (str): the option as it was typed.
         script (str, optional): the command.
-        following (str): the next word, which may be meant as its value. Defaults to ``""``.
+        following (str): the next word, which may be intended as its value. Defaults to ``""``.
     """
     written, _, value = word.partition("=")
     asked = f"unknown option {word}"
@@ -219,13 +219,13 @@ def unknown_option(word: str, script: str | None = None, following: str = "") ->
 
 
 def with_preset(script: str, words: Sequence[str]) -> list[str]:
-    """The words, with the command's preset in front unless they choose one."""
+    """The words, preceded by the command's preset unless they choose one."""
     chosen = any(word.partition("=")[0] == "experiment" for word in words)
     return list(words) if chosen or script not in PRESET else [f"experiment={PRESET[script]}", *words]
 
 
 def option_hint(key: str) -> str:
-    """What to add to the error about a key that is not one, but the name of an option: ``dry_run=true``."""
+    """Addition to the error about an unknown key that is the name of an option, such as ``dry_run=true``; or empty."""
     for script, options in OPTIONS.items():
         for option, what in options.items():
             if _bare(option) == _bare(key):
@@ -245,14 +245,15 @@ _KIND, _FORM = "model.dynamics.kind", "model.dynamics.parameterization"
 
 @dataclass(frozen=True)
 class Rule:
-    """Keys, and what has to be chosen for them to be used.
+    """Keys that have an effect only with certain values of another key.
 
     Attributes:
         keys (tuple of str): dotted keys; one that ends in a dot stands for its whole section.
-        by (str): the key that decides; of several with commas between, which are numbers, one has to be above 0.
-        values (tuple): its values beside which the keys are used; empty: any above 0. ``("*",)``: any at all.
-        unless (str, optional): the one value beside which they are not used; takes the place of ``values``.
-        only (tuple, optional): another key and its value without which the rule says nothing.
+        by (str): the key that decides, or several numeric keys separated by commas, one of which must be above 0.
+        values (tuple): the values of ``by`` with which the keys are used; empty: any number above 0; ``("*",)``: any
+            value but null.
+        unless (str, optional): the only value of ``by`` with which they are not used; replaces ``values``.
+        only (tuple, optional): another key and its value; the rule applies only with that value.
     """
 
     keys: tuple[str, ...]
@@ -262,11 +263,11 @@ class Rule:
     only: tuple[str, str] | None = None
 
     def covers(self, key: str) -> bool:
-        """Whether the rule is about a key."""
+        """Whether the rule applies to a key."""
         return any(key == each or (each.endswith(".") and key.startswith(each)) for each in self.keys)
 
     def allows(self, config: Config) -> bool:
-        """Whether the keys are used beside what is chosen; unknown choices are reported elsewhere."""
+        """Whether the keys are used with this configuration; unknown choices are reported elsewhere."""
         if self.only is not None and value_of(config, self.only[0]) != self.only[1]:
             return True
         if self.unless is not None:
@@ -292,15 +293,15 @@ def _keys(section: str, names: str) -> tuple[str, ...]:
 
 _ALGORITHM = "algorithm.name"
 _OF_REPLAY = ("training.replay_capacity", "training.replay_storage", "memory.disk_above_gib")
-#: Cluster keys that only jobs of SLURM use.
+#: Cluster keys that only SLURM jobs use.
 OF_SLURM = _keys(
     "cluster",
     "partition account qos constraint gres mem_gib host_gib nodes gpu gpus cpus time time_min max_time_min "
     "signal_delay_s setup array_parallelism comment sbatch",
 )
 
-#: Which options of dynamics a kind takes follows from the signatures of :mod:`pwm_torchrl.modules.dynamics`; it is
-#: repeated here because reading those takes seconds (torch), and a test compares the two.
+#: The options of each kind of dynamics are defined by the signatures in :mod:`pwm_torchrl.modules.dynamics`. They are
+#: repeated here because importing those takes seconds (torch); a test compares the two.
 RULES = (
     Rule(
         tuple(
@@ -380,7 +381,7 @@ RULES = (
     ),
     # Keys that only some modes use.
     Rule(("task", "world_model", "world_model_sha256", "pretraining", "finetune"), "mode", ("extract",)),
-    # What task=all reads is no word of the runs that it stands for.
+    # Only task=all reads these keys; the runs that it expands to do not.
     Rule(("pretraining",), "world_model", (None,), only=("mode", "extract")),
     Rule(("tasks", "pretraining"), "task", ("all",), only=("mode", "extract")),
     Rule(
@@ -393,7 +394,7 @@ RULES = (
         ("online",),
     ),
     Rule(_keys("algorithm", "normalize_observations"), "mode", ("online", "pretrain")),
-    # It is the length of the slices, of which a world model learns alone, only where they have none of their own.
+    # A pre-training uses the horizon only as length of the slices, and only if slice_steps does not set that.
     Rule(("algorithm.horizon",), "algorithm.slice_steps", (None,), only=("mode", "pretrain")),
     Rule(("size.task_dim", *_keys("data", "balanced validation_fraction validation_slices")), "mode", ("pretrain",)),
     Rule(
@@ -423,12 +424,12 @@ RULES = (
 )
 
 
-#: Endings of numbers that ask for nothing where they are 0.
+#: Suffixes of numeric keys whose value 0 means that nothing is done.
 _COUNTS = ("_weight", "_steps", "_episodes", "_fraction", ".gpus")
 
 
 def asks_for_nothing(key: str, value: Any) -> bool:
-    """Whether a value is one by which nothing happens: null, false, nothing in a list, a number of 0 things."""
+    """Whether a value turns its key off: null, false, an empty list, or 0 for a key such as a weight or a number."""
     if isinstance(value, (bool, str)) or value is None:
         return value is None or value is False
     if isinstance(value, (int, float)):
@@ -437,16 +438,16 @@ def asks_for_nothing(key: str, value: Any) -> bool:
 
 
 def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: bool = True) -> None:
-    """Checks what was typed against what is chosen.
+    """Checks that every key of the command line has an effect with this configuration.
 
     Args:
-        config (Config): what was composed.
-        typed (Mapping): the keys of the command line with their values; of some :func:`asks_for_nothing` is true.
-        model_is_known (bool): whether the configuration describes the world model. An extraction's does once it has
-            been read from its file; until then, rules about it are left out. Defaults to ``True``.
+        config (Config): the composed configuration.
+        typed (Mapping): the keys of the command line with their values; those that turn a key off are accepted.
+        model_is_known (bool): whether the configuration describes the world model. In an extraction it does only after
+            the world model's file was read; until then, rules about the model are skipped. Defaults to ``True``.
 
     Raises:
-        ConfigurationError: for the first key that is not used.
+        ConfigurationError: for the first key without an effect.
     """
     rules = [rule for rule in RULES if model_is_known or not rule.by.startswith("model.")]
     for key, value in typed.items():
@@ -472,7 +473,7 @@ def _check_sets(config: Config) -> None:
 
 
 def leaves(key: str, value: Any) -> dict[str, Any]:
-    """What a dotted key and its value say, with each part of a section under its own key."""
+    """A dotted key and its value; the parts of a section under their own dotted keys."""
     if not isinstance(value, dict):
         return {key: value}
     below = (leaves(f"{key}.{name}" if key else str(name), part) for name, part in value.items())
@@ -480,13 +481,14 @@ def leaves(key: str, value: Any) -> dict[str, Any]:
 
 
 def profile_keys(name: str) -> dict[str, Any]:
-    """The keys that a cluster profile of the user's own sets, with their values; none of a packaged one."""
+    """The keys that a user's cluster profile sets, with their values; empty for a packaged profile."""
     return next((keys for _, keys in _files_of(name)), {})
 
 
 def left_open(name: str) -> dict[str, Path]:
-    """The keys that the files of a cluster profile of the user's own leave open with ``???``, each with its file; not
-    those that another of them sets.
+    """The keys that the files of a user's cluster profile leave open with ``???``, each with its file.
+
+    Keys that another of these files sets are left out.
     """
     files = list(_files_of(name))
     given = {key for _, keys in files for key, value in keys.items() if not missing_keys(value)}
@@ -496,9 +498,7 @@ def left_open(name: str) -> dict[str, Path]:
 
 
 def _files_of(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The file of a cluster profile of the user's own, then their other files that its defaults name; with the keys
-    that each sets.
-    """
+    """The file of a user's cluster profile and the user's other files in its defaults, each with the keys it sets."""
     places = [f"cluster/{name}"]
     for place in places:
         file, group = user_configs_dir() / f"{place}.yaml", place.rpartition("/")[0]
@@ -509,7 +509,7 @@ def _files_of(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         if not isinstance(content, dict):
             continue
         listed = content.pop("defaults", None)
-        for entry in listed if isinstance(listed, list) else ():  # what is none is refused where it is composed
+        for entry in listed if isinstance(listed, list) else ():  # composing reports defaults that are not a list
             chosen = entry.items() if isinstance(entry, dict) else [("", entry)]
             # ``base``, ``/cluster/base``, ``/cluster: base`` or ``override /cluster: base``
             named_there = ["/".join([*str(of).split()[-1:], str(choice)]) for of, choice in chosen]
@@ -521,7 +521,7 @@ def _files_of(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _own_profile(words: Sequence[str]) -> Path | None:
-    """The file of the cluster profile of the user's own that the words of a run choose, if they choose one."""
+    """The file of the user's cluster profile that the words of a run choose; ``None`` if they choose none."""
     chosen = [word.partition("=")[2] for word in words if word.partition("=")[0] == "cluster"]
     profiles = user_profiles()
     name = exact_choice(chosen[-1].strip("'\""), profiles) if chosen else None
@@ -530,7 +530,7 @@ def _own_profile(words: Sequence[str]) -> Path | None:
 
 @contextlib.contextmanager
 def naming_profiles(runs: Iterable[Sequence[str]]) -> Iterator[None]:
-    """Inside, an error about what a cluster profile of the user's own says names its file, once.
+    """Adds the file name to errors in the block that are about the content of a user's cluster profile.
 
     Args:
         runs (iterable of sequences of str): the words of each run.
@@ -545,8 +545,9 @@ def naming_profiles(runs: Iterable[Sequence[str]]) -> Iterator[None]:
 
 
 def _file_meant(message: str, words: Sequence[str]) -> Path | None:
-    """The user's own file that a message is about: it mentions the profile, or a key that is set there and not by the
-    words.
+    """The user's profile file that a message is about; ``None`` if there is none.
+
+    The message must mention the profile, or a key that the file sets and the words do not.
     """
     profile = _own_profile(words)
     if profile is None:
@@ -554,7 +555,7 @@ def _file_meant(message: str, words: Sequence[str]) -> Path | None:
     typed = {word.partition("=")[0].lstrip("+~") for word in words}
     try:
         files = list(_files_of(profile.stem))
-    except (OSError, ValueError, yaml.YAMLError):  # one cannot be read: that is what is wrong
+    except (OSError, ValueError, yaml.YAMLError):  # a file cannot be read, which is probably the error
         return profile
     for file, keys in files:
         subjects = "|".join(map(re.escape, [*(keys.keys() - typed), f"{file.parent.name}={file.stem}"]))
@@ -564,12 +565,12 @@ def _file_meant(message: str, words: Sequence[str]) -> Path | None:
 
 
 def check_slurms_keys(typed: Mapping[str, Any], instead: str, remedy: str) -> None:
-    """Checks that nothing was typed that only a job of SLURM would be asked with, where there is none.
+    """Checks that the command line sets no key that only SLURM jobs use, for a run that is not a SLURM job.
 
     Args:
         typed (Mapping): the keys of the command line with their values.
-        instead (str): what happens instead of a job, in words: ``this run trains on this machine``.
-        remedy (str): what to do where a job was meant, in words.
+        instead (str): clause that says what happens instead of a job: ``this run trains on this machine``.
+        remedy (str): clause that says what to do if a job was intended.
 
     Raises:
         ConfigurationError: for the first such key.
@@ -612,12 +613,12 @@ def _any_of(words: Sequence[str]) -> str:
 
 
 def _presets(rule: Rule) -> str:
-    """Choices of the deciding key's group that set it so, in brackets, if there are any."""
+    """Choices of the group of ``rule.by`` that set it to an accepted value, in brackets; empty if there are none."""
     section, _, rest = rule.by.rpartition(".")
     group = section.partition(".")[0] or "experiment"
-    paths = [rule.by.split("."), rule.by.split(".")[1:] if section else [rest]]  # of a file for all groups, or for one
+    paths = [rule.by.split("."), rule.by.split(".")[1:] if section else [rest]]  # in a file for all groups, or for one
     found = []
-    for choice in group_choices().get(group, []):  # a section need not be a group
+    for choice in group_choices().get(group, []):  # not every section is a group
         content: Any = yaml.safe_load(choice_file(group, choice).read_text(encoding="utf-8"))
         for path in paths:
             value = content
