@@ -1,4 +1,4 @@
-"""The command lines of the commands that take paths and options instead of settings. Imports no torch."""
+"""Parsers for the commands that take paths and options instead of settings. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pwm_torchrl.run.directory import load_config
 __all__ = ["STDOUT", "TASKS", "VIDEO_FILE", "ArgumentParser", "read"]
 
 VIDEO_FILE = "evaluation.mp4"
-#: A file's name that stands for stdout.
+#: File name that stands for stdout.
 STDOUT = "-"
-#: Options whose file name may be left out, and how that name ends: another word after them is a run.
+#: Options with an optional file name, and its suffix; a following word without the suffix is a run.
 _FILES = {"--json": ".json", "--video": ".mp4"}
 _RUNS = "run directories, or folders that hold them"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with this project's way of saying what is wrong."""
+    """argparse, with this project's error messages."""
 
     def error(self, message: str) -> NoReturn:
         """Raises :class:`ConfigurationError` instead of printing the usage and exiting."""
@@ -32,17 +32,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def read(command: str, words: Sequence[str]) -> argparse.Namespace | int:
-    """Reads the words of a command.
+    """Parses the words of a command.
 
     Args:
         command (str): a command without settings, such as ``"evaluate"``.
-        words (sequence of str): what was typed behind it.
+        words (sequence of str): the words after it.
 
     Returns:
-        Namespace or int: what was asked for, or the exit code if nothing is left to do.
+        Namespace or int: the parsed arguments, or the exit code if nothing is left to do.
 
     Raises:
-        ConfigurationError: for words that cannot be what was meant.
+        ConfigurationError: for invalid words.
         SystemExit: after help was given.
     """
     return _READERS[command](list(words))
@@ -123,7 +123,7 @@ def _evaluate(words: Sequence[str]) -> argparse.Namespace | int:
 
 
 def _of_runs(args: argparse.Namespace) -> argparse.Namespace | int:
-    """The same, unless none of its runs can be read: that is told at once."""
+    """``args``, or the exit code if none of its runs can be read; the errors are printed."""
     told = []
     for run in args.runs:
         try:
@@ -132,14 +132,14 @@ def _of_runs(args: argparse.Namespace) -> argparse.Namespace | int:
         except ConfigurationError as unreadable:
             told.append(unreadable)
     if args.json is not None:
-        return args  # it has to be written, with what is wrong
+        return args  # the JSON file must be written, with the errors
     for each in told:
         console.error(str(each))
     return console.BAD_INPUT
 
 
 def _with_optional_names(argv: Sequence[str]) -> list[str]:
-    """``--json RUN`` and ``--video RUN`` as argparse should read them: RUN is a run, not the name of a file."""
+    """Rewrite ``--json RUN`` and ``--video RUN`` for argparse, so that RUN is parsed as a run, not as a file name."""
     words = []
     for i, word in enumerate(argv):
         following = argv[i + 1] if i + 1 < len(argv) else ""

@@ -1,6 +1,6 @@
-"""What words alone cannot tell of a configuration: it takes files, the user's code, an environment, and so torch.
+"""The part of a configuration that needs files, the user's code, an environment, and therefore torch.
 
-:func:`~pwm_torchrl.cli.compose.compose` refuses everything that it can without these, in a fraction of a second.
+:func:`~pwm_torchrl.cli.compose.compose` checks everything else before, in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -36,21 +36,20 @@ def complete_config(words: Sequence[str]) -> Config:
 
 
 def complete(config: Config, words: Sequence[str], *, without_data: bool = False) -> Config:
-    """Completes a composed configuration, in place, and checks it against what it refers to.
+    """Completes a composed configuration in place, and checks that the objects it refers to exist and fit together.
 
     Args:
-        config (Config): of :func:`~pwm_torchrl.cli.compose.compose`.
-        words (sequence of str): from which it was composed.
+        config (Config): result of :func:`~pwm_torchrl.cli.compose.compose`.
+        words (sequence of str): the words from which it was composed.
 
     Keyword Args:
-        without_data (bool): whether a pre-training may do without ``data.path``, to be planned. Defaults to ``False``.
+        without_data (bool): whether to accept a pre-training without ``data.path``, to plan it. Defaults to ``False``.
 
     Returns:
-        Config: the same.
+        Config: the same object.
 
     Raises:
-        ConfigurationError: for dynamics, a world model, a task, episodes or an environment that are not there or do not
-            fit each other.
+        ConfigurationError: if dynamics, world model, task, episodes or environment are missing or do not fit together.
     """
     if "." in config.model.dynamics.kind:
         find_dynamics(config.model.dynamics.kind)
@@ -66,19 +65,19 @@ def complete(config: Config, words: Sequence[str], *, without_data: bool = False
 
 
 def show_config(request: Request) -> int:
-    """Prints the configuration that a command line asks for, the first one of several."""
+    """Prints the complete configuration of a command line's first run."""
     first = request.runs[0]
     console.say(as_yaml(complete(first.config, first.words)))
     return console.OK
 
 
 def _adopt_world_model(config: Config) -> None:
-    """Write the architecture of the pre-trained world model into the configuration, where people look for it."""
+    """Write the architecture of the pre-trained world model into the configuration, where users look for it."""
     if config.world_model is None:
-        return  # said later, with what to do
+        return  # a later check reports it
     facts = world_model_facts(config.world_model)
     spec, model, size = facts.spec, config.model, config.size
-    config.world_model_sha256 = facts.sha256 or None  # a model that is yet to be trained is pinned when runs begin
+    config.world_model_sha256 = facts.sha256 or None  # if the model is not trained yet, set when the run begins
     recompute = model.dynamics.checkpoint_substeps
     known = {field.name for field in fields(DynamicsConfig)}
     options = {key: value for key, value in spec.dynamics.items() if key in known and key != "checkpoint_substeps"}
@@ -98,17 +97,17 @@ def _adopt_world_model(config: Config) -> None:
 
 
 def _action_repeat(config: Config) -> int:
-    """Environment steps per agent step; a maker of the user's own is asked by making an environment.
+    """Environment steps per agent step; for a user's own environment, it is created to find out.
 
     Raises:
-        ConfigurationError: if that cannot be made.
+        ConfigurationError: if it cannot be created.
     """
     known = known_action_repeat(config)
     return environment_facts(config.env).action_repeat if known is None else known
 
 
 def length_in_words(config: Config) -> str:
-    """How long a run is, in epochs and, where it collects any, in environment steps."""
+    """The length of a run in epochs and, if it is online, in environment steps."""
     epochs = config.training.epochs
     if config.mode != "online":
         return f"{epochs:,} epochs; {epoch_in_words(config)}"
@@ -120,10 +119,10 @@ def length_in_words(config: Config) -> str:
 
 
 def _check_stored(config: Config, without_data: bool = False) -> None:
-    """Checks stored episodes, world model, tasks and simulator of a run against each other, before anything starts.
+    """Checks that the stored episodes, world model, tasks and simulator of a run fit together.
 
     Raises:
-        ConfigurationError: for whatever disagrees.
+        ConfigurationError: if they do not.
     """
     if config.mode == "online":
         return
@@ -142,19 +141,19 @@ def _require_simulator(task: TaskInfo) -> None:
 
 
 def expand_tasks(words: Sequence[str]) -> list[list[str]]:
-    """As :func:`~pwm_torchrl.cli.sweeps.expand`, with a run for every task that ``task=all`` means.
+    """Like :func:`~pwm_torchrl.cli.sweeps.expand`, with one run for every task that ``task=all`` stands for.
 
     Raises:
-        ConfigurationError: as there, and as :func:`tasks_to_extract`.
+        ConfigurationError: as :func:`~pwm_torchrl.cli.sweeps.expand` and :func:`tasks_to_extract`.
     """
     if EVERY_TASK not in words:
         return expand(words)
-    first = [values_of(word)[0] for word in words if word != EVERY_TASK]  # what else is swept has no tasks of its own
+    first = [values_of(word)[0] for word in words if word != EVERY_TASK]  # other sweeps do not change the tasks
     return expand(words, tasks_to_extract(compose_unchecked(first)))
 
 
 def tasks_to_extract(config: Config) -> list[str]:
-    """The tasks that ``task=all`` means: those of the world model, or those of them that ``tasks`` names.
+    """The tasks that ``task=all`` stands for: those of the world model, or the subset that ``tasks`` names.
 
     Raises:
         ConfigurationError: without a world model, or with tasks that it does not have.

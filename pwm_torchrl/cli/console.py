@@ -1,4 +1,4 @@
-"""What the entry points share: error sentences, exit codes, the summary line."""
+"""Shared by all commands: error messages, exit codes, the summary line."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ __all__ = [
 ]
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
-STORAGE, MEMORY = 74, 75  # EX_IOERR and EX_TEMPFAIL of sysexits.h: try again, elsewhere or with more
+STORAGE, MEMORY = 74, 75  # EX_IOERR and EX_TEMPFAIL of sysexits.h: can be retried with another disk or more memory
 
-#: By a run's status.
+#: Exit codes by a run's status.
 EXIT_CODES = {"finished": OK, "stopped": STOPPED, "memory": MEMORY, "storage": STORAGE, "failed": FAILED}
 
 #: What to do before a run is resumed, by its status.
@@ -54,9 +54,7 @@ Main = Callable[[Sequence[str] | None], int]
 
 
 def command(main: Main) -> Main:
-    """Makes a ``main(argv)`` end with a sentence and exit code 2 on bad input, and quietly on
-    Ctrl-C.
-    """
+    """Wraps ``main(argv)``: bad input ends with an error message and exit code 2, Ctrl-C without a traceback."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +67,7 @@ def command(main: Main) -> Main:
             say("", err=True)
             return STOPPED
         except BrokenPipeError:
-            # The reader (head, less) has enough; keep Python from complaining when it flushes at
-            # exit.
+            # The reader (head, less) has closed the pipe; avoid an error when Python flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return OK
 
@@ -78,12 +75,12 @@ def command(main: Main) -> Main:
 
 
 def width() -> int:
-    """Columns for tables: those of the terminal, 60 to 120 of them; 80 where there is none."""
+    """Columns for tables: those of the terminal, limited to 60 to 120; 80 without a terminal."""
     return min(120, max(60, shutil.get_terminal_size((80, 24)).columns))
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is, ``None`` if it is a file or a pipe."""
+    """Columns of the terminal; ``None`` if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -93,7 +90,7 @@ def error(message: str) -> None:
 
 
 def summary_line(summary: Mapping[str, Any], run_dir: str | Path) -> str:
-    """One line, or as many as a narrow terminal needs: what ran, how it ended, how good it is, where it is."""
+    """Summary of a run: settings, status, returns, directory; one line, wrapped on a narrow terminal."""
     what = " ".join(str(summary.get(k, "?")) for k in ("env", "model", "size"))
     parts = [f"{what} seed {summary.get('seed', '?')}: {coloured(str(summary.get('status', 'unknown')))}"]
     if _is_number(summary.get("final_return")):
@@ -115,14 +112,14 @@ def summary_line(summary: Mapping[str, Any], run_dir: str | Path) -> str:
 
 
 def resume_hint(script: str, overrides: Sequence[str], run_dir: Path, status: str = "stopped") -> str:
-    """The command that continues a run, and what it needs first."""
+    """The command that resumes a run, with what to change first."""
     words = [w for w in overrides if not w.startswith(("run_dir=", "runs_dir="))]
     remedy = f" {_REMEDIES[status]}" if status in _REMEDIES else ""
     return f"to resume{remedy}: {typed_here(script)} " + shlex.join([*words, f"run_dir={run_dir}"])
 
 
 def next_lines(mode: str, run_dir: Path, store: str | None = None) -> str:
-    """What to type next with a run that has finished; ``store`` is where the episodes of a pre-training are."""
+    """The next commands for a run that has finished; ``store`` is the path of a pre-training's episodes."""
     here = Path.cwd()
     run = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
     names = {"RUN": shlex.quote(str(run)), "STORE": shlex.quote(str(store))}
@@ -134,7 +131,7 @@ def next_lines(mode: str, run_dir: Path, store: str | None = None) -> str:
 
 
 def fail(message: str, status: str, script: str, overrides: Sequence[str], run_dir: Path) -> int:
-    """Last lines of a run that did not end well: the error, and how to resume it where that helps.
+    """Prints the error of a run and, if it can help, the command that resumes it.
 
     Returns:
         The exit code.

@@ -26,7 +26,7 @@ __all__ = ["run"]
 
 
 def run(args: Namespace) -> int:
-    """Runs one of the commands.
+    """Runs one of the subcommands.
 
     Returns:
         The exit code: 0, 1 if something is wrong with the data, 74 if a disk is full or broken.
@@ -51,7 +51,7 @@ def _generate(args: Namespace) -> int:
 
 
 def _behaviours(words: Sequence[str], tasks: TaskSet, noise: float) -> dict[str, list[Behaviour]]:
-    """What acts in each task."""
+    """The behaviours of each task, by its name."""
     found: dict[str, list[Behaviour]] = {name: [] for name in tasks.names}
     for word in words:
         task, equal, run = word.partition("=")
@@ -59,7 +59,7 @@ def _behaviours(words: Sequence[str], tasks: TaskSet, noise: float) -> dict[str,
             chosen = [task]
         else:
             if equal and not Path(word).exists():
-                tasks.index(task)  # says which names there are
+                tasks.index(task)  # raises an error that lists the names
             chosen, run = list(tasks.names), word
         behaviour = _behaviour(word, run, noise)
         for name in chosen:
@@ -71,7 +71,7 @@ def _behaviours(words: Sequence[str], tasks: TaskSet, noise: float) -> dict[str,
 
 
 def _behaviour(word: str, text: str, noise: float) -> Behaviour:
-    """What a word of ``--policy`` means, without the task that it may begin with."""
+    """The behaviour for a value of ``--policy``; ``text`` is the value without the optional task."""
     kind, colon, steps = text.partition(":")
     if kind == RANDOM and not colon:
         return Behaviour(RANDOM, noise)
@@ -93,12 +93,12 @@ def _import(args: Namespace) -> int:
 
 
 def _sources(given: Sequence[str], task: str | None) -> list[str | Path | Source]:
-    """Runs among the sources are their replays."""
+    """The sources of an import; a run directory is replaced by the run's replay."""
     found: list[str | Path | Source] = []
     for each in given:
         if is_run(Path(each)):
             path = Path(each).resolve()
-            # Runs of a sweep are often named by their seed alone.
+            # Runs of a sweep are often named only by their seed.
             found.append(RunReplay(each, task, path.name if len(given) == 1 else f"{path.parent.name}/{path.name}"))
         else:
             found.append(each)
@@ -141,10 +141,10 @@ def _inspect(args: Namespace) -> int:
 
 
 def _report_inspection(found: Inspection) -> int:
-    """Prints what was found.
+    """Prints the result of an inspection.
 
     Returns:
-        The exit code: a failure if something is wrong with the data.
+        The exit code: 1 if something is wrong with the data.
     """
     head = ["task", "episodes", "transitions", "length", "returns: lowest, quartiles, highest"]
     rows = [

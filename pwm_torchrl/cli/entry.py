@@ -1,7 +1,8 @@
-"""The commands, ``pwm NAME`` or ``launch/NAME.py``: which modules read the words of each and do its work.
+"""The commands, ``pwm NAME`` or ``launch/NAME.py``, with the modules that parse their words and do their work.
 
-The words are read by light modules first. A typo is refused and help is given before torch is imported, which takes
-seconds; only what is then left to do imports a command's own module, once. This is the one place with such imports.
+Words are parsed by modules that do not import torch, so that typos are reported and help is printed at once: importing
+torch takes seconds. The module that does a command's work is imported only after that. All such deferred imports are in
+this module.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class Command(NamedTuple):
     """A command.
 
     Attributes:
-        summary (str): what it does, in a line.
-        stages (tuple of str): functions, each written ``module:name`` with a module below ``pwm_torchrl.cli``. The
-            first is called with the command's name and words, each other one with what the one before it returned; an
-            exit code ends it.
+        summary (str): description in one line.
+        stages (tuple of str): functions ``module:name`` of modules in ``pwm_torchrl.cli``. The first is called with the
+            command's name and words, each later one with the result of the previous one. If a result is an exit code,
+            the command ends.
     """
 
     summary: str
@@ -54,7 +55,7 @@ COMMANDS = {
     "check_env": Command("say what training would see of an environment", ("requests:read", "prepare:check_env")),
     "doctor": Command("check this machine and a cluster profile, or draft one", ("requests:read", "doctor:run")),
 }  # fmt: skip
-#: The last stage where ``--cfg job`` asks for a configuration that has to be completed first.
+#: The last stage if ``--cfg job`` requests a configuration that must be completed first.
 SHOW_CONFIG = "complete:show_config"
 _HELP = ("", "-h", "--help", "help")
 
@@ -87,14 +88,14 @@ def run_command(name: str, words: Sequence[str] | None = None) -> int:
         words (sequence of str, optional): its words. Defaults to those of the command line.
 
     Returns:
-        The exit code; 2 for bad input, or if the package is installed without what its command line needs.
+        The exit code; 2 for bad input, or if a library that the commands need is not installed.
     """
     return console.command(partial(_run, name))(words)
 
 
 def _run(name: str, words: Sequence[str] | None) -> int:
     first, *rest = COMMANDS[name].stages
-    gc.disable()  # reading makes thousands of small objects and next to no garbage: 8 % of the time of --help
+    gc.disable()  # parsing creates thousands of small objects and hardly any garbage; this saves 8 % of --help's time
     try:
         asked = _find(first)(name, words or ())
     finally:

@@ -1,4 +1,4 @@
-"""``launch/evaluate.py``: the deterministic returns of trained policies, as text, as JSON and as a video."""
+"""``launch/evaluate.py``: evaluates trained policies with deterministic actions; output as text, JSON and video."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pwm_torchrl.user_code import make_cwd_importable
 
 __all__ = ["run"]
 
-#: What is printed beside the return, where the environment or the task defines it.
+#: Results that are printed beside the return if the environment or the task defines them, with their labels.
 OPTIONAL = {"success_rate": "success", "score": "score"}
 
 
 def run(args: Namespace) -> int:
-    """Evaluates each run on fresh environments and prints mean and spread of its returns.
+    """Evaluates each run in new environments, and prints the mean and standard deviation of its returns.
 
     Returns:
         The highest exit code of all runs.
@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
     for run in args.runs:
         if len(args.runs) > 1 and sys.stderr.isatty():
             console.say(f"evaluating {run} ...", err=True)
-        # What an environment or a simulator prints must not end up in the JSON.
+        # Output of an environment or simulator must not be mixed with the JSON.
         with contextlib.redirect_stdout(sys.stderr) if to_stdout else contextlib.nullcontext():
             result, ended = _evaluate(run, args)
         results.append(result)
@@ -54,16 +54,16 @@ def run(args: Namespace) -> int:
 
 
 def _evaluate(run: Path, args: Namespace) -> tuple[dict[str, Any], int]:
-    """A run's entry in the JSON, and its exit code; an error is printed, and does not end the command.
+    """A run's entry in the JSON, and its exit code; an error is printed and does not end the command.
 
     Raises:
-        Exception: a defect, with its traceback, if this is the only run.
+        Exception: an error that is not the package's own, if this is the only run.
     """
     keys = ("epoch", "return_mean", "return_std", "return_interval", "episodes", "returns", "seed", *OPTIONAL)
     entry: dict[str, Any] = {"run": str(run), "checkpoint": args.checkpoint, **dict.fromkeys(keys)}
     entry.update(video=None, error=None)
     try:
-        load_config(run)  # one sentence, before torch is imported, if this is no run directory
+        load_config(run)  # raises before torch is imported if this is not a run directory
         found = training.evaluate_run(run, episodes=args.episodes, seed=args.seed, which=args.checkpoint)
         entry.update(found, return_interval=_interval(found["returns"]))
         if args.video is not None:
@@ -92,7 +92,7 @@ def _interval(returns: Sequence[float]) -> list[float] | None:
 
 
 def _text(results: Sequence[Mapping[str, Any]]) -> str:
-    """Two lines for a single run, a table for several; runs without a result are not in it."""
+    """Two lines for a single run, a table for several; runs without a result are left out."""
     done = [result for result in results if result["return_mean"] is not None]
     if not done:
         return ""

@@ -1,4 +1,4 @@
-"""The text behind ``--help`` of the commands that take settings, with the defaults that a run without words has."""
+"""The ``--help`` texts of the commands that take settings, with the default values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pwm_torchrl.commands import named, typed
 __all__ = ["doctor_help", "help_text"]
 
 WIDTH = 80
-_GLUE = "\u00a0"  # a blank at which no line is broken
+_GLUE = "\u00a0"  # a non-breaking space
 
 _ABOUT = {
     "submit": "Train policies in learned world models, as jobs: of SLURM where it is found, else here.",
@@ -35,8 +35,8 @@ _GROUPS = {
     "cluster": "where the job runs: local, debug (in this process), or nodes of SLURM",
     "memory": "how the run is made to fit in memory",
 }
-#: Keys that are shown with their default, and with the comment of the schema, or one of their own where it has none; a
-#: key with a word behind it has no default, and the word stands for its value.
+#: Keys that are shown with their default, each with its own explanation; if that is empty, with the comment in the
+#: schema. A key with ``=WORD`` has no default; the word stands for its value.
 _KEYS = {
     "seed": "",
     "run_dir=PATH": "",
@@ -53,7 +53,7 @@ _KEYS = {
     "data.path=STORE": "",
     "world_model=PATH": "",
 }
-#: Keys that a pre-training has no use for.
+#: Keys that a pre-training does not use.
 _ONLINE = ("training.steps=N", "env.num_envs", "world_model=PATH")
 
 _EXAMPLES = {
@@ -89,7 +89,7 @@ _EXIT_CODES = (
 
 
 def help_text(script: str) -> str:
-    """The help of a command that takes a configuration; lines have at most 80 columns, paths apart."""
+    """The help of a command that takes a configuration; lines have at most 80 columns, except for paths."""
     run = typed(script)
     options = [f"{option} {what}".strip() for option, what in OPTIONS[script].items()]
     usage = ["GROUP=CHOICE ...", "GROUP.KEY=VALUE ...", *options, "--cfg job"]
@@ -140,7 +140,7 @@ def _keys(script: str) -> list[str]:
     lines, comments = [], key_comments()
     for key, meaning in keys.items():
         text = meaning.format(epoch=epoch_in_words(config)) or comments[key.partition("=")[0]].replace("None", "null")
-        text = re.sub(r"launch/(\w+)\.py", lambda script: named(script[1]), text)  # a comment's, where pwm is installed
+        text = re.sub(r"launch/(\w+)\.py", lambda script: named(script[1]), text)  # ``pwm NAME`` if it is installed
         lines += _wrapped(text, f"  {words[key]:<{column}}")
     return lines
 

@@ -1,4 +1,4 @@
-"""``launch/hub.py``: a run's networks as a folder for others, or on the Hugging Face hub."""
+"""``launch/hub.py``: exports a run's networks to a folder, or uploads them to the Hugging Face hub."""
 
 from __future__ import annotations
 

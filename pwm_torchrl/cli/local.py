@@ -1,4 +1,4 @@
-"""Jobs of this machine: started, followed while they run, and stopped in order."""
+"""Jobs on this machine: starts them, shows their output, and stops them in an orderly way."""
 
 from __future__ import annotations
 
@@ -34,25 +34,24 @@ _DRAW_S = 0.25
 
 
 class _Process(Protocol):
-    """What is used of the controller's ``subprocess.Popen``."""
+    """The methods of the controller's ``subprocess.Popen`` that are used."""
 
     def poll(self) -> int | None: ...
     def send_signal(self, signum: int) -> None: ...
 
 
 class Follower:
-    """Follows one attempt of a run.
+    """Shows the output of one attempt of a run.
 
-    On a terminal its progress is drawn from the state that the job keeps in a file, and the log's own lines about it
-    are left out; elsewhere the log is shown as it is.
+    On a terminal, progress is drawn from the state file that the job writes, and progress lines in the log are left
+    out. Otherwise, the log is shown as it is.
 
     Args:
-        process: submitit's controller, which lives as long as the job.
+        process: submitit's controller, which runs as long as the job.
         run_dir: the run's directory.
         attempt: the attempt's folder inside it.
-        log_start: size of the log when the job was submitted; earlier attempts wrote what is
-            before.
-        display: shows the progress; ``None`` where there is no terminal, or none is wanted.
+        log_start: size of the log when the job was submitted; what precedes it is from earlier attempts.
+        display: shows the progress; ``None`` without a terminal, or if progress is not to be shown.
     """
 
     def __init__(
@@ -66,11 +65,11 @@ class Follower:
         self._last_character = "\n"
         self._display = display
         self._state = State(started=time.monotonic(), phase="starting", phase_since=time.monotonic())
-        self._drawn = 0.0  # when the display was drawn last
-        self._line = ""  # the beginning of a line whose end is not there yet
+        self._drawn = 0.0  # time at which the display was last drawn
+        self._line = ""  # the beginning of an incomplete line
 
     def follow(self) -> dict[str, Any]:
-        """Shows the job's output to its end; Ctrl-C stops the job, a second one kills it.
+        """Shows the job's output until it ends; Ctrl-C stops the job, a second one kills it.
 
         Returns:
             The job's outcome, see :func:`~pwm_torchrl.cluster.job.run_job`.
@@ -101,8 +100,7 @@ class Follower:
             if not running:
                 break
             if stopping and outcome is None and time.monotonic() >= next_stop:
-                # Repeated, because the job may not have been listening yet; it heeds the first one
-                # only.
+                # Repeated, because the job may not have installed its handler yet; it reacts only to the first one.
                 self._process.send_signal(signal.SIGTERM)
                 next_stop = time.monotonic() + _REPEAT_STOP_S
             time.sleep(_POLL_S)
@@ -114,10 +112,10 @@ class Follower:
         return outcome
 
     def _show(self) -> dict[str, Any] | None:
-        """Prints what is new in the log; returns the outcome once there is one.
+        """Prints new lines of the log; returns the outcome once there is one.
 
-        The log is read before the outcome: the traceback, which is not shown, is only written
-        after it.
+        The log is read before the outcome, because the job writes a traceback, which is not to be shown, after the
+        outcome.
         """
         fresh = b""
         with contextlib.suppress(FileNotFoundError), open(self._run_dir / LOG_FILE, "rb") as log:
@@ -147,7 +145,7 @@ class Follower:
             self._last_character = text[-1]
 
     def _died(self) -> dict[str, Any]:
-        """The outcome of a job that left none: killed, or never really started."""
+        """The outcome of a job that wrote none, because it was killed or did not start."""
         output = "".join(p.read_text(errors="replace") for p in sorted(self._attempt.glob("*_log.*")))
         started = (self._attempt / PID_FILE).exists()
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
@@ -169,9 +167,7 @@ class Follower:
 
 @contextlib.contextmanager
 def stop_signals_as_interrupt() -> Iterator[None]:
-    """Treats a closed terminal and a polite kill of the follower like Ctrl-C, so that no job is
-    left behind.
-    """
+    """Treats SIGHUP (a closed terminal) and SIGTERM like Ctrl-C, so that the job is stopped too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -188,17 +184,16 @@ def stop_signals_as_interrupt() -> Iterator[None]:
 
 
 ATTEMPTS = "submitit"  # folder in the run directory: one folder per attempt, with submitit's files
-_TIMEOUT_MIN = 10 * 365 * 24 * 60  # submitit's local executor stops a job after 2 minutes unless told otherwise
+_TIMEOUT_MIN = 10 * 365 * 24 * 60  # the default of submitit's local executor is 2 minutes
 
 
 def submit_local(run_dir: Path, code: Sequence[Path], *, progress: bool) -> Follower:
-    """Starts the run of ``run_dir`` through submitit's local executor.
+    """Starts the run of ``run_dir`` with submitit's local executor.
 
     Args:
         run_dir: a prepared run directory.
         code: copies of the code, see :func:`~pwm_torchrl.cluster.snapshot.snapshot`.
-        progress: whether its progress is to be shown, ``training.progress``.
-
+        progress: whether to show its progress, ``training.progress``.
     """
     attempt = _new_attempt(run_dir)
     log = run_dir / LOG_FILE
@@ -213,7 +208,11 @@ def submit_local(run_dir: Path, code: Sequence[Path], *, progress: bool) -> Foll
 
 
 def refuse_while_running(run_dir: Path) -> None:
-    """Two jobs in one directory would overwrite each other's files."""
+    """Rejects a run directory that has a running job on this machine: two jobs would overwrite each other's files.
+
+    Raises:
+        ConfigurationError: if there is such a job.
+    """
     for file in sorted((run_dir / ATTEMPTS).glob(f"*/{PID_FILE}")):
         if (file.parent / OUTCOME_FILE).exists():
             continue
@@ -221,7 +220,7 @@ def refuse_while_running(run_dir: Path) -> None:
             pid = int(file.read_text(encoding="utf-8"))
             command_line = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
-            continue  # no such process, or a system that does not tell
+            continue  # no such process, or no /proc
         if str(file.parent).encode() in command_line:
             raise console.ConfigurationError(
                 f"run_dir={run_dir} belongs to a job that is still running here, process {pid}; wait for it, or stop "
@@ -230,9 +229,7 @@ def refuse_while_running(run_dir: Path) -> None:
 
 
 def _new_attempt(run_dir: Path) -> Path:
-    """A folder of its own for every attempt: submitit names its files by process ids, which come
-    back.
-    """
+    """Create a new folder for the attempt: submitit names its files by process ids, which are reused."""
     folder = run_dir / ATTEMPTS
     number = 1
     while True:
@@ -246,10 +243,10 @@ def _new_attempt(run_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def _job_environment(code: Sequence[Path], state_file: Path | None = None) -> Iterator[None]:
-    """The environment variables that a job inherits, set while it is being started."""
+    """Set the environment variables that a job inherits while it is started."""
     changes = {
         "PYTHONPATH": os.pathsep.join([*map(str, code), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTHONSAFEPATH": "1",  # or the working directory would come before the copy of its code
+        "PYTHONSAFEPATH": "1",  # otherwise the working directory would precede the copy of the code
         STATE_VARIABLE: "" if state_file is None else str(state_file),
         CUDA_VARIABLE: os.environ.get("CUDA_VISIBLE_DEVICES", "unset"),
     }
@@ -267,8 +264,9 @@ def _job_environment(code: Sequence[Path], state_file: Path | None = None) -> It
 
 @contextlib.contextmanager
 def _terminal_signals_ignored() -> Iterator[None]:
-    """Starts submitit's controller deaf to Ctrl-C: it would kill the job one second later, saved
-    or not.
+    """Ignore Ctrl-C while submitit's controller is started, which inherits this.
+
+    Otherwise, the controller would kill the job one second after Ctrl-C, whether it has saved or not.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,5 +1,6 @@
-"""What the mode of a run decides of its configuration, as far as the words tell it; the rest needs files and torch and
-is in :mod:`~pwm_torchrl.cli.complete`.
+"""Settings that follow from a run's mode, as far as they need no files or torch.
+
+The others are in :mod:`~pwm_torchrl.cli.complete`.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ __all__ = [
 ]
 
 
-#: What of ``model`` and ``size`` is no part of a pre-trained world model.
+#: Keys of ``model`` and ``size`` that are not part of a pre-trained world model.
 OPEN_IN_EXTRACTION = ("model.reward_space", "model.loss.", "model.dynamics.checkpoint_substeps", "model.name")
 OPEN_SIZES = ("size.actor_units", "size.critic_units", "size.num_critics", "size.name")
 
 
 def of_world_model(key: str) -> bool:
-    """Whether a key of the command line is a part of a pre-trained world model, which an extraction takes as it is."""
+    """Whether a key is part of a pre-trained world model, which an extraction cannot change."""
     return key.partition(".")[0] in ("model", "size") and not key.startswith(OPEN_IN_EXTRACTION + OPEN_SIZES)
 
 
 def apply_mode(config: Config, keys: Sequence[str]) -> None:
-    """Fill in what follows from the mode.
+    """Set the values that follow from the mode.
 
     Args:
-        config (Config): what was composed.
-        keys (sequence of str): those of the command line.
+        config (Config): the composed configuration, changed in place.
+        keys (sequence of str): the keys of the command line.
 
     Raises:
-        ConfigurationError: for keys that the mode decides, and for a task that is not there.
+        ConfigurationError: for keys that are not allowed in this mode, and for an unknown task.
     """
     if config.mode == "online":
         for key in ("tasks", "task", "world_model", "pretraining", "finetune"):
@@ -66,14 +67,14 @@ def apply_mode(config: Config, keys: Sequence[str]) -> None:
 
 
 def apply_steps(config: Config, typed: Mapping[str, Any]) -> None:
-    """Turn ``training.steps`` into ``training.epochs``, unless that takes making the environment.
+    """Convert ``training.steps`` to ``training.epochs``, unless the environment must be created for that.
 
     Args:
-        config (Config): what was composed; ``training.steps`` stays as it was asked for.
+        config (Config): the composed configuration; ``training.epochs`` is changed in place.
         typed (Mapping): the keys of the command line with their values.
 
     Raises:
-        ConfigurationError: if both are typed, or nothing is collected.
+        ConfigurationError: if the command line sets both, or the run collects nothing.
     """
     training, key = config.training, "training.epochs"
     if typed.get(key) is not None:
@@ -97,10 +98,10 @@ def apply_steps(config: Config, typed: Mapping[str, Any]) -> None:
 
 
 def set_epochs(config: Config, repeat: int) -> None:
-    """Set whole epochs in which at least ``training.steps`` environment steps are collected.
+    """Set the smallest number of epochs that collects at least ``training.steps`` environment steps.
 
     Args:
-        config (Config): of an online run with ``training.steps``.
+        config (Config): configuration of an online run with ``training.steps``.
         repeat (int): environment steps per agent step.
     """
     assert config.training.steps is not None
@@ -108,20 +109,20 @@ def set_epochs(config: Config, repeat: int) -> None:
 
 
 def known_action_repeat(config: Config) -> int | None:
-    """Environment steps per agent step where the configuration tells them; ``None`` for a maker of the user's own."""
+    """Environment steps per agent step if the configuration contains them; ``None`` for a user's own environment."""
     written = config.env.get("action_repeat")
     ours = str(config.env["_target_"]).startswith("pwm_torchrl.envs.")
     return int(written) if ours and written is not None else None
 
 
 def steps_per_epoch(config: Config) -> int:
-    """Agent steps that an epoch collects, all environments together."""
+    """Agent steps that an epoch collects, summed over environments."""
     algorithm = config.algorithm
     return int(config.env["num_envs"]) * algorithm.steps_per_env
 
 
 def epoch_in_words(config: Config) -> str:
-    """What an epoch of a run is."""
+    """Description of an epoch of a run."""
     algorithm = config.algorithm
     if config.mode == "pretrain":
         return f"an epoch is {algorithm.model_updates} updates of the world model on stored slices"

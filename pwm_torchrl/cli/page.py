@@ -13,7 +13,7 @@ from pwm_torchrl.report.document import REPORT_FILE, make_document
 
 __all__ = ["write"]
 
-_LISTED = 8  # figures named on the console, at most
+_LISTED = 8  # maximum number of figures listed on the console
 
 
 def write(chosen: Chosen) -> int:
@@ -34,7 +34,7 @@ def write(chosen: Chosen) -> int:
 
 
 def _write(out: Path, files: Mapping[str, str | bytes]) -> None:
-    """Writes each file in one step, so that a browser never loads half of one.
+    """Writes each file atomically, so that a browser never loads an incomplete one.
 
     Raises:
         ConfigurationError: if one cannot be written.

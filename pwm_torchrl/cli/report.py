@@ -1,4 +1,4 @@
-"""``launch/report.py``: which runs are shown, compared by what, and where the page goes. Imports no pandas."""
+"""``launch/report.py``: chooses the runs, the comparison and the output folder of a report. Does not import pandas."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Chosen", "choose"]
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a page is about.
+    """The content of a report.
 
     Attributes:
-        runs (list of RunReport): the runs that are shown.
-        source (str): where they are from, in words.
-        out (Path): where the page goes.
-        pairs (Pairs, optional): what is compared.
+        runs (list of RunReport): the runs to show.
+        source (str): description of where they are from.
+        out (Path): folder of the page.
+        pairs (Pairs, optional): the comparison.
     """
 
     runs: list[RunReport]
@@ -35,7 +35,7 @@ class Chosen:
 
 
 def choose(args: Namespace) -> Chosen:
-    """Finds the runs and what to compare."""
+    """Finds the runs and the comparison."""
     conditions = [Condition.parse(text) for text in args.where]
     runs = read_runs(find_runs(args.runs))
     settle(runs)

@@ -1,6 +1,6 @@
-"""What the commands that take settings were asked for: words read, composed and checked without torch.
+"""Requests of the commands that take settings: parses, composes and checks their words without torch.
 
-A typo is refused here, and help is given here, before the modules that do the work are imported.
+Typos are reported and help is printed here, before the modules that do the work are imported.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ __all__ = [
     "refuse_shared_directories",
 ]
 
-#: What concerns both stages; what belongs to a world model goes to its pre-training, the rest to the policies.
+#: Keys of both stages. Keys of the world model apply to the pre-training, all others to the policies.
 SHARED = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
-#: Shared keys that only one of the two stages uses.
+#: Keys in these sections that only one of the two stages uses.
 OF_PRETRAINING = ("data.balanced", "data.validation_fraction", "data.validation_slices")
 OF_POLICIES = ("memory.actor_micro_batch", "memory.critic_micro_batch")
 
@@ -44,7 +44,7 @@ class Prepared:
 
     Attributes:
         config (Config): the whole run.
-        words (list of str): the command line that gives it.
+        words (list of str): the words from which it was composed.
     """
 
     config: Config
@@ -53,13 +53,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Request:
-    """What a command was asked for.
+    """The request of a command line.
 
     Attributes:
         script (str): the command.
-        line (CommandLine): its words.
-        runs (list of Prepared): composed, and to be completed; none in a process that computes for another. Of
-            ``task=all`` they are those of a single task.
+        line (CommandLine): the parsed command line.
+        runs (list of Prepared): composed runs, which are to be completed; empty on ranks other than 0. For
+            ``task=all``, they are those of a single task.
     """
 
     script: str
@@ -68,22 +68,22 @@ class Request:
 
     @property
     def words(self) -> list[str]:
-        """The settings that were typed."""
+        """The settings of the command line."""
         return self.line.settings
 
 
 def read(script: str, words: Sequence[str]) -> Request | int:
-    """Reads a command line, and answers it if it asks for help or for a configuration that needs nothing else.
+    """Parses a command line; prints the help, or a configuration that is already complete, if requested.
 
     Args:
         script (str): the command, a key of :data:`~pwm_torchrl.cli.words.OPTIONS`.
-        words (sequence of str): what was typed behind it.
+        words (sequence of str): the words after it.
 
     Returns:
-        Request or int: what to do, or the exit code if nothing is left to do.
+        Request or int: the request, or the exit code if nothing is left to do.
 
     Raises:
-        ConfigurationError: for words that cannot be what was meant.
+        ConfigurationError: for invalid words.
     """
     line = read_words(script, words)
     if line.help:
@@ -104,7 +104,7 @@ def read(script: str, words: Sequence[str]) -> Request | int:
 
 
 def _composed(script: str, settings: Sequence[str]) -> list[Prepared]:
-    """The runs that settings ask for, of which there may be several in ``submit`` alone."""
+    """The composed runs of the settings; only ``submit`` accepts several."""
     if script != "submit":
         words = with_preset(script, settings)
         return [Prepared(compose(words), words)]
@@ -117,7 +117,7 @@ def _composed(script: str, settings: Sequence[str]) -> list[Prepared]:
 
 
 def refuse_shared_directories(runs: Sequence[Prepared]) -> None:
-    """Refuses several runs in one directory.
+    """Rejects several runs in one directory.
 
     Raises:
         ConfigurationError: if two of the runs have the same ``run_dir``.
@@ -140,7 +140,7 @@ def _check_here(script: str, config: Config) -> None:
 
 
 def _shown(request: Request) -> Request | int:
-    """Prints the configuration, unless it has to be completed first."""
+    """Prints the configuration and returns the exit code, or returns the request if it must be completed first."""
     if len(request.runs) > 1:
         console.say(f"# the first of {len(request.runs)} runs: {' '.join(request.runs[0].words)}")
     config = request.runs[0].config
@@ -151,11 +151,11 @@ def _shown(request: Request) -> Request | int:
     return request
 
 
-# ``task=all`` without a world model: a pre-training first, then a policy for every task in what it made --------------
+# ``task=all`` without a world model: a pre-training, then a policy for every task -------------------------------------
 
 
 def lacks_world_model(words: Sequence[str]) -> bool:
-    """Whether the words ask for a policy per task without saying in which world model, and can be given one."""
+    """Whether the words contain ``task=all`` without a world model, but with a preset for a pre-training."""
     if EVERY_TASK not in words:
         return False
     config = _first(words)
@@ -163,10 +163,10 @@ def lacks_world_model(words: Sequence[str]) -> bool:
 
 
 def both_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of the pre-training, and those of the policies without the world model that it will make.
+    """The words of the pre-training, and those of the policies, without ``world_model``.
 
     Raises:
-        ConfigurationError: if the pre-training is given several values of something: there is one pre-training.
+        ConfigurationError: if a word sweeps over a key of the pre-training, of which there is only one.
     """
     own = [f"experiment={_first(words).pretraining}", *_of_pretraining(words)]
     policies = [word for word in words if not word.startswith(PREFIX) and not of_world_model(_key(word))]
@@ -174,10 +174,10 @@ def both_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def compose_pretraining(words: list[str]) -> Prepared:
-    """The pre-training's composed run.
+    """Compose the pre-training.
 
     Raises:
-        ConfigurationError: for words that cannot be what was meant.
+        ConfigurationError: for invalid words.
     """
     try:
         return Prepared(compose(words), words)
@@ -191,11 +191,11 @@ def _first(words: Sequence[str]) -> Config:
 
 
 def _of_pretraining(words: Sequence[str]) -> list[str]:
-    """Those of the words that concern the pre-training."""
+    """The words that apply to the pre-training."""
     keys = {word: _key(word) for word in words}
     chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED or of_world_model(key)]
     chosen = [word for word in chosen if keys[word] not in OF_POLICIES]
-    if any(word.startswith(f"{PREFIX}run_dir=") for word in words):  # beside it, runs_dir is for the policies alone
+    if any(word.startswith(f"{PREFIX}run_dir=") for word in words):  # runs_dir then applies only to the policies
         chosen = [word for word in chosen if keys[word] != "runs_dir"]
     chosen += [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
     for word in chosen:

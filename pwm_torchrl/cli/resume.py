@@ -1,4 +1,4 @@
-"""``launch/resume.py``: finds whatever is unfinished and neither queued nor running; safe to call at any time."""
+"""``launch/resume.py``: finds the runs that are unfinished and neither queued nor running; safe to call at any time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = ["Found", "changed", "reason_to_leave", "to_bring_back"]
 
 
 class Found(NamedTuple):
-    """Runs to be submitted again with their configurations, what was set anew in them, and the exit code so far."""
+    """Runs to submit again with their configurations, the keys that were changed, and the exit code so far."""
 
     runs: list[tuple[Path, Config]]
     typed: Mapping[str, Any]
     code: int
 
 
-#: Keys that nothing reads when a run goes on, and what to do instead.
+#: Keys that have no effect when a run is resumed, and what to do instead.
 _FIXED = {
     "run_dir": "name the directory of the run without run_dir=",
     "cluster.kind": "a run goes on where it was submitted; to move it, give the command that submitted it again, with "
@@ -43,7 +43,7 @@ _FIXED = {
 
 
 def to_bring_back(args: Namespace) -> Found | int:
-    """Runs to be submitted again, or the exit code if there are none; says of the others why they are left alone."""
+    """Runs to submit again, or the exit code if there are none; prints why other runs are not submitted."""
     words = [word for word in args.runs if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in args.runs if word not in words]
     if not paths:
@@ -72,14 +72,15 @@ def to_bring_back(args: Namespace) -> Found | int:
 
 
 def changed(run: Path, words: Sequence[str]) -> Config:
-    """The configuration of a run with the settings that are given beside it.
+    """The configuration of a run, changed by the settings on the command line.
 
     Raises:
-        ConfigurationError: if a setting is unknown, out of range, means nothing, or would make it another run.
+        ConfigurationError: if a setting is unknown, out of range or without effect, or would change what the run
+            learns.
     """
     stored = load_config(run)
     if not words:
-        validate(stored)  # somebody may have edited it
+        validate(stored)  # the file may have been edited
         return stored
     config, typed = compose_onto(stored, words)
     for key in typed.keys() & _FIXED.keys():
@@ -107,9 +108,9 @@ def reason_to_leave(run: Path, job: JobState | None, *, failed: bool, longer: bo
 
     Args:
         run (Path): its directory.
-        job (JobState, optional): SLURM's word on its newest job.
-        failed (bool): whether runs that ended with an error go on too.
-        longer (bool): whether it is to be longer than it was. Defaults to ``False``.
+        job (JobState, optional): SLURM's state of its newest job.
+        failed (bool): whether to resume runs that ended with an error, too.
+        longer (bool): whether its number of epochs was increased. Defaults to ``False``.
     """
     status = read_summary(run).get("status", "not started")
     if status == "finished" and not longer:
@@ -127,8 +128,8 @@ def reason_to_leave(run: Path, job: JobState | None, *, failed: bool, longer: bo
 
 
 def _waits(run: Path) -> bool:
-    """Whether a run may have to wait for another, a pre-training, which is then submitted before it."""
+    """Whether a run may have to wait for a pre-training, which must then be submitted first."""
     try:
         return load_config(run).world_model is not None
     except ConfigurationError:
-        return True  # told when it is its turn
+        return True  # the error is reported later

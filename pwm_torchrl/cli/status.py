@@ -1,4 +1,4 @@
-"""``launch/status.py``: one line per run, with what SLURM says of its job."""
+"""``launch/status.py``: prints one line per run, with the state of its SLURM job."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pwm_torchrl.run.claims import UNKNOWN, describe
 
 __all__ = ["line_of", "run"]
 
-#: Metrics rows that the speed is taken from.
+#: Number of last metrics rows from which the speed is computed.
 _RECENT = 50
 _LONG_AGO = datetime.min.replace(tzinfo=timezone.utc)
 _COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory", "what happened last")
 
 
 def run(args: Namespace) -> int:
-    """Prints the table; one call of squeue for all runs."""
+    """Prints the table; calls squeue once for all runs."""
     runs = read_runs(find_runs(args.runs))
     newest = {run.path: job_id for run in runs for job_id in read_job(run.path).get("job_ids", [])[-1:]}
     owners = [run.owner.job_id for run in runs if run.owner is not None and run.owner.job_id is not None]
@@ -41,7 +41,7 @@ def run(args: Namespace) -> int:
     for run in runs:
         job = (states or {}).get(newest.get(run.path, ""))
         if states is not None and run.path in newest and job is None and not _has_begun(run):
-            job = JobState(newest[run.path], "CANCELLED")  # SLURM has forgotten it, which left the queue unstarted
+            job = JobState(newest[run.path], "CANCELLED")  # SLURM has forgotten a job that never started
         rows.append(list(line_of(run, job)))
     narrow = ("what happened last", "host memory", "run", "restarts", "left")
     below = dict.fromkeys(("what happened last", "run"), "")
@@ -57,7 +57,7 @@ def line_of(run: RunReport, job: JobState | None) -> tuple[str, ...]:
 
     Args:
         run (RunReport): the run.
-        job (JobState, optional): SLURM's word on its newest job; ``None`` if it has none or is forgotten.
+        job (JobState, optional): SLURM's state of its newest job; ``None`` if there is none or SLURM has forgotten it.
     """
     total = run.restarts.total()
     reasons = ", ".join(f"{count} {reason}" for reason, count in run.restarts.items())
@@ -77,7 +77,7 @@ def line_of(run: RunReport, job: JobState | None) -> tuple[str, ...]:
 
 
 def _has_begun(run: RunReport) -> bool:
-    """Whether any job of the run got as far as to leave a trace in its directory."""
+    """Whether a job of the run has written anything to its directory."""
     return run.status != "not started" or any((run.path / "attempts").glob("*"))
 
 
@@ -92,7 +92,7 @@ def _status(said: str, job: JobState | None) -> str:
 
 
 def _left(run: RunReport) -> str:
-    """Time to the end at the speed of the newest epochs."""
+    """Estimated remaining time at the speed of the last epochs."""
     times = [each for each in run.metrics.get("time/epoch_s", [])[-_RECENT:] if math.isfinite(each)]
     if not times or run.epochs_planned is None:
         return "-"
@@ -102,7 +102,7 @@ def _left(run: RunReport) -> str:
 
 
 def _last(run: RunReport, status: str, job: JobState | None) -> str:
-    """The last restart or error, and how long ago; for a job that waits for a person, what to do."""
+    """The last restart or error, and how long ago it was; for a job that waits for the user, what to do."""
     if job is not None and job.held:
         return f"{job.reason}; let it go on with: scontrol release {job.job_id}"
     if job is not None and job.impossible:
@@ -121,7 +121,7 @@ def _last(run: RunReport, status: str, job: JobState | None) -> str:
 
 
 def _time_of(event: Mapping[str, Any]) -> datetime:
-    """When an event happened; long ago if it does not say."""
+    """Time of an event; :data:`_LONG_AGO` if it has none."""
     try:
         when = datetime.fromisoformat(event["time"])
     except (KeyError, TypeError, ValueError):

@@ -1,6 +1,7 @@
-"""``launch/submit.py``: runs as jobs of their own, on SLURM where it is found, else on this machine.
+"""``launch/submit.py``: submits runs as jobs, to SLURM if it is found, else on this machine.
 
-``task=all`` without a world model has two stages: a pre-training first, then a policy for every task in what it made.
+``task=all`` without a world model has two stages: a pre-training, then the extraction of a policy for every task from
+its world model.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def run(request: Request) -> int:
 
 
 def _all(runs: Sequence[Prepared], place: str) -> int:
-    """Runs here, one after the other to their ends; then what to type next with the last one that finished."""
+    """Train runs on this machine one after the other, then print the next commands for the last one that finished."""
     codes, finished = [], None
     for run in runs:
         if run.config.run_dir is not None:
@@ -89,7 +90,7 @@ def _all(runs: Sequence[Prepared], place: str) -> int:
 
 
 def _prepare(config: Config, place: str) -> RunDir:
-    """The directory of a run; that of a pre-training says at once what its world model will be."""
+    """Create or check the directory of a run; for a pre-training, also write the description of its world model."""
     prepared = prepare_run_dir(config, here=place in (DEBUG, HERE))
     if config.mode == "pretrain":
         announce(config, prepared.path)
@@ -97,7 +98,7 @@ def _prepare(config: Config, place: str) -> RunDir:
 
 
 def _here(run: Prepared, prepared: RunDir, place: str) -> int:
-    """A run whose directory is there."""
+    """Train a run whose directory exists on this machine, or in this process; returns the exit code."""
     config = run.config
     if place in (DEBUG, HERE):
         return run_in_process(config, prepared, run.words, script="submit")
@@ -110,7 +111,7 @@ def _here(run: Prepared, prepared: RunDir, place: str) -> int:
 
 
 def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
-    """A job on this machine, again with a thriftier plan each time its memory ran out."""
+    """Follow a job on this machine; each time memory runs out, start it again with a plan that needs less."""
     code = snapshot(run.path.parent, targets_of(asdict(config)))
     with stop_signals_as_interrupt():
         while True:
@@ -126,13 +127,13 @@ def _to_slurm(
     facts: Sequence[Sequence[EnvInfo | None]],
     placed: Callable[[Path], None] = lambda run_dir: None,
 ) -> int:
-    """Queue all runs, an array for each stage and profile; nothing is written before everything is checked and planned.
+    """Queue all runs, with one array per stage and profile; everything is checked and planned before it is written.
 
     Args:
         stages (sequence of sequences of Prepared): runs.
-        facts (sequence of sequences of EnvInfo): what is known of each, see
+        facts (sequence of sequences of EnvInfo): facts of each run, see
             :func:`~pwm_torchrl.cli.prepare.preflight`.
-        placed (callable): is told the first run's directory, before later stages are queued.
+        placed (callable): called with the first run's directory before later stages are queued.
     """
     arrays = [by_cluster(stage, known) for stage, known in zip(stages, facts, strict=True)]
     planned = [[plan_for_slurm(runs, known)[1] for runs, known in stage] for stage in arrays]
@@ -152,7 +153,7 @@ def _to_slurm(
 
 
 def _queue(runs: Sequence[Prepared], resources: Resources) -> list[Path]:
-    """Queue runs as one array; returns their directories, which are removed again if SLURM refuses."""
+    """Queue runs as one array; returns their directories, which are deleted again if SLURM rejects the array."""
     configs = [run.config for run in runs]
     for config in configs:
         leave_open(config)
@@ -176,7 +177,7 @@ def _queue(runs: Sequence[Prepared], resources: Resources) -> list[Path]:
 
 
 def refuse_while_queued(run_dir: Path) -> None:
-    """Two jobs for one directory: the second would wait for the first and then find it finished.
+    """Reject a second job for a run directory: it would wait for the first one and then find the run finished.
 
     Raises:
         ConfigurationError: if a job of the run is queued or runs.
@@ -190,7 +191,7 @@ def refuse_while_queued(run_dir: Path) -> None:
 
 
 def _conclude(outcome: dict[str, Any], run: RunDir, words: Sequence[str]) -> int:
-    """Last lines and exit code."""
+    """Print the last lines of a run on this machine; returns the exit code."""
     status, run_dir = outcome["status"], run.path
     summary = read_summary(run_dir) or outcome.get("summary") or {}
     if status == "finished":
@@ -212,12 +213,12 @@ def _conclude(outcome: dict[str, Any], run: RunDir, words: Sequence[str]) -> int
 
 @dataclass
 class Chain:
-    """Runs of one command, the first of which makes the world model of the others.
+    """The runs of a command with two stages.
 
     Attributes:
-        pretraining (Prepared): makes the world model.
-        policies (list of Prepared): need it.
-        folder (Path): describes the world model, until the pre-training has a directory of its own.
+        pretraining (Prepared): trains the world model.
+        policies (list of Prepared): extractions that use it.
+        folder (Path): folder with the description of the world model until the pre-training has its directory.
     """
 
     pretraining: Prepared
@@ -225,7 +226,7 @@ class Chain:
     folder: Path
 
     def place(self, run_dir: Path) -> None:
-        """The pre-training has its directory: that is where the policies find their world model."""
+        """Set the pre-training's directory as the path of the policies' world model."""
         for each in self.policies:
             each.config.world_model = str(run_dir)
             each.words[:] = [
@@ -234,7 +235,7 @@ class Chain:
 
     @property
     def description(self) -> str:
-        """What the command does, in a line."""
+        """Description of the command in one line."""
         count = len(self.policies)
         what = "a policy for its task" if count == 1 else f"{count} policies in it"
         return f"no world_model is given: {self.pretraining.words[0]} makes one first, then come {what}"
@@ -242,10 +243,10 @@ class Chain:
 
 @contextlib.contextmanager
 def composed(words: Sequence[str]) -> Iterator[Chain]:
-    """Both stages, composed and checked before anything is written to where runs go.
+    """Both stages, composed and checked; nothing is written to the folder of the runs.
 
     Raises:
-        ConfigurationError: for whatever cannot work in either.
+        ConfigurationError: if a run of either stage cannot work.
     """
     own, rest = both_stages(words)
     pretraining = compose_pretraining(own)
@@ -260,7 +261,7 @@ def composed(words: Sequence[str]) -> Iterator[Chain]:
 
 
 def _both_stages(chain: Chain, dry: bool) -> int:
-    """A pre-training, then the policies that need its world model."""
+    """Run or queue a pre-training, then the extractions that use its world model; returns the exit code."""
     place = settle_place([chain.pretraining, *chain.policies])
     console.say(chain.description)
     if dry:
@@ -284,14 +285,14 @@ def _both_stages(chain: Chain, dry: bool) -> int:
     return _all(chain.policies, place)
 
 
-# Runs that are there already ------------------------------------------------------------------------------------------
+# Existing runs --------------------------------------------------------------------------------------------------------
 
 
 def resume(found: Found) -> int:
-    """Submits runs again that are unfinished, see :mod:`~pwm_torchrl.cli.resume`.
+    """Submits unfinished runs again, see :mod:`~pwm_torchrl.cli.resume`.
 
     Returns:
-        The exit code: 0, or 1 if one could not be submitted; of runs that end here the highest.
+        The exit code: 0, or 1 if a run could not be submitted; for runs on this machine, the highest one.
     """
     code = found.code
     for run, config in found.runs:
@@ -308,7 +309,7 @@ def resume(found: Found) -> int:
 
 
 def _bring_back(run: Path, cfg: Config, typed: Mapping[str, Any]) -> tuple[str, int]:
-    """Submit a run as it was submitted before, but for the keys set anew; returns what was done, and the exit code."""
+    """Submit a run as before, except for the changed keys; returns a description for the user, and the exit code."""
     follow_world_model(cfg, run)
     job = read_job(run)
     if not job and (run / JOB_FILE).exists():

@@ -1,4 +1,4 @@
-"""Several runs from one command line: what its sweeps ask for."""
+"""Expands the sweeps of a command line to several runs."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from pwm_torchrl.errors import ConfigurationError
 
 __all__ = ["EVERY_TASK", "PATHS", "PREFIX", "SLURMS_LISTS", "SWEEP", "expand", "values_of"]
 
-#: A run for each task.
+#: Word that stands for one run per task.
 EVERY_TASK = "task=all"
-#: Begins a word that is for the pre-training alone with which that may begin.
+#: Prefix of words that apply only to the pre-training with which ``task=all`` may begin.
 PREFIX = "pretraining."
 MOST = 10_000
-#: Keys whose values are lists with commas to SLURM; runs for each of several are choice(a,b).
+#: Keys whose values are comma-separated lists of SLURM; a sweep over such a key is written choice(a,b).
 SLURMS_LISTS = ("cluster.partition", "cluster.gres")
 SWEEP = re.compile(r"[\w.]+=(choice|range|glob|shuffle|sort)\(")
-#: Keys whose values are paths: text, whatever Hydra's grammar makes of their blanks, brackets, commas and equal signs.
+#: Keys whose values are paths: plain text, even with characters that are special in Hydra's grammar.
 PATHS = ("run_dir", "runs_dir", "world_model", "init_from", "data.path", "data.scratch_dir")
 
 
 def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
-    """Every combination of the values of Hydra's sweeps, the last one changing fastest.
+    """All combinations of the values of Hydra's sweeps; the last one changes fastest.
 
     Args:
-        words (sequence of str): of the command line.
-        tasks (sequence of str): what ``task=all`` stands for, see :func:`~pwm_torchrl.cli.complete.expand_tasks`.
-            Defaults to ``()``: it is left out.
+        words (sequence of str): words of the command line.
+        tasks (sequence of str): the tasks that ``task=all`` stands for, see
+            :func:`~pwm_torchrl.cli.complete.expand_tasks`. Defaults to ``()``: ``task=all`` is left out.
 
     Returns:
-        list of list of str: the words of each run; one of them if nothing is swept. What ``task=all`` reads itself is
-            not among them, unless another word refers to it.
+        list of list of str: the words of each run; a single run without sweeps. With ``task=all``, ``tasks`` is left
+            out unless another word refers to it.
 
     Raises:
-        ConfigurationError: for a sweep without discrete values, without an end or without any value, or too many runs.
+        ConfigurationError: for a sweep that is continuous, infinite or empty, or for too many runs.
     """
     every = [f"task={name}" for name in tasks]
     if EVERY_TASK in words and not any("${tasks}" in word for word in words):
@@ -56,14 +56,14 @@ def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
 
 
 def values_of(word: str) -> list[str]:
-    """A word for each of the values that a word gives its key."""
+    """One word for each value in a word's sweep; the word itself if it is not a sweep."""
     key = word.partition("=")[0]
     if "=" not in word or key in (*PATHS, "tasks") or (key in SLURMS_LISTS and not SWEEP.match(word)):
-        return [word]  # a path is text, whatever Hydra's grammar makes of its commas; tasks are one set
+        return [word]  # commas in a path are plain text, and tasks are one set
     try:
         override = OverridesParser.create().parse_overrides([word])[0]
     except HydraException:
-        return [word]  # composing tells what is wrong with it
+        return [word]  # composing reports what is wrong with it
     if not override.is_sweep_override():
         return [word]
     pattern = override.value()
@@ -82,10 +82,10 @@ def _swept(word: str, override: Override) -> list[str]:
     """The values of a sweep, in its order.
 
     Raises:
-        ConfigurationError: if there are none, or too many to be counted by making them.
+        ConfigurationError: if there are none, or too many.
     """
     pattern = override.value()
-    if isinstance(pattern, RangeSweep):  # counted first: some have no end, and a shuffled one is made as a whole
+    if isinstance(pattern, RangeSweep):  # count first: a range may be infinite, and a shuffled one is made as a whole
         start, stop, step = (float(each or 0) for each in (pattern.start, pattern.stop, pattern.step))
         count = (stop - start) / step if step else math.nan
         if not math.isfinite(count):
@@ -101,7 +101,7 @@ def _swept(word: str, override: Override) -> list[str]:
 
 
 def _matching(word: str, group: str, pattern: Glob) -> list[str]:
-    """The choices of a group that ``glob(...)`` means.
+    """The choices of a group that ``glob(...)`` matches.
 
     Raises:
         ConfigurationError: if there are none.
@@ -115,5 +115,5 @@ def _matching(word: str, group: str, pattern: Glob) -> list[str]:
 
 
 def _interpolated(value: str) -> str:
-    """Hydra escapes the brackets of an interpolation, which is then none."""
+    """Undo Hydra's escaping of the brackets of an interpolation, which would prevent its resolution."""
     return re.sub(r"\\(.)", r"\1", value) if "$\\{" in value else value

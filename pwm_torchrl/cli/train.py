@@ -1,4 +1,4 @@
-"""``launch/train.py`` and ``launch/pretrain.py``: a run in this process."""
+"""``launch/train.py`` and ``launch/pretrain.py``: train a run in this process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(request: Request) -> int:
 
 
 def _compute_for_another() -> int:
-    """Computes for rank 0, which reads the configuration and says everything there is to say."""
+    """Computes shares of updates for rank 0, which reads the configuration and prints all output."""
     quiet_torchrl()
     try:
         with connected_ranks() as ranks:
@@ -50,7 +50,7 @@ def _compute_for_another() -> int:
 
 
 def run_in_process(config: Config, run: RunDir, words: Sequence[str], *, script: str) -> int:
-    """Trains here; an error of the package ends in its sentence, a bug in its traceback."""
+    """Trains in this process; errors of the package are printed as a message, others are raised."""
     console.say(f"{'resuming' if run.resume else 'run'}: {run.path}")
     try:
         summary = training.train(config, run.path, resume=run.resume)

@@ -1,4 +1,4 @@
-"""Checks of a composed configuration: values that cannot work together, here or on the cluster."""
+"""Checks a composed configuration for values that cannot work together, on this machine or on the cluster."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _NAMES = ("partition", "account", "qos")
 
 
 def read_time(cluster: ClusterConfig) -> None:
-    """Moves ``cluster.time`` into ``cluster.time_min``.
+    """Converts ``cluster.time`` to minutes in ``cluster.time_min``.
 
     Raises:
-        ConfigurationError: if it is not a time limit, or ``time_min`` says otherwise.
+        ConfigurationError: if it is not a time limit, or differs from ``time_min``.
     """
     if cluster.time is None:
         return
-    # YAML reads an unquoted 24:00:00 as the number 86400: plain numbers are refused, for they may be such.
+    # YAML reads an unquoted 24:00:00 as the number 86400, so plain numbers are rejected.
     try:
         minutes = None if cluster.time.isdecimal() else to_minutes(cluster.time)
     except ValueError:
@@ -93,7 +93,7 @@ def _check_gpus(cluster: ClusterConfig) -> None:
         )
 
 
-#: Keys of any environment that are whole numbers.
+#: Integer keys of every environment.
 INTEGERS_OF_ENV = ("env.num_envs", "env.action_repeat", "env.episode_length")
 
 
@@ -117,7 +117,7 @@ def validate(config: Config) -> None:
 
 
 def require_runnable(config: Config) -> None:
-    """Refuses to train in this process what was meant for nodes elsewhere.
+    """Rejects a profile of SLURM nodes for a run in this process, unless it is inside an allocation.
 
     Raises:
         ConfigurationError: for a profile of SLURM nodes outside of an allocation.
@@ -201,7 +201,7 @@ def _require_one(config: Config, key: str) -> None:
 
 
 def value_of(config: Config, key: str) -> Any:
-    """What a dotted key holds; ``None`` for one that the environment does not have."""
+    """The value of a dotted key; ``None`` for a key that the environment does not have."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else getattr(value, part)

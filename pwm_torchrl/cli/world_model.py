@@ -1,4 +1,4 @@
-"""``launch/world_model.py``: world models as files, those of TD-MPC2 brought in."""
+"""``launch/world_model.py``: describes saved world models, and imports those of TD-MPC2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["import_checkpoint", "run"]
 
 
 def run(args: Namespace) -> int:
-    """Imports a checkpoint, or says what a saved world model is."""
+    """Imports a checkpoint, or describes a saved world model."""
     if args.command == "import":
         tasks = None if args.tasks is None else task_set(args.tasks)
         return import_checkpoint(args.checkpoint, args.folder, tasks)
@@ -25,7 +25,7 @@ def run(args: Namespace) -> int:
 
 
 def import_checkpoint(checkpoint: Path, folder: Path, tasks: TaskSet | None) -> int:
-    """Convert a TD-MPC2 checkpoint, and say what became of its entries."""
+    """Convert a TD-MPC2 checkpoint, and print how its entries were mapped."""
     if folder.exists() and any(folder.iterdir()):
         raise ConfigurationError(f"{folder} is not empty; give a new folder")
     model, report = load_tdmpc2_world_model(checkpoint, action_dims=None if tasks is None else tasks.action_dims)
@@ -65,7 +65,7 @@ def _check_tasks(checkpoint: Path, tasks: TaskSet, spec: WorldModelSpec) -> None
 
 
 def size_name(units: Sequence[int]) -> str:
-    """The published size with these hidden widths, else ``custom``."""
+    """The name of the published size with these hidden widths, else ``custom``."""
     return next((name for name, size in sizes().items() if size.units == list(units)), "custom")
 
 
