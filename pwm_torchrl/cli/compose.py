@@ -38,16 +38,13 @@ from pwm_torchrl.choices import (
     user_profiles,
 )
 from pwm_torchrl.cli.modes import apply_mode, apply_steps
+from pwm_torchrl.cli.profiles import leaves, left_open, naming_profiles, profile_keys
 from pwm_torchrl.cli.sweeps import EVERY_TASK, PATHS, PREFIX, SLURMS_LISTS, SWEEP
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
 from pwm_torchrl.cli.words import (
     check_meaning,
     instead_of_hydras,
-    leaves,
-    left_open,
-    naming_profiles,
     option_hint,
-    profile_keys,
     unknown_option,
 )
 from pwm_torchrl.config import RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit, missing_keys

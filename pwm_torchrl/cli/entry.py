@@ -107,7 +107,7 @@ def _run(name: str, words: Sequence[str] | None) -> int:
         if line is None:
             asked = _find(stage)(asked)
             continue
-        with _find("words:naming_profiles")([run.words for run in asked.runs]):
+        with _find("profiles:naming_profiles")([run.words for run in asked.runs]):
             asked = _find(SHOW_CONFIG if line.shows_config else stage)(asked)
     return int(asked)
 
