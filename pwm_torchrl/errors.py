@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = [
+    "LOST_RANKS",
     "ConfigurationError",
     "EnvironmentFault",
     "MissingLibraryError",
@@ -55,6 +56,11 @@ class GraphLeak(RuntimeError):
 
 class OutOfMemory(RuntimeError):
     """Memory that an update needs and cannot get, or the limit at which a run saves and stops."""
+
+
+#: In the message of a rank that lost the connection to the others: the cause is in another rank, and a job's death is
+#: classified by it.
+LOST_RANKS = "cannot reach the others"
 
 
 class RankFault(RuntimeError):

@@ -19,6 +19,7 @@ from submitit.local.local import LocalExecutor
 
 from pwm_torchrl.cli import console
 from pwm_torchrl.cluster.job import CUDA_VARIABLE, LOG_FILE, OUTCOME_FILE, PID_FILE, STATE_FILE, run_job
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.progress import drawn_here
 from pwm_torchrl.run.directory import set_status
 from pwm_torchrl.terminal import PROGRESS_LINE, STATE_VARIABLE, State, StateFile, say_after_interrupt
@@ -222,7 +223,7 @@ def refuse_while_running(run_dir: Path) -> None:
         except (OSError, ValueError):
             continue  # no such process, or no /proc
         if str(file.parent).encode() in command_line:
-            raise console.ConfigurationError(
+            raise ConfigurationError(
                 f"run_dir={run_dir} belongs to a job that is still running here, process {pid}; wait for it, or stop "
                 f"it with: kill {pid}"
             )

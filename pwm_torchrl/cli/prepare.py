@@ -263,7 +263,7 @@ def preflight(configs: Sequence[Config], place: str, *, again: bool = False) -> 
     """
     for config in configs:
         with _may_be_set_up(config, place):
-            _check_libraries(config, place)
+            _check_libraries(config)
         _check_devices(config, place)
         if not again:
             check_run_dir(config)
@@ -294,7 +294,7 @@ def _may_be_set_up(config: Config, place: str) -> Iterator[None]:
             raise
 
 
-def _check_libraries(config: Config, place: str) -> None:
+def _check_libraries(config: Config) -> None:
     require_logging(config.logger)
     if config.training.video and _acts(config) and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise MissingLibraryError(

@@ -12,6 +12,7 @@ from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.config import Config
 from pwm_torchrl.distributed.ranks import connected_ranks
 from pwm_torchrl.distributed.updates import serve
+from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import RunDir, discard, prepare_run_dir
 from pwm_torchrl.run.train import quiet_torchrl
 from pwm_torchrl.terminal import say_after_interrupt
@@ -60,7 +61,7 @@ def run_in_process(config: Config, run: RunDir, words: Sequence[str], *, script:
     except Exception as failure:
         if not console.is_ours(failure):
             raise
-        refused = isinstance(failure, console.ConfigurationError)
+        refused = isinstance(failure, ConfigurationError)
         where = "" if refused and discard(run) else f"\nrun directory: {run.path}"
         code = console.fail(f"{failure}{where}", console.status_of(failure), script, words, run.path)
         return console.BAD_INPUT if refused else code

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.config import Config, micro_batch_key
-from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.errors import LOST_RANKS, ConfigurationError
 from pwm_torchrl.files import read_object, read_objects, write_durably
 from pwm_torchrl.run.claims import Claim, newest_claim, read_outcome, slurm_job_id
 from pwm_torchrl.run.directory import EVENTS_FILE, PLAN_FILE, load_config, read_plan, set_status, write_event
@@ -47,8 +47,6 @@ END = "end"
 #: Restarts in a row without progress after which a run ends as stalled.
 MOST_WITHOUT_PROGRESS = 2
 _SIGKILL = 9
-#: Part of the message of a rank that lost the connection to the others: the cause is in another rank.
-_LOST_RANK = "cannot reach the other"
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,9 @@ def classify(
         if term_received or "SIGTERM" in signals:
             return Death("stopped", f"cancelled{saved}")
         return Death("stopped", error)
-    if status == "failed" and not _killed(evidence) and _LOST_RANK not in error:
+    if status == "failed" and not _killed(evidence) and LOST_RANKS not in error:
         return Death("failed", error)
-    if _killed(evidence) or not evidence or _LOST_RANK in error:
+    if _killed(evidence) or not evidence or LOST_RANKS in error:
         return Death(KILLED, "a process of the job was killed")
     return Death(START_UP, "the job ended before training began; its log tells why")
 

@@ -300,12 +300,7 @@ def take_variables(profile: ClusterConfig, environ: Mapping[str, str]) -> list[s
         elif variable in _OPTIONS:
             option = variable.lower().replace("_", "-")
             if option not in {str(key).replace("_", "-") for key in profile.sbatch}:
-                flag = variable in ("EXCLUSIVE", "SPREAD_JOB", "OVERCOMMIT") and value.lower() in (
-                    "1",
-                    "yes",
-                    "true",
-                    "exclusive",
-                )
+                flag = variable in _FLAGS and value.lower() in ("1", "yes", "true", "exclusive")
                 profile.sbatch[option] = True if flag else value
         else:
             ignored.append(name)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pwm_torchrl.algorithm.updates import is_out_of_memory
 from pwm_torchrl.distributed.rendezvous import Rendezvous, find_rendezvous
-from pwm_torchrl.errors import RankFault, status_of
+from pwm_torchrl.errors import LOST_RANKS, RankFault, status_of
 from pwm_torchrl.terminal import warn
 
 #: Each tensor begins at a multiple of this many bytes.
@@ -241,7 +241,7 @@ class Ranks:
             self.broken = True
             text = " ".join(str(error).rpartition("] ")[2].split())[:200]  # without the library's source location
             raise RankFault(
-                f"Rank {self.rank} of {self.size} cannot reach the others: one of them has ended or hangs ({text})."
+                f"Rank {self.rank} of {self.size} {LOST_RANKS}: one of them has ended or hangs ({text})."
             ) from error
 
     # Commands from rank 0 to the others -------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def differing_keys(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """Dotted keys that change what a run learns, with their values."""
-    flat = _flat(dataclasses.asdict(config))
+    flat = flattened(dataclasses.asdict(config))
     if config.world_model_sha256 is not None:
         del flat["world_model"]  # the hash identifies it at any path
     return {k: v for k, v in flat.items() if not any(k == i or k.startswith(i + ".") for i in IGNORED)}
@@ -343,13 +343,14 @@ def hindrances(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
     return differing
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by dotted keys; an empty dictionary is a value."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            leaves.update(_flat(value, f"{prefix}{key}."))
+            leaves.update(flattened(value, f"{prefix}{key}."))
         else:
-            leaves[prefix + key] = value
+            leaves[prefix + str(key)] = value
     return leaves
 
 

@@ -31,7 +31,7 @@ from torchrl.record.loggers.wandb import WandbLogger
 from pwm_torchrl.config import Config, LoggerConfig
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.files import write_durably
-from pwm_torchrl.run.directory import settings_of
+from pwm_torchrl.run.directory import flattened, settings_of
 from pwm_torchrl.terminal import warn
 
 __all__ = [
@@ -298,7 +298,7 @@ def _tensorboard_logger(run_dir: Path, shown: dict[str, Any], first_step: int) -
 
         logger.experiment.close()
         logger.experiment = SummaryWriter(log_dir=logger.log_dir, purge_step=first_step)
-    lines = "\n".join(f"    {key}: {value}" for key, value in _flat(shown).items())
+    lines = "\n".join(f"    {key}: {value}" for key, value in flattened(shown).items())
     logger.experiment.add_text("config", lines, global_step=first_step)
     return logger
 
@@ -446,16 +446,6 @@ def _stable_id(run_dir: Path) -> str:
     new = given or secrets.token_hex(4)  # not from the seeded generators: runs with the same seed need different ids
     write_durably(file, new + "\n")
     return new
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves.update(_flat(value, f"{prefix}{key}."))
-        else:
-            leaves[prefix + str(key)] = value
-    return leaves
 
 
 def _first_line(error: BaseException) -> str:

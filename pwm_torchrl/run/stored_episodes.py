@@ -6,13 +6,12 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from pwm_torchrl.commands import named, typed
@@ -432,25 +431,3 @@ def outgrows_memory(store: EpisodeStore, reading: Reading | None = None) -> bool
         most.append(reading.machine.total)
     files, _ = store_bytes(store.path)
     return bool(most) and files > min(most)
-
-
-class StoredEpochs:
-    """Yields one empty batch per epoch, for offline training."""
-
-    requested_frames_per_batch = 1  # one batch is one epoch
-    init_random_frames = 0
-    resumed_exactly = True
-
-    def __iter__(self) -> Iterator[TensorDictBase]:
-        while True:
-            yield TensorDict({}, batch_size=[1])
-
-    def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: there are no workers."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """No state."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """No state."""
