@@ -1,7 +1,6 @@
-"""Everything that has parameters: plain ``nn.Module``s over tensors, and their TensorDict shells.
+"""Everything with parameters: plain ``nn.Module``s over tensors, and TensorDictModules around them.
 
-Imports errors and the commands' names of this package and nothing else of it; knows no Hydra, logger, cluster or
-environment.
+May import top-level modules such as the errors; must not depend on Hydra, loggers, environments or the cluster.
 """
 
 from pwm_torchrl.modules.actor_critic import (

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.layers import SimNorm, cat_features, init_world_model_weights, normed_mlp
 
-# Two-hot coding of scalars in symlog space, as TD-MPC2 and DreamerV3 code rewards -------------------------------------
+# Two-hot encoding of scalars in symlog space, as in TD-MPC2 and DreamerV3 ---------------------------------------------
 
 
 def symlog(x: Tensor) -> Tensor:
     """``sign(x) · log(1 + |x|)``, elementwise (https://arxiv.org/abs/2301.04104, eq. 9)."""
-    # The logarithm is taken in double: float32 ones differ by an ulp between math libraries, which a position among 100
-    # bins multiplies by as much.
+    # The logarithm is computed in double: float32 results differ by an ulp between math libraries, and scaling to 100
+    # bins multiplies the difference by 100.
     return x.sign() * (1 + x.abs()).double().log().to(x.dtype)
 
 
@@ -27,9 +27,9 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class TwoHotCodec(nn.Module):
-    """Codes scalars as weights on two neighbouring bins of ``linspace(vmin, vmax, num_bins)`` in symlog space.
+    """Encodes scalars as weights on two neighbouring bins of ``linspace(vmin, vmax, num_bins)`` in symlog space.
 
-    Interpolation happens in symlog space, as in TD-MPC2 (TorchRL's two-hot helpers interpolate in raw space).
+    It interpolates in symlog space, as TD-MPC2 does (TorchRL's two-hot helpers interpolate in raw space).
 
     Args:
         num_bins (int): number of bins, at least 2. Defaults to ``101``.
@@ -57,7 +57,7 @@ class TwoHotCodec(nn.Module):
         self.register_buffer("bins", torch.linspace(vmin, vmax, num_bins), persistent=False)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Two-hot weights ``[..., num_bins]`` of raw scalars ``[..., 1]``; out-of-range values use the end bins."""
+        """Two-hot weights ``[..., num_bins]`` of raw scalars ``[..., 1]``; out-of-range values are clamped."""
         position = (symlog(x).clamp(self.vmin, self.vmax) - self.vmin) / ((self.vmax - self.vmin) / (self.num_bins - 1))
         low = position.floor().clamp(max=self.num_bins - 2)
         weight = (position - low).clamp(max=1.0)
@@ -79,7 +79,7 @@ class TwoHotCodec(nn.Module):
 
 
 class Encoder(nn.Module):
-    """MLP of :class:`NormedLinear` that ends in SimNorm; inputs concatenated as [o, e].
+    """MLP of :class:`NormedLinear` that ends in SimNorm; its input is [o, e].
 
     Args:
         observation_dim (int): ``O``.
@@ -105,16 +105,17 @@ class Encoder(nn.Module):
         return self.net(cat_features(observation, task_embedding))
 
 
-# What the world model predicts beside the next latent: reward and termination -----------------------------------------
+# Reward and termination heads -----------------------------------------------------------------------------------------
 
 
 REWARD_SPACES = ("raw", "symlog")
 
 
 class RewardHead(nn.Module):
-    """Reward R(z, a, e) -> logits, its decoding and its loss; the last layer starts at zero.
+    """Reward head R(z, a, e) -> logits, with decoding and loss; the last layer's weight starts at zero.
 
-    Subclasses say what a logit means. Shapes: latent ``[..., D]``, action ``[..., A]``, task embedding ``[..., E]``.
+    Subclasses define the meaning of the logits. Shapes: latent ``[..., D]``, action ``[..., A]``, task embedding
+    ``[..., E]``.
 
     Args:
         in_features (int): D + E + A.
@@ -128,12 +129,12 @@ class RewardHead(nn.Module):
         nn.init.zeros_(self.net[-1].weight)  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
-        """Initialise anew."""
+        """Re-initialise the network."""
         self.net.apply(init_world_model_weights)
         nn.init.zeros_(self.net[-1].weight)  # type: ignore[arg-type]
 
     def in_space(self, reward: Tensor) -> Tensor:
-        """Real rewards in the space of decoded ones, so that the two add up to one return; the identity here."""
+        """Convert raw rewards to the space of decoded ones, so that both can be summed in one return; identity here."""
         return reward
 
     def forward(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
@@ -141,7 +142,7 @@ class RewardHead(nn.Module):
         return self.net(cat_features(latent, task_embedding, action))
 
     def decode(self, logits: Tensor) -> Tensor:
-        """Reward ``[..., 1]`` that the policy maximises."""
+        """The reward ``[..., 1]`` that the policy maximises."""
         raise NotImplementedError
 
     def loss(self, logits: Tensor, reward: Tensor) -> Tensor:
@@ -150,12 +151,13 @@ class RewardHead(nn.Module):
 
 
 class ScalarRewardHead(RewardHead):
-    """The single logit is the reward, in units of ``scale``; the loss is its squared error in these units.
+    """Predicts the reward as one number in units of ``scale``; the loss is the squared error in these units.
 
     Args:
         in_features (int): D + E + A.
         units (sequence of int): hidden widths.
-        scaled (bool): whether there is a ``scale``, which :meth:`rescale` sets; else it is 1. Defaults to ``False``.
+        scaled (bool): whether the head has a ``scale``, set by :meth:`rescale`; else the unit is 1. Defaults to
+            ``False``.
     """
 
     scale: Tensor | None
@@ -171,7 +173,7 @@ class ScalarRewardHead(RewardHead):
         return (logits - (reward if self.scale is None else reward / self.scale)).square()
 
     def rescale(self, scale: Tensor) -> None:
-        """Compute in units of ``scale`` ``[1]`` from now on; decoded rewards stay what they are."""
+        """Change the unit to ``scale`` ``[1]``; decoded rewards do not change."""
         if self.scale is not None:
             rescale(self.scale, scale, [self.net[-1].weight, self.net[-1].bias])  # type: ignore[list-item]
 
@@ -188,7 +190,7 @@ def rescale(scale: Tensor, new: Tensor, last_layer: Sequence[Tensor]) -> None:
 
 
 class TwoHotRewardHead(RewardHead):
-    """Logits over symlog bins, trained by soft cross-entropy (see :class:`TwoHotCodec`).
+    """Logits over symlog bins, trained with soft cross-entropy (see :class:`TwoHotCodec`).
 
     Args:
         in_features (int): D + E + A.
@@ -196,8 +198,8 @@ class TwoHotRewardHead(RewardHead):
         num_bins (int): number of bins. Defaults to ``101``.
         vmin (float): lowest bin, symlog space. Defaults to ``-10.0``.
         vmax (float): highest bin, symlog space. Defaults to ``10.0``.
-        space (str): ``"raw"`` decodes through symexp, ``"symlog"`` leaves the expectation in symlog space, as PWM's
-            policy maximises it in multi-task runs. Defaults to ``"raw"``.
+        space (str): ``"raw"`` decodes through symexp; ``"symlog"`` leaves the expectation in symlog space, which PWM's
+            policy maximises in multi-task runs. Defaults to ``"raw"``.
     """
 
     def __init__(
@@ -226,12 +228,12 @@ class TwoHotRewardHead(RewardHead):
 
 
 class TerminationHead(nn.Module):
-    """Probability that the transition (z, a) -> z' ends the episode, from z'; trained by binary cross-entropy.
+    """Predicts from z' whether the transition (z, a) -> z' ended the episode; trained with binary cross-entropy.
 
     Args:
         in_features (int): D + E.
         units (sequence of int): hidden widths.
-        threshold (float): probability from which imagination counts a rollout as ended. Defaults to ``0.5``.
+        threshold (float): probability from which :meth:`terminated` is true. Defaults to ``0.5``.
     """
 
     def __init__(self, in_features: int, units: Sequence[int], threshold: float = 0.5) -> None:
@@ -244,7 +246,7 @@ class TerminationHead(nn.Module):
         return self.net(cat_features(next_latent, task_embedding))
 
     def terminated(self, logit: Tensor) -> Tensor:
-        """Boolean ``[..., 1]``; carries no gradient."""
+        """Whether the probability reaches the threshold, bool ``[..., 1]``; carries no gradient."""
         return logit.detach().sigmoid() >= self.threshold
 
     def loss(self, logit: Tensor, terminated: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers of PWM's networks, running statistics in front of and behind them, and their compiled evaluation."""
+"""Layers of PWM's networks, running statistics of their inputs and outputs, and their compiled evaluation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pwm_torchrl.modules.numerics import (
 class SimNorm(nn.Module):
     """Simplicial normalisation: a softmax within groups of ``group_size`` features.
 
-    Every group of the output is a point of the probability simplex. From TD-MPC2 (https://arxiv.org/abs/2310.16828).
+    Every group of the output is a point on the probability simplex. From TD-MPC2 (https://arxiv.org/abs/2310.16828).
 
     Args:
         group_size (int): features per group, V. Defaults to ``8``.
@@ -61,7 +61,7 @@ class Mish(nn.Mish):
 
 
 class Linear(nn.Linear):
-    """PyTorch's linear layer, its product in the dtype of :func:`~pwm_torchrl.modules.numerics.products_in`."""
+    """PyTorch's linear layer, with its product in the dtype of :func:`~pwm_torchrl.modules.numerics.products_in`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -88,7 +88,7 @@ class NormedLinear(Linear):
 
 
 def check_simnorm(latent_dim: int, group_size: int) -> None:
-    """Raise :class:`ConfigurationError` unless SimNorm groups of ``group_size`` tile ``latent_dim``."""
+    """Raise :class:`ConfigurationError` unless ``latent_dim`` is a multiple of ``group_size``."""
     if group_size < 1 or latent_dim % group_size:
         raise ConfigurationError(
             f"size.latent_dim={latent_dim} is not a multiple of size.simnorm_dim={group_size}; "
@@ -97,16 +97,17 @@ def check_simnorm(latent_dim: int, group_size: int) -> None:
 
 
 def normed_mlp(in_features: int, units: Sequence[int], out_features: int, head: nn.Module | None) -> nn.Sequential:
-    """Hidden :class:`NormedLinear` layers, then ``out_features``.
+    """An MLP of hidden :class:`NormedLinear` layers and an output layer.
 
     Args:
         in_features (int): input width.
         units (sequence of int): hidden widths; may be empty.
         out_features (int): output width.
-        head (nn.Module, optional): activation of a last :class:`NormedLinear`; ``None`` ends in a plain ``nn.Linear``.
+        head (nn.Module, optional): activation of a last :class:`NormedLinear`; ``None``: the last layer is a plain
+            :class:`Linear`.
 
     Returns:
-        The network, its weights initialised by :func:`init_world_model_weights`.
+        The network, initialised by :func:`init_world_model_weights`.
     """
     widths = [in_features, *units]
     layers: list[nn.Module] = [NormedLinear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
@@ -122,7 +123,7 @@ def normed_mlp(in_features: int, units: Sequence[int], out_features: int, head: 
 def init_world_model_weights(module: nn.Module) -> None:
     """TD-MPC2's initialisation: linear weights truncated normal (std 0.02), biases 0, embeddings uniform ±0.02.
 
-    Layer norms become the identity, which they are when they are built.
+    Layer norms are reset to the identity.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -135,7 +136,7 @@ def init_world_model_weights(module: nn.Module) -> None:
 
 
 class PolicyMLP(nn.Sequential):
-    """(Linear -> Mish -> LayerNorm) blocks, then a plain Linear; Mish and LayerNorm are computed as one."""
+    """(Linear -> Mish -> LayerNorm) blocks, then a plain Linear; Mish and LayerNorm are fused."""
 
     def forward(self, x: Tensor) -> Tensor:
         for k in range(0, len(self) - 1, 3):
@@ -156,9 +157,9 @@ def policy_mlp(in_features: int, units: Sequence[int], out_features: int) -> Pol
 
 
 def init_actor_weights(net: nn.Sequential) -> None:
-    """PyTorch's initialisation, as in PWM's code, but for a last layer of a hundredth of its size.
+    """PyTorch's initialisation, as in PWM's code, except that the last layer is 100 times smaller.
 
-    Actions begin near 0: where tanh is saturated, an actor gets no gradient and may never leave.
+    Actions then start near 0. With a saturated tanh, an actor gets no gradient and may never recover.
     """
     for layer in net:
         if isinstance(layer, (nn.Linear, nn.LayerNorm)):
@@ -169,9 +170,9 @@ def init_actor_weights(net: nn.Sequential) -> None:
 
 
 def init_critic_weights(net: nn.Sequential) -> None:
-    """Linear weights orthogonal with gain √2, biases 0, and a last layer of zeros.
+    """Orthogonal linear weights with gain √2, biases 0, and a last layer of zeros.
 
-    Values begin at 0: random ones would be larger than true values wherever rewards are small.
+    Values then start at 0. If rewards are small, random values would be larger than the true ones.
     """
     for layer in net:
         if isinstance(layer, nn.Linear):
@@ -183,9 +184,10 @@ def init_critic_weights(net: nn.Sequential) -> None:
 
 
 def cat_features(*parts: Tensor | None) -> Tensor:
-    """Concatenate the given tensors (``None`` is skipped) along their last dimension, broadcasting the leading ones.
+    """Concatenate the tensors (``None`` is skipped) along their last dimension, broadcasting the leading ones.
 
-    Leading dimensions of *later* parts may be missing or of size 1 (a task embedding ``[B, E]`` beside ``[H, B, D]``).
+    Leading dimensions of *later* parts may be missing or of size 1, such as those of a task embedding ``[B, E]`` next
+    to a latent ``[H, B, D]``.
     """
     present = [p for p in parts if p is not None]
     batch = present[0].shape[:-1]
@@ -198,10 +200,10 @@ def cat_features(*parts: Tensor | None) -> Tensor:
 class RunningStatistics(nn.Module):
     """Running population mean and variance over all samples seen (Chan et al., parallel update).
 
-    The count starts at ``epsilon``, the mean at 0 and the variance at 1, so that a first batch nearly replaces them.
+    The count starts at ``epsilon``, the mean at 0 and the variance at 1; the first batch almost replaces them.
 
     Args:
-        shape (tuple of int): feature shape; of several tasks ``(tasks, features)``. Defaults to ``(1,)``.
+        shape (tuple of int): feature shape; ``(tasks, features)`` for several tasks. Defaults to ``(1,)``.
         epsilon (float): initial count. Defaults to ``1e-4``.
     """
 
@@ -217,7 +219,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Fold in samples ``[..., *shape]``; leading dimensions are samples."""
+        """Add samples ``[..., *shape]``; leading dimensions are samples."""
         mean, var, count = self.updated(x)
         self.mean.copy_(mean)
         self.var.copy_(var)
@@ -225,7 +227,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean, var, count) after folding in ``x``, leaving the module as it is."""
+        """(mean, var, count) as after :meth:`update`, without changing the module."""
         x = x.detach().reshape(-1, *self.mean.shape).to(self.mean.dtype)
         n = x.shape[0]
         total = self.count + n
@@ -239,7 +241,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def set(self, x: Tensor, task: int | None = None) -> None:
-        """Forget what was seen, of one task or of all there is, and take samples ``[..., features]`` instead."""
+        """Replace the statistics, of one task or of all, by those of samples ``[..., features]``."""
         own = RunningStatistics(tuple(x.shape[-1:])).to(self.mean.device)
         own.update(x.to(self.mean.device))
         rows = slice(None) if task is None else task
@@ -250,12 +252,12 @@ class RunningStatistics(nn.Module):
     def normalize(
         self, x: Tensor, epsilon: float = 1e-5, clip: float | None = None, task: Tensor | None = None
     ) -> Tensor:
-        """(x − mean) / sqrt(var + ε), within ±``clip``: a dimension that was constant so far may move at any time.
+        """(x − mean) / sqrt(var + ε), clipped to ±``clip``, since a dimension that was constant so far may change.
 
-        ``task``, int64, chooses among statistics of several tasks; its shape is that of the last batch dimensions.
+        ``task``, int64, selects one of several tasks' statistics; its shape is that of the last batch dimensions.
         """
         mean, var = self.mean, self.var
-        if task is not None:  # not mean[task], which waits for the device where there is one task
+        if task is not None:  # not mean[task], which synchronises with the device if there is a single index
             mean, var = F.embedding(task, mean), F.embedding(task, var)
         normalized = (x - mean) * torch.rsqrt(var + epsilon)
         return normalized if clip is None else normalized.clamp(-clip, clip)
@@ -264,8 +266,8 @@ class RunningStatistics(nn.Module):
 class RewardDeviation(nn.Module):
     """The unit in which reward heads and critics compute: the running standard deviation of rewards.
 
-    At least a tenth of the largest reward seen, so that the first of rare rewards is not a hundred units large; 1 while
-    no reward was seen.
+    It is at least a tenth of the largest absolute reward so far, so that the first of rare rewards does not measure a
+    hundred units. It is 1 until a nonzero reward is seen.
     """
 
     largest: Tensor
@@ -277,14 +279,14 @@ class RewardDeviation(nn.Module):
 
     @torch.no_grad()
     def update(self, reward: Tensor) -> None:
-        """Fold in rewards ``[..., 1]``."""
+        """Add rewards ``[..., 1]``."""
         if reward.numel():
             self.statistics.update(reward)
             self.largest.copy_(torch.maximum(self.largest, reward.abs().max()))
 
     @torch.no_grad()
     def set(self, reward: Tensor) -> None:
-        """Forget what was seen and take rewards ``[..., 1]`` instead."""
+        """Replace the statistics by those of rewards ``[..., 1]``."""
         self.statistics.set(reward)
         self.largest.copy_(reward.abs().max())
 
@@ -296,9 +298,9 @@ class RewardDeviation(nn.Module):
 
 
 class RewardScale(nn.Module):
-    """Running scale of rewards: the standard deviation of the discounted return collected so far.
+    """Divides rewards by the running standard deviation of the discounted return collected so far.
 
-    Rewards are divided by it and never shifted: a shift would change which policy is best under termination.
+    Rewards are not shifted, since a shift would change the optimal policy in environments that terminate.
 
     Args:
         num_envs (int): parallel environments.
@@ -315,7 +317,7 @@ class RewardScale(nn.Module):
 
     @torch.no_grad()
     def update(self, reward: Tensor, done: Tensor) -> None:
-        """Fold in rewards and done flags ``[N, T, 1]`` of consecutive steps."""
+        """Add rewards and done flags ``[N, T, 1]`` of consecutive steps."""
         history = []
         for r, d in zip(reward.unbind(1), done.unbind(1), strict=True):
             self.returns.mul_(self.gamma).add_(r)
@@ -328,21 +330,21 @@ class RewardScale(nn.Module):
         return reward * torch.rsqrt(self.statistics.var + 1e-8)
 
 
-# Compiled evaluation of a network, from its inputs to the simplex -----------------------------------------------------
+# Compiled evaluation of a network, including the projection onto the simplex ------------------------------------------
 
 
 Layers = list[tuple[Tensor, ...]]
 
 
 def evaluate(inputs: Sequence[Tensor], layers: Layers, group_size: int, latent: Tensor | None) -> Tensor:
-    """An MLP of :class:`~pwm_torchrl.modules.layers.NormedLinear` on concatenated inputs, and what follows it.
+    """An MLP of :class:`~pwm_torchrl.modules.layers.NormedLinear` on concatenated inputs, and its output projection.
 
     Args:
-        inputs (sequence of Tensor): ``[..., features]``, leading dimensions as the first has them.
-        layers (list of tuple): of :func:`layers_of`.
-        group_size (int): features of a simplex group; 0 ends in the last layer.
-        latent (Tensor, optional): z ``[..., D]`` where the network's output moves a latent in the endpoint
-            parameterisation; ``None``: it goes through SimNorm.
+        inputs (sequence of Tensor): ``[..., features]``, with the leading dimensions of the first.
+        layers (list of tuple): from :func:`layers_of`.
+        group_size (int): features per simplex group; 0: no projection.
+        latent (Tensor, optional): z ``[..., D]``, if the output is projected by :func:`residual_endpoint`; ``None``: by
+            SimNorm.
     """
     x = cat_features(*inputs)
     for layer in layers[:-1]:
@@ -357,7 +359,7 @@ def evaluate(inputs: Sequence[Tensor], layers: Layers, group_size: int, latent: 
 
 
 def layers_of(net: nn.Module) -> Layers:
-    """Present weight, bias and norm of every layer of a :func:`~pwm_torchrl.modules.layers.normed_mlp`."""
+    """Current weight, bias and norm of every layer of a :func:`~pwm_torchrl.modules.layers.normed_mlp`."""
     layers = []
     for layer in cast("nn.Sequential", net):
         own = cast("nn.Linear", layer)
@@ -367,17 +369,16 @@ def layers_of(net: nn.Module) -> Layers:
 
 
 class Piece:
-    """:func:`evaluate`, compiled at the first call with inputs of a kind. Copied and pickled without what was compiled.
+    """:func:`evaluate`, compiled at the first call. Copies and pickles do not contain the compiled code.
 
-    This is the piece of a world model that repeats: a rollout of 16 steps of a flow evaluates its network 112 times.
-    Unrolled into one graph it compiled for more than nine minutes; its one evaluation compiles in seconds and is called
-    112 times. It is a function of tensors alone, so that swapped and frozen parameters are only other arguments: there
-    is one graph for each pattern of shapes and gradients, of which a run has two, the model's update and imagination,
-    and nothing is compiled again. The reward head and the policy have one evaluation where a flow has seven, and are
-    not worth a graph.
+    A flow evaluates its network 112 times in a rollout of 16 steps. Compiling the unrolled rollout took more than nine
+    minutes; compiling one evaluation takes seconds. The compiled function takes only tensors, so swapped and frozen
+    parameters are just other arguments. There is one graph per pattern of shapes and gradients; a run has two, for the
+    model update and for imagination, and never recompiles. Reward head and policy are evaluated once where a flow is
+    evaluated seven times, so compiling them does not pay.
 
     Args:
-        backend (str): of ``torch.compile``. Defaults to ``"inductor"``.
+        backend (str): backend of ``torch.compile``. Defaults to ``"inductor"``.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
@@ -387,17 +388,17 @@ class Piece:
     def __call__(
         self, inputs: Sequence[Tensor | None], net: nn.Module, group_size: int = 0, latent: Tensor | None = None
     ) -> Tensor:
-        """The network's output; ``None`` inputs are left out."""
+        """The network's output; ``None`` inputs are skipped."""
         if self._compiled is None:
-            # The compiler looks at every input's .grad, which PyTorch warns of where the input is not a leaf.
+            # The compiler reads every input's .grad, and PyTorch warns about that for non-leaf tensors.
             warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
-            # Compiled code is kept with a function's code object: each piece has its own, and its own limit of graphs.
+            # Compiled graphs are cached and limited per code object, so each piece needs its own.
             own = FunctionType(evaluate.__code__.replace(co_name="evaluate"), evaluate.__globals__, "evaluate")
             self._compiled = torch.compile(own, fullgraph=True, dynamic=False, backend=self.backend)
         present = [x for x in inputs if x is not None]
         first = present[0]
         if torch.is_grad_enabled() and not first.requires_grad and any(x.requires_grad for x in present):
-            # The first latents of a rollout are data. One gradient too many costs less than a graph of its own.
+            # The first latents of a rollout do not require grad. An unneeded gradient costs less than another graph.
             present[0] = first.detach().requires_grad_()
             latent = present[0] if latent is first else latent
         return self._compiled(present, layers_of(net), group_size, latent)
@@ -410,7 +411,7 @@ class Piece:
 
 
 def compiler_missing() -> str | None:
-    """What ``torch.compile`` lacks on this machine, as the start of a sentence; ``None`` if nothing."""
+    """What ``torch.compile`` lacks on this machine, as the start of a message; ``None`` if nothing."""
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     if any(shutil.which(name) for name in wanted):
         return None

@@ -1,6 +1,6 @@
-"""World models as files: our own, and other projects' (TD-MPC2's published checkpoints, PWM-style state dicts).
+"""World-model files: our own format, and those of other projects (TD-MPC2 checkpoints, PWM-style state dicts).
 
-Ours have their weights in safetensors and everything else in JSON, so that other versions can read them.
+Our format stores weights in safetensors and everything else in JSON, so that other versions can read it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ FORMAT, VERSION = "pwm_torchrl.world_model", 1
 
 @dataclass(frozen=True)
 class WorldModelFacts:
-    """What ``world_model.json`` says.
+    """Contents of ``world_model.json``.
 
     Attributes:
         spec (WorldModelSpec): the architecture.
-        task_names (tuple of str): tasks by index; empty for a single-task model.
+        task_names (tuple of str): task names by index; empty for a single-task model.
         observation_dims (tuple of int): O of every task.
-        sha256 (str): of the weights file, which pins what was trained on; empty while there are none.
-        labels (dict): names of model and size, epochs, origin; for people.
+        sha256 (str): hash of the weights file, by which a run checks that its world model did not change; empty if
+            there are no weights yet.
+        labels (dict): names of model and size, epochs, origin; informational.
     """
 
     spec: WorldModelSpec
@@ -49,16 +50,16 @@ class WorldModelFacts:
 
     @property
     def trained(self) -> bool:
-        """Whether there are weights."""
+        """Whether weights have been saved."""
         return bool(self.sha256)
 
 
 def announce_world_model(folder: str | Path, facts: WorldModelFacts) -> None:
-    """Describe a world model that will be trained, so that what is planned with it can be checked; without weights.
+    """Write the JSON of a world model that is still to be trained, so that later steps can be checked in advance.
 
     Args:
-        folder (str or Path): where :func:`save_world_model` will write it; created. What is there already stays.
-        facts (WorldModelFacts): what it will be.
+        folder (str or Path): where :func:`save_world_model` will write; created. An existing JSON is kept.
+        facts (WorldModelFacts): description of the future model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,22 +76,23 @@ def save_world_model(
     observation_dims: Sequence[int] = (),
     labels: dict[str, Any] | None = None,
 ) -> WorldModelFacts:
-    """Write ``world_model.safetensors`` and ``world_model.json`` into ``folder``, which is created.
+    """Write ``<hash>.world_model.safetensors`` and ``world_model.json`` into ``folder``, which is created.
 
-    The JSON, which names the weights' hash, is written last and whole: a reader finds the old model or the new one.
+    The JSON, which refers to the weights by hash, is written last and atomically: a reader finds either the old model
+    or the new one.
 
     Args:
-        folder (str or Path): where to.
+        folder (str or Path): target folder.
         world_model (WorldModel): the model.
         spec (WorldModelSpec): its architecture.
 
     Keyword Args:
-        task_names (sequence of str): tasks by index. Defaults to none.
+        task_names (sequence of str): task names by index. Defaults to none.
         observation_dims (sequence of int): O of every task. Defaults to none.
-        labels (dict, optional): more for people to read; plain values.
+        labels (dict, optional): further information for readers; plain values.
 
     Returns:
-        WorldModelFacts: what was written.
+        WorldModelFacts: the contents of the JSON.
 
     Raises:
         MissingLibraryError: if safetensors is not installed.
@@ -102,7 +104,7 @@ def save_world_model(
     facts = WorldModelFacts(
         spec, tuple(task_names), tuple(observation_dims), hashlib.sha256(content).hexdigest(), labels or {}
     )
-    # Weights of another model never lie under the name that the JSON refers to.
+    # The file name contains the hash, so the old JSON never refers to the new weights.
     weights = _weights(folder, facts)
     _replace(weights, content)
     _describe(folder, facts, weights.name)
@@ -113,13 +115,13 @@ def save_world_model(
 
 
 def world_model_facts(folder: str | Path) -> WorldModelFacts:
-    """What a saved world model is, without its weights; needs no torch.
+    """Description of a saved world model, without its weights.
 
     Args:
-        folder (str or Path): of :func:`save_world_model`, or a run directory that has one as ``world_model/``.
+        folder (str or Path): folder of :func:`save_world_model`, or a run directory with a ``world_model/`` in it.
 
     Raises:
-        ConfigurationError: if there is none, or it cannot be read by this version.
+        ConfigurationError: if there is none, or this version cannot read it.
     """
     file = _folder(folder) / CONFIG_FILE
     content = _read_json(file)
@@ -143,15 +145,15 @@ def world_model_facts(folder: str | Path) -> WorldModelFacts:
 def read_world_model(
     folder: str | Path, sha256: str | None = None, reward_space: str | None = None
 ) -> tuple[WorldModel, WorldModelFacts]:
-    """A saved world model, in float32 on the CPU.
+    """Load a saved world model, in float32 on the CPU.
 
     Args:
         folder (str or Path): as for :func:`world_model_facts`.
-        sha256 (str, optional): hash that the weights must have. Defaults to ``None``, the one that its JSON names.
+        sha256 (str, optional): hash that the weights must have. Defaults to ``None``, the hash in the JSON.
         reward_space (str, optional): the space in which a two-hot reward is decoded, instead of the saved one.
 
     Raises:
-        ConfigurationError: if there is none, its weights are damaged or others than ``sha256`` says.
+        ConfigurationError: if there is none, or its weights are damaged or do not match ``sha256``.
         MissingLibraryError: if safetensors is not installed.
     """
     load = _safetensors().load
@@ -190,12 +192,12 @@ def _describe(folder: Path, facts: WorldModelFacts, weights: str | None) -> None
 
 
 def _weights(folder: Path, facts: WorldModelFacts) -> Path:
-    """The file of the weights, named by their hash."""
+    """The weights file, named after its hash."""
     return folder / f"{facts.sha256[:16]}.{WEIGHTS_FILE}"
 
 
 def _folder(folder: str | Path) -> Path:
-    """The folder with the JSON: the given one, or ``world_model`` in it."""
+    """The folder with the JSON: ``folder``, or ``world_model`` in it."""
     path = Path(folder).expanduser()
     for candidate in (path, path / "world_model"):
         if (candidate / CONFIG_FILE).is_file():
@@ -235,7 +237,7 @@ def _safetensors() -> Any:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Whole or not at all, and on the disk when this returns."""
+    """Write a file atomically; it is on the disk when this returns."""
     draft = path.with_name(f".{path.name}.new")
     try:
         with draft.open("wb") as file:
@@ -250,9 +252,9 @@ def _replace(path: Path, content: bytes) -> None:
 # Weights of other projects --------------------------------------------------------------------------------------------
 
 
-#: Entries of TD-MPC2's agent that are no part of a world model.
+#: Entries of TD-MPC2's agent that do not belong to the world model.
 SKIPPED = re.compile(r"(_pi|_Qs|_target_Qs|_detach_Qs)([._]|$)|log_std_(min|dif)$")
-#: Their names -> ours; the published encoder is a dictionary of encoders whose vector one is called ``state``.
+#: Their names -> ours; the published encoder is a dictionary of encoders, and the one for vectors is called ``state``.
 PREFIXES = (
     (re.compile(r"_encoder\.(?:state\.)?(?=\d)"), "encoder.net."),
     (re.compile(r"_(?:dynamics|velocity)\.(?=\d)"), "dynamics.net."),
@@ -261,19 +263,19 @@ PREFIXES = (
     (re.compile(r"_task_emb\.(?=weight$)"), "task.embedding."),
 )
 ACTION_MASKS = "_action_masks"
-#: First parts of the names by which a state dict is known as one of these.
+#: Name prefixes that identify a state dict of this kind.
 PARTS = ("_encoder", "_dynamics", "_velocity", "_reward")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a foreign state dict.
+    """How the state dict of another project was loaded.
 
     Attributes:
         mapped (dict): their name -> our parameter.
-        skipped (tuple of str): their entries that a world model does not have (policy and value networks).
-        missing (tuple of str): our parameters that they lack; these keep their initialisation.
-        spec (WorldModelSpec): the architecture that their shapes imply.
+        skipped (tuple of str): their entries that do not belong to a world model (policy and value networks).
+        missing (tuple of str): our parameters without an entry; they keep their initialisation.
+        spec (WorldModelSpec): the architecture inferred from the shapes.
     """
 
     mapped: dict[str, str]
@@ -294,10 +296,10 @@ def load_tdmpc2_world_model(
 ) -> tuple[WorldModel, LoadReport]:
     """World model of a TD-MPC2 checkpoint (https://arxiv.org/abs/2310.16828), a file ``{"model": state_dict}``.
 
-    Both of its layouts are read: the present one, and the older one with Linear and LayerNorm apart.
+    Both of its layouts are supported: the current one, and the older one with separate Linear and LayerNorm modules.
 
-    Widths, number of tasks and bins come from the shapes; what shapes do not tell are the arguments. Policy and value
-    networks are left out by name.
+    Widths, number of tasks and bins are inferred from the shapes; the arguments give what shapes do not determine.
+    Policy and value networks are skipped by name.
 
     Args:
         path (str or Path): the checkpoint.
@@ -308,8 +310,8 @@ def load_tdmpc2_world_model(
         vmax (float): highest reward bin, symlog space. Defaults to ``10.0``.
         reward_space (str, optional): ``"raw"`` or ``"symlog"``. Defaults to ``"symlog"`` for multi-task checkpoints and
             ``"raw"`` for others.
-        action_dims (sequence of int, optional): action dimension per task, for a multi-task checkpoint without
-            ``_action_masks``. Defaults to those masks.
+        action_dims (sequence of int, optional): action dimension per task; required for a multi-task checkpoint without
+            ``_action_masks``. Defaults to ``None``, read from the masks.
         strict (bool): raise if a parameter is missing from the file. Defaults to ``True``.
 
     Returns:
@@ -366,10 +368,10 @@ def load_pwm_world_model(
     strict: bool = True,
     origin: str = "state dict",
 ) -> tuple[WorldModel, LoadReport]:
-    """World model of a state dict named ``_encoder``, ``_dynamics`` or ``_velocity``, ``_reward``, ``_task_emb``.
+    """World model of a state dict with names ``_encoder``, ``_dynamics`` or ``_velocity``, ``_reward``, ``_task_emb``.
 
-    ``_dynamics`` gives PWM's MLP dynamics, ``_velocity`` the public fork's flow (``simnorm_velocity``), whose solver is
-    no part of its weights.
+    ``_dynamics`` gives PWM's MLP dynamics, ``_velocity`` the public fork's flow (``simnorm_velocity``); its solver
+    cannot be inferred from the weights.
 
     Args:
         state_dict (mapping): their names -> tensors.
@@ -380,17 +382,18 @@ def load_pwm_world_model(
         vmax (float): highest reward bin, symlog space. Defaults to ``10.0``.
         reward_space (str, optional): ``"raw"`` or ``"symlog"``. Defaults to ``"symlog"`` for multi-task models and
             ``"raw"`` for others.
-        action_dims (sequence of int, optional): action dimension per task. Defaults to the rows of ``_action_masks``.
-        solver (str): of a flow. Defaults to ``"heun"``.
-        substeps (int): of a flow. Defaults to ``2``.
+        action_dims (sequence of int, optional): action dimension per task. Defaults to ``None``, read from
+            ``_action_masks``.
+        solver (str): solver of a flow. Defaults to ``"heun"``.
+        substeps (int): substeps of a flow. Defaults to ``2``.
         strict (bool): raise if a parameter is missing. Defaults to ``True``.
-        origin (str): what error messages call the source. Defaults to ``"state dict"``.
+        origin (str): name of the source in error messages. Defaults to ``"state dict"``.
 
     Returns:
         tuple: the model in float32 on the CPU, and a :class:`LoadReport`.
 
     Raises:
-        ConfigurationError: for entries or shapes that do not make such a world model.
+        ConfigurationError: for entries or shapes that do not form such a world model.
     """
     state_dict = _unwrapped(state_dict)
     older = _older_names(state_dict)
@@ -436,17 +439,16 @@ def load_pwm_world_model(
 
 
 def _unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries without what ``torch.compile`` and data-parallel wrappers put in front of their names."""
+    """Entries without the name prefixes of ``torch.compile`` and data-parallel wrappers."""
     return {re.sub(r"(^|\.)(_orig_mod|module)\.", r"\1", str(name)): value for name, value in state_dict.items()}
 
 
 def _older_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Names of TD-MPC2's older layout and what its present one calls them; empty for the present layout.
+    """Map names of TD-MPC2's older layout to its current one; empty for the current layout.
 
-    The older one has a module of its own for every Linear and LayerNorm, with their places in the enclosing
-    ``Sequential``: ``_encoder.state.1`` and ``.2``, ``_dynamics.0.0`` and ``.0.1``, where the present one has one layer
-    with its ``ln``. Whatever the places are, their order is that of the layers, and a weight of one dimension is a
-    LayerNorm's.
+    The older layout has a separate module for every Linear and LayerNorm, numbered within the enclosing ``Sequential``:
+    ``_encoder.state.1`` and ``.2``, or ``_dynamics.0.0`` and ``.0.1``. The current one has a single layer with an
+    ``ln``. The numbers differ, but their order is that of the layers, and a one-dimensional weight is a LayerNorm's.
     """
     places: dict[str, dict[tuple[int, ...], list[str]]] = {}
     for name, value in state_dict.items():
@@ -493,7 +495,7 @@ def _map_names(state_dict: Mapping[str, Tensor], origin: str) -> tuple[dict[str,
 
 
 def _infer_spec(weights: Mapping[str, Tensor], action_dims: Sequence[int] | None, origin: str) -> WorldModelSpec:
-    """Architecture from shapes; ``action_dim`` is what remains of the dynamics' input."""
+    """Architecture from shapes; ``action_dim`` is the rest of the dynamics' input width."""
 
     def layers(part: str) -> list[Tensor]:
         named = ((re.fullmatch(rf"{part}\.net\.(\d+)\.weight", name), w) for name, w in weights.items())

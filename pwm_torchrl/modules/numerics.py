@@ -1,15 +1,14 @@
 """Fused layers: Linear -> LayerNorm -> Mish, Linear -> Mish -> LayerNorm, and softmax within groups.
 
 PyTorch's own Mish and its softmax over groups of 8 are not vectorised on a CPU: on ``[256, 512]`` float32 and one
-thread they took 0.8 and 4.0 ms, their gradients 0.6 and 1.0, where the product in front of them took 1.5. What is here
-takes few passes over memory, forward and backward, and saves no more tensors. Every layer has two forms:
+thread they took 0.8 and 4.0 ms, their gradients 0.6 and 1.0 ms; the matrix product before them took 1.5 ms. The
+functions here make fewer passes over memory, forward and backward, and save no more tensors. Every layer has two forms:
 
-- an ``autograd.Function`` with the gradient in closed form, for eager mode. It is differentiated once, not twice.
-- a plain one of differentiable operations, for ``torch.compile``, which fuses it by itself, for the transforms of
-  ``torch.func``, which cannot look into such functions, and for second derivatives. Tests compare the two.
+- an ``autograd.Function`` with the gradient in closed form, for eager mode; it supports first derivatives only,
+- a plain form of differentiable operations, for ``torch.compile``, which fuses it itself, for the transforms of
+  ``torch.func``, which do not support such functions, and for second derivatives. Tests compare the two.
 
-Products of matrices are taken in the dtype of :func:`products_in`; everything else is in the inputs' dtype, float32 in
-training.
+Matrix products use the dtype of :func:`products_in`; everything else uses the inputs' dtype, float32 in training.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-#: Floor of a latent in :func:`residual_endpoint`: SimNorm underflows to 0, from which no logits could lead away.
+#: Lower bound of a latent in :func:`residual_endpoint`: SimNorm may underflow to 0, which no logits could change.
 EPSILON = 1e-6
 LN_EPSILON = 1e-5  # of nn.LayerNorm
 
@@ -34,10 +33,10 @@ _products: torch.dtype | None = None
 
 @contextmanager
 def products_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, layers of this module round the factors of their products to ``dtype``; ``None`` leaves them as they are.
+    """Within the context, the layers here round the factors of matrix products to ``dtype``; ``None``: no rounding.
 
-    Sums within a product are float32 either way, and so is all that is not a product. A backward pass uses the dtype of
-    its forward pass, wherever it runs.
+    Products accumulate in float32, and all other operations are float32. A backward pass uses the dtype of its forward
+    pass, also outside the context.
     """
     global _products
     before, _products = _products, dtype
@@ -48,22 +47,22 @@ def products_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def product_dtype() -> torch.dtype | None:
-    """The dtype of :func:`products_in` that holds now."""
+    """The current dtype of :func:`products_in`."""
     return _products
 
 
 def plain_form() -> bool:
-    """Whether operations must stay visible: to a compiler, or to a transform of ``torch.func``."""
+    """Whether to use plain operations, for a compiler or a transform of ``torch.func``."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def lower(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A factor of a product in the product's dtype; ``None`` leaves it."""
+    """Round a factor of a product to the product's dtype; ``None``: unchanged."""
     return x if dtype is None else x.to(dtype)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """The product x Wᵀ + b in the dtype of ``bias``, whatever the product's."""
+    """The linear map x Wᵀ + b, with the product in ``dtype`` and the result in the weight's dtype."""
     if dtype is None:
         return F.linear(x, weight, bias)
     out = F.linear(x.to(dtype), weight.to(dtype)).to(weight.dtype)
@@ -73,7 +72,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype |
 def _product_gradients(
     ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, first: int = 0
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W and b, those that are needed; ``x`` was saved in the product's dtype."""
+    """The required gradients of x, W and b; ``x`` was saved in the product's dtype."""
     rows = gradient.reshape(-1, gradient.shape[-1])
     low = lower(rows, ctx.products)
     needs = ctx.needs_input_grad[first : first + 3]
@@ -88,7 +87,7 @@ def _product_gradients(
 
 
 class _LowLinear(torch.autograd.Function):
-    """Linear with its products in a lower precision."""
+    """Linear layer with products in lower precision."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, products: torch.dtype) -> Tensor:
@@ -116,7 +115,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def mish_factor(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors tanh(softplus(x)) and sigmoid(x), from the sigmoid alone: w / (2 − w) with w = s (2 − s)."""
+    """The factors tanh(softplus(x)) and s = sigmoid(x); the first is w / (2 − w) with w = s (2 − s)."""
     s = torch.sigmoid(x)
     w = torch.rsub(s, 2).mul_(s)
     return w.div_(torch.rsub(w, 2)), s
@@ -130,7 +129,7 @@ def mish_and_slope(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 def plain_mish(x: Tensor) -> Tensor:
-    """Mish as a ratio, which compilers vectorise."""
+    """Mish as a ratio, which compilers can vectorise."""
     s = torch.sigmoid(x)
     w = s * (2 - s)
     return x * (w / (2 - w))
@@ -161,19 +160,19 @@ def mish(x: Tensor) -> Tensor:
 
 
 def exponentials(x: Tensor, size: int) -> Tensor:
-    """Exponentials of x − max, ``[-1, size]``."""
+    """Exponentials of x − max within groups, ``[-1, size]``."""
     groups = x.reshape(-1, size)
     return torch.sub(groups, groups.amax(-1, keepdim=True)).exp_()
 
 
 def softmax_gradient(y: Tensor, gradient: Tensor, out: Tensor | None = None) -> Tensor:
-    """The gradient y · (g − Σ g y) of groups ``[-1, size]``, in ``out`` if given."""
+    """Gradient y · (g − Σ g y) of a softmax over groups ``[-1, size]``, in ``out`` if given."""
     weighted = gradient * y
     return torch.addcmul(weighted, y, weighted.sum(-1, keepdim=True), value=-1, out=out)
 
 
 def plain_group_softmax(x: Tensor, size: int) -> Tensor:
-    """Softmax within groups, written out."""
+    """Plain form of :func:`group_softmax`."""
     groups = x.unflatten(-1, (-1, size))
     e = torch.exp(groups - groups.amax(-1, keepdim=True).detach())
     return (e / e.sum(-1, keepdim=True)).flatten(-2)
@@ -202,7 +201,7 @@ def group_softmax(x: Tensor, size: int) -> Tensor:
 
 
 def plain_residual_endpoint(latent: Tensor, logits: Tensor, size: int) -> Tensor:
-    """:func:`residual_endpoint`, written out."""
+    """Plain form of :func:`residual_endpoint`."""
     groups = logits.unflatten(-1, (-1, size))
     e = torch.exp(groups - groups.amax(-1, keepdim=True).detach())
     e = e * latent.clamp_min(EPSILON).unflatten(-1, (-1, size))
@@ -211,13 +210,13 @@ def plain_residual_endpoint(latent: Tensor, logits: Tensor, size: int) -> Tensor
 
 def endpoint_of(latent: Tensor, logits: Tensor, size: int) -> Tensor:
     """The values of :func:`residual_endpoint`, without a gradient."""
-    # The floor keeps every sum above 0: the largest exponential of a group is 1.
+    # The lower bound keeps every sum above 0, since the largest exponential of a group is 1.
     e = exponentials(logits, size).mul_(latent.clamp_min(EPSILON).reshape(-1, size))
     return e.div_(e.sum(-1, keepdim=True)).view(logits.shape)
 
 
 def through_logarithm(gradient: Tensor, latent: Tensor) -> Tensor:
-    """The gradient of log(max(z, ε)) on to the latent z: where that lies below the floor, nothing."""
+    """Back-propagate ``gradient`` through log(max(z, ε)) to the latent z; it is 0 where z ≤ ε."""
     return torch.ops.aten.threshold_backward(gradient / latent, latent, EPSILON)
 
 
@@ -241,17 +240,17 @@ class _ResidualEndpoint(torch.autograd.Function):
 
 
 def residual_endpoint(latent: Tensor, logits: Tensor, size: int) -> Tensor:
-    """Softmax within groups of log(max(z, ε)) + logits, ``[..., D]``, without taking the logarithm."""
+    """Softmax within groups of log(max(z, ε)) + logits, ``[..., D]``, computed without the logarithm."""
     if plain_form() or latent.shape != logits.shape:
         return plain_residual_endpoint(latent, logits, size)
     return _ResidualEndpoint.apply(latent, logits, size)
 
 
-# Layers: a product, a normalisation and Mish --------------------------------------------------------------------------
+# Layers: linear map, normalisation and Mish ---------------------------------------------------------------------------
 
 
 def plain_linear_norm_mish(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """:func:`linear_norm_mish`, written out."""
+    """Plain form of :func:`linear_norm_mish`."""
     return plain_mish(F.layer_norm(product(x, weight, bias, _products), scale.shape, scale, shift, LN_EPSILON))
 
 
@@ -296,7 +295,7 @@ def linear_norm_mish(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shi
 
 
 def plain_mish_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """:func:`mish_norm`, written out."""
+    """Plain form of :func:`mish_norm`."""
     return torch.addcmul(shift, F.layer_norm(plain_mish(x), x.shape[-1:], eps=LN_EPSILON), scale)
 
 

@@ -1,4 +1,4 @@
-"""The world model: its architecture as a description, the module, its tasks, and the view of a single task."""
+"""The world model: task embedding, the module, the specification of its architecture, and the view of a single task."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pwm_torchrl.modules.layers import (
     init_world_model_weights,
 )
 
-#: Normalised observations are cut off here: a dimension that was constant so far would otherwise give hundreds.
+#: Normalised observations are clipped to this: a dimension that was constant so far could otherwise reach hundreds.
 OBSERVATION_CLIP = 10.0
 
 # Task conditioning of multi-task models: embedding and action mask ----------------------------------------------------
 
 
 class TaskEmbedding(nn.Module):
-    """Learned task vectors of norm at most 1, and the mask of each task's real action dimensions.
+    """Learned task embeddings of norm at most 1, and the mask of each task's real action dimensions.
 
     Args:
         num_tasks (int): number of tasks.
         task_dim (int): embedding width, E.
         action_dims (sequence of int): action dimension of every task.
-        action_dim (int): width to which actions are padded; at least ``max(action_dims)``.
+        action_dim (int): padded action width; at least ``max(action_dims)``.
 
     Raises:
         ConfigurationError: if ``action_dims`` does not have one entry in ``[1, action_dim]`` per task.
@@ -48,8 +48,8 @@ class TaskEmbedding(nn.Module):
                 f"action_dims={list(action_dims)} must have one entry between 1 and {action_dim} for each of the "
                 f"{num_tasks} tasks."
             )
-        # max_norm is applied out of place in `forward`: nn.Embedding's own renormalises its weight in place, which
-        # changes parameters in evaluation and breaks functional calls and torch.compile.
+        # `forward` applies the maximum norm out of place: nn.Embedding's max_norm changes the weight in place, also in
+        # evaluation, and breaks functional calls and torch.compile.
         self.embedding = nn.Embedding(num_tasks, task_dim)
         init_world_model_weights(self.embedding)
         mask = torch.zeros(num_tasks, action_dim)
@@ -60,12 +60,12 @@ class TaskEmbedding(nn.Module):
     def forward(self, task: Tensor) -> Tensor:
         """Embeddings ``[..., E]`` of task indices, int64 ``[...]``."""
         vector = self.embedding(task)
-        # The rescaling is outside the gradient, as in nn.Embedding, which differentiates the rescaled weight.
+        # No gradient flows through the rescaling, as in nn.Embedding, which differentiates the rescaled weight.
         rescaled = vector.detach() / vector.detach().norm(dim=-1, keepdim=True).clamp_min(1.0)
         return vector + (rescaled - vector.detach())
 
     def mask(self, task: Tensor) -> Tensor:
-        """Mask ``[..., A]`` of ones on the action dimensions of each task."""
+        """Mask ``[..., A]``, 1 on the action dimensions of each task."""
         return self.action_mask[task]
 
 
@@ -75,9 +75,9 @@ class TaskEmbedding(nn.Module):
 class WorldModel(nn.Module):
     """Latent world model of PWM and TD-MPC2 (https://arxiv.org/abs/2407.02466, https://arxiv.org/abs/2310.16828).
 
-    Shapes: observation ``[..., O]``, action ``[..., A]`` in [−1, 1], latent ``[..., D]``, task int64 with leading
-    dimensions that broadcast against the others'. Knows nothing of TensorDict;
-    see :mod:`pwm_torchrl.modules.actor_critic` for the wrapped parts.
+    Shapes: observation ``[..., O]``, action ``[..., A]`` in [−1, 1], latent ``[..., D]``, task int64 with dimensions
+    that broadcast against the leading ones of the others. Works on tensors;
+    :mod:`pwm_torchrl.modules.actor_critic` wraps its parts as TensorDictModules.
 
     Args:
         encoder (Encoder): h(o, e) -> z.
@@ -85,9 +85,9 @@ class WorldModel(nn.Module):
         reward (RewardHead): R(z, a, e) -> logits.
         termination (TerminationHead, optional): for environments that terminate.
         task (TaskEmbedding, optional): for multi-task models.
-        observation_statistics (RunningStatistics, optional): normalises observations in front of the encoder; of a
-            multi-task model with a row for each task.
-        reward_deviation (RewardDeviation, optional): unit in which a scalar reward head computes.
+        observation_statistics (RunningStatistics, optional): normalises the encoder's input; a multi-task model has one
+            row per task.
+        reward_deviation (RewardDeviation, optional): unit of a scalar reward head.
     """
 
     def __init__(
@@ -110,14 +110,14 @@ class WorldModel(nn.Module):
         self.reward_deviation = reward_deviation
 
     def reset_parameters(self) -> None:
-        """Initialise every network anew; statistics of observations stay."""
+        """Re-initialise every network; running statistics are kept."""
         self.apply(init_world_model_weights)
         self.reward.reset_parameters()
 
     def compile_pieces(self) -> None:
-        """From now on, compile the evaluation of the dynamics' network; see :class:`~pwm_torchrl.modules.layers.Piece`.
+        """Compile the evaluation of the dynamics network from now on; see :class:`~pwm_torchrl.modules.layers.Piece`.
 
-        Dynamics of one's own stay as they are, unless they evaluate their network through their ``piece``.
+        This affects custom dynamics only if they evaluate their network through their ``piece``.
         """
         if self.dynamics.piece is None:
             self.dynamics.piece = Piece()
@@ -137,7 +137,7 @@ class WorldModel(nn.Module):
         return None if self.task is None else self.task(task)
 
     def mask_action(self, action: Tensor, task: Tensor | None = None) -> Tensor:
-        """Zero the padding dimensions of ``action`` for each task; the identity without tasks."""
+        """Set the padding dimensions of ``action`` to 0 for each task; the identity without tasks."""
         return action if self.task is None or task is None else action * self.task.mask(task)
 
     def encode(self, observation: Tensor, task: Tensor | None = None) -> Tensor:
@@ -148,18 +148,18 @@ class WorldModel(nn.Module):
         return self.encoder(observation, self.embed(task))
 
     def statistics_task(self, task: Tensor | None) -> Tensor | None:
-        """The index of the task whose statistics normalise observations; ``None`` for a single-task model."""
+        """Index of the task whose statistics normalise observations; ``None`` for a single-task model."""
         return task
 
     def predict(
         self, latent: Tensor, action: Tensor, task: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One imagined transition, by the few-step map of a flow that has one; the action is masked by the task.
+        """One imagined transition, with the few-step map if the dynamics have one; actions are masked for the task.
 
         Args:
             latent (Tensor): z ``[..., D]``.
             action (Tensor): ``[..., A]``.
-            task (Tensor, optional): int64, of multi-task models.
+            task (Tensor, optional): int64, for multi-task models.
 
         Returns:
             tuple: next latent ``[..., D]``, reward logits ``[..., bins]``, termination logit ``[..., 1]`` or ``None``.
@@ -172,12 +172,12 @@ class WorldModel(nn.Module):
         return next_latent, logits, termination
 
     def rescale(self) -> None:
-        """Let the reward head compute in the present unit of rewards, if it follows one."""
+        """Rescale a scalar reward head to the current reward unit, if there is one."""
         if self.reward_deviation is not None and isinstance(self.reward, ScalarRewardHead):
             self.reward.rescale(self.reward_deviation.value)
 
     def statistics(self) -> dict[str, Tensor]:
-        """What collected data change and updates do not: the buffers of the running statistics, by name."""
+        """The buffers of the running statistics by name; collected data change them, updates do not."""
         named = (
             ("observation_statistics", self.observation_statistics),
             ("reward_deviation", self.reward_deviation),
@@ -190,7 +190,7 @@ class WorldModel(nn.Module):
         }
 
     def soft_step(self, latent: Tensor, action: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """One imagined step with the probability ``[..., 1]`` of a termination, which carries no gradient."""
+        """One imagined step: next latent, decoded reward, and termination probability ``[..., 1]`` without gradient."""
         next_latent, logits, termination = self.predict(latent, action, task)
         reward = self.reward.decode(logits)
         ended = torch.zeros_like(reward) if termination is None else termination.detach().sigmoid()
@@ -207,7 +207,7 @@ class WorldModel(nn.Module):
         return next_latent, reward, terminated
 
 
-# The one construction site of the networks, and the published sizes ---------------------------------------------------
+# Building a world model from its specification ------------------------------------------------------------------------
 
 
 REWARD_HEADS = ("scalar", "two_hot")
@@ -215,7 +215,7 @@ REWARD_HEADS = ("scalar", "two_hot")
 
 @dataclass
 class WorldModelSpec:
-    """Everything that determines a world model's architecture; plain values, so that it can be saved beside weights.
+    """Everything that determines a world model's architecture, in plain values that can be saved with the weights.
 
     Args:
         observation_dim (int): ``O``.
@@ -234,9 +234,9 @@ class WorldModelSpec:
         num_tasks (int): 0 for a single-task model. Defaults to ``0``.
         task_dim (int): ``E``. Defaults to ``0``.
         action_dims (sequence of int): action dimension per task. Defaults to ``()``.
-        normalize_observations (bool): running mean and variance, of each task, in front of the encoder. Defaults to
+        normalize_observations (bool): normalise observations by running mean and variance, per task. Defaults to
             ``False``.
-        scale_rewards (bool): a scalar reward head computes in units of the rewards' running standard deviation.
+        scale_rewards (bool): let a scalar reward head compute in units of the rewards' running standard deviation.
             Defaults to ``False``.
     """
 
@@ -264,7 +264,7 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
     """Build a world model.
 
     Raises:
-        ConfigurationError: for sizes or names that do not fit; the sentence names the configuration key.
+        ConfigurationError: for invalid sizes or names; the message gives the configuration key.
     """
     check_simnorm(spec.latent_dim, spec.simnorm_dim)
     task_dim = spec.task_dim if spec.num_tasks else 0
@@ -299,10 +299,10 @@ def make_world_model(spec: WorldModelSpec) -> WorldModel:
 
 
 class TaskWorldModel(WorldModel):
-    """A multi-task world model bound to one of its tasks: to everything outside, a single-task model.
+    """A multi-task world model bound to one of its tasks, with the interface of a single-task model.
 
-    Observations and actions have the task's own dimensions here and are padded with zeros inside, which is what the
-    action mask does to the padding of wider ones. Parameters are shared with the multi-task model.
+    Observations and actions have the task's own dimensions and are padded with zeros inside; for actions this is
+    equivalent to the multi-task model's mask. Parameters are shared with the multi-task model.
 
     Args:
         world_model (WorldModel): multi-task, or single-task for ``task=0``.
@@ -312,7 +312,7 @@ class TaskWorldModel(WorldModel):
         action_dim (int): A of the task.
 
     Raises:
-        ConfigurationError: if the model does not have the task, or other dimensions for it.
+        ConfigurationError: if the model does not have the task, or has other dimensions for it.
 
     Examples:
         >>> import torch
@@ -336,7 +336,7 @@ class TaskWorldModel(WorldModel):
             observation_statistics=world_model.observation_statistics,
             reward_deviation=world_model.reward_deviation,
         )
-        #: Not ``task``, whose presence makes a model ask for a task index.
+        #: Not named ``task``, since a model with a ``task`` requires a task index.
         self.bound_task = world_model.task
         self.model_observation_dim, self.model_action_dim = spec.observation_dim, spec.action_dim
         self.register_buffer("task_index", torch.tensor(task), persistent=False)
@@ -351,7 +351,7 @@ class TaskWorldModel(WorldModel):
             )
 
     def load_multi_task(self, world_model: WorldModel) -> None:
-        """Take over the parameters of a multi-task model of the same architecture."""
+        """Load the parameters of a multi-task model of the same architecture."""
         state = world_model.state_dict()
         self.load_state_dict({_bound_name(name): tensor for name, tensor in state.items()})
 
@@ -366,7 +366,7 @@ class TaskWorldModel(WorldModel):
         return None if self.bound_task is None else self.task_index
 
     def mask_action(self, action: Tensor, task: Tensor | None = None) -> Tensor:
-        """``action`` ``[..., A]`` padded to the model's width."""
+        """``action`` ``[..., A]``, padded with zeros to the model's width."""
         return F.pad(action, (0, self.model_action_dim - action.shape[-1]))
 
     def encode(self, observation: Tensor, task: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Latent dynamics d(z, a, e) -> z': MLP, residual and flow-matching kinds.
 
-Plain ``nn.Module``s over tensors; they import layers and errors, nothing else of the package.
+Plain ``nn.Module``s over tensors. They may import only layers and top-level modules such as the errors.
 """
 
 from pwm_torchrl.modules.dynamics.base import Dynamics, FlowDynamics, MLPDynamics, count_parameters

@@ -1,4 +1,4 @@
-"""What every latent dynamics offers, the plainest kind, and the inputs that the flow kinds share."""
+"""Base classes of latent dynamics and flows, the MLP dynamics, and helpers that the kinds share."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Dynamics(nn.Module):
 
     #: network evaluations per transition
     evaluations: int = 1
-    #: what evaluates the network instead of the modules one by one, if anything does
+    #: compiled evaluation of the network; ``None``: the modules are called one by one
     piece: Piece | None = None
-    #: network evaluations per transition of :meth:`imagine`, where it computes something else than the call
+    #: network evaluations per transition of :meth:`imagine`, if it differs from ``forward``
     imagination_substeps: int | None = None
 
     @classmethod
     def evaluations_with(cls, solver: str, substeps: int) -> int:
-        """Network evaluations per transition with a solver; kinds that solve nothing need no other number."""
+        """Network evaluations per transition with a given solver; kinds without one ignore the arguments."""
         return cls.evaluations
 
     @property
     def few_step(self) -> bool:
-        """Whether :meth:`imagine` computes something else than the call."""
+        """Whether :meth:`imagine` differs from ``forward``."""
         return self.imagination_substeps is not None
 
     @property
@@ -46,7 +46,7 @@ class Dynamics(nn.Module):
         raise NotImplementedError
 
     def imagine(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
-        """Next latent ``[..., D]`` as imagination takes it: of most dynamics the same as the call."""
+        """Next latent ``[..., D]`` in imagined rollouts; the same as ``forward`` for most dynamics."""
         return self(latent, action, task_embedding)
 
 
@@ -86,8 +86,8 @@ class FlowDynamics(Dynamics):
         simnorm_dim (int): features per simplex group.
         solver (str): ``"euler"`` or ``"heun"``.
         substeps (int): K ≥ 1.
-        checkpoint_substeps (bool): recompute the substeps in the backward pass, which keeps stored activations
-            independent of K and gradients identical. Defaults to ``False``.
+        checkpoint_substeps (bool): recompute the substeps in the backward pass, so that stored activations do not grow
+            with K; gradients are identical. Defaults to ``False``.
     """
 
     def __init__(self, simnorm_dim: int, solver: str, substeps: int, checkpoint_substeps: bool = False) -> None:
@@ -105,11 +105,11 @@ class FlowDynamics(Dynamics):
         *,
         inline: bool = False,
     ) -> Tensor:
-        """Next latent ``[..., D]``; ``inline`` skips the checkpointing."""
+        """Next latent ``[..., D]``; ``inline`` disables checkpointing."""
         if inline or not (self.checkpoint_substeps and torch.is_grad_enabled()):
             return self.integrate(latent, action, task_embedding)
-        # The backward pass recomputes with the parameters of *this* call: a loss may have swapped others in since. The
-        # tensors are arguments of their own, so that autograd saves them as it saves everything else.
+        # The backward pass must recompute with the parameters of *this* call, since a loss may swap in others before
+        # then. They are passed as arguments so that autograd saves them.
         parameters = tensors_of(self)
         return checkpoint(self._integrate_with, parameters, latent, action, task_embedding, use_reentrant=False)
 
@@ -143,7 +143,7 @@ class FlowDynamics(Dynamics):
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """By name, what a call of ``module`` computes with now: its parameters, or the tensors swapped in for them."""
+    """The tensors that ``module`` computes with now, by name: its parameters, or the tensors swapped in for them."""
     return {
         f"{prefix}.{name}" if prefix else name: tensor
         for prefix, part in module.named_modules()
@@ -153,11 +153,11 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def time_inputs(tau: float | Tensor, like: Tensor, features: int) -> Tensor:
-    """Flow time as network input ``[..., 1 + 2 · features]``: τ and sines and cosines of 2^k π τ.
+    """Flow time as network input ``[..., 1 + 2 · features]``: τ, and sines and cosines of 2^k π τ.
 
     Args:
         tau (float or Tensor): flow time, a number or ``[..., 1]``.
-        like (Tensor): gives leading shape, dtype and device.
+        like (Tensor): defines leading shape, dtype and device.
         features (int): sine/cosine pairs.
     """
     tau = tau if isinstance(tau, Tensor) else torch.full((1,), tau, dtype=like.dtype, device=like.device)
@@ -174,15 +174,16 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def matched_units(units: Sequence[int], in_features: int, out_features: int, budget: int) -> list[int]:
-    """Hidden widths, scaled together, whose :func:`normed_mlp` with a plain last layer is nearest to ``budget``.
+    """Scaled hidden widths for which a :func:`normed_mlp` with a plain last layer has about ``budget`` parameters.
 
-    Used to compare dynamics at equal parameter count (within 1 % at the sizes shipped): a larger input costs width.
+    Used to compare dynamics at equal parameter count (within 1 % at the sizes shipped): a network with a larger input
+    gets smaller widths.
 
     Args:
-        units (sequence of int): widths of the reference network.
+        units (sequence of int): hidden widths of the reference network.
         in_features (int): input width of the network to size.
         out_features (int): output width.
-        budget (int): parameters of the reference network.
+        budget (int): number of parameters of the reference network.
     """
 
     def parameters(widths: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""From a dynamics' name and options to the module, at equal parameter count."""
+"""Builds dynamics from their name and options, at equal parameter count."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CLASSES: dict[tuple[str, str | None], type[Dynamics]] = {
     ("flow", "tangent"): TangentFlow,
     ("flow", "simnorm_velocity"): SimNormVelocityFlow,
 }
-#: What every kind is made with, those of one's own among them.
+#: Arguments of every kind, including custom ones.
 COMMON = ("latent_dim", "action_dim", "task_dim", "units", "simnorm_dim")
 
 
 def options_of(kind: str, parameterization: str | None = None) -> list[str]:
-    """Options of :func:`make_dynamics` that a kind takes beside the common ones; those of its class's signature."""
+    """Options of :func:`make_dynamics` that a kind takes in addition to the common ones, from its class's signature."""
     own = [name for name in inspect.signature(CLASSES[kind, parameterization]).parameters if name not in COMMON]
     return ["parameterization", *own] if parameterization is not None else own
 
@@ -38,7 +38,7 @@ def _choice(key: str, value: str, accepted: Sequence[str]) -> None:
 
 
 def find_dynamics(path: str) -> type[Dynamics]:
-    """A class of dynamics by its dotted path; the working directory counts as importable.
+    """A dynamics class by its dotted path, which may be in the working directory.
 
     Raises:
         ConfigurationError: if there is no such class, or it is not a :class:`Dynamics`.
@@ -53,7 +53,7 @@ def find_dynamics(path: str) -> type[Dynamics]:
 
 
 def dynamics_class(kind: str, parameterization: str) -> type[Dynamics]:
-    """The class of a kind, which may be a dotted path; ``parameterization`` counts for flows alone."""
+    """The class of a kind, which may be a dotted path; ``parameterization`` is used only for flows."""
     if "." in kind:
         return find_dynamics(kind)
     return CLASSES[kind, parameterization if kind == "flow" else None]
@@ -78,27 +78,28 @@ def make_dynamics(
 ) -> Dynamics:
     """Build latent dynamics.
 
-    ``residual`` and ``flow`` get hidden widths at which their parameter count is that of ``mlp`` with ``units``, so
-    that a comparison of kinds is one at equal parameters (``simnorm_velocity`` keeps ``units``, as its checkpoints do).
+    ``residual`` and ``flow`` get hidden widths at which they have about as many parameters as ``mlp`` with ``units``,
+    for a fair comparison of kinds (``simnorm_velocity`` keeps ``units``, as its checkpoints do).
 
     Args:
-        kind (str): ``"mlp"``, ``"residual"`` or ``"flow"``; or the dotted path of a :class:`Dynamics` of one's own,
-            which is called with ``latent_dim, action_dim, task_dim, units, simnorm_dim``.
+        kind (str): ``"mlp"``, ``"residual"`` or ``"flow"``; or the dotted path of a custom :class:`Dynamics`, which is
+            called with ``latent_dim, action_dim, task_dim, units, simnorm_dim``.
         latent_dim (int): ``D``.
         action_dim (int): ``A``.
         task_dim (int): E, 0 without tasks.
         units (sequence of int): hidden widths of the MLP dynamics.
         simnorm_dim (int): features per simplex group. Defaults to ``8``.
-        parameterization (str): of a flow: ``"residual_endpoint"``, ``"tangent"`` or ``"simnorm_velocity"``.
+        parameterization (str): flows only: ``"residual_endpoint"``, ``"tangent"`` or ``"simnorm_velocity"``.
             Defaults to ``"residual_endpoint"``.
-        solver (str): of a flow: ``"euler"`` or ``"heun"``. Defaults to ``"heun"``.
-        substeps (int): of a flow: K ≥ 1. Defaults to ``4``.
-        condition_on_start (bool): of a flow: feed z_t. Defaults to ``False``.
-        time_features (int): of a flow: sine/cosine pairs beside τ. Defaults to ``0``.
-        condition_on_step_size (bool): of a residual-endpoint flow. Defaults to ``False``.
-        checkpoint_substeps (bool): of a flow: recompute substeps in the backward pass. Defaults to ``False``.
-        imagination_substeps (int, optional): of a residual-endpoint flow: Euler substeps of imagination. Defaults to
-            ``None``, the solver's.
+        solver (str): flows only: ``"euler"`` or ``"heun"``. Defaults to ``"heun"``.
+        substeps (int): flows only: K ≥ 1. Defaults to ``4``.
+        condition_on_start (bool): flows only: add z_t to the network's input. Defaults to ``False``.
+        time_features (int): flows only: sine/cosine pairs of τ to add to its input. Defaults to ``0``.
+        condition_on_step_size (bool): residual-endpoint flows only: add the step size to its input. Defaults to
+            ``False``.
+        checkpoint_substeps (bool): flows only: recompute substeps in the backward pass. Defaults to ``False``.
+        imagination_substeps (int, optional): residual-endpoint flows only: Euler substeps of imagination. Defaults to
+            ``None``: imagination uses ``solver``.
         match_parameters (bool): adjust hidden widths as described. Defaults to ``True``.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Flows from z_t to z_{t+1}: the residual-endpoint parameterisation, also in one step, and those of a velocity.
+"""Flow dynamics from z_t to z_{t+1}: the residual-endpoint parameterisation, its one-step case, and velocity fields.
 
-In the residual-endpoint parameterisation the network predicts a point of the simplex, never a free velocity:
+In the residual-endpoint parameterisation the network predicts a point on the simplex, not a free velocity:
 x̂ = softmax_groups(log(max(z_τ, ε)) + g(z_τ, a, τ, ...)) and v = (x̂ − z_τ) / (1 − τ). With K uniform substeps every
 solver step is a convex combination of simplex points, so a latent never leaves the simplex, whatever the weights.
-``tangent`` and the public fork's ``simnorm_velocity`` have a network that predicts a velocity.
+In ``tangent`` and the public fork's ``simnorm_velocity``, the network predicts a velocity.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class ResidualEndpointFlow(FlowDynamics):
         solver (str): ``"euler"`` or ``"heun"``. Heun's last substep is Euler's, so that the flow ends on x̂.
             Defaults to ``"heun"``.
         substeps (int): K ≥ 1. Defaults to ``4``.
-        condition_on_start (bool): feed z_t beside z_τ. Defaults to ``False``.
-        time_features (int): sine/cosine pairs beside τ. Defaults to ``0``.
-        condition_on_step_size (bool): feed the step size. Defaults to ``False``.
-        checkpoint_substeps (bool): recompute the substeps in the backward pass, which keeps stored activations
-            independent of K and gradients identical. Defaults to ``False``.
-        imagination_substeps (int, optional): Euler substeps of :meth:`imagine`, which the model's loss trains beside
-            the solver of the call. Defaults to ``None``, that solver.
+        condition_on_start (bool): add z_t to the network's input. Defaults to ``False``.
+        time_features (int): sine/cosine pairs of τ to add to its input. Defaults to ``0``.
+        condition_on_step_size (bool): add the step size to its input. Defaults to ``False``.
+        checkpoint_substeps (bool): recompute the substeps in the backward pass, so that stored activations do not grow
+            with K; gradients are identical. Defaults to ``False``.
+        imagination_substeps (int, optional): Euler substeps of :meth:`imagine`, a few-step map that the model loss
+            trains in addition to ``solver``. Defaults to ``None``: :meth:`imagine` uses ``solver``, too.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ResidualEndpointFlow(FlowDynamics):
 
     @classmethod
     def evaluations_with(cls, solver: str, substeps: int) -> int:
-        """One per substep of Euler's method, two of Heun's but for the last, which is Euler's."""
+        """One per Euler substep, two per Heun substep except the last, which is an Euler step."""
         return Schedule(solver, substeps).evaluations
 
     @staticmethod
@@ -120,7 +120,7 @@ class ResidualEndpointFlow(FlowDynamics):
         time_features: int,
         condition_on_step_size: bool,
     ) -> int:
-        """Width of the network's input; ``base`` is that of [z, e, a]."""
+        """Width of the network's input; ``base`` is the width of [z, e, a]."""
         return base + 1 + 2 * time_features + latent_dim * condition_on_start + int(condition_on_step_size)
 
     def endpoint(
@@ -132,14 +132,14 @@ class ResidualEndpointFlow(FlowDynamics):
         step_size: float | Tensor,
         task_embedding: Tensor | None = None,
     ) -> Tensor:
-        """x̂(z_τ, a, τ) ``[..., D]``, the predicted end of the flow.
+        """x̂(z_τ, a, τ) ``[..., D]``, the predicted endpoint of the flow.
 
         Args:
             latent (Tensor): z_τ ``[..., D]``.
-            start (Tensor): z_t ``[..., D]``, read only if the field is conditioned on the start.
+            start (Tensor): z_t ``[..., D]``, used only with ``condition_on_start``.
             action (Tensor): ``[..., A]``.
             tau (float or Tensor): flow time, a number or ``[..., 1]``.
-            step_size (float or Tensor): read only if the field is conditioned on it.
+            step_size (float or Tensor): used only with ``condition_on_step_size``.
             task_embedding (Tensor, optional): ``[..., E]``.
         """
         inputs = (
@@ -158,7 +158,7 @@ class ResidualEndpointFlow(FlowDynamics):
         return self._solve(latent, action, task_embedding, self.solver, self.substeps)
 
     def imagine(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None = None) -> Tensor:
-        """Next latent ``[..., D]`` in ``imagination_substeps`` steps of Euler's method, one evaluation each."""
+        """Next latent ``[..., D]`` in ``imagination_substeps`` Euler steps, one evaluation each, if that is set."""
         if self.imagination_substeps is None:
             return self(latent, action, task_embedding)
         return self._solve(latent, action, task_embedding, "euler", self.imagination_substeps)
@@ -177,7 +177,7 @@ class ResidualEndpointFlow(FlowDynamics):
         return schedule.solve(endpoint, latent)
 
     def _solve_fused(self, latent: Tensor, action: Tensor, task_embedding: Tensor | None, schedule: Schedule) -> Tensor:
-        """:meth:`_solve` as one function with its gradient."""
+        """:meth:`_solve` as one autograd function."""
         tau = schedule.times(latent).unsqueeze(1)
         times = time_inputs(tau, tau, self.time_features)
         if self.condition_on_step_size:
@@ -208,15 +208,18 @@ class ResidualEndpointFlow(FlowDynamics):
         tau: Tensor,
         task_embedding: Tensor | None = None,
     ) -> Tensor:
-        """One step of size 2d against two of size d (shortcut models, arXiv 2410.12557), ``[..., 1]``.
+        """Squared error ``[..., 1]`` of one step of size 2d against two of size d (shortcut models, arXiv 2410.12557).
 
         Args:
             source (Tensor): z_s ``[..., D]``.
             target (Tensor): z̄ ``[..., D]``.
             action (Tensor): ``[..., A]``.
             half_step (Tensor): d, ``[..., 1]``.
-            tau (Tensor): start of the step, at most 1 − 2d, ``[..., 1]``.
+            tau (Tensor): flow time at the start of the step, at most 1 − 2d, ``[..., 1]``.
             task_embedding (Tensor, optional): ``[..., E]``.
+
+        Raises:
+            ConfigurationError: without ``condition_on_step_size``.
         """
         if not self.condition_on_step_size:
             raise ConfigurationError(
@@ -233,7 +236,7 @@ class ResidualEndpointFlow(FlowDynamics):
         return (x_hat - goal).square().mean(-1, keepdim=True)
 
 
-# A network that predicts a velocity -----------------------------------------------------------------------------------
+# Networks that predict a velocity -------------------------------------------------------------------------------------
 
 
 class VelocityFlow(FlowDynamics):
@@ -241,7 +244,7 @@ class VelocityFlow(FlowDynamics):
 
     Args:
         simnorm_dim (int): features per simplex group.
-        solver (str): ``"euler"`` (K evaluations) or ``"heun"`` (2K evaluations, to τ = 1).
+        solver (str): ``"euler"`` (K evaluations) or ``"heun"`` (2K evaluations, the last at τ = 1).
         substeps (int): K ≥ 1.
         checkpoint_substeps (bool): recompute the substeps in the backward pass. Defaults to ``False``.
     """
@@ -252,7 +255,7 @@ class VelocityFlow(FlowDynamics):
 
     @classmethod
     def evaluations_with(cls, solver: str, substeps: int) -> int:
-        """One per substep of Euler's method, two of Heun's."""
+        """One per Euler substep, two per Heun substep."""
         return substeps if solver == "euler" else 2 * substeps
 
     def velocity(
@@ -293,9 +296,9 @@ class VelocityFlow(FlowDynamics):
 
 
 class TangentFlow(VelocityFlow):
-    """A linear velocity head with each group's mean removed, so that group sums stay what they were.
+    """Velocity flow with a linear output whose group means are removed, so that group sums of the latent do not change.
 
-    The latent stays on the affine hull of the simplex, but may leave the simplex itself.
+    The latent stays in the affine hull of the simplex, but may leave the simplex itself.
 
     Args:
         latent_dim (int): ``D``.
@@ -305,8 +308,8 @@ class TangentFlow(VelocityFlow):
         simnorm_dim (int): features per simplex group. Defaults to ``8``.
         solver (str): ``"euler"`` or ``"heun"``. Defaults to ``"heun"``.
         substeps (int): K ≥ 1. Defaults to ``4``.
-        condition_on_start (bool): feed z_t beside z_τ. Defaults to ``False``.
-        time_features (int): sine/cosine pairs beside τ. Defaults to ``0``.
+        condition_on_start (bool): add z_t to the network's input. Defaults to ``False``.
+        time_features (int): sine/cosine pairs of τ to add to its input. Defaults to ``0``.
         checkpoint_substeps (bool): recompute the substeps in the backward pass. Defaults to ``False``.
     """
 
@@ -351,8 +354,8 @@ class TangentFlow(VelocityFlow):
 class SimNormVelocityFlow(VelocityFlow):
     """The public fork's flow, for comparison and for loading its checkpoints; not for new work.
 
-    Its velocity ends in SimNorm, so every group of the latent gains 1 per transition and z' − z, whose groups sum to
-    0, is out of reach: rolled out with z_t on the simplex the flow-matching loss has a positive floor.
+    Its velocity ends in SimNorm, so the sum of every group grows by 1 per transition. It cannot represent z' − z, whose
+    groups sum to 0: with z_t on the simplex, the flow-matching loss has a positive lower bound.
 
     Args:
         latent_dim (int): ``D``.

@@ -1,12 +1,12 @@
-"""A whole transition of the residual-endpoint dynamics as one function with its gradient in closed form.
+"""A whole transition of the residual-endpoint dynamics as one autograd function with a closed-form gradient.
 
-A transition of a flow evaluates its network up to 2K − 1 times. Autograd alone gives every evaluation a gradient of its
-own for every weight: seven small products, and seven passes over the weights to add them up, where one product over the
-rows of all evaluations does. It also repeats for every evaluation what depends on the action and the task alone, and
-copies the network's inputs into one tensor. Here all of that happens once per transition.
+A transition of a flow evaluates its network up to 2K − 1 times. Plain autograd computes a separate weight gradient for
+each evaluation: with K = 4, seven small products and seven passes over the weights to add them up. Here, one product
+over the rows of all evaluations computes it. Plain autograd also recomputes for every evaluation the terms that depend
+only on action and task, and concatenates the network's inputs; here that happens once per transition.
 
-:class:`~pwm_torchrl.modules.dynamics.flows.ResidualEndpointFlow` has the same written out, for compilers and for the
-transforms of ``torch.func``; tests compare the two.
+:class:`~pwm_torchrl.modules.dynamics.flows.ResidualEndpointFlow` contains a plain form of the same computation, for
+compilers and for the transforms of ``torch.func``; tests compare the two.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ __all__ = ["Schedule", "fused_transition", "fuses"]
 
 
 class Schedule(NamedTuple):
-    """How a transition is solved: ``solver`` (``"euler"`` or ``"heun"``) and its number of ``substeps``, K."""
+    """The solver of a transition: ``solver`` (``"euler"`` or ``"heun"``) and its number of ``substeps``, K."""
 
     solver: str
     substeps: int
 
     def steps(self) -> list[tuple[int, bool]]:
-        """Of every substep, how many are left, itself among them, and whether it has a second evaluation.
+        """For every substep: the number of substeps left, including itself, and whether it has a second evaluation.
 
-        Heun's substeps have, but for the last, which is Euler's.
+        Heun substeps have one, except the last, which is an Euler step.
         """
         return [(left, self.solver == "heun" and left > 1) for left in range(self.substeps, 0, -1)]
 
     def solve(self, endpoint: Callable[[Tensor, float], Tensor], latent: Tensor) -> Tensor:
         """Solve the flow from τ = 0 to 1 in uniform substeps.
 
-        The weights are ratios of the number m of substeps left, never dt / (1 − τ), which exceeds 1 in floating
-        point for some K. Heun's step ((m−1)/m) z + ((m−2)/(2m(m−1))) x̂_a + (1/(2(m−1))) x̂_b is half the way from z to
-        the point 1/(m−1) of the way from the predictor to x̂_b.
+        The weights are computed from the number m of substeps left, not as dt / (1 − τ), which exceeds 1 in floating
+        point for some K. Heun's step ((m−1)/m) z + ((m−2)/(2m(m−1))) x̂_a + (1/(2(m−1))) x̂_b is computed as the mean
+        of z and lerp(predictor, x̂_b, 1/(m−1)).
 
         Args:
-            endpoint (callable): x̂ of a point ``[..., D]`` and its flow time.
+            endpoint (callable): point ``[..., D]``, flow time -> x̂ ``[..., D]``.
             latent (Tensor): z at τ = 0, ``[..., D]``.
         """
         z = latent
@@ -75,27 +75,27 @@ class Schedule(NamedTuple):
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of the network, E."""
+        """Number of network evaluations, E."""
         return self.substeps if self.solver == "euler" else 2 * self.substeps - 1
 
     def times(self, like: Tensor) -> Tensor:
-        """Flow time of every evaluation ``[E]``, made on the device of ``like``, so that nothing waits for a copy."""
+        """Flow time of every evaluation ``[E]``, created on the device of ``like`` to avoid a copy from the host."""
         index = torch.arange(self.evaluations, device=like.device)
         if self.solver == "heun":
-            index = (index + 1) // 2  # a substep's second evaluation is where the next substep has its first
+            index = (index + 1) // 2  # a substep's second evaluation has the flow time of the next substep's first
         return index.to(like.dtype) / self.substeps
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see what a module computes, or its gradients."""
+    """Whether a module has forward or backward hooks."""
     forward = module._forward_hooks or module._forward_pre_hooks
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def fuses(net: nn.Sequential) -> bool:
-    """Whether :func:`fused_transition` computes what ``net`` does: a ``normed_mlp`` with a plain last layer.
+    """Whether :func:`fused_transition` supports ``net``: it must be a ``normed_mlp`` with a plain last layer.
 
-    Not where a compiler, a transform of ``torch.func`` or a hook on a layer must see what happens.
+    False under a compiler or a transform of ``torch.func``, or if a layer has hooks.
     """
     *hidden, last = net
     return (
@@ -113,10 +113,10 @@ def fused_transition(
 
     Args:
         latent (Tensor): z ``[N, D]``.
-        context (Tensor): what the network sees of task and action, ``[N, C]``.
-        times (Tensor): what it sees of flow time and step size in each of E evaluations, ``[E, F]``.
-        net (nn.Sequential): of :func:`~pwm_torchrl.modules.layers.normed_mlp`, for inputs [z, context, times].
-        group_size (int): features of a simplex group.
+        context (Tensor): the network's inputs from task and action, ``[N, C]``.
+        times (Tensor): its inputs from flow time and step size for each of E evaluations, ``[E, F]``.
+        net (nn.Sequential): from :func:`~pwm_torchrl.modules.layers.normed_mlp`, with inputs [z, context, times].
+        group_size (int): features per simplex group.
         schedule (Schedule): the solver.
     """
     *hidden, last = (cast("nn.Linear", layer) for layer in net)
@@ -127,16 +127,16 @@ def fused_transition(
 
 
 class _How(NamedTuple):
-    """What a transition needs beside tensors."""
+    """Arguments of a transition that are not tensors."""
 
     group_size: int
     schedule: Schedule
     products: torch.dtype | None  # dtype of products
-    keep: bool  # a gradient may be asked for
+    keep: bool  # whether to save tensors for a backward pass
 
 
 class _Network:
-    """The parameters of a network by their role, and its first weight by the columns that see each input."""
+    """The parameters of a network by role, and the columns of its first weight by input."""
 
     def __init__(self, parameters: Sequence[Tensor], latent: int, context: int, products: torch.dtype | None) -> None:
         *hidden, weight, bias = parameters
@@ -151,9 +151,9 @@ class _Network:
 class _Transition(torch.autograd.Function):
     """The transition of :func:`fused_transition`.
 
-    It saves context, times and parameters; the points ``[E, N, D]``; where weights need a gradient, the inputs
-    ``[E, N, I]`` of every layer but the first; and for each evaluation u, mean, rstd and slope of every hidden layer,
-    then x̂.
+    It saves context, times and parameters; the points ``[E, N, D]``; if weights need a gradient, the inputs
+    ``[E, N, I]`` of every layer but the first; and for each evaluation, u, mean, rstd and slope of every hidden layer,
+    and x̂.
     """
 
     @staticmethod
@@ -216,7 +216,7 @@ class _Transition(torch.autograd.Function):
         later = [lower(w, products) for w in net.weights[1:]]
         needs_context = ctx.needs_input_grad[2]
         evaluations, rows = points.shape[:2]
-        # Gradients of what the products gave, [E, N, O]: the weights' are taken over all evaluations at once.
+        # Gradients of the products' outputs, [E, N, O]; weight gradients are computed over all evaluations at once.
         grads = [points.new_empty(evaluations, rows, len(w)) for w in net.weights] if ctx.weighted else []
         to_scales = [torch.zeros_like(scale) for scale in net.scales] if ctx.weighted else []
         to_shifts = [torch.zeros_like(shift) for shift in net.shifts] if ctx.weighted else []
@@ -225,7 +225,7 @@ class _Transition(torch.autograd.Function):
         index = evaluations
 
         def back(to_x_hat: Tensor) -> Tensor:
-            """From the gradient of an evaluation's x̂ that of its point; evaluations come in reverse."""
+            """The gradient of an evaluation's point from that of its x̂; called for evaluations in reverse order."""
             nonlocal index, to_shared
             index -= 1
             *hidden, x_hat = saved[index * stride : (index + 1) * stride]
