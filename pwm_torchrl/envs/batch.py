@@ -1,4 +1,4 @@
-"""Batches of environments that step in this process, with what resuming them needs."""
+"""Batches of environments that step in this process and can save their state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class _VectorEnv(SyncVectorEnv):
-    """gymnasium's serial vector environment, without auto-reset, with seeds and state of its sub-environments."""
+    """gymnasium's serial vector environment, without auto-reset, that can save and load its state."""
 
     envs: list[SubEnv]
 
@@ -32,7 +32,7 @@ class _VectorEnv(SyncVectorEnv):
         super().__init__([lambda env=env: env for env in sub_envs], autoreset_mode=AutoresetMode.DISABLED)
 
     def save(self) -> dict[str, Any]:
-        """State of every sub-environment and the rows that a partial reset hands on unchanged."""
+        """State of every sub-environment, and the rows that a partial reset returns unchanged."""
         return {
             "sub_envs": [env.save() for env in self.envs],
             "observations": [None if row is None else torch.tensor(row) for row in self._env_obs],
@@ -41,7 +41,7 @@ class _VectorEnv(SyncVectorEnv):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`save` gave."""
+        """Restore a state from :meth:`save`."""
         for env, saved in zip(self.envs, state["sub_envs"], strict=True):
             env.load(saved)
         rows = state["observations"]
@@ -54,15 +54,15 @@ class _VectorEnv(SyncVectorEnv):
 class BatchedEnv(GymWrapper):
     """TorchRL environment of batch size ``[N]`` over N sub-environments stepped one after the other.
 
-    One wrapper around a batch is several times faster than a batch of wrappers: TorchRL's cost per step is paid once
-    for N environments.
+    One wrapper around a batch is several times faster than a batch of wrappers, since TorchRL's cost per step occurs
+    once for N environments.
 
     Args:
         vector (_VectorEnv): the sub-environments.
         info (EnvInfo): facts for :func:`~pwm_torchrl.envs.env_info`.
-        device (torch.device): where its tensors are.
-        state_support (str): what :func:`~pwm_torchrl.envs.save_env_state` can do, a sentence.
-        can_save (bool): whether it can.
+        device (torch.device): device of the tensors.
+        state_support (str): text that says what :func:`~pwm_torchrl.envs.save_env_state` can save.
+        can_save (bool): whether it can save the state.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class BatchedEnv(GymWrapper):
         can_save: bool,
         **kwargs: Any,
     ) -> None:
-        # The metaclass of GymWrapper adds keyword arguments of its own.
+        # GymWrapper's metaclass adds keyword arguments.
         super().__init__(env=vector, device=torch.device(device), **kwargs)
         self.pwm_info = info
         self.state_support = state_support
@@ -116,7 +116,7 @@ class BatchedEnv(GymWrapper):
         return self._env.save()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`save_state` gave."""
+        """Restore a state from :meth:`save_state`."""
         saved = len(state["sub_envs"])
         if saved != self._env.num_envs:
             raise ConfigurationError(
@@ -130,15 +130,15 @@ class BatchedEnv(GymWrapper):
             env.name = name
 
     def render_frame(self) -> np.ndarray:
-        """Picture of sub-environment 0, uint8 ``[height, width, 3]``."""
+        """Frame of sub-environment 0, uint8 ``[height, width, 3]``."""
         return draw_or_explain(self.pwm_info.name, self._env.envs[0].draw)
 
 
 def chosen(name: str, entries: Mapping[str, T], keys: Sequence[str] | None) -> dict[str, T]:
-    """The entries of an observation that ``env.observation_keys`` names, in its order.
+    """The entries of an observation that ``env.observation_keys`` selects, in its order.
 
     Raises:
-        ConfigurationError: if one of them is not there.
+        ConfigurationError: if an entry is missing.
     """
     if keys is None:
         return dict(entries)
@@ -160,7 +160,7 @@ def batch_sub_envs(
     state_support: str,
     can_save: bool,
 ) -> BatchedEnv:
-    """Batch sub-environments of one kind; sub-environment i gets ``seed + i`` at its first reset."""
+    """Batch sub-environments of the same kind; sub-environment i gets ``seed + i`` at its first reset."""
     first = sub_envs[0]
     low, high = first.raw_action_range()
     info = EnvInfo(
@@ -182,7 +182,7 @@ RawStep = tuple[np.ndarray, float, bool, bool]
 
 
 class SubEnv(gymnasium.Env, abc.ABC):
-    """A simulator with action repeat, action scaling, a time limit in agent steps and a guard against faults.
+    """A simulator with action repeat, action scaling, a time limit in agent steps, and checks of its values.
 
     Args:
         name (str): label for messages.
@@ -190,7 +190,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
         low (numpy.ndarray): smallest action of the simulator, ``[A]``.
         high (numpy.ndarray): largest action of the simulator, ``[A]``.
         action_repeat (int): environment steps per agent step; rewards are summed, and a repeat stops at done.
-        episode_length (int, optional): agent steps after which to truncate, ``None`` to leave it to the simulator.
+        episode_length (int, optional): agent steps after which to truncate; ``None``: only the simulator truncates.
         index (int): position in the batch, for messages.
     """
 
@@ -208,7 +208,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
     ) -> None:
         low, high = np.asarray(low, np.float64).ravel(), np.asarray(high, np.float64).ravel()
         check_action_box(name, low, high)
-        self.name = self.identity = name  # messages use the name, which may become a label of the user's
+        self.name = self.identity = name  # the user may change the name, which messages use
         self.index = index
         self.action_repeat = action_repeat
         self.episode_length = episode_length
@@ -218,7 +218,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
         self.last_seed: int | None = None
         self.pending_seed: int | None = None
         self.agent_steps = 0
-        #: Whether the task is solved at this step; ``None`` where the simulator does not say.
+        #: Whether the task is solved at this step; ``None`` if the simulator does not report it.
         self.success: bool | None = None
 
     @abc.abstractmethod
@@ -227,7 +227,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
 
     @abc.abstractmethod
     def _raw_step(self, action: np.ndarray) -> RawStep:
-        """One environment step with an action of the simulator's box: observation, reward, terminated, truncated."""
+        """One environment step with an action in the simulator's range: observation, reward, terminated, truncated."""
 
     @abc.abstractmethod
     def save_simulator(self) -> dict[str, Any]:
@@ -235,11 +235,11 @@ class SubEnv(gymnasium.Env, abc.ABC):
 
     @abc.abstractmethod
     def load_simulator(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`save_simulator` gave."""
+        """Restore a state from :meth:`save_simulator`."""
 
     @abc.abstractmethod
     def draw(self) -> np.ndarray:
-        """Picture of the present state, uint8 ``[height, width, 3]``."""
+        """Frame of the current state, uint8 ``[height, width, 3]``."""
 
     def raw_action_range(self) -> tuple[list[float], list[float]]:
         """Smallest and largest action of the simulator."""
@@ -261,12 +261,12 @@ class SubEnv(gymnasium.Env, abc.ABC):
         return self._checked(observation, 0.0), {}
 
     def seed_next_reset(self, seed: int) -> None:
-        """Let the next reset start a new stream of random numbers."""
+        """Reseed the simulator at the next reset."""
         self.pending_seed = seed
         self.last_seed = seed
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """One agent step with an action in [-1, 1] (clipped to it)."""
+        """One agent step with an action that is clipped to [-1, 1]."""
         raw_action = self._middle + self._half_range * np.clip(action, -1.0, 1.0)
         total, terminated, truncated = 0.0, False, False
         try:
@@ -283,7 +283,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
         return self._checked(observation, total), total, terminated, truncated, {}
 
     def save(self) -> dict[str, Any]:
-        """Everything that decides how this sub-environment goes on."""
+        """The complete state of this sub-environment."""
         return {
             "identity": self.identity,
             "agent_steps": self.agent_steps,
@@ -293,7 +293,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`save` gave."""
+        """Restore a state from :meth:`save`."""
         if state["identity"] != self.identity:
             raise ConfigurationError(
                 f"the saved state is one of {state['identity']} and this environment is {self.identity} (env)"
@@ -304,7 +304,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
         self.pending_seed = state["pending_seed"]
 
     def _checked(self, observation: np.ndarray, reward: float) -> np.ndarray:
-        # A finite sum needs finite terms, and one reduction costs half of isfinite(...).all().
+        # A finite sum implies finite terms, and one reduction costs half of isfinite(...).all().
         if not np.isfinite(observation.sum() + reward):
             what = "observation" if not np.isfinite(observation).all() else "reward"
             if what == "observation" or not np.isfinite(reward):
@@ -316,7 +316,7 @@ class SubEnv(gymnasium.Env, abc.ABC):
 
 
 def check_action_box(name: str, low: np.ndarray, high: np.ndarray) -> None:
-    """Raise ConfigurationError unless every action dimension has two finite, different ends."""
+    """Raise ConfigurationError unless every action dimension has two finite, different bounds."""
     bad = ~(np.isfinite(low) & np.isfinite(high) & (low < high))
     if bad.any():
         i = int(np.flatnonzero(bad)[0])

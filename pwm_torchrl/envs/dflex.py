@@ -139,7 +139,7 @@ CLASSES = {
     "snu_humanoid": "SNUHumanoidEnv",
 }
 
-#: Tasks that rewarped has too.
+#: Tasks that rewarped also has.
 REWARPED = ("ant", "hopper", "humanoid")
 
 
@@ -209,7 +209,7 @@ def make_dflex_env(
 
 
 def missing_dflex(name: object, module: str) -> MissingLibraryError:
-    """The error for ``env.name`` where ``module`` is not installed: how to get dflex, and what there is besides."""
+    """The error for ``env.name`` if ``module`` is not installed, with installation instructions and an alternative."""
     task = str(name).removeprefix("dflex_")
     besides = f"; env=rewarped_{task} is rewarped's version of it, from PyPI" if task in REWARPED else ""
     return MissingLibraryError(
@@ -220,7 +220,7 @@ def missing_dflex(name: object, module: str) -> MissingLibraryError:
 
 @contextmanager
 def _numpy_1_names() -> Iterator[None]:
-    """``np.Inf`` for code from before NumPy 2, which dflex's environments use where they are loaded and made."""
+    """Define ``np.Inf``, which NumPy 2 removed and dflex uses while its environments are imported and made."""
     added = [name for name in ("Inf",) if not hasattr(np, name)]
     for name in added:
         setattr(np, name, np.inf)

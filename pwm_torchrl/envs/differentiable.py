@@ -1,10 +1,9 @@
-"""Simulations that are stepped together, and those that are differentiable.
+"""Batched simulations, and differentiable simulators.
 
-What dflex and the differentiable simulators share comes first: specs and facts, the end of a step, names of tasks,
-random numbers. dflex keeps its state to itself, the others are given it. A :class:`Simulator` is a function of an
-explicit state, so that a gradient can go back through its steps, a batch can be split into micro-batches, an update can
-be repeated, and a checkpoint holds everything. A simulator that keeps its state to itself (dflex, rewarped) fits by
-reading and writing it at every step; ``rewarped.py`` does.
+The first part is shared by dflex and the differentiable simulators: specs and facts, the results of a step, task names,
+random numbers. A :class:`Simulator` is a function of an explicit state, so that gradients can flow back through its
+steps, a batch can be split into micro-batches, an update can be repeated, and checkpoints are complete. A simulator
+with internal state can be wrapped by writing and reading the state at every step, as ``rewarped.py`` does.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ __all__ = [
     "message_of",
 ]
 
-# What batched simulations have in common ------------------------------------------------------------------------------
+# Shared by batched simulations ----------------------------------------------------------------------------------------
 
 
 class SimulatedEnv(EnvBase):
-    """N simulations that are stepped together, a TorchRL environment of batch size ``[N]``.
+    """N simulations that are stepped together, as a TorchRL environment of batch size ``[N]``.
 
-    A subclass keeps the seed in ``_seed``, for messages.
+    A subclass stores the seed in ``_seed``, for messages.
 
     Args:
-        info (EnvInfo): its facts; ``pwm_info`` of the environment.
-        device (torch.device or str): where it simulates.
+        info (EnvInfo): facts of the environment, stored as ``pwm_info``.
+        device (torch.device or str): device of the simulation.
     """
 
     def __init__(self, info: EnvInfo, device: torch.device | str) -> None:
@@ -62,7 +61,7 @@ class SimulatedEnv(EnvBase):
         self._set_seed(info.seed)
 
     def stepped(self, observation: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> TensorDict:
-        """What a step returns: ``observation`` ``[N, O]``, and ``[N, 1]`` of the others.
+        """The result of a step, from ``observation`` ``[N, O]`` and the others ``[N, 1]``.
 
         Raises:
             EnvironmentFault: if an observation or a reward is not finite.
@@ -75,7 +74,7 @@ class SimulatedEnv(EnvBase):
         )
 
     def began(self, observation: Tensor) -> TensorDict:
-        """What a reset returns: ``observation`` ``[N, O]``.
+        """The result of a reset, from ``observation`` ``[N, O]``.
 
         Raises:
             EnvironmentFault: if an observation is not finite.
@@ -98,7 +97,7 @@ class RandomStream:
     training run.
 
     Args:
-        device (torch.device): of the simulator; a GPU has a generator of its own.
+        device (torch.device): device of the simulator; a GPU has its own generator.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -108,7 +107,7 @@ class RandomStream:
     def seed(self, seed: int) -> None:
         """Reseed the stream."""
         outside = self._get()
-        # Not torch.manual_seed, which seeds every GPU: a simulator on the CPU would reseed training on one.
+        # Not torch.manual_seed, which seeds every GPU: a simulator on the CPU would reseed training on a GPU.
         torch.default_generator.manual_seed(seed)
         if self._cuda:
             with torch.cuda.device(self._cuda):
@@ -140,14 +139,14 @@ class RandomStream:
 
 
 def check_simulation(name: str, library: str, tasks: Iterable[str], num_envs: int, episode_length: int) -> str:
-    """The task that ``env.name`` stands for, which may begin with ``library`` and an underscore.
+    """The task that ``env.name`` refers to, optionally with the prefix ``<library>_``.
 
     Args:
-        name (str): of the configuration.
+        name (str): ``env.name``.
         library (str): ``"dflex"`` or ``"rewarped"``.
-        tasks (iterable of str): those that it has.
-        num_envs (int): of the configuration.
-        episode_length (int): of the configuration.
+        tasks (iterable of str): the library's tasks.
+        num_envs (int): ``env.num_envs``.
+        episode_length (int): ``env.episode_length``.
 
     Raises:
         ConfigurationError: for an unknown name, or a number that is not a positive integer.
@@ -173,14 +172,14 @@ def message_of(error: BaseException) -> str:
 
 
 class Simulator(Protocol):
-    """Equations of motion that autograd differentiates.
+    """Equations of motion that autograd can differentiate.
 
     Attributes:
-        state_dim (int): ``S``, numbers that determine what comes next.
+        state_dim (int): ``S``, length of the complete state.
         observation_dim (int): ``O``.
         action_dim (int): ``A``.
-        action_low (tuple of float): smallest action in its own units, of which [-1, 1] is the scaled range.
-        action_high (tuple of float): largest action.
+        action_low (tuple of float): smallest action in the simulator's own units, which is scaled to -1.
+        action_high (tuple of float): largest action, which is scaled to 1.
         terminates (bool): whether a step can end an episode.
     """
 
@@ -198,23 +197,23 @@ class Simulator(Protocol):
         """Observations ``[..., O]`` of states ``[..., S]``, differentiable."""
 
     def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Differentiable step of rows that do not depend on each other, and nothing else.
+        """Differentiable step of independent rows, without side effects.
 
         Args:
-            state (Tensor): ``[B, S]``. B is ``num_envs``, or less where memory splits a batch.
+            state (Tensor): ``[B, S]``. B is ``num_envs``, or less if the batch is split to save memory.
             action (Tensor): ``[B, A]`` in [-1, 1].
 
         Returns:
-            tuple: next states ``[B, S]``, rewards ``[B, 1]``, and whether an episode terminated, bool ``[B, 1]``; such
-            a row is not reset here.
+            tuple: next states ``[B, S]``, rewards ``[B, 1]``, and whether an episode terminated, bool ``[B, 1]``;
+            terminated rows are not reset here.
         """
 
 
 class DifferentiableEnv(SimulatedEnv):
-    """N simulated episodes as an ordinary TorchRL environment, which steps without gradients.
+    """A simulator as an ordinary TorchRL environment of N episodes, which steps without gradients.
 
-    ``algorithm=shac`` finds the simulator in it and steps that with gradients. A maker of one's own that returns such
-    an environment can be trained by it.
+    ``algorithm=shac`` takes the simulator from it and steps that with gradients. A custom maker can return such an
+    environment to be trained with it.
 
     Args:
         simulator (Simulator): the equations of motion.
@@ -223,8 +222,8 @@ class DifferentiableEnv(SimulatedEnv):
         name (str): label for tables and messages.
         num_envs (int): ``N``.
         episode_length (int): agent steps after which an episode is truncated.
-        seed (int): of the initial states of the whole batch. Defaults to ``0``.
-        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
+        seed (int): seed of the initial states of the whole batch. Defaults to ``0``.
+        device (torch.device or str): device of the simulation. Defaults to ``"cpu"``.
     """
 
     state_support = "exact: simulator states, clocks and random generator"
@@ -286,13 +285,13 @@ class DifferentiableEnv(SimulatedEnv):
         return {"state": self._state.clone(), "age": self._age.clone(), "generator": self._generator.get_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`save_state` gave."""
+        """Restore a state from :meth:`save_state`."""
         _check_rows(len(state["age"]), len(self._age))
         self._state, self._age = state["state"].to(self.device), state["age"].to(self.device)
         self._generator.set_state(state["generator"].cpu())
 
     def render_frame(self) -> np.ndarray:
-        """The simulator's own picture of the first state, ``draw(state)``, if it has any."""
+        """A frame of the first state from the simulator's ``draw(state)``; raises ConfigurationError without one."""
         draw = getattr(self.simulator, "draw", None)
         if draw is None:
             raise ConfigurationError(f"{self.pwm_info.name} cannot be filmed: its simulator draws no pictures")
@@ -301,18 +300,18 @@ class DifferentiableEnv(SimulatedEnv):
 
 
 class Episodes:
-    """Episodes that a differentiable simulator is in the middle of, as training advances them rollout by rollout.
+    """Running episodes of a differentiable simulator, which training advances by whole rollouts.
 
-    Episodes begin at random ages, so that they do not all end at once, and end with the rollout in which they reach
-    their length; the rewards beyond it do not count towards their returns.
+    Episodes start at random ages, so that they do not all end at once. An episode ends with the rollout in which it
+    reaches its length; rewards beyond the length do not count towards its return.
 
     Args:
         simulator (Simulator): the equations of motion.
         info (EnvInfo): number and length of episodes.
-        device (torch.device): where the states are.
+        device (torch.device): device of the states.
 
     Attributes:
-        states (Tensor): where the next rollouts start, ``[N, S]``.
+        states (Tensor): start states of the next rollouts, ``[N, S]``.
     """
 
     def __init__(self, simulator: Simulator, info: EnvInfo, device: torch.device) -> None:
@@ -323,13 +322,13 @@ class Episodes:
         self._generator = torch.Generator(device).manual_seed(info.seed)
         self.states = simulator.reset(info.num_envs, self._generator)
         self._age = torch.randint(self.length, (info.num_envs,), generator=self._generator, device=device)
-        self._whole = torch.zeros(info.num_envs, dtype=torch.bool, device=device)  # seen from their beginning
+        self._whole = torch.zeros(info.num_envs, dtype=torch.bool, device=device)  # observed from the start
         self._returns = torch.zeros(info.num_envs, dtype=torch.float64, device=device)
         self._finished: list[Tensor] = []
 
     @torch.no_grad()
     def advance(self, state: Tensor, action: Tensor, reward: Tensor, terminated: Tensor) -> None:
-        """Go on behind a rollout of H steps.
+        """Move the episodes to the end of a rollout of H steps.
 
         Args:
             state (Tensor): states before its last step ``[N, S]``.
@@ -338,7 +337,7 @@ class Episodes:
             terminated (Tensor): bool ``[N, H]``.
 
         Raises:
-            DivergenceError: if a state or reward is not finite: its gradient has reached the policy.
+            DivergenceError: if a state or reward is not finite, since its gradient has already reached the policy.
         """
         following, _, _ = self.simulator.step(state, action)
         if not (torch.isfinite(following).all() and torch.isfinite(reward).all()):
@@ -366,7 +365,7 @@ class Episodes:
         return finished
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how the episodes go on."""
+        """The complete state of the episodes."""
         return {
             "states": self.states,
             "age": self._age,
@@ -377,7 +376,7 @@ class Episodes:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Restore a state from :meth:`state_dict`."""
         _check_rows(len(state_dict["age"]), self.info.num_envs)
         self.states = state_dict["states"].to(self.device).clone()
         self._age, self._whole = state_dict["age"].to(self.device).clone(), state_dict["whole"].to(self.device).clone()
@@ -394,8 +393,8 @@ def _check_rows(saved: int, here: int) -> None:
 class PendulumSimulator:
     """TorchRL's stateless :class:`~torchrl.envs.PendulumEnv`: swing up and balance.
 
-    The state, which is the observation too, is cosine and sine of the angle and the angular velocity over its largest,
-    so that it has no jump where the angle is wrapped.
+    The state, which is also the observation, contains cosine and sine of the angle, and the angular velocity divided by
+    its maximum. Unlike the angle, it is continuous where the angle wraps.
     """
 
     state_dim = observation_dim = 3
@@ -438,8 +437,8 @@ def make_torchrl_pendulum(
 
     Args:
         num_envs (int): ``N``. Defaults to ``64``.
-        seed (int): of the whole batch. Defaults to ``0``.
-        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
+        seed (int): seed of the whole batch. Defaults to ``0``.
+        device (torch.device or str): device of the simulation. Defaults to ``"cpu"``.
         episode_length (int): agent steps per episode. Defaults to ``200``.
 
     Returns:

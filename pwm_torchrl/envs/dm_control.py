@@ -1,4 +1,4 @@
-"""One DeepMind Control environment of a batch, and the whole state of a MuJoCo simulation; imports dm_control."""
+"""A DeepMind Control environment as a sub-environment. Imports dm_control, so only the maker loads this module."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class DMControlSubEnv(SubEnv):
         action_repeat (int): environment steps per agent step.
         episode_length (int, optional): agent steps after which to truncate.
         index (int): position in the batch.
-        frame_size (tuple of int): height and width of pictures. Defaults to ``(256, 256)``.
-        keys (sequence of str, optional): entries of the observation that are observed, in order. Defaults to ``None``:
-            all of them.
+        frame_size (tuple of int): height and width of rendered frames. Defaults to ``(256, 256)``.
+        keys (sequence of str, optional): entries of the observation to use, in order. Defaults to ``None``, all of
+            them.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class DMControlSubEnv(SubEnv):
     def _raw_step(self, action: np.ndarray) -> RawStep:
         step = self.simulator.step(action)
         last = step.step_type == dm_env.StepType.LAST
-        # dm_env's convention: a last step that still counts on a future has discount 1.
+        # dm_env's convention: the last step of a truncated episode has discount 1.
         terminated = bool(last and step.discount < 1.0)
         return self._flat(step.observation), float(step.reward), terminated, last and not terminated
 
     def _flat(self, observation: Any) -> np.ndarray:
-        """Concatenation of the entries in the order of the specification; a new array, float32."""
+        """Concatenated entries in the order of the specification, as a new float32 array."""
         return np.concatenate([np.asarray(observation[key], np.float32).ravel() for key in self._keys])
 
     def save_simulator(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class DMControlSubEnv(SubEnv):
 
 
 def _vector_keys(name: str, env: control.Environment) -> dict[str, int]:
-    """Length of every entry of the observation, in the order of the specification."""
+    """Length of each entry of the observation, in the order of the specification."""
     lengths = {}
     for key, spec in env.observation_spec().items():
         if len(spec.shape) >= 2 and (spec.dtype == np.uint8 or len(spec.shape) >= 3):

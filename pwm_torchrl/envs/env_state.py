@@ -1,4 +1,4 @@
-"""Saving and loading the state of an environment, as tensors and plain values, for runs that resume exactly."""
+"""Saves and loads the state of an environment as tensors and plain values, so that runs can resume exactly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def env_state_support(env: EnvBase) -> str:
-    """What :func:`save_env_state` can save of ``env``, a sentence that begins with ``exact`` or ``none``."""
+    """What :func:`save_env_state` can save of ``env``, as text that begins with ``exact`` or ``none``."""
     for layer in env_layers(env):
         told = getattr(type(layer), "state_support", None) or layer.__dict__.get("state_support")
         if told:
@@ -39,29 +39,29 @@ def env_state_support(env: EnvBase) -> str:
 
 
 def save_env_state(env: EnvBase) -> dict[str, Any] | None:
-    """State from which :func:`load_env_state` goes on to the bit.
+    """The state from which :func:`load_env_state` continues exactly.
 
     Args:
-        env (EnvBase): an environment from one of the makers, or any with methods ``save_state()`` and
-            ``load_state(state)`` under its transforms.
+        env (EnvBase): an environment from one of the makers, or any environment with methods ``save_state()`` and
+            ``load_state(state)``, possibly inside transforms.
 
     Returns:
-        dict, optional: tensors, numbers, strings and containers of them (``torch.load(weights_only=True)`` reads it
-        back), or ``None`` where the environment cannot be saved (see :func:`env_state_support`).
+        dict, optional: tensors, numbers, strings and containers of them (``torch.load(weights_only=True)`` can read
+        it), or ``None`` if the environment cannot be saved (see :func:`env_state_support`).
     """
     layer = _owner(env)
     return None if layer is None else layer.save_state()
 
 
 def load_env_state(env: EnvBase, state: dict[str, Any]) -> None:
-    """Put an environment back where :func:`save_env_state` found it.
+    """Restore a state from :func:`save_env_state`.
 
-    TorchRL keeps the present observation in the collector's TensorDict, not in the environment: restore that too, and
-    do not reset in between.
+    TorchRL keeps the current observation in the collector's TensorDict, not in the environment: restore it as well, and
+    do not reset the environment in between.
 
     Args:
-        env (EnvBase): made by the same configuration.
-        state (dict): what :func:`save_env_state` returned.
+        env (EnvBase): an environment of the same configuration.
+        state (dict): the state.
 
     Raises:
         ConfigurationError: if this environment cannot be loaded, or has another number of sub-environments.
@@ -73,7 +73,7 @@ def load_env_state(env: EnvBase, state: dict[str, Any]) -> None:
 
 
 def _owner(env: EnvBase) -> Any | None:
-    """The outermost layer that can save itself."""
+    """The outermost layer that can save its state."""
     for layer in env_layers(env):
         if hasattr(type(layer), "save_state") and hasattr(type(layer), "load_state"):
             return layer if getattr(layer, "can_save_state", True) else None
@@ -111,7 +111,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Inverse of :func:`encode`; arrays come back as fresh copies."""
+    """Inverse of :func:`encode`; arrays are copies."""
     if isinstance(value, torch.Tensor):
         return value.numpy().copy()
     if isinstance(value, list):
@@ -126,26 +126,26 @@ def decode(value: Any) -> Any:
 
 
 def save_attributes(owner: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The plain attributes of an object, by name: what a simulator written in Python keeps its state in."""
+    """The plain attributes of an object by name, which hold the state of a simulator written in Python."""
     attributes = vars(owner).items()
     return {name: encode(v) for name, v in attributes if name not in skip and is_plain(v)}
 
 
 def load_attributes(owner: Any, saved: dict[str, Any]) -> None:
-    """Put back what :func:`save_attributes` gave."""
+    """Restore attributes from :func:`save_attributes`."""
     for name, value in saved.items():
         setattr(owner, name, decode(value))
 
 
 def save_random(generator: np.random.Generator | np.random.RandomState) -> dict[str, Any]:
-    """State of a numpy random generator of either generation."""
+    """State of a numpy random generator of the new or the legacy class."""
     if isinstance(generator, np.random.RandomState):
         return encode(generator.get_state(legacy=False))
     return encode(generator.bit_generator.state)
 
 
 def load_random(generator: np.random.Generator | np.random.RandomState, saved: dict[str, Any]) -> None:
-    """Put back what :func:`save_random` gave."""
+    """Restore a state from :func:`save_random`."""
     state = decode(saved)
     if isinstance(generator, np.random.RandomState):
         generator.set_state(state)
@@ -153,25 +153,25 @@ def load_random(generator: np.random.Generator | np.random.RandomState, saved: d
         generator.bit_generator.state = state
 
 
-# MuJoCo's physics, of whichever library -------------------------------------------------------------------------------
+# MuJoCo's physics, for all libraries that use it ----------------------------------------------------------------------
 
 
 class PhysicsState:
     """Saves and loads a MuJoCo model and its data.
 
     Args:
-        model: ``mujoco.MjModel`` as built, before the first reset.
+        model: a newly built ``mujoco.MjModel``, before the first reset.
     """
 
     def __init__(self, model: Any) -> None:
         self._built = {name: _digest(array) for name, array in _arrays(model).items()}
 
     def shares_memory(self, data: Any, array: np.ndarray) -> bool:
-        """Whether an array is a window into the physics rather than a copy of its values."""
+        """Whether an array is a view of the physics' data rather than a copy."""
         return any(np.may_share_memory(array, own) for own in _arrays(data).values())
 
     def save(self, model: Any, data: Any) -> dict[str, Any]:
-        """Arrays of ``data``, its clock, and the arrays of ``model`` that differ from the built ones."""
+        """Arrays of ``data``, its clock, and the arrays of ``model`` that have changed since it was built."""
         changed = {
             name: torch.tensor(array)
             for name, array in _arrays(model).items()
@@ -181,14 +181,14 @@ class PhysicsState:
         return {"model": changed, "data": kept, "time": float(data.time)}
 
     def load(self, model: Any, data: Any, state: dict[str, Any]) -> None:
-        """Put back what :meth:`save` gave, into a model of the same kind."""
+        """Restore a state from :meth:`save` into a model of the same kind."""
         import mujoco
 
         _write(model, state["model"])
         _write(data, state["data"])
         data.time = state["time"]
-        # Contacts and constraints live in an arena of changing size: recompute them from the state. That overwrites
-        # derived arrays and the solver's warm start, so the saved ones are written once more.
+        # Contacts and constraints are in an arena of variable size, so they are recomputed from the state. This
+        # overwrites derived arrays and the solver's warm start, so the saved ones are written again.
         mujoco.mj_forward(model, data)
         _write(data, state["data"])
         data.time = state["time"]
@@ -206,7 +206,7 @@ def _arrays(owner: Any) -> dict[str, np.ndarray]:
     return found
 
 
-# Sized by the number of contacts and constraints of the moment.
+# Their size depends on the current number of contacts and constraints.
 _ARENA = frozenset({"contact", "iefc_id", "solver_niter"})
 
 

@@ -1,4 +1,4 @@
-"""From configuration to environment: finds the maker, gives it what it accepts, batches and standardises the result."""
+"""Creates environments from a configuration: finds and calls the maker, batches and standardises the result."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ __all__ = ["make_env", "opened_env", "probe_env"]
 
 _log = logging.getLogger(__name__)
 
-# This package's own makers, which make as many environments as they are asked for.
+# Prefix of this package's own makers, which can make any number of environments.
 _OWN = "pwm_torchrl."
 
-# Keys of the configuration that belong to this module; a maker gets them only if it names them itself.
+# Keys of the configuration that this module handles; a maker gets them only if its signature names them.
 RESERVED = ("_target_", "name", "num_envs", "seed", "device", "render", "action_repeat", "episode_length", "terminates",
             "observation_keys")  # fmt: skip
 
 
-#: Keys that a run gives to makers itself, and what sets them.
+#: Keys that the run itself passes to makers, and the settings that control them.
 ELSEWHERE = {
     "seed": "the environments' seeds follow from seed",
     "render": "training.video=true films, and evaluate --video",
@@ -53,16 +53,16 @@ def make_env(
     device: torch.device | str = "cpu",
     render: bool = False,
 ) -> EnvBase:
-    """Environment of a configuration, whoever wrote its maker.
+    """Create the environment of a configuration, with a maker of this package or a user's own.
 
     ``env_cfg["_target_"]`` is the dotted path of a maker, a function or class that returns a TorchRL environment; the
-    other keys are its keyword arguments. A maker gets those of ``num_envs``, ``seed``, ``device`` and ``render`` that
-    its signature names. If it returns an environment without batch, N of them (seeds ``seed``, ``seed + 1``, ...) are
-    stepped one after the other.
+    other keys are its keyword arguments. The maker also gets those of ``num_envs``, ``seed``, ``device`` and ``render``
+    that its signature names. If it returns an unbatched environment, N of them (with seeds ``seed``, ``seed + 1``, ...)
+    are stepped one after the other.
 
-    Keys that this function understands for makers that do not: ``name`` (label), ``episode_length`` (truncate after so
-    many agent steps), ``terminates`` (whether episodes can end otherwise), ``observation_keys`` (entries that make up
-    the observation).
+    This function handles some keys for makers without such parameters: ``name`` (label), ``episode_length`` (truncate
+    after this many agent steps), ``terminates`` (whether episodes can end otherwise), ``observation_keys`` (entries
+    that form the observation).
 
     Args:
         env_cfg (Mapping): the configuration.
@@ -70,14 +70,15 @@ def make_env(
     Keyword Args:
         num_envs (int): ``N``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``.
-        device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the tensors. Defaults to ``"cpu"``.
         render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
 
     Returns:
         EnvBase: see :func:`~pwm_torchrl.envs.standardize`.
 
     Raises:
-        ConfigurationError: if the maker cannot be found or called so, or what it makes cannot be used.
+        ConfigurationError: if the maker cannot be found, does not accept the arguments, or makes an unusable
+            environment.
 
     Examples:
         >>> from pwm_torchrl.envs import make_env
@@ -99,10 +100,10 @@ def opened_env(
     device: torch.device | str = "cpu",
     render: bool = False,
 ) -> Iterator[EnvBase]:
-    """:func:`make_env` for the length of a block, as a run has its environments.
+    """:func:`make_env` as a context manager that closes the environment, as runs use it.
 
-    However the block ends, also by SIGTERM, which ends it as Ctrl-C does, the environment is closed and no process of
-    it is left; what it raises while closing is a warning, and a worker process that has died is named.
+    However the block ends, the environment is closed and none of its processes is left. This includes SIGTERM, which
+    ends the block like Ctrl-C. An error while closing becomes a warning; if a worker process died, the error names it.
 
     Raises:
         EnvironmentFault: if a worker process has died.
@@ -123,32 +124,31 @@ def opened_env(
 
 
 def probe_env(env_cfg: Mapping[str, Any], sizes: Mapping[str, int], *, device: torch.device | str = "cpu") -> EnvInfo:
-    """Make an environment once, read its facts and close it again, whatever happens.
+    """Make an environment, read its facts and close it in any case.
 
-    As little as can be is made: of this package's own environments, and of those that come one at a time, a single
-    one; a batch that its maker puts together is made whole, but nothing in it is started (the workers of a
-    ``ParallelEnv`` are not).
+    As little as possible is made: a single environment, if the maker is one of this package or returns unbatched
+    environments; otherwise the maker's whole batch, without starting it (the workers of a ``ParallelEnv`` are not
+    started).
 
     Args:
         env_cfg (Mapping): as for :func:`make_env`.
-        sizes (Mapping): by their keys of the configuration, the numbers of environments that the run will ask for.
-            The first is that of training.
+        sizes (Mapping): numbers of environments that the run will use, by configuration key; that of training first.
 
     Keyword Args:
-        device (torch.device or str): where it is made. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the environment. Defaults to ``"cpu"``.
 
     Returns:
-        EnvInfo: facts of the batch that training would get.
+        EnvInfo: facts of the batch for training.
 
     Raises:
-        ConfigurationError: if it cannot be made or used, or has a batch of its own that is not of these sizes.
+        ConfigurationError: if it cannot be made or used, or is a batch of a size other than these.
     """
     (key, asked), *_ = sizes.items()
     maker = _maker_of(env_cfg, asked)
     asks = "num_envs" in _named(maker.function)
     count = 1 if maker.target.startswith(_OWN) or not asks else asked
     with ended_by_sigterm():
-        with OpenEnv.opening(maker.target, 0) as opened:  # not held by it, which would start its workers
+        with OpenEnv.opening(maker.target, 0) as opened:  # hold() only after the block, or it would start the workers
             env = _call(maker, {"num_envs": count, "seed": 0, "device": device, "render": False})
             if not env.batch_size:
                 count = 1
@@ -163,7 +163,7 @@ def probe_env(env_cfg: Mapping[str, Any], sizes: Mapping[str, int], *, device: t
 
 
 class _Maker(NamedTuple):
-    """A maker of environments, where it was found, and what it gets of the configuration."""
+    """A maker of environments, its dotted path, and its arguments from the configuration."""
 
     target: str
     function: Callable[..., Any]
@@ -191,7 +191,7 @@ def _completed(
     *,
     seeded: bool,
 ) -> EnvBase:
-    """What a maker returned, checked, batched and standardised; closed if it cannot be used."""
+    """Check, batch and standardise the environment that a maker returned; close it if it cannot be used."""
     target = maker.target
     keys = None if "observation_keys" in maker.arguments else env_cfg.get("observation_keys")
     name = str(env_cfg.get("name") or getattr(env.__dict__.get("pwm_info"), "name", None) or target)
@@ -199,7 +199,7 @@ def _completed(
         check_usable(env, f"env._target_={target}", keys)
     if not env.batch_size:
         env.close()
-        env, seeded = _batch(maker, offered, name), False  # its members have their seeds
+        env, seeded = _batch(maker, offered, name), False  # its members are already seeded
     with _closing_on_error(env, target):
         for key, size in sizes.items():
             if env.batch_size != torch.Size([size]):
@@ -224,7 +224,7 @@ def _completed(
 
 
 def _override(env: EnvBase, env_cfg: Mapping[str, Any]) -> None:
-    """``env.terminates`` counts, whatever an environment of this package found out itself."""
+    """Let ``env.terminates`` override what an environment of this package determined itself."""
     for layer in env_layers(env):
         if "pwm_info" in layer.__dict__:
             layer.pwm_info = as_stated(layer.pwm_info, env_cfg)
@@ -232,7 +232,7 @@ def _override(env: EnvBase, env_cfg: Mapping[str, Any]) -> None:
 
 
 def as_stated(info: EnvInfo, env_cfg: Mapping[str, Any]) -> EnvInfo:
-    """Facts with what the configuration says of them.
+    """Facts, overridden by those that the configuration states.
 
     Raises:
         ConfigurationError: if ``env.terminates`` is neither true nor false.
@@ -247,7 +247,7 @@ def as_stated(info: EnvInfo, env_cfg: Mapping[str, Any]) -> EnvInfo:
 
 @contextlib.contextmanager
 def _closing_on_error(env: EnvBase, target: str) -> Iterator[None]:
-    """Closes an environment that cannot be used: the processes of a ``ParallelEnv`` would outlive the error."""
+    """Closes the environment if the block raises: the processes of a ``ParallelEnv`` would outlive the error."""
     try:
         yield
     except BaseException as error:
@@ -260,7 +260,7 @@ def _closing_on_error(env: EnvBase, target: str) -> Iterator[None]:
 
 
 def _close(opened: OpenEnv, target: str) -> None:
-    """Close an environment; what it says to that concerns nobody who asked for its facts alone."""
+    """Close an environment and only log errors, since the caller needs nothing but its facts."""
     try:
         opened.close()
     except Exception as error:  # noqa: BLE001 - a user's environment may raise anything
@@ -276,7 +276,7 @@ def _locate(target: str) -> Callable[..., Any]:
 
 
 def _named(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters that a maker names itself (a catch-all ``**kwargs`` is not one)."""
+    """Parameters that a maker's signature names (``**kwargs`` does not count)."""
     try:
         parameters = inspect.signature(maker).parameters
     except (TypeError, ValueError):  # some builtins have no signature
@@ -294,7 +294,7 @@ def _takes_any(maker: Callable[..., Any]) -> bool:
 
 
 def _arguments(target: str, maker: Callable[..., Any], env_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the configuration that go to the maker, checked against its signature."""
+    """The configuration keys that are passed to the maker, checked against its signature."""
     named, takes_any = _named(maker), _takes_any(maker)
     offered = ("_target_", "num_envs", "seed", "device", "render")
     arguments = {}
@@ -345,7 +345,7 @@ def _call(maker: _Maker, offered: dict[str, Any]) -> EnvBase:
 
 
 def _batch(maker: _Maker, offered: dict[str, Any], name: str) -> EnvBase:
-    """N environments without batch, one after the other, each with its own seed."""
+    """Batch N unbatched environments, stepped one after the other, each with its own seed."""
     first = offered["seed"]
 
     def make(index: int) -> EnvBase:
@@ -355,14 +355,14 @@ def _batch(maker: _Maker, offered: dict[str, Any], name: str) -> EnvBase:
         return GuardedEnv(env, name=name, seed=first + index, index=index)
 
     count = offered["num_envs"]
-    # One function with arguments, not N functions: TorchRL takes those for N different kinds of environment.
+    # One function with arguments: TorchRL would treat N functions as N different kinds of environment.
     batch = SerialEnv(count, make, create_env_kwargs=[{"index": i} for i in range(count)])
-    batch.start()  # otherwise its members exist only after the first reset
+    batch.start()  # otherwise its members are created at the first reset
     return batch
 
 
 def _seed(env: EnvBase, name: str, seed: int) -> None:
-    """Seed an environment whose maker takes no seed."""
+    """Seed an environment whose maker has no parameter ``seed``."""
     try:
         env.set_seed(seed, static_seed=True)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the environment of a run is, without making all of it; and the report that ``check_env`` prints."""
+"""Facts of a run's environment, with as little construction as possible, and the report that ``check_env`` prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pwm_torchrl.user_code import locate
 
 __all__ = ["report_env"]
 
-#: Observation and action dimensions of dflex's tasks, which a login node need not have installed.
+#: Observation and action dimensions of dflex's tasks, for login nodes without dflex.
 DFLEX_DIMENSIONS = {
     "dflex_hopper": (11, 3),
     "dflex_ant": (37, 8),
@@ -32,21 +32,22 @@ DFLEX_DIMENSIONS = {
     "dflex_snu_humanoid": (53, 152),
 }
 
-#: Maker of the task registry's environments, which knows their facts.
+#: Maker of the task registry's environments; the registry knows their facts.
 TASK_MAKER = "pwm_torchrl.envs.make_task_env"
 
 
 def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
     """Facts of the environments that a configuration describes.
 
-    One environment is made and closed, which may draw global random numbers; where dflex is not installed, its tasks'
-    dimensions are known.
+    Unless the registry knows them, one environment is made and closed, which may draw global random numbers. If dflex
+    is not installed, the stored dimensions of its tasks are used.
 
     Args:
         env_cfg (Mapping): as for :func:`~pwm_torchrl.envs.make_env`.
 
     Raises:
-        ConfigurationError: if the environment cannot be made, also because another library is missing.
+        ConfigurationError: if the environment cannot be made.
+        MissingLibraryError: if a library other than dflex is not installed.
     """
     num_envs = int(env_cfg.get("num_envs") or 1)
     if env_cfg.get("_target_") == TASK_MAKER and env_cfg.get("task"):
@@ -89,14 +90,14 @@ def environment_facts(env_cfg: Mapping[str, Any]) -> EnvInfo:
 def opened_facts(
     env_cfg: Mapping[str, Any], sizes: Mapping[str, int], *, device: torch.device | str = "cpu"
 ) -> EnvInfo:
-    """Facts of an environment that is really made, whatever is known of it, and closed again.
+    """Facts of an environment that is made and closed, even if its facts are already known.
 
     Args:
         env_cfg (Mapping): as for :func:`~pwm_torchrl.envs.make_env`.
         sizes (Mapping): as for :func:`~pwm_torchrl.envs.factory.probe_env`.
 
     Keyword Args:
-        device (torch.device or str): where it is made. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the environment. Defaults to ``"cpu"``.
 
     Raises:
         ConfigurationError: if it cannot be made or used.
@@ -106,7 +107,7 @@ def opened_facts(
 
 
 def require_maker(env_cfg: Mapping[str, Any]) -> None:
-    """Look up what makes an environment, without making one: a simulator that needs a GPU may not be made here.
+    """Check that the maker exists, without making an environment, which may need a GPU that this machine lacks.
 
     Raises:
         ConfigurationError: if there is no such maker.
@@ -128,7 +129,7 @@ _STEPS = 200  # random agent steps per environment
 
 
 def report_env(env_cfg: Mapping[str, Any], num_envs: int, seed: int = 0) -> str:
-    """Make an environment, take some random steps, and describe it.
+    """Make an environment, take random steps, and describe it.
 
     Args:
         env_cfg (Mapping): the configuration group ``env``.
@@ -136,8 +137,8 @@ def report_env(env_cfg: Mapping[str, Any], num_envs: int, seed: int = 0) -> str:
         seed (int): seed of sub-environment 0. Defaults to ``0``.
 
     Returns:
-        str: several lines of text: dimensions and ranges, action scaling, episode length, how episodes end, what state
-        can be saved, and what random actions did.
+        str: several lines of text: dimensions and ranges, action scaling, episode length, how episodes end, which state
+        can be saved, and the results of random actions.
 
     Raises:
         ConfigurationError: if the environment cannot be used.
@@ -174,7 +175,7 @@ def _raw_range(info: EnvInfo) -> str:
 
 
 def _trial(env: EnvBase) -> list[str]:
-    """A few random steps, with generators of their own, and what came out."""
+    """Take random steps with a separate random generator, and describe the results."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         data = env.rollout(_STEPS, RandomPolicy(env.action_spec), break_when_any_done=False)["next"]

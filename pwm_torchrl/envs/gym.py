@@ -1,4 +1,4 @@
-"""A gymnasium environment as one of our sub-environments. Imports gymnasium; loaded by the maker only."""
+"""A gymnasium environment as a sub-environment. Imports gymnasium, so only the maker loads this module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pwm_torchrl.errors import ConfigurationError
 
 __all__ = ["PRESENTATION", "GymnasiumSubEnv", "instability_warnings"]
 
-#: How an environment is shown is not part of where it is.
+#: Attributes for rendering, which are not part of the state.
 PRESENTATION = (
     "render_mode",
     "screen",
@@ -30,9 +30,9 @@ PRESENTATION = (
 )
 
 
-#: gymnasium's simulators whose only end is the time limit.
+#: gymnasium's simulators whose episodes only end by the time limit.
 _NEVER_TERMINATE = ("PendulumEnv", "HalfCheetahEnv", "SwimmerEnv", "ReacherEnv", "PusherEnv", "HumanoidStandupEnv")
-#: gymnasium's wrappers whose state is a counter that is saved, or none.
+#: gymnasium's wrappers that have no state, or only a counter, which is saved.
 _PLAIN_WRAPPERS = ("TimeLimit", "OrderEnforcing", "PassiveEnvChecker")
 
 
@@ -45,8 +45,8 @@ class GymnasiumSubEnv(SubEnv):
         action_repeat (int): environment steps per agent step.
         episode_length (int, optional): agent steps after which to truncate.
         index (int): position in the batch.
-        keys (sequence of str, optional): entries of a ``Dict`` observation that are observed, in order. Defaults to
-            ``None``: all of them.
+        keys (sequence of str, optional): entries of a ``Dict`` observation to use, in order. Defaults to ``None``, all
+            of them.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GymnasiumSubEnv(SubEnv):
     def terminates(self) -> bool:
         """Whether an episode can end before its time limit.
 
-        Of gymnasium's own simulators it is known which cannot; whatever somebody else wrote, a wrapper too, may.
+        False only for gymnasium's own simulators that are known not to; third-party simulators and wrappers may.
         """
         layers = [*_wrappers(self.simulator), self.simulator.unwrapped]
         if not all(type(layer).__module__.startswith("gymnasium.") for layer in layers):
@@ -101,18 +101,18 @@ class GymnasiumSubEnv(SubEnv):
         action = action.astype(self._action_dtype).reshape(self._action_shape)
         observation, reward, terminated, truncated, _ = self.simulator.step(action)
         if self._mujoco and self.simulator.unwrapped.data.warning.number[self._unstable].any():
-            # MuJoCo puts a diverged simulation back to its start and goes on, as if nothing had happened.
+            # MuJoCo silently resets a diverged simulation and continues.
             raise FloatingPointError("the simulation became unstable (MuJoCo: bad position, velocity or acceleration)")
         return self._flat(observation), float(reward), bool(terminated), bool(truncated)
 
     def _flat(self, observation: Any) -> np.ndarray:
-        """Concatenation of the pieces in the order of the space; a new array, float32."""
+        """Concatenated pieces in the order of the space, as a new float32 array."""
         if len(self._pieces) == 1 and not self._pieces[0][0]:
             return np.array(observation, np.float32).ravel()
         return np.concatenate([np.asarray(_pick(observation, p), np.float32).ravel() for p, _ in self._pieces])
 
     def can_save(self) -> bool:
-        """Whether the exact state can be saved: of known simulators, in wrappers that hold none of their own."""
+        """Whether the exact state can be saved: only of known simulators in wrappers without further state."""
         plain = all(
             type(layer).__name__ in _PLAIN_WRAPPERS and type(layer).__module__.startswith("gymnasium.wrappers")
             for layer in _wrappers(self.simulator)
@@ -120,7 +120,7 @@ class GymnasiumSubEnv(SubEnv):
         return plain and (self._mujoco or _is_classic_control(self.simulator))
 
     def state_support(self) -> str:
-        """What can be saved, a sentence."""
+        """Text that says what can be saved."""
         if self._mujoco:
             return "exact: MuJoCo physics with warm start, clock, elapsed steps, random generator"
         if self.can_save():
@@ -161,7 +161,7 @@ class GymnasiumSubEnv(SubEnv):
 
 
 def instability_warnings() -> list[int]:
-    """Indices of MuJoCo's warnings about values that are not finite or huge."""
+    """Indices of MuJoCo's warnings about non-finite or huge values."""
     import mujoco
 
     kinds = mujoco.mjtWarning
@@ -178,7 +178,7 @@ def check_action_space(id: str, space: spaces.Space) -> None:
 
 
 def _observed(id: str, space: spaces.Space, keys: Sequence[str] | None) -> list[tuple[tuple, int]]:
-    """The pieces of an observation that ``env.observation_keys`` names, in its order; all of them without it."""
+    """The pieces of an observation that ``env.observation_keys`` selects, in its order; all pieces without it."""
     pieces = observation_pieces(id, space)
     if keys is None:
         return pieces
@@ -190,10 +190,10 @@ def _observed(id: str, space: spaces.Space, keys: Sequence[str] | None) -> list[
 
 
 def observation_pieces(id: str, space: spaces.Space, path: tuple = ()) -> list[tuple[tuple, int]]:
-    """Where the vectors of an observation are and how long each is, in the order of the space.
+    """Path and length of each vector in an observation, in the order of the space.
 
     Raises:
-        ConfigurationError: for images and for spaces that are no vectors.
+        ConfigurationError: for images and for spaces that are not vectors.
     """
     if isinstance(space, spaces.Box):
         if len(space.shape) >= 2 and (space.dtype == np.uint8 or len(space.shape) >= 3):

@@ -1,4 +1,4 @@
-"""Makers of gymnasium, DeepMind Control and Brax environments; each loads its library when it makes one."""
+"""Makers of gymnasium, DeepMind Control and Brax environments; each imports its library when it is called."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def make_gymnasium_env(
             version), or ``"my_envs:Crane-v0"``, for which the module ``my_envs`` is imported.
         num_envs (int): ``N``. Defaults to ``1``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
-        device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the tensors. Defaults to ``"cpu"``.
         action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``1``.
         episode_length (int, optional): agent steps per episode; ``None`` keeps the environment's own limit. Defaults
             to ``None``.
         render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
-        observation_keys (sequence of str, optional): entries of a ``Dict`` observation that are observed, in order.
-            Defaults to ``None``: all of them.
+        observation_keys (sequence of str, optional): entries of a ``Dict`` observation to use, in order. Defaults to
+            ``None``, all of them.
         **gym_kwargs: passed to ``gymnasium.make``.
 
     Returns:
@@ -62,8 +62,8 @@ def make_gymnasium_env(
 
     Raises:
         ConfigurationError: for an unknown id, discrete actions, image observations, an unbounded action box.
-        MissingLibraryError: if gymnasium, or what this environment needs, is not installed.
-        EnvironmentFault: later, where a sub-environment raises or returns values that are not finite.
+        MissingLibraryError: if gymnasium, or a library that this environment needs, is not installed.
+        EnvironmentFault: later, if a sub-environment raises or returns values that are not finite.
 
     Examples:
         >>> from pwm_torchrl.envs import make_gymnasium_env
@@ -99,7 +99,7 @@ def make_gymnasium_env(
 def _builder(
     gymnasium: Any, id: str, episode_length: int | None, render: bool, gym_kwargs: dict[str, Any]
 ) -> Callable[[], Any]:
-    """A function that makes one environment and explains why it cannot."""
+    """A function that makes one environment and converts gymnasium's errors to ours."""
     entry = _registered(gymnasium, id)
     if "mujoco" in str(entry.entry_point).lower():
         import_mujoco_library("mujoco", "mujoco", f"env.id={id}")
@@ -118,7 +118,7 @@ def _builder(
     def build() -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # an older version of an id is the user's choice
+                warnings.simplefilter("ignore", DeprecationWarning)  # the user may choose an older version of an id
                 return gymnasium.make(entry.id, **kwargs)
         except gymnasium.error.DependencyNotInstalled as error:
             text = _first_line(error)
@@ -180,15 +180,15 @@ def make_dm_control_env(
         task (str): task of the domain, for example ``"swingup"``.
         num_envs (int): ``N``. Defaults to ``1``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
-        device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the tensors. Defaults to ``"cpu"``.
         action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``2``.
         episode_length (int, optional): agent steps per episode; ``None`` keeps the task's own limit (for most tasks
             1000 environment steps). Defaults to ``None``.
-        render (bool): accepted like by the other makers; rendering needs no preparation here. Defaults to ``False``.
-        observation_keys (sequence of str, optional): entries of the observation that are observed, in order. Defaults
-            to ``None``: all of them.
-        task_kwargs (Mapping, optional): more arguments of the task, as ``suite.load`` takes them. Defaults to ``None``.
-        environment_kwargs (Mapping, optional): of its environment, likewise. Defaults to ``None``.
+        render (bool): ignored, because rendering needs no preparation here. Defaults to ``False``.
+        observation_keys (sequence of str, optional): entries of the observation to use, in order. Defaults to
+            ``None``, all of them.
+        task_kwargs (Mapping, optional): further arguments of the task, as for ``suite.load``. Defaults to ``None``.
+        environment_kwargs (Mapping, optional): arguments of its environment, likewise. Defaults to ``None``.
 
     Returns:
         EnvBase: ``observation`` float32 ``[N, O]``, the entries of the task's observation concatenated in its order,
@@ -198,7 +198,7 @@ def make_dm_control_env(
     Raises:
         ConfigurationError: for an unknown domain or task.
         MissingLibraryError: if dm_control is not installed.
-        EnvironmentFault: later, where a sub-environment raises or returns values that are not finite.
+        EnvironmentFault: later, if a sub-environment raises or returns values that are not finite.
 
     Examples:
         >>> from pwm_torchrl.envs import make_dm_control_env
@@ -242,18 +242,18 @@ def batch_dm_control(
     episode_length: int | None,
     observation_keys: Sequence[str] | None = None,
 ) -> EnvBase:
-    """N dm_control environments from wherever as one; arguments and result as :func:`make_dm_control_env`.
+    """Batch N dm_control environments from any source; result as :func:`make_dm_control_env`.
 
     Args:
         name (str): label for messages.
-        load (callable): makes a ``dm_control.rl.control.Environment``; called with ``random``, a seed, and, where a
-            limit in agent steps replaces the task's own in simulated seconds, ``time_limit``.
+        load (callable): makes a ``dm_control.rl.control.Environment``; called with ``random``, a seed, and
+            ``time_limit``, if a limit in agent steps replaces the task's own in simulated seconds.
         num_envs (int): ``N``.
-        seed (int): of sub-environment 0.
-        device (torch.device or str): where the tensors go.
+        seed (int): seed of sub-environment 0.
+        device (torch.device or str): device of the tensors.
         action_repeat (int): environment steps per agent step.
         episode_length (int, optional): agent steps per episode.
-        observation_keys (sequence of str, optional): entries that are observed. Defaults to ``None``, all.
+        observation_keys (sequence of str, optional): entries of the observation to use. Defaults to ``None``, all.
     """
     try:
         from pwm_torchrl.envs.batch import batch_sub_envs
@@ -261,7 +261,7 @@ def batch_dm_control(
     except ModuleNotFoundError as error:
         raise MissingLibraryError(f"{error.name} is not installed: pip install 'pwm-torchrl[dm-control]'") from error
 
-    # A few tasks draw their model when loaded, so the seed is needed here already.
+    # A few tasks randomise their model when they are loaded, so they already need the seed here.
     limit: dict[str, Any] = {} if episode_length is None else {"time_limit": float("inf")}
     sub_envs = [
         DMControlSubEnv(name, load(**limit, random=seed + i), action_repeat, episode_length, i, keys=observation_keys)
@@ -292,7 +292,7 @@ def check_dm_control_task(domain: str, task: str, tasks_of: Mapping[str, Collect
 
 
 def require_brax(id: object) -> None:
-    """Raise MissingLibraryError, for ``env.id``, unless Brax and JAX are installed."""
+    """Raise MissingLibraryError for ``env.id`` unless Brax and JAX are installed."""
     how = "pip install 'pwm-torchrl[brax]', and for a GPU JAX's build for it, jax[cuda12]"
     require_installed(("jax", "brax"), f"env.id={id}", how)
 
@@ -307,36 +307,35 @@ def make_brax_env(
     terminates: bool = True,
     **brax_kwargs: Any,
 ) -> EnvBase:
-    """N environments of Brax, simulated together on ``device``, as one TorchRL environment of batch size ``[N]``.
+    """N Brax environments, simulated together on ``device``, as one TorchRL environment of batch size ``[N]``.
 
-    Between JAX and PyTorch tensors are handed over without a copy (:class:`torchrl.envs.BraxWrapper`).
+    JAX and PyTorch exchange tensors without copying (:class:`torchrl.envs.BraxWrapper`).
 
     Args:
-        id (str): name that Brax knows, for example ``"ant"``.
+        id (str): Brax's name of the environment, for example ``"ant"``.
         num_envs (int): ``N``. Defaults to ``1``.
-        seed (int): of the whole batch. Defaults to ``0``.
-        device (torch.device or str): where it is simulated; JAX needs a build for it. Defaults to ``"cpu"``.
+        seed (int): seed of the whole batch. Defaults to ``0``.
+        device (torch.device or str): device of the simulation; JAX needs a build for it. Defaults to ``"cpu"``.
         action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``1``.
-        episode_length (int, optional): agent steps per episode; ``None``: Brax itself has no limit. Defaults to
-            ``1000``.
-        terminates (bool): whether episodes can end before that. Brax does not say; all but a few tasks do. Defaults to
+        episode_length (int, optional): agent steps per episode; ``None``: no limit. Defaults to ``1000``.
+        terminates (bool): whether episodes can end before that. Brax does not report it; most tasks do. Defaults to
             ``True``.
-        **brax_kwargs: of Brax's environment, such as ``backend="positional"``.
+        **brax_kwargs: arguments of Brax's environment, such as ``backend="positional"``.
 
     Returns:
         EnvBase: ``observation`` float32 ``[N, O]``, ``action`` float32 ``[N, A]`` in [-1, 1], and under ``next``
         ``reward`` float32 ``[N, 1]`` and bool ``[N, 1]`` ``done``, ``terminated``, ``truncated``.
 
     Raises:
-        ConfigurationError: for an unknown id, or arguments that Brax refuses.
+        ConfigurationError: for an unknown id, or arguments that Brax does not accept.
         MissingLibraryError: if Brax or JAX is not installed.
     """
     check_maker_arguments(num_envs, action_repeat, episode_length)
     require_brax(id)
-    # JAX takes three quarters of a GPU when it starts, which PyTorch needs; it reads this once.
+    # By default, JAX allocates three quarters of a GPU's memory when it starts; it reads this variable only then.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Brax and what it imports say that others are maintained better
+        warnings.simplefilter("ignore")  # Brax and its imports recommend better maintained packages
         from brax import envs as brax_envs
         from torchrl.envs import BraxWrapper
 
@@ -352,9 +351,9 @@ def make_brax_env(
                 f"Brax cannot make env.id={id!r} with {brax_kwargs}: {_first_line(error)}"
             ) from error
         if action_repeat > 1:
-            # TorchRL's wrapper does not read its frame_skip. This one repeats; its limit is never reached.
+            # TorchRL's wrapper ignores its frame_skip, so Brax's repeats actions; its own limit is never reached.
             made = brax_envs.training.EpisodeWrapper(made, episode_length=2**30, action_repeat=action_repeat)
-        # By default JAX's caches are cleared, against a leak of differentiated steps, and all is compiled again.
+        # By default TorchRL clears JAX's caches, against a leak of differentiated steps, which recompiles all steps.
         env = BraxWrapper(made, batch_size=[num_envs], device=device, cache_clear_frequency=False)
     env.set_seed(seed)
     return standardize(

@@ -1,9 +1,9 @@
 """Differentiable simulations of rewarped (https://arxiv.org/abs/2412.12089), and their maker.
 
-rewarped re-implements dflex's tasks on NVIDIA Warp and is on PyPI. Its environments keep their state to themselves and
-reset finished rows inside ``step``. :class:`RewarpedSimulator` takes their parts instead, the equations of motion, the
-observations, the rewards and the initial states, and makes functions of an explicit state of them. Two things are not
-taken as they are: joints of several axes (:func:`chained`) and Hopper's observations.
+rewarped re-implements dflex's tasks on NVIDIA Warp and is on PyPI. Its environments have internal state and reset
+finished rows inside ``step``. :class:`RewarpedSimulator` uses their parts (equations of motion, observations, rewards
+and initial states) as functions of an explicit state. Two things are changed: multi-axis joints (:func:`chained`) and
+Hopper's observations.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ __all__ = ["TASKS", "RewarpedSimulator", "make_rewarped_env", "require_rewarped"
 #: Classes of the tasks in ``rewarped.envs.dflex``, by module. Its Anymal is a stub that raises NotImplementedError.
 TASKS = {"ant": "Ant", "cartpole": "Cartpole", "hopper": "Hopper", "humanoid": "Humanoid"}
 
-#: Tasks without falls: their classes know no early termination.
+#: Tasks without falls; their classes have no early termination.
 _ENDLESS = ("cartpole",)
 
 
 class RewarpedSimulator:
     """A task of rewarped as a :class:`~pwm_torchrl.envs.differentiable.Simulator`.
 
-    The state is joint positions, joint velocities and the last action, which some observations contain. Rewards are
-    those of the state after the transition. Gradients flow to states and actions wherever autograd records; otherwise
-    nothing is recorded. On a GPU contact forces are summed in no fixed order, so that its steps are not reproducible to
-    the bit.
+    The state consists of joint positions, joint velocities and the last action, which some observations contain.
+    Rewards are those of the state after the transition. Gradients flow to states and actions if autograd records;
+    otherwise nothing is recorded. On a GPU, contact forces are summed in no fixed order, so steps are not exactly
+    reproducible.
 
     Args:
         task (str): a key of :data:`TASKS`.
@@ -65,19 +65,19 @@ class RewarpedSimulator:
         self.action_low, self.action_high = (-1.0,) * self.action_dim, (1.0,) * self.action_dim
         self._positions, self._velocities = env.start_joint_q.shape[1], env.start_joint_qd.shape[1]
         self.state_dim = self._positions + self._velocities + self.action_dim
-        # What the task's functions read of their environment. Tensors have one row per environment, of which this has
-        # one, or hold for all.
+        # The attributes of the environment that the task's functions read. Tensors have one row per environment, here
+        # one, or apply to all environments.
         kinds = (int, float, Tensor, type(...))
         self._constants = {key: value for key, value in vars(env).items() if isinstance(value, kinds)}
         self._constants["scatter_actions"] = env.scatter_actions
         self._held = _World(env).bytes_per_row()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Arrays of Warp can be neither copied nor pickled, and a simulator has no state.
+        # Warp arrays can be neither copied nor pickled, but a simulator has no state and can be rebuilt.
         return _rebuilt, (self.task, self.stochastic_init, self.terminates)
 
     def reset(self, count: int, generator: torch.Generator) -> Tensor:
-        """Initial states ``[count, S]``, drawn by rewarped's own function from a seed that ``generator`` draws."""
+        """Initial states ``[count, S]``, drawn by rewarped's own function with a seed from ``generator``."""
         device = generator.device
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
         start = torch.zeros(count, self.state_dim, device=device)
@@ -118,12 +118,12 @@ class RewarpedSimulator:
         with _plain_scripts():
             self._class.compute_observations(view)
         if self.task == "hopper":
-            # rewarped 1.3.3 leaves the horizontal position in, in front of the 11 numbers that it declares, so that its
-            # own rewards and terminations would read shifted entries. dflex, whose task it is, leaves it out.
+            # rewarped 1.3.3 prepends the horizontal position to the 11 numbers that it declares, so its own rewards and
+            # terminations would read shifted entries. dflex, the origin of the task, omits it.
             view.obs_buf = view.obs_buf[:, -self.observation_dim :]
 
     def _view(self, state: Tensor) -> SimpleNamespace:
-        """A stand-in for rewarped's environment, with the states ``[B, S]``, for its functions to read and write."""
+        """A stand-in for rewarped's environment in states ``[B, S]``, which its functions read and write."""
         count, device = len(state), state.device
         fake = isinstance(state, FakeTensor)
         view = SimpleNamespace()
@@ -137,7 +137,7 @@ class RewarpedSimulator:
         view.num_envs, view.device, view.control = count, device, _Control()
         view.state = SimpleNamespace(joint_q=positions.reshape(-1), joint_qd=velocities.reshape(-1))
         view.reset_buf = torch.zeros(count, dtype=torch.bool, device=device)
-        view.progress_buf = torch.zeros(count, dtype=torch.int32, device=device)  # time limits are not a simulator's
+        view.progress_buf = torch.zeros(count, dtype=torch.int32, device=device)  # the simulator has no time limit
         return view
 
     def _world(self, count: int, device: torch.device) -> _World:
@@ -152,11 +152,11 @@ class RewarpedSimulator:
                     num_envs=count,
                     early_termination=self.terminates,
                     no_grad=False,
-                    no_env_offset=True,  # all rows at the same place, so that they do not depend on their index
+                    no_env_offset=True,  # all rows at the same position, so that results do not depend on the row index
                     use_graph_capture=False,
                     device=str(device),
                 )
-                env.init()  # compiles Warp's kernels, once per machine: about half a minute
+                env.init()  # compiles Warp's kernels once per machine, in about half a minute
         except Exception as error:
             raise ConfigurationError(
                 f"env.name=rewarped_{self.task}: rewarped could not build {count} environments on {device} "
@@ -170,15 +170,14 @@ def _rebuilt(task: str, stochastic_init: bool, early_termination: bool) -> Rewar
 
 
 def chained(cls: Any) -> Any:
-    """A task of rewarped in which a joint of several axes is a chain of joints of one, with massless bodies between.
+    """A subclass of a rewarped task that replaces multi-axis joints by chains of one-axis joints and massless bodies.
 
-    Warp's integrator takes the axes of such a joint as they are before its other axes move it, and so creates momentum.
-    rewarped's Hopper, whose root has two slides and a hinge, flies away and overflows within 20 frames; its Humanoid
-    accelerates in free fall. dflex has chains. Coordinates and their order are the same.
+    For each axis of such a joint, Warp's integrator ignores the motion of the joint's other axes, and so creates
+    momentum. rewarped's Hopper, whose root has two slides and a hinge, flies away and overflows within 20 frames; its
+    Humanoid accelerates in free fall. dflex uses chains. Coordinates and their order do not change.
 
-    A hinge that follows slides goes through the origin of its body, as in the file that describes Hopper. rewarped
-    reads one position for all joints of a body, there that of a slide, and would turn Hopper about a point on the
-    ground.
+    A hinge that follows slides goes through the origin of its body, as in Hopper's model file. rewarped reads one
+    position for all joints of a body, here that of a slide, and would rotate Hopper about a point on the ground.
     """
 
     class Chained(cls):
@@ -195,7 +194,7 @@ def chained(cls: Any) -> Any:
             add_body, add_joint = builder.add_body, builder.add_joint
 
             def body(*args: Any, **kwargs: Any) -> int:
-                for _ in range(next(between)):  # first, since the integrator numbers bodies as joints
+                for _ in range(next(between)):  # first, since the integrator numbers bodies like joints
                     add_body()
                 return int(add_body(*args, **kwargs))
 
@@ -227,7 +226,7 @@ def chained(cls: Any) -> Any:
 
 
 class _Control:
-    """Takes the joint forces that ``pre_physics_step`` computes."""
+    """Stores the joint forces that ``pre_physics_step`` computes."""
 
     joint_act: Tensor
 
@@ -236,7 +235,7 @@ class _Control:
 
 
 class _World:
-    """Warp's model and integrator of a number of environments."""
+    """Warp's model and integrator for a number of environments."""
 
     def __init__(self, env: Any) -> None:
         self.model, self.integrator = env.model, env.integrator
@@ -245,7 +244,7 @@ class _World:
         self._settings = (env.sim_substeps, env.sim_dt, env.kinematic_fk, env.eval_ik)
 
     def simulate(self, positions: Tensor, velocities: Tensor, force: Tensor, record: bool) -> tuple[Any, Any, Any, Any]:
-        """A frame from joint states ``[B, Q]`` and ``[B, V]`` with joint forces ``[B, V]``.
+        """Simulate one frame from joint states ``[B, Q]`` and ``[B, V]`` with joint forces ``[B, V]``.
 
         Returns:
             tuple: the tape, ``None`` unless ``record``, and Warp's first state, last state and control.
@@ -256,8 +255,8 @@ class _World:
             self.copy(array, values)
         self.integrator._step = 0  # the mass matrix is computed in the first substep of each frame
         tape = self.wp.Tape() if record else None
-        # The first substep finds contacts from the bodies' poses, which follow from the joints. The integrator computes
-        # the poses again, into the same arrays; were both recorded, their gradient would count twice.
+        # The first substep needs the bodies' poses to find contacts, so they are computed from the joints here, without
+        # recording: the integrator computes them again into the same arrays, and the gradient would count twice.
         self.wp.sim.eval_fk(self.model, first.joint_q, first.joint_qd, None, first)
         with tape or contextlib.nullcontext():
             self._update(
@@ -266,21 +265,21 @@ class _World:
         return tape, first, last, control
 
     def copy(self, array: Any, values: Tensor) -> None:
-        """Copy a tensor into an array of Warp."""
+        """Copy a tensor into a Warp array."""
         array.assign(self.wp.from_torch(values.detach().contiguous().view(-1), dtype=array.dtype))
 
     def read(self, array: Any, like: Tensor) -> Tensor:
-        """A copy of an array of Warp, in the shape of ``like``."""
+        """A copy of a Warp array, in the shape of ``like``."""
         values: Tensor = self.wp.to_torch(array, requires_grad=False).clone().view_as(like)
         return values
 
     def synchronize(self) -> None:
-        """Wait for the GPU: torch and Warp queue their work in different streams."""
+        """Wait for the GPU, since torch and Warp use different streams."""
         if self.model.device.is_cuda:
             self.wp.synchronize_device(self.model.device)
 
     def bytes_per_row(self) -> int:
-        """What a step that is recorded keeps for its gradient, per environment of this world."""
+        """Bytes that a recorded step stores for its gradient, per environment."""
         arrays = [array for state in self._states(True) for array in vars(state).values()]
         contacts = [array for key, array in vars(self.model).items() if key.startswith("rigid_contact_")]
         arrays = [array for array in arrays + contacts * self._settings[0] if isinstance(array, self.wp.array)]
@@ -292,12 +291,12 @@ class _World:
 
 
 class _Physics(torch.autograd.Function):
-    """A frame of Warp's simulation, through which autograd goes by Warp's tape."""
+    """One frame of Warp's simulation as an autograd function, differentiated with Warp's tape."""
 
     @staticmethod
     def forward(ctx: Any, world: _World | int, positions: Tensor, velocities: Tensor, force: Tensor) -> Any:
         record = any(ctx.needs_input_grad)
-        if isinstance(world, int):  # fake tensors: shapes, and the memory of a tape
+        if isinstance(world, int):  # fake tensors: only shapes, and the memory that a tape would need
             ctx.kept = positions.new_empty(world * len(positions) if record else 0, dtype=torch.uint8)
             return torch.empty_like(positions), torch.empty_like(velocities)
         world.synchronize()
@@ -314,7 +313,7 @@ class _Physics(torch.autograd.Function):
             return None, torch.empty_like(positions), torch.empty_like(velocities), torch.empty_like(velocities)
         world, tape, first, last, control = ctx.kept
         world.synchronize()
-        if ctx.used:  # another gradient of the same graph
+        if ctx.used:  # a second backward pass of the same graph
             tape.zero()
         ctx.used = True
         world.copy(last.joint_q.grad, positions)
@@ -339,8 +338,8 @@ def make_rewarped_env(
     Args:
         name (str): ``"ant"``, ``"cartpole"``, ``"hopper"`` or ``"humanoid"``, optionally with the prefix ``rewarped_``.
         num_envs (int): ``N``. Defaults to ``64``.
-        seed (int): of the whole batch. Defaults to ``0``.
-        device (torch.device or str): where it simulates. Defaults to ``"cpu"``.
+        seed (int): seed of the whole batch. Defaults to ``0``.
+        device (torch.device or str): device of the simulation. Defaults to ``"cpu"``.
         episode_length (int): agent steps of 1/60 s per episode. Defaults to ``1000``.
         stochastic_init (bool): random initial states. Defaults to ``True``.
         early_termination (bool): end the episode after a fall, in tasks with falls. Defaults to ``True``.
@@ -364,7 +363,7 @@ def make_rewarped_env(
 
 
 def require_rewarped(name: object) -> None:
-    """Raise MissingLibraryError, for ``env.name``, unless rewarped and what it needs are installed."""
+    """Raise MissingLibraryError for ``env.name`` unless rewarped and its dependencies are installed."""
     how = "pip install 'pwm-torchrl[rewarped]' (Python 3.10 or 3.11)"
     require_installed(("rewarped", "warp", "gymnasium"), f"env.name={name}", how)
 
@@ -372,8 +371,8 @@ def require_rewarped(name: object) -> None:
 def _load(task: str) -> Any:
     """The task's class.
 
-    Its module imports ``gym``, of which it uses the class of a box and which does not support NumPy 2; it gets
-    gymnasium by that name while it loads.
+    Its module imports ``gym``, only for the ``Box`` class, but gym does not support NumPy 2. During the import,
+    gymnasium takes its place.
     """
     require_rewarped(f"rewarped_{task}")
     stands_in = "gym" not in sys.modules
@@ -394,9 +393,9 @@ def _load(task: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Discard what is written meanwhile, also by native code, which says that it finds no CUDA, and warnings.
+    """Discard output and warnings within the context, also from native code, which reports missing CUDA.
 
-    Other threads are silent meanwhile, too. If an error ends it, what was discarded is written after all.
+    This also silences other threads. If the block raises, the discarded output is written after all.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -424,6 +423,6 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_scripts() -> Iterator[None]:
-    """Run TorchScript functions operation by operation: optimised after two calls, they would round differently."""
+    """Run TorchScript functions unoptimised: the optimisation after two calls would change rounding."""
     with torch.jit.optimized_execution(False):
         yield

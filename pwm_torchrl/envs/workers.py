@@ -1,8 +1,8 @@
-"""Environments with worker processes: shielded from the terminal's signals, closed within seconds, named when they die.
+"""Environments with worker processes: blocks signals in workers, closes them within seconds, and reports dead ones.
 
-TorchRL's ``ParallelEnv`` and gymnasium's ``AsyncVectorEnv`` start processes. Ctrl-C in a terminal goes to every process
-of its group: workers that die of it take the run's last checkpoint with them. And a batch one of whose workers is dead
-or hangs does not close by itself.
+TorchRL's ``ParallelEnv`` and gymnasium's ``AsyncVectorEnv`` start processes. Ctrl-C in a terminal reaches every process
+of its group; if it killed the workers, the run could not save its last checkpoint. A batch with a dead or hanging
+worker does not close by itself.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pwm_torchrl.errors import EnvironmentFault
 
 __all__ = ["OpenEnv", "ended_by_sigterm"]
 
-#: Signals of a terminal or scheduler, for the run's main process to answer.
+#: Signals of a terminal or scheduler that only the run's main process handles.
 SHIELDED = (signal.SIGINT, signal.SIGTERM)
-#: Seconds that an environment has to close before its workers are killed.
+#: Seconds after which the workers of an environment that does not close are killed.
 CLOSE_S = 5.0
-#: Seconds by which exit codes may be behind the pipe that a dying worker broke.
+#: Seconds that a dead worker's exit code may arrive after its broken pipe.
 DEATH_S = 0.2
 
 
@@ -52,11 +52,11 @@ class OpenEnv:
     @classmethod
     @contextmanager
     def opening(cls, name: str, seed: int) -> Iterator[OpenEnv]:
-        """Inside, the environment is made and held; the processes that it starts do not see SIGINT and SIGTERM.
+        """Make and :meth:`hold` the environment inside this context: its processes will not receive SIGINT and SIGTERM.
 
         Args:
-            name (str): of the environment, for messages.
-            seed (int): of its first sub-environment.
+            name (str): the environment's name, for messages.
+            seed (int): seed of its first sub-environment.
         """
         opened = cls(name, seed)
         before = multiprocessing.active_children()
@@ -72,13 +72,13 @@ class OpenEnv:
         opened.workers = started_since(before)
 
     def hold(self, env: EnvBase) -> EnvBase:
-        """Take over an environment: :meth:`close` closes it."""
+        """Register an environment for :meth:`close`."""
         self.env = env
         return env
 
     @contextmanager
     def naming_dead_workers(self) -> Iterator[None]:
-        """Turn what a batch raises whose worker has died into an :class:`EnvironmentFault` that names it."""
+        """If a worker has died, convert the batch's error to an :class:`EnvironmentFault` that names the worker."""
         try:
             yield
         except Exception as error:
@@ -94,11 +94,11 @@ class OpenEnv:
             raise
 
     def close(self) -> None:
-        """Close the environment, and kill what is left of its workers after some seconds.
+        """Close the environment, and kill workers that are still alive after some seconds.
 
         Raises:
-            Exception: what the environment raised while closing, once everything is closed; not where a worker had died
-                before, since closing that batch cannot succeed.
+            Exception: the environment's error while closing, after everything is closed; not if a worker had died
+                before, since such a batch cannot close without error.
         """
         env, self.env = self.env, None
         dead_before = any(_has_died(worker, 0.0) for worker in self.workers)
@@ -108,7 +108,7 @@ class OpenEnv:
             try:
                 if env is not None and not env.is_closed:
                     env.close()
-            except BaseException as error:  # noqa: BLE001 - raised below, from the thread that asked
+            except BaseException as error:  # noqa: BLE001 - raised below, in the calling thread
                 failure.append(error)
 
         if self.workers:
@@ -122,10 +122,10 @@ class OpenEnv:
             raise failure[0]
 
     def _end_workers(self) -> None:
-        # A batch that closed in order has closed its process objects too, which then know nothing more.
+        # A batch that closed properly has also closed its process objects, which cannot be queried any more.
         alive = [worker for worker in multiprocessing.active_children() if worker in self.workers]
         for worker in alive:
-            worker.kill()  # not SIGTERM, from which they are shielded
+            worker.kill()  # they block SIGTERM
         deadline = time.monotonic() + CLOSE_S
         for worker in alive:
             worker.join(max(0.1, deadline - time.monotonic()))
@@ -133,31 +133,31 @@ class OpenEnv:
 
 
 def _has_died(worker: BaseProcess, patience_s: float) -> bool:
-    """Whether a process has ended by itself."""
+    """Whether a process has ended without being closed."""
     try:
         worker.join(patience_s)
         return worker.exitcode is not None
-    except ValueError:  # closed, in order
+    except ValueError:  # closed properly
         return False
 
 
 def start_workers(env: EnvBase) -> None:
-    """Start the processes of a batch that would otherwise begin with its first reset."""
+    """Start the processes of a batch that would otherwise start at its first reset."""
     if getattr(env, "is_closed", False) and hasattr(env, "start"):
         env.start()
 
 
 def started_since(before: list[BaseProcess]) -> list[BaseProcess]:
-    """Processes started since ``before`` was taken, in that order, which is that of the sub-environments."""
+    """Processes started since ``before`` was taken, in order of their start, which is that of the sub-environments."""
     started = [each for each in multiprocessing.active_children() if each not in before]
     return sorted(started, key=lambda each: each.pid or 0)
 
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises :class:`KeyboardInterrupt`, so that what is open is closed.
+    """Within the context, SIGTERM raises :class:`KeyboardInterrupt`, so that open environments are closed.
 
-    Where somebody else answers it, and outside of the main thread, it is left to them.
+    No effect if SIGTERM already has a handler, or outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -167,7 +167,7 @@ def ended_by_sigterm() -> Iterator[None]:
     def end(signum: int, frame: object) -> None:
         if os.getpid() == owner:
             raise KeyboardInterrupt
-        signal.signal(signum, signal.SIG_DFL)  # a forked worker: end as it would have without us
+        signal.signal(signum, signal.SIG_DFL)  # a forked worker: default action
         os.kill(os.getpid(), signum)
 
     signal.signal(signal.SIGTERM, end)
@@ -179,11 +179,11 @@ def ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block SIGINT and SIGTERM in this thread; processes that are started meanwhile inherit that for life."""
+    """Block SIGINT and SIGTERM in this thread; processes started meanwhile inherit this permanently."""
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Started now, since before Python 3.13 multiprocessing's resource tracker leaves both unblocked when it starts.
+    # Start it first: before Python 3.13, starting multiprocessing's resource tracker unblocks both signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
     try:

@@ -132,7 +132,7 @@ def _cheetah_environment(task: cheetah.Cheetah, time_limit: float) -> control.En
 
 
 class BackwardsCheetah(cheetah.Cheetah):
-    """Rewards speed backwards: 1 from 8 m/s on, in proportion below, 0 for standing still or running forwards."""
+    """Rewards backward speed: 1 from 8 m/s, proportional below, 0 for standing still or running forwards."""
 
     def get_reward(self, physics: cheetah.Physics) -> float:
         return rewards.tolerance(
@@ -212,8 +212,8 @@ def hopper_hop_backwards(time_limit: float = _HOPPER_TIME_LIMIT, random: Any = N
 
 
 class BackwardsHopper(hopper.Hopper):
-    """Rewards speed backwards while standing: nothing unless the torso is 0.6 to 2 m above the foot, then 1 from 1 m/s
-    on, 0.5 at 0.5 m/s and 0 at standing still.
+    """Rewards backward speed while standing: 0 unless the torso is 0.6 to 2 m above the foot; then 1 from 1 m/s, 0.5 at
+    0.5 m/s and 0 when standing still.
     """
 
     def get_reward(self, physics: hopper.Physics) -> float:
@@ -280,7 +280,7 @@ _BALL_IN_CUP_TIME_LIMIT = 20.0  # seconds
 _BALL_IN_CUP_CONTROL_TIMESTEP = 0.02
 _BALL_IN_CUP_DISTANCE = 0.5
 _BALL_IN_CUP_SPEED = 6.0
-_BALL_IN_CUP_ANYWHERE = 0.1  # share of episodes that may start outside the cup
+_BALL_IN_CUP_ANYWHERE = 0.1  # fraction of episodes that may start outside the cup
 
 
 def ball_in_cup_spin(time_limit: float = _BALL_IN_CUP_TIME_LIMIT, random: Any = None) -> control.Environment:
@@ -294,7 +294,7 @@ def ball_in_cup_spin(time_limit: float = _BALL_IN_CUP_TIME_LIMIT, random: Any = 
 
 
 class SpinningBall(ball_in_cup.BallInCup):
-    """Rewards a fast ball far from the cup; nothing while it is inside.
+    """Rewards a fast ball far from the cup; 0 while it is inside.
 
     With tol(x, lo, hi) 1 inside the bounds and falling linearly outside of them: (D + 2 W) / 3 outside the cup, where
     D = tol(distance of ball and target, 0.5 m, ∞), 0.5 at half the distance, and W = tol(norm of the velocities of
@@ -342,7 +342,7 @@ def pendulum_spin(time_limit: float = _PENDULUM_TIME_LIMIT, random: Any = None) 
 
 
 class SpinningPendulum(pendulum.SwingUp):
-    """Rewards speed of rotation: 1 from 9 rad/s on, 0.5 at 4.5 rad/s, 0 at rest."""
+    """Rewards the speed of rotation: 1 from 9 rad/s, 0.5 at 4.5 rad/s, 0 at rest."""
 
     def get_reward(self, physics: pendulum.Physics) -> float:
         return rewards.tolerance(

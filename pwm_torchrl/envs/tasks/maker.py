@@ -1,4 +1,4 @@
-"""Maker for every task of the registry."""
+"""Makers of the registry's tasks."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def make_task_env(
     episode_length: int | None = None,
     render: bool = False,
 ) -> EnvBase:
-    """N environments of a registered task, of MT30, MT80 or :func:`~pwm_torchrl.envs.tasks.register_task`.
+    """N environments of a registered task: of MT30, MT80, or added by :func:`~pwm_torchrl.envs.tasks.register_task`.
 
     Args:
         task (str): its name, for example ``"walker-walk"`` or ``"mw-reach"``.
         num_envs (int): ``N``. Defaults to ``1``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
-        device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the tensors. Defaults to ``"cpu"``.
         episode_length (int, optional): agent steps per episode. Defaults to ``None``: the registry's.
         render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
 
@@ -91,7 +91,7 @@ def probe_task_env(
 
 
 def _config(info: TaskInfo, episode_length: int | None) -> dict[str, Any]:
-    """What :func:`~pwm_torchrl.envs.make_env` needs to make a task's environment with its own maker."""
+    """The configuration for :func:`~pwm_torchrl.envs.make_env` to call the task's own maker."""
     return {
         **info.arguments,
         "_target_": info.maker,
@@ -121,12 +121,12 @@ def make_custom_dm_control_env(
     episode_length: int | None = None,
     render: bool = False,
 ) -> EnvBase:
-    """N environments of one of the tasks that MT30 adds to dm_control's domains.
+    """N environments of one of the custom tasks that MT30 adds to dm_control's domains.
 
     Args:
         domain (str): domain of the suite, for example ``"walker"``.
         task (str): custom task of the domain, for example ``"walk_backwards"``.
-        num_envs (int): as for :func:`~pwm_torchrl.envs.make_dm_control_env`, also the others. Defaults to ``1``.
+        num_envs (int): this and all others as for :func:`~pwm_torchrl.envs.make_dm_control_env`. Defaults to ``1``.
         seed (int): Defaults to ``0``.
         device (torch.device or str): Defaults to ``"cpu"``.
         action_repeat (int): Defaults to ``2``.
@@ -152,7 +152,7 @@ def make_custom_dm_control_env(
     return batch_dm_control(f"{domain}-{task}", load, num_envs, seed, device, action_repeat, episode_length)
 
 
-#: Agent steps per episode; Meta-World itself would go on for 500 environment steps.
+#: Agent steps per episode; Meta-World's own limit is 500 environment steps.
 EPISODE_STEPS = 100
 _VERSION = "-v3"
 
@@ -168,14 +168,14 @@ def make_metaworld_env(
 ) -> EnvBase:
     """N environments of one Meta-World task as one TorchRL environment of batch size ``[N]``.
 
-    The goal is part of the observation, every episode draws objects and goal anew, and one zero action is taken after
-    each reset. Observations are passed on as they are, also where they leave the box that Meta-World declares.
+    The goal is part of the observation, objects and goal are randomised in every episode, and one zero action is taken
+    after each reset. Observations are passed on unchanged, even outside the bounds that Meta-World declares.
 
     Args:
         task (str): for example ``"reach"``, Meta-World's ``reach-v3``.
         num_envs (int): ``N``. Defaults to ``1``.
         seed (int): seed of sub-environment 0; sub-environment i gets ``seed + i``. Defaults to ``0``.
-        device (torch.device or str): where the tensors go. Defaults to ``"cpu"``.
+        device (torch.device or str): device of the tensors. Defaults to ``"cpu"``.
         action_repeat (int): environment steps per agent step, rewards summed. Defaults to ``2``.
         episode_length (int, optional): agent steps per episode. Defaults to ``None``: 100.
         render (bool): prepare for :func:`~pwm_torchrl.envs.render_frame`. Defaults to ``False``.
@@ -188,7 +188,7 @@ def make_metaworld_env(
     Raises:
         ConfigurationError: for an unknown task.
         MissingLibraryError: if Meta-World is not installed.
-        EnvironmentFault: later, where a sub-environment raises or returns values that are not finite.
+        EnvironmentFault: later, if a sub-environment raises or returns values that are not finite.
 
     Examples:
         >>> from pwm_torchrl.envs.tasks.maker import make_metaworld_env

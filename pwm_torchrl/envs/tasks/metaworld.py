@@ -1,4 +1,4 @@
-"""A Meta-World environment as one of our sub-environments. Imports gymnasium; loaded by the maker only."""
+"""A Meta-World environment as a sub-environment. Imports gymnasium, so only the maker loads this module."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pwm_torchrl.errors import ConfigurationError
 
 __all__ = ["MetaWorldSubEnv"]
 
-_CAMERA, _CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)  # nearer to the table than Meta-World has it
+_CAMERA, _CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)  # closer to the table than Meta-World's own
 _PICTURE = 256
 
 
 class MetaWorldSubEnv(SubEnv):
-    """One task of Meta-World with its goal visible, and objects and goal that every episode draws anew.
+    """One Meta-World task with an observable goal; every episode randomises objects and goal.
 
     Args:
         name (str): label for messages.
@@ -27,15 +27,15 @@ class MetaWorldSubEnv(SubEnv):
         action_repeat (int): environment steps per agent step.
         episode_length (int): agent steps after which to truncate.
         index (int): position in the batch.
-        render (bool): whether it will be drawn.
+        render (bool): whether it will be rendered.
     """
 
     def __init__(
         self, name: str, make: Callable[..., Any], action_repeat: int, episode_length: int, index: int, render: bool
     ) -> None:
         env = make(render_mode="rgb_array", camera_name=_CAMERA, width=_PICTURE, height=_PICTURE) if render else make()
-        # What Meta-World's benchmarks set through a list of fixed goals. Its classes with an observable goal would do,
-        # but they draw from numpy's global stream and change the model while they are made.
+        # Meta-World's benchmarks set these through a list of fixed goals. Its classes with an observable goal would
+        # work, too, but their constructors draw from numpy's global generator and change the model.
         env._partially_observable = False
         del env.sawyer_observation_space  # cached for a hidden goal
         env._freeze_rand_vec = False
@@ -78,7 +78,7 @@ class MetaWorldSubEnv(SubEnv):
 
     def load_simulator(self, state: dict[str, Any]) -> None:
         env = self.simulator
-        if not self._has_reset:  # the first reset makes attributes that show the physics, see _windows
+        if not self._has_reset:  # the first reset creates the views of the physics, see _windows
             env.reset()
             self._has_reset = True
         load_attributes(env, state["attributes"])
@@ -87,7 +87,7 @@ class MetaWorldSubEnv(SubEnv):
         self._physics.load(env.model, env.data, state["physics"])
 
     def _windows(self) -> list[str]:
-        """Attributes that are no values but show what the physics holds, and go on doing so."""
+        """Attributes that are views of the physics' data, which loading must not replace by copies."""
         env = self.simulator
         arrays = {name: value for name, value in vars(env).items() if isinstance(value, np.ndarray)}
         return [name for name, value in arrays.items() if self._physics.shares_memory(env.data, value)]
