@@ -127,6 +127,15 @@ def test_a_shell_that_ended_fails_what_comes_after_it(tmp_path):
     assert run_all(commands_of("page.md", page("```bash\nexit 0\ntrue\n```")), tmp_path, dict(os.environ)) == 2
 
 
+def test_so_does_one_that_hung(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tests.docs.run_pages.LIMIT", 0.3)
+    commands = commands_of("page.md", page("```bash\nsleep 60\ntrue\n```"))
+    assert run_all(commands, tmp_path, dict(os.environ)) == 2
+    printed = capsys.readouterr().out
+    assert "still running after 0.3 s" in printed
+    assert "the shell has ended" in printed
+
+
 def test_an_open_here_document_is_not_complete():
     assert not is_complete("cat <<E\nx")
     assert is_complete("cat <<E\nx\nE")
