@@ -1,6 +1,6 @@
 """Replay buffers in RAM, on a device or on disk, and stores of offline ``episodes``.
 
-May import the ground floor and ``memory``; ``episodes`` also uses the types of the task registry. Names are loaded on
+May import top-level modules and ``memory``; ``episodes`` also uses the types of the task registry. Names are loaded on
 first use, so that modules that only handle files do not import torch.
 """
 

@@ -278,7 +278,7 @@ class SegmentFiles:
                 self.path(number).unlink(missing_ok=True)
 
     def discard(self, numbers: Iterable[int]) -> None:
-        """Delete files that nothing reads any more; what cannot be deleted is said once, and may be discarded again."""
+        """Delete files that are no longer read; warn once about files that cannot be deleted, which may be retried."""
         for number in numbers:
             self._close(number)
             self._unsynced.discard(number)
@@ -315,7 +315,7 @@ class SegmentFiles:
             os.close(descriptor)
 
 
-#: Bytes that are read at once where a file is compared with its checksum.
+#: Bytes per read while a checksum is computed.
 _AT_ONCE = 2**22
 
 
@@ -333,16 +333,16 @@ def _close_all(descriptors: dict[int, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-# Checksums of the segments, which a checkpoint holds ------------------------------------------------------------------
+# Checksums of the segments, saved in checkpoints ----------------------------------------------------------------------
 
 
 class Checksum:
-    """CRC-32 of a segment's steps, kept up while they are written.
+    """CRC-32 of a segment's steps, updated while they are written.
 
-    The steps of an environment are written in order, so that each environment has a checksum that grows with them.
+    The steps of an environment are written in order, so one checksum per environment can be updated incrementally.
 
     Args:
-        first (int): the first step in the segment that is counted; those before were not written.
+        first (int): the first step in the segment that is included; earlier steps were not written.
         rows (list of int): CRC-32 of each environment's steps.
     """
 
@@ -351,7 +351,7 @@ class Checksum:
         self.rows = rows
 
     def add(self, env: int, steps: memoryview) -> None:
-        """Count steps of an environment that follow those before."""
+        """Update the checksum of an environment with its next steps."""
         self.rows[env] = zlib.crc32(steps, self.rows[env])
 
     @property
@@ -375,8 +375,8 @@ class SegmentStore:
     batch ``[N, T]`` is N contiguous writes. Data are written into files that were allocated before, so a full disk
     raises an exception before any part of a batch can be sampled. The pages are page cache, not memory of the process.
 
-    A checkpoint holds a checksum of every segment, with which the segments are compared when it is loaded: that reads
-    them once, as loading a replay in memory does. Sampling compares nothing.
+    A checkpoint contains a checksum of every segment. Loading it verifies the segments, which reads them once, as
+    loading a replay in memory does. Sampling verifies nothing.
 
     This is not a :class:`~torchrl.data.replay_buffers.Storage`, because a TorchRL writer chooses and reuses slots of a
     ring, and a storage is saved by copying it. This store avoids both.
@@ -416,7 +416,7 @@ class SegmentStore:
         self._protected: int | None = None  # steps at the oldest checkpoint kept, None if there is none
         self._journal: Journal | None = None
         self._files: SegmentFiles | None = None
-        self._sums: dict[int, Checksum] = {}  # of each segment, but of those that an earlier version wrote
+        self._sums: dict[int, Checksum] = {}  # by segment; none for those of an earlier version
 
     @property
     def filled(self) -> int:
@@ -472,7 +472,7 @@ class SegmentStore:
             yield (env * journal.segment_steps + start - first) * size, part.numpy().data.cast("B")
 
     def _count(self, records: Tensor, touched: Iterable[int]) -> None:
-        """Let the checksums follow a batch that is written."""
+        """Update the checksums with a batch that was written."""
         journal, _ = self._opened()
         for number in touched:
             start = max(0, self.steps - number * journal.segment_steps)
@@ -505,7 +505,7 @@ class SegmentStore:
             self._sums[number] = self._checksum(number, self._sums[number].first)
 
     def _checksum(self, number: int, first: int) -> Checksum:
-        """The checksum of a segment as it lies on the disk, from one of its steps on."""
+        """The checksum of a segment on the disk, from its step ``first``."""
         journal, files = self._opened()
         size, segment = journal.layout.record_bytes, journal.segment_steps
         count = min(segment, self.steps - number * segment) - first
@@ -641,12 +641,12 @@ class SegmentStore:
         """Continue from :meth:`state_dict`. Nothing is deleted until :meth:`release` is called.
 
         Args:
-            state_dict (dict): of a checkpoint.
+            state_dict (dict): the saved state.
 
         Keyword Args:
-            read_only (bool): whether the files belong to a run that may be going on, so that they stay as they are:
-                where that has ended its episodes after the checkpoint, the newest step says so here too. Defaults to
-                ``False``.
+            read_only (bool): do not change the files, because they belong to a run that may still be active. If that
+                run has called :meth:`end_episodes` after the checkpoint, the newest step is then also an episode's end
+                here. Defaults to ``False``.
 
         Raises:
             ConfigurationError: if the checkpoint has another number of environments or another capacity.
@@ -685,10 +685,10 @@ class SegmentStore:
             raise
 
     def _compare(self, saved: Tensor | None) -> None:
-        """Compare the segments with the checksums of a checkpoint; one of an earlier version has none.
+        """Compare the segments with a checkpoint's checksums; checkpoints of earlier versions have none.
 
         Raises:
-            StorageFault: for the first segment that is damaged.
+            StorageFault: for the first damaged segment.
         """
         journal, files = self._opened()
         for number, first, value in [] if saved is None else saved.tolist():
@@ -696,5 +696,5 @@ class SegmentStore:
             if self._sums[number].value != value:
                 raise StorageFault(files.damaged(number))
         newest = (self.steps - 1) // journal.segment_steps
-        if newest not in self._sums:  # steps of an earlier version, which new ones follow
+        if newest not in self._sums:  # written by an earlier version; new steps will be added to it
             self._sums[newest] = self._checksum(newest, 0)

@@ -88,8 +88,8 @@ def import_chunks(
 ) -> EpisodeStore:
     """Import TD-MPC2's chunks, ``*.pt``, into a store.
 
-    Memory use does not depend on the size of a chunk. After a kill, the same import continues with the first unfinished
-    chunk.
+    Memory use does not depend on the size of a chunk. If an import is killed, running it again continues with the first
+    unfinished chunk.
 
     Args:
         source (str or Path): folder of the chunks, or one chunk.

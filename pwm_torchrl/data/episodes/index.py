@@ -19,7 +19,7 @@ __all__ = [
 
 
 Ints = npt.NDArray[np.int64]
-#: What helps where episodes are shorter than slices.
+#: Advice in error messages if episodes are shorter than slices.
 SHORTER = "shorter slices (algorithm.slice_steps, or algorithm.horizon where that is null)"
 _LARGE = 1 << 62
 
@@ -91,7 +91,7 @@ class SliceIndex:
         return self._first_rows(drawn)
 
     def evenly_spaced(self, most: int) -> Ints:
-        """First rows of at most so many slices, evenly spaced over all of them; takes no random numbers."""
+        """First rows of at most ``most`` slices, evenly spaced over all slices; draws no random numbers."""
         return self._first_rows(evenly_spaced(self.num_starts, most))
 
     def _first_rows(self, starts: Ints) -> Ints:
@@ -142,7 +142,7 @@ def _check(store: EpisodeStore, horizon: int, tasks: Sequence[int] | None, count
 
 
 def evenly_spaced(count: int, most: int) -> Ints:
-    """At most so many of the numbers below ``count``, each of them once, int64."""
+    """At most ``most`` distinct, evenly spaced numbers below ``count``, int64."""
     return np.arange(count) if count <= most else np.linspace(0, count - 1, most).astype(np.int64)
 
 

@@ -9,11 +9,12 @@ An episode of L transitions consists of
 
 O and A are the task's own dimensions, without padding. In ``*.npz``, these are the arrays' names, or
 ``NAME/observation`` and so on for several episodes. In ``*.h5`` and ``*.hdf5``, they are datasets of the file, or of
-one group per episode. Groups that have none of them are notes and are passed over.
+one group per episode. Groups without any of them are ignored.
 
-Two layouts of other projects are read, too: D4RL's, whose ``observations``, ``actions``, ``rewards`` and ``terminals``
-(``timeouts``, ``next_observations``) hold all episodes one after the other (:func:`flat_episodes`), and that of
-Minari's ``main_data.hdf5``, a group per episode with ``terminations`` and ``truncations``.
+Two layouts of other projects are also supported: D4RL's, whose ``observations``, ``actions``, ``rewards`` and
+``terminals`` (optionally ``timeouts``, ``next_observations``) contain all episodes one after the other
+(:func:`flat_episodes`), and that of Minari's ``main_data.hdf5``, with one group per episode, ``terminations`` and
+``truncations``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _FLAT = ("observations", "actions", "rewards", "terminals")
 
 #: Reads one of an episode's arrays, or a part of it.
 Get = Callable[..., Any]
-#: Episodes by label, each with its keys and a way to read one.
+#: Episodes by label, each with its keys and a function that reads one of them.
 Episodes = Mapping[str, tuple[set[str], Get]]
 
 
@@ -138,7 +139,7 @@ def _npz(path: Path) -> Iterator[Mapping[str, tuple[set[str], Get]]]:
 
 
 def _getter(container: Any, prefix: str) -> Get:
-    kept: dict[str, Any] = {}  # of an archive, which would read the whole array for every part of it
+    kept: dict[str, Any] = {}  # an archive reads the whole array for every part, so keep it
 
     def get(key: str, part: slice | None = None) -> Any:
         if part is None:
@@ -171,7 +172,7 @@ def _dataset_getter(group: Any) -> Get:
 
 
 def _recognised(found: Episodes) -> Episodes:
-    """The episodes among the groups of a file, whichever layout they have, under our keys."""
+    """The episodes among the groups of a file, in any supported layout, under our keys."""
     episodes: dict[str, tuple[set[str], Get]] = {}
     for label, (keys, get) in found.items():
         if keys & set(_NEEDED):
@@ -201,19 +202,19 @@ def _minari_getter(get: Get) -> Get:
 
 
 def flat_episodes(label: str, keys: set[str], get: Get) -> Episodes:
-    """Episodes of D4RL's layout (https://github.com/Farama-Foundation/D4RL), in which they lie one after the other.
+    """Episodes in D4RL's layout (https://github.com/Farama-Foundation/D4RL), which concatenates them.
 
-    An episode ends with a step of ``terminals`` or ``timeouts``, and where ``next_observations`` are not the
-    observations that follow. Without ``next_observations`` the observation after an episode's last step is not in the
-    file: the step is left out then, and with it the termination.
+    An episode ends at a step with ``terminals`` or ``timeouts``, or where ``next_observations`` differ from the
+    observations of the next row. Without ``next_observations``, the file lacks the observation after an episode's last
+    step, so this step and its termination are dropped.
 
     Args:
-        label (str): of the group; an episode's label also has its steps.
-        keys (set of str): what the group has.
-        get (callable): reads it.
+        label (str): label of the group; an episode's label also contains its range of steps.
+        keys (set of str): keys in the group.
+        get (callable): reads one of them.
 
     Raises:
-        BadEpisodes: if arrays have different lengths, or nothing says where episodes end by their length.
+        BadEpisodes: if arrays have different lengths, or the file does not say where episodes are truncated.
     """
     ends = np.asarray(get("terminals")).reshape(-1).astype(bool)
     terminated, steps, whole = ends.copy(), len(ends), "next_observations" in keys

@@ -298,8 +298,8 @@ class EpisodeStore:
         return cls(path, manifest)
 
     def fingerprint(self) -> str:
-        """A hash of tasks, dimensions and the length, task and return of every episode: where the store lies does not
-        matter, and no row is read.
+        """A hash of tasks, dimensions, and the length, task and return of every episode; it does not depend on the
+        store's path, and no row is read.
         """
         digest = hashlib.sha256()
         facts = [self.task_names, self.observation_dims, self.action_dims, self.num_episodes, self.num_transitions]
@@ -309,7 +309,7 @@ class EpisodeStore:
         return digest.hexdigest()
 
     def __reduce__(self) -> tuple:
-        # Workers map the files themselves; nothing is sent but the path.
+        # Workers map the files themselves, so only the path is pickled.
         return EpisodeStore.open, (self.path,)
 
     def __repr__(self) -> str:
@@ -400,7 +400,7 @@ class EpisodeStore:
         return torch.from_numpy(self._observation[self._rows(rows)])
 
     def rewards(self, rows: Ints | Tensor) -> Tensor:
-        """Rewards ``[B, 1]`` that were received on the way to rows ``[B]``; an episode's first row has none, and 0."""
+        """Rewards ``[B, 1]`` of the transitions into rows ``[B]``; 0 for an episode's first row, which has none."""
         return torch.from_numpy(self._reward[self._rows(rows)]).unsqueeze(-1)
 
     def episode_rows(self, episode: int, most: int | None = None) -> EpisodeRows:

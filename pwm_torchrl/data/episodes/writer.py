@@ -401,8 +401,7 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-# Copies of a finished store on a node's local disk
-# ---------------------------------------------------------------------
+# Copies of a finished store on a node's local disk --------------------------------------------------------------------
 
 
 _BLOCK = 1 << 23
@@ -465,7 +464,7 @@ def _data_files(source: Path) -> list[str]:
 
 
 def _is_copy(source: Path, target: Path) -> bool:
-    """Whether ``target`` is a complete copy of the store in its present state."""
+    """Whether ``target`` is a complete copy of the store in its current state."""
     with contextlib.suppress(ConfigurationError, FileNotFoundError):
         same = (source / layout.MANIFEST).read_bytes() == (target / layout.MANIFEST).read_bytes()
         return same and EpisodeStore.open(target).num_rows >= 0
