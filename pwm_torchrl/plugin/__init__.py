@@ -1,4 +1,5 @@
-"""This package in TorchRL: PWM's updates in its Trainer, and entries ``pwm_*`` in its ConfigStore.
+"""Integration into TorchRL: PWM's updates in its Trainer, and entries ``pwm_*`` in its ConfigStore.
 
-May import everything that a run may, and ``run``; only ``pwm_torchrl.configs`` and ``pwm_torchrl.training`` import it.
+May import ``run`` and everything that ``run`` may import; only ``pwm_torchrl.configs`` and ``pwm_torchrl.training``
+import it.
 """

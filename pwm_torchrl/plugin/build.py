@@ -1,7 +1,7 @@
-"""Classes of TorchRL's ConfigStore for this package's networks, losses, environments, sampler and trainer.
+"""Configuration classes for TorchRL's ConfigStore: this package's networks, losses, environments, sampler and trainer.
 
-Each is made from the signature of what it configures: fields, types and defaults are the constructor's. Where Hydra has
-only plain values for a constructor that wants keys, tensors or specs, it calls a function of this module by its path.
+Each class is derived from the signature of the constructor that it configures, with its fields, types and defaults. If
+a constructor needs keys, tensors or specs, which Hydra cannot express, Hydra calls a function of this module instead.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from pwm_torchrl.objectives import PWMActorLoss
 from pwm_torchrl.plugin.trainer import make_torchrl_trainer
 from pwm_torchrl.run.load import load_world_model
 
-# What Hydra calls: from plain values to constructors that want keys, tensors and specs --------------------------------
+# Functions that Hydra calls: they convert plain values to keys, tensors and specs -------------------------------------
 
 
-#: What :func:`~pwm_torchrl.modules.make_dynamics` calls the classes of group ``network``.
+#: Arguments of :func:`~pwm_torchrl.modules.make_dynamics` for the dynamics classes of group ``network``.
 DYNAMICS = {
     "pwm_torchrl.modules.MLPDynamics": {"kind": "mlp"},
     "pwm_torchrl.modules.ResidualDynamics": {"kind": "residual"},
@@ -53,19 +53,19 @@ DYNAMICS = {
     "pwm_torchrl.modules.TangentFlow": {"kind": "flow", "parameterization": "tangent"},
     "pwm_torchrl.modules.SimNormVelocityFlow": {"kind": "flow", "parameterization": "simnorm_velocity"},
 }
-#: What a world model and its dynamics have in common.
+#: Arguments that a world model and its dynamics share.
 SHARED = ("latent_dim", "action_dim", "task_dim", "units", "simnorm_dim")
 
 
 def world_model(*, dynamics: Mapping[str, Any], **spec: Any) -> WorldModel:
-    """A world model of the fields of a :class:`~pwm_torchrl.modules.WorldModelSpec`.
+    """Make a world model from the fields of a :class:`~pwm_torchrl.modules.WorldModelSpec`.
 
     Args:
         dynamics (Mapping): arguments of :func:`~pwm_torchrl.modules.make_dynamics`, or an entry of group ``network``.
         spec (Any): the other fields.
 
     Raises:
-        ConfigurationError: for dynamics that are none, or have other sizes than their world model.
+        ConfigurationError: if ``dynamics`` is not a dynamics class, or has other sizes than the world model.
     """
     return make_world_model(WorldModelSpec(dynamics=_dynamics(dynamics, spec), **spec))
 
@@ -78,14 +78,14 @@ def _dynamics(given: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, An
         raise ConfigurationError(f"world_model.dynamics._target_={target!r} is not one of {', '.join(DYNAMICS)}.")
     arguments = {k: v for k, v in given.items() if not k.startswith("_") and v != MISSING}
     named = DYNAMICS[target]
-    # Hydra leaves the default of the world model's dynamics, kind=mlp, beside an entry that is chosen.
+    # If an entry is chosen, Hydra also keeps the default of the world model's dynamics, kind=mlp.
     for key, default in (("kind", "mlp"), ("parameterization", None)):
         said = arguments.pop(key, None)
         if said not in (None, default, named.get(key)):
             raise ConfigurationError(f"world_model.dynamics.{key}={said!r} is not what _target_={target} says.")
     for key in SHARED:
         value = arguments.pop(key, None)
-        preset = 8 if key == "simnorm_dim" else None  # a field that was not set has its constructor's value
+        preset = 8 if key == "simnorm_dim" else None  # a field that was not set has its constructor's default
         if value not in (None, preset, spec.get(key, preset)):
             raise ConfigurationError(
                 f"world_model.dynamics.{key}={value} is not its world model's, {spec.get(key)}; set world_model.{key}."
@@ -119,14 +119,14 @@ def policy_model(world_model: WorldModel, actor: Any, **keys: Any) -> TensorDict
 
 
 def actor_loss(*args: Any, action_mask: Any = None, **settings: Any) -> PWMActorLoss:
-    """A :class:`~pwm_torchrl.objectives.PWMActorLoss` whose mask may be lists."""
+    """A :class:`~pwm_torchrl.objectives.PWMActorLoss` that accepts lists for ``action_mask``."""
     if isinstance(action_mask, list):
         action_mask = torch.tensor(action_mask, dtype=torch.float32)
     return PWMActorLoss(*args, action_mask=action_mask, **settings)
 
 
 def imagination_env(world_model: Any, **settings: Any) -> LatentImaginationEnv:
-    """A :class:`~pwm_torchrl.envs.LatentImaginationEnv` whose mask and starts may be lists."""
+    """A :class:`~pwm_torchrl.envs.LatentImaginationEnv` that accepts lists for ``action_mask`` and ``start``."""
     for name in ("action_mask", "start"):
         if isinstance(settings.get(name), list):
             settings[name] = torch.tensor(settings[name], dtype=torch.float32)
@@ -135,7 +135,7 @@ def imagination_env(world_model: Any, **settings: Any) -> LatentImaginationEnv:
 
 
 def slice_sampler(**settings: Any) -> SliceSampler:
-    """A :class:`~torchrl.data.SliceSampler` of lists where it wants tuples and tensors."""
+    """A :class:`~torchrl.data.SliceSampler` that accepts lists for tuples and tensors."""
     for name in ("ends", "trajectories"):
         if isinstance(settings.get(name), list):
             settings[name] = torch.tensor(settings[name])
@@ -145,7 +145,7 @@ def slice_sampler(**settings: Any) -> SliceSampler:
 
 
 def _key(value: Any) -> Any:
-    """A list as a nested key; of one part, that part."""
+    """Convert a list to a nested key; a list of one element to that element."""
     if not isinstance(value, list):
         return value
     return value[0] if len(value) == 1 else tuple(value)
@@ -155,7 +155,7 @@ def _keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _key(value) for name, value in settings.items()}
 
 
-# Configurations of constructors ---------------------------------------------------------------------------------------
+# Configuration classes from constructors ------------------------------------------------------------------------------
 
 
 PLAIN = (bool, int, float, str)
@@ -165,20 +165,21 @@ BUILD = "pwm_torchrl.plugin.build."
 def entry(
     name: str, base: type, made: Callable[..., Any], target: str, note: str = "", *, convert: bool = True, **more: Any
 ) -> type[Any]:
-    """The Hydra configuration of a constructor.
+    """Create the Hydra configuration class of a constructor.
 
     Args:
-        name (str): of the class.
-        base (type): TorchRL's class of the group.
-        made (callable): the class or function whose keyword arguments are the fields.
-        target (str): dotted path that Hydra calls, of ``made`` or of what turns Hydra's values into its arguments.
-        note (str): added to the docstring. Defaults to ``""``.
+        name (str): name of the configuration class.
+        base (type): TorchRL's base class of the group.
+        made (callable): the class or function whose parameters become the fields.
+        target (str): dotted path that Hydra calls: that of ``made``, or of a function that converts Hydra's values to
+            its arguments.
+        note (str): text that is added to the docstring. Defaults to ``""``.
 
     Keyword Args:
-        convert (bool): whether Hydra hands plain lists and dicts over. Defaults to ``True``.
-        **more: further fields that are Hydra's own, with their values.
+        convert (bool): whether Hydra passes plain lists and dicts. Defaults to ``True``.
+        **more: further fields for Hydra itself, with their values.
     """
-    # Of a class, the metaclass may hide the signature.
+    # A class's metaclass may hide the signature.
     function = made.__init__ if inspect.isclass(made) else made
     fields: list[Any] = []
     for parameter in inspect.signature(function).parameters.values():
@@ -197,7 +198,7 @@ def entry(
 
 
 def _default(made: Any, parameter: inspect.Parameter) -> Any:
-    if dataclasses.is_dataclass(made):  # its signature does not show what a factory makes
+    if dataclasses.is_dataclass(made):  # its signature does not show the results of default factories
         field = next(field for field in dataclasses.fields(made) if field.name == parameter.name)
         if field.default_factory is not dataclasses.MISSING:
             return field.default_factory()
@@ -205,11 +206,11 @@ def _default(made: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _hint(function: Any, parameter: inspect.Parameter) -> Any:
-    """A constructor's type as one that OmegaConf has; what it does not have is checked by the constructor."""
+    """A parameter's type for OmegaConf; ``Any`` for unsupported types, which the constructor itself checks."""
     written = SimpleNamespace(__annotations__={"it": parameter.annotation})
     try:
         hint = typing.get_type_hints(written, function.__globals__)["it"]
-    except NameError:  # of a library that is imported for type checkers alone
+    except NameError:  # a type that is imported for type checkers only
         return Any
     if typing.get_origin(hint) in (Union, UnionType) and len(typing.get_args(hint)) == 2:
         kind = next((each for each in typing.get_args(hint) if each is not type(None)), Any)
@@ -230,7 +231,7 @@ def _field(default: Any) -> Any:
 
 @dataclasses.dataclass
 class PWMModelConfig(ConfigBase):
-    """What the entries of group ``model`` share."""
+    """Base class of the entries of group ``model``."""
 
     _partial_: bool = False
 

@@ -1,4 +1,4 @@
-"""TorchRL's Trainer with PWM's updates, and what they draw from a TorchRL replay buffer."""
+"""TorchRL's Trainer with PWM's updates, which sample from a TorchRL replay buffer."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ __all__ = ["PWMUpdates", "make_torchrl_trainer"]
 
 
 class ReplaySlices:
-    """Slices and start states from a TorchRL replay buffer, as :class:`~pwm_torchrl.data.TrajectoryReplay` gives them.
+    """A TorchRL replay buffer with the interface of :class:`~pwm_torchrl.data.TrajectoryReplay`.
 
     Args:
-        buffer (ReplayBuffer): its sampler is a :class:`~torchrl.data.SliceSampler` of ``slice_len=horizon``.
+        buffer (ReplayBuffer): the buffer; its sampler must be a :class:`~torchrl.data.SliceSampler` with
+            ``slice_len=horizon``.
         horizon (int): steps per slice.
-        device (torch.device): of what is drawn.
+        device (torch.device): device of the sampled tensors.
 
     Raises:
         ConfigurationError: for a sampler whose slices have other lengths.
@@ -66,19 +67,19 @@ class ReplaySlices:
 
     @property
     def collected(self) -> int:
-        """Steps that can be drawn from."""
+        """Number of steps that can be sampled."""
         return len(self.buffer)
 
     @property
     def can_sample(self) -> bool:
-        """Whether anything was collected; the sampler itself says if no trajectory is long enough."""
+        """Whether anything was collected; the sampler itself raises if no trajectory is long enough."""
         return self.collected > 0
 
     def extend(self, batch: TensorDictBase) -> TensorDictBase:
-        """Store a collector's batch ``[T]`` or ``[N, T]``, in a storage of one dimension one environment at a time.
+        """Store a collector's batch ``[T]`` or ``[N, T]``; a one-dimensional storage gets one environment at a time.
 
         Raises:
-            ConfigurationError: if the sampler could not tell those environments apart.
+            ConfigurationError: if the sampler could not distinguish these environments.
         """
         mask = batch.get(("collector", "mask"), None)
         data = batch if mask is None else batch[mask]
@@ -97,7 +98,7 @@ class ReplaySlices:
         return self.buffer.sample(count * self.horizon).reshape(count, self.horizon).to(self.device)
 
     def sample_observations(self, count: int) -> Tensor:
-        """Observations ``[count, O]`` of any step of as many slices."""
+        """Observations ``[count, O]``, one from a random step of each of ``count`` slices."""
         slices = self.sample_slices(count)
         mask = slices.get(("collector", "mask"), None)
         weights = torch.ones(slices.shape) if mask is None else mask.reshape(slices.shape).float().cpu()
@@ -107,7 +108,7 @@ class ReplaySlices:
 
 Loss = TypeVar("Loss", bound=LossModule)
 
-#: Settings of the algorithm that others make where a TorchRL trainer puts the parts together, with the key that does.
+#: Settings of the algorithm that have no effect in a TorchRL trainer, with the key that has this effect instead.
 ELSEWHERE = {
     "collect_steps": "collector.frames_per_batch",
     "random_steps": "collector.init_random_frames",
@@ -120,11 +121,11 @@ ELSEWHERE = {
 
 
 class PWMUpdates(OptimizationStepper):
-    """PWM's updates after each batch of any TorchRL trainer, whose epochs are counted here.
+    """PWM's updates after each batch of a TorchRL trainer; each batch is an epoch.
 
     Args:
-        algorithm (PaperPWM): the updates.
-        epochs (int): batches of the whole training, for the learning rates.
+        algorithm (PaperPWM): makes the updates.
+        epochs (int): number of batches in the whole training, for the learning rates.
 
     Attributes:
         epoch (int): batches so far.
@@ -135,7 +136,7 @@ class PWMUpdates(OptimizationStepper):
         self.epoch = 0
 
     def step(self, trainer: Trainer | None, sub_batch: TensorDictBase) -> TensorDictBase:
-        """One epoch's updates; detached scalars."""
+        """Make one epoch's updates; returns detached scalars."""
         statistics = self.algorithm.networks.model.observation_statistics
         if statistics is not None:
             seen = sub_batch.get("observation")
@@ -149,7 +150,7 @@ class PWMUpdates(OptimizationStepper):
         return {"epoch": self.epoch, "algorithm": self.algorithm.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Restore the state that :meth:`state_dict` returned."""
         self.epoch = int(state_dict["epoch"])
         self.algorithm.load_state_dict(state_dict["algorithm"])
 
@@ -179,30 +180,32 @@ def make_torchrl_trainer(
     log_rewards: bool = True,
     hooks: Iterable[TrainerHookBase] | None = None,
 ) -> Trainer:
-    """A TorchRL Trainer that learns by PWM, all of whose parts share one world model, one actor and one ensemble.
+    """A TorchRL Trainer for PWM, whose parts all share one world model, one actor and one critic ensemble.
 
-    Configurations describe the parts; this function is where they are put around the networks, because an
-    interpolation that Hydra meets twice becomes two objects. So the collector and the losses come unfinished, as
-    ``functools.partial`` or with ``_partial_: true``.
+    This function combines the parts with the networks, because Hydra would create a network twice if two
+    configurations refer to it. The collector and the losses are therefore passed as factories: as ``functools.partial``
+    or with ``_partial_: true``.
 
     Args:
         collector (callable): makes the collector, given ``policy``.
         total_frames (int): environment steps of the whole training.
-        replay_buffer (ReplayBuffer): with a :class:`~torchrl.data.SliceSampler` of ``slice_len=algorithm.horizon``.
-            With several environments, a storage with ``ndim=2`` (and ``dim_extend=1``) keeps their trajectories whole;
-            in one dimension, slices never cross from one batch of the collector to the next.
+        replay_buffer (ReplayBuffer): a buffer with a :class:`~torchrl.data.SliceSampler` of
+            ``slice_len=algorithm.horizon``. With several environments, a storage with ``ndim=2`` (and
+            ``dim_extend=1``) keeps their trajectories whole; with one dimension, slices never span two batches of the
+            collector.
         world_model (WorldModel): the model, single-task.
         actor (Actor): the policy on latents.
-        critics (CriticEnsemble): the values of latents.
+        critics (CriticEnsemble): the critics of latents.
 
     Keyword Args:
-        model_loss (callable, optional): makes the world model's objective, given the model. Defaults to ``None``: the
+        model_loss (callable, optional): makes the model loss, given ``world_model``. Defaults to ``None``: the
             algorithm's.
-        loss_module (callable, optional): makes the policy's, given ``actor_network``, ``world_model`` and
+        loss_module (callable, optional): makes the actor loss, given ``actor_network``, ``world_model`` and
             ``value_network``. Defaults to ``None``: the algorithm's.
-        value_loss (callable, optional): makes the critics', given ``critics``. Defaults to ``None``: the algorithm's.
-        algorithm (AlgorithmConfig or Mapping, optional): updates per batch, their sizes and learning rates; of the
-            objectives, what is not said by a loss of one's own. Defaults to ``None``: PWM's.
+        value_loss (callable, optional): makes the critic loss, given ``critics``. Defaults to ``None``: the
+            algorithm's.
+        algorithm (AlgorithmConfig or Mapping, optional): updates per batch, batch sizes and learning rates, and
+            settings of the losses that are not given. Defaults to ``None``: the default settings.
         frame_skip (int): environment steps per agent step. Defaults to ``1``.
         logger (Logger, optional): Defaults to ``None``.
         progress_bar (bool): Defaults to ``True``.
@@ -260,7 +263,7 @@ def make_torchrl_trainer(
         checkpoint_metadata=checkpoint_metadata,
         auto_log_optim_steps=False,
     )
-    # Frames before the first update are stored too: TorchRL's own off-policy trainers store in `pre_epoch`, after it.
+    # Not in `pre_epoch`, as TorchRL's off-policy trainers do: frames before the first update must be stored, too.
     trainer.register_op("batch_process", replay.extend)
     trainer.register_op("post_optim_complete_log", _metrics)
     for name, module in networks.items():
@@ -297,7 +300,7 @@ def _check_model(networks: Networks) -> None:
 
 
 def _check_actions(collector: BaseCollector) -> None:
-    """The policy acts in [−1, 1], and so must the environment, where this process can see it."""
+    """Check that the environment's actions are in [−1, 1], like the policy's, if this process can access it."""
     spec = getattr(getattr(collector, "env", None), "action_spec", None)
     if spec is None:
         return
@@ -320,7 +323,7 @@ def _unfinished(key: str, given: Any, finished: type) -> Callable[..., Any]:
 
 
 def _losses(cfg: Config, networks: Networks, model: Any, actor: Any, value: Any) -> Losses:
-    """The algorithm's objectives, or those given, around the one set of networks."""
+    """The algorithm's losses, or the given ones, on the shared networks."""
     losses = build_losses(cfg, networks)
     if model is not None:
         losses.model = _unfinished("model_loss", model, LossModule)(world_model=networks.model)
@@ -344,7 +347,7 @@ def _losses(cfg: Config, networks: Networks, model: Any, actor: Any, value: Any)
 
 
 def _metrics(optim_steps: int, losses: TensorDictBase) -> dict[str, Any]:
-    """What an epoch's updates measured, for the logger."""
+    """Metrics of an epoch's updates, for the logger."""
     return {key: value.item() for key, value in losses.items()}
 
 
