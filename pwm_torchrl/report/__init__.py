@@ -1,4 +1,4 @@
-"""What ``launch/report.py`` is made of: reading runs, statistics over seeds, tables, figures and the page.
+"""Parts of ``launch/report.py``: reading runs, statistics over seeds, tables, figures and the HTML page.
 
-May import every folder but ``cli``. What needs matplotlib or torch imports it where it is used.
+May import every folder except ``cli``. Matplotlib and torch are imported only where they are needed.
 """

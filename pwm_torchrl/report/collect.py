@@ -1,4 +1,4 @@
-"""What is known of a run, whatever state it is in: its directory is read, never written."""
+"""Reads run directories in any state, without writing to them."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ __all__ = [
     "settle",
 ]
 
-_DEPTH = 4  # how deep below a given folder runs are looked for
+_DEPTH = 4  # maximum depth of run directories below a given folder
 
-#: Statuses of runs that ended before they were finished, and not because somebody stopped them.
+#: Statuses of runs that ended early without being stopped by the user.
 FAILED = ("failed", "memory", "storage", "stalled", "start_up", "died")
 
-#: Events that wait for a new attempt: until it writes, the summary still says what the last one wrote.
+#: Events after which a new attempt is expected; until it writes, the summary is that of the last attempt.
 _WAITING = ("submit", "restart")
 
-#: By which a folder with a damaged configuration is still known as a run.
+#: Files that identify a run directory whose configuration is damaged.
 _RUN_FILES = (CLAIMS, EVENTS_FILE, JOB_FILE, SUMMARY_FILE)
 _KEYS = {spec.name for spec in fields(Config)}
-#: Of what kind values are in the files of a run, where they have these keys.
+#: Types of values in a run's files, by key.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("model", "size", "env", "status", "wandb_url"), str),
     **dict.fromkeys(("seed", "epochs_done", "epochs_planned", "agent_steps", "env_steps", "restarts"), int),
@@ -75,25 +75,25 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass
 class RunReport:
-    """A run as its files tell it; ``None`` where they do not.
+    """Information about a run from its files; ``None`` for unknown values.
 
     Attributes:
         path: the run's directory.
-        name: what a table calls it.
-        config: its configuration, ``None`` if it is not one of this version.
-        metrics: columns of ``metrics.csv``, floats with NaN where a row has none.
-        restarts: how often it came back, by reason.
-        host_bytes: most anonymous and shared memory that the run held, measured.
-        host_planned: the same as its memory plan predicted it.
-        device_bytes: most GPU memory allocated, 0 without a GPU.
-        device_planned: the same as predicted.
-        gpus: how many GPUs it has, 0 without.
+        name: its name in tables.
+        config: its configuration, ``None`` if this version cannot read it.
+        metrics: columns of ``metrics.csv`` as floats, NaN for missing values.
+        restarts: number of restarts by reason.
+        host_bytes: measured peak of anonymous and shared memory.
+        host_planned: the peak predicted by its memory plan.
+        device_bytes: measured peak of allocated GPU memory, 0 without a GPU.
+        device_planned: the peak predicted by its memory plan.
+        gpus: number of GPUs, 0 without.
         last_error: the newest error that ended an attempt, and :attr:`problems`.
-        problems: a sentence for each file that cannot be read, or tells something else than another one.
-        wandb_url: its page at W&B, if it logged online.
-        started: when it was submitted or started first, seconds since the epoch.
-        owner: the process that trains it, or that ended without saying so.
-        owner_state: whether that process lives, as :func:`settle` found out; see
+        problems: a sentence for each file that cannot be read or contradicts another one.
+        wandb_url: its W&B page, if it logged online.
+        started: time when it was first submitted or started, seconds since the epoch.
+        owner: the process that trains it, or that ended without recording it.
+        owner_state: whether that process is alive, as determined by :func:`settle`; see
             :func:`~pwm_torchrl.run.claims.owner_state`.
     """
 
@@ -133,15 +133,15 @@ class RunReport:
 
     @property
     def gpu_hours(self) -> float | None:
-        """GPUs times hours; ``None`` without a GPU."""
+        """Number of GPUs times hours; ``None`` without a GPU."""
         return self.wall_clock_s * self.gpus / 3600 if self.gpus and self.wall_clock_s is not None else None
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run directories among and below ``paths``, each once.
+    """The run directories among and below ``paths``, without duplicates.
 
     Raises:
-        ConfigurationError: if a path does not exist or holds no run.
+        ConfigurationError: if a path does not exist or contains no run.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -156,7 +156,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_run(path: Path) -> RunReport:
-    """Reads a run; what its summary does not say yet is taken from its metrics and its configuration."""
+    """Read a run; values missing from its summary are taken from its metrics and its configuration."""
     report = RunReport(path, path.resolve().name)
     problems = report.problems
     summary, plan, job = (_object(path / name, problems) for name in (SUMMARY_FILE, PLAN_FILE, JOB_FILE))
@@ -187,7 +187,7 @@ def read_run(path: Path) -> RunReport:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunReport]:
-    """Reads runs, in reading order: by environment, size, model and seed; their names are those of :func:`names_of`."""
+    """Read runs; they are sorted by environment, size, model and seed, and named by :func:`names_of`."""
     runs = [read_run(path) for path in paths]
     for run, name in zip(runs, names_of(paths)):
         run.name = name
@@ -195,13 +195,13 @@ def read_runs(paths: Sequence[Path]) -> list[RunReport]:
 
 
 def settle(runs: Sequence[RunReport], states: Mapping[str, JobState] | None = None) -> None:
-    """Corrects the status of runs whose process is gone although their files say that they run: they ``died``, or wait
-    if SLURM brings their job back.
+    """Correct the status of runs whose process is gone although their files say that they are running: ``died``, or
+    ``waiting`` if SLURM will restart their job.
 
     Args:
         runs: the runs.
-        states: what SLURM said of the jobs of their owners. Defaults to ``None``: it is asked, once, for owners that
-            are not processes of this machine.
+        states: SLURM's states of their owners' jobs. Defaults to ``None``: queried once, if an owner is not a process
+            of this machine.
     """
     found: dict[str, JobState] | None = None if states is None else dict(states)
     jobs = [run.owner.job_id for run in runs if run.owner is not None and run.owner.job_id is not None]
@@ -233,17 +233,17 @@ def settle(runs: Sequence[RunReport], states: Mapping[str, JobState] | None = No
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """Paths below the innermost folder that holds all of them, so that no two runs have the same name."""
+    """Paths relative to the innermost common folder, so that names are unique."""
     above = os.path.commonpath([path.resolve().parent for path in paths])
     return [os.path.relpath(path.resolve(), above) for path in paths]
 
 
 def restart_reasons(events: Sequence[Mapping[str, Any]], restarts: int) -> Counter[str]:
-    """How often a run came back, by the reason its ``restart`` events give.
+    """Number of restarts of a run by reason, from its ``restart`` events.
 
     Args:
         events: the run's events.
-        restarts: how often it was resumed, by its summary. What no event explains was resumed by hand.
+        restarts: number of restarts in its summary; those without an event were made by hand.
     """
     reasons = Counter(str(event.get("reason", "unknown")) for event in events if event.get("event") == "restart")
     by_hand = restarts - reasons.total()
@@ -258,32 +258,32 @@ def number(value: Any) -> float | None:
 
 
 def last(values: Sequence[float]) -> float | None:
-    """The last finite one."""
+    """The last finite value; ``None`` if there is none."""
     return next((value for value in reversed(values) if math.isfinite(value)), None)
 
 
 def natural(text: Any) -> list[Any]:
-    """Sort key that puts 5m before 19m."""
+    """Sort key that compares numbers by value, so that 5m comes before 19m."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|\D+", str(text))]
 
 
 def _walk(path: Path, depth: int) -> Iterator[Path]:
-    """Runs in and below a folder; nothing is looked for inside a run."""
+    """Runs in and below a folder; does not search inside runs."""
     if is_run(path):
         yield path
     elif depth > 1:
         try:
             children = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
         except PermissionError:
-            return  # a folder of somebody else's beside the runs, such as lost+found
+            return  # another user's folder among the runs, such as lost+found
         for child in children:
             yield from _walk(child, depth - 1)
 
 
 def is_run(path: Path) -> bool:
-    """Whether the folder has a ``config.yaml`` of a run, be it cut short or of another version.
+    """Whether the folder has a run's ``config.yaml``, possibly truncated or of another version.
 
-    Other programs write files of that name too, and Hydra's own begins with ``defaults``.
+    Other programs write files of that name, too; Hydra's own begin with ``defaults``.
     """
     try:
         text = (path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
@@ -296,7 +296,7 @@ def is_run(path: Path) -> bool:
 
 
 def _object(file: Path, problems: list[str]) -> dict[str, Any]:
-    """The JSON object in a file, with a sentence if there is a file without one, or one with values of another kind."""
+    """The JSON object in a file; adds a problem if the file is damaged or has values of unexpected types."""
     content = read_object(file)
     if not content and file.exists():
         problems.append(f"{file.name} is empty or damaged")
@@ -309,7 +309,7 @@ def _object(file: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _compare(summary: Mapping[str, Any], metrics: Mapping[str, Sequence[float]], report: RunReport) -> None:
-    """Tells where the end result of a run is not what its newest metrics say."""
+    """Add a problem for each final result that contradicts the newest metrics."""
     if report.status in ("running", "waiting") or not metrics.get("epoch"):
         return
     returns = [value for value in metrics.get("eval/return_mean", []) if math.isfinite(value)]
@@ -321,7 +321,7 @@ def _compare(summary: Mapping[str, Any], metrics: Mapping[str, Sequence[float]],
     }
     summarised = number(summary.get("epochs_done"))
     if report.status != "finished" and summarised is not None and summarised < last(metrics["epoch"]):
-        return  # a run that was killed: its summary is as old as its last evaluation
+        return  # the run was killed, and its summary is from its last evaluation
     for key, value in logged.items():
         told = number(summary.get(key))
         if told is not None and value is not None and told != value:
@@ -352,13 +352,13 @@ def _identify(report: RunReport, summary: Mapping[str, Any]) -> None:
 
 
 def _last_outcome(path: Path) -> Mapping[str, Any]:
-    """How the newest attempt said that it ended; empty while it did not."""
+    """The outcome that the newest attempt recorded; empty if it has not ended."""
     newest = newest_claim(path)
     return {} if newest is None else read_outcome(path, newest.attempt) or {}
 
 
 def _started(path: Path, events: Sequence[Mapping[str, Any]]) -> float:
-    """When a run came to be: by its first event; by its configuration if it has none."""
+    """Time of a run's first event, or of its configuration file if it has no events."""
     for event in events:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             return datetime.fromisoformat(event["time"]).timestamp()
@@ -372,7 +372,7 @@ def _progress(
 ) -> None:
     metrics = report.metrics
     said = str(summary.get("status") or ("running" if metrics else "not started"))
-    if said in ("running", "not started"):  # the summary may be damaged, or could not be written at the end
+    if said in ("running", "not started"):  # the summary may be damaged or may not have been written at the end
         said = str(outcome.get("status") or said)
     report.status = said
     waiting = bool(events) and events[-1].get("event") in _WAITING
@@ -392,10 +392,10 @@ def _progress(
 
 
 def _memory(report: RunReport, summary: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Peaks and predictions, as totals.
+    """Total peaks and predictions.
 
-    On the host a plan counts what the processes hold, files mapped by them apart. That is looked at once a second; a
-    plan of a finished attempt also has the growth of the kernel's own peak, which misses nothing.
+    On the host, a plan counts the processes' memory without mapped files. This is sampled once a second; the plan of a
+    finished attempt also contains the growth of the peak recorded by the kernel, which misses nothing.
     """
     metrics = report.metrics
     prediction, measured = _section(plan, "prediction"), _section(plan, "measured")
@@ -422,7 +422,7 @@ def _most(metrics: Mapping[str, Sequence[float]], name: str) -> float | None:
 
 
 def _last_error(path: Path, events: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the newest attempt that failed says, in its own words."""
+    """The error message of the newest failed attempt."""
     outcomes = sorted(path.glob("attempts/*.outcome.json"), key=lambda file: natural(file.name))
     told = [event.get("error") for event in events if event.get("event") in FAILED]
     told += [read_object(file).get("error") for file in outcomes]

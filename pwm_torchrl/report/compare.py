@@ -1,4 +1,4 @@
-"""Comparison of runs by the value of a key: estimates, curves, and both as tables, CSV and LaTeX."""
+"""Comparison of runs by the value of a key: estimates and curves, as tables, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 
 ALL_TASKS = "all tasks"
 
-#: Axes that returns are drawn over, with their labels.
+#: X axes of the returns, with their labels.
 AXES = {"env_steps": "environment steps", "epoch": "epochs", "hours": "wall-clock hours", "gpu_hours": "GPU-hours"}
 
-_POINTS = 200  # of a curve, at most
+_POINTS = 200  # maximum per curve
 _CURVE = ("env", "arm", "axis", "x", "iqm", "low", "high", "runs")
 
 
@@ -44,8 +44,8 @@ class Row:
     Attributes:
         finished: number of runs that trained to the end.
         failed: number of runs that failed.
-        unfinished: number of runs that are not over, or were stopped.
-        difference: of the final return from the baseline's, over seeds that both finished; ``None`` for the baseline.
+        unfinished: number of runs that are still in progress or were stopped.
+        difference: final return minus the baseline's, over seeds that both finished; ``None`` for the baseline.
     """
 
     env: str
@@ -71,7 +71,7 @@ class Comparison:
         rows: estimates, by environment and value.
         curves: interquartile mean of the return over each of :data:`AXES`, in long form: columns ``env``, ``arm``,
             ``axis``, ``x``, ``iqm``, ``low``, ``high`` and ``runs``, the number of runs that reach ``x``.
-        notes: what was left out, and how to read the rest.
+        notes: sentences about omitted runs and about how to read the results.
     """
 
     key: str
@@ -82,9 +82,9 @@ class Comparison:
 
 
 def compare(pairs: Pairs) -> Comparison:
-    """Estimates for every environment and value, and over all environments if there are several.
+    """Compute estimates for every environment and value, and over all environments if there are several.
 
-    Estimates are over runs that finished; curves are over all runs, up to the point that each has reached.
+    Estimates are over finished runs; curves are over all runs, up to the point that each has reached.
     """
     result = Comparison(pairs.key, pairs.arms, [], pd.DataFrame(columns=_CURVE), list(pairs.notes))
     curves: list[pd.DataFrame] = []
@@ -119,7 +119,7 @@ def _row(env: str, arm: str, runs: Mapping[int, RunReport], base: Mapping[int, R
 
 
 def _counts(runs: Iterable[RunReport]) -> tuple[int, int, int]:
-    """How many finished, failed and neither."""
+    """Number of runs that finished, that failed, and of all others."""
     runs = list(runs)
     finished, failed = sum(run.finished for run in runs), sum(run.status in FAILED for run in runs)
     return finished, failed, len(runs) - finished - failed
@@ -130,7 +130,7 @@ def _known(values: Iterable[float | None]) -> Estimate | None:
 
 
 def _difference(done: Mapping[int, RunReport], base: Mapping[int, RunReport]) -> Estimate | None:
-    """Of final returns, seed by seed."""
+    """Estimate of the difference in final return, paired by seed."""
     differences = []
     for seed, run in done.items():
         other = base[seed].final_return if base[seed].finished else None
@@ -156,7 +156,7 @@ def _curves(env: str, arm: str, runs: Sequence[RunReport]) -> list[pd.DataFrame]
 
 
 def _add_all_tasks(pairs: Pairs, result: Comparison) -> None:
-    """Adds rows over all environments, with returns scaled to 0 for a random policy and 1 for the best finished run."""
+    """Add rows over all environments, with returns scaled to 0 for a random policy and 1 for the best finished run."""
     scales: dict[str, tuple[float, float]] = {}
     for env, arms in pairs.runs.items():
         runs = [run for seeds in arms.values() for run in seeds.values()]
@@ -206,7 +206,7 @@ def compare_table(comparison: Comparison) -> Table:
 
 
 def compare_csv(comparison: Comparison) -> str:
-    """The estimates at full precision, each with the ends of its interval and its number of runs."""
+    """CSV of the estimates at full precision, each with its interval and number of runs."""
     rows: list[dict[str, Any]] = []
     for row in comparison.rows:
         rows.append({"env": row.env, comparison.key: row.arm, **{name: getattr(row, name) for name in _COUNTS}})
@@ -218,7 +218,7 @@ def compare_csv(comparison: Comparison) -> str:
 
 
 def curves_csv(comparison: Comparison) -> str:
-    """The curves at full precision."""
+    """CSV of the curves at full precision."""
     return comparison.curves.rename(columns={"arm": comparison.key}).to_csv(index=False)
 
 

@@ -1,7 +1,7 @@
-"""The report as a whole: text for the terminal, ``report.html``, figures, and the files of a comparison.
+"""The whole report: text for the terminal, ``report.html``, figures, and the files of a comparison.
 
-``report.html`` is one file that holds the tables and figures, for screen and print. Imports pandas and scipy, so a
-command imports this only once it makes a report.
+``report.html`` is a single file that contains the tables and figures, for screen and print. This module imports pandas
+and scipy, so commands import it only when they make a report.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pwm_torchrl.run.drawing import png, require_matplotlib
 
 __all__ = ["REPORT_FILE", "Document", "Section", "make_document", "render"]
 
-# The page: one file, for screen and print -----------------------------------------------------------------------------
+# The HTML page: one file, for screen and print ------------------------------------------------------------------------
 
 
 _CSS = """
@@ -88,7 +88,7 @@ img { display: block; max-width: 100%; height: auto; background: #fff; border-ra
 }
 """
 
-# Sorts a table by the column that is clicked; a row's long texts lie in the same tbody and move with it.
+# Sorts a table by the clicked column; a row's long texts are in the same tbody and move with it.
 _SCRIPT = """
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
@@ -110,10 +110,10 @@ _TONES = {"good": ("finished",), "bad": FAILED, "busy": ("running", "waiting")}
 
 @dataclass
 class Section:
-    """A heading, and below it a text, figures and a table.
+    """A section of the page: heading, text, figures and a table.
 
     Attributes:
-        pictures: PNG files by their names.
+        pictures: PNG files by name.
         notes: sentences listed at the end.
     """
 
@@ -125,7 +125,7 @@ class Section:
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page. It is one file: it loads nothing, and its script only sorts tables."""
+    """The HTML page: it loads no other files, and its script only sorts tables."""
     return "\n".join(
         [
             "<!doctype html>",
@@ -160,7 +160,7 @@ def _picture(name: str, content: bytes) -> str:
 
 
 def _table(table: Table) -> str:
-    """A ``tbody`` per row: its cells, and below them a line for each long text, as wide as the table."""
+    """An HTML table with one ``tbody`` per row: its cells, and below them each long text on a full-width line."""
     long = table.wide | {"settings"}
     short = [name for name in table.head if name not in long and not table.blank(name)]
     styles = {name: _style(table, name) for name in short}
@@ -183,7 +183,7 @@ def _table(table: Table) -> str:
 
 
 def _cell(table: Table, name: str, row: int, style: str, text: str) -> str:
-    """A cell, with the number that it is sorted by if its text is not that number."""
+    """A cell, with its sort key if the key differs from the text."""
     keys = table.keys.get(name)
     key = "" if keys is None else f' data-key="{"" if keys[row] is None else repr(keys[row])}"'
     return f"<td{_css(style)}{key}>{html.escape(text)}</td>"
@@ -200,7 +200,7 @@ def _style(table: Table, column: str) -> str:
 
 
 def _toned(column: str, style: str, cell: str) -> str:
-    """The CSS class of a cell; a status that all runs of a row share has a colour."""
+    """The CSS classes of a cell; a status cell is coloured if all statuses in it have the same tone."""
     if column != "status":
         return style
     words = [part.lstrip("0123456789 ") for part in cell.split(", ")]
@@ -212,7 +212,7 @@ def _css(style: str) -> str:
     return f' class="{style}"' if style else ""
 
 
-# What the report says -------------------------------------------------------------------------------------------------
+# Contents of the report -----------------------------------------------------------------------------------------------
 
 
 REPORT_FILE = "report.html"
@@ -246,12 +246,12 @@ _COMPARISON = (
 
 @dataclass
 class Document:
-    """A report that is not written yet.
+    """A report that has not been written to files yet.
 
     Attributes:
         text: tables for the terminal.
         files: contents by file name, :data:`REPORT_FILE` last.
-        notes: sentences about what could not be drawn.
+        notes: sentences about figures that could not be drawn.
     """
 
     text: str
@@ -262,12 +262,12 @@ class Document:
 def make_document(
     runs: Sequence[RunReport], source: str, out: Path, pairs: Pairs | None = None, width: int | None = None
 ) -> Document:
-    """Makes the tables, figures and page of some runs.
+    """Make the tables, figures and page of a report.
 
     Args:
         runs: the runs.
-        source: where they are from and how they were selected, for the page's subtitle.
-        out: the folder that the page will be in, which its links to runs are relative to.
+        source: description of the runs' location and selection, for the page's subtitle.
+        out: folder of the page; links to runs are relative to it.
         pairs: the runs to compare. Defaults to ``None``: no comparison.
         width: terminal columns. Defaults to ``None``: no limit.
     """
@@ -304,7 +304,7 @@ def _text(runs: Sequence[RunReport], groups: Sequence[Group], comparison: Compar
 
 
 def _figures(groups: Sequence[Group], comparison: Comparison | None, notes: list[str]) -> dict[str, bytes]:
-    """PNG files by name; without matplotlib none, and a note."""
+    """PNG files by name; without matplotlib there are none, and a note says so."""
     try:
         require_matplotlib()
     except MissingLibraryError as missing:
@@ -328,7 +328,7 @@ def _figures(groups: Sequence[Group], comparison: Comparison | None, notes: list
 
 
 def _named(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures by file name; characters of an environment's name that do not belong in one are replaced."""
+    """Figures by file name; characters of an environment's name that are unsuitable for a file name are replaced."""
     return {f"{prefix}_{''.join(c if c.isalnum() or c in '._-' else '-' for c in k)}": v for k, v in figures.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a run will cost before it starts: its parameters, and its hours from earlier runs or from its operations."""
+"""Cost of a run before it starts: number of parameters, and hours estimated from earlier runs or from operations."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from pwm_torchrl.run.metrics import read_metrics
 __all__ = ["Duration", "cost_lines", "earlier_duration", "operations", "parameter_counts", "predicted_duration"]
 
 _LABELS = {"model": "world model", "actor": "actor", "critic": "critics"}
-#: Keys on which an epoch's time depends; those that end in a dot stand for their whole section.
+#: Keys that determine an epoch's time; a key that ends in a dot stands for its whole section.
 _TIMED = (
     "mode", "model.dynamics.", "size.", "algorithm.horizon", "algorithm.collect_steps", "algorithm.actor_batch",
     "algorithm.actor_updates", "algorithm.model_batch", "algorithm.model_updates", "algorithm.critic_passes",
     "algorithm.critic_minibatches", "algorithm.compile",
 )  # fmt: skip
-_NEWEST = 200  # run directories that are looked at, at most
-_EPOCHS = 5  # of an earlier run whose time says something, at least
+_NEWEST = 200  # maximum number of run directories to read
+_EPOCHS = 5  # minimum number of epochs of an earlier run for its time to count
 _MEASURED_S = 0.2  # seconds for measuring the rate of this machine
-_AT_ONCE = 4  # matrix products in a measurement
+_AT_ONCE = 4  # matrix products per measurement
 _FORWARD, _TRAINED = 2, 6  # operations per parameter and row, without and with a backward pass
 
 
 @dataclass(frozen=True)
 class Duration:
-    """How long a run will take.
+    """Estimated duration of a run.
 
     Attributes:
         hours: the estimate.
-        source: where it is from.
-        lower_bound: whether it counts arithmetic alone, without environments and the overhead of small operations.
+        source: text that describes its source.
+        lower_bound: whether it only includes arithmetic, without environments and the overhead of small operations.
     """
 
     hours: float
@@ -52,13 +52,13 @@ class Duration:
 
 
 def cost_lines(cfg: Config, facts: EnvFacts, hardware: str, device: torch.device | None) -> list[str]:
-    """Parameters and hours in words.
+    """Lines of text with the number of parameters and the hours.
 
     Args:
-        cfg: the run.
-        facts: of its environment or its tasks.
-        hardware: name of what it will run on, as in ``summary.json``.
-        device: the same if it is of this machine, whose rate can be measured; else ``None``.
+        cfg: the run's configuration.
+        facts: facts of its environment or its tasks.
+        hardware: name of the hardware that it will run on, as in ``summary.json``.
+        device: its device if it runs on this machine, so that the rate can be measured; else ``None``.
     """
     counts = parameter_counts(cfg, facts)
     words = ", ".join(f"{_LABELS[name]} {count:,}" for name, count in counts.items())
@@ -73,7 +73,7 @@ def cost_lines(cfg: Config, facts: EnvFacts, hardware: str, device: torch.device
 
 
 def parameter_counts(cfg: Config, facts: EnvFacts) -> dict[str, int]:
-    """Parameters of each network of a run, trained or not; nothing is allocated."""
+    """Number of parameters of each network of a run, trained or not; nothing is allocated."""
     with torch.device("meta"):
         networks = find_algorithm(cfg.algorithm.name).build_networks(cfg, facts, "meta")
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
@@ -82,7 +82,7 @@ def parameter_counts(cfg: Config, facts: EnvFacts) -> dict[str, int]:
 def earlier_duration(cfg: Config, hardware: str) -> Duration | None:
     """Hours from earlier runs in ``runs_dir`` with equal networks and updates on equal hardware; ``None`` without any.
 
-    Runs of the same environment count if there are some, else those of all environments.
+    Uses the runs in the same environment if there are any, else those in all environments.
     """
     try:
         paths = find_runs([Path(cfg.runs_dir).expanduser()])
@@ -97,7 +97,7 @@ def earlier_duration(cfg: Config, hardware: str) -> Duration | None:
         try:
             other = load_config(run)
             times = [t for t in read_metrics(run / "metrics.csv").get("time/epoch_s", [])[1:] if t == t]
-        except (ConfigurationError, OSError, ValueError):  # damaged: the report says so, here it just does not count
+        except (ConfigurationError, OSError, ValueError):  # damaged: skipped here, reported by the report
             continue
         if len(times) >= _EPOCHS and _timed(other) == wanted:
             seconds[other.env.get("name") == cfg.env.get("name")].append(fmean(times))
@@ -112,7 +112,7 @@ def earlier_duration(cfg: Config, hardware: str) -> Duration | None:
 
 
 def predicted_duration(cfg: Config, facts: EnvFacts, device: torch.device) -> Duration:
-    """Hours from the operations of the updates and the rate that matrix products reach here: a lower bound."""
+    """Hours from the updates' operations and the measured rate of matrix products on this machine; a lower bound."""
     count, rate = operations(cfg, facts), measured_rate(cfg, device)
     source = f"{count:.2g} operations per epoch at the {rate / 1e9:,.1f} GFLOP/s measured here, there is no earlier run"
     return Duration(cfg.training.epochs * count / rate / 3600, source, lower_bound=True)
@@ -121,7 +121,8 @@ def predicted_duration(cfg: Config, facts: EnvFacts, device: torch.device) -> Du
 def operations(cfg: Config, facts: EnvFacts) -> float:
     """Floating-point operations of an epoch's updates.
 
-    A linear layer takes two operations per parameter and row forward, and twice that backward.
+    A linear layer takes two operations per parameter and row in the forward pass, and twice as many in the backward
+    pass.
     """
     with torch.device("meta"):
         networks = find_algorithm(cfg.algorithm.name).build_networks(cfg, facts, "meta")
@@ -137,9 +138,9 @@ def operations(cfg: Config, facts: EnvFacts) -> float:
     total = 0.0
     for name, update in updates_of(cfg).items():
         rows = update.batch * update.per_epoch * update.steps
-        if name == "model":  # slices: an encoded target and a transition at every step
+        if name == "model":  # slices: an encoded target and a transition per step
             total += rows * (_TRAINED * step + _FORWARD * size(model.encoder))
-        elif name == "actor":  # rollouts: an action and a transition at every step
+        elif name == "actor":  # rollouts: an action and a transition per step
             total += rows * _TRAINED * (imagined + size(networks.actor))
         else:
             total += rows * _TRAINED * size(networks.critic)
@@ -147,9 +148,9 @@ def operations(cfg: Config, facts: EnvFacts) -> float:
 
 
 def measured_rate(cfg: Config, device: torch.device) -> float:
-    """Operations per second of matrix products as large as those of the dynamics' hidden layers on ``device``.
+    """Operations per second on ``device`` of matrix products as large as those of the dynamics' hidden layers.
 
-    The fastest of several measurements counts, since other processes may be busy.
+    Returns the fastest of several measurements, since other processes may be busy.
     """
     rows, width = cfg.algorithm.model_batch, max([*cfg.size.units, 1])
     x, weight = torch.ones(rows, width, device=device), torch.ones(width, width, device=device)
@@ -166,7 +167,7 @@ def measured_rate(cfg: Config, device: torch.device) -> float:
 
 
 def hardware_of(cfg: Config, device: torch.device | None) -> str:
-    """Name of the hardware of a run: this machine's, or the GPU that its cluster profile names."""
+    """Name of a run's hardware: this machine's, or the GPU in its cluster profile."""
     if device is not None:
         return hardware_name(device, cfg.training.threads or available_cpus())
     return str(cfg.cluster.gpu or cfg.cluster.name)

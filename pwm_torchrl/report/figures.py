@@ -25,11 +25,11 @@ __all__ = [
     "returns_figures",
 ]
 
-MOST_FIGURES = 12  # environments with a figure of their own, at most; also panels per figure of returns
+MOST_FIGURES = 12  # maximum number of environments with their own figure, and of panels per figure of returns
 
-_DASHES = ("-", "--", "-.", ":")  # of lines beyond the number of colours
-_MOST_BARS = 40  # per panel of the memory figure
-_MOST_LEGEND = 24  # lines named in a legend
+_DASHES = ("-", "--", "-.", ":")  # line styles, for more lines than colours
+_MOST_BARS = 40  # maximum per panel of the memory figure
+_MOST_LEGEND = 24  # maximum number of legend entries
 _COLUMNS = 3
 _PANELS = {1: (7.5, 3.8), 2: (4.9, 3.3), 3: (3.5, 2.8)}  # inches, by the number of columns
 _RETURNS = (("eval/return_mean", "evaluation return"), ("train/return", "return while collecting"))
@@ -38,13 +38,13 @@ _RETURNS = (("eval/return_mean", "evaluation return"), ("train/return", "return 
 def returns_figures(groups: Sequence[Group], most: int = MOST_FIGURES) -> list[Any]:
     """Return over environment steps: one panel per environment and one line per group.
 
-    Where a run takes no environment steps, over epochs. A line is the mean over seeds, thin where not all seeds reach;
-    its band is one standard deviation over seeds, and a single seed has none. Evaluation returns are drawn if a run of
-    the environment has some, else returns while collecting.
+    Runs without environment steps are drawn over epochs. A line is the mean over seeds, thin where it does not include
+    all seeds; its band is one standard deviation over seeds, and a single seed has none. Evaluation returns are drawn
+    if any run in the environment has them, else returns while collecting.
 
     Args:
         groups: the runs.
-        most: panels per figure. Defaults to ``12``.
+        most: maximum number of panels per figure. Defaults to ``12``.
 
     Returns:
         Figures; none if no run has logged a return.
@@ -77,8 +77,8 @@ def column_figures(groups: Sequence[Group], columns: str | Sequence[str], most: 
 
     Args:
         groups: the runs.
-        columns: their names, or their common prefix such as ``"loss/"``.
-        most: environments. Defaults to ``12``.
+        columns: names of the columns, or their common prefix such as ``"loss/"``.
+        most: maximum number of environments. Defaults to ``12``.
 
     Returns:
         Figures by environment, drawn as in :func:`returns_figures`.
@@ -108,7 +108,7 @@ def column_figures(groups: Sequence[Group], columns: str | Sequence[str], most: 
 
 
 def memory_figure(groups: Sequence[Group]) -> Any | None:
-    """Measured peaks as bars and predictions as marks, of each group's largest run; ``None`` without measurements."""
+    """Measured peaks (bars) and predictions (marks) of each group's largest run; ``None`` without measurements."""
     places: list[tuple[str, list[tuple[str, float, float | None]]]] = []
     for title, measured, planned in (
         ("host memory", "host_bytes", "host_planned"),
@@ -144,7 +144,7 @@ def memory_figure(groups: Sequence[Group]) -> Any | None:
 
 def comparison_figures(comparison: Comparison, most: int = MOST_FIGURES) -> dict[str, Any]:
     """Interquartile mean of the return over steps, wall-clock hours and GPU-hours, one figure per environment."""
-    style = _Styles(sorted(comparison.arms, key=natural))  # in this order the colours are those of the other figures
+    style = _Styles(sorted(comparison.arms, key=natural))  # this order gives the same colours as in the other figures
     figures = {}
     for env, here in list(comparison.curves.groupby("env", sort=False))[:most]:
         shown = [axis for axis in AXES if (here["axis"] == axis).any()]
@@ -162,7 +162,7 @@ def comparison_figures(comparison: Comparison, most: int = MOST_FIGURES) -> dict
 
 
 class _Styles:
-    """Colour and dashes by label, the same in every panel."""
+    """Colour and line style by label, the same in every panel."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.order = list(dict.fromkeys(labels))
@@ -184,21 +184,21 @@ def _curves(group: Group, column: str, over: str) -> list[pd.Series]:
 
 
 def _mean_line(axis: Any, curves: Sequence[pd.Series], seeds: int, **style: Any) -> None:
-    """Mean of a group's curves, with their spread where there are two or more."""
+    """Draw the mean of a group's curves, with their spread where there are two or more."""
     found = mean_and_spread(aligned(curves))
     mean, spread = found["mean"], found["spread"].where(found["count"] > 1)
     _partly_strong(axis, found.index, mean, mean - spread, mean + spread, found["count"] == seeds, **style)
 
 
 def _partly_strong(axis: Any, x: Any, y: Any, low: Any, high: Any, complete: Any, **style: Any) -> None:
-    """A line with its band, strong where it is ``complete`` and thin elsewhere."""
+    """Draw a line with its band, thick where ``complete`` is true and thin elsewhere."""
     x, y, low, high, complete = (np.asarray(each) for each in (x, y, low, high, complete))
     draw_line(axis, x, y, **{**style, "linewidth": 0.9, "alpha": 0.75, "label": None})
     draw_line(axis, x, np.where(complete, y, np.nan), low, high, **style)
 
 
 def _short(text: str, most: int = 30) -> str:
-    """A panel's title; the middle of one that would run into the next panel is cut."""
+    """A panel's title, shortened in the middle so that it does not run into the next panel."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
@@ -207,7 +207,7 @@ def _heading(figure: Any, text: str) -> None:
 
 
 def _legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend below all panels, which are too small for ten lines each."""
+    """One legend below all panels, which are too small for legends of their own."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
@@ -220,7 +220,7 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
 
 
 def _panels(count: int, columns: int = _COLUMNS, size: tuple[float, float] | None = None) -> tuple[Any, list[Any]]:
-    """A figure and its panels; ``size`` is that of one panel in inches."""
+    """A figure and its panels; ``size`` is the size of one panel in inches."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     width, height = size or _PANELS[columns]

@@ -1,7 +1,7 @@
-"""The report's tables: a row per run, per group of seeds, memory against plan, and results by task.
+"""The report's tables: runs, groups of seeds, measured and planned memory, and results by task.
 
-Runs that differ in the seed only are a group. Results by task are scores of extracted policies, as multi-task results
-are published, and held-out errors of models.
+Runs that differ only in the seed form a group. Results by task are scores of extracted policies, in the form in which
+multi-task results are published, and held-out errors of models.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ __all__ = [
 # Groups of runs that differ in the seed only --------------------------------------------------------------------------
 
 
-_NAMED = 3  # settings named in a label, at most
+_NAMED = 3  # maximum number of settings in a label
 
 
 @dataclass
 class Group:
-    """Runs of one model, size and environment, and otherwise equal settings: they differ in the seed.
+    """Runs with equal settings that differ only in the seed.
 
     Attributes:
-        settings: what distinguishes them from other runs of the same model, size and environment, such as
+        settings: settings that distinguish them from other runs of the same model, size and environment, such as
             ``"algorithm.horizon=8"``; empty if there are no others.
     """
 
@@ -59,15 +59,15 @@ class Group:
 
     @property
     def label(self) -> str:
-        """Everything but the environment, for a legend."""
+        """Model, size and distinguishing settings, for a legend."""
         return " ".join(filter(None, [str(self.model), str(self.size), self.settings]))
 
 
 def group_runs(runs: Sequence[RunReport]) -> list[Group]:
     """Groups in reading order: by environment, size, model and settings.
 
-    Runs of the same model, size and environment that differ in a key that changes what is learned
-    (:func:`~pwm_torchrl.run.directory.differing_keys`) are not averaged: they make groups of their own.
+    Runs of the same model, size and environment that differ in a key that affects training
+    (:func:`~pwm_torchrl.run.directory.differing_keys`) are not averaged: they are in separate groups.
     """
     named: dict[tuple[Any, ...], list[RunReport]] = {}
     for run in runs:
@@ -80,7 +80,7 @@ def group_runs(runs: Sequence[RunReport]) -> list[Group]:
 
 
 def _by_settings(runs: Sequence[RunReport]) -> list[tuple[str, list[RunReport]]]:
-    """Runs of equal settings, with a label of the settings in which they differ from others."""
+    """Runs by equal settings, each with a label of the settings that distinguish them from the others."""
     readable = [run for run in runs if run.config is not None]
     changed: list[dict[str, Any]] = []
     for run in readable:
@@ -119,23 +119,23 @@ _NUMBERS = {
     "time": "wall_clock_s",
     "host": "host_bytes",
     "GPU": "device_bytes",
-}  # columns of a table, by what they are called in a RunReport
+}  # columns of a table, and the names of their attributes in a RunReport
 _FILES = (
     ("configuration", "config.yaml"),
     ("curves", "curves.png"),
     ("video", "video.mp4"),
     ("metrics", "metrics.csv"),
     ("log", "log.txt"),
-)  # linked from the page where a run has them
+)  # files of a run that the page links to if they exist
 _LABELS = ("name", *_NAMES, "status")
 
 
 def frame_of(runs: Sequence[RunReport]) -> pd.DataFrame:
-    """Runs as a table of values: a row per run, floats with NaN where a value is not known.
+    """A data frame with one row per run; unknown numbers are NaN.
 
     Returns:
         Columns ``name``, ``model``, ``size``, ``env``, ``status``, ``seed``, ``peak``, ``final``, ``random``,
-        ``epochs``, ``planned``, ``time`` (s), ``host``, ``GPU`` (bytes, no GPU memory counts as unknown),
+        ``epochs``, ``planned``, ``time`` (s), ``host``, ``GPU`` (bytes; 0 GPU memory is treated as unknown),
         ``host_planned`` and ``GPU_planned``.
     """
     labels = {column: [getattr(run, column) for run in runs] for column in _LABELS}
@@ -154,7 +154,7 @@ def run_table(runs: Sequence[RunReport], out: Path | None = None) -> Table:
 
     Args:
         runs: the runs.
-        out: the folder of the page, whose links are relative to it. Defaults to ``None``: no links.
+        out: folder of the page, to which its links are relative. Defaults to ``None``: no links.
     """
     rows = []
     for run in runs:
@@ -175,7 +175,7 @@ def run_table(runs: Sequence[RunReport], out: Path | None = None) -> Table:
 
 
 def _links(run: RunReport, out: Path) -> list[tuple[str, str]]:
-    """What a run has to look at: its directory, files that are there, and its page at W&B."""
+    """Links of a run: its directory, its existing files, and its W&B page."""
     folder = quote(os.path.relpath(run.path.resolve(), out.resolve()))
     found = [(text, f"{folder}/{name}") for text, name in _FILES if (run.path / name).exists()]
     return [("directory", f"{folder}/"), *found, *([("W&B", run.wandb_url)] if run.wandb_url else [])]
@@ -218,7 +218,7 @@ def group_table(groups: Sequence[Group]) -> Table:
 
 
 def memory_table(runs: Sequence[RunReport]) -> Table:
-    """Measured peaks beside the plan's predictions, one row per run that has a plan."""
+    """Measured peaks and the plan's predictions, one row per run that has a plan."""
     frame = frame_of(runs)
     places = [place for place in ("host", "GPU") if (frame[f"{place}_planned"] > 0).any()]
     planned = frame[[f"{place}_planned" for place in places]].notna().any(axis=1)
@@ -234,7 +234,7 @@ def memory_table(runs: Sequence[RunReport]) -> Table:
 
 
 def _sort_keys(values: pd.DataFrame, restarts: Sequence[int]) -> dict[str, list[float | None]]:
-    """Numbers behind the cells of a table, by which a page sorts its rows."""
+    """Numeric sort keys of a table's columns, for the page."""
     keys = {name: [_known(value) for value in values[name]] for name in _NUMBERS if name in values}
     return {**keys, "restarts": [float(count) for count in restarts]}
 
@@ -276,7 +276,7 @@ _ERRORS = {"validation/latent_mse": "latent MSE", "validation/reward_nmse": "rew
 
 
 def score_table(runs: Sequence[RunReport]) -> Table | None:
-    """A row per task and one per set of tasks, a column per model and size; ``None`` without extracted policies."""
+    """One row per task and per set of tasks, one column per model and size; ``None`` without extracted policies."""
     scores = _scores(runs)
     if scores.empty:
         return None
@@ -293,7 +293,7 @@ def score_table(runs: Sequence[RunReport]) -> Table | None:
 
 
 def _scores(runs: Sequence[RunReport]) -> pd.DataFrame:
-    """A row per extracted policy: ``arm`` (model and size), ``task``, ``score`` in percent and ``final`` return."""
+    """One row per extracted policy: ``arm`` (model and size), ``task``, ``score`` in percent and ``final`` return."""
     rows = []
     for run in runs:
         if run.config is not None and run.config.mode == "extract":
@@ -305,7 +305,7 @@ def _scores(runs: Sequence[RunReport]) -> pd.DataFrame:
 
 
 def _cell(policies: pd.DataFrame) -> str:
-    """One task's policies of one model and size."""
+    """Text of a cell: the scores of one task's policies with one model and size."""
     scores = policies["score"].dropna()
     if scores.empty:
         return "-"
@@ -321,7 +321,7 @@ def _ordered(found: set[str]) -> list[str]:
 
 
 def _sets(found: set[str]) -> dict[str, list[str]]:
-    """Published sets of which more than half of the tasks are here, and the set of all tasks that are here."""
+    """Published sets with results for more than half of their tasks, and the set of all tasks with results."""
     sets = {
         f"mean of {name}": list(tasks)
         for name, tasks in PUBLISHED_SETS.items()
@@ -347,7 +347,7 @@ def _mean(tasks: Sequence[str], scores: dict[str, pd.Series]) -> str:
 
 
 def held_out_table(runs: Sequence[RunReport]) -> Table | None:
-    """A row per task, and one for their mean, with two errors for each model and size; ``None`` without validations."""
+    """One row per task and one for the mean, with two errors per model and size; ``None`` without validations."""
     errors = _held_out(runs)
     if errors.empty:
         return None
@@ -361,7 +361,7 @@ def held_out_table(runs: Sequence[RunReport]) -> Table | None:
 
 
 def _held_out(runs: Sequence[RunReport]) -> pd.DataFrame:
-    """A row per run, task and error: columns ``arm``, ``task``, ``error`` and ``value``."""
+    """One row per run, task and error, with the columns ``arm``, ``task``, ``error`` and ``value``."""
     rows = []
     for run in runs:
         if last(run.metrics.get("validation/loss", [])) is None:

@@ -1,4 +1,4 @@
-"""Which runs a report shows, and which of them are compared seed by seed. Imports no pandas."""
+"""Selects the runs of a report, and pairs runs by seed for a comparison. Does not import pandas."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ __all__ = [
     "value_of",
 ]
 
-# Which runs a report is of (--where, --newest) ------------------------------------------------------------------------
+# Selection of runs (--where, --newest) --------------------------------------------------------------------------------
 
 
-#: What tables name, beside dotted keys of the configuration.
+#: Short keys, accepted in addition to dotted keys of the configuration.
 SHORT = ("env", "model", "size", "seed", "status")
-_NAMED = 8  # values named in a sentence, at most
-_STEPS = 6  # options proposed for an ambiguous comparison, at most
+_NAMED = 8  # maximum number of values in a message
+_STEPS = 6  # maximum number of options proposed for an ambiguous comparison
 
 
 @dataclass(frozen=True)
 class Condition:
-    """``KEY=VALUE``, ``KEY=VALUE,VALUE`` or ``KEY!=VALUE`` as it was typed.
+    """A condition ``KEY=VALUE``, ``KEY=VALUE,VALUE`` or ``KEY!=VALUE``, as typed.
 
     Attributes:
         key: one of :data:`SHORT`, or a dotted key of the configuration.
-        values: those that it may have.
-        negated: whether it may have all but those.
+        values: accepted values.
+        negated: whether ``values`` are the rejected values instead.
     """
 
     key: str
@@ -54,10 +54,10 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition.
+        """Parse a condition.
 
         Raises:
-            ConfigurationError: if it is none.
+            ConfigurationError: if the text is not a condition.
         """
         key, equals, value = text.partition("=")
         if not equals or not key.rstrip("!") or not value:
@@ -69,21 +69,21 @@ class Condition:
         return f"{self.key}{'!=' if self.negated else '='}{','.join(self.values)}"
 
     def holds(self, run: RunReport) -> bool:
-        """Whether a run is meant; one whose configuration cannot be read has no dotted keys."""
+        """Whether a run meets the condition; a run with an unreadable configuration has no dotted keys."""
         there, value = _look_up(run, self.key)
         return (there and any(_equal(value, asked) for asked in self.values)) != self.negated
 
 
 def select(runs: Sequence[RunReport], conditions: Iterable[Condition], only_newest: bool = False) -> list[RunReport]:
-    """The runs that meet all conditions; of several conditions on one key, one of those without ``!=`` is enough.
+    """The runs that meet the conditions: all of them, except that one of several with ``=`` on the same key suffices.
 
     Args:
         runs: the runs.
         conditions: from ``--where``.
-        only_newest: whether :func:`newest` is applied to what is left. Defaults to ``False``.
+        only_newest: whether to apply :func:`newest` to the result. Defaults to ``False``.
 
     Raises:
-        ConfigurationError: if a key is unknown, no run has a value, or no run is left.
+        ConfigurationError: if a key is unknown, no run has a given value, or no run meets the conditions.
     """
     conditions = list(conditions)
     wanted: dict[str, list[Condition]] = {}
@@ -104,8 +104,8 @@ def select(runs: Sequence[RunReport], conditions: Iterable[Condition], only_newe
 
 
 def newest(runs: Sequence[RunReport]) -> list[RunReport]:
-    """Of runs with the same settings and seed the one that was started last of those that finished, or of all if none
-    has. Runs without a readable configuration are kept.
+    """One run for each combination of settings and seed: of those that finished, or else of all, the one started last.
+    Runs without a readable configuration are kept.
     """
     best: dict[str, RunReport] = {}
     for run in runs:
@@ -117,7 +117,7 @@ def newest(runs: Sequence[RunReport]) -> list[RunReport]:
 
 
 def _check(condition: Condition, runs: Sequence[RunReport]) -> None:
-    """Raises if a key is unknown, or no run has the value that is asked for."""
+    """Raise ConfigurationError if a condition's key is unknown, or no run has one of its values."""
     key = condition.key
     if key not in SHORT and key not in schema_keys() and not any(_look_up(run, key)[0] for run in runs):
         known = [*SHORT, *schema_keys(), *(f"env.{name}" for name in _env_keys(runs))]
@@ -165,7 +165,7 @@ def _look_up(run: RunReport, key: str) -> tuple[bool, Any]:
 
 
 def _equal(value: Any, asked: str) -> bool:
-    """Whether a value is what somebody typed: as text, as a number, or as YAML."""
+    """Whether a value equals typed text: as text, as a number, or as YAML."""
     if asked in (str(value), typed_value(value)):
         return True
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -179,7 +179,7 @@ def _equal(value: Any, asked: str) -> bool:
 
 
 def _settings(run: RunReport) -> str:
-    """Equal for runs of the same settings and seed."""
+    """A key that is equal for runs with the same settings and seed."""
     if run.config is None:
         return str(run.path)
     settings: Mapping[str, Any] = settings_of(run.config)
@@ -190,19 +190,19 @@ def _words(conditions: Iterable[Condition]) -> str:
     return " ".join(f"--where {shlex.quote(str(condition))}" for condition in conditions)
 
 
-# Which runs a comparison sets against each other: of the same environment and seed, and alike in all else -------------
+# Pairing for a comparison: runs with the same environment and seed, and otherwise equal settings ----------------------
 
 
-_PAIRED_BY = ("seed", "env", "env.name", "run_dir", "runs_dir")  # what tells pairs apart cannot be compared
-_SHOWN = 6  # keys or runs named in a sentence, at most
+_PAIRED_BY = ("seed", "env", "env.name", "run_dir", "runs_dir")  # keys that cannot be compared
+_SHOWN = 6  # maximum number of keys or runs in a message
 
 
 class Ambiguous(ConfigurationError):
-    """Runs that a comparison cannot tell apart, or that differ in more than what is compared.
+    """A comparison is ambiguous: runs repeat each other, or differ in more than the compared key.
 
     Attributes:
         runs: those runs.
-        keys: in which they differ; empty if they are repeats of each other.
+        keys: keys in which they differ; empty if they repeat each other.
         repeated: whether they have the same value, environment and seed.
     """
 
@@ -213,13 +213,13 @@ class Ambiguous(ConfigurationError):
 
 @dataclass
 class Pairs:
-    """Runs by what is compared.
+    """Runs paired for a comparison.
 
     Attributes:
         key: the compared key.
         arms: its values in reading order, the baseline first.
-        runs: by environment, value and seed; the same seeds for every value that an environment has.
-        notes: a sentence for each run that was left out and each difference that was allowed.
+        runs: runs by environment, value and seed; within an environment, all values have the same seeds.
+        notes: sentences about omitted runs and allowed differences.
     """
 
     key: str
@@ -235,15 +235,15 @@ def pair_runs(
     allow_differences: bool = False,
     compose: Callable[[Sequence[str]], Config] | None = None,
 ) -> Pairs:
-    """Sorts runs by the value of a key and pairs them by environment and seed.
+    """Sort runs by the value of a key, and pair them by environment and seed.
 
     Args:
         runs: the runs.
         key: a dotted key of the configuration, or a group such as ``model``.
         baseline: the value that others are compared with. Defaults to the first in reading order.
-        allow_differences: whether runs may differ in other keys too; then a note says in which.
-        compose: gives the configuration that words of a command line stand for. With it, a sentence about a missing
-            run tells everything to type for it, else only the choices of groups.
+        allow_differences: whether runs may differ in other keys, too; if they do, a note lists them.
+        compose: composes the configuration of command-line arguments. With it, a message about a missing run gives the
+            complete command for it, else only the choices of groups.
 
     Raises:
         Ambiguous: if two runs have the same value, environment and seed, or runs differ in other keys.
@@ -283,7 +283,7 @@ def pair_runs(
 
 
 def value_of(config: Config, key: str) -> str:
-    """A key's value in words; a group's is its name.
+    """A key's value as text; for a group, its name.
 
     Raises:
         ConfigurationError: if the configuration has no such key, or a section without a name.
@@ -301,10 +301,10 @@ def value_of(config: Config, key: str) -> str:
 
 
 def covered_keys(key: str, values: Sequence[str]) -> set[str]:
-    """Keys in which runs may differ because they differ in ``key``, as prefixes.
+    """Prefixes of the keys in which runs may differ because they differ in ``key``.
 
-    Beside the key and what is below it these are the keys elsewhere that the files of the group set for such a value:
-    ``size=tiny`` comes with learning rates of its own.
+    These are the key itself, the keys below it, and keys elsewhere that the group's files set for such a value:
+    ``size=tiny``, for example, sets its own learning rates.
     """
     covered = {key}
     for value in values:
@@ -327,7 +327,7 @@ def _check_key(key: str) -> None:
 
 
 def _enter(run: RunReport, key: str, runs: dict[str, dict[str, dict[int, RunReport]]]) -> None:
-    """Files a run under its environment, value and seed, of which there may be one."""
+    """Add a run under its environment, value and seed; raise Ambiguous if there already is one."""
     assert run.config is not None
     value = value_of(run.config, key)
     other = runs.setdefault(str(run.env), {}).setdefault(value, {}).setdefault(run.config.seed, run)
@@ -346,7 +346,7 @@ def _enter(run: RunReport, key: str, runs: dict[str, dict[str, dict[int, RunRepo
 def _check_differences(
     runs: Mapping[str, Mapping[str, Mapping[int, RunReport]]], pairs: Pairs, allow_differences: bool
 ) -> None:
-    """Every run against the first of its value, and those against the first of the environment."""
+    """Compare every run with the first of its value, and these with the first of the environment."""
     covered = covered_keys(pairs.key, pairs.arms)
     found: dict[str, str] = {}
     for arms in runs.values():
@@ -367,7 +367,7 @@ def _check_differences(
 
 
 def _differences(first: RunReport, other: RunReport, covered: set[str]) -> Iterator[tuple[str, str]]:
-    """Keys of two runs that differ and should not, with the values."""
+    """Keys in which two runs differ but should not, with the values."""
     assert first.config is not None
     assert other.config is not None
     for key, (a, b) in differing_keys(first.config, other.config).items():
@@ -376,7 +376,7 @@ def _differences(first: RunReport, other: RunReport, covered: set[str]) -> Itera
 
 
 def _pair(env: str, arms: Mapping[str, dict[int, RunReport]], pairs: Pairs) -> None:
-    """Enters the seeds that every value has."""
+    """Add the runs of the seeds that every value has to ``pairs``."""
     common = set.intersection(*(set(seeds) for seeds in arms.values()))
     alone = [run for seeds in arms.values() for seed, run in seeds.items() if seed not in common or len(arms) < 2]
     if alone:
@@ -390,7 +390,7 @@ def _pair(env: str, arms: Mapping[str, dict[int, RunReport]], pairs: Pairs) -> N
 
 
 def _seeds(runs: Mapping[str, Mapping[str, Mapping[int, RunReport]]], arm: str) -> str:
-    """Where a value has runs: ``"on pendulum with seed 0, 1"``."""
+    """Environments and seeds of a value's runs: ``"on pendulum with seed 0, 1"``."""
     places = [
         f"on {env} with seed {_list([str(s) for s in sorted(arms[arm])])}" for env, arms in runs.items() if arm in arms
     ]
@@ -398,12 +398,12 @@ def _seeds(runs: Mapping[str, Mapping[str, Mapping[int, RunReport]]], arm: str) 
 
 
 def _another(runs: Sequence[RunReport], key: str, compose: Callable[[Sequence[str]], Config] | None) -> str:
-    """How to train a run of another value, for a sentence."""
+    """The command that trains a run with another value, as part of a message."""
     choices = group_choices()
     first = runs[0]
     assert first.config is not None
     value = value_of(first.config, key)
-    # The plain dynamics first: they are the usual baseline.
+    # MLP dynamics first, since they are the usual baseline.
     others = [each for each in sorted(choices.get(key, []), key=lambda each: each != "mlp") if each != value]
     words = [f"{key}={others[0] if others else 'VALUE'}"]
     for group in ("model", "size", "env"):
@@ -418,7 +418,7 @@ def _another(runs: Sequence[RunReport], key: str, compose: Callable[[Sequence[st
 
 
 def _overrides(config: Config, composed: Config, key: str) -> list[str]:
-    """What has to be typed to get from a composed configuration to another one, the compared key apart."""
+    """Arguments that turn a composed configuration into another one, except for the compared key."""
     covered = {"seed", "model.name", "size.name", "env.name", *covered_keys(key, [value_of(composed, key)])}
     return [
         f"{name}={typed_value(asked)}"
@@ -447,7 +447,7 @@ def _list(words: Sequence[str]) -> str:
     return ", ".join([*words[:_SHOWN], *more])
 
 
-# What to add where a comparison is ambiguous --------------------------------------------------------------------------
+# Advice for ambiguous comparisons -------------------------------------------------------------------------------------
 
 
 def pair_or_advise(
@@ -457,10 +457,10 @@ def pair_or_advise(
     allow_differences: bool,
     compose: Callable[[Sequence[str]], Config] | None = None,
 ) -> Pairs:
-    """As :func:`~pwm_torchrl.report.select.pair_runs`; if that is ambiguous, the error says what to add.
+    """:func:`~pwm_torchrl.report.select.pair_runs`; if the comparison is ambiguous, the error says what to add.
 
     Raises:
-        ConfigurationError: as there.
+        ConfigurationError: as :func:`pair_runs`.
     """
 
     def pair(some: Sequence[RunReport]) -> Pairs:
@@ -484,9 +484,9 @@ def pair_or_advise(
 def _narrow(
     runs: Sequence[RunReport], key: str, pair: Callable[[Sequence[RunReport]], Pairs]
 ) -> tuple[list[Condition], bool, int] | None:
-    """Conditions, whether only the newest, and how many runs are left, with which a comparison is not ambiguous.
+    """Conditions, use of ``--newest``, and the number of remaining runs that make a comparison unambiguous.
 
-    What is ambiguous is settled one by one, each by the option that leaves most to compare; ``None`` if that fails.
+    Resolves the ambiguities one by one, each with the option that leaves the most to compare; ``None`` if this fails.
     """
     conditions: list[Condition] = []
     only_newest = False
@@ -517,7 +517,7 @@ def _narrow(
 
 
 def _options(runs: Sequence[RunReport], ambiguous: Ambiguous, key: str) -> Iterator[Condition]:
-    """What could tell the runs of an ambiguity apart, the plainest first."""
+    """Conditions that could distinguish the runs of an ambiguity, the simplest first."""
     if not all(run.finished for run in ambiguous.runs):
         yield Condition("status", ("finished",))
     sections = {found.partition(".")[0] for found in ambiguous.keys}
@@ -529,7 +529,7 @@ def _options(runs: Sequence[RunReport], ambiguous: Ambiguous, key: str) -> Itera
 
 
 def _comparable(runs: Iterable[RunReport], key: str) -> int:
-    """How many seeds of environments have runs of at least two values of a key."""
+    """Number of (environment, seed) pairs with runs of at least two values of a key."""
     cells: dict[tuple[str, Any], set[str]] = {}
     for run in runs:
         cells.setdefault((str(run.env), run.seed), set()).add(typed_value(_look_up(run, key)[1]))

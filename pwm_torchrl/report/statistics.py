@@ -26,18 +26,18 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
-#: A statistic of one array per stratum along an axis.
+#: A statistic of several arrays, one per stratum, along an axis.
 Statistic = Callable[..., Array]
 
 LEVEL = 0.95
-POINTS = 400  # of a drawn curve, at most
-_TRIM = 0.25  # share that an interquartile mean cuts from each end
-_NUMBERS_AT_ONCE = 4_000_000  # resampled numbers held at once, at most
+POINTS = 400  # maximum per drawn curve
+_TRIM = 0.25  # fraction that an interquartile mean cuts from each end
+_NUMBERS_AT_ONCE = 4_000_000  # maximum number of resampled values in memory
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An interquartile mean of ``count`` values and its interval, which is NaN for a single value."""
+    """An interquartile mean of ``count`` values with its interval, which is NaN for a single value."""
 
     value: float
     low: float
@@ -48,12 +48,12 @@ class Estimate:
 def iqm(values: npt.ArrayLike, axis: int = 0) -> Array:
     """Interquartile mean: the mean without the lowest and the highest quarter of the values.
 
-    The number cut from each end is a quarter of the count, rounded down, as in rliable
-    (https://arxiv.org/abs/2108.13264): of fewer than four values none is cut, and the result is their mean.
+    The number of values cut from each end is a quarter of the count, rounded down, as in rliable
+    (https://arxiv.org/abs/2108.13264). With fewer than four values none is cut, and the result is their mean.
 
     Args:
         values: finite numbers.
-        axis: along which to average. Defaults to ``0``.
+        axis: axis to average over. Defaults to ``0``.
 
     Examples:
         >>> from pwm_torchrl.report.statistics import iqm
@@ -84,14 +84,14 @@ def bootstrap_interval(
     """Percentile bootstrap interval of a statistic; values are resampled within each stratum.
 
     Args:
-        strata: one array ``[n, ...]`` each, such as the seeds of a task.
-        statistic: of the strata, along ``axis``. Defaults to :func:`pooled_iqm`.
+        strata: one array ``[n, ...]`` per stratum, such as the seeds of a task.
+        statistic: function of the strata and ``axis``. Defaults to :func:`pooled_iqm`.
         level: nominal coverage. Defaults to ``0.95``.
         resamples: number of resamples. Defaults to ``2000``.
-        seed: of the resampling; equal input gives equal intervals. Defaults to ``0``.
+        seed: seed of the resampling; equal input gives equal intervals. Defaults to ``0``.
 
     Returns:
-        Lower and upper end, each ``[...]``; NaN if a stratum has fewer than two values, which show no spread.
+        Lower and upper bound, each ``[...]``; NaN if a stratum has fewer than two values.
     """
     arrays = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
     if any(len(array) < 2 for array in arrays):
@@ -112,11 +112,11 @@ def bootstrap_interval(
 
 
 def estimate(*strata: Sequence[float], **options: Any) -> Estimate | None:
-    """Interquartile mean of all values and its interval; ``None`` without values.
+    """Interquartile mean of all values with its interval; ``None`` without values.
 
     Args:
-        strata: values, resampled within each.
-        options: of :func:`bootstrap_interval`.
+        strata: values, resampled within each stratum.
+        options: arguments of :func:`bootstrap_interval`.
     """
     filled = [np.asarray(stratum, dtype=np.float64) for stratum in strata if len(stratum)]
     if not filled:
@@ -129,12 +129,12 @@ def estimate(*strata: Sequence[float], **options: Any) -> Estimate | None:
 
 
 def curve(metrics: Mapping[str, Sequence[float]], y: str, x: str = "env_steps") -> pd.Series:
-    """A column over another one, where both are finite; of rows with the same ``x`` the newest counts.
+    """One column as a function of another, where both are finite; the newest of several rows with the same ``x``.
 
     Args:
         metrics: columns of a run's ``metrics.csv``.
-        y: column of the values.
-        x: column of the index. Defaults to ``"env_steps"``.
+        y: name of the value column.
+        x: name of the index column. Defaults to ``"env_steps"``.
 
     Returns:
         A float series with an increasing float index; empty if a column is missing.
@@ -147,7 +147,7 @@ def curve(metrics: Mapping[str, Sequence[float]], y: str, x: str = "env_steps") 
 
 
 def thin(points: pd.Series, most: int = POINTS) -> pd.Series:
-    """At most ``most`` points: means over consecutive blocks, of index and values; a shorter curve as it is."""
+    """Reduce a curve to at most ``most`` points by averaging index and values over consecutive blocks."""
     if len(points) <= most:
         return points
     block = np.arange(len(points)) * most // len(points)
@@ -160,11 +160,11 @@ def aligned(curves: Sequence[pd.Series], most: int = POINTS) -> pd.DataFrame:
 
     Args:
         curves: from :func:`curve`.
-        most: rows at most; where there are more points, evenly spaced ones are kept, the first and last among them.
+        most: maximum number of rows; of more points, evenly spaced ones are kept, including the first and the last.
             Defaults to ``400``.
 
     Returns:
-        A row per point of any curve and a column per curve, NaN outside the curve's range.
+        A data frame with one row per point of any curve and one column per curve; NaN outside the curve's range.
     """
     if not curves:
         return pd.DataFrame()
@@ -189,16 +189,16 @@ def curve_interval(curves: pd.DataFrame, *, resamples: int = 1000, seed: int = 0
     Args:
         curves: from :func:`aligned`.
         resamples: number of resamples. Defaults to ``1000``.
-        seed: of the resampling. Defaults to ``0``.
+        seed: seed of the resampling. Defaults to ``0``.
 
     Returns:
-        Columns ``iqm``, ``low``, ``high`` and ``runs``, with the index of ``curves``; NaN where no curve is, and an
-        interval of NaN where only one is.
+        Columns ``iqm``, ``low``, ``high`` and ``runs``, with the index of ``curves``. All are NaN where there is no
+        curve, and the interval is NaN where there is only one.
     """
     values = curves.to_numpy(dtype=np.float64).T
     there = np.isfinite(values)
     mean, low, high = (np.full(values.shape[1], np.nan) for _ in range(3))
-    # Points that the same curves reach are resampled together.
+    # Points reached by the same curves are resampled together.
     for reached in np.unique(there, axis=1).T:
         if reached.any():
             points = (there == reached[:, None]).all(axis=0)

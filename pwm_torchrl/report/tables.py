@@ -1,4 +1,4 @@
-"""Tables of text: laid out for a terminal's width, or read cell by cell by the page. Imports no pandas."""
+"""Tables of text, formatted for a terminal's width or used cell by cell by the HTML page. Does not import pandas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 _BLANK = ("-", "")
 _COUNTS = ("restarts", "failed", "open")
-_TIME = re.compile(r"_\d{8}-\d{6}(_\d+)?$")  # end of a run directory's generated name
+_TIME = re.compile(r"_\d{8}-\d{6}(_\d+)?$")  # time at the end of a generated run directory name
 _NUMBERS = frozenset(
     [
         *("seed", "peak", "final", "random", "epochs", "time", "host", "GPU", "steps", "hours", "GPU-hours"),
@@ -41,11 +41,11 @@ class Table:
 
     Attributes:
         wide: columns of long text, which are not printed on a terminal.
-        narrow: columns that may be dropped on a narrow terminal, the first to be dropped first.
-        below: those of them that are then printed on lines of their own below the row, with the text that precedes the
-            cell; the others are left out.
-        links: columns of the page alone: for each row, texts and the addresses that they link to.
-        keys: by column, the number by which each row is sorted on the page. Defaults to what the cells say.
+        narrow: columns that may be dropped on a narrow terminal, in the order in which they are dropped.
+        below: dropped columns that are printed on separate lines below the row instead of omitted, each with the text
+            that precedes its cell.
+        links: columns that only the page has: for each row, link texts and addresses.
+        keys: by column, the sort key of each row on the page. Defaults to the cells' text.
     """
 
     head: list[str]
@@ -57,14 +57,14 @@ class Table:
     keys: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     def right(self, column: str) -> bool:
-        """Whether a column holds numbers, which are aligned to the right."""
+        """Whether a column contains numbers, which are right-aligned."""
         return column in _NUMBERS or column.split()[-1] in ("measured", "predicted", "share", "MSE", "NMSE")
 
     def text(self, width: int | None = None) -> str:
-        """Aligned lines; on a terminal each status is coloured.
+        """Aligned lines; on a terminal, statuses are coloured.
 
         Args:
-            width: terminal columns to fit into if possible. Defaults to ``None``: no limit.
+            width: maximum width in terminal columns, if possible. Defaults to ``None``: no limit.
         """
         shown, below, gone = self._fitted(width)
         at = [self.head.index(name) for name in shown]
@@ -90,7 +90,7 @@ class Table:
         return "\n".join(lines)
 
     def _fitted(self, width: int | None) -> tuple[list[str], list[str], list[str]]:
-        """Columns printed in the row, those printed below it, and those left out."""
+        """Columns printed in the row, columns printed below it, and omitted columns."""
         shown = [name for name in self.head if name not in self.wide]
         if width is None or self._width(shown) <= width:
             return shown, [], []
@@ -114,7 +114,7 @@ class Table:
 
 
 def fit_names(names: Sequence[str], width: int) -> list[str]:
-    """Shortens names of runs to at most ``width`` characters if they stay distinct; otherwise returns them unchanged.
+    """Shorten names of runs to at most ``width`` characters if they remain distinct; otherwise return them unchanged.
 
     The time at the end of a generated name is cut first, then the middle of the name.
     """
@@ -129,7 +129,7 @@ def fit_names(names: Sequence[str], width: int) -> list[str]:
 
 
 def reasons_text(restarts: Counter[str]) -> str:
-    """``"3: 2 timeout, 1 memory"``; ``"0"`` without any."""
+    """Number of restarts and their reasons: ``"3: 2 timeout, 1 memory"``; ``"0"`` without restarts."""
     names = {reason: reason.replace("start_up", "start-up").replace("_", " ") for reason in restarts}
     words = [f"{count} {names[reason]}" for reason, count in restarts.most_common()]
     if len(words) == 1:
@@ -138,7 +138,7 @@ def reasons_text(restarts: Counter[str]) -> str:
 
 
 def seeds_text(seeds: Sequence[int | None]) -> str:
-    """Number and values: ``"3: 0-2"``, ``"2: 0, 7"``."""
+    """Number of seeds and their values: ``"3: 0-2"``, ``"2: 0, 7"``."""
     known = sorted({seed for seed in seeds if seed is not None})
     parts: list[list[int]] = []
     for seed in known:
@@ -151,17 +151,17 @@ def seeds_text(seeds: Sequence[int | None]) -> str:
 
 
 def number_text(value: Any) -> str:
-    """A number with one decimal, ``"-"`` if it is not known."""
+    """A number with one decimal, ``"-"`` if it is unknown."""
     return f"{value:.1f}" if isinstance(value, (int, float)) and math.isfinite(value) else "-"
 
 
 def bytes_text(count: float | None) -> str:
-    """An amount of memory such as ``"3 GiB"``, ``"-"`` if it is not known."""
+    """An amount of memory such as ``"3 GiB"``, ``"-"`` if it is unknown."""
     return "-" if count is None else format_bytes(count)
 
 
 def duration(seconds: float | None) -> str:
-    """``"45 s"``, ``"1 min 43 s"``, ``"2 h 05 min"``, ``"3 d 02 h"``."""
+    """A duration: ``"45 s"``, ``"1 min 43 s"``, ``"2 h 05 min"``, ``"3 d 02 h"``; ``"-"`` if it is unknown."""
     if seconds is None:
         return "-"
     for unit, name, part, parts in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
