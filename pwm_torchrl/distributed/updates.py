@@ -80,7 +80,7 @@ class SharedExecutor:
         if noise is not None:
             rows[NOISE] = TensorDict({key: x.transpose(0, 1) for key, x in noise._asdict().items()}, data.batch_size)
         common = TensorDict(per_step=per_step, overall=overall)
-        # Only rank 0 collects, which changes them.
+        # Collecting updates the running statistics, but only rank 0 collects.
         common["statistics"] = TensorDict(self.networks.model.statistics())
         losses, norm = self._model(size, self._send("model", size, rows, common))
         return losses, slices.valid.float().mean(), norm

@@ -147,7 +147,7 @@ class PlanOptions:
         """Options for the location of the replay buffer, the fastest first; a large one is always on disk."""
         t = self.cfg.training
         if self._simulates:
-            return ["memory"]  # there is none
+            return ["memory"]  # no replay buffer is used
         if self.cfg.mode != "online":
             return ["disk"]  # stored episodes are read from their files
         if t.replay_storage != "auto":

@@ -92,7 +92,7 @@ class Prediction:
         verified (bool): whether predictions have been compared with measurements on this kind of device.
         base (int): host bytes that the process holds before it builds anything; part of the host's total.
         recomputes (bool): whether substeps are recomputed in the backward pass.
-        updates (tuple of Update): of an epoch.
+        updates (tuple of Update): the updates of an epoch.
         evaluations (int): network evaluations per step of a rollout.
     """
 

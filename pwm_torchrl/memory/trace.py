@@ -221,7 +221,7 @@ class UpdateTracer:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations per step of a rollout: those of the dynamics, or one where there is no model."""
+        """Network evaluations per step of a rollout: those of the dynamics, or one without a model."""
         with self._fake:
             model = self._updates().networks.model
         return 1 if model is None else model.dynamics.evaluations
@@ -322,7 +322,7 @@ class _Updates:
     def model(self, batch: int, size: int, horizon: int) -> Transient:
         before = self.counter.begin()
         # Batch-major, as the replay returns it; the loss reads it time-major.
-        sampled = self._slices(batch, horizon)  # stays beside what the loss reads of it, as in a run
+        sampled = self._slices(batch, horizon)  # stays alive next to the tensors that the loss reads, as in a run
         slices: Slices = self.losses.model.read(sampled)
         data = self.counter.live - before
         if size < batch:
