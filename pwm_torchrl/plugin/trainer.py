@@ -46,17 +46,20 @@ class ReplaySlices:
             ``slice_len=horizon``.
         horizon (int): steps per slice.
         device (torch.device): device of the sampled tensors.
+        key (str): configuration key that sets the steps, for errors. Defaults to ``"algorithm.horizon"``.
 
     Raises:
         ConfigurationError: for a sampler whose slices have other lengths.
     """
 
-    def __init__(self, buffer: ReplayBuffer, horizon: int, device: torch.device) -> None:
+    def __init__(
+        self, buffer: ReplayBuffer, horizon: int, device: torch.device, key: str = "algorithm.horizon"
+    ) -> None:
         sampler = buffer.sampler
         if not isinstance(sampler, SliceSampler) or sampler.slice_len != horizon:
             found = f"slice_len={sampler.slice_len}" if isinstance(sampler, SliceSampler) else type(sampler).__name__
             raise ConfigurationError(
-                f"replay_buffer.sampler: {found} does not give slices of algorithm.horizon={horizon} steps; "
+                f"replay_buffer.sampler: {found} does not give slices of {key}={horizon} steps; "
                 f"choose sampler=pwm_slices with slice_len={horizon}."
             )
         if not (sampler.strict_length or sampler.pad_output):
@@ -190,9 +193,9 @@ def make_torchrl_trainer(
         collector (callable): makes the collector, given ``policy``.
         total_frames (int): environment steps of the whole training.
         replay_buffer (ReplayBuffer): a buffer with a :class:`~torchrl.data.SliceSampler` of
-            ``slice_len=algorithm.horizon``. With several environments, a storage with ``ndim=2`` (and
-            ``dim_extend=1``) keeps their trajectories whole; with one dimension, slices never span two batches of the
-            collector.
+            ``slice_len=algorithm.horizon``, or ``algorithm.slice_steps`` if that is set. With several environments, a
+            storage with ``ndim=2`` (and ``dim_extend=1``) keeps their trajectories whole; with one dimension, slices
+            never span two batches of the collector.
         world_model (WorldModel): the model, single-task.
         actor (Actor): the policy on latents.
         critics (CriticEnsemble): the critics of latents.
@@ -226,7 +229,7 @@ def make_torchrl_trainer(
     networks = Networks(model=world_model, actor=actor, critic=critics)
     _check_model(networks)
     device = next(world_model.parameters()).device
-    replay = ReplaySlices(replay_buffer, cfg.algorithm.slice_length, device)
+    replay = ReplaySlices(replay_buffer, cfg.algorithm.slice_length, device, cfg.algorithm.slice_key)
     policy = policy_module(world_model, actor, action_spec=Bounded(-1.0, 1.0, (actor.action_dim,), device=device))
     made = _unfinished("collector", collector, BaseCollector)(policy=policy)
     _check_actions(made)

@@ -130,6 +130,7 @@ MULTITASK = WorldModelSpec(3, 1, 16, [32], [32], num_tasks=1, task_dim=4, action
         ),
         ({"algorithm": {**ALGORITHM, "actor_starts": "x"}}, r"algorithm\.actor_starts=x .*replay, current"),
         ({"algorithm": AlgorithmConfig()}, "slice_len=4 does not give slices of algorithm.horizon=16"),
+        ({"algorithm": AlgorithmConfig(slice_steps=3)}, "slice_len=4 does not give slices of algorithm.slice_steps=3"),
         ({"replay_buffer": ReplayBuffer(storage=LazyTensorStorage(9))}, "RandomSampler does not give slices"),
         ({"world_model": make_world_model(MULTITASK)}, "world_model.num_tasks=1"),
         ({"value_loss": PWMValueLoss(CriticEnsemble(16, [32]))}, "value_loss is a finished PWMValueLoss.*_partial_"),
