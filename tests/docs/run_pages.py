@@ -52,7 +52,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REASONS = ("needs a cluster", "needs W&B online", "needs the hub", "runs make test", "runs the demo")
 SHELLS = ("bash", "sh", "console")
 SCRIPT = "python after-run"
-#: Seconds after which a command counts as hanging. The first installs the package, beside another installation in CI.
+#: Seconds after which a command counts as hanging. The first one installs the package and trains.
 LIMIT = 900.0
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)$")
