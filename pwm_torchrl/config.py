@@ -358,6 +358,10 @@ class AlgorithmConfig(Section):
         """Agent steps that an epoch collects in each environment."""
         return self.horizon if self.collect_steps is None else self.collect_steps
 
+    def wanted_sets(self, agent_steps: int) -> int:
+        """Update sets that ``updates_per_step`` asks for after ``agent_steps``, whatever ``max_updates`` allows."""
+        return max(1, round(self.updates_per_step * agent_steps))
+
     @property
     def slice_key(self) -> str:
         """The key that sets :attr:`slice_length`."""

@@ -217,7 +217,7 @@ class PWM(Algorithm):
 
 def updates_per_epoch(algorithm: AlgorithmConfig, agent_steps: int) -> int:
     """Number of update sets after ``agent_steps`` collected steps."""
-    return min(algorithm.max_updates, max(1, round(algorithm.updates_per_step * agent_steps)))
+    return min(algorithm.max_updates, algorithm.wanted_sets(agent_steps))
 
 
 @torch.no_grad()

@@ -452,12 +452,13 @@ def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: b
 
 def _check_sets(config: Config) -> None:
     """The sets of updates that were asked for are not more than an epoch may have."""
-    a, num_envs = config.algorithm, int(config.env.get("num_envs") or 1)
-    sets = round(a.updates_per_step * a.steps_per_env * num_envs)
+    a = config.algorithm
+    steps = a.steps_per_env * int(config.env.get("num_envs") or 1)
+    sets = a.wanted_sets(steps)
     if sets > a.max_updates:
         raise ConfigurationError(
             f"algorithm.updates_per_step={a.updates_per_step:g} asks for {sets} sets of updates after the "
-            f"{a.steps_per_env * num_envs} agent steps of an epoch, and algorithm.max_updates={a.max_updates} allows "
+            f"{steps} agent steps of an epoch, and algorithm.max_updates={a.max_updates} allows "
             f"{a.max_updates}; set algorithm.max_updates={sets}, or fewer updates per step"
         )
 
