@@ -290,3 +290,23 @@ class TestMultitask:
         rows = [{**made.rows()[0], "best": 499.0}]
         assert "does not count" in multitask.markdown("COMMAND", rows, "Title", 100, 2)
         assert "(partial)" not in multitask.markdown("COMMAND", rows, "Title", 100, 2)
+
+
+class TestEnvironments:
+    """``benchmarks/environments.py``."""
+
+    def test_a_line_in_a_process_of_its_own(self, learning):
+        from benchmarks import environments
+
+        found = environments.measured("pendulum_torchrl", 2, 0.1)
+        assert found["action_repeat"] == 1
+        assert min(found["plain"]) > 0
+        assert min(found["gradients"]) > 0
+
+    def test_what_cannot_be_measured_is_named_with_its_reason(self, learning):
+        from benchmarks import environments
+
+        rows = [("pendulum", 4, {"plain": [0.5, 0.5, 1.0], "action_repeat": 2}), ("brax", 1, {"error": "needs jax"})]
+        text = environments.document(rows, "a machine")
+        assert "| pendulum | 4 | 8 (\u00b1 50%) |  | 2 |" in text
+        assert "- brax: needs jax" in text
