@@ -125,8 +125,8 @@ def document(rows: list[tuple[str, int, dict[str, Any]]], hardware: str) -> str:
     lines = [
         "# Steps per second of the environments",
         "",
-        f"`python benchmarks/environments.py`, {date.today().isoformat()}, {hardware}; one thread, random actions, load "
-        f"of the machine {os.getloadavg()[0]:.1f}. Agent steps per second of the whole batch.",
+        f"`python benchmarks/environments.py`, {date.today().isoformat()}, {hardware}; one thread, random actions, "
+        f"load of the machine {os.getloadavg()[0]:.1f}. Agent steps per second of the whole batch.",
         "",
         "| `env=` | environments | steps per second | with gradients | environment steps per agent step |",
         "|---|---|---|---|---|",

@@ -2,13 +2,14 @@
 
 rewarped re-implements dflex's tasks on NVIDIA Warp and is on PyPI. Its environments have internal state and reset
 finished rows inside ``step``. :class:`RewarpedSimulator` uses their parts (equations of motion, observations, rewards
-and initial states) as functions of an explicit state. Two things are changed: multi-axis joints (:func:`chained`) and
-Hopper's observations.
+and initial states) as functions of an explicit state. Three things are changed: multi-axis joints (:func:`chained`),
+Hopper's observations, and gradients, of which rewarped counts a part twice (:meth:`_World.simulate`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import os
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,8 +242,7 @@ class _World:
     def __init__(self, env: Any) -> None:
         self.model, self.integrator = env.model, env.integrator
         self.wp = importlib.import_module("warp")
-        self._update = importlib.import_module("rewarped.warp_utils").sim_update
-        self._settings = (env.sim_substeps, env.sim_dt, env.kinematic_fk, env.eval_ik)
+        self._substeps, self._dt = int(env.sim_substeps), float(env.sim_dt)
 
     def simulate(self, positions: Tensor, velocities: Tensor, force: Tensor, record: bool) -> tuple[Any, Any, Any, Any]:
         """Simulate one frame from joint states ``[B, Q]`` and ``[B, V]`` with joint forces ``[B, V]``.
@@ -249,19 +250,24 @@ class _World:
         Returns:
             tuple: the tape, ``None`` unless ``record``, and Warp's first state, last state and control.
         """
-        first, *between, last = self._states(record)
+        states = self._states(record)
+        first, last = states[0], states[-1]
         control = self.model.control(requires_grad=record)
         for array, values in ((first.joint_q, positions), (first.joint_qd, velocities), (control.joint_act, force)):
             self.copy(array, values)
         self.integrator._step = 0  # the mass matrix is computed in the first substep of each frame
         tape = self.wp.Tape() if record else None
-        # The first substep needs the bodies' poses to find contacts, so they are computed from the joints here, without
-        # recording: the integrator computes them again into the same arrays, and the gradient would count twice.
-        self.wp.sim.eval_fk(self.model, first.joint_q, first.joint_qd, None, first)
         with tape or contextlib.nullcontext():
-            self._update(
-                (tape, self.integrator, self.model, False, False), self._settings, (first, between, last), control
-            )
+            self.wp.sim.eval_fk(self.model, first.joint_q, first.joint_qd, None, first)
+            for before, after in pairwise(states):
+                before.clear_forces()
+                self.wp.sim.collide(self.model, before)
+                # The integrator computes the bodies' poses again, into the array of the state that it is given. If that
+                # were the array that contacts were found with, both computations would pass on the sum of their
+                # gradients, and it would count twice, as in rewarped's own environments.
+                entering = copy.copy(before)
+                entering.body_q = self.wp.zeros_like(before.body_q, requires_grad=record)
+                self.integrator.simulate(self.model, entering, after, self._dt, control=control)
         return tape, first, last, control
 
     def copy(self, array: Any, values: Tensor) -> None:
@@ -280,14 +286,16 @@ class _World:
 
     def bytes_per_row(self) -> int:
         """Bytes that a recorded step stores for its gradient, per environment."""
-        arrays = [array for state in self._states(True) for array in vars(state).values()]
+        states = self._states(True)
+        arrays = [array for state in states for array in vars(state).values()]
         contacts = [array for key, array in vars(self.model).items() if key.startswith("rigid_contact_")]
-        arrays = [array for array in arrays + contacts * self._settings[0] if isinstance(array, self.wp.array)]
+        arrays += [*contacts, states[0].body_q] * self._substeps
+        arrays = [array for array in arrays if isinstance(array, self.wp.array)]
         size = sum(array.capacity + (array.grad.capacity if array.grad is not None else 0) for array in arrays)
         return int(size) // int(self.model.num_envs)
 
     def _states(self, record: bool) -> list[Any]:
-        return [self.model.state(requires_grad=record, copy="zeros") for _ in range(self._settings[0] + 1)]
+        return [self.model.state(requires_grad=record, copy="zeros") for _ in range(self._substeps + 1)]
 
 
 class _Physics(torch.autograd.Function):

@@ -71,7 +71,7 @@ class TestPhysics:
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Warp, in rewarped's own step
     @pytest.mark.parametrize("task", ["ant", "cartpole", "hopper"])
     def test_equals_rewarped(self, task):
-        """Observations, rewards and gradients of rewarped's environment, with joints of one axis."""
+        """Observations and rewards of rewarped's environment, with joints of one axis."""
         simulator, _ = starts(task)
         with _quiet():
             theirs = simulator._class(
@@ -82,20 +82,14 @@ class TestPhysics:
         start = torch.cat([*joints, torch.zeros(4, simulator.action_dim)], -1)
         actions = actions_of(simulator)
         mine, my_rewards, _ = rolled_out(simulator, start, actions)
-        expected = actions.clone().requires_grad_()
-        total = torch.zeros(())
         for t in range(FRAMES):
-            observation, reward, done, _ = theirs.step(expected[t])
+            observation, reward, done, _ = theirs.step(actions[t])
             assert not done.any()
             if task == "hopper":  # without the position that dflex leaves out; its reward reads shifted entries
                 observation = observation[:, 1:]
             else:
                 torch.testing.assert_close(my_rewards[t], reward.detach())
             torch.testing.assert_close(simulator.observe(mine[t]), observation.detach())
-            total = total + reward.sum()
-        if task != "hopper":
-            (wanted,) = torch.autograd.grad(total, expected)
-            torch.testing.assert_close(return_gradient(simulator, start, actions), wanted)
 
     @pytest.mark.parametrize("task", ["hopper", "humanoid"])
     def test_free_fall(self, task):
@@ -139,19 +133,24 @@ class TestPhysics:
         torch.testing.assert_close(rewards, velocity + upright - 0.1 * actions.square().sum(-1))
         assert torch.equal(terminated, height < -0.45)
 
-    @pytest.mark.parametrize(("task", "rtol"), [("cartpole", 0.03), ("ant", 0.1)])
-    def test_gradients_equal_finite_differences(self, task, rtol):
+    @pytest.mark.parametrize("place", ["ground", "air"])
+    @pytest.mark.parametrize("task", sorted(TASKS))
+    def test_gradients_equal_finite_differences(self, task, place):
+        """Of the last frame's actions where contacts have kinks, and in the air of all, between joints' limits."""
         simulator, start = starts(task)
+        if place == "air" and task != "cartpole":
+            start[:, 1] += 1
         actions = 0.5 * actions_of(simulator)
         gradient = return_gradient(simulator, start, actions)
         assert (gradient.abs() > 0).all()
-        h = 1e-2
-        for t in range(FRAMES):
+        # Over several frames, rounding needs more tolerance, and limits a smaller step.
+        frames, h, atol = ([FRAMES - 1], 1e-2, 1e-3) if place == "ground" else (range(FRAMES), 3e-3, 2e-2)
+        for t in frames:
             up, down = actions.clone(), actions.clone()
             up[t, :, 0] += h
             down[t, :, 0] -= h
             rewards = [rolled_out(simulator, start, each)[1].sum(0) for each in (up, down)]
-            torch.testing.assert_close(gradient[t, :, 0], (rewards[0] - rewards[1]) / (2 * h), rtol=rtol, atol=3e-3)
+            torch.testing.assert_close(gradient[t, :, 0], (rewards[0] - rewards[1]) / (2 * h), rtol=0.01, atol=atol)
 
     @pytest.mark.parametrize("task", ["hopper", "ant"])
     def test_steps_are_equal_with_and_without_gradients(self, task):
