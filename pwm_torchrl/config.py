@@ -21,7 +21,7 @@ from pwm_torchrl.errors import ConfigurationError, nearest
 #: What a run may train; an update, its loss, optimizer, keys and metrics have the name of their network.
 NETWORKS = ("model", "actor", "critic")
 
-#: The algorithms and the classes that train by them; another one is named by the dotted path of its class.
+#: Short names of the packaged algorithms and their classes; any other class is named by its dotted path.
 ALGORITHMS = {
     "pwm_paper": "pwm_torchrl.algorithm.pwm_paper.PaperPWM",
     "pwm": "pwm_torchrl.algorithm.pwm.PWM",
@@ -321,8 +321,8 @@ class AlgorithmConfig(Section):
     target_entropy: float = -1.0  # pwm: entropy per action dimension that the weight is learned for
     state_std: bool = False  # the policy's standard deviation depends on the state
     scale_rewards: bool = False  # reward head and critics compute in units of the rewards' running deviation
-    entropy_weight: float = setting(0.0, least=0)  # pwm_paper: of the policy's entropy beside the scaled return; keeps
-    # actions from saturating
+    entropy_weight: float = setting(0.0, least=0)  # pwm_paper, shac: of the policy's entropy beside the scaled return;
+    # keeps actions from saturating
     normalize_returns: bool = True  # divide the actor loss by the running std of the imagined returns
     normalize_observations: bool = False  # running mean and std in front of the encoder
     normalize_rewards: bool = False  # divide rewards by a running scale; never shifts them

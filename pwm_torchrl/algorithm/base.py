@@ -26,6 +26,7 @@ from pwm_torchrl.algorithm.build import (
     build_networks,
     build_optimizers,
 )
+from pwm_torchrl.algorithm.declarations import check_least
 from pwm_torchrl.algorithm.updates import Updates
 from pwm_torchrl.config import ALGORITHMS, AlgorithmConfig, Config, micro_batch_key
 from pwm_torchrl.devices import to_device
@@ -262,10 +263,16 @@ class Algorithm:
 
     work_type: ClassVar[type[EpochWork]] = EpochWork
 
+    # Declarations. Packaged classes write them as literals: pwm_torchrl/algorithm/declarations.py reads their source.
+
     #: Whether the updates step a differentiable environment; then there is no collection and no world model.
     simulates: ClassVar[bool] = False
-    #: Keys of :class:`~pwm_torchrl.config.AlgorithmConfig` that it does not use; setting one raises an error.
+    #: Keys of :class:`~pwm_torchrl.config.AlgorithmConfig` that it does not use; one on a command line is refused.
     ignored: ClassVar[tuple[str, ...]] = ()
+    #: Further ones that it does not use with ``mode=online``.
+    ignored_online: ClassVar[tuple[str, ...]] = ()
+    #: Smallest values that it accepts, by key, if they are larger than those of ``AlgorithmConfig``.
+    least: ClassVar[Mapping[str, float]] = {}
 
     # Class methods that describe the algorithm ------------------------------------------------------------------------
 
@@ -426,8 +433,14 @@ def find_algorithm(name: str) -> type[Algorithm]:
 
 
 def updates_of(cfg: Config) -> dict[str, Update]:
-    """The updates of an epoch, by the names of the networks that they train."""
-    return {update.name: update for update in find_algorithm(cfg.algorithm.name).updates_of(cfg)}
+    """The updates of an epoch, by the names of the networks that they train.
+
+    Raises:
+        ConfigurationError: for settings that the algorithm does not accept.
+    """
+    algorithm = find_algorithm(cfg.algorithm.name)
+    check_least(cfg.algorithm, algorithm.least)
+    return {update.name: update for update in algorithm.updates_of(cfg)}
 
 
 @dataclass
@@ -442,20 +455,8 @@ class Parts:
 def build_parts(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Parts:
     """Networks, losses and optimizers of a run of any algorithm and mode."""
     algorithm = find_algorithm(cfg.algorithm.name)
-    _check_ignored(cfg, algorithm)
     networks = algorithm.build_networks(cfg, facts, device)
     return Parts(networks, algorithm.build_losses(cfg, facts, networks), build_optimizers(cfg, networks))
-
-
-def _check_ignored(cfg: Config, algorithm: type[Algorithm]) -> None:
-    default = AlgorithmConfig()
-    for key in algorithm.ignored:
-        value = getattr(cfg.algorithm, key)
-        if value != getattr(default, key):
-            raise ConfigurationError(
-                f"algorithm.{key}={value} means nothing to algorithm={cfg.algorithm.name}; leave it at "
-                f"{getattr(default, key)}"
-            )
 
 
 #: A run with at least this many evaluations of the dynamics network (each with its gradient) is compiled. Measured CPU

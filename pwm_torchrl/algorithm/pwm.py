@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -69,7 +69,10 @@ class PWM(Algorithm):
     """
 
     work_type = SetWork
-    ignored = ("lmbda", "entropy_weight", "normalize_returns", "critic_passes", "critic_minibatches")
+    ignored: ClassVar[tuple[str, ...]] = (
+        "lmbda", "entropy_weight", "normalize_returns", "critic_passes", "critic_minibatches",
+    )  # fmt: skip
+    ignored_online: ClassVar[tuple[str, ...]] = ("model_updates", "actor_updates")  # updates_per_step sets their number
 
     # Class methods that describe the algorithm ------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from operator import getitem
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from pwm_torchrl.algorithm.base import Algorithm, EpochWork, MetricRow, Update, Work
 from pwm_torchrl.config import Config
-from pwm_torchrl.errors import ConfigurationError
 
 __all__ = ["PaperPWM", "PaperWork"]
 
@@ -71,15 +70,16 @@ class PaperPWM(Algorithm):
     """The updates of an epoch in the published order."""
 
     work_type = PaperWork
+    ignored: ClassVar[tuple[str, ...]] = (
+        "updates_per_step", "max_updates", "critic_batch", "critic_steps", "target_rate", "temperature",
+        "target_entropy", "temperature_lr",
+    )  # fmt: skip
+    least: ClassVar[Mapping[str, float]] = {"horizon": 1}
 
     @classmethod
     def updates_of(cls, cfg: Config) -> list[Update]:
         """Model, actor and critic; pre-training has only the model's, extraction without fine-tuning all but that."""
         a = cfg.algorithm
-        if a.horizon < 1:
-            raise ConfigurationError(
-                f"algorithm.horizon={a.horizon} is too small for algorithm={a.name}; it must be at least 1"
-            )
         states = math.ceil(a.actor_batch * a.horizon / a.critic_minibatches)
         model = Update("model", "slices", a.model_batch, a.model_updates, a.slice_length)
         policy = [

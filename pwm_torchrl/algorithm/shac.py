@@ -46,8 +46,14 @@ class SHAC(PaperPWM):
 
     simulates = True
     ignored = (
-        "random_steps", "exploration_noise", "normalize_observations", "normalize_rewards", "actor_starts",
-        "actor_batch", "actor_updates", "model_updates", "first_model_updates",
+        # those of the published PWM
+        "updates_per_step", "max_updates", "critic_batch", "critic_steps", "target_rate", "temperature",
+        "target_entropy", "temperature_lr",
+        # of the model and its data
+        "slice_steps", "model_batch", "model_lr", "model_betas", "model_grad_norm", "model_updates",
+        "first_model_updates", "scale_rewards", "normalize_observations",
+        # of collection, and of rollouts that start anywhere
+        "random_steps", "exploration_noise", "normalize_rewards", "actor_starts", "actor_batch", "actor_updates",
     )  # fmt: skip
 
     # Class methods that describe the algorithm ------------------------------------------------------------------------
@@ -153,12 +159,8 @@ def rollouts_per_epoch(algorithm: AlgorithmConfig) -> int:
     """Actor updates per epoch.
 
     Raises:
-        ConfigurationError: if the horizon is below 1 or does not divide the epoch's steps.
+        ConfigurationError: if the horizon does not divide the epoch's steps.
     """
-    if algorithm.horizon < 1:
-        raise ConfigurationError(
-            f"algorithm.horizon={algorithm.horizon} is too small for algorithm={algorithm.name}; it must be at least 1"
-        )
     rollouts, rest = divmod(algorithm.steps_per_env, algorithm.horizon)
     if rest:
         raise ConfigurationError(

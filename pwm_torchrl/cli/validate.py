@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pwm_torchrl.algorithm.declarations import check_least, declarations
 from pwm_torchrl.cluster.resources import sbatch_options
 from pwm_torchrl.cluster.slurm import to_minutes
 from pwm_torchrl.commands import typed
@@ -160,10 +161,7 @@ def _check_combinations(config: Config) -> None:
     check_few_step_rollout(
         model.loss.few_step_rollout, bool(model.dynamics.imagination_substeps), model.loss.flow_matching_weight
     )
-    if algorithm.name != "pwm" and algorithm.horizon < 1:
-        raise ConfigurationError(
-            f"algorithm.horizon={algorithm.horizon} is too small; it must be at least 1 with algorithm={algorithm.name}"
-        )
+    check_least(algorithm, declarations(algorithm.name).least)
     episode = config.env.get("episode_length")
     if episode is not None and algorithm.horizon > episode:
         raise ConfigurationError(
@@ -188,10 +186,10 @@ def _check_combinations(config: Config) -> None:
 
 
 def training_slices_overflow(config: Config) -> bool:
-    """Whether the replay buffer is too small to hold a single slice of each environment."""
-    return config.mode == "online" and config.training.replay_capacity < config.env["num_envs"] * (
-        config.algorithm.slice_length + 1
-    )
+    """Whether the run has a replay buffer, and it is too small to hold a single slice of each environment."""
+    if config.mode != "online" or declarations(config.algorithm.name).simulates:
+        return False
+    return config.training.replay_capacity < config.env["num_envs"] * (config.algorithm.slice_length + 1)
 
 
 def _require_one(config: Config, key: str) -> None:

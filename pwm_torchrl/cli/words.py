@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pwm_torchrl.algorithm.declarations import declarations
 from pwm_torchrl.choices import (
     CONFIG_DIR_VARIABLE,
     choice_file,
@@ -18,7 +19,7 @@ from pwm_torchrl.choices import (
 )
 from pwm_torchrl.cli.validate import value_of
 from pwm_torchrl.commands import named, typed
-from pwm_torchrl.config import Config
+from pwm_torchrl.config import ALGORITHMS, Config
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "check_meaning",
     "check_slurms_keys",
     "instead_of_hydras",
+    "is_used",
     "option_hint",
     "read_words",
     "unknown_option",
@@ -233,6 +235,11 @@ def instead_of_hydras(key: str) -> str:
 _KIND, _FORM = "model.dynamics.kind", "model.dynamics.parameterization"
 
 
+def _covered(key: str, keys: Iterable[str]) -> bool:
+    """Whether a key is among some that may end in a dot, see :class:`Rule`."""
+    return any(key == each or (each.endswith(".") and key.startswith(each)) for each in keys)
+
+
 @dataclass(frozen=True)
 class Rule:
     """Keys that have an effect only with certain values of another key.
@@ -254,7 +261,7 @@ class Rule:
 
     def covers(self, key: str) -> bool:
         """Whether the rule applies to a key."""
-        return any(key == each or (each.endswith(".") and key.startswith(each)) for each in self.keys)
+        return _covered(key, self.keys)
 
     def allows(self, config: Config) -> bool:
         """Whether the keys are used with this configuration; unknown choices are reported elsewhere."""
@@ -283,6 +290,16 @@ def _keys(section: str, names: str) -> tuple[str, ...]:
 
 _ALGORITHM = "algorithm.name"
 _OF_REPLAY = ("training.replay_capacity", "training.replay_storage", "memory.disk_above_gib")
+#: What an algorithm that steps a differentiable environment has no use for, beside what its class ignores.
+_OF_MODEL_AND_REPLAY = (
+    "model",
+    "model.dynamics.",
+    "model.loss.",
+    *_keys("model", "reward_head num_bins vmin vmax reward_space termination_head"),
+    *_keys("size", "latent_dim units encoder_units simnorm_dim"),
+    "memory.model_micro_batch",
+    *_OF_REPLAY,
+)
 #: Cluster keys that only SLURM jobs use.
 OF_SLURM = _keys(
     "cluster",
@@ -336,39 +353,6 @@ RULES = (
     Rule(("init_from_parts",), "init_from", ANY),
     Rule(("data.scratch_dir",), "data.stage", ("scratch",)),
     Rule((*OF_SLURM, "cluster.sbatch."), "cluster.kind", ("slurm", "auto")),
-    # Keys that only some algorithms use.
-    Rule(
-        _keys(
-            "algorithm",
-            "updates_per_step max_updates critic_batch critic_steps target_rate temperature target_entropy "
-            "temperature_lr",
-        ),
-        _ALGORITHM,
-        ("pwm",),
-    ),
-    Rule(
-        _keys("algorithm", "lmbda entropy_weight normalize_returns critic_passes critic_minibatches"),
-        _ALGORITHM,
-        ("pwm_paper", "shac"),
-    ),
-    Rule(_keys("algorithm", "model_updates actor_updates"), _ALGORITHM, ("pwm_paper",), only=("mode", "online")),
-    Rule(
-        (
-            "model",
-            "model.dynamics.",
-            "model.loss.",
-            *_keys("model", "reward_head num_bins vmin vmax reward_space termination_head"),
-            *_keys("size", "latent_dim units encoder_units simnorm_dim"),
-            *_keys("algorithm", "model_batch model_lr model_betas model_grad_norm scale_rewards random_steps"),
-            "algorithm.exploration_noise",
-            *_keys("algorithm", "normalize_observations normalize_rewards actor_starts actor_batch"),
-            "algorithm.first_model_updates",
-            "memory.model_micro_batch",
-            *_OF_REPLAY,
-        ),
-        _ALGORITHM,
-        ("pwm", "pwm_paper"),
-    ),
     # Keys that only some modes use.
     Rule(("task", "world_model", "world_model_sha256", "pretraining", "finetune"), "mode", ("extract",)),
     # Only task=all reads these keys; the runs that it expands to do not.
@@ -443,11 +427,41 @@ def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: b
     for key, value in typed.items():
         if asks_for_nothing(key, value):
             continue
+        if not is_used(key, config.algorithm.name, config.mode):
+            raise _of_other_algorithms(config, key, value)
         for rule in rules:
             if rule.covers(key) and not rule.allows(config):
                 raise _refusal(config, key, value, rule)
-    if "algorithm.updates_per_step" in typed and config.algorithm.name == "pwm":
+    counts_sets = all(is_used(key, config.algorithm.name, config.mode) for key in _OF_SETS)
+    if "algorithm.updates_per_step" in typed and counts_sets:
         _check_sets(config)
+
+
+_OF_SETS = _keys("algorithm", "updates_per_step max_updates")
+
+
+def is_used(key: str, algorithm: str, mode: str) -> bool:
+    """Whether an algorithm uses a key, as its class declares.
+
+    Args:
+        key (str): a dotted key.
+        algorithm (str): ``algorithm.name``.
+        mode (str): the mode of the run.
+    """
+    declared = declarations(algorithm)
+    if declared.simulates and _covered(key, _OF_MODEL_AND_REPLAY):
+        return False
+    section, _, name = key.partition(".")
+    return section != "algorithm" or not declared.ignores(name, mode)
+
+
+def _of_other_algorithms(config: Config, key: str, value: Any) -> ConfigurationError:
+    name = config.algorithm.name
+    users = tuple(sorted(each for each in ALGORITHMS if is_used(key, each, config.mode)))
+    refusal = _refusal(config, key, value, Rule((key,), _ALGORITHM, users))
+    if name in {*ALGORITHMS, *ALGORITHMS.values()} or not key.startswith("algorithm."):
+        return refusal
+    return ConfigurationError(f"{refusal}; if {name} uses it, its attribute `ignored` must not contain it")
 
 
 def _check_sets(config: Config) -> None:

@@ -19,6 +19,7 @@ from torchrl.record.loggers.common import Logger
 from torchrl.trainers.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
 
 from pwm_torchrl.algorithm.build import Losses, Networks, build_losses, build_optimizers
+from pwm_torchrl.algorithm.declarations import check_least
 from pwm_torchrl.algorithm.pwm_paper import PaperPWM
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates
 from pwm_torchrl.config import AlgorithmConfig, Config
@@ -293,7 +294,14 @@ def _algorithm(given: AlgorithmConfig | Mapping[str, Any] | None) -> AlgorithmCo
             raise ConfigurationError(
                 f"algorithm.{key}={value} has no effect in a TorchRL trainer: {ELSEWHERE[key]} has."
             )
-    return AlgorithmConfig(**values)
+        if key in PaperPWM.ignored and value != known[key]:
+            raise ConfigurationError(
+                f"algorithm.{key}={value} has no effect in a TorchRL trainer, which makes the updates of "
+                f"algorithm=pwm_paper; leave it at {known[key]}."
+            )
+    made = AlgorithmConfig(**values)
+    check_least(made, PaperPWM.least)
+    return made
 
 
 def _check_model(networks: Networks) -> None:

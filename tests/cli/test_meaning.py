@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from typing import ClassVar
 
 import pytest
 
 pytest.importorskip("hydra")
 
+from pwm_torchrl.algorithm.pwm import PWM
+from pwm_torchrl.algorithm.pwm_paper import PaperPWM
+from pwm_torchrl.algorithm.shac import SHAC
 from pwm_torchrl.choices import schema_choices, schema_keys
 from pwm_torchrl.cli import prepare
 from pwm_torchrl.cli.compose import compose
@@ -16,6 +20,37 @@ from pwm_torchrl.cli.words import ANY, RULES
 from pwm_torchrl.config import DynamicsConfig
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.factory import CLASSES, COMMON, KINDS, PARAMETERIZATIONS, make_dynamics, options_of
+
+
+class Own(PWM):
+    """An algorithm of a user, which differs from PWM in nothing that its settings say."""
+
+
+class OwnPaper(PaperPWM):
+    """Likewise."""
+
+
+class OwnSHAC(SHAC):
+    """Likewise."""
+
+
+class UsesMore(PWM):
+    """One that uses a key that PWM ignores, and neither counts sets nor accepts a horizon below 2."""
+
+    ignored = (*(key for key in PWM.ignored if key != "lmbda"), "max_updates")
+    least: ClassVar = {"horizon": 2}
+
+
+class Mistaken(PWM):
+    """One that misspells a key."""
+
+    ignored = ("lambd",)
+
+
+def own(algorithm: type, *words: str) -> list[str]:
+    """Settings of a run of a user's algorithm."""
+    return [f"algorithm.name={__name__}.{algorithm.__name__}", *words]
+
 
 FLOWS = "model=few_step, flow_v1, flow_v2 or flow_v3"
 
@@ -56,6 +91,29 @@ FLOWS = "model=few_step, flow_v1, flow_v2 or flow_v3"
             ["algorithm.temperature=1", "algorithm.name=pwm_paper", "algorithm.name=pwm (algorithm=pwm)"],
         ),
         (["algorithm.lmbda=0.9"], ["algorithm.lmbda=0.9", "algorithm.name=pwm_paper or shac"]),
+        (own(Own, "algorithm.lmbda=0.9"), ["lmbda=0.9", f"{__name__}.Own", "pwm_paper or shac", "`ignored`"]),
+        (own(Own, "algorithm.actor_updates=2"), ["algorithm.actor_updates=2", f"{__name__}.Own", "pwm_paper"]),
+        (own(Own, "algorithm.updates_per_step=99"), ["updates_per_step=99", "algorithm.max_updates=64"]),
+        (own(OwnPaper, "algorithm.temperature=1"), ["temperature=1", f"{__name__}.OwnPaper", "algorithm=pwm"]),
+        (own(OwnPaper, "algorithm.horizon=0"), ["algorithm.horizon=0", "at least 1", f"{__name__}.OwnPaper"]),
+        (own(OwnSHAC, "env=pendulum_torchrl", "size.latent_dim=64"), ["size.latent_dim=64", f"{__name__}.OwnSHAC"]),
+        (own(UsesMore, "algorithm.max_updates=9"), ["max_updates=9", f"{__name__}.UsesMore", "algorithm=pwm"]),
+        (own(UsesMore, "algorithm.horizon=1"), ["algorithm.horizon=1", "at least 2"]),
+        (own(Mistaken), [f"{__name__}.Mistaken", "ignored", "'lambd'", "nearest: lmbda"]),
+        ([f"algorithm.name={__name__}.Nothing"], ["algorithm.name", "Nothing"]),
+        (["algorithm=pwm_paper", "algorithm.horizon=0"], ["horizon=0", "at least 1", "algorithm.name=pwm_paper"]),
+        (
+            ["algorithm=shac", "env=pendulum_torchrl", "algorithm.horizon=0"],
+            ["horizon=0", "at least 1", "algorithm.name=shac"],
+        ),
+        (
+            ["algorithm=shac", "env=pendulum_torchrl", "algorithm.model_updates=3"],
+            ["algorithm.model_updates=3", "algorithm.name=shac"],
+        ),
+        (
+            ["algorithm=shac", "env=pendulum_torchrl", "algorithm.slice_steps=7"],
+            ["algorithm.slice_steps=7", "algorithm.name=shac", "algorithm.name=pwm or pwm_paper"],
+        ),
         (["algorithm.actor_updates=2"], ["algorithm.actor_updates=2", "algorithm.name=pwm_paper"]),
         (
             ["algorithm=shac", "env=pendulum_torchrl", "model=mlp"],
@@ -124,6 +182,10 @@ def test_is_refused_with_what_would_use_it(words, parts):
         ["runs_dir=out", "run_dir=${runs_dir}/mine"],
         ["algorithm.updates_per_step=1", "algorithm.max_updates=128"],
         ["algorithm.updates_per_step=1", "env.num_envs=4"],
+        ["algorithm.horizon=0"],
+        own(Own, "algorithm.horizon=0", "algorithm.temperature=1"),
+        own(UsesMore, "algorithm.lmbda=0.9", "algorithm.updates_per_step=99"),
+        ["algorithm=shac", "env=pendulum_torchrl", "env.num_envs=70000"],  # there is no replay to be too small
     ],
     ids=" ".join,
 )

@@ -17,7 +17,7 @@ from pwm_torchrl.cli import complete, prepare
 from pwm_torchrl.cli.compose import compose, compose_unchecked
 from pwm_torchrl.cli.modes import apply_mode, of_world_model
 from pwm_torchrl.cli.requests import Prepared, lacks_world_model
-from pwm_torchrl.cli.words import OF_SLURM, RULES
+from pwm_torchrl.cli.words import OF_SLURM, RULES, is_used
 from pwm_torchrl.cluster.deaths import thriftier_plan
 from pwm_torchrl.cluster.resources import sbatch_parameters
 from pwm_torchrl.config import Config
@@ -44,6 +44,8 @@ def read() -> dict[str, set[str]]:
 def is_refused(key: str, config: Config) -> bool:
     """Whether a key is refused where it is typed."""
     if any(rule.covers(key) and not rule.allows(config) for rule in RULES):
+        return True
+    if not is_used(key, config.algorithm.name, config.mode):
         return True
     if config.mode != "extract" or not of_world_model(key):
         return False

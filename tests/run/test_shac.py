@@ -31,10 +31,8 @@ ENV = {
 
 def shac_config(changes=None, env=None):
     cfg = config({"training.gradient_profile_every": 2, **(changes or {})}, ENV if env is None else env)
-    kept = ("horizon", "collect_steps", "critic_passes", "critic_minibatches", "model_updates")
-    chosen = {key: getattr(cfg.algorithm, key) for key in kept}
-    chosen["model_updates"] = 8 if chosen["model_updates"] == 2 else chosen["model_updates"]
-    cfg.algorithm = AlgorithmConfig(name="shac", detach=False, **chosen)
+    kept = ("horizon", "collect_steps", "critic_passes", "critic_minibatches")
+    cfg.algorithm = AlgorithmConfig(name="shac", detach=False, **{key: getattr(cfg.algorithm, key) for key in kept})
     return cfg
 
 
@@ -133,9 +131,15 @@ class TestRefusals:
         with pytest.raises(ConfigurationError, match=r"algorithm\.collect_steps=6 .*algorithm\.horizon=4"):
             updates_of(shac_config({"algorithm.collect_steps": 6}))
 
-    def test_a_key_that_means_nothing_to_it(self, tmp_path):
-        with pytest.raises(ConfigurationError, match=r"algorithm\.model_updates=3"):
-            train(shac_config({"algorithm.model_updates": 3}), tmp_path)
+    def test_no_horizon(self, tmp_path):
+        with pytest.raises(ConfigurationError, match=r"algorithm\.horizon=0 .*at least 1 .*algorithm\.name=shac"):
+            train(shac_config({"algorithm.horizon": 0}), tmp_path)
+
+    def test_what_a_preset_leaves_behind_is_no_obstacle(self, tmp_path, monkeypatch):
+        """The sizes set ``algorithm.model_batch``, which means nothing to it."""
+        cfg = shac_config({"training.epochs": 1})
+        cfg.algorithm.model_batch = 1024
+        assert run_with(monkeypatch, cfg, tmp_path)[0]["status"] == "finished"
 
 
 class TestChoice:
