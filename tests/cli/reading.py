@@ -30,8 +30,8 @@ from pwm_torchrl.run.directory import prepare_run_dir
 LEAVES = [key for key, hint in schema_keys().items() if not dataclasses.is_dataclass(hint)]
 #: Code that looks at every key, whatever it means: copies, comparisons, checks, and what writes configurations down.
 LOOKS_AT_ALL = (
-    "dataclasses.py", "<string>", "copy.py", "cli/validate.py", "cli/words.py", "cli/compose.py", "choices.py",
-    "omegaconf",
+    "dataclasses.py", "<string>", "copy.py", "algorithm/declarations.py", "cli/validate.py", "cli/words.py",
+    "cli/compose.py", "choices.py", "omegaconf",
 )  # fmt: skip
 SMALL = ("training.epochs=2", "training.eval_every=1", "training.video=false", "training.progress=false", "device=cpu")
 NETWORKS = ("size.units=[16]", "size.encoder_units=[16]", "size.latent_dim=16")
@@ -72,7 +72,10 @@ def recorded() -> Iterator[set[str]]:
         value = object.__getattribute__(section, name)
         key = name if name.startswith("_") else object.__getattribute__(section, "key") + name
         if key in known and key not in found:
-            caller = sys._getframe(1).f_code
+            frame = sys._getframe(1)
+            while frame.f_code.co_filename.endswith("pwm_torchrl/config.py") and frame.f_code.co_name != "check":
+                frame = frame.f_back  # a property, which is read by its caller
+            caller = frame.f_code
             checks = caller.co_filename.endswith("pwm_torchrl/config.py") and caller.co_name == "check"
             if not checks and not any(part in caller.co_filename for part in LOOKS_AT_ALL):
                 found.add(key)
