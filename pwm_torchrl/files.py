@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pwm_torchrl.errors import ConfigurationError, StorageFault
-from pwm_torchrl.terminal import warn
 
 #: File systems whose files are RAM.
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
@@ -21,6 +22,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BROKEN = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO)
 _MOUNTS = Path("/proc/self/mountinfo")
 _ZEROS = bytes(1 << 20)
+#: Age in seconds from which a temporary file is taken to be left by a process that was killed.
+_ABANDONED_S = 86_400.0
 
 
 def filesystem_type(path: Path, mountinfo: Path = _MOUNTS) -> str | None:
@@ -112,12 +115,16 @@ def is_storage_error(error: BaseException) -> bool:
 
 
 class Unneeded:
-    """Deletes what nothing reads any more. What cannot be deleted costs nothing but room: it is said once.
+    """Deletes files that nothing reads any more. A file that cannot be deleted only takes space: it is reported once.
 
-    Whoever holds this asks again for what is left, with every checkpoint say.
+    The caller tries again later, for example with every checkpoint.
+
+    Args:
+        warn (callable): reports a file that could not be deleted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
         self._told: set[Path] = set()
 
     def delete(self, path: Path, how: Callable[[Path], object]) -> None:
@@ -126,7 +133,7 @@ class Unneeded:
             how(path)
         except OSError as error:
             if path not in self._told:
-                warn(
+                self._warn(
                     f"{path}, which is not needed any more, could not be deleted ({error.strerror or error}); that is "
                     "tried again later"
                 )
@@ -204,18 +211,57 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file by one with this text, whole or not at all, and wait until it is on the disk."""
-    draft = path.with_name(f".{path.name}.new")
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False, suffix: str = "") -> Iterator[Path]:
+    """Write a file atomically: yields a temporary path beside it, which is renamed to ``path`` at the end.
+
+    Readers see the old file or the complete new one. After an exception, the old file is unchanged and the temporary
+    file is deleted. Each call has its own temporary file, so processes that write the same file do not mix their
+    contents. A killed process leaves its temporary file; the next call for the same path deletes it once it is a day
+    old.
+
+    Args:
+        path (Path): the file to create or replace. Its folder must exist.
+
+    Keyword Args:
+        durable (bool): whether to wait until the file and its name are on the disk. Defaults to ``False``.
+        suffix (str): ending of the temporary path, for writers that choose the format by it. Defaults to none.
+
+    Yields:
+        Path: the temporary path. It does not exist yet; the caller creates it.
+
+    Raises:
+        OSError: if the file cannot be written; an error about the temporary path names ``path`` instead.
+    """
+    _delete_abandoned(path)
+    draft = path.with_name(f".{path.name}.{os.urandom(6).hex()}.new{suffix}")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        yield draft
+        if durable:
+            flush(draft)
+        os.replace(draft, path)
+    except OSError as error:
+        if error.filename2 is None and str(error.filename) == str(draft):
+            error.filename = str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
+
+
+def _delete_abandoned(path: Path) -> None:
+    """Delete old temporary files of :func:`replacing` for this path."""
+    with contextlib.suppress(OSError):
+        for draft in path.parent.glob(f".{glob.escape(path.name)}.*.new*"):
+            if time.time() - draft.stat().st_mtime > _ABANDONED_S:
+                draft.unlink()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file atomically, and wait until it is on the disk."""
+    with replacing(path, durable=True) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines, colours and its progress. Imports nothing but the standard library.
+"""What a person sees of a run: lines, colours and its progress. Needs nothing but the standard library.
 
 A run reports to a :class:`Progress`: its phases, its epochs and their numbers. What shows them is a screen:
 :class:`~pwm_torchrl.display.Display` where this process has a terminal, :class:`Lines` where it has none, and
@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, TextIO
+
+from pwm_torchrl.files import replacing
 
 __all__ = [
     "PROGRESS_LINE",
@@ -255,10 +257,8 @@ class StateFile:
         if state == self.kept:
             return
         self.kept = state
-        partial = self.path.with_name(self.path.name + ".tmp")
-        with contextlib.suppress(OSError):  # as for a line
-            partial.write_text(json.dumps(asdict(state)), encoding="utf-8")
-            os.replace(partial, self.path)
+        with contextlib.suppress(OSError), replacing(self.path) as draft:  # ignored for the same reason as in Lines
+            draft.write_text(json.dumps(asdict(state)), encoding="utf-8")
 
     def close(self, state: State, now: float) -> None:
         self.show(state, now)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.report import Chosen
 from pwm_torchrl.errors import ConfigurationError
+from pwm_torchrl.files import replacing
 from pwm_torchrl.report.document import REPORT_FILE, make_document
 
 __all__ = ["write"]
@@ -42,11 +42,7 @@ def _write(out: Path, files: Mapping[str, str | bytes]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            partial = out / f"{name}.tmp"
-            try:
-                partial.write_bytes(content.encode() if isinstance(content, str) else content)
-                os.replace(partial, out / name)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replacing(out / name) as draft:
+                draft.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise ConfigurationError(f"--out={out} cannot be written: {error.strerror}") from error

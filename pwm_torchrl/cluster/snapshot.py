@@ -25,7 +25,7 @@ from typing import Any
 
 import pwm_torchrl
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.files import amount
+from pwm_torchrl.files import amount, replacing
 from pwm_torchrl.run.provenance import COMMIT_FILE, git_commit
 from pwm_torchrl.terminal import warn
 
@@ -280,9 +280,8 @@ def _place(file: Path, place: Path, shared: Path) -> None:
     """Put a file into a copy, as a hard link to the shared content; as a plain copy if that fails."""
     try:
         if not shared.exists():
-            draft = shared.with_name(f"{shared.name}.{os.getpid()}")
-            shutil.copy(file, draft)
-            draft.replace(shared)
+            with replacing(shared) as draft:
+                shutil.copy(file, draft)
         os.link(shared, place)
     except OSError:
         shutil.copy(file, place)

@@ -30,6 +30,7 @@ from pwm_torchrl.files import (
     write_durably,
 )
 from pwm_torchrl.memory.storage import disk_bytes, segment_steps
+from pwm_torchrl.terminal import warn
 
 # Journal: a JSON file with the layout of the segments and their writers -----------------------------------------------
 
@@ -158,7 +159,7 @@ class SegmentFiles:
         self.size = size
         self._open: dict[int, int] = {}
         self._unsynced: set[int] = set()
-        self._unneeded = Unneeded()
+        self._unneeded = Unneeded(warn)
         weakref.finalize(self, _close_all, self._open)
 
     def path(self, number: int) -> Path:

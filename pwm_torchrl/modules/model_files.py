@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pwm_torchrl.commands import typed
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
+from pwm_torchrl.files import replacing
 from pwm_torchrl.modules.world_model import WorldModel, WorldModelSpec, make_world_model
 
 # Our own files --------------------------------------------------------------------------------------------------------
@@ -238,15 +238,8 @@ def _safetensors() -> Any:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file atomically; it is on the disk when this returns."""
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path, durable=True) as draft:
+        draft.write_bytes(content)
 
 
 # Weights of other projects --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from pwm_torchrl.commands import named, typed, what_next
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import MissingLibraryError
-from pwm_torchrl.files import write_durably
+from pwm_torchrl.files import replacing, write_durably
 
 __all__ = ["json_text", "swap_in", "write_run_readme", "write_summary", "write_video"]
 
@@ -203,28 +204,22 @@ def write_video(file: str | os.PathLike[str], frames: Iterable[Frame], fps: floa
         raise ValueError(f"a frame has shape {shape}; uint8 [height, width, 3] is needed")
 
     target = Path(file)
-    partial = target.with_suffix(".tmp.mp4")
     height, width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
-    writer = write_frames(
-        str(partial),
-        (width, height),
-        fps=fps,
-        codec="libx264",
-        quality=7,
-        macro_block_size=2,
-        ffmpeg_log_level="error",
-        ffmpeg_timeout=0,
-    )
-    writer.send(None)
-    try:
-        for index, frame in enumerate(chain([first], frames)):
-            writer.send(_even(_checked(frame, shape, index)).tobytes())
-    except BaseException:
-        writer.close()
-        partial.unlink(missing_ok=True)
-        raise
-    writer.close()
-    os.replace(partial, target)
+    with replacing(target, suffix=".mp4") as draft:  # ffmpeg chooses the format by the suffix
+        writer = write_frames(
+            str(draft),
+            (width, height),
+            fps=fps,
+            codec="libx264",
+            quality=7,
+            macro_block_size=2,
+            ffmpeg_log_level="error",
+            ffmpeg_timeout=0,
+        )
+        with contextlib.closing(writer):
+            writer.send(None)
+            for index, frame in enumerate(chain([first], frames)):
+                writer.send(_even(_checked(frame, shape, index)).tobytes())
     return target
 
 

@@ -376,7 +376,7 @@ class CheckpointStore:
         self.keep_last = keep_last
         self.claim = claim
         self._abandoned: set[Path] = set()
-        self._unneeded = Unneeded()
+        self._unneeded = Unneeded(warn)
 
     def save(self, checkpoint: Checkpoint, epoch: int, metadata: Mapping[str, Any], *, inside: bool = False) -> Path:
         """Save a checkpoint, then delete those that need not be kept.

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from pwm_torchrl.algorithm.updates import Updates
 from pwm_torchrl.errors import GraphLeak
+from pwm_torchrl.files import replacing
 from pwm_torchrl.terminal import say, warn
 
 __all__ = ["TRACE", "WARM_UP", "GraphCheck", "UpdateProfile", "live_nodes", "live_tensors"]
@@ -308,12 +309,10 @@ class UpdateProfile:
         if not self._recorded:  # stopped in the profiler's warm-up
             return
         self._written = True
-        unfinished = self._path.with_name(f".unfinished_{TRACE}")  # the profiler compresses a file named .gz
         try:
-            recorded.export_chrome_trace(str(unfinished))
-            os.replace(unfinished, self._path)
+            with replacing(self._path, suffix=".gz") as draft:  # the profiler compresses a file named .gz
+                recorded.export_chrome_trace(str(draft))
         except OSError as error:  # a full disk must not end the run here
-            unfinished.unlink(missing_ok=True)
             warn(f"no {TRACE}: {error}")
             return
         wanted = "" if self._recorded == self._count else f" of {self._count}"

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pwm_torchrl.errors import MissingLibraryError
+from pwm_torchrl.files import replacing
 from pwm_torchrl.run.directory import read_summary
 from pwm_torchrl.run.metrics import progress_axis, read_metrics
 
@@ -198,12 +199,8 @@ def write_curves(run_dir: str | os.PathLike[str]) -> Path:
     run_dir = Path(run_dir)
     content = png(run_figure(read_metrics(run_dir / "metrics.csv"), read_summary(run_dir), run_dir.name), dpi=110)
     target = run_dir / "curves.png"
-    partial = target.with_name("curves.tmp.png")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target) as draft:
+        draft.write_bytes(content)
     return target
 
 

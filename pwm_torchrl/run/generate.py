@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pwm_torchrl.envs.factory import opened_env
 from pwm_torchrl.envs.facts import TASK_MAKER
 from pwm_torchrl.envs.tasks import TaskSet
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.files import flush, storage_faults, sync_folder
+from pwm_torchrl.files import replacing, storage_faults
 from pwm_torchrl.run.evaluation import play
 from pwm_torchrl.run.load import load_policy
 
@@ -89,12 +88,8 @@ def generate_episodes(
             first = _seed(seed, number, place)
             parts += list(_played(info.name, behaviour, share, first, on_episodes))
         chunk = torch.cat([_padded(part, number, tasks) for part in parts])
-        draft = file.with_name(f".{file.name}.new")
-        with storage_faults(folder, "write episodes to"):
+        with storage_faults(folder, "write episodes to"), replacing(file, durable=True) as draft:
             torch.save(chunk, draft)
-            flush(draft)
-            os.replace(draft, file)
-            sync_folder(folder)
     return files
 
 

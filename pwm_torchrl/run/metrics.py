@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
 from pwm_torchrl.config import RENAMED_METRICS
-from pwm_torchrl.files import append_text
+from pwm_torchrl.files import append_text, replacing
 from pwm_torchrl.terminal import warn
 
 __all__ = ["CsvMetrics", "checked_metrics", "progress_axis", "read_metrics"]
@@ -103,17 +103,10 @@ class CsvMetrics:
 
     def _replace(self, rows: Iterable[Mapping[str, str]]) -> None:
         self.close()
-        partial = self.path.with_name(self.path.name + ".tmp")
-        try:
-            with partial.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(self.columns)
-                writer.writerows([row.get(name, "") for name in self.columns] for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(self.path, durable=True) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.columns)
+            writer.writerows([row.get(name, "") for name in self.columns] for row in rows)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float]]:

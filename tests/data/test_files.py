@@ -19,6 +19,7 @@ from pwm_torchrl.files import (
     free_bytes,
     is_storage_error,
     refuse_memory,
+    replacing,
     storage_faults,
     write_durably,
     write_zeros,
@@ -124,6 +125,69 @@ class TestAllocation:
             write_durably(path, "after" * 10_000)
         assert path.read_text() == "before"
         assert sorted(os.listdir(small_disk)) == ["ballast", "text"]
+
+
+class TestReplacing:
+    @pytest.mark.parametrize("durable", [False, True])
+    def test_readers_see_the_old_file_until_the_end(self, durable, tmp_path):
+        path = tmp_path / "file.txt"
+        path.write_text("before")
+        with replacing(path, durable=durable) as draft:
+            draft.write_text("after")
+            assert (draft.parent, path.read_text()) == (tmp_path, "before")
+        assert path.read_text() == "after"
+        assert os.listdir(tmp_path) == ["file.txt"]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+    def test_an_exception_leaves_the_old_file_alone(self, error, tmp_path):
+        path = tmp_path / "file.txt"
+        path.write_text("before")
+
+        def fail():
+            with replacing(path) as draft:
+                draft.write_text("half")
+                raise error
+
+        with pytest.raises(error):
+            fail()
+        assert path.read_text() == "before"
+        assert os.listdir(tmp_path) == ["file.txt"]
+
+    def test_two_writers_of_one_file_do_not_mix(self, tmp_path):
+        path = tmp_path / "file.txt"
+        with replacing(path) as first:
+            first.write_text("first")
+            with replacing(path) as second:
+                second.write_text("second")
+            assert path.read_text() == "second"
+        assert path.read_text() == "first"
+        assert os.listdir(tmp_path) == ["file.txt"]
+
+    def test_the_suffix_is_kept_for_the_writer(self, tmp_path):
+        with replacing(tmp_path / "video.mp4", suffix=".mp4") as draft:
+            assert draft.suffix == ".mp4"
+            draft.touch()
+
+    def test_permissions_are_those_of_any_file(self, tmp_path):
+        (tmp_path / "plain").touch()
+        write_durably(tmp_path / "file", "text")
+        assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def test_a_missing_folder_is_reported_with_the_name_of_the_file(self, tmp_path):
+        path = tmp_path / "gone" / "file.txt"
+        with pytest.raises(FileNotFoundError) as caught:
+            write_durably(path, "text")
+        assert caught.value.filename == str(path)
+        assert not path.parent.exists()
+
+    def test_what_a_killed_process_left_is_deleted_after_a_day(self, tmp_path):
+        old, new, other = (tmp_path / f".{name}.new" for name in ("file.0", "file.1", "other.0"))
+        for each in (old, new, other):
+            each.touch()
+        for each in (old, other):
+            os.utime(each, (0, 0))
+        write_durably(tmp_path / "file", "text")
+        assert sorted(os.listdir(tmp_path)) == [".file.1.new", ".other.0.new", "file"]
 
 
 class TestSentences:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pwm_torchrl.data.episodes import store as layout
 from pwm_torchrl.data.episodes.store import EpisodeRows, EpisodeStore
 from pwm_torchrl.errors import ConfigurationError, StorageFault
-from pwm_torchrl.files import amount, free_bytes, storage_faults, sync_folder, write_all, write_durably
+from pwm_torchrl.files import amount, free_bytes, replacing, storage_faults, sync_folder, write_all, write_durably
 from pwm_torchrl.progress import new_bar
 from pwm_torchrl.terminal import LINE_EVERY_S, say
 
@@ -307,8 +307,9 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
             raise ConfigurationError(
                 f"the folder {self.path} of an episode store cannot be made: {error.strerror}"
             ) from error
-        # A kill during the first write leaves a draft of the manifest.
-        if others - {f".{layout.MANIFEST}.new"} and layout.MANIFEST not in others:
+        # A kill during the first write leaves a temporary file of the manifest.
+        others = {name for name in others if not name.startswith(f".{layout.MANIFEST}.")}
+        if others and layout.MANIFEST not in others:
             raise ConfigurationError(
                 f"the folder {self.path} contains {min(others)} and is not an episode store; choose an empty or new "
                 "folder"
@@ -389,12 +390,9 @@ def _task_facts(table: npt.NDArray[np.int64], returns: npt.NDArray[np.float64]) 
 
 
 def _save_durably(path: Path, array: npt.NDArray[Any]) -> None:
-    draft = path.with_name(f".{path.name}.new")
-    with draft.open("wb") as file:
+    # An open file: np.save would add .npy to the name of the temporary file.
+    with replacing(path, durable=True) as draft, draft.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _shortened(names: list[str]) -> str:
