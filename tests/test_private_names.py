@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 FILES = [*(ROOT / "pwm_torchrl").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]
 LIBRARIES = ("torch", "torchrl", "tensordict", "hydra", "omegaconf", "submitit")
 #: Documented interfaces whose names begin with an underscore: namedtuples, ``os._exit`` and methods that TorchRL's and
 #: torch's documentation tells subclasses to override.
-PUBLIC = {"_asdict", "_fields", "_replace", "_exit", "_step", "_reset"}
+PUBLIC = {"_asdict", "_fields", "_replace", "_exit", "_step", "_reset", "_set_seed", "_call"}
+#: Overrides that the search must find.
+KNOWN_OVERRIDES = {
+    "OwnUnits._inv_apply_transform",
+    "SliceStartSampler._empty",
+    "PWMLoss._forward_value_estimator_keys",
+    "RunExecutor._submitit_command_str",
+}
 
 
 def is_private(name: str) -> bool:
@@ -48,6 +58,51 @@ def foreign_names(tree: ast.AST, own: set[str]) -> set[str]:
             parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             found |= {part for part in parts if is_private(part)}
     return found
+
+
+def private_names_of(cls: ast.ClassDef) -> set[str]:
+    """Private names that a class defines: methods, nested classes, class variables and attributes of ``self``."""
+    in_body = [node for node in cls.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    found = {node.name for node in cls.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in (inner for statement in in_body for inner in ast.walk(statement)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    for node in ast.walk(cls):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+    return set(filter(is_private, found))
+
+
+def is_overridden(name: str, base: str, module: ModuleType) -> bool:
+    """Whether a base class, or one of its own bases in another library, has the name."""
+    try:
+        classes = getattr(eval(base, vars(module)), "__mro__", ())  # NamedTuple is a function
+    except NameError:  # a base that is only known at run time may have any name
+        return True
+    return any(name in vars(each) for each in classes if each.__module__.partition(".")[0] != "pwm_torchrl")
+
+
+def overrides(path: Path, tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Classes of a file and private names in them that a class of another library defines too."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and private_names_of(node)]
+    if not classes:
+        return
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    for cls in classes:
+        bases = [ast.unparse(base.value if isinstance(base, ast.Subscript) else base) for base in cls.bases]
+        for name in private_names_of(cls) - PUBLIC:
+            if any(is_overridden(name, base, module) for base in bases):
+                yield cls.name, name
+
+
+def test_every_overridden_private_name_is_listed():
+    """A base class that no longer calls the method would not fail: what the override does would just not happen."""
+    found = {
+        f"{cls}.{name}" for path in FILES for cls, name in overrides(path, ast.parse(path.read_text(encoding="utf-8")))
+    }
+    listed = {part for name in documented() for part in name.split(".")}
+    assert {name for name in found if name.partition(".")[2] not in listed} == set()
+    assert found >= KNOWN_OVERRIDES, "the search finds the overrides that are known"
 
 
 def test_every_private_name_in_use_is_listed():
