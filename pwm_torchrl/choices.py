@@ -1,4 +1,4 @@
-"""What can be chosen and set: the files of ``configs/`` and the keys of the schema."""
+"""The choices and keys of the configuration: the files of ``configs/`` and the keys of the schema."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ CONFIG_DIR_VARIABLE = "PWM_TORCHRL_CONFIG_DIR"
 
 
 def configs_dir() -> Path:
-    """The folder with ``config.yaml``: packaged beside the modules in a wheel, at the top of a
-    checkout.
+    """The folder with ``config.yaml``: in a wheel beside the modules, in a checkout at the top.
 
     Raises:
         ConfigurationError: if neither exists.
@@ -54,9 +53,9 @@ def configs_dir() -> Path:
 
 
 def user_configs_dir() -> Path:
-    """The folder with the user's or the site's own cluster profiles, ``cluster/NAME.yaml``; it need not exist.
+    """The folder with the user's or the site's own cluster profiles, ``cluster/NAME.yaml``; it may not exist.
 
-    ``$PWM_TORCHRL_CONFIG_DIR``, else ``pwm_torchrl`` in ``$XDG_CONFIG_HOME`` or ``~/.config``.
+    It is ``$PWM_TORCHRL_CONFIG_DIR`` if set, else ``pwm_torchrl`` in ``$XDG_CONFIG_HOME`` or ``~/.config``.
     """
     given = os.environ.get(CONFIG_DIR_VARIABLE)
     if given:
@@ -65,12 +64,12 @@ def user_configs_dir() -> Path:
 
 
 def user_profiles() -> dict[str, Path]:
-    """The files of the user's own cluster profiles by name."""
+    """The files of the user's own cluster profiles, by name."""
     return {file.stem: file for file in sorted((user_configs_dir() / "cluster").glob("*.yaml"))}
 
 
 def group_choices() -> dict[str, list[str]]:
-    """Every config group with its choices, the user's own profiles among them, in reading order of the help."""
+    """All config groups with their choices, including the user's own profiles, in the order of the help."""
     order = ["model", "size", "env", "experiment", "algorithm", "logger", "cluster", "memory"]
     folder = configs_dir()
     found = {p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.yaml"))}
@@ -87,17 +86,17 @@ def choice_file(group: str, choice: str) -> Path:
 
 
 def default_choices() -> dict[str, str]:
-    """The choice of every group that a run without words makes, as ``config.yaml`` lists them."""
+    """The default choice of every group, as listed in ``config.yaml``."""
     listed = yaml.safe_load((configs_dir() / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     pairs = [pair for entry in listed if isinstance(entry, dict) for pair in entry.items()]
     return {group: choice for group, choice in pairs if choice is not None}
 
 
 def exact_choice(value: str, choices: Iterable[str]) -> str | None:
-    """The choice that ``value`` names, in the one way of writing it, or in that of letters large and small.
+    """The choice that ``value`` names. Case is ignored if no choice matches exactly.
 
     Returns:
-        str or None: ``None`` if no choice is meant, or more than one.
+        str or None: the choice; ``None`` if none or several match.
     """
     choices = list(choices)
     if value in choices:
@@ -107,15 +106,13 @@ def exact_choice(value: str, choices: Iterable[str]) -> str | None:
 
 
 def _by_number(name: str) -> tuple[Any, ...]:
-    """Sort key that puts 5m before 19m, and names without a leading number first."""
+    """Sort key: names without a leading number come first, then 5m before 19m."""
     digits = name[: len(name) - len(name.lstrip("0123456789"))]
     return (int(digits) if digits else -1, name)
 
 
 def schema_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key below a schema dataclass with its type; a section's type is its
-    dataclass.
-    """
+    """All dotted keys of a schema dataclass with their types; the type of a section is its dataclass."""
     keys: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -127,7 +124,7 @@ def schema_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def schema_choices() -> dict[str, tuple[str, ...]]:
-    """The dotted keys that accept a few strings, with these."""
+    """The dotted keys that accept only certain strings, with these strings."""
     return {key: rule.choices for key, rule in _rules(Config).items() if rule.choices}
 
 
@@ -144,7 +141,7 @@ def _rules(cls: type[Section]) -> dict[str, Rule]:
 
 
 def key_comments() -> dict[str, str]:
-    """What the comments beside the schema's fields say of each dotted key."""
+    """The documentation of each dotted key: the comment beside its field in the schema."""
     source = inspect.getsource(schema)
     lines, said = source.splitlines(), {}
     sections = {cls.__name__: cls.key for cls in vars(schema).values() if isinstance(cls, type) and hasattr(cls, "key")}
@@ -166,7 +163,7 @@ def key_comments() -> dict[str, str]:
 
 
 def sizes() -> dict[str, SizeConfig]:
-    """The sizes of ``configs/size`` by their names."""
+    """The sizes in ``configs/size``, by name."""
     files = {name: choice_file("size", name) for name in group_choices()["size"]}
     return {
         name: SizeConfig(**yaml.safe_load(file.read_text(encoding="utf-8"))["size"]) for name, file in files.items()
@@ -174,10 +171,10 @@ def sizes() -> dict[str, SizeConfig]:
 
 
 def nearest(value: str, choices: Iterable[str], n: int = 3) -> list[str]:
-    """The choices most like ``value``, best first; large and small letters are alike.
+    """The choices most similar to ``value``, best first. Case is ignored.
 
-    Of dotted keys those of the same section are compared by their last part; a key without its
-    section, or in another one, is looked for by its last part everywhere.
+    The last part of a dotted key is first compared with the keys of the same section. If none is similar, the whole key
+    is compared with all keys, and then its last part with the last parts of all keys.
     """
     folded = {choice.casefold(): choice for choice in choices}
     value = value.casefold()
@@ -193,6 +190,6 @@ def nearest(value: str, choices: Iterable[str], n: int = 3) -> list[str]:
 
 
 def nearest_sentence(value: str, choices: Iterable[str]) -> str:
-    """``"; nearest: a, b"``, or nothing where nothing is near."""
+    """The nearest choices as text, ``"; nearest: a, b"``; empty if none is similar."""
     close = nearest(value, choices)
     return f"; nearest: {', '.join(close)}" if close else ""

@@ -1,6 +1,6 @@
-"""What the commands are called here: ``python launch/train.py`` in a checkout, ``pwm train`` where it is installed.
+"""Names of the commands as the user can type them: ``python launch/train.py`` in a checkout, ``pwm train`` otherwise.
 
-Messages name a command as the user can type it. Imports nothing, so that every folder can use it.
+Messages use these names. This module imports nothing of the package, so every folder can use it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["named", "typed", "typed_here", "what_next"]
 
-#: By a run's mode: the scripts that use it, their words with RUN for its directory, and what comes of it.
+#: For each mode of a run: the scripts that use such a run, their arguments (RUN is its directory), and the result.
 _USES = {
     "pretrain": (
         ("submit", "experiment=extract task=all world_model=RUN data.path=STORE", "a policy for each task"),
@@ -27,31 +27,31 @@ _USES = {
 
 
 def typed(name: str) -> str:
-    """A command as it is typed, ``"python launch/train.py"`` or ``"pwm train"``; ``name`` is that of the script."""
+    """A command line, ``"python launch/train.py"`` or ``"pwm train"``; ``name`` is the script's name."""
     return f"python {named(name)}" if _scripts() else named(name)
 
 
 def named(name: str) -> str:
-    """A command in a sentence, ``"launch/train.py"`` or ``"pwm train"``."""
+    """A command's name for use in a sentence, ``"launch/train.py"`` or ``"pwm train"``."""
     return f"launch/{name}.py" if _scripts() else f"pwm {name.replace('_', '-')}"
 
 
 def typed_here(name: str) -> str:
-    """A command for the shell that this was started from: ``.venv/bin/python launch/train.py`` where no environment is
-    active there, or another.
+    """A command line for the current shell, such as ``.venv/bin/python launch/train.py``.
 
-    Of use in messages that are read at once; in files, :func:`typed` is.
+    The interpreter's path is given if ``python`` is another interpreter in that shell. Use this in messages on the
+    terminal, and :func:`typed` in files.
     """
     return f"{_interpreter()} {named(name)}" if _scripts() else named(name)
 
 
 def what_next(mode: str) -> list[tuple[str, str, str]]:
-    """What is done with a run of a mode: scripts, their words with RUN for its directory, and what comes of it."""
+    """What to do next with a run of a mode: scripts, their arguments (RUN is the run's directory), and the result."""
     return list(_USES.get(mode, _USES["other"]))
 
 
 def _interpreter() -> str:
-    """``python`` if the shell finds this interpreter by that name, else its path, quoted."""
+    """``python`` if the shell finds this interpreter by that name, else its quoted path."""
     found = shutil.which("python")
     if found is not None and os.path.samefile(Path(found).parent, Path(sys.executable).parent):
         return "python"
@@ -60,7 +60,7 @@ def _interpreter() -> str:
 
 
 def _scripts() -> bool:
-    """Whether commands are scripts: there are some beside this package, and the user did not type another."""
+    """Whether commands are scripts: ``launch/`` exists beside this package, and the user did not type ``pwm``."""
     if sys.argv and Path(sys.argv[0]).name == "pwm":
         return False
     return (Path(__file__).resolve().parents[1] / "launch" / "train.py").is_file()

@@ -1,8 +1,8 @@
-"""Typed configuration of a run: what Hydra composes and every part of the program reads.
+"""Typed configuration of a run. Hydra composes it, and every part of the program reads it.
 
-A field is declared once: its type, default, choices and range are written here, and the comment beside it is its
-documentation. Values are checked when a section is made, and again by :meth:`Section.check` once all is composed.
-Defaults are the algorithm's; the YAML files in ``configs/`` hold only what deviates from them.
+Each field is declared once, with its type, default, choices and range; the comment beside it is its documentation.
+Values are checked when a section is created, and again by :meth:`Section.check` when the configuration is complete.
+Defaults are those of the algorithm; the YAML files in ``configs/`` contain only deviations from them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pwm_torchrl.errors import ConfigurationError, nearest
 
 # ``Optional[...]`` instead of ``... | None``: OmegaConf resolves these hints at run time, on Python 3.10 too.
 
-#: What a run may train; an update, its loss, optimizer, keys and metrics have the name of their network.
+#: The networks that a run trains. An update, its loss, optimizer, keys and metrics are named after their network.
 NETWORKS = ("model", "actor", "critic")
 
 #: Short names of the packaged algorithms and their classes; any other class is named by its dotted path.
@@ -32,9 +32,9 @@ MISSING: Any = "???"  # OmegaConf's marker of a mandatory value, written out so 
 
 
 def missing_keys(tree: Any, key: str = "") -> list[str]:
-    """The dotted keys of plain dicts and lists that hold :data:`MISSING`, a list's under its own key.
+    """The dotted keys whose value is :data:`MISSING`, or a list that contains it.
 
-    OmegaConf's own search stops at an interpolation that refers to one, and merging leaves out what is missing.
+    OmegaConf's own search fails at an interpolation of a missing value, and its merge drops missing values.
     """
     if isinstance(tree, dict):
         below = (missing_keys(value, f"{key}.{name}" if key else str(name)) for name, value in tree.items())
@@ -43,18 +43,18 @@ def missing_keys(tree: Any, key: str = "") -> list[str]:
 
 
 def one_of(default: str, *others: str, path: bool = False) -> Any:
-    """A field that accepts a few strings, the first of which is its default.
+    """A field that accepts only certain strings.
 
     Args:
-        default: its default.
+        default: its default, which is one of the choices.
         *others: the other choices.
-        path: whether a dotted path is accepted beside them, which whoever imports it checks.
+        path: whether a dotted path is also accepted. The code that imports it checks it.
     """
     return field(default=default, metadata={"rule": Rule((default, *others), path)})
 
 
 def several_of(*choices: str, default: Sequence[str] = ()) -> Any:
-    """A list of strings, each of them one of a few; empty by default."""
+    """A field for a list of strings, each of which is one of ``choices``; empty by default."""
     return field(default_factory=lambda: list(default), metadata={"rule": Rule(choices)})
 
 
@@ -70,18 +70,20 @@ def setting(
     infinite: bool = False,
     count: int | None = None,
 ) -> Any:
-    """A field with what it accepts; ``None`` is accepted wherever the type has it.
+    """A field with a restriction on its values; the bounds of a list apply to each number in it.
+
+    ``None`` is accepted if the field's type allows it.
 
     Args:
-        default: its default, a list's elements included.
-        pattern: regular expression of the strings that it accepts.
-        words: the same in words.
-        least: smallest number, of a list of each.
-        above: number that it must be above.
-        most: largest number.
-        below: number that it must be below.
-        infinite: whether it may be infinite, which is no limit.
-        count: length of a list; without one, at least 1.
+        default: its default; a list is copied.
+        pattern: regular expression that strings must match.
+        words: description of ``pattern`` for messages.
+        least: smallest number accepted.
+        above: numbers must be greater than this.
+        most: largest number accepted.
+        below: numbers must be less than this.
+        infinite: whether infinity is accepted, which means no limit.
+        count: length of a list; if not given, at least 1.
     """
     rule = Rule((), False, pattern, words, least, above, most, below, infinite, count)
     if isinstance(default, list):
@@ -91,7 +93,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Rule:
-    """What a field accepts; see :func:`one_of` and :func:`setting`."""
+    """The values that a field accepts; see :func:`one_of` and :func:`setting`."""
 
     choices: tuple[str, ...] = ()
     path: bool = False
@@ -105,7 +107,7 @@ class Rule:
     count: int | None = None
 
     def check(self, key: str, value: Any) -> None:
-        """Raise ConfigurationError unless the value of a dotted key is accepted."""
+        """Raise ConfigurationError if the value of a dotted key is not accepted."""
         if value is None or value == MISSING:
             return
         for each in value if isinstance(value, list) else [value]:
@@ -150,35 +152,35 @@ class Rule:
 
 
 def _has_type(value: Any, hint: str) -> bool:
-    """Whether a value is a list where its field is one, and of whole numbers where they are."""
+    """Whether a value is a list exactly if its field is one, and contains integers if the field is ``list[int]``."""
     if not hint.startswith("list["):
         return not isinstance(value, list)
     return isinstance(value, list) and (hint != "list[int]" or all(isinstance(number, int) for number in value))
 
 
 class Section:
-    """A group of fields, which checks its values."""
+    """Base class of a group of fields; checks their values."""
 
-    key: ClassVar[str]  # dotted, with a dot behind it
+    key: ClassVar[str]  # the dotted key with a trailing dot
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Check the values against what their fields accept, and against each other.
+        """Check each value by the rule of its field, and check that the values fit each other.
 
         Raises:
-            ConfigurationError: for the first one that is not accepted; it names key, value and what is accepted.
+            ConfigurationError: for the first invalid value; it names the key, the value and the accepted values.
         """
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, each.name)
             if isinstance(value, Section):
                 value.check()
-            elif _has_type(value, str(each.type)):  # what composes a configuration says what has another one
+            elif _has_type(value, str(each.type)):  # values of a wrong type are reported at composition
                 each.metadata.get("rule", FINITE).check(self.key + each.name, value)
 
 
-#: What a field accepts that says nothing: any value, of numbers those that are finite.
+#: The rule of a field without one: any value is accepted, but numbers must be finite.
 FINITE = Rule()
 
 
@@ -224,15 +226,15 @@ class ModelLossConfig(Section):
 
 
 def check_few_step_rollout(asked: bool, few_step: bool, flow_matching_weight: float) -> None:
-    """Refuse ``model.loss.few_step_rollout`` where there is no few-step map, or nothing that trains the solver's field.
+    """Check that ``model.loss.few_step_rollout`` has a few-step map, and a loss that trains the solver's field.
 
     Args:
-        asked: whether it is set.
+        asked: whether the key is set.
         few_step: whether the dynamics have a few-step map.
         flow_matching_weight: weight of flow matching.
 
     Raises:
-        ConfigurationError: if it is set and one of the two is missing.
+        ConfigurationError: if the key is set and one of the two is missing.
     """
     if asked and not (few_step and flow_matching_weight):
         raise ConfigurationError(
@@ -291,11 +293,11 @@ class SizeConfig(Section):
 
 @dataclass
 class AlgorithmConfig(Section):
-    """What trains, and what one of its epochs does (see :mod:`pwm_torchrl.algorithm`).
+    """The algorithm and its settings (see :mod:`pwm_torchrl.algorithm`).
 
-    An epoch collects ``collect_steps`` agent steps in every environment, then updates model, actor and critic
-    as often as is said here. In a pre-training or an extraction it consists of its updates alone. Defaults are those of
-    the published algorithm, ``pwm_paper``; configs/algorithm has what others set.
+    An epoch collects ``collect_steps`` agent steps in every environment and then updates model, actor and critic. In
+    pre-training and extraction, an epoch consists of updates only. Defaults are those of the published algorithm,
+    ``pwm_paper``; the files in ``configs/algorithm`` set those of the others.
     """
 
     key: ClassVar[str] = "algorithm."
@@ -355,7 +357,7 @@ class AlgorithmConfig(Section):
 
     @property
     def steps_per_env(self) -> int:
-        """Agent steps that an epoch collects in each environment."""
+        """Number of agent steps that an epoch collects in each environment."""
         return self.horizon if self.collect_steps is None else self.collect_steps
 
     def wanted_sets(self, agent_steps: int) -> int:
@@ -369,15 +371,16 @@ class AlgorithmConfig(Section):
 
     @property
     def slice_length(self) -> int:
-        """Steps of the slices that model and critics learn from."""
+        """Number of steps in the slices from which model and critics learn."""
         return self.horizon if self.slice_steps is None else self.slice_steps
 
 
 @dataclass
 class TrainingConfig(Section):
-    """Length of a run and what happens on the way.
+    """Length of a run, evaluation, checkpoints and replay.
 
-    An epoch: ``algorithm.collect_steps`` agent steps in each of ``env.num_envs`` environments, then the updates.
+    In an epoch, each of ``env.num_envs`` environments makes ``algorithm.collect_steps`` agent steps; then the networks
+    are updated.
     """
 
     key: ClassVar[str] = "training."
@@ -409,7 +412,7 @@ class TrainingConfig(Section):
 
 @dataclass
 class LoggerConfig(Section):
-    """Where metrics go besides metrics.csv, which is always written."""
+    """Loggers of metrics in addition to metrics.csv, which is always written."""
 
     key: ClassVar[str] = "logger."
 
@@ -429,7 +432,7 @@ class LoggerConfig(Section):
 
 @dataclass
 class ClusterConfig(Section):
-    """Where a submitted job runs, what its nodes have and what it asks SLURM for."""
+    """Where a submitted job runs, the resources of its nodes, and its SLURM options."""
 
     key: ClassVar[str] = "cluster."
 
@@ -465,7 +468,7 @@ class ClusterConfig(Section):
 
 @dataclass
 class MemoryConfig(Section):
-    """How a run fits into memory (see :mod:`pwm_torchrl.memory`)."""
+    """Memory budgets and micro-batches of a run (see :mod:`pwm_torchrl.memory`)."""
 
     key: ClassVar[str] = "memory."
 
@@ -488,7 +491,7 @@ class MemoryConfig(Section):
 
 
 def micro_batch_key(network: str) -> str:
-    """The field of :class:`MemoryConfig` that sets the micro-batch of a network's update."""
+    """Name of the field of :class:`MemoryConfig` that sets the micro-batch of a network's update."""
     return f"{network}_micro_batch"
 
 
@@ -509,7 +512,7 @@ class DataConfig(Section):
 
 @dataclass
 class Config(Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     key: ClassVar[str] = ""
 
@@ -541,7 +544,7 @@ class Config(Section):
     # resumed; None: a new one under runs_dir
 
 
-#: Keys of earlier versions and those that took their place; command lines and the files of earlier runs may have them.
+#: Keys of earlier versions and their replacements. Command lines and the files of earlier runs may contain them.
 RENAMED_KEYS: dict[str, tuple[str, ...]] = {
     "algorithm.imagination_batch": ("algorithm.actor_batch",),
     "algorithm.policy_updates": ("algorithm.actor_updates",),
@@ -555,19 +558,19 @@ RENAMED_KEYS: dict[str, tuple[str, ...]] = {
     "cluster.mem_gb": ("cluster.mem_gib",),
 }
 _GB = 1e9 / 2**30  # GiB
-#: Keys of earlier versions that had another unit, and by what their values are multiplied.
+#: Keys of earlier versions that had another unit, and the factors that convert their values.
 RENAMED_UNITS: dict[str, float] = dict.fromkeys(
     ("memory.host_gb", "memory.device_gb", "memory.disk_above_gb", "cluster.host_gb"), _GB
 )
 
 
 def in_present_unit(key: str, value: Any) -> Any:
-    """A value of an earlier key in the unit of the present one; what is no number stays."""
+    """Convert the value of an earlier key to the unit of the current key. Other types than numbers are unchanged."""
     factor = RENAMED_UNITS.get(key)
     return value if factor is None or not isinstance(value, (int, float)) else round(value * factor, 6)
 
 
-#: Metrics of earlier versions and their present names.
+#: Metrics of earlier versions and their current names.
 RENAMED_METRICS = {
     "loss/value": "loss/critic",
     "grad_norm/value": "grad_norm/critic",

@@ -1,9 +1,8 @@
-"""This package in TorchRL's configurations: importing it adds entries ``pwm_*`` to groups of TorchRL's ConfigStore.
+"""This package's entries in TorchRL's Hydra configuration: importing this module adds ``pwm_*`` to its ConfigStore.
 
-May import modules, objectives, envs and training; nothing imports it. TorchRL's own entries stay as they are. Scripts
-need not import it: ``hydra_plugins/pwm_torchrl_plugin.py`` does where TorchRL's configurations are in use. The
-application's own configuration (``configs/*.yaml``, :mod:`pwm_torchrl.config`) is another one, with groups of
-its own.
+TorchRL's own entries do not change. Scripts do not need to import it: ``hydra_plugins/pwm_torchrl_plugin.py`` does this
+when TorchRL's configurations are in use. The application's own configuration (``configs/*.yaml``,
+:mod:`pwm_torchrl.config`) is separate and has its own groups.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ __all__ = [
     "register",
 ]
 
-#: Every entry by group and name; a new one is a line here.
+#: All entries by group and name. To add one, add a line here.
 ENTRIES: dict[tuple[str, str], Any] = {
     ("network", "pwm_world_model"): PWMWorldModelConfig,
     ("network", "pwm_mlp"): MLPDynamicsConfig,
@@ -98,7 +97,7 @@ ENTRIES: dict[tuple[str, str], Any] = {
 
 
 def register() -> None:
-    """Add :data:`ENTRIES` to Hydra's ConfigStore; again, where it was cleared in between, and harmlessly otherwise."""
+    """Add :data:`ENTRIES` to Hydra's ConfigStore. Calling it again is harmless, and needed if the store was cleared."""
     store = ConfigStore.instance()
     for (group, name), node in ENTRIES.items():
         store.store(group=group, name=name, node=node, provider="pwm_torchrl")

@@ -21,7 +21,7 @@ Tensors = TypeVar("Tensors", Tensor, TensorDictBase)
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Inside, PyTorch's default dtype is float32: a run's networks have it, whatever the program around it has set."""
+    """Make float32 PyTorch's default dtype inside the block, whatever the surrounding program has set."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -31,14 +31,14 @@ def float32_by_default() -> Iterator[None]:
 
 
 def pick_device(name: str, key: str = "device") -> torch.device:
-    """``auto`` is CUDA where there is one.
+    """The device of a configuration value; ``auto`` is CUDA if available, otherwise the CPU.
 
     Args:
-        name (str): as in the configuration.
-        key (str): of the configuration, for the message. Defaults to ``"device"``.
+        name (str): the value.
+        key (str): its config key, for error messages. Defaults to ``"device"``.
 
     Raises:
-        ConfigurationError: for an unknown device or one that is not there.
+        ConfigurationError: if the device is unknown or not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,33 +54,33 @@ def pick_device(name: str, key: str = "device") -> torch.device:
 
 
 def environment_device(cfg: Config) -> torch.device:
-    """Where a run's environments live: the CPU, unless a simulator has a GPU of its own, ``env.device``.
+    """The device of a run's environments: ``env.device``, by default the CPU.
 
     Raises:
-        ConfigurationError: as :func:`pick_device`.
+        ConfigurationError: if the device is unknown or not available.
     """
     return pick_device(str(cfg.env.get("device") or "cpu"), "env.device")
 
 
 def to_device(data: Tensors, device: torch.device) -> Tensors:
-    """``data`` on a device; copying from RAM to a GPU does not wait for the work that the GPU has still to do.
+    """Move ``data`` to a device. A copy from RAM to a GPU does not wait for the GPU's pending work.
 
     Args:
-        data (Tensor or TensorDictBase): all of it on one device.
-        device (torch.device): where to.
+        data (Tensor or TensorDictBase): tensors that are all on one device.
+        device (torch.device): the target device.
     """
     leaves = [data] if isinstance(data, Tensor) else data.values(True, True)
     if device.type != "cuda" or any(leaf.device.type != "cpu" for leaf in leaves):
         return data.to(device)
-    # From memory that is not pinned, CUDA copies in step with the host.
+    # CUDA copies from unpinned memory synchronously.
     return data.pin_memory().to(device, non_blocking=True)
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: its affinity mask, which containers set, and what SLURM gave to its task.
+    """Number of CPUs that this process may use: the smaller of its affinity mask and its SLURM task's CPUs.
 
-    SLURM need not bind a task to its CPUs. More threads than CPUs wait for each other: two threads beside a busy
-    process on two cores took 11 times as long as one.
+    Containers set the affinity mask; SLURM does not always. Using more threads than CPUs is slow, because they wait for
+    each other: on two cores with another busy process, two threads took 11 times as long as one.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
@@ -88,17 +88,17 @@ def available_cpus() -> int:
 
 
 def set_precision(precision: str) -> None:
-    """Let GPUs round the factors of float32 products to TensorFloat-32 with ``tf32``, and not otherwise.
+    """Allow TensorFloat-32 in float32 matrix products on GPUs if the precision is ``tf32``, and forbid it otherwise.
 
-    ``bf16`` is no setting of the process: the losses round by themselves.
+    ``bf16`` needs no setting of the process, because the layers of the losses round the factors themselves.
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def set_threads(threads: int | None) -> int:
-    """Use ``threads`` for tensor operations, or as many as there are CPUs; returns the number.
+    """Set the number of threads for tensor operations; ``None`` uses all available CPUs. Returns the number.
 
-    torchrun starts its ranks with the same CPUs, which they share; SLURM gives each task its own.
+    The ranks that torchrun starts on a machine share its CPUs equally; with SLURM, each task has its own.
     """
     count = threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(count)
@@ -106,7 +106,7 @@ def set_threads(threads: int | None) -> int:
 
 
 def hardware_name(device: torch.device, threads: int) -> str:
-    """The GPU, or the CPU and its threads: ``"NVIDIA H200"``, ``"Intel(R) Xeon(R) Gold 6338, 8 threads"``."""
+    """Name of the GPU, or of the CPU with its threads: ``"NVIDIA H200"``, ``"Intel Xeon 6338, 8 threads"``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

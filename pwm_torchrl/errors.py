@@ -1,4 +1,4 @@
-"""Errors that reach the user: one sentence each, naming the value, what is accepted and the key that sets it."""
+"""Errors that the user sees. Each is one sentence with the value, the accepted values and the config key."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ __all__ = [
 
 
 class ConfigurationError(ValueError):
-    """A configuration value that cannot work, found before anything runs."""
+    """A configuration value is invalid; raised before the run starts."""
 
 
 class MissingLibraryError(ConfigurationError, ImportError):
-    """An optional library that the configuration needs and that cannot be imported."""
+    """The configuration needs an optional library that cannot be imported."""
 
 
 def require_installed(libraries: Iterable[str], by: str, how: str) -> None:
     """Raise MissingLibraryError for the first library that is not installed.
 
     Args:
-        libraries (iterable of str): names as they are imported.
-        by (str): the setting that needs them, ``env.id=ant``.
+        libraries (iterable of str): their import names.
+        by (str): the setting that needs them, such as ``env.id=ant``.
         how (str): the command that installs them.
     """
     for library in libraries:
@@ -47,7 +47,7 @@ def require_installed(libraries: Iterable[str], by: str, how: str) -> None:
 
 
 class DivergenceError(FloatingPointError):
-    """A loss or a gradient norm that is not finite."""
+    """A loss or a gradient norm is not finite."""
 
 
 class GraphLeak(RuntimeError):
@@ -55,24 +55,24 @@ class GraphLeak(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):
-    """Memory that an update needs and cannot get, or the limit at which a run saves and stops."""
+    """An update needs more memory than there is, or the run reached the limit at which it saves and stops."""
 
 
-#: In the message of a rank that lost the connection to the others: the cause is in another rank, and a job's death is
-#: classified by it.
+#: Part of the message of a rank that lost the connection to the others. The cause is in another rank; the code that
+#: classifies failed jobs looks for this text.
 LOST_RANKS = "cannot reach the others"
 
 
 class RankFault(RuntimeError):
-    """Another of the processes that train a run together failed or is gone, or they have drifted apart."""
+    """Another process of a distributed run failed or ended, or the processes no longer agree."""
 
 
 class StorageFault(RuntimeError):
-    """A disk that is full, over its quota or broken, or files of the run that are gone or cut short."""
+    """A disk is full, over its quota or broken, or files of the run are missing or truncated."""
 
 
 class Superseded(RuntimeError):
-    """Another attempt owns the run now; this one may write nothing more."""
+    """Another attempt owns the run now, so this one must not write any more."""
 
 
 class EnvironmentFault(RuntimeError):
@@ -80,7 +80,7 @@ class EnvironmentFault(RuntimeError):
 
     Args:
         name (str): name of the environment.
-        problem (str): what happened, the end of the sentence.
+        problem (str): what happened; the message ends with it.
         seed (int, optional): seed of the sub-environment. Defaults to ``None``.
         index (int, optional): position of the sub-environment in the batch. Defaults to ``None``.
     """
@@ -94,7 +94,7 @@ class EnvironmentFault(RuntimeError):
         super().__init__(f"environment {name}, {where}: {problem}")
 
     def __reduce__(self) -> tuple:
-        # The default would call the constructor with the finished message only; jobs send errors across processes.
+        # Jobs send errors between processes. The default would pass only the message to the constructor.
         return _rebuild_fault, (self.name, self.problem, self.seed, self.index)
 
 
@@ -103,12 +103,12 @@ def _rebuild_fault(name: str, problem: str, seed: int | None, index: int | None)
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether an exception is one of the package's own, whose message says all there is to say."""
+    """Whether an exception is defined by this package; its message then needs no traceback."""
     return any(c.__module__.split(".")[0] == "pwm_torchrl" for c in type(error).__mro__)
 
 
 def status_of(error: BaseException) -> str:
-    """Status of an attempt that an error ended: ``stopped``, ``superseded``, ``memory``, ``storage`` or ``failed``."""
+    """Status of an attempt that raised an error: ``stopped``, ``superseded``, ``memory``, ``storage``, ``failed``."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     if isinstance(error, Superseded):
@@ -119,16 +119,16 @@ def status_of(error: BaseException) -> str:
 
 
 def said(error: BaseException) -> str:
-    """What somebody else's code raised, in one line: type, text and the place, ``KeyError: 'x' (robot.py, line 7)``."""
+    """An exception of foreign code in one line: type, text and place, ``KeyError: 'x' (robot.py, line 7)``."""
     text = " ".join(str(error).split())[:300] or "no message"
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is where we called it
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first frame is our own call
     users = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
     where = (users or frames)[-1:]
     return f"{type(error).__name__}: {text}" + "".join(f" ({Path(f.filename).name}, line {f.lineno})" for f in where)
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
-    """Readable list of the choices that look most like ``word``: ``"a, b or c"``; empty without a likely one."""
+    """The choices most similar to ``word`` as text, ``"a, b or c"``; empty if none is similar."""
     choices = list(choices)
     folded = {choice.lower(): choice for choice in choices}
     found = difflib.get_close_matches(word.lower(), folded, n=count, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: appending, flushing, allocating, and what a full disk raises."""
+"""File operations that survive a full disk or a killed process: atomic writes, appending, allocating, disk errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pwm_torchrl.errors import ConfigurationError, StorageFault
 
 #: File systems whose files are RAM.
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
-#: A file system without allocation answers with one of these.
+#: Errors by which a file system says that it cannot allocate.
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BROKEN = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO)
@@ -27,7 +27,7 @@ _ABANDONED_S = 86_400.0
 
 
 def filesystem_type(path: Path, mountinfo: Path = _MOUNTS) -> str | None:
-    """Type of the file system that holds a path or will hold it: ``"ext4"``; ``None`` where it cannot be told.
+    """Type of the file system on which a path lies or would lie, such as ``"ext4"``; ``None`` if it is unknown.
 
     Args:
         path (Path): a file or folder, which need not exist yet.
@@ -46,7 +46,7 @@ def filesystem_type(path: Path, mountinfo: Path = _MOUNTS) -> str | None:
 
 
 def refuse_memory(folder: Path) -> None:
-    """Refuse a folder whose files are RAM in disguise.
+    """Refuse a folder whose files are kept in RAM.
 
     Raises:
         ConfigurationError: if it lies on a file system in memory.
@@ -68,13 +68,13 @@ def existing(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write to the file system of a path; quotas are not known."""
+    """Free bytes of a path's file system that this user may use. Quotas are not taken into account."""
     stat = os.statvfs(existing(path))
     return stat.f_bavail * stat.f_frsize
 
 
 def amount(count: int) -> str:
-    """Bytes in words."""
+    """A number of bytes as text, such as ``"5.0 MiB"``."""
     return f"{count / 2**20:,.1f} MiB" if count >= 2**20 // 10 else f"{count:,} bytes"
 
 
@@ -85,10 +85,10 @@ def storage_faults(
     """Turn an error of the file system into a :class:`~pwm_torchrl.errors.StorageFault` of one sentence.
 
     Args:
-        path (Path): what is worked on.
-        doing (str): what is done to it, as in "could not <doing>".
-        needed (int, optional): bytes that it takes. Defaults to ``None``: unknown.
-        remedy (str): what to do once the disk is well again. Defaults to what a run does.
+        path (Path): the file or folder.
+        doing (str): the operation, as in "could not <doing>".
+        needed (int, optional): bytes that the operation needs. Defaults to ``None``: unknown.
+        remedy (str): what to do when the disk works again. Defaults to resuming the run.
     """
     try:
         yield
@@ -141,11 +141,11 @@ class Unneeded:
 
 
 class Reserve:
-    """Room on a disk for a run's last words: when the disk is full, the summary that says so must still be written.
+    """Reserves disk space so that the summary can be written when the disk is full.
 
     Args:
-        folder (Path): of the run; the file is ``.reserve`` in it.
-        size (int): bytes. Defaults to 256 KiB.
+        folder (Path): the run directory; the reserved space is the file ``.reserve`` in it.
+        size (int): bytes to reserve. Defaults to 256 KiB.
     """
 
     def __init__(self, folder: Path, size: int = 1 << 18) -> None:
@@ -153,24 +153,24 @@ class Reserve:
         self.size = size
 
     def take(self) -> None:
-        """Take the room.
+        """Reserve the space.
 
         Raises:
-            StorageFault: if there is none.
+            StorageFault: if the disk has too little.
         """
         with storage_faults(self.path, "make room for the run's last words in", self.size):
             allocate(self.path, self.size)
 
     def free(self) -> None:
-        """Give it back, to be written to at once or because the run is over."""
+        """Free the space, to write the summary or because the run has ended."""
         self.path.unlink(missing_ok=True)
 
 
 def allocate(path: Path, size: int) -> None:
-    """Create a file of ``size`` bytes that owns its blocks; one of another size that lies there is replaced.
+    """Create a file of ``size`` bytes whose blocks are allocated; an existing file is replaced.
 
     Raises:
-        OSError: if there is no room; nothing is left then.
+        OSError: if the disk has too little space; no file is left then.
     """
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
@@ -186,7 +186,7 @@ def allocate(path: Path, size: int) -> None:
 
 
 def _take_blocks(descriptor: int, size: int) -> None:
-    """By the file system's own call, or by writing zeros where it has none."""
+    """Allocate blocks with the file system's own call; write zeros if it has none."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -198,14 +198,14 @@ def _take_blocks(descriptor: int, size: int) -> None:
 
 
 def write_zeros(descriptor: int, size: int) -> None:
-    """Fill a file with zeros from its beginning, through file calls."""
+    """Write ``size`` zeros from the beginning of a file."""
     written = 0
     while written < size:
         written += os.pwrite(descriptor, _ZEROS[: size - written], written)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write every byte: one call may write less than it was given."""
+    """Write all of ``data``; a single ``pwrite`` may write only a part of it."""
     while data.nbytes:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
@@ -265,16 +265,16 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file, or an empty, a torn or another one."""
+    """The JSON object in a file; an empty dict if the file is missing, damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no JSON, or no text at all
+    except (OSError, ValueError):  # ValueError: not JSON, or not text
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in the lines of a file; none without a file, and without lines that are torn or no objects."""
+    """The JSON objects in a file that has one per line. Other lines are skipped; without a file, the list is empty."""
     found = []
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -291,7 +291,7 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
 
 
 def flush(file: Path) -> None:
-    """Wait until a file's content is on the disk."""
+    """Wait until the content of a file is on the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -300,12 +300,12 @@ def flush(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the entries of a folder, its files' names, are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no such call for folders
+        if error.errno != errno.EINVAL:  # this file system cannot flush folders
             raise
     finally:
         os.close(descriptor)
@@ -315,8 +315,8 @@ def append_text(file: BinaryIO, text: str) -> None:
     """Append to an unbuffered file that was opened with mode ``"ab"``.
 
     Raises:
-        OSError: if the disk does not take all of it; the file is as before then, so that no half line is left to which
-            a resumed run would append its first one.
+        OSError: if the text cannot be written completely. The file is then truncated to its old length; otherwise a
+            resumed run would append its first line to an incomplete one.
     """
     descriptor = file.fileno()
     before = os.fstat(descriptor).st_size

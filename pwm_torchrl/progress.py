@@ -1,7 +1,7 @@
-"""What shows progress in this process: rich where there is a terminal and it is installed, plain lines elsewhere.
+"""Chooses how this process shows progress: with rich on a terminal if it is installed, else as plain lines.
 
-The only module that knows that rich is optional; :mod:`~pwm_torchrl.display` draws with it, and
-:mod:`~pwm_torchrl.terminal` needs nothing but the standard library.
+Only this module handles a missing rich. :mod:`~pwm_torchrl.display` draws with rich, and :mod:`~pwm_torchrl.terminal`
+needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ __all__ = ["counting", "drawn_here", "new_bar", "progress_here"]
 
 
 def progress_here(enabled: bool) -> Progress:
-    """What a run of this process reports to: shown on its terminal, or as lines; and in a file if one is asked for.
+    """The object to which a run in this process reports: it shows progress on the terminal, or as lines.
+
+    The state is also written to the file that the environment variable ``STATE_VARIABLE`` names, if it is set.
 
     Args:
         enabled (bool): whether to show anything.
@@ -45,21 +47,21 @@ def progress_here(enabled: bool) -> Progress:
 
 
 def drawn_here() -> Display | None:
-    """A display on stdout; ``None`` if that is no terminal, or without rich."""
+    """A display on stdout; ``None`` if stdout is not a terminal or rich is missing."""
     return display.Display() if display is not None and has_terminal(sys.stdout) else None
 
 
 def new_bar(unit: str) -> Bar | None:
-    """A bar on stderr, see :func:`pwm_torchrl.display.counter`; ``None`` if that is no terminal, or without rich."""
+    """A progress bar on stderr; ``None`` if stderr is not a terminal or rich is missing."""
     return display.counter(unit) if display is not None and has_terminal(sys.stderr) else None
 
 
 @contextlib.contextmanager
 def counting(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Shows a bar for work of a known size, where there can be one.
+    """Shows a progress bar for work of a known size, if :func:`new_bar` gives one.
 
     Yields:
-        callable: advances the bar by a number of units.
+        callable: takes a number of units and advances the bar by it.
     """
     bar = new_bar(unit)
     if bar is None:

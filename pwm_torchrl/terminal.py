@@ -1,9 +1,8 @@
 """What a person sees of a run: lines, colours and its progress. Needs nothing but the standard library.
 
-A run reports to a :class:`Progress`: its phases, its epochs and their numbers. What shows them is a screen:
-:class:`~pwm_torchrl.display.Display` where this process has a terminal, :class:`Lines` where it has none, and
-:class:`StateFile` where another process owns the terminal and draws what it reads there
-(:mod:`~pwm_torchrl.progress` chooses).
+A run reports its phases, its epochs and their numbers to a :class:`Progress`, which passes them on to screens:
+:class:`~pwm_torchrl.display.Display` if this process has a terminal, :class:`Lines` if it has none, and
+:class:`StateFile` if another process owns the terminal and reads the file. :mod:`~pwm_torchrl.progress` chooses them.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ __all__ = [
     "warn",
 ]
 
-#: Environment variable with the file in which a job keeps its :class:`State` for the process that shows it.
+#: Environment variable with the path of the file in which a job writes its :class:`State` for another process to show.
 STATE_VARIABLE = "PWM_TORCHRL_PROGRESS_FILE"
-#: What a progress line in a log begins with: the time since the process began.
+#: The beginning of a progress line in a log: the time since the process started.
 PROGRESS_LINE = re.compile(r"\[\d+:\d\d:\d\d\] ")
 LINE_EVERY_S = 10.0
-#: A phase is named once it has taken this long: shorter ones would only flicker.
+#: A phase is shown after this many seconds, because shorter ones would flicker.
 LONG_S = 1.0
-#: A phase that counts nothing also tells how long it has taken, from here on.
+#: After this many seconds, a phase without a count also shows its duration.
 TELL_TIME_S = 5.0
 _TICK_S = 0.25
-#: Ranks of what is told: where there is little room, high ones are left out first; losses have those beyond.
+#: Ranks of the fields. If space is short, fields of high rank are left out first. Losses have the ranks above these.
 RESULT, STEPS, LEFT, BEST, SPEED = range(5)
-_RECENT = 50  # epochs that speed and time left are taken from
+_RECENT = 50  # number of epochs from which speed and time left are computed
 
 _COLOURS = {
     **dict.fromkeys(("ok", "finished"), "green"),
@@ -73,13 +72,13 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def warn(text: str) -> None:
-    """Write a line to stderr, as far as that can be written to: it may be a file on the disk that is full."""
+    """Write a line to stderr. An error is ignored, because stderr may be a file on a full disk."""
     with contextlib.suppress(OSError):
         say(text, err=True)
 
 
 def say_after_interrupt(text: str, *, err: bool = False) -> None:
-    """Write a line after Ctrl-C, whose ``^C`` stands on a terminal: a display wipes it away, else a line begins."""
+    """Write a line after Ctrl-C. On a terminal without a display, it starts on a new line, below the ``^C``."""
     displayed = hasattr(sys.stdout, "rich_proxied_file")
     say(f"\n{text}" if has_terminal(sys.stdout) and not displayed else text, err=err)
 
@@ -93,16 +92,16 @@ def has_terminal(stream: TextIO) -> bool:
 
 
 def _columns(stream: TextIO) -> int:
-    """Width of a terminal, 80 if it does not tell."""
+    """Width of a terminal; 80 if it is unknown."""
     with contextlib.suppress(OSError):
         return os.get_terminal_size(stream.fileno()).columns or 80
     return 80
 
 
 def coloured(text: str, *, err: bool = False) -> str:
-    """``text`` with its words of state (ok, warning, failed, finished, ...) coloured.
+    """``text`` with coloured states (ok, warning, failed, finished, ...).
 
-    It stays as it is if stdout (with ``err``, stderr) is no terminal, if ``NO_COLOR`` is set, or without rich.
+    The text is unchanged if stdout (with ``err``, stderr) is not a terminal, ``NO_COLOR`` is set, or rich is missing.
     """
     if os.environ.get("NO_COLOR") or not has_terminal(sys.stderr if err else sys.stdout) or not find_spec("rich"):
         return text
@@ -116,7 +115,7 @@ def coloured(text: str, *, err: bool = False) -> str:
 
 
 def joined(parts: Sequence[str]) -> str:
-    """Parts in one line; on a terminal in as many as it takes, none of them broken inside a part that fits."""
+    """The parts in one line. On a terminal, they are wrapped between parts to its width."""
     gap = " · "
     if not has_terminal(sys.stdout):
         return gap.join(parts)
@@ -132,19 +131,19 @@ def joined(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class State:
-    """What a run is doing. Times are of ``time.monotonic``, which all processes of a machine share.
+    """What a run is doing. Times are values of ``time.monotonic``, which all processes of a machine share.
 
     Attributes:
-        started (float): when the process began.
-        epoch, epochs (int): epochs done and planned; 0 planned before training begins.
-        steps, all_steps (int): environment steps done and planned, 0 where nothing is collected.
-        values (dict): numbers by the names under which they are shown; ``return`` or ``validation`` comes first.
+        started (float): when the process started.
+        epoch, epochs (int): epochs done and planned; ``epochs`` is 0 before training begins.
+        steps, all_steps (int): environment steps done and planned; 0 if nothing is collected.
+        values (dict): numbers to show, by name; ``return`` or ``validation`` is shown first.
         epoch_ended (float): when the newest epoch ended.
-        epoch_s (float, optional): seconds per epoch lately.
-        speed (float, optional): environment steps per second lately.
-        phase (str): what is being done.
-        phase_since (float): since when.
-        phase_done, phase_total (int): how much of it is done; 0 in total if that is not counted.
+        epoch_s (float, optional): seconds per epoch, averaged over the newest epochs.
+        speed (float, optional): environment steps per second, averaged over the newest epochs.
+        phase (str): name of the current phase.
+        phase_since (float): when the phase began.
+        phase_done, phase_total (int): progress of the phase; ``phase_total`` is 0 if it is not counted.
     """
 
     started: float
@@ -162,14 +161,14 @@ class State:
     phase_total: int = 0
 
     def left(self, now: float) -> float | None:
-        """Seconds to the last epoch's end at the speed of the newest; ``None`` while that is not known, or over."""
+        """Estimated seconds to the end of the last epoch; ``None`` if the speed is unknown or training is over."""
         if self.epoch_s is None or self.epoch >= self.epochs:
             return None
         this_one = max(0.0, self.epoch_s - (now - self.epoch_ended))
         return this_one + self.epoch_s * (self.epochs - self.epoch - 1)
 
     def phase_text(self, now: float) -> str:
-        """The phase if it takes long: ``fitting the model 120/500``, ``planning memory 0:12``; else ``""``."""
+        """A long phase as text, such as ``fitting the model 120/500`` or ``planning memory 0:12``; else ``""``."""
         took = now - self.phase_since
         if not self.phase or took < LONG_S:
             return ""
@@ -179,8 +178,9 @@ class State:
 
 
 def text_fields(state: State, now: float) -> list[tuple[str, int]]:
-    """What is told of a run's progress, in the order in which it is shown, each with its rank: high ones go first
-    where there is no room for all.
+    """The fields of a run's progress in the order of display, each with its rank.
+
+    If there is no space for all, those of high rank are left out first.
     """
     values = dict(state.values)
     best = values.pop("best", None)
@@ -205,11 +205,11 @@ class Screen(Protocol):
         """Show a state, several times a second."""
 
     def close(self, state: State, now: float) -> None:
-        """Show the last state and end."""
+        """Show the last state and stop."""
 
 
 class Lines:
-    """A plain line every ten seconds, and one for the last epoch.
+    """Writes a plain line every ten seconds, and one for the last epoch.
 
     Args:
         write (callable, optional): writes a line. Defaults to :func:`say`.
@@ -218,7 +218,7 @@ class Lines:
     def __init__(self, write: Callable[[str], None] = say) -> None:
         self.write = write
         self.shown: float | None = None
-        self.epoch = -1  # of the newest line
+        self.epoch = -1  # epoch of the newest line
 
     def show(self, state: State, now: float) -> None:
         if self.shown is None:
@@ -237,13 +237,13 @@ class Lines:
         texts += [f"epoch {state.epoch}/{state.epochs}"] if state.epochs else []
         texts += [text for text in (state.phase_text(now),) if text]
         texts += [text for text, rank in fields if rank >= BEST]
-        # A log on a full disk is no reason to end a run: what writes the run's files tells that.
+        # A full disk under the log must not end the run. The code that writes the run's files reports it.
         with contextlib.suppress(OSError):
             self.write(f"[{_clock(now - state.started, hours=True)}] " + ", ".join(texts))
 
 
 class StateFile:
-    """Keeps a run's state in a file, always whole, for another process to show.
+    """Writes a run's state atomically to a file, for another process to show.
 
     Args:
         path (Path): the file.
@@ -265,7 +265,7 @@ class StateFile:
 
     @staticmethod
     def read(path: Path) -> State | None:
-        """The state in a file; ``None`` if there is none yet."""
+        """The state in a file; ``None`` if the file does not exist yet."""
         try:
             return State(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -273,12 +273,13 @@ class StateFile:
 
 
 class Progress:
-    """What a run reports to. A thread shows it, so that reporting costs nothing and a long phase is seen to go on.
+    """Receives a run's progress. A thread updates the screens, so reports are cheap and long phases stay up to date.
 
     Args:
-        screens (sequence of Screen): show it. Defaults to none.
-        clock (callable): gives the time. Defaults to ``time.monotonic``.
-        ticking (bool): whether a thread shows it; without, :meth:`tick` does. Defaults to ``True``.
+        screens (sequence of Screen): show the progress. Defaults to none.
+        clock (callable): returns the time. Defaults to ``time.monotonic``.
+        ticking (bool): whether a thread updates the screens; if not, the caller calls :meth:`tick`. Defaults to
+            ``True``.
     """
 
     def __init__(
@@ -286,8 +287,8 @@ class Progress:
     ) -> None:
         self.screens, self.clock, self.ticking = tuple(screens), clock, ticking and bool(screens)
         self.state = State(started=clock())
-        self._ends: deque[tuple[float, int, int]] = deque(maxlen=_RECENT)  # time, epoch and steps of epochs' ends
-        self._begun: dict[str, float] = {}  # phases that come in pieces
+        self._ends: deque[tuple[float, int, int]] = deque(maxlen=_RECENT)  # time, epoch and steps at epoch ends
+        self._begun: dict[str, float] = {}  # when phases with ``pieces`` first began
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
 
@@ -302,21 +303,21 @@ class Progress:
             screen.close(state, now)
 
     def begin(self, epochs: int, epoch: int, steps: int, all_steps: int, values: dict[str, float]) -> None:
-        """Training begins, or goes on after ``epoch`` epochs."""
+        """Report that training begins, or continues after ``epoch`` epochs."""
         self.state = replace(
             self.state, epochs=epochs, epoch=epoch, steps=steps, all_steps=all_steps, values=values,
             epoch_ended=self.clock(),
         )  # fmt: skip
 
     def epoch(self, epoch: int, steps: int, values: dict[str, float], *, typical: bool = True) -> None:
-        """An epoch is done; a value stays until it is replaced.
+        """Report the end of an epoch. A value is shown until it is replaced.
 
         Args:
-            epoch (int): how many are done.
+            epoch (int): number of epochs done.
             steps (int): environment steps done.
             values (dict): numbers to show.
-            typical (bool): whether the epochs to come will take as long as the next one, so that the time left can be
-                told from then on; not so while a run only collects. Defaults to ``True``.
+            typical (bool): whether later epochs take about as long as the next one, so that the time left can be
+                estimated; ``False`` while a run only collects. Defaults to ``True``.
         """
         now = self.clock()
         if typical:
@@ -333,22 +334,22 @@ class Progress:
     def phase(
         self, name: str, total: int = 0, done: int = 0, *, pieces: bool = False, forks: bool = False
     ) -> Iterator[Callable[[], None]]:
-        """Inside, the run does what ``name`` says; gives a function that counts one of ``total``.
+        """Report that the run is in a phase inside the block. Yields a function that counts one of ``total``.
 
         Args:
-            name (str): what, as in "evaluating".
-            total (int): how many there are to do. Defaults to 0, not counted.
-            done (int): how many are done. Defaults to 0.
-            pieces (bool): whether it goes on from where a phase of this name ended. Defaults to ``False``.
-            forks (bool): whether it may start processes by forking, which a process with threads should not; nothing
-                moves on the screen meanwhile. Defaults to ``False``.
+            name (str): name of the phase, such as "evaluating".
+            total (int): number of items in the phase. Defaults to 0: not counted.
+            done (int): number of items already done. Defaults to 0.
+            pieces (bool): whether the phase continues an earlier one of the same name. Defaults to ``False``.
+            forks (bool): whether the phase may fork processes. The thread that updates the screens is stopped
+                meanwhile, because a process with threads should not fork. Defaults to ``False``.
         """
         before, now = self.state, self.clock()
         since = self._begun.setdefault(name, now) if pieces else now
         ticked = self._thread is not None
         if forks:
             self._pause()
-            since = now - LONG_S  # named at once
+            since = now - LONG_S  # shown at once
         self.state = replace(before, phase=name, phase_since=since, phase_done=done, phase_total=total)
         if forks:
             self.tick()
@@ -363,7 +364,7 @@ class Progress:
                 self._go_on()
 
     def tick(self) -> None:
-        """Show the present state."""
+        """Show the current state."""
         state, now = self.state, self.clock()
         for screen in self.screens:
             screen.show(state, now)
@@ -390,19 +391,19 @@ class Progress:
 
 
 def _clock(seconds: float, *, hours: bool = False) -> str:
-    """``"1:05"``, ``"2:01:05"``; always with ``hours`` if that is asked for."""
+    """A duration such as ``"1:05"`` or ``"2:01:05"``; with ``hours``, always in the second form."""
     minutes, second = divmod(int(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"
 
 
 def _number(value: float) -> str:
-    """One decimal of a large number, three digits of a small one."""
+    """A number with one decimal if it is large, with three digits if it is small."""
     return f"{value:,.1f}" if 10 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _count(value: float) -> str:
-    """``"950"``, ``"12.3k"``, ``"1.05M"``."""
+    """A count such as ``"950"``, ``"12.3k"`` or ``"1.05M"``."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"

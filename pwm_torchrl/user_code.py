@@ -1,4 +1,4 @@
-"""Finding what a user wrote by its dotted path: environments, dynamics, tasks. Imports errors alone."""
+"""Imports users' code by dotted path: environments, dynamics, tasks. Of this package, it imports only ``errors``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ __all__ = ["load_module", "locate", "make_cwd_importable"]
 
 
 def make_cwd_importable() -> None:
-    """Lets ``env._target_=my_pkg.make_env`` find a package in the current folder, as ``python
-    -m`` would.
-    """
+    """Add the working directory to ``sys.path``, so that ``env._target_=my_pkg.make_env`` finds a package in it."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def load_module(key: str, value: str, name: str) -> ModuleType:
-    """Import a module that a setting names; the working directory counts as importable.
+    """Import the module that a setting names. Modules in the working directory are found too.
 
     Args:
         key (str): the setting, for messages.
-        value (str): its value, likewise.
-        name (str): of the module.
+        value (str): its value, for messages.
+        name (str): the module's name.
 
     Raises:
-        ConfigurationError: if there is no such module, or it cannot be imported.
+        ConfigurationError: if the module does not exist or cannot be imported.
         MissingLibraryError: if it needs a library that is not installed.
     """
     make_cwd_importable()
@@ -40,19 +38,19 @@ def load_module(key: str, value: str, name: str) -> ModuleType:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise ConfigurationError(f"{key}={value!r}: there is no module {error.name!r}") from error
         raise MissingLibraryError(f"{key}={value!r} needs {error.name}, which is not installed") from error
-    except Exception as error:  # whatever a user's module does when it is imported
+    except Exception as error:  # a user's module may raise anything
         raise ConfigurationError(f"{key}={value!r}: importing {name} raised {said(error)}") from error
 
 
 def locate(key: str, path: str) -> Any:
-    """What lies at a dotted path; the working directory counts as importable.
+    """The object at a dotted path. Modules in the working directory are found too.
 
     Args:
-        key (str): the setting that names it, for messages.
-        path (str): such as ``"my_package.make_env"``.
+        key (str): the setting that holds the path, for messages.
+        path (str): the path, such as ``"my_package.make_env"``.
 
     Raises:
-        ConfigurationError: if there is no such module, it cannot be imported, or it has nothing of that name.
+        ConfigurationError: if the module does not exist, cannot be imported, or has no such attribute.
         MissingLibraryError: if the module needs a library that is not installed.
     """
     module_name, _, attribute = path.rpartition(".")
