@@ -13,8 +13,8 @@ from pwm_torchrl.cli.compose import compose_onto, typed_keys
 from pwm_torchrl.cli.modes import known_action_repeat, set_epochs
 from pwm_torchrl.cli.validate import validate
 from pwm_torchrl.cli.words import check_meaning
-from pwm_torchrl.cluster.deaths import read_job
 from pwm_torchrl.cluster.job import require_submitit
+from pwm_torchrl.cluster.restarts import read_job
 from pwm_torchrl.cluster.slurm import JobState, job_states
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError

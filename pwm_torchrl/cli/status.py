@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cluster.deaths import events_of, read_job
+from pwm_torchrl.cluster.restarts import events_of, read_job
 from pwm_torchrl.cluster.slurm import JobState, SlurmError, job_states
 from pwm_torchrl.memory.readings import format_bytes
 from pwm_torchrl.report.collect import FAILED, RunReport, find_runs, read_runs, settle

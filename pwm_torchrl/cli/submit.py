@@ -34,9 +34,9 @@ from pwm_torchrl.cli.requests import Prepared, Request, both_stages, compose_pre
 from pwm_torchrl.cli.resume import Found
 from pwm_torchrl.cli.train import run_in_process
 from pwm_torchrl.cli.words import DRY_RUN, check_slurms_keys
-from pwm_torchrl.cluster.deaths import JOB_FILE, read_job, thriftier_plan
 from pwm_torchrl.cluster.job import LOG_FILE
 from pwm_torchrl.cluster.resources import Resources, require_fit, resources_again
+from pwm_torchrl.cluster.restarts import JOB_FILE, read_job, save_smaller_plan
 from pwm_torchrl.cluster.slurm import live_job, site, slurm_available
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
 from pwm_torchrl.cluster.submission import last_request, leave_open, resubmit, submit_runs
@@ -116,7 +116,7 @@ def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
     with stop_signals_as_interrupt():
         while True:
             outcome = submit_local(run.path, code, progress=config.training.progress).follow()
-            change = thriftier_plan(run.path, config, outcome)
+            change = save_smaller_plan(run.path, config, outcome)
             if change is None:
                 return _conclude(outcome, run, words)
             console.say(f"memory ran out, so the run goes on with {change}")

@@ -15,22 +15,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pwm_torchrl.cluster.deaths import (
+from pwm_torchrl.cluster.restarts import (
     END,
     MEMORY,
     RESUBMIT,
     WAIT,
-    Answer,
-    Death,
+    AttemptEnd,
+    Decision,
+    JobExecution,
     JobRecord,
-    Life,
     NextPlan,
     apply_plan,
     decide,
-    memory_asked,
     next_plan,
-    note,
     read_job,
+    record_decision,
+    requested_memory_mb,
     write_job,
 )
 from pwm_torchrl.cluster.slurm import SlurmError, job_records, scontrol
@@ -52,38 +52,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--code", type=int, required=True, help="exit code of srun")
     parser.add_argument("--term", type=int, choices=(0, 1), required=True, help="whether SIGTERM was received")
     args = parser.parse_args(argv)
-    run, life = args.run, Life.here()
-    record = read_record(life)
-    if args.code != 0 and not life.evidence(run) and not record.requeued:
-        record = _wait_for_the_step(life)
-    death, reply = decide(run, life, term_received=bool(args.term), record=record)
-    say(f"{run.name}: {death.reason}" + (f" ({death.detail})" if death.detail else ""))
+    run, execution = args.run, JobExecution.here()
+    record = read_record(execution)
+    if args.code != 0 and not execution.evidence(run) and not record.requeued:
+        record = _wait_for_the_step(execution)
+    end, decision = decide(run, execution, term_received=bool(args.term), record=record)
+    say(f"{run.name}: {end.reason}" + (f" ({end.detail})" if end.detail else ""))
     plan: NextPlan | None = None
-    if reply.action == RESUBMIT:
-        reply, plan = _next_memory_plan(run, death)
-        say(reply.why)
-    note(run, life, death, reply, reply.why)
-    return _act(run, life, reply, plan)
+    if decision.action == RESUBMIT:
+        decision, plan = _next_memory_plan(run, end)
+        say(decision.why)
+    record_decision(run, execution, end, decision, decision.why)
+    return _act(run, execution, decision, plan)
 
 
-def _act(run: Path, life: Life, reply: Answer, plan: NextPlan | None) -> int:
-    if reply.action == END:
-        say(f"ends here: {reply.status}" + (f", {reply.why}" if reply.why else ""))
-        return _CODES.get(reply.status, 1)
-    if reply.action == WAIT:
+def _act(run: Path, execution: JobExecution, decision: Decision, plan: NextPlan | None) -> int:
+    if decision.action == END:
+        say(f"ends here: {decision.status}" + (f", {decision.why}" if decision.why else ""))
+        return _CODES.get(decision.status, 1)
+    if decision.action == WAIT:
         say("SLURM brings the job back")
         return 0
     say("requeued")
-    requeued = scontrol("requeue", life.job_id)
+    requeued = scontrol("requeue", execution.job_id)
     if requeued is not None:
         say(f"scontrol requeue failed: {requeued}; {typed('resume')} brings the run back")
         return 1
-    return 0 if plan is None else _ask_for_memory(run, life, plan)
+    return 0 if plan is None else _ask_for_memory(run, execution, plan)
 
 
-def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
+def _ask_for_memory(run: Path, execution: JobExecution, plan: NextPlan) -> int:
     """Change the memory request of this job, which has been requeued; if the site forbids that, submit a new job."""
-    refused = scontrol("update", f"JobId={life.job_id}", f"MinMemoryNode={plan.mem_mb}")
+    refused = scontrol("update", f"JobId={execution.job_id}", f"MinMemoryNode={plan.mem_mb}")
     if refused is None:
         write_job(run, mem_mb=plan.mem_mb)
         return 0
@@ -93,32 +93,32 @@ def _ask_for_memory(run: Path, life: Life, plan: NextPlan) -> int:
     say(f"job {job_id}")
     for complaint in move_dependents(run, job_id):  # before scancel, which would also cancel the dependent jobs
         say(f"a job that waits for this one was not told: {complaint}; {typed('resume')} brings its run back")
-    subprocess.run(["scancel", life.job_id], check=False)
+    subprocess.run(["scancel", execution.job_id], check=False)
     return _CODES[MEMORY]
 
 
-def _next_memory_plan(run: Path, death: Death) -> tuple[Answer, NextPlan | None]:
-    """The next memory plan, saved for the next attempt, with the answer RESUBMIT; without a plan, the answer END."""
+def _next_memory_plan(run: Path, end: AttemptEnd) -> tuple[Decision, NextPlan | None]:
+    """The next memory plan, saved for the next attempt, with the decision RESUBMIT; without a plan, END."""
     cfg = load_config(run)
     try:
-        plan = next_plan(run, cfg, memory_asked(run, read_job(run)))
+        plan = next_plan(run, cfg, requested_memory_mb(run, read_job(run)))
     except ConfigurationError as damaged:
-        return Answer(END, "memory", f"{death.detail}; {damaged}"), None
+        return Decision(END, "memory", f"{end.detail}; {damaged}"), None
     if plan is None:
-        why = f"{death.detail}, and there is no larger or thriftier plan (cluster.host_gib, memory.*)"
-        return Answer(END, "memory", why), None
+        why = f"{end.detail}, and there is no larger or thriftier plan (cluster.host_gib, memory.*)"
+        return Decision(END, "memory", why), None
     apply_plan(run, plan)
-    return Answer(RESUBMIT, why=f"{death.detail}; {plan.change}"), plan
+    return Decision(RESUBMIT, why=f"{end.detail}; {plan.change}"), plan
 
 
-def read_record(life: Life) -> JobRecord:
+def read_record(execution: JobExecution) -> JobRecord:
     """SLURM's current record of this job; empty if SLURM does not answer."""
     try:
-        found = job_records(life.job_id)
+        found = job_records(execution.job_id)
     except SlurmError as error:
         say(str(error))
         return JobRecord()
-    return record_of(found[0], life.restart_count) if found else JobRecord()
+    return record_of(found[0], execution.restart_count) if found else JobRecord()
 
 
 def record_of(facts: Mapping[str, str], restart_count: int) -> JobRecord:
@@ -132,11 +132,11 @@ def record_of(facts: Mapping[str, str], restart_count: int) -> JobRecord:
     )
 
 
-def _wait_for_the_step(life: Life) -> JobRecord:
+def _wait_for_the_step(execution: JobExecution) -> JobRecord:
     """Poll SLURM's record until it shows how the step ended, for at most :data:`PATIENCE_S` seconds."""
     end = time.monotonic() + PATIENCE_S
     while True:
-        record = read_record(life)
+        record = read_record(execution)
         if record.derived_oom or record.requeued or time.monotonic() > end:
             return record
         time.sleep(0.5)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_torchrl import training
-from pwm_torchrl.cluster.deaths import Life, before_training
+from pwm_torchrl.cluster.restarts import JobExecution, record_slurm_restart
 from pwm_torchrl.commands import named
 from pwm_torchrl.distributed.rendezvous import SUBMITIT, is_replica
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError, is_ours, status_of
@@ -83,7 +83,7 @@ class _Surroundings:
         """In a SLURM job: half of the time between SLURM's signal and the end may be used to reach a step."""
         rank = int(os.environ.get("SLURM_PROCID", "0"))  # set for a single task, too
         log = run / (LOG_FILE if rank == 0 else f"log_rank{rank}.txt")
-        outcome = None if is_replica() else Life.here().outcome_file(run)
+        outcome = None if is_replica() else JobExecution.here().outcome_file(run)
         return cls(log, outcome, load_config(run).cluster.signal_delay_s / 2)
 
     @classmethod
@@ -136,7 +136,7 @@ def _train(run: Path, stop: StopRequest, *, slurm: bool) -> tuple[dict[str, Any]
     try:
         make_cwd_importable()
         if slurm and not is_replica():
-            before_training(run)
+            record_slurm_restart(run)
         summary = training.train(load_config(run), run, resume=was_started(run), stop=stop)
     except KeyboardInterrupt:
         return {"status": "stopped"}, ""

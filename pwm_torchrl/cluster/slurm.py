@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pwm_torchrl.cluster.deaths import read_job
+from pwm_torchrl.cluster.restarts import read_job
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [

@@ -22,9 +22,9 @@ from typing import Any
 from submitit.core.utils import FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from pwm_torchrl.cluster.deaths import JOB_FILE, memory_asked, note_submission, read_job, write_job
 from pwm_torchrl.cluster.job import run_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
+from pwm_torchrl.cluster.restarts import JOB_FILE, read_job, record_submission, requested_memory_mb, write_job
 from pwm_torchrl.cluster.slurm import live_job, scontrol, site
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
@@ -43,7 +43,7 @@ export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}
 export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-{cpus}}}
 task=${{SLURM_ARRAY_TASK_ID:-0}}
 run=$(sed -n "$((task + 1))p" {runs})
-life=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}-${{SLURM_RESTART_COUNT:-0}}
+execution=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}-${{SLURM_RESTART_COUNT:-0}}
 term=0
 step=
 if [ -n "${{SLURM_ARRAY_TASK_ID:-}}" ]; then  # its own name, the array has that of the first run
@@ -51,7 +51,7 @@ if [ -n "${{SLURM_ARRAY_TASK_ID:-}}" ]; then  # its own name, the array has that
 fi
 trap 'term=1; [ -z "$step" ] || kill -TERM "$step" 2> /dev/null' TERM
 srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" \\
-    {python} -u {supervise} "$run/attempts/evidence-$life" {python} -u {start} submitit.core._submit {folder} &
+    {python} -u {supervise} "$run/attempts/evidence-$execution" {python} -u {start} submitit.core._submit {folder} &
 step=$!
 wait "$step"
 code=$?
@@ -150,12 +150,12 @@ def last_request(run_dir: Path, job: Mapping[str, Any]) -> Resources:
 
     Args:
         run_dir (Path): the run.
-        job (Mapping): its record from :func:`~pwm_torchrl.cluster.deaths.read_job`.
+        job (Mapping): its record from :func:`~pwm_torchrl.cluster.restarts.read_job`.
 
     Raises:
         ConfigurationError: if the record is damaged.
     """
-    mem_mb = memory_asked(run_dir, job)
+    mem_mb = requested_memory_mb(run_dir, job)
     others = [name for name in Resources.__dataclass_fields__ if name != "mem_mb"]
     wrong = [name for name in others if type(job.get(name)) is not int]
     if not job.get("job_ids"):
@@ -174,7 +174,7 @@ def resubmit(run_dir: Path, cfg: Config, resources: Resources, job: Mapping[str,
         run_dir (Path): the run.
         cfg (Config): its configuration.
         resources (Resources): resources to request.
-        job (Mapping): record of its last job, from :func:`~pwm_torchrl.cluster.deaths.read_job`.
+        job (Mapping): record of its last job, from :func:`~pwm_torchrl.cluster.restarts.read_job`.
 
     Raises:
         ConfigurationError: if SLURM rejects the job.
@@ -207,7 +207,7 @@ def _submit(
             raise ConfigurationError(_refusal(str(error), cfg)) from error
     facts = {"cluster": cfg.cluster.name, "code": [str(each) for each in code], **resources.as_dict()}
     for run, job in zip(runs, jobs, strict=True):
-        note_submission(run, job.job_id, **facts)
+        record_submission(run, job.job_id, **facts)
     if source is not None and after is not None:
         write_job(source, awaited_by=[*read_job(source).get("awaited_by", []), *(job.job_id for job in jobs)])
     return [Submitted(run, job.job_id, after) for run, job in zip(runs, jobs, strict=True)]

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pwm_torchrl.cluster.deaths import JOB_FILE
+from pwm_torchrl.cluster.restarts import JOB_FILE
 from pwm_torchrl.cluster.slurm import JobState, SlurmError, job_states
 from pwm_torchrl.commands import typed
 from pwm_torchrl.config import Config

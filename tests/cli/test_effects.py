@@ -206,7 +206,7 @@ EFFECTS: dict[str, str] = {
     "cluster.time": "cli/test_validate_cluster.py::test_a_time_limit_becomes_minutes",
     "cluster.time_min": "cluster/test_resources.py::test_as_many_cpus_as_threads",
     "cluster.max_time_min": "cluster/test_resources.py::test_what_could_never_run",
-    "cluster.max_memory_restarts": "cluster/test_deaths.py::test_answered",
+    "cluster.max_memory_restarts": "cluster/test_restarts.py::test_answered",
     "memory.kind": "memory/test_planner.py::TestConfiguredSettings::test_fixed_changes_nothing_but_the_replay_location",
     "memory.model_micro_batch": "algorithm/test_micro_batches.py::test_model_update",
     "memory.actor_micro_batch": "algorithm/test_micro_batches.py::test_actor_update",

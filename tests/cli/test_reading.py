@@ -18,8 +18,8 @@ from pwm_torchrl.cli.compose import compose, compose_unchecked
 from pwm_torchrl.cli.modes import apply_mode, of_world_model
 from pwm_torchrl.cli.requests import Prepared, lacks_world_model
 from pwm_torchrl.cli.words import OF_SLURM, RULES, is_used
-from pwm_torchrl.cluster.deaths import thriftier_plan
 from pwm_torchrl.cluster.resources import sbatch_parameters
+from pwm_torchrl.cluster.restarts import save_smaller_plan
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.factory import options_of
@@ -29,7 +29,7 @@ from pwm_torchrl.report.estimate import hardware_of
 ACCEPTED: dict[str, Callable[[Path], object]] = {
     "cluster.kind": lambda folder: prepare.place_of(compose([])),
     "cluster.name": lambda folder: hardware_of(compose(["cluster=cpu"]), None),
-    "cluster.max_memory_restarts": lambda folder: thriftier_plan(folder, compose([]), {"status": "memory"}),
+    "cluster.max_memory_restarts": lambda folder: save_smaller_plan(folder, compose([]), {"status": "memory"}),
 }
 #: Read by a pre-training, and by submit for task=all; what an online run says of it is in test_modes.py.
 TASKS = "tasks"

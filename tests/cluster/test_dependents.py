@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pwm_torchrl.cluster import end_of_job, submission
-from pwm_torchrl.cluster.deaths import Life, NextPlan, write_job
 from pwm_torchrl.cluster.resources import Resources, sbatch_parameters
+from pwm_torchrl.cluster.restarts import JobExecution, NextPlan, write_job
 from pwm_torchrl.cluster.slurm import JobState
 from pwm_torchrl.config import Config
 from pwm_torchrl.run.directory import save_config
@@ -74,7 +74,7 @@ def test_dependents_are_told_before_their_job_is_cancelled(pretraining, monkeypa
     monkeypatch.setattr(submission, "scontrol", lambda *words: done.append(" ".join(words)))
     monkeypatch.setattr(end_of_job.subprocess, "run", lambda command, check: done.append(" ".join(command)))
     write_job(pretraining, job_ids=["7"], awaited_by=["8"], **Resources(1024, 1, 0, 1, 5).as_dict())
-    life = Life("7", 0)
-    assert end_of_job._ask_for_memory(pretraining, life, NextPlan(2048, {}, "more memory")) == 75
+    execution = JobExecution("7", 0)
+    assert end_of_job._ask_for_memory(pretraining, execution, NextPlan(2048, {}, "more memory")) == 75
     assert done == ["queued 2048", "update JobId=8 Dependency=afterok:9", "scancel 7"]
     assert "a new job takes over" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 from slurm_texts import CONFIG, JOB, NODES, PARTITIONS, SQUEUE
 
 from pwm_torchrl.cluster import slurm as query
-from pwm_torchrl.cluster.deaths import write_job
+from pwm_torchrl.cluster.restarts import write_job
 from pwm_torchrl.errors import ConfigurationError
 
 

@@ -6,17 +6,17 @@ import json
 
 import pytest
 
-from pwm_torchrl.cluster.deaths import (
-    Answer,
-    Death,
+from pwm_torchrl.cluster.restarts import (
+    AttemptEnd,
+    Decision,
     JobRecord,
     Restart,
-    answer,
     apply_plan,
     classify,
-    memory_asked,
+    decide_restart,
     next_plan,
     read_job,
+    requested_memory_mb,
     restarts_of,
 )
 from pwm_torchrl.config import Config
@@ -70,9 +70,9 @@ ENDED = {"status": "stopped", "reason": "SIGTERM"}
     ],
 )  # fmt: skip
 def test_classified(outcome, evidence, record, term, reason):
-    death = classify(outcome, evidence, term_received=term, record=record)
-    assert death.reason == reason
-    assert death.slurm_requeues == bool(record and record.requeued)
+    end = classify(outcome, evidence, term_received=term, record=record)
+    assert end.reason == reason
+    assert end.slurm_requeues == bool(record and record.requeued)
 
 
 def restarts(*reasons: str, progressed: bool = True) -> list[Restart]:
@@ -80,34 +80,36 @@ def restarts(*reasons: str, progressed: bool = True) -> list[Restart]:
 
 
 @pytest.mark.parametrize(
-    ("death", "progressed", "before", "expected"),
+    ("end", "progressed", "before", "expected"),
     [
-        (Death("finished"), True, [], ("end", "finished")),
-        (Death("failed", "KeyError"), True, [], ("end", "failed")),
-        (Death("storage"), True, [], ("end", "storage")),
-        (Death("start_up"), False, [], ("end", "start_up")),
-        (Death("timeout"), True, restarts(*["timeout"] * 50), ("requeue", "")),
-        (Death("preemption", slurm_requeues=True), True, [], ("wait", "")),
-        (Death("killed"), False, [], ("requeue", "")),
-        (Death("killed"), False, restarts("timeout"), ("requeue", "")),
-        (Death("killed"), False, restarts("timeout", progressed=False), ("end", "stalled")),
-        (Death("timeout"), False, restarts("killed", progressed=False), ("end", "stalled")),
-        (Death("timeout"), True, restarts("killed", progressed=False), ("requeue", "")),
+        (AttemptEnd("finished"), True, [], ("end", "finished")),
+        (AttemptEnd("failed", "KeyError"), True, [], ("end", "failed")),
+        (AttemptEnd("storage"), True, [], ("end", "storage")),
+        (AttemptEnd("start_up"), False, [], ("end", "start_up")),
+        (AttemptEnd("timeout"), True, restarts(*["timeout"] * 50), ("requeue", "")),
+        (AttemptEnd("preemption", slurm_requeues=True), True, [], ("wait", "")),
+        (AttemptEnd("killed"), False, [], ("requeue", "")),
+        (AttemptEnd("killed"), False, restarts("timeout"), ("requeue", "")),
+        (AttemptEnd("killed"), False, restarts("timeout", progressed=False), ("end", "stalled")),
+        (AttemptEnd("timeout"), False, restarts("killed", progressed=False), ("end", "stalled")),
+        (AttemptEnd("timeout"), True, restarts("killed", progressed=False), ("requeue", "")),
         # More memory is another try, not the same one again.
-        (Death("memory"), False, restarts("memory", "memory", progressed=False), ("resubmit", "")),
-        (Death("memory"), False, restarts("memory", "memory", "memory"), ("end", "memory")),
-        (Death("memory"), True, restarts("memory", "timeout", "memory", "memory"), ("end", "memory")),
+        (AttemptEnd("memory"), False, restarts("memory", "memory", progressed=False), ("resubmit", "")),
+        (AttemptEnd("memory"), False, restarts("memory", "memory", "memory"), ("end", "memory")),
+        (AttemptEnd("memory"), True, restarts("memory", "timeout", "memory", "memory"), ("end", "memory")),
     ],
 )
-def test_answered(death, progressed, before, expected):
-    reply = answer(death, progressed, before, max_memory_restarts=3)
-    assert isinstance(reply, Answer)
-    assert (reply.action, reply.status) == expected
+def test_answered(end, progressed, before, expected):
+    decision = decide_restart(end, progressed, before, max_memory_restarts=3)
+    assert isinstance(decision, Decision)
+    assert (decision.action, decision.status) == expected
 
 
 def test_an_end_says_why():
-    reply = answer(Death("killed", "a process of the job was killed"), False, restarts("killed", progressed=False), 3)
-    assert reply.why == (
+    decision = decide_restart(
+        AttemptEnd("killed", "a process of the job was killed"), False, restarts("killed", progressed=False), 3
+    )
+    assert decision.why == (
         "2 attempts in a row ended without progress, the last one because a process of the job was killed"
     )
 
@@ -119,9 +121,9 @@ class TestDamagedFiles:
     def test_an_amount_of_memory_that_is_none(self, asked, tmp_path):
         (tmp_path / "job.json").write_text(json.dumps({"mem_mb": asked}))
         with pytest.raises(ConfigurationError, match=r"job\.json is damaged: mem_mb="):
-            memory_asked(tmp_path, read_job(tmp_path))
+            requested_memory_mb(tmp_path, read_job(tmp_path))
         (tmp_path / "job.json").write_text(json.dumps({"mem_mb": 2000}))
-        assert memory_asked(tmp_path, read_job(tmp_path)) == 2000
+        assert requested_memory_mb(tmp_path, read_job(tmp_path)) == 2000
 
     @pytest.mark.parametrize("ids", [None, "7", {"7": 1}, [7], [["7"]]])
     def test_lists_that_are_none(self, ids, tmp_path):

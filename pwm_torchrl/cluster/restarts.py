@@ -24,7 +24,7 @@ from pwm_torchrl.run.claims import Claim, newest_claim, read_outcome, slurm_job_
 from pwm_torchrl.run.directory import EVENTS_FILE, PLAN_FILE, load_config, read_plan, set_status, write_event
 from pwm_torchrl.run.stop import NO_STEP_IN_TIME
 
-# Names of deaths and answers in ``events.jsonl``, reports and code ----------------------------------------------------
+# Names of ends and actions in ``events.jsonl``, reports and code ------------------------------------------------------
 
 
 TIMEOUT = "timeout"  # the time limit was reached or about to be
@@ -41,20 +41,20 @@ WAIT = "wait"  # SLURM requeues the job by itself
 END = "end"
 
 
-# Classifying the end of a job and choosing the answer: pure functions -------------------------------------------------
+# Classifying the end of a job and deciding what follows: pure functions -----------------------------------------------
 
 
 #: Restarts in a row without progress after which a run ends as stalled.
-MOST_WITHOUT_PROGRESS = 2
+MAX_RESTARTS_WITHOUT_PROGRESS = 2
 _SIGKILL = 9
 
 
 @dataclass(frozen=True)
-class Death:
+class AttemptEnd:
     """How an attempt ended.
 
     Attributes:
-        reason (str): a final status of a run, or a name of a death in :mod:`~pwm_torchrl.cluster.deaths`.
+        reason (str): a final status of a run, or a name of an end in :mod:`~pwm_torchrl.cluster.restarts`.
         detail (str): description for events and ``launch/status.py``.
         slurm_requeues (bool): whether SLURM requeues the job by itself.
     """
@@ -87,7 +87,7 @@ def classify(
     *,
     term_received: bool = False,
     record: JobRecord | None = None,
-) -> Death:
+) -> AttemptEnd:
     """Why an attempt ended.
 
     Args:
@@ -100,36 +100,36 @@ def classify(
     status = str((outcome or {}).get("status", ""))
     error = str((outcome or {}).get("error", ""))
     if status in ("finished", "storage", "superseded"):
-        return Death(status, error)
+        return AttemptEnd(status, error)
     killed_for_memory = any((each.get("oom_kills") or 0) > 0 for each in evidence) or (
         record.derived_oom and not evidence
     )
     if status == "memory":
-        return Death(MEMORY, error)
+        return AttemptEnd(MEMORY, error)
     if killed_for_memory and status != "stopped":
-        return Death(MEMORY, "the kernel killed a process of the job because its memory limit was reached")
+        return AttemptEnd(MEMORY, "the kernel killed a process of the job because its memory limit was reached")
     if record.state.startswith("CANCELLED"):
-        return Death("stopped", "cancelled")
+        return AttemptEnd("stopped", "cancelled")
     signals = {name for each in evidence for name in each.get("signals", {})}
     unsaved = any(each.get("returncode") == NO_STEP_IN_TIME for each in evidence)
     if status == "stopped" or unsaved or term_received:
         saved = "" if status == "stopped" else "; nothing new was saved"
         if any(each.get("preempted") for each in evidence):
-            return Death(PREEMPTION, f"another job needed its place{saved}", record.requeued)
+            return AttemptEnd(PREEMPTION, f"another job needed its place{saved}", record.requeued)
         if record.reason == "TimeLimit":
-            return Death(TIMEOUT, f"the time limit was reached{saved}", record.requeued)
+            return AttemptEnd(TIMEOUT, f"the time limit was reached{saved}", record.requeued)
         if "SIGUSR2" in signals or (outcome or {}).get("reason") == "SIGUSR2":
-            return Death(TIMEOUT, f"the time limit came near{saved}", record.requeued)
+            return AttemptEnd(TIMEOUT, f"the time limit came near{saved}", record.requeued)
         if record.requeued or not record.state:
-            return Death(REQUEUED, f"SLURM asked the job to end{saved}", record.requeued)
+            return AttemptEnd(REQUEUED, f"SLURM asked the job to end{saved}", record.requeued)
         if term_received or "SIGTERM" in signals:
-            return Death("stopped", f"cancelled{saved}")
-        return Death("stopped", error)
+            return AttemptEnd("stopped", f"cancelled{saved}")
+        return AttemptEnd("stopped", error)
     if status == "failed" and not _killed(evidence) and LOST_RANKS not in error:
-        return Death("failed", error)
+        return AttemptEnd("failed", error)
     if _killed(evidence) or not evidence or LOST_RANKS in error:
-        return Death(KILLED, "a process of the job was killed")
-    return Death(START_UP, "the job ended before training began; its log tells why")
+        return AttemptEnd(KILLED, "a process of the job was killed")
+    return AttemptEnd(START_UP, "the job ended before training began; its log tells why")
 
 
 def _killed(evidence: Sequence[Mapping[str, Any]]) -> bool:
@@ -141,7 +141,7 @@ class Restart:
     """A restart in the history of a run.
 
     Attributes:
-        reason (str): reason of the death before it.
+        reason (str): reason of the end before it.
         progressed (bool): whether the attempt that ended had made progress.
     """
 
@@ -150,8 +150,8 @@ class Restart:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The answer to a death.
+class Decision:
+    """What happens after the end of an attempt.
 
     Attributes:
         action (str): ``requeue`` this job, ``resubmit`` it with another request, ``wait`` for SLURM, which requeues it
@@ -165,33 +165,33 @@ class Answer:
     why: str = ""
 
 
-def answer(death: Death, progressed: bool, before: Sequence[Restart], max_memory_restarts: int) -> Answer:
-    """Choose the answer to a death.
+def decide_restart(end: AttemptEnd, progressed: bool, before: Sequence[Restart], max_memory_restarts: int) -> Decision:
+    """Decides whether and how a run goes on after the end of an attempt.
 
     Args:
-        death (Death): how the attempt ended.
+        end (AttemptEnd): how the attempt ended.
         progressed (bool): whether that attempt made progress.
         before (sequence of Restart): earlier restarts, oldest first.
         max_memory_restarts (int): maximum number of restarts with another plan after memory ran out.
     """
-    if death.reason not in COMES_BACK:
-        return Answer(END, death.reason, death.detail)
+    if end.reason not in RESTARTABLE:
+        return Decision(END, end.reason, end.detail)
     idle = 0
-    for each in (*before, Restart(death.reason, progressed)):
+    for each in (*before, Restart(end.reason, progressed)):
         idle = 0 if each.progressed or each.reason == MEMORY else idle + 1
-    if idle >= MOST_WITHOUT_PROGRESS:
-        why = f"{idle} attempts in a row ended without progress, the last one because {death.detail or death.reason}"
-        return Answer(END, "stalled", why)
-    if death.reason == MEMORY:
+    if idle >= MAX_RESTARTS_WITHOUT_PROGRESS:
+        why = f"{idle} attempts in a row ended without progress, the last one because {end.detail or end.reason}"
+        return Decision(END, "stalled", why)
+    if end.reason == MEMORY:
         used = sum(each.reason == MEMORY for each in before)
         if used >= max_memory_restarts:
             why = f"memory ran out again after {used} larger or thriftier plans (cluster.max_memory_restarts)"
-            return Answer(END, "memory", why)
-        return Answer(RESUBMIT, why=death.detail)
-    return Answer(WAIT if death.slurm_requeues else REQUEUE, why=death.detail)
+            return Decision(END, "memory", why)
+        return Decision(RESUBMIT, why=end.detail)
+    return Decision(WAIT if end.slurm_requeues else REQUEUE, why=end.detail)
 
 
-COMES_BACK = (TIMEOUT, PREEMPTION, REQUEUED, NODE_FAILURE, MEMORY, KILLED)
+RESTARTABLE = (TIMEOUT, PREEMPTION, REQUEUED, NODE_FAILURE, MEMORY, KILLED)
 
 
 # Records of a run's jobs: job.json and events -------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def _is_list(value: Any, form: str) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) and re.fullmatch(form, each) for each in value)
 
 
-def memory_asked(run_dir: Path, job: Mapping[str, Any]) -> int:
+def requested_memory_mb(run_dir: Path, job: Mapping[str, Any]) -> int:
     """Host memory that the last job of a run requested, MiB.
 
     Args:
@@ -240,7 +240,7 @@ def write_job(run_dir: Path, **changes: Any) -> dict[str, Any]:
     return content
 
 
-def note_submission(run_dir: Path, job_id: str, **request: Any) -> None:
+def record_submission(run_dir: Path, job_id: str, **request: Any) -> None:
     """Record that a job was submitted for a run."""
     jobs = [*read_job(run_dir).get("job_ids", []), job_id]
     write_job(run_dir, job_ids=jobs, **request)
@@ -248,7 +248,7 @@ def note_submission(run_dir: Path, job_id: str, **request: Any) -> None:
     write_event(run_dir, "submit", job_id=job_id, **asked)
 
 
-def note_restart(run_dir: Path, attempt: int, restart: Restart, action: str, detail: str, job_id: str | None) -> None:
+def record_restart(run_dir: Path, attempt: int, restart: Restart, action: str, detail: str, job_id: str | None) -> None:
     """Record that an attempt ended and that its run is restarted."""
     write_event(
         run_dir,
@@ -276,7 +276,7 @@ def restarts_of(run_dir: Path) -> list[Restart]:
 # The next memory plan for a job on this machine -----------------------------------------------------------------------
 
 
-def thriftier_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) -> str | None:
+def save_smaller_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) -> str | None:
     """Save a plan that needs less memory for the next attempt; a job on this machine cannot request more memory.
 
     Args:
@@ -299,7 +299,7 @@ def thriftier_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) -> st
     apply_plan(run_dir, plan)
     claim = newest_claim(run_dir)
     attempt = 0 if claim is None else claim.attempt
-    note_restart(run_dir, attempt, Restart(MEMORY, progressed=True), REQUEUE, plan.change, None)
+    record_restart(run_dir, attempt, Restart(MEMORY, progressed=True), REQUEUE, plan.change, None)
     return plan.change
 
 
@@ -376,14 +376,14 @@ def _half(size: int | None, batch: int) -> int:
 
 
 @dataclass(frozen=True)
-class Life:
+class JobExecution:
     """One execution of a SLURM job: its id and how often it was requeued before."""
 
     job_id: str
     restart_count: int
 
     @classmethod
-    def here(cls, environ: Mapping[str, str] | None = None) -> Life:
+    def here(cls, environ: Mapping[str, str] | None = None) -> JobExecution:
         """The execution that this process belongs to.
 
         Raises:
@@ -438,47 +438,51 @@ def progressed(run: Path, claim: Claim | None) -> bool:
     return said is None or bool(said.get("updates", 1))
 
 
-def decide(run: Path, life: Life, *, term_received: bool, record: JobRecord) -> tuple[Death, Answer]:
-    """Why this execution of the job ended, and the answer; changes nothing."""
-    death = classify(life.outcome(run), life.evidence(run), term_received=term_received, record=record)
+def decide(
+    run: Path, execution: JobExecution, *, term_received: bool, record: JobRecord
+) -> tuple[AttemptEnd, Decision]:
+    """Why this execution of the job ended, and the decision; changes nothing."""
+    end = classify(execution.outcome(run), execution.evidence(run), term_received=term_received, record=record)
     most = load_config(run).cluster.max_memory_restarts
-    return death, answer(death, progressed(run, life.claim(run)), restarts_of(run), most)
+    return end, decide_restart(end, progressed(run, execution.claim(run)), restarts_of(run), most)
 
 
-def note(run: Path, life: Life, death: Death, reply: Answer, detail: str) -> None:
+def record_decision(run: Path, execution: JobExecution, end: AttemptEnd, decision: Decision, detail: str) -> None:
     """Record a restart in the run's events, or an end in its events and summary."""
-    claim = life.claim(run)
-    if reply.action != END:
-        restart = Restart(death.reason, progressed(run, claim))
-        note_restart(run, 0 if claim is None else claim.attempt, restart, reply.action, detail, life.job_id)
+    claim = execution.claim(run)
+    if decision.action != END:
+        restart = Restart(end.reason, progressed(run, claim))
+        record_restart(run, 0 if claim is None else claim.attempt, restart, decision.action, detail, execution.job_id)
         return
-    said = life.outcome(run)
-    if said is None or said.get("status") != reply.status:
-        write_event(run, reply.status, error=reply.why)
-        set_status(run, reply.status, whatever_it_was=True)
+    said = execution.outcome(run)
+    if said is None or said.get("status") != decision.status:
+        write_event(run, decision.status, error=decision.why)
+        set_status(run, decision.status, whatever_it_was=True)
 
 
-def before_training(run: Path) -> None:
+def record_slurm_restart(run: Path) -> None:
     """Record, at the start of a requeued job, a restart that SLURM made by itself, for example after a node failure.
 
     Raises:
         ConfigurationError: if the run is not to be continued, for example after repeated restarts without progress.
     """
-    here = Life.here()
+    here = JobExecution.here()
     if here.restart_count == 0:
         return
-    before = Life(here.job_id, here.restart_count - 1)
+    before = JobExecution(here.job_id, here.restart_count - 1)
     claim = before.claim(run)
     if claim is None or _is_noted(run, claim):
         return
     outcome = before.outcome(run)
-    death = classify(outcome, before.evidence(run), term_received=outcome is not None, record=JobRecord(requeued=True))
+    end = classify(outcome, before.evidence(run), term_received=outcome is not None, record=JobRecord(requeued=True))
     if outcome is None and not before.evidence(run):
-        death = Death(NODE_FAILURE, "the node failed, or the whole job was killed with it", slurm_requeues=True)
-    reply = answer(death, progressed(run, claim), restarts_of(run), load_config(run).cluster.max_memory_restarts)
-    note(run, before, death, reply, death.detail)
-    if reply.action == END:
-        raise ConfigurationError(f"{run} is not continued: {reply.why}")
+        end = AttemptEnd(NODE_FAILURE, "the node failed, or the whole job was killed with it", slurm_requeues=True)
+    decision = decide_restart(
+        end, progressed(run, claim), restarts_of(run), load_config(run).cluster.max_memory_restarts
+    )
+    record_decision(run, before, end, decision, end.detail)
+    if decision.action == END:
+        raise ConfigurationError(f"{run} is not continued: {decision.why}")
 
 
 def _is_noted(run: Path, claim: Claim) -> bool:
