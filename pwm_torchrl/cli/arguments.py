@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.words import HELP
+from pwm_torchrl.cli.command_line import HELP
 from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config

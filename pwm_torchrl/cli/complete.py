@@ -11,12 +11,12 @@ from dataclasses import fields
 
 from pwm_torchrl.algorithm.base import find_algorithm
 from pwm_torchrl.cli import console
+from pwm_torchrl.cli.command_line import check_settings_used
 from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked, keys_to_use
 from pwm_torchrl.cli.modes import epoch_in_words, known_action_repeat, set_epochs, steps_per_epoch
 from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.cli.sweeps import EVERY_TASK, expand, values_of
 from pwm_torchrl.cli.validate import validate
-from pwm_torchrl.cli.words import check_meaning
 from pwm_torchrl.config import Config, DynamicsConfig
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.envs.tasks import TaskInfo, task_info, task_set
@@ -56,7 +56,7 @@ def complete(config: Config, words: Sequence[str], *, without_data: bool = False
     find_algorithm(config.algorithm.name)
     if config.mode == "extract":
         _adopt_world_model(config)
-        check_meaning(config, keys_to_use(words))
+        check_settings_used(config, keys_to_use(words))
         validate(config)
     if config.training.steps is not None and known_action_repeat(config) is None:
         set_epochs(config, _action_repeat(config))

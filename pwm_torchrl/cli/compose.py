@@ -37,16 +37,16 @@ from pwm_torchrl.choices import (
     user_configs_dir,
     user_profiles,
 )
+from pwm_torchrl.cli.command_line import (
+    check_settings_used,
+    hydra_key_hint,
+    option_hint,
+    unknown_option,
+)
 from pwm_torchrl.cli.modes import apply_mode, apply_steps
 from pwm_torchrl.cli.profiles import leaves, left_open, naming_profiles, profile_keys
 from pwm_torchrl.cli.sweeps import EVERY_TASK, PATHS, PREFIX, SLURMS_LISTS, SWEEP
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
-from pwm_torchrl.cli.words import (
-    check_meaning,
-    instead_of_hydras,
-    option_hint,
-    unknown_option,
-)
 from pwm_torchrl.config import RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit, missing_keys
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.terminal import warn
@@ -229,7 +229,7 @@ def _composed(overrides: Sequence[str]) -> Config:
     apply_mode(resolved, list(typed))
     read_time(resolved.cluster)
     given = {**_of_profile(parsed), **_not_referred_to(typed, overrides)}
-    check_meaning(resolved, given, model_is_known=resolved.mode != "extract")
+    check_settings_used(resolved, given, model_is_known=resolved.mode != "extract")
     validate(resolved)
     apply_steps(resolved, typed)
     return resolved
@@ -415,7 +415,7 @@ def _check_names(parsed: list[Override]) -> None:
         elif key.startswith(("env.", "cluster.sbatch.")):
             continue  # these keys depend on the choice of env, and on the options of sbatch
         elif key.startswith("hydra"):
-            raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {instead_of_hydras(key)}")
+            raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {hydra_key_hint(key)}")
         elif o.type == OverrideType.DEL:
             raise ConfigurationError(f"{word!r} deletes a key, but every key of the schema is needed; set a value")
         elif key.startswith(PREFIX):

@@ -7,10 +7,10 @@ import textwrap
 from typing import Any
 
 from pwm_torchrl.choices import default_choices, group_choices, key_comments, user_configs_dir
+from pwm_torchrl.cli.command_line import OPTIONS, PRESET, with_preset
 from pwm_torchrl.cli.compose import compose_unchecked
 from pwm_torchrl.cli.modes import epoch_in_words
 from pwm_torchrl.cli.validate import value_of
-from pwm_torchrl.cli.words import OPTIONS, PRESET, with_preset
 from pwm_torchrl.commands import named, typed
 
 __all__ = ["doctor_help", "help_text"]

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from pwm_torchrl.cli import console
+from pwm_torchrl.cli.command_line import JSON, check_no_slurm_keys
 from pwm_torchrl.cli.complete import complete, expand_tasks, length_in_words
 from pwm_torchrl.cli.compose import as_yaml, compose, typed_keys
 from pwm_torchrl.cli.requests import Prepared, Request, refuse_shared_directories
 from pwm_torchrl.cli.sweeps import EVERY_TASK
-from pwm_torchrl.cli.words import JSON, check_slurms_keys
 from pwm_torchrl.cluster.resources import (
     Resources,
     node_memory_mb,
@@ -66,7 +66,7 @@ __all__ = [
     "plan",
     "plan_for_slurm",
     "preflight",
-    "refuse_slurms_keys",
+    "refuse_slurm_keys",
     "settle_place",
 ]
 
@@ -133,7 +133,7 @@ def settle_place(runs: Sequence[Prepared]) -> str:
         ConfigurationError: for a setting that only SLURM jobs use, if there is no SLURM job.
     """
     place = place_of(runs[0].config)
-    refuse_slurms_keys(runs, place)
+    refuse_slurm_keys(runs, place)
     names = sorted({run.config.cluster.name for run in runs if run.config.cluster.kind == SLURM})
     if place == HERE and names:
         how = "" if len(runs) == 1 else f", {len(runs)} runs one after the other"
@@ -145,7 +145,7 @@ def settle_place(runs: Sequence[Prepared]) -> str:
     return place
 
 
-def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
+def refuse_slurm_keys(runs: Sequence[Prepared], place: str) -> None:
     """Rejects settings for SLURM jobs if the runs are not SLURM jobs.
 
     Args:
@@ -164,7 +164,7 @@ def refuse_slurms_keys(runs: Sequence[Prepared], place: str) -> None:
         where = f"in the allocation of job {job}"
         remedy = f"queue a job of its own: {named('submit')} with a profile of SLURM nodes, cluster=NAME"
     for run in runs:
-        check_slurms_keys(typed_keys(run.words), f"this run trains {where}", remedy)
+        check_no_slurm_keys(typed_keys(run.words), f"this run trains {where}", remedy)
 
 
 def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:
@@ -429,7 +429,7 @@ def plan(request: Request) -> int:
     facts = run_facts(config, without_data=True)
     elsewhere = config.cluster.kind == SLURM
     if not elsewhere:
-        check_slurms_keys(
+        check_no_slurm_keys(
             typed_keys(run.words),
             f"this plan is of this machine (cluster={config.cluster.name})",
             f"choose a profile of SLURM nodes, cluster=NAME; {typed('submit')} --dry-run plans for those found here",

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pwm_torchrl.cli import console
+from pwm_torchrl.cli.command_line import DRAFT, FORCE, CommandLine, parse_command_line, with_preset
 from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked
 from pwm_torchrl.cli.help import doctor_help, help_text
 from pwm_torchrl.cli.modes import known_action_repeat, of_world_model
 from pwm_torchrl.cli.sweeps import EVERY_TASK, PREFIX, expand, values_of
 from pwm_torchrl.cli.validate import require_runnable
-from pwm_torchrl.cli.words import DRAFT, FORCE, CommandLine, read_words, with_preset
 from pwm_torchrl.cluster.job import require_submitit
 from pwm_torchrl.commands import named
 from pwm_torchrl.config import Config
@@ -76,7 +76,7 @@ def read(script: str, words: Sequence[str]) -> Request | int:
     """Parses a command line; prints the help, or a configuration that is already complete, if requested.
 
     Args:
-        script (str): the command, a key of :data:`~pwm_torchrl.cli.words.OPTIONS`.
+        script (str): the command, a key of :data:`~pwm_torchrl.cli.command_line.OPTIONS`.
         words (sequence of str): the words after it.
 
     Returns:
@@ -85,7 +85,7 @@ def read(script: str, words: Sequence[str]) -> Request | int:
     Raises:
         ConfigurationError: for invalid words.
     """
-    line = read_words(script, words)
+    line = parse_command_line(script, words)
     if line.help:
         console.say(doctor_help() if script == "doctor" else help_text(script))
         return console.OK

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pwm_torchrl.cli import console
+from pwm_torchrl.cli.command_line import check_settings_used
 from pwm_torchrl.cli.compose import compose_onto, typed_keys
 from pwm_torchrl.cli.modes import known_action_repeat, set_epochs
 from pwm_torchrl.cli.validate import validate
-from pwm_torchrl.cli.words import check_meaning
 from pwm_torchrl.cluster.job import require_submitit
 from pwm_torchrl.cluster.restarts import read_job
 from pwm_torchrl.cluster.slurm import JobState, job_states
@@ -99,7 +99,7 @@ def changed(run: Path, words: Sequence[str]) -> Config:
     if differing:
         listed = ", ".join(f"{key} ({old} there)" for key, (old, _) in differing.items())
         raise ConfigurationError(f"{listed}: with another value it is another run; begin a new one")
-    check_meaning(replace(config, run_dir=str(run)), typed)
+    check_settings_used(replace(config, run_dir=str(run)), typed)
     return config
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_torchrl.cli import console
+from pwm_torchrl.cli.command_line import DRY_RUN, check_no_slurm_keys
 from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.local import refuse_while_running, stop_signals_as_interrupt, submit_local
 from pwm_torchrl.cli.prepare import (
@@ -33,7 +34,6 @@ from pwm_torchrl.cli.prepare import (
 from pwm_torchrl.cli.requests import Prepared, Request, both_stages, compose_pretraining, lacks_world_model
 from pwm_torchrl.cli.resume import Found
 from pwm_torchrl.cli.train import run_in_process
-from pwm_torchrl.cli.words import DRY_RUN, check_slurms_keys
 from pwm_torchrl.cluster.job import LOG_FILE
 from pwm_torchrl.cluster.resources import Resources, require_fit, resources_again
 from pwm_torchrl.cluster.restarts import JOB_FILE, read_job, save_smaller_plan
@@ -328,7 +328,7 @@ def _bring_back(run: Path, cfg: Config, typed: Mapping[str, Any]) -> tuple[str, 
         require_fit(cfg.cluster, resources, site())
         prepare_run_dir(replace(cfg, run_dir=str(run)))
         return f"job {resubmit(run, cfg, resources, job)}", console.OK
-    check_slurms_keys(
+    check_no_slurm_keys(
         typed,
         "this run goes on on this machine",
         f"give the command that began it where SLURM is found, with run_dir={run}",

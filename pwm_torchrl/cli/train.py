@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pwm_torchrl import training
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.complete import complete
-from pwm_torchrl.cli.prepare import HERE, preflight, refuse_slurms_keys
+from pwm_torchrl.cli.prepare import HERE, preflight, refuse_slurm_keys
 from pwm_torchrl.cli.requests import Request
 from pwm_torchrl.config import Config
 from pwm_torchrl.distributed.ranks import connected_ranks
@@ -30,7 +30,7 @@ def run(request: Request) -> int:
         return _compute_for_another()
     (run,) = request.runs
     config = complete(run.config, run.words)
-    refuse_slurms_keys(request.runs, HERE)
+    refuse_slurm_keys(request.runs, HERE)
     preflight([config], HERE)
     return run_in_process(config, prepare_run_dir(config, here=True), request.words, script=request.script)
 

@@ -30,7 +30,7 @@ from pwm_torchrl.run.directory import prepare_run_dir
 LEAVES = [key for key, hint in schema_keys().items() if not dataclasses.is_dataclass(hint)]
 #: Code that looks at every key, whatever it means: copies, comparisons, checks, and what writes configurations down.
 LOOKS_AT_ALL = (
-    "dataclasses.py", "<string>", "copy.py", "algorithm/declarations.py", "cli/validate.py", "cli/words.py",
+    "dataclasses.py", "<string>", "copy.py", "algorithm/declarations.py", "cli/validate.py", "cli/command_line.py",
     "cli/compose.py", "choices.py", "omegaconf",
 )  # fmt: skip
 SMALL = ("training.epochs=2", "training.eval_every=1", "training.video=false", "training.progress=false", "device=cpu")

@@ -9,10 +9,10 @@ import pytest
 pytest.importorskip("hydra")
 
 from pwm_torchrl.choices import default_choices, group_choices
+from pwm_torchrl.cli.command_line import OPTIONS, with_preset
 from pwm_torchrl.cli.compose import compose_unchecked
 from pwm_torchrl.cli.help import help_text
 from pwm_torchrl.cli.validate import value_of
-from pwm_torchrl.cli.words import OPTIONS, with_preset
 
 SCRIPTS = [script for script in OPTIONS if script != "doctor"]  # which has a help of its own
 

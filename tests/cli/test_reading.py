@@ -14,10 +14,11 @@ from reading import LEAVES, RUNS, SMALL, read_elsewhere, recorded
 from slurm_texts import SITE
 
 from pwm_torchrl.cli import complete, prepare
+from pwm_torchrl.cli.command_line import SLURM_KEYS, USAGE_RULES
 from pwm_torchrl.cli.compose import compose, compose_unchecked
 from pwm_torchrl.cli.modes import apply_mode, of_world_model
 from pwm_torchrl.cli.requests import Prepared, lacks_world_model
-from pwm_torchrl.cli.words import OF_SLURM, RULES, is_used
+from pwm_torchrl.cli.command_line import SLURM_KEYS, USAGE_RULES, is_used
 from pwm_torchrl.cluster.resources import sbatch_parameters
 from pwm_torchrl.cluster.restarts import save_smaller_plan
 from pwm_torchrl.config import Config
@@ -43,7 +44,7 @@ def read() -> dict[str, set[str]]:
 
 def is_refused(key: str, config: Config) -> bool:
     """Whether a key is refused where it is typed."""
-    if any(rule.covers(key) and not rule.allows(config) for rule in RULES):
+    if any(rule.covers(key) and not rule.allows(config) for rule in USAGE_RULES):
         return True
     if not is_used(key, config.algorithm.name, config.mode):
         return True
@@ -65,7 +66,7 @@ def options_of_flow(config: Config) -> set[str]:
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_not_read_is_refused(name, read):
     config = compose([*RUNS[name], *SMALL, "run_dir=x"])
-    others = {*ACCEPTED, *OF_SLURM, *options_of_flow(config), *([TASKS] if config.mode == "online" else [])}
+    others = {*ACCEPTED, *SLURM_KEYS, *options_of_flow(config), *([TASKS] if config.mode == "online" else [])}
     unread = [key for key in LEAVES if key not in read[name] and key not in others]
     assert "logger.project" in unread, "nothing is recorded"
     assert not [key for key in unread if not is_refused(key, config)]
@@ -86,7 +87,7 @@ def test_what_is_for_slurm_is_read_where_a_job_is_queued(monkeypatch):
     with recorded() as found:
         _, resources = prepare.plan_for_slurm([Prepared(config, [])])
         sbatch_parameters(config, resources, "x")
-    assert {*OF_SLURM} - found == {"cluster.time"}, "which is turned into cluster.time_min when it is composed"
+    assert {*SLURM_KEYS} - found == {"cluster.time"}, "which is turned into cluster.time_min when it is composed"
 
 
 def test_tasks_are_read_by_a_pretraining_and_by_submit(read, monkeypatch):

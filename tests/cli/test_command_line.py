@@ -10,10 +10,10 @@ pytest.importorskip("hydra")
 
 import yaml
 
+from pwm_torchrl.cli.command_line import OPTIONS, parse_command_line
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.cli.sweeps import expand
-from pwm_torchrl.cli.words import OPTIONS, read_words
 from pwm_torchrl.errors import ConfigurationError
 
 COMMANDS = ("submit", "train", "pretrain", "plan", "check_env", "doctor")
@@ -35,21 +35,21 @@ def test_help_of_data(words, capsys):
 
 @pytest.mark.parametrize("written", ["--dry-run", "--dry_run", "--dryrun", "--Dry-Run", "--DRYRUN"])
 def test_a_dry_run_however_it_is_written(written):
-    line = read_words("submit", ["seed=1", written, "model=mlp"])
+    line = parse_command_line("submit", ["seed=1", written, "model=mlp"])
     assert line.options == {"--dry-run": ""}
     assert line.settings == ["seed=1", "model=mlp"]
 
 
 @pytest.mark.parametrize("words", [["--json", "a.json"], ["--json=a.json"], ["--JSON", "a.json"]])
 def test_options_with_a_value(words):
-    line = read_words("plan", ["model=mlp", *words, "seed=1"])
+    line = parse_command_line("plan", ["model=mlp", *words, "seed=1"])
     assert line.options == {"--json": "a.json"}
     assert line.settings == ["model=mlp", "seed=1"]
 
 
 @pytest.mark.parametrize("word", ["-m", "--multirun"])
 def test_multirun_is_what_submit_does_anyway(word):
-    assert read_words("submit", [word, "seed=1,2"]).settings == ["seed=1,2"]
+    assert parse_command_line("submit", [word, "seed=1,2"]).settings == ["seed=1,2"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_every_option_of_hydra_is_known_here():
             if option in ("-h", "--help", "-c", "--cfg", "-m", "--multirun", "--resolve"):
                 continue
             with pytest.raises(ConfigurationError, match="which is Hydra's; "):
-                read_words("train", [option])
+                parse_command_line("train", [option])
 
 
 def test_the_page_on_hydra_names_every_option():

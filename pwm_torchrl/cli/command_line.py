@@ -23,15 +23,15 @@ from pwm_torchrl.config import ALGORITHMS, Config
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
-    "RULES",
+    "USAGE_RULES",
     "CommandLine",
-    "Rule",
-    "check_meaning",
-    "check_slurms_keys",
-    "instead_of_hydras",
+    "UsageRule",
+    "check_settings_used",
+    "check_no_slurm_keys",
+    "hydra_key_hint",
     "is_used",
     "option_hint",
-    "read_words",
+    "parse_command_line",
     "unknown_option",
     "with_preset",
 ]
@@ -109,7 +109,7 @@ class CommandLine:
         return CONFIG in self.options
 
 
-def read_words(script: str, words: Sequence[str]) -> CommandLine:
+def parse_command_line(script: str, words: Sequence[str]) -> CommandLine:
     """Separates the options of a command line from its settings.
 
     Long options ignore case, dashes and underscores: ``--dry-run``, ``--dry_run`` and ``--dryrun`` are the same.
@@ -227,7 +227,7 @@ def option_hint(key: str) -> str:
     return ""
 
 
-def instead_of_hydras(key: str) -> str:
+def hydra_key_hint(key: str) -> str:
     """What to set instead of one of Hydra's own keys."""
     return next(instead() for beginning, instead in _HYDRAS_KEYS.items() if key.startswith(beginning))
 
@@ -236,28 +236,30 @@ _KIND, _FORM = "model.dynamics.kind", "model.dynamics.parameterization"
 
 
 def _covered(key: str, keys: Iterable[str]) -> bool:
-    """Whether a key is among some that may end in a dot, see :class:`Rule`."""
+    """Whether a key is among some that may end in a dot, see :class:`UsageRule`."""
     return any(key == each or (each.endswith(".") and key.startswith(each)) for each in keys)
 
 
 @dataclass(frozen=True)
-class Rule:
+class UsageRule:
     """Keys that have an effect only with certain values of another key.
 
     Attributes:
         keys (tuple of str): dotted keys; one that ends in a dot stands for its whole section.
-        by (str): the key that decides, or several numeric keys separated by commas, one of which must be above 0.
-        values (tuple): the values of ``by`` with which the keys are used; empty: any number above 0; ``("*",)``: any
-            value but null.
-        unless (str, optional): the only value of ``by`` with which they are not used; replaces ``values``.
-        only (tuple, optional): another key and its value; the rule applies only with that value.
+        depends_on (str): the key that decides, or several numeric keys separated by commas, one of which must be above
+            0.
+        values (tuple): the values of ``depends_on`` with which the keys are used; empty: any number above 0;
+            ``("*",)``: any value but null.
+        except_value (str, optional): the only value of ``depends_on`` with which they are not used; replaces
+            ``values``.
+        only_if (tuple, optional): another key and its value; the rule applies only with that value.
     """
 
     keys: tuple[str, ...]
-    by: str
+    depends_on: str
     values: tuple[Any, ...] = ()
-    unless: str | None = None
-    only: tuple[str, str] | None = None
+    except_value: str | None = None
+    only_if: tuple[str, str] | None = None
 
     def covers(self, key: str) -> bool:
         """Whether the rule applies to a key."""
@@ -265,19 +267,19 @@ class Rule:
 
     def allows(self, config: Config) -> bool:
         """Whether the keys are used with this configuration; unknown choices are reported elsewhere."""
-        if self.only is not None and value_of(config, self.only[0]) != self.only[1]:
+        if self.only_if is not None and value_of(config, self.only_if[0]) != self.only_if[1]:
             return True
-        if self.unless is not None:
-            return value_of(config, self.by) != self.unless
-        if self.by == "logger.kind" and set(self.values) & set(config.logger.also):
+        if self.except_value is not None:
+            return value_of(config, self.depends_on) != self.except_value
+        if self.depends_on == "logger.kind" and set(self.values) & set(config.logger.also):
             return True  # one of several loggers
         if not self.values:
-            return any(value_of(config, each) > 0 for each in self.by.split(", "))
-        value = value_of(config, self.by)
+            return any(value_of(config, each) > 0 for each in self.depends_on.split(", "))
+        value = value_of(config, self.depends_on)
         if self.values == ANY:
             return value is not None
-        choices = schema_choices().get(self.by)
-        known = choices is None or value in choices or (self.by == _KIND and "." in value)
+        choices = schema_choices().get(self.depends_on)
+        known = choices is None or value in choices or (self.depends_on == _KIND and "." in value)
         return value in self.values or not known
 
 
@@ -301,7 +303,7 @@ _OF_MODEL_AND_REPLAY = (
     *_OF_REPLAY,
 )
 #: Cluster keys that only SLURM jobs use.
-OF_SLURM = _keys(
+SLURM_KEYS = _keys(
     "cluster",
     "partition account qos constraint gres mem_gib host_gib nodes gpu gpus cpus time time_min max_time_min "
     "signal_delay_s setup array_parallelism comment sbatch",
@@ -309,8 +311,8 @@ OF_SLURM = _keys(
 
 #: The options of each kind of dynamics are defined by the signatures in :mod:`pwm_torchrl.modules.dynamics`. They are
 #: repeated here because importing those takes seconds (torch); a test compares the two.
-RULES = (
-    Rule(
+USAGE_RULES = (
+    UsageRule(
         tuple(
             f"model.dynamics.{option}"
             for option in (
@@ -327,38 +329,42 @@ RULES = (
         _KIND,
         ("flow",),
     ),
-    Rule(
+    UsageRule(
         ("model.dynamics.condition_on_start", "model.dynamics.time_features"), _FORM, ("residual_endpoint", "tangent")
     ),
-    Rule(
+    UsageRule(
         ("model.dynamics.condition_on_step_size", "model.dynamics.imagination_substeps"), _FORM, ("residual_endpoint",)
     ),
-    Rule(
+    UsageRule(
         ("model.loss.flow_matching_weight", "model.loss.flow_matching_source", "model.loss.self_consistency_weight"),
         _KIND,
         ("flow",),
     ),
-    Rule(("model.loss.self_consistency_weight",), _FORM, ("residual_endpoint",)),
-    Rule(("model.loss.few_step_weight", "model.loss.few_step_rollout"), "model.dynamics.imagination_substeps", ANY),
-    Rule(("model.loss.flow_matching_source",), "model.loss.flow_matching_weight, model.loss.self_consistency_weight"),
-    Rule(("model.num_bins", "model.vmin", "model.vmax", "model.reward_space"), "model.reward_head", ("two_hot",)),
-    Rule(
+    UsageRule(("model.loss.self_consistency_weight",), _FORM, ("residual_endpoint",)),
+    UsageRule(
+        ("model.loss.few_step_weight", "model.loss.few_step_rollout"), "model.dynamics.imagination_substeps", ANY
+    ),
+    UsageRule(
+        ("model.loss.flow_matching_source",), "model.loss.flow_matching_weight, model.loss.self_consistency_weight"
+    ),
+    UsageRule(("model.num_bins", "model.vmin", "model.vmax", "model.reward_space"), "model.reward_head", ("two_hot",)),
+    UsageRule(
         tuple(
             f"logger.{key}" for key in ("project", "entity", "group", "mode", "job_type", "tags", "notes", "artifacts")
         ),
         "logger.kind",
         ("wandb",),
     ),
-    Rule(("data.",), "mode", ("pretrain", "extract")),
-    Rule(("init_from_parts",), "init_from", ANY),
-    Rule(("data.scratch_dir",), "data.stage", ("scratch",)),
-    Rule((*OF_SLURM, "cluster.sbatch."), "cluster.kind", ("slurm", "auto")),
+    UsageRule(("data.",), "mode", ("pretrain", "extract")),
+    UsageRule(("init_from_parts",), "init_from", ANY),
+    UsageRule(("data.scratch_dir",), "data.stage", ("scratch",)),
+    UsageRule((*SLURM_KEYS, "cluster.sbatch."), "cluster.kind", ("slurm", "auto")),
     # Keys that only some modes use.
-    Rule(("task", "world_model", "world_model_sha256", "pretraining", "finetune"), "mode", ("extract",)),
+    UsageRule(("task", "world_model", "world_model_sha256", "pretraining", "finetune"), "mode", ("extract",)),
     # Only task=all reads these keys; the runs that it expands to do not.
-    Rule(("pretraining",), "world_model", (None,), only=("mode", "extract")),
-    Rule(("tasks", "pretraining"), "task", ("all",), only=("mode", "extract")),
-    Rule(
+    UsageRule(("pretraining",), "world_model", (None,), only_if=("mode", "extract")),
+    UsageRule(("tasks", "pretraining"), "task", ("all",), only_if=("mode", "extract")),
+    UsageRule(
         (
             *_keys("algorithm", "collect_steps random_steps normalize_rewards first_model_updates updates_per_step"),
             "algorithm.exploration_noise",
@@ -367,11 +373,13 @@ RULES = (
         "mode",
         ("online",),
     ),
-    Rule(_keys("algorithm", "normalize_observations"), "mode", ("online", "pretrain")),
+    UsageRule(_keys("algorithm", "normalize_observations"), "mode", ("online", "pretrain")),
     # A pre-training uses the horizon only as length of the slices, and only if slice_steps does not set that.
-    Rule(("algorithm.horizon",), "algorithm.slice_steps", (None,), only=("mode", "pretrain")),
-    Rule(("size.task_dim", *_keys("data", "balanced validation_fraction validation_slices")), "mode", ("pretrain",)),
-    Rule(
+    UsageRule(("algorithm.horizon",), "algorithm.slice_steps", (None,), only_if=("mode", "pretrain")),
+    UsageRule(
+        ("size.task_dim", *_keys("data", "balanced validation_fraction validation_slices")), "mode", ("pretrain",)
+    ),
+    UsageRule(
         (
             *_keys("size", "actor_units critic_units num_critics"),
             *_keys("algorithm", "lmbda detach max_updates critic_batch critic_steps target_rate"),
@@ -387,14 +395,14 @@ RULES = (
         "mode",
         ("online", "extract"),
     ),
-    Rule(
+    UsageRule(
         _keys("algorithm", "model_lr model_betas model_grad_norm model_updates"),
         "finetune",
         (True,),
-        only=("mode", "extract"),
+        only_if=("mode", "extract"),
     ),
-    Rule(("memory.device_gib",), "device", unless="cpu"),
-    Rule(("runs_dir",), "run_dir", (None,)),
+    UsageRule(("memory.device_gib",), "device", except_value="cpu"),
+    UsageRule(("runs_dir",), "run_dir", (None,)),
 )
 
 
@@ -402,7 +410,7 @@ RULES = (
 _COUNTS = ("_weight", "_steps", "_episodes", "_fraction", ".gpus")
 
 
-def asks_for_nothing(key: str, value: Any) -> bool:
+def turns_off(key: str, value: Any) -> bool:
     """Whether a value turns its key off: null, false, an empty list, or 0 for a key such as a weight or a number."""
     if isinstance(value, (bool, str)) or value is None:
         return value is None or value is False
@@ -411,7 +419,7 @@ def asks_for_nothing(key: str, value: Any) -> bool:
     return not value
 
 
-def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: bool = True) -> None:
+def check_settings_used(config: Config, typed: Mapping[str, Any], *, model_is_known: bool = True) -> None:
     """Checks that every key of the command line has an effect with this configuration.
 
     Args:
@@ -423,9 +431,9 @@ def check_meaning(config: Config, typed: Mapping[str, Any], *, model_is_known: b
     Raises:
         ConfigurationError: for the first key without an effect.
     """
-    rules = [rule for rule in RULES if model_is_known or not rule.by.startswith("model.")]
+    rules = [rule for rule in USAGE_RULES if model_is_known or not rule.depends_on.startswith("model.")]
     for key, value in typed.items():
-        if asks_for_nothing(key, value):
+        if turns_off(key, value):
             continue
         if not is_used(key, config.algorithm.name, config.mode):
             raise _of_other_algorithms(config, key, value)
@@ -458,7 +466,7 @@ def is_used(key: str, algorithm: str, mode: str) -> bool:
 def _of_other_algorithms(config: Config, key: str, value: Any) -> ConfigurationError:
     name = config.algorithm.name
     users = tuple(sorted(each for each in ALGORITHMS if is_used(key, each, config.mode)))
-    refusal = _refusal(config, key, value, Rule((key,), _ALGORITHM, users))
+    refusal = _refusal(config, key, value, UsageRule((key,), _ALGORITHM, users))
     if name in {*ALGORITHMS, *ALGORITHMS.values()} or not key.startswith("algorithm."):
         return refusal
     return ConfigurationError(f"{refusal}; if {name} uses it, its attribute `ignored` must not contain it")
@@ -477,7 +485,7 @@ def _check_sets(config: Config) -> None:
         )
 
 
-def check_slurms_keys(typed: Mapping[str, Any], instead: str, remedy: str) -> None:
+def check_no_slurm_keys(typed: Mapping[str, Any], instead: str, remedy: str) -> None:
     """Checks that the command line sets no key that only SLURM jobs use, for a run that is not a SLURM job.
 
     Args:
@@ -489,31 +497,35 @@ def check_slurms_keys(typed: Mapping[str, Any], instead: str, remedy: str) -> No
         ConfigurationError: for the first such key.
     """
     for key, value in typed.items():
-        if not asks_for_nothing(key, value) and any(key == each or key.startswith(f"{each}.") for each in OF_SLURM):
+        if not turns_off(key, value) and any(key == each or key.startswith(f"{each}.") for each in SLURM_KEYS):
             raise ConfigurationError(
                 f"{key}={_written(value)} is for jobs of SLURM, and {instead}; leave it out, or {remedy}"
             )
 
 
-def _refusal(config: Config, key: str, value: Any, rule: Rule) -> ConfigurationError:
+def _refusal(config: Config, key: str, value: Any, rule: UsageRule) -> ConfigurationError:
     shown = _written(value)
-    if rule.unless is not None:
+    if rule.except_value is not None:
         return ConfigurationError(
-            f"{key}={shown} means nothing with {rule.by}={rule.unless}: choose another {rule.by}, or leave {key} out"
+            f"{key}={shown} means nothing with {rule.depends_on}={rule.except_value}: choose another "
+            f"{rule.depends_on}, or leave {key} out"
         )
     if rule.values == (None,):
         return ConfigurationError(
-            f"{key}={shown} means nothing beside {rule.by}={value_of(config, rule.by)}: leave one of them out, or "
-            f"set {rule.by}=null"
+            f"{key}={shown} means nothing beside {rule.depends_on}={value_of(config, rule.depends_on)}: leave one of "
+            f"them out, or set {rule.depends_on}=null"
         )
     if rule.values == ANY:
-        return ConfigurationError(f"{key}={shown} means nothing without {rule.by}: set that, or leave {key} out")
+        return ConfigurationError(
+            f"{key}={shown} means nothing without {rule.depends_on}: set that, or leave {key} out"
+        )
     if not rule.values:
-        needed = rule.by.replace(", ", " or ")
+        needed = rule.depends_on.replace(", ", " or ")
         return ConfigurationError(f"{key}={shown} means nothing without a weight: set {needed}, or leave {key} out")
     return ConfigurationError(
-        f"{key}={shown} means nothing with {rule.by}={_written(value_of(config, rule.by))}: choose "
-        f"{rule.by}={_any_of([str(_written(each)) for each in rule.values])}{_presets(rule)}, or leave {key} out"
+        f"{key}={shown} means nothing with {rule.depends_on}={_written(value_of(config, rule.depends_on))}: choose "
+        f"{rule.depends_on}={_any_of([str(_written(each)) for each in rule.values])}{_presets(rule)}, "
+        f"or leave {key} out"
     )
 
 
@@ -525,11 +537,12 @@ def _any_of(words: Sequence[str]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def _presets(rule: Rule) -> str:
-    """Choices of the group of ``rule.by`` that set it to an accepted value, in brackets; empty if there are none."""
-    section, _, rest = rule.by.rpartition(".")
+def _presets(rule: UsageRule) -> str:
+    """Choices of the group of ``rule.depends_on`` that set it to an accepted value, in brackets, or nothing."""
+    section, _, rest = rule.depends_on.rpartition(".")
     group = section.partition(".")[0] or "experiment"
-    paths = [rule.by.split("."), rule.by.split(".")[1:] if section else [rest]]  # in a file for all groups, or for one
+    parts = rule.depends_on.split(".")
+    paths = [parts, parts[1:] if section else [rest]]  # in a file for all groups, or for one
     found = []
     for choice in group_choices().get(group, []):  # not every section is a group
         content: Any = yaml.safe_load(choice_file(group, choice).read_text(encoding="utf-8"))

@@ -14,9 +14,9 @@ from pwm_torchrl.algorithm.pwm_paper import PaperPWM
 from pwm_torchrl.algorithm.shac import SHAC
 from pwm_torchrl.choices import schema_choices, schema_keys
 from pwm_torchrl.cli import prepare
+from pwm_torchrl.cli.command_line import ANY, USAGE_RULES
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.requests import Prepared
-from pwm_torchrl.cli.words import ANY, RULES
 from pwm_torchrl.config import DynamicsConfig
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.factory import CLASSES, COMMON, KINDS, PARAMETERIZATIONS, make_dynamics, options_of
@@ -213,7 +213,7 @@ def test_options_of_a_kind_are_those_that_it_is_made_with():
 def test_rules_about_dynamics_are_what_their_signatures_say():
     for option in sorted(set(vars(DynamicsConfig())) - {"kind"}):
         key, takes = f"model.dynamics.{option}", [place for place in CLASSES if option in options_of(*place)]
-        ruled = {rule.by: rule.values for rule in RULES if rule.covers(key)}
+        ruled = {rule.depends_on: rule.values for rule in USAGE_RULES if rule.covers(key)}
         assert set(ruled["model.dynamics.kind"]) == {kind for kind, _ in takes}
         forms = set(ruled.get("model.dynamics.parameterization", PARAMETERIZATIONS))
         assert forms == {form for _, form in takes if form is not None}
@@ -221,14 +221,14 @@ def test_rules_about_dynamics_are_what_their_signatures_say():
 
 def test_rules_are_about_keys_that_exist():
     keys = schema_keys()
-    for rule in RULES:
+    for rule in USAGE_RULES:
         for key in rule.keys:
             assert key.rstrip(".") in keys
-        for by in rule.by.split(", "):
+        for by in rule.depends_on.split(", "):
             assert by in keys
-        choices = schema_choices().get(rule.by)
+        choices = schema_choices().get(rule.depends_on)
         assert rule.values in (ANY, (None,), (True,), ("all",)) or set(rule.values) <= set(choices or ())
-        assert rule.only is None or rule.only[1] in schema_choices()[rule.only[0]]
+        assert rule.only_if is None or rule.only_if[1] in schema_choices()[rule.only_if[0]]
 
 
 def test_a_profile_of_ones_own_counts_as_typed(tmp_path, monkeypatch):
@@ -244,9 +244,9 @@ def test_a_profile_of_ones_own_counts_as_typed(tmp_path, monkeypatch):
 def test_what_is_for_slurm_is_refused_where_no_job_is_queued(word, place):
     runs = [Prepared(compose([word]), [word])]
     with pytest.raises(ConfigurationError, match=r"is for jobs of SLURM, and this run trains .*; leave it out"):
-        prepare.refuse_slurms_keys(runs, place)
-    prepare.refuse_slurms_keys(runs, prepare.SLURM)
-    prepare.refuse_slurms_keys(
+        prepare.refuse_slurm_keys(runs, place)
+    prepare.refuse_slurm_keys(runs, prepare.SLURM)
+    prepare.refuse_slurm_keys(
         [Prepared(compose([]), ["cluster.partition=null", "cluster.max_memory_restarts=9"])], place
     )
 
@@ -255,6 +255,6 @@ def test_inside_an_allocation_it_says_how_a_job_is_queued(monkeypatch):
     monkeypatch.setattr(prepare, "own_job", lambda: "77")
     runs = [Prepared(compose(["cluster.partition=gpu"]), ["cluster.partition=gpu"])]
     with pytest.raises(ConfigurationError) as caught:
-        prepare.refuse_slurms_keys(runs, prepare.HERE)
+        prepare.refuse_slurm_keys(runs, prepare.HERE)
     for part in ("cluster.partition=gpu", "allocation of job 77", "leave it out", "cluster=NAME"):
         assert part in str(caught.value)
