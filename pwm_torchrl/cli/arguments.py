@@ -13,7 +13,7 @@ from pwm_torchrl.commands import named, typed
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config
 
-__all__ = ["STDOUT", "TASKS", "VIDEO_FILE", "ArgumentParser", "read"]
+__all__ = ["STDOUT", "TASKS", "VIDEO_FILE", "ArgumentParser", "parse"]
 
 VIDEO_FILE = "evaluation.mp4"
 #: File name that stands for stdout.
@@ -31,7 +31,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message}; {' '.join(self.format_usage().split())}")
 
 
-def read(command: str, words: Sequence[str]) -> argparse.Namespace | int:
+def parse(command: str, words: Sequence[str]) -> argparse.Namespace | int:
     """Parses the words of a command.
 
     Args:

@@ -14,7 +14,7 @@ from pwm_torchrl.cli import console
 from pwm_torchrl.cli.command_line import check_settings_used
 from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked, keys_to_use
 from pwm_torchrl.cli.modes import epoch_in_words, known_action_repeat, set_epochs, steps_per_epoch
-from pwm_torchrl.cli.requests import Request
+from pwm_torchrl.cli.run_requests import RunRequest
 from pwm_torchrl.cli.sweeps import EVERY_TASK, expand, values_of
 from pwm_torchrl.cli.validate import validate
 from pwm_torchrl.config import Config, DynamicsConfig
@@ -64,7 +64,7 @@ def complete(config: Config, words: Sequence[str], *, without_data: bool = False
     return config
 
 
-def show_config(request: Request) -> int:
+def show_config(request: RunRequest) -> int:
     """Prints the complete configuration of a command line's first run."""
     first = request.runs[0]
     console.say(as_yaml(complete(first.config, first.words)))

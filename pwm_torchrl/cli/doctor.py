@@ -21,7 +21,7 @@ from pathlib import Path
 from pwm_torchrl.choices import configs_dir, user_configs_dir, user_profiles
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.command_line import DRAFT, FORCE
-from pwm_torchrl.cli.requests import Request
+from pwm_torchrl.cli.run_requests import RunRequest
 from pwm_torchrl.cluster.resources import JobRequest, why_impossible
 from pwm_torchrl.cluster.slurm import Node, Partition, Site, SlurmError, from_minutes, site, slurm_available
 from pwm_torchrl.commands import named, typed, typed_here
@@ -470,7 +470,7 @@ def _constraint(nodes: Sequence[Node]) -> list[str]:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def run(request: Request) -> int:
+def run(request: RunRequest) -> int:
     """Checks the machine for the runs that a command line describes, or drafts a cluster profile.
 
     Returns:

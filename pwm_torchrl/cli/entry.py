@@ -39,21 +39,21 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "submit": Command("train policies as jobs, of SLURM or of this machine", ("requests:read", "submit:run")),
-    "train": Command("train a policy in this process", ("requests:read", "train:run")),
-    "pretrain": Command("train a world model on stored episodes in this process", ("requests:read", "train:run")),
-    "plan": Command("say what a run will need of memory and time, and why", ("requests:read", "prepare:plan")),
-    "status": Command("list runs and what SLURM says of their jobs", ("arguments:read", "status:run")),
+    "submit": Command("train policies as jobs, of SLURM or of this machine", ("run_requests:parse", "submit:run")),
+    "train": Command("train a policy in this process", ("run_requests:parse", "train:run")),
+    "pretrain": Command("train a world model on stored episodes in this process", ("run_requests:parse", "train:run")),
+    "plan": Command("say what a run will need of memory and time, and why", ("run_requests:parse", "prepare:plan")),
+    "status": Command("list runs and what SLURM says of their jobs", ("arguments:parse", "status:run")),
     "resume": Command(
-        "submit unfinished runs again", ("arguments:read", "resume:to_bring_back", "submit:resume")
+        "submit unfinished runs again", ("arguments:parse", "resume:to_bring_back", "submit:resume")
     ),
-    "evaluate": Command("play episodes with trained policies", ("arguments:read", "evaluate:run")),
-    "report": Command("write tables, curves and comparisons", ("arguments:read", "report:choose", "page:write")),
-    "data": Command("import, inspect or generate stored episodes", ("arguments:read", "data:run")),
-    "world_model": Command("import a checkpoint, or say what a world model is", ("arguments:read", "world_model:run")),
-    "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:read", "hub:run")),
-    "check_env": Command("say what training would see of an environment", ("requests:read", "prepare:check_env")),
-    "doctor": Command("check this machine and a cluster profile, or draft one", ("requests:read", "doctor:run")),
+    "evaluate": Command("play episodes with trained policies", ("arguments:parse", "evaluate:run")),
+    "report": Command("write tables, curves and comparisons", ("arguments:parse", "report:choose", "page:write")),
+    "data": Command("import, inspect or generate stored episodes", ("arguments:parse", "data:run")),
+    "world_model": Command("import a checkpoint, or say what a world model is", ("arguments:parse", "world_model:run")),
+    "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:parse", "hub:run")),
+    "check_env": Command("say what training would see of an environment", ("run_requests:parse", "prepare:check_env")),
+    "doctor": Command("check this machine and a cluster profile, or draft one", ("run_requests:parse", "doctor:run")),
 }  # fmt: skip
 #: The last stage if ``--cfg job`` requests a configuration that must be completed first.
 SHOW_CONFIG = "complete:show_config"

@@ -23,7 +23,7 @@ from pwm_torchrl.cli import console
 from pwm_torchrl.cli.command_line import JSON, check_no_slurm_keys
 from pwm_torchrl.cli.complete import complete, expand_tasks, length_in_words
 from pwm_torchrl.cli.compose import as_yaml, compose, typed_keys
-from pwm_torchrl.cli.requests import Prepared, Request, refuse_shared_directories
+from pwm_torchrl.cli.run_requests import ComposedRun, RunRequest, refuse_shared_directories
 from pwm_torchrl.cli.sweeps import EVERY_TASK
 from pwm_torchrl.cluster.resources import (
     Resources,
@@ -76,12 +76,12 @@ __all__ = [
 LOCAL, DEBUG, SLURM, HERE = "local", "debug", "slurm", "here"
 
 
-def compose_all(words: Sequence[str], composed: Sequence[Prepared] = ()) -> list[Prepared]:
+def compose_all(words: Sequence[str], composed: Sequence[ComposedRun] = ()) -> list[ComposedRun]:
     """All runs of a command line, complete and checked.
 
     Args:
         words (sequence of str): the settings.
-        composed (sequence of Prepared): the composed runs; not used if ``words`` contains ``task=all``. Defaults to
+        composed (sequence of ComposedRun): the composed runs; not used if ``words`` contains ``task=all``. Defaults to
             ``()``: they are composed here.
 
     Raises:
@@ -89,7 +89,7 @@ def compose_all(words: Sequence[str], composed: Sequence[Prepared] = ()) -> list
     """
     runs = list(composed)
     if not runs or EVERY_TASK in words:
-        runs = [Prepared(compose(each), each) for each in expand_tasks(words)]
+        runs = [ComposedRun(compose(each), each) for each in expand_tasks(words)]
         refuse_shared_directories(runs)
     for run in runs:
         complete(run.config, run.words)
@@ -124,7 +124,7 @@ def place_of(config: Config) -> str:
     return kind
 
 
-def settle_place(runs: Sequence[Prepared]) -> str:
+def settle_place(runs: Sequence[ComposedRun]) -> str:
     """The place of a command's runs, see :func:`place_of`, after reporting what has no effect there.
 
     A message names profiles of SLURM nodes that are not used.
@@ -145,11 +145,11 @@ def settle_place(runs: Sequence[Prepared]) -> str:
     return place
 
 
-def refuse_slurm_keys(runs: Sequence[Prepared], place: str) -> None:
+def refuse_slurm_keys(runs: Sequence[ComposedRun], place: str) -> None:
     """Rejects settings for SLURM jobs if the runs are not SLURM jobs.
 
     Args:
-        runs (sequence of Prepared): the runs.
+        runs (sequence of ComposedRun): the runs.
         place (str): where they train, see :func:`place_of`.
 
     Raises:
@@ -167,11 +167,11 @@ def refuse_slurm_keys(runs: Sequence[Prepared], place: str) -> None:
         check_no_slurm_keys(typed_keys(run.words), f"this run trains {where}", remedy)
 
 
-def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:
+def plan_for_slurm(runs: Sequence[ComposedRun], facts: Sequence[EnvInfo | None] = ()) -> tuple[list[Any], Resources]:
     """The memory plan of each run, and resources that are sufficient for all of them.
 
     Args:
-        runs (sequence of Prepared): runs with the same cluster profile.
+        runs (sequence of ComposedRun): runs with the same cluster profile.
         facts (sequence of EnvInfo, optional): facts of each run from :func:`~pwm_torchrl.cli.prepare.preflight`.
             Defaults to nothing; missing facts are read here.
 
@@ -196,9 +196,9 @@ def plan_for_slurm(runs: Sequence[Prepared], facts: Sequence[EnvInfo | None] = (
     return found, resources
 
 
-def by_cluster(runs: Sequence[Prepared], facts: Sequence[Any] = ()) -> list[tuple[list[Prepared], list[Any]]]:
+def by_cluster(runs: Sequence[ComposedRun], facts: Sequence[Any] = ()) -> list[tuple[list[ComposedRun], list[Any]]]:
     """Runs grouped by their cluster settings, with the facts of each; a group can be submitted as one array."""
-    groups: dict[str, tuple[list[Prepared], list[Any]]] = {}
+    groups: dict[str, tuple[list[ComposedRun], list[Any]]] = {}
     for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
         key = json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str)
         group = groups.setdefault(key, ([], []))
@@ -365,7 +365,7 @@ def _graphics_as_before() -> Iterator[None]:
 # Commands that only print: a dry run, a plan, an environment ----------------------------------------------------------
 
 
-def dry_run(runs: Sequence[Prepared], place: str) -> None:
+def dry_run(runs: Sequence[ComposedRun], place: str) -> None:
     """Prints runs, memory plan, sbatch parameters and configuration; writes and submits nothing.
 
     Raises:
@@ -415,7 +415,7 @@ def dry_run(runs: Sequence[Prepared], place: str) -> None:
     console.say(as_yaml(first))
 
 
-def plan(request: Request) -> int:
+def plan(request: RunRequest) -> int:
     """``launch/plan.py``: prints a run's memory plan, parameters and hours; ``--json FILE`` also writes the plan.
 
     Returns:
@@ -457,7 +457,7 @@ def _budgets_of(config: Config, device: torch.device) -> dict[str, Budget]:
     return budgets(config, str(device) if device.type == "cuda" else None)
 
 
-def check_env(request: Request) -> int:
+def check_env(request: RunRequest) -> int:
     """``launch/check_env.py``: creates the environment of a run and prints what training sees of it.
 
     Returns:

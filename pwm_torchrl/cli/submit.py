@@ -31,8 +31,8 @@ from pwm_torchrl.cli.prepare import (
     preflight,
     settle_place,
 )
-from pwm_torchrl.cli.requests import Prepared, Request, both_stages, compose_pretraining, lacks_world_model
 from pwm_torchrl.cli.resume import Found
+from pwm_torchrl.cli.run_requests import ComposedRun, RunRequest, compose_pretraining, lacks_world_model, split_stages
 from pwm_torchrl.cli.train import run_in_process
 from pwm_torchrl.cluster.job import LOG_FILE
 from pwm_torchrl.cluster.resources import Resources, require_fit, resources_again
@@ -52,7 +52,7 @@ from pwm_torchrl.user_code import make_cwd_importable
 __all__ = ["Chain", "composed", "refuse_while_queued", "resume", "run"]
 
 
-def run(request: Request) -> int:
+def run(request: RunRequest) -> int:
     """Submits runs, and on this machine follows them to their end.
 
     Returns:
@@ -74,7 +74,7 @@ def run(request: Request) -> int:
     return _all(runs, place)
 
 
-def _all(runs: Sequence[Prepared], place: str) -> int:
+def _all(runs: Sequence[ComposedRun], place: str) -> int:
     """Train runs on this machine one after the other, then print the next commands for the last one that finished."""
     codes, finished = [], None
     for run in runs:
@@ -97,7 +97,7 @@ def _prepare(config: Config, place: str) -> RunDir:
     return prepared
 
 
-def _here(run: Prepared, prepared: RunDir, place: str) -> int:
+def _here(run: ComposedRun, prepared: RunDir, place: str) -> int:
     """Train a run whose directory exists on this machine, or in this process; returns the exit code."""
     config = run.config
     if place in (DEBUG, HERE):
@@ -123,14 +123,14 @@ def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
 
 
 def _to_slurm(
-    stages: Sequence[Sequence[Prepared]],
+    stages: Sequence[Sequence[ComposedRun]],
     facts: Sequence[Sequence[EnvInfo | None]],
     placed: Callable[[Path], None] = lambda run_dir: None,
 ) -> int:
     """Queue all runs, with one array per stage and profile; everything is checked and planned before it is written.
 
     Args:
-        stages (sequence of sequences of Prepared): runs.
+        stages (sequence of sequences of ComposedRun): runs.
         facts (sequence of sequences of EnvInfo): facts of each run, see
             :func:`~pwm_torchrl.cli.prepare.preflight`.
         placed (callable): called with the first run's directory before later stages are queued.
@@ -152,7 +152,7 @@ def _to_slurm(
     return console.OK
 
 
-def _queue(runs: Sequence[Prepared], resources: Resources) -> list[Path]:
+def _queue(runs: Sequence[ComposedRun], resources: Resources) -> list[Path]:
     """Queue runs as one array; returns their directories, which are deleted again if SLURM rejects the array."""
     configs = [run.config for run in runs]
     for config in configs:
@@ -216,13 +216,13 @@ class Chain:
     """The runs of a command with two stages.
 
     Attributes:
-        pretraining (Prepared): trains the world model.
-        policies (list of Prepared): extractions that use it.
+        pretraining (ComposedRun): trains the world model.
+        policies (list of ComposedRun): extractions that use it.
         folder (Path): folder with the description of the world model until the pre-training has its directory.
     """
 
-    pretraining: Prepared
-    policies: list[Prepared]
+    pretraining: ComposedRun
+    policies: list[ComposedRun]
     folder: Path
 
     def place(self, run_dir: Path) -> None:
@@ -248,7 +248,7 @@ def composed(words: Sequence[str]) -> Iterator[Chain]:
     Raises:
         ConfigurationError: if a run of either stage cannot work.
     """
-    own, rest = both_stages(words)
+    own, rest = split_stages(words)
     pretraining = compose_pretraining(own)
     try:
         complete(pretraining.config, own)

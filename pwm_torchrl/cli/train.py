@@ -8,7 +8,7 @@ from pwm_torchrl import training
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.prepare import HERE, preflight, refuse_slurm_keys
-from pwm_torchrl.cli.requests import Request
+from pwm_torchrl.cli.run_requests import RunRequest
 from pwm_torchrl.config import Config
 from pwm_torchrl.distributed.ranks import connected_ranks
 from pwm_torchrl.distributed.updates import serve
@@ -20,7 +20,7 @@ from pwm_torchrl.terminal import say_after_interrupt
 __all__ = ["run", "run_in_process"]
 
 
-def run(request: Request) -> int:
+def run(request: RunRequest) -> int:
     """Trains to the end and prints the result.
 
     Returns:

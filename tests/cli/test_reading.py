@@ -14,11 +14,10 @@ from reading import LEAVES, RUNS, SMALL, read_elsewhere, recorded
 from slurm_texts import SITE
 
 from pwm_torchrl.cli import complete, prepare
-from pwm_torchrl.cli.command_line import SLURM_KEYS, USAGE_RULES
+from pwm_torchrl.cli.command_line import SLURM_KEYS, USAGE_RULES, is_used
 from pwm_torchrl.cli.compose import compose, compose_unchecked
 from pwm_torchrl.cli.modes import apply_mode, of_world_model
-from pwm_torchrl.cli.requests import Prepared, lacks_world_model
-from pwm_torchrl.cli.command_line import SLURM_KEYS, USAGE_RULES, is_used
+from pwm_torchrl.cli.run_requests import ComposedRun, lacks_world_model
 from pwm_torchrl.cluster.resources import sbatch_parameters
 from pwm_torchrl.cluster.restarts import save_smaller_plan
 from pwm_torchrl.config import Config
@@ -85,7 +84,7 @@ def test_what_is_for_slurm_is_read_where_a_job_is_queued(monkeypatch):
     monkeypatch.setattr(prepare, "site", lambda: SITE)
     config = compose(["cluster=l40s", "cluster.partition=gpu", "size=tiny", "model=mlp", "env=pendulum"])
     with recorded() as found:
-        _, resources = prepare.plan_for_slurm([Prepared(config, [])])
+        _, resources = prepare.plan_for_slurm([ComposedRun(config, [])])
         sbatch_parameters(config, resources, "x")
     assert {*SLURM_KEYS} - found == {"cluster.time"}, "which is turned into cluster.time_min when it is composed"
 

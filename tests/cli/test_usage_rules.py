@@ -16,7 +16,7 @@ from pwm_torchrl.choices import schema_choices, schema_keys
 from pwm_torchrl.cli import prepare
 from pwm_torchrl.cli.command_line import ANY, USAGE_RULES
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.requests import Prepared
+from pwm_torchrl.cli.run_requests import ComposedRun
 from pwm_torchrl.config import DynamicsConfig
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules.dynamics.factory import CLASSES, COMMON, KINDS, PARAMETERIZATIONS, make_dynamics, options_of
@@ -242,18 +242,18 @@ def test_a_profile_of_ones_own_counts_as_typed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("word", ["cluster.partition=gpu", "cluster.sbatch={exclusive:true}", "cluster.sbatch.nice=3"])
 @pytest.mark.parametrize("place", [prepare.HERE, prepare.LOCAL, prepare.DEBUG])
 def test_what_is_for_slurm_is_refused_where_no_job_is_queued(word, place):
-    runs = [Prepared(compose([word]), [word])]
+    runs = [ComposedRun(compose([word]), [word])]
     with pytest.raises(ConfigurationError, match=r"is for jobs of SLURM, and this run trains .*; leave it out"):
         prepare.refuse_slurm_keys(runs, place)
     prepare.refuse_slurm_keys(runs, prepare.SLURM)
     prepare.refuse_slurm_keys(
-        [Prepared(compose([]), ["cluster.partition=null", "cluster.max_memory_restarts=9"])], place
+        [ComposedRun(compose([]), ["cluster.partition=null", "cluster.max_memory_restarts=9"])], place
     )
 
 
 def test_inside_an_allocation_it_says_how_a_job_is_queued(monkeypatch):
     monkeypatch.setattr(prepare, "own_job", lambda: "77")
-    runs = [Prepared(compose(["cluster.partition=gpu"]), ["cluster.partition=gpu"])]
+    runs = [ComposedRun(compose(["cluster.partition=gpu"]), ["cluster.partition=gpu"])]
     with pytest.raises(ConfigurationError) as caught:
         prepare.refuse_slurm_keys(runs, prepare.HERE)
     for part in ("cluster.partition=gpu", "allocation of job 77", "leave it out", "cluster=NAME"):

@@ -9,7 +9,7 @@ from slurm_texts import SITE
 
 from pwm_torchrl.cli import prepare
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.prepare import Prepared, by_cluster
+from pwm_torchrl.cli.prepare import ComposedRun, by_cluster
 from pwm_torchrl.cli.sweeps import expand
 from pwm_torchrl.cluster.resources import (
     DEFAULT_CPUS,
@@ -167,7 +167,7 @@ class TestLists:
 
     def test_runs_of_different_profiles_are_arrays_of_their_own(self):
         words = expand(["cluster=l40s", "cluster.account=a,b", "seed=1,2"])
-        runs = [Prepared(compose(each), each) for each in words]
+        runs = [ComposedRun(compose(each), each) for each in words]
         groups = by_cluster(runs, list(range(4)))
         assert [[run.config.cluster.account for run in group] for group, _ in groups] == [["a", "a"], ["b", "b"]]
         assert [known for _, known in groups] == [[0, 1], [2, 3]]

@@ -15,7 +15,7 @@ import malformed
 
 from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.prepare import HERE, preflight
-from pwm_torchrl.cli.requests import read
+from pwm_torchrl.cli.run_requests import parse
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import load_config, save_config
 
@@ -34,7 +34,7 @@ def attempt(case: malformed.Case, folder: Path) -> ConfigurationError | None:
     if case.profile is not None:
         file.write_text(case.profile, encoding="utf-8", errors="surrogateescape")
     try:
-        request = read(case.script, case.words)
+        request = parse(case.script, case.words)
         assert isinstance(request, int) or request.runs, "a command without a run"
         for run in [] if isinstance(request, int) else request.runs[:RUNS]:
             save_config(run.config, folder)

@@ -23,23 +23,23 @@ from pwm_torchrl.distributed.rendezvous import is_replica
 from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
-    "Prepared",
-    "Request",
-    "both_stages",
+    "ComposedRun",
+    "RunRequest",
     "lacks_world_model",
-    "read",
+    "parse",
     "refuse_shared_directories",
+    "split_stages",
 ]
 
 #: Keys of both stages. Keys of the world model apply to the pre-training, all others to the policies.
-SHARED = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
+SHARED_KEYS = ("tasks", "data", "cluster", "logger", "memory", "runs_dir", "device")
 #: Keys in these sections that only one of the two stages uses.
-OF_PRETRAINING = ("data.balanced", "data.validation_fraction", "data.validation_slices")
-OF_POLICIES = ("memory.actor_micro_batch", "memory.critic_micro_batch")
+PRETRAINING_KEYS = ("data.balanced", "data.validation_fraction", "data.validation_slices")
+POLICY_KEYS = ("memory.actor_micro_batch", "memory.critic_micro_batch")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ComposedRun:
     """A run that can be submitted.
 
     Attributes:
@@ -52,19 +52,19 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """The request of a command line.
 
     Attributes:
         script (str): the command.
         line (CommandLine): the parsed command line.
-        runs (list of Prepared): composed runs, which are to be completed; empty on ranks other than 0. For
+        runs (list of ComposedRun): composed runs, which are to be completed; empty on ranks other than 0. For
             ``task=all``, they are those of a single task.
     """
 
     script: str
     line: CommandLine
-    runs: list[Prepared] = field(default_factory=list)
+    runs: list[ComposedRun] = field(default_factory=list)
 
     @property
     def words(self) -> list[str]:
@@ -72,7 +72,7 @@ class Request:
         return self.line.settings
 
 
-def read(script: str, words: Sequence[str]) -> Request | int:
+def parse(script: str, words: Sequence[str]) -> RunRequest | int:
     """Parses a command line; prints the help, or a configuration that is already complete, if requested.
 
     Args:
@@ -80,7 +80,7 @@ def read(script: str, words: Sequence[str]) -> Request | int:
         words (sequence of str): the words after it.
 
     Returns:
-        Request or int: the request, or the exit code if nothing is left to do.
+        RunRequest or int: the request, or the exit code if nothing is left to do.
 
     Raises:
         ConfigurationError: for invalid words.
@@ -90,10 +90,10 @@ def read(script: str, words: Sequence[str]) -> Request | int:
         console.say(doctor_help() if script == "doctor" else help_text(script))
         return console.OK
     if script in ("train", "pretrain") and is_replica() and not line.shows_config:
-        return Request(script, line)
+        return RunRequest(script, line)
     if FORCE in line.options and DRAFT not in line.options:
         raise ConfigurationError(f"{FORCE} writes over a draft; give {DRAFT} NAME too")
-    request = Request(script, line, _composed(script, line.settings))
+    request = RunRequest(script, line, _composed(script, line.settings))
     if line.shows_config:
         return _shown(request)
     if script in ("train", "pretrain"):
@@ -103,20 +103,20 @@ def read(script: str, words: Sequence[str]) -> Request | int:
     return request
 
 
-def _composed(script: str, settings: Sequence[str]) -> list[Prepared]:
+def _composed(script: str, settings: Sequence[str]) -> list[ComposedRun]:
     """The composed runs of the settings; only ``submit`` accepts several."""
     if script != "submit":
         words = with_preset(script, settings)
-        return [Prepared(compose(words), words)]
+        return [ComposedRun(compose(words), words)]
     if lacks_world_model(settings):
-        own, settings = both_stages(settings)
+        own, settings = split_stages(settings)
         compose_pretraining(own)
-    runs = [Prepared(compose(each), each) for each in expand(settings)]
+    runs = [ComposedRun(compose(each), each) for each in expand(settings)]
     refuse_shared_directories(runs)
     return runs
 
 
-def refuse_shared_directories(runs: Sequence[Prepared]) -> None:
+def refuse_shared_directories(runs: Sequence[ComposedRun]) -> None:
     """Rejects several runs in one directory.
 
     Raises:
@@ -139,7 +139,7 @@ def _check_here(script: str, config: Config) -> None:
     require_runnable(config)
 
 
-def _shown(request: Request) -> Request | int:
+def _shown(request: RunRequest) -> RunRequest | int:
     """Prints the configuration and returns the exit code, or returns the request if it must be completed first."""
     if len(request.runs) > 1:
         console.say(f"# the first of {len(request.runs)} runs: {' '.join(request.runs[0].words)}")
@@ -162,7 +162,7 @@ def lacks_world_model(words: Sequence[str]) -> bool:
     return config.mode == "extract" and config.world_model is None and config.pretraining is not None
 
 
-def both_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of the pre-training, and those of the policies, without ``world_model``.
 
     Raises:
@@ -170,17 +170,17 @@ def both_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     own = [f"experiment={_first(words).pretraining}", *_of_pretraining(words)]
     policies = [word for word in words if not word.startswith(PREFIX) and not of_world_model(_key(word))]
-    return own, [word for word in policies if _key(word) not in ("pretraining", *OF_PRETRAINING)]
+    return own, [word for word in policies if _key(word) not in ("pretraining", *PRETRAINING_KEYS)]
 
 
-def compose_pretraining(words: list[str]) -> Prepared:
+def compose_pretraining(words: list[str]) -> ComposedRun:
     """Compose the pre-training.
 
     Raises:
         ConfigurationError: for invalid words.
     """
     try:
-        return Prepared(compose(words), words)
+        return ComposedRun(compose(words), words)
     except ConfigurationError as error:
         raise ConfigurationError(f"in the pre-training: {error}") from error
 
@@ -193,8 +193,8 @@ def _first(words: Sequence[str]) -> Config:
 def _of_pretraining(words: Sequence[str]) -> list[str]:
     """The words that apply to the pre-training."""
     keys = {word: _key(word) for word in words}
-    chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED or of_world_model(key)]
-    chosen = [word for word in chosen if keys[word] not in OF_POLICIES]
+    chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED_KEYS or of_world_model(key)]
+    chosen = [word for word in chosen if keys[word] not in POLICY_KEYS]
     if any(word.startswith(f"{PREFIX}run_dir=") for word in words):  # runs_dir then applies only to the policies
         chosen = [word for word in chosen if keys[word] != "runs_dir"]
     chosen += [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
