@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from benchmarks import learning_dmc  # noqa: E402
-from pwm_torchrl.cli.complete import complete_config  # noqa: E402
+from pwm_torchrl.cli.finalize import compose_and_finalize  # noqa: E402
 from pwm_torchrl.run.directory import differing_keys, load_config  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,7 +86,7 @@ class Job:
         if not (self.run_dir / "config.yaml").exists():
             return
         stored = load_config(self.run_dir)
-        wanted = complete_config(self.settings)
+        wanted = compose_and_finalize(self.settings)
         differing = differing_keys(replace(stored, model=wanted.model) if self.model == "sac" else stored, wanted)
         if differing:
             sys.exit(f"{self.run_dir} holds a run with other {', '.join(differing)}: move it away to run this one")

@@ -43,7 +43,7 @@ from pwm_torchrl.cli.command_line import (
     option_hint,
     unknown_option,
 )
-from pwm_torchrl.cli.modes import apply_mode, apply_steps
+from pwm_torchrl.cli.derived_settings import apply_mode, derive_epochs
 from pwm_torchrl.cli.profiles import leaves, left_open, naming_profiles, profile_keys
 from pwm_torchrl.cli.sweeps import EVERY_TASK, PATHS, PREFIX, SLURMS_LISTS, SWEEP
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
@@ -199,7 +199,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """Composes a run's configuration and checks everything that needs no files, environments or torch.
 
     This is complete for online runs in environments of this package; for other runs,
-    :func:`~pwm_torchrl.cli.complete.complete` does the rest.
+    :func:`~pwm_torchrl.cli.finalize.finalize` does the rest.
 
     Args:
         overrides: words of the command line, ``group=choice`` or ``group.key=value``.
@@ -231,7 +231,7 @@ def _composed(overrides: Sequence[str]) -> Config:
     given = {**_of_profile(parsed), **_not_referred_to(typed, overrides)}
     check_settings_used(resolved, given, model_is_known=resolved.mode != "extract")
     validate(resolved)
-    apply_steps(resolved, typed)
+    derive_epochs(resolved, typed)
     return resolved
 
 

@@ -56,7 +56,7 @@ COMMANDS = {
     "doctor": Command("check this machine and a cluster profile, or draft one", ("run_requests:parse", "doctor:run")),
 }  # fmt: skip
 #: The last stage if ``--cfg job`` requests a configuration that must be completed first.
-SHOW_CONFIG = "complete:show_config"
+SHOW_CONFIG = "finalize:show_config"
 _HELP = ("", "-h", "--help", "help")
 
 

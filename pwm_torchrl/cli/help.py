@@ -9,7 +9,7 @@ from typing import Any
 from pwm_torchrl.choices import default_choices, group_choices, key_comments, user_configs_dir
 from pwm_torchrl.cli.command_line import OPTIONS, PRESET, with_preset
 from pwm_torchrl.cli.compose import compose_unchecked
-from pwm_torchrl.cli.modes import epoch_in_words
+from pwm_torchrl.cli.derived_settings import describe_epoch
 from pwm_torchrl.cli.validate import value_of
 from pwm_torchrl.commands import named, typed
 
@@ -139,7 +139,7 @@ def _keys(script: str) -> list[str]:
     column = max(map(len, words.values())) + 2
     lines, comments = [], key_comments()
     for key, meaning in keys.items():
-        text = meaning.format(epoch=epoch_in_words(config)) or comments[key.partition("=")[0]].replace("None", "null")
+        text = meaning.format(epoch=describe_epoch(config)) or comments[key.partition("=")[0]].replace("None", "null")
         text = re.sub(r"launch/(\w+)\.py", lambda script: named(script[1]), text)  # ``pwm NAME`` if it is installed
         lines += _wrapped(text, f"  {words[key]:<{column}}")
     return lines

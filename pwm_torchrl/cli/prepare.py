@@ -21,8 +21,8 @@ import torch
 
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.command_line import JSON, check_no_slurm_keys
-from pwm_torchrl.cli.complete import complete, expand_tasks, length_in_words
 from pwm_torchrl.cli.compose import as_yaml, compose, typed_keys
+from pwm_torchrl.cli.finalize import describe_length, expand_tasks, finalize
 from pwm_torchrl.cli.run_requests import ComposedRun, RunRequest, refuse_shared_directories
 from pwm_torchrl.cli.sweeps import EVERY_TASK
 from pwm_torchrl.cluster.resources import (
@@ -92,7 +92,7 @@ def compose_all(words: Sequence[str], composed: Sequence[ComposedRun] = ()) -> l
         runs = [ComposedRun(compose(each), each) for each in expand_tasks(words)]
         refuse_shared_directories(runs)
     for run in runs:
-        complete(run.config, run.words)
+        finalize(run.config, run.words)
         require_logging(run.config.logger)
     places = {place_of(run.config) for run in runs}
     if len(places) > 1:
@@ -391,7 +391,7 @@ def dry_run(runs: Sequence[ComposedRun], place: str) -> None:
     for run in runs:
         console.say("  " + (" ".join(run.words) or "(the defaults)"))
     console.say(f"\n# length{several}")
-    for line in textwrap.wrap(length_in_words(first), width - 2):
+    for line in textwrap.wrap(describe_length(first), width - 2):
         console.say("  " + line)
     for line in cost_lines(first, facts, hardware_of(first, device), device):
         console.say("\n".join(textwrap.wrap(line, width - 2, initial_indent="  ", subsequent_indent="    ")))
@@ -425,7 +425,7 @@ def plan(request: RunRequest) -> int:
         ConfigurationError: if nothing fits.
     """
     (run,) = request.runs
-    config = complete(run.config, run.words, without_data=True)
+    config = finalize(run.config, run.words, without_data=True)
     facts = run_facts(config, without_data=True)
     elsewhere = config.cluster.kind == SLURM
     if not elsewhere:

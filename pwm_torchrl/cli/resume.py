@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.command_line import check_settings_used
 from pwm_torchrl.cli.compose import compose_onto, typed_keys
-from pwm_torchrl.cli.modes import known_action_repeat, set_epochs
+from pwm_torchrl.cli.derived_settings import known_action_repeat, set_epochs
 from pwm_torchrl.cli.validate import validate
 from pwm_torchrl.cluster.job import require_submitit
 from pwm_torchrl.cluster.restarts import read_job

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.command_line import DRAFT, FORCE, CommandLine, parse_command_line, with_preset
 from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked
+from pwm_torchrl.cli.derived_settings import is_world_model_key, known_action_repeat
 from pwm_torchrl.cli.help import doctor_help, help_text
-from pwm_torchrl.cli.modes import known_action_repeat, of_world_model
 from pwm_torchrl.cli.sweeps import EVERY_TASK, PREFIX, expand, values_of
 from pwm_torchrl.cli.validate import require_runnable
 from pwm_torchrl.cluster.job import require_submitit
@@ -169,7 +169,7 @@ def split_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigurationError: if a word sweeps over a key of the pre-training, of which there is only one.
     """
     own = [f"experiment={_first(words).pretraining}", *_of_pretraining(words)]
-    policies = [word for word in words if not word.startswith(PREFIX) and not of_world_model(_key(word))]
+    policies = [word for word in words if not word.startswith(PREFIX) and not is_world_model_key(_key(word))]
     return own, [word for word in policies if _key(word) not in ("pretraining", *PRETRAINING_KEYS)]
 
 
@@ -193,7 +193,7 @@ def _first(words: Sequence[str]) -> Config:
 def _of_pretraining(words: Sequence[str]) -> list[str]:
     """The words that apply to the pre-training."""
     keys = {word: _key(word) for word in words}
-    chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED_KEYS or of_world_model(key)]
+    chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED_KEYS or is_world_model_key(key)]
     chosen = [word for word in chosen if keys[word] not in POLICY_KEYS]
     if any(word.startswith(f"{PREFIX}run_dir=") for word in words):  # runs_dir then applies only to the policies
         chosen = [word for word in chosen if keys[word] != "runs_dir"]

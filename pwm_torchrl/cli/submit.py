@@ -17,7 +17,7 @@ from typing import Any
 
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.command_line import DRY_RUN, check_no_slurm_keys
-from pwm_torchrl.cli.complete import complete
+from pwm_torchrl.cli.finalize import finalize
 from pwm_torchrl.cli.local import refuse_while_running, stop_signals_as_interrupt, submit_local
 from pwm_torchrl.cli.prepare import (
     DEBUG,
@@ -251,7 +251,7 @@ def composed(words: Sequence[str]) -> Iterator[Chain]:
     own, rest = split_stages(words)
     pretraining = compose_pretraining(own)
     try:
-        complete(pretraining.config, own)
+        finalize(pretraining.config, own)
     except ConfigurationError as error:
         raise ConfigurationError(f"in the pre-training: {error}") from error
     with tempfile.TemporaryDirectory(prefix="pwm_torchrl_") as name:

@@ -34,7 +34,7 @@ def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
     Args:
         words (sequence of str): words of the command line.
         tasks (sequence of str): the tasks that ``task=all`` stands for, see
-            :func:`~pwm_torchrl.cli.complete.expand_tasks`. Defaults to ``()``: ``task=all`` is left out.
+            :func:`~pwm_torchrl.cli.finalize.expand_tasks`. Defaults to ``()``: ``task=all`` is left out.
 
     Returns:
         list of list of str: the words of each run; a single run without sweeps. With ``task=all``, ``tasks`` is left

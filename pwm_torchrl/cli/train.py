@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pwm_torchrl import training
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.complete import complete
+from pwm_torchrl.cli.finalize import finalize
 from pwm_torchrl.cli.prepare import HERE, preflight, refuse_slurm_keys
 from pwm_torchrl.cli.run_requests import RunRequest
 from pwm_torchrl.config import Config
@@ -29,7 +29,7 @@ def run(request: RunRequest) -> int:
     if not request.runs:
         return _compute_for_another()
     (run,) = request.runs
-    config = complete(run.config, run.words)
+    config = finalize(run.config, run.words)
     refuse_slurm_keys(request.runs, HERE)
     preflight([config], HERE)
     return run_in_process(config, prepare_run_dir(config, here=True), request.words, script=request.script)

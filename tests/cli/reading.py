@@ -20,8 +20,8 @@ from stored_cases import write_store
 
 from pwm_torchrl import training
 from pwm_torchrl.choices import schema_keys
-from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.finalize import finalize
 from pwm_torchrl.cli.prepare import HERE, preflight
 from pwm_torchrl.config import Section
 from pwm_torchrl.run.directory import prepare_run_dir
@@ -92,7 +92,7 @@ def read_by(name: str, more: Sequence[str] = ()) -> set[str]:
     words = [*RUNS[name], *SMALL, *more, f"run_dir={name}"]
     config = compose(words)
     with recorded() as found:
-        config = complete(config, words)
+        config = finalize(config, words)
         preflight([config], HERE)
         run = prepare_run_dir(config, here=True)
         training.train(config, run.path)

@@ -11,8 +11,8 @@ pytest.importorskip("hydra")
 
 from stored_cases import write_store
 
-from pwm_torchrl.cli.complete import complete_config as compose
 from pwm_torchrl.cli.entry import run_command
+from pwm_torchrl.cli.finalize import compose_and_finalize as compose
 from pwm_torchrl.cli.run_requests import lacks_world_model
 from pwm_torchrl.cli.submit import composed
 from pwm_torchrl.errors import ConfigurationError

@@ -16,8 +16,8 @@ from hydra.core.config_store import ConfigStore
 
 from pwm_torchrl import config as schema
 from pwm_torchrl.choices import configs_dir, group_choices, schema_keys, user_configs_dir
-from pwm_torchrl.cli.complete import complete_config
 from pwm_torchrl.cli.compose import compose
+from pwm_torchrl.cli.finalize import compose_and_finalize
 from pwm_torchrl.cli.validate import value_of
 from pwm_torchrl.config import RENAMED_KEYS
 from pwm_torchrl.errors import ConfigurationError
@@ -266,7 +266,9 @@ def test_steps_of_an_environment_of_ones_own(workdir):
     (workdir / "pwm_repeating.py").write_text(
         "from torchrl.envs import GymEnv\n\ndef make():\n    return GymEnv('Pendulum-v1', frame_skip=3)\n"
     )
-    config = complete_config(["env._target_=pwm_repeating.make", "training.steps=384", "algorithm.collect_steps=4"])
+    config = compose_and_finalize(
+        ["env._target_=pwm_repeating.make", "training.steps=384", "algorithm.collect_steps=4"]
+    )
     assert config.training.epochs == 4  # of 8 environments, 4 steps each, 3 environment steps per step
 
 

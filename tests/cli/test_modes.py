@@ -8,10 +8,10 @@ pytest.importorskip("hydra")
 
 from stored_cases import write_store
 
-from pwm_torchrl.cli import complete as module
+from pwm_torchrl.cli import finalize as module
 from pwm_torchrl.cli.command_line import with_preset
-from pwm_torchrl.cli.complete import complete_config as compose
-from pwm_torchrl.cli.complete import expand_tasks as expand
+from pwm_torchrl.cli.finalize import compose_and_finalize as compose
+from pwm_torchrl.cli.finalize import expand_tasks as expand
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.modules import WorldModelSpec, make_world_model, save_world_model
 

@@ -13,10 +13,10 @@ import pytest
 from reading import LEAVES, RUNS, SMALL, read_elsewhere, recorded
 from slurm_texts import SITE
 
-from pwm_torchrl.cli import complete, prepare
+from pwm_torchrl.cli import finalize, prepare
 from pwm_torchrl.cli.command_line import SLURM_KEYS, USAGE_RULES, is_used
 from pwm_torchrl.cli.compose import compose, compose_unchecked
-from pwm_torchrl.cli.modes import apply_mode, of_world_model
+from pwm_torchrl.cli.derived_settings import apply_mode, is_world_model_key
 from pwm_torchrl.cli.run_requests import ComposedRun, lacks_world_model
 from pwm_torchrl.cluster.resources import sbatch_parameters
 from pwm_torchrl.cluster.restarts import save_smaller_plan
@@ -45,9 +45,7 @@ def is_refused(key: str, config: Config) -> bool:
     """Whether a key is refused where it is typed."""
     if any(rule.covers(key) and not rule.allows(config) for rule in USAGE_RULES):
         return True
-    if not is_used(key, config.algorithm.name, config.mode):
-        return True
-    if config.mode != "extract" or not of_world_model(key):
+    if config.mode != "extract" or not is_world_model_key(key):
         return False
     with pytest.raises(ConfigurationError, match=key):
         apply_mode(config, [key])
@@ -92,9 +90,9 @@ def test_what_is_for_slurm_is_read_where_a_job_is_queued(monkeypatch):
 def test_tasks_are_read_by_a_pretraining_and_by_submit(read, monkeypatch):
     assert TASKS in read["pretrain"]
     facts = SimpleNamespace(task_names=("cup-catch", "walker-walk"))
-    monkeypatch.setattr(complete, "world_model_facts", lambda folder: facts)
+    monkeypatch.setattr(finalize, "world_model_facts", lambda folder: facts)
     config = compose_unchecked(["experiment=extract", "world_model=x", "tasks=walker-walk"])
-    assert complete.tasks_to_extract(config) == ["walker-walk"]
+    assert finalize.tasks_to_extract(config) == ["walker-walk"]
 
 
 def test_the_pretraining_is_read_where_it_begins():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_cases import config
 
-from pwm_torchrl.cli.complete import complete_config as compose
+from pwm_torchrl.cli.finalize import compose_and_finalize as compose
 from pwm_torchrl.cluster.snapshot import targets_of
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModelSpec, make_dynamics, make_world_model, read_world_model, save_world_model

@@ -21,9 +21,9 @@ import pwm_torchrl.cli.prepare as preflight_module
 import pwm_torchrl.run.generate as generate_module
 import pwm_torchrl.run.load as load_module
 import pwm_torchrl.run.train as run_module
-from pwm_torchrl.cli.complete import complete
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.entry import run_command
+from pwm_torchrl.cli.finalize import finalize
 from pwm_torchrl.cluster.job import run_job
 from pwm_torchrl.config import Config
 from pwm_torchrl.run.checkpoints import CheckpointStore
@@ -97,7 +97,7 @@ def stored(kind: str, store: Path, world_model: Path | None = None) -> Config:
             *sizes, f"world_model={world_model}", "task=cup-catch", "algorithm.actor_updates=2",
             "training.eval_episodes=0",
         ]  # fmt: skip
-    return complete(compose(words), words)
+    return finalize(compose(words), words)
 
 
 def _signalled(owner: Any, name: str, times: int, signum: int) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("hydra")
 
 import malformed
 
-from pwm_torchrl.cli.complete import complete
+from pwm_torchrl.cli.finalize import finalize
 from pwm_torchrl.cli.prepare import HERE, preflight
 from pwm_torchrl.cli.run_requests import parse
 from pwm_torchrl.errors import ConfigurationError
@@ -40,7 +40,7 @@ def attempt(case: malformed.Case, folder: Path) -> ConfigurationError | None:
             save_config(run.config, folder)
             assert _known(load_config(folder)) == _known(dataclasses.replace(run.config, run_dir=None))
             if case.script == "train":
-                preflight([complete(run.config, run.words)], HERE)
+                preflight([finalize(run.config, run.words)], HERE)
     except ConfigurationError as error:
         return error
     return None

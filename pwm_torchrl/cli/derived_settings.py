@@ -1,6 +1,6 @@
 """Settings that follow from a run's mode, as far as they need no files or torch.
 
-The others are in :mod:`~pwm_torchrl.cli.complete`.
+The others are in :mod:`~pwm_torchrl.cli.finalize`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from pwm_torchrl.errors import ConfigurationError
 
 __all__ = [
     "apply_mode",
-    "apply_steps",
-    "epoch_in_words",
+    "derive_epochs",
+    "describe_epoch",
+    "is_world_model_key",
     "known_action_repeat",
-    "of_world_model",
     "set_epochs",
     "steps_per_epoch",
 ]
 
 
 #: Keys of ``model`` and ``size`` that are not part of a pre-trained world model.
-OPEN_IN_EXTRACTION = ("model.reward_space", "model.loss.", "model.dynamics.checkpoint_substeps", "model.name")
-OPEN_SIZES = ("size.actor_units", "size.critic_units", "size.num_critics", "size.name")
+FREE_KEYS_IN_EXTRACTION = ("model.reward_space", "model.loss.", "model.dynamics.checkpoint_substeps", "model.name")
+FREE_SIZES_IN_EXTRACTION = ("size.actor_units", "size.critic_units", "size.num_critics", "size.name")
 
 
-def of_world_model(key: str) -> bool:
+def is_world_model_key(key: str) -> bool:
     """Whether a key is part of a pre-trained world model, which an extraction cannot change."""
-    return key.partition(".")[0] in ("model", "size") and not key.startswith(OPEN_IN_EXTRACTION + OPEN_SIZES)
+    return key.partition(".")[0] in ("model", "size") and not key.startswith(
+        FREE_KEYS_IN_EXTRACTION + FREE_SIZES_IN_EXTRACTION
+    )
 
 
 def apply_mode(config: Config, keys: Sequence[str]) -> None:
@@ -60,13 +62,13 @@ def apply_mode(config: Config, keys: Sequence[str]) -> None:
         config.env = {"name": label, "_target_": "pwm_torchrl.envs.make_task_env", "num_envs": 1}
         return
     for key in keys:
-        if of_world_model(key):
+        if is_world_model_key(key):
             raise ConfigurationError(f"{key} is a part of the pre-trained world_model; leave it out")
     if config.task is not None:
         config.env = {**task_info(config.task).env_config(), "num_envs": 1}
 
 
-def apply_steps(config: Config, typed: Mapping[str, Any]) -> None:
+def derive_epochs(config: Config, typed: Mapping[str, Any]) -> None:
     """Convert ``training.steps`` to ``training.epochs``, unless the environment must be created for that.
 
     Args:
@@ -121,7 +123,7 @@ def steps_per_epoch(config: Config) -> int:
     return int(config.env["num_envs"]) * algorithm.steps_per_env
 
 
-def epoch_in_words(config: Config) -> str:
+def describe_epoch(config: Config) -> str:
     """Description of an epoch of a run."""
     algorithm = config.algorithm
     if config.mode == "pretrain":

@@ -13,7 +13,7 @@ from pwm_torchrl.algorithm.base import find_algorithm
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.command_line import check_settings_used
 from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked, keys_to_use
-from pwm_torchrl.cli.modes import epoch_in_words, known_action_repeat, set_epochs, steps_per_epoch
+from pwm_torchrl.cli.derived_settings import describe_epoch, known_action_repeat, set_epochs, steps_per_epoch
 from pwm_torchrl.cli.run_requests import RunRequest
 from pwm_torchrl.cli.sweeps import EVERY_TASK, expand, values_of
 from pwm_torchrl.cli.validate import validate
@@ -26,16 +26,21 @@ from pwm_torchrl.modules.dynamics.factory import find_dynamics
 from pwm_torchrl.run.stored_episodes import run_facts
 
 __all__ = [
-    "complete", "complete_config", "expand_tasks", "length_in_words", "show_config", "tasks_to_extract",
+    "compose_and_finalize",
+    "describe_length",
+    "expand_tasks",
+    "finalize",
+    "show_config",
+    "tasks_to_extract",
 ]  # fmt: skip
 
 
-def complete_config(words: Sequence[str]) -> Config:
-    """The whole configuration of a run, see :func:`complete`."""
-    return complete(compose(words), words)
+def compose_and_finalize(words: Sequence[str]) -> Config:
+    """The whole configuration of a run, see :func:`finalize`."""
+    return finalize(compose(words), words)
 
 
-def complete(config: Config, words: Sequence[str], *, without_data: bool = False) -> Config:
+def finalize(config: Config, words: Sequence[str], *, without_data: bool = False) -> Config:
     """Completes a composed configuration in place, and checks that the objects it refers to exist and fit together.
 
     Args:
@@ -67,7 +72,7 @@ def complete(config: Config, words: Sequence[str], *, without_data: bool = False
 def show_config(request: RunRequest) -> int:
     """Prints the complete configuration of a command line's first run."""
     first = request.runs[0]
-    console.say(as_yaml(complete(first.config, first.words)))
+    console.say(as_yaml(finalize(first.config, first.words)))
     return console.OK
 
 
@@ -106,16 +111,16 @@ def _action_repeat(config: Config) -> int:
     return environment_facts(config.env).action_repeat if known is None else known
 
 
-def length_in_words(config: Config) -> str:
+def describe_length(config: Config) -> str:
     """The length of a run in epochs and, if it is online, in environment steps."""
     epochs = config.training.epochs
     if config.mode != "online":
-        return f"{epochs:,} epochs; {epoch_in_words(config)}"
+        return f"{epochs:,} epochs; {describe_epoch(config)}"
     repeat = _action_repeat(config)
     total = epochs * steps_per_epoch(config) * repeat
     asked = "" if config.training.steps is None else f" (training.steps={config.training.steps:,})"
     each = "" if repeat == 1 else f", {repeat} environment steps each"
-    return f"{epochs:,} epochs = {total:,} environment steps{asked}; {epoch_in_words(config)}{each}"
+    return f"{epochs:,} epochs = {total:,} environment steps{asked}; {describe_epoch(config)}{each}"
 
 
 def _check_stored(config: Config, without_data: bool = False) -> None:
