@@ -44,8 +44,8 @@ from pwm_torchrl.cli.command_line import (
     unknown_option,
 )
 from pwm_torchrl.cli.derived_settings import apply_mode, derive_epochs
-from pwm_torchrl.cli.profiles import leaves, left_open, naming_profiles, profile_keys
-from pwm_torchrl.cli.sweeps import EVERY_TASK, PATHS, PREFIX, SLURMS_LISTS, SWEEP
+from pwm_torchrl.cli.profiles import add_profile_to_errors, flatten_keys, missing_profile_keys, profile_keys
+from pwm_torchrl.cli.sweeps import EVERY_TASK, PATH_KEYS, PRETRAINING_PREFIX, SLURM_LIST_KEYS, SWEEP_PATTERN
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
 from pwm_torchrl.config import RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit, missing_keys
 from pwm_torchrl.errors import ConfigurationError
@@ -212,7 +212,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             values, and values out of range.
     """
     make_cwd_importable()
-    with naming_profiles([overrides]):
+    with add_profile_to_errors([overrides]):
         return _composed(overrides)
 
 
@@ -302,7 +302,7 @@ def _typed(parsed: list[Override]) -> dict[str, Any]:
     """Every key of the words with its last value; a section, ``model.dynamics={kind:mlp}``, is split into its keys."""
     found: dict[str, Any] = {}
     for o in parsed:
-        found |= leaves(o.key_or_group, None if o.type == OverrideType.DEL else o.value())
+        found |= flatten_keys(o.key_or_group, None if o.type == OverrideType.DEL else o.value())
     return found
 
 
@@ -379,8 +379,8 @@ def _read(word: str) -> Override:
     key, equal, value = word.partition("=")
     if key == "tasks" and "," in value and value[0] not in "'\"[":
         word = f"{key}={_quoted(value)}"  # a list of names is one set of tasks, not a sweep
-    listed = key in SLURMS_LISTS and "," in value and not SWEEP.match(word)
-    if (key in PATHS or listed) and value and value[0] not in "'\"" and value != "null":
+    listed = key in SLURM_LIST_KEYS and "," in value and not SWEEP_PATTERN.match(word)
+    if (key in PATH_KEYS or listed) and value and value[0] not in "'\"" and value != "null":
         word = f"{key}={_quoted(value)}"
     if not equal and not word.startswith("~"):
         raise ConfigurationError(f"{word!r} is not a setting; write key=value, for example model=flow_v2 or seed=1")
@@ -418,7 +418,7 @@ def _check_names(parsed: list[Override]) -> None:
             raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {hydra_key_hint(key)}")
         elif o.type == OverrideType.DEL:
             raise ConfigurationError(f"{word!r} deletes a key, but every key of the schema is needed; set a value")
-        elif key.startswith(PREFIX):
+        elif key.startswith(PRETRAINING_PREFIX):
             raise ConfigurationError(
                 f"{word} is for the pre-training with which {EVERY_TASK} begins where no world_model is given: give "
                 f"{EVERY_TASK} and no world_model, or leave {key} out"
@@ -469,7 +469,7 @@ def _profile_words(parsed: list[Override]) -> list[str]:
 
 def _check_given(parsed: list[Override], typed: dict[str, Any]) -> None:
     """Checks that the words set all keys that the user's files leave open: merging would use other values for them."""
-    for key, file in left_open(_profile(parsed)).items():
+    for key, file in missing_profile_keys(_profile(parsed)).items():
         if not any(each == key or each.startswith(f"{key}.") for each in typed):
             raise ConfigurationError(f"{file}: {key} has no value; write one there, or set {key}=...")
 

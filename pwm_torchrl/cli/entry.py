@@ -45,10 +45,12 @@ COMMANDS = {
     "plan": Command("say what a run will need of memory and time, and why", ("run_requests:parse", "prepare:plan")),
     "status": Command("list runs and what SLURM says of their jobs", ("arguments:parse", "status:run")),
     "resume": Command(
-        "submit unfinished runs again", ("arguments:parse", "resume:to_bring_back", "submit:resume")
+        "submit unfinished runs again", ("arguments:parse", "resume:find_runs_to_resume", "submit:resume")
     ),
     "evaluate": Command("play episodes with trained policies", ("arguments:parse", "evaluate:run")),
-    "report": Command("write tables, curves and comparisons", ("arguments:parse", "report:choose", "page:write")),
+    "report": Command(
+        "write tables, curves and comparisons", ("arguments:parse", "report:find_content", "report_page:write")
+    ),
     "data": Command("import, inspect or generate stored episodes", ("arguments:parse", "data:run")),
     "world_model": Command("import a checkpoint, or say what a world model is", ("arguments:parse", "world_model:run")),
     "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:parse", "hub:run")),
@@ -107,7 +109,7 @@ def _run(name: str, words: Sequence[str] | None) -> int:
         if line is None:
             asked = _find(stage)(asked)
             continue
-        with _find("profiles:naming_profiles")([run.words for run in asked.runs]):
+        with _find("profiles:add_profile_to_errors")([run.words for run in asked.runs]):
             asked = _find(SHOW_CONFIG if line.shows_config else stage)(asked)
     return int(asked)
 

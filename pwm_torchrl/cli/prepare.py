@@ -58,10 +58,10 @@ from pwm_torchrl.run.stored_episodes import (
 from pwm_torchrl.terminal import coloured
 
 __all__ = [
-    "by_cluster",
     "check_env",
     "compose_all",
     "dry_run",
+    "group_by_cluster",
     "place_of",
     "plan",
     "plan_for_slurm",
@@ -181,7 +181,7 @@ def plan_for_slurm(runs: Sequence[ComposedRun], facts: Sequence[EnvInfo | None] 
     plans: dict[str, Any] = {}
     found, resources, here = [], None, site()
     for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
-        fill_in_shell(run.config)
+        fill_from_shell(run.config)
         fill_in_node_memory(run.config, here)
         # The seed does not change the memory plan.
         key = json.dumps({**dataclasses.asdict(run.config), "seed": 0}, sort_keys=True, default=str)
@@ -189,14 +189,16 @@ def plan_for_slurm(runs: Sequence[ComposedRun], facts: Sequence[EnvInfo | None] 
             known = known or run_facts(run.config)
             plans[key] = make_plan(run.config, known, profile_budgets(run.config), elsewhere=True)
         needed = resources_for(run.config, plans[key])
-        resources = needed if resources is None else resources.covering(needed)
+        resources = needed if resources is None else resources.maximum(needed)
         found.append(plans[key])
     assert resources is not None
     require_fit(runs[0].config.cluster, resources, here)
     return found, resources
 
 
-def by_cluster(runs: Sequence[ComposedRun], facts: Sequence[Any] = ()) -> list[tuple[list[ComposedRun], list[Any]]]:
+def group_by_cluster(
+    runs: Sequence[ComposedRun], facts: Sequence[Any] = ()
+) -> list[tuple[list[ComposedRun], list[Any]]]:
     """Runs grouped by their cluster settings, with the facts of each; a group can be submitted as one array."""
     groups: dict[str, tuple[list[ComposedRun], list[Any]]] = {}
     for run, known in itertools.zip_longest(runs, facts[: len(runs)]):
@@ -207,7 +209,7 @@ def by_cluster(runs: Sequence[ComposedRun], facts: Sequence[Any] = ()) -> list[t
     return list(groups.values())
 
 
-def fill_in_shell(config: Config) -> None:
+def fill_from_shell(config: Config) -> None:
     """Fill settings that the profile leaves open from the shell's variables ``SBATCH_*``, outside of a job."""
     if own_job() is not None:  # the variables then belong to that job
         return
@@ -377,11 +379,11 @@ def dry_run(runs: Sequence[ComposedRun], place: str) -> None:
     arrays: list[tuple[Config, Resources, int]] = []
     if place == SLURM:
         plans = []
-        for group, _ in by_cluster(runs):
+        for group, _ in group_by_cluster(runs):
             found, resources = plan_for_slurm(group)
             plans += found
             arrays.append((group[0].config, resources, len(group)))
-        runs = [run for group, _ in by_cluster(runs) for run in group]
+        runs = [run for group, _ in group_by_cluster(runs) for run in group]
     else:
         device = pick_device(first.device)
         plans = [make_plan(first, facts, _budgets_of(first, device))]

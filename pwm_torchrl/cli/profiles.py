@@ -14,14 +14,14 @@ from pwm_torchrl.choices import exact_choice, user_configs_dir, user_profiles
 from pwm_torchrl.config import missing_keys
 from pwm_torchrl.errors import ConfigurationError
 
-__all__ = ["leaves", "left_open", "naming_profiles", "profile_keys"]
+__all__ = ["add_profile_to_errors", "flatten_keys", "missing_profile_keys", "profile_keys"]
 
 
-def leaves(key: str, value: Any) -> dict[str, Any]:
+def flatten_keys(key: str, value: Any) -> dict[str, Any]:
     """A dotted key and its value; the parts of a section under their own dotted keys."""
     if not isinstance(value, dict):
         return {key: value}
-    below = (leaves(f"{key}.{name}" if key else str(name), part) for name, part in value.items())
+    below = (flatten_keys(f"{key}.{name}" if key else str(name), part) for name, part in value.items())
     return {leaf: part for found in below for leaf, part in found.items()}
 
 
@@ -30,7 +30,7 @@ def profile_keys(name: str) -> dict[str, Any]:
     return next((keys for _, keys in _files_of(name)), {})
 
 
-def left_open(name: str) -> dict[str, Path]:
+def missing_profile_keys(name: str) -> dict[str, Path]:
     """The keys that the files of a user's cluster profile leave open with ``???``, each with its file.
 
     Keys that another of these files sets are left out.
@@ -62,7 +62,7 @@ def _files_of(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
             places += [each for each in found if each not in places]
         package = re.match(r"\s*#\s*@package\s+(\S+)", text)
         written = "_group_" if package is None else package[1]
-        yield file, leaves({"_global_": "", "_group_": group.replace("/", ".")}.get(written, written), content)
+        yield file, flatten_keys({"_global_": "", "_group_": group.replace("/", ".")}.get(written, written), content)
 
 
 def _own_profile(words: Sequence[str]) -> Path | None:
@@ -74,7 +74,7 @@ def _own_profile(words: Sequence[str]) -> Path | None:
 
 
 @contextlib.contextmanager
-def naming_profiles(runs: Iterable[Sequence[str]]) -> Iterator[None]:
+def add_profile_to_errors(runs: Iterable[Sequence[str]]) -> Iterator[None]:
     """Adds the file name to errors in the block that are about the content of a user's cluster profile.
 
     Args:

@@ -14,11 +14,11 @@ from pwm_torchrl.report.collect import RunReport, find_runs, read_runs, settle
 from pwm_torchrl.report.select import Condition, Pairs, pair_or_advise, select
 from pwm_torchrl.run.directory import CONFIG_FILE
 
-__all__ = ["Chosen", "choose"]
+__all__ = ["ReportContent", "find_content"]
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ReportContent:
     """The content of a report.
 
     Attributes:
@@ -34,7 +34,7 @@ class Chosen:
     pairs: Pairs | None
 
 
-def choose(args: Namespace) -> Chosen:
+def find_content(args: Namespace) -> ReportContent:
     """Finds the runs and the comparison."""
     conditions = [Condition.parse(text) for text in args.where]
     runs = read_runs(find_runs(args.runs))
@@ -49,7 +49,7 @@ def choose(args: Namespace) -> Chosen:
     if args.compare is not None:
         pairs = pair_or_advise(runs, args.compare, args.baseline, args.allow_differences, compose)
     source = " ".join([", ".join(map(str, args.runs)), *([chosen] if chosen else [])])
-    return Chosen(runs, source, out, pairs)
+    return ReportContent(runs, source, out, pairs)
 
 
 def _output(out: Path | None, given: Sequence[Path]) -> Path:

@@ -22,10 +22,10 @@ from pwm_torchrl.report.collect import find_runs
 from pwm_torchrl.run.claims import ENDED, open_owner, owner_state
 from pwm_torchrl.run.directory import hindrances, load_config, read_summary
 
-__all__ = ["Found", "changed", "reason_to_leave", "to_bring_back"]
+__all__ = ["RunsToResume", "changed_config", "find_runs_to_resume", "reason_not_to_resume"]
 
 
-class Found(NamedTuple):
+class RunsToResume(NamedTuple):
     """Runs to submit again with their configurations, the keys that were changed, and the exit code so far."""
 
     runs: list[tuple[Path, Config]]
@@ -42,7 +42,7 @@ _FIXED = {
 }
 
 
-def to_bring_back(args: Namespace) -> Found | int:
+def find_runs_to_resume(args: Namespace) -> RunsToResume | int:
     """Runs to submit again, or the exit code if there are none; prints why other runs are not submitted."""
     words = [word for word in args.runs if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in args.runs if word not in words]
@@ -54,9 +54,9 @@ def to_bring_back(args: Namespace) -> Found | int:
     found, code = [], console.OK
     for run in sorted(runs, key=_waits):
         try:
-            config = changed(run, words)
+            config = changed_config(run, words)
             longer = config.training.epochs > load_config(run).training.epochs
-            reason = reason_to_leave(run, states.get(newest.get(run, "")), failed=args.failed, longer=longer)
+            reason = reason_not_to_resume(run, states.get(newest.get(run, "")), failed=args.failed, longer=longer)
         except ConfigurationError as error:
             console.error(f"{run.name}: {error}")
             code = console.FAILED
@@ -68,10 +68,10 @@ def to_bring_back(args: Namespace) -> Found | int:
     if not found:
         return code
     require_submitit()
-    return Found(found, typed_keys(words), code)
+    return RunsToResume(found, typed_keys(words), code)
 
 
-def changed(run: Path, words: Sequence[str]) -> Config:
+def changed_config(run: Path, words: Sequence[str]) -> Config:
     """The configuration of a run, changed by the settings on the command line.
 
     Raises:
@@ -103,7 +103,7 @@ def changed(run: Path, words: Sequence[str]) -> Config:
     return config
 
 
-def reason_to_leave(run: Path, job: JobState | None, *, failed: bool, longer: bool = False) -> str | None:
+def reason_not_to_resume(run: Path, job: JobState | None, *, failed: bool, longer: bool = False) -> str | None:
     """Why a run is not submitted again; ``None`` if it should be.
 
     Args:

@@ -14,7 +14,7 @@ from pwm_torchrl.cli.command_line import DRAFT, FORCE, CommandLine, parse_comman
 from pwm_torchrl.cli.compose import as_yaml, compose, compose_unchecked
 from pwm_torchrl.cli.derived_settings import is_world_model_key, known_action_repeat
 from pwm_torchrl.cli.help import doctor_help, help_text
-from pwm_torchrl.cli.sweeps import EVERY_TASK, PREFIX, expand, values_of
+from pwm_torchrl.cli.sweeps import EVERY_TASK, PRETRAINING_PREFIX, expand, values_of
 from pwm_torchrl.cli.validate import require_runnable
 from pwm_torchrl.cluster.job import require_submitit
 from pwm_torchrl.commands import named
@@ -169,7 +169,9 @@ def split_stages(words: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigurationError: if a word sweeps over a key of the pre-training, of which there is only one.
     """
     own = [f"experiment={_first(words).pretraining}", *_of_pretraining(words)]
-    policies = [word for word in words if not word.startswith(PREFIX) and not is_world_model_key(_key(word))]
+    policies = [
+        word for word in words if not word.startswith(PRETRAINING_PREFIX) and not is_world_model_key(_key(word))
+    ]
     return own, [word for word in policies if _key(word) not in ("pretraining", *PRETRAINING_KEYS)]
 
 
@@ -186,7 +188,7 @@ def compose_pretraining(words: list[str]) -> ComposedRun:
 
 
 def _first(words: Sequence[str]) -> Config:
-    kept = [word for word in words if word != EVERY_TASK and not word.startswith(PREFIX)]
+    kept = [word for word in words if word != EVERY_TASK and not word.startswith(PRETRAINING_PREFIX)]
     return compose_unchecked([values_of(word)[0] for word in kept])
 
 
@@ -195,9 +197,11 @@ def _of_pretraining(words: Sequence[str]) -> list[str]:
     keys = {word: _key(word) for word in words}
     chosen = [word for word, key in keys.items() if key.partition(".")[0] in SHARED_KEYS or is_world_model_key(key)]
     chosen = [word for word in chosen if keys[word] not in POLICY_KEYS]
-    if any(word.startswith(f"{PREFIX}run_dir=") for word in words):  # runs_dir then applies only to the policies
+    if any(
+        word.startswith(f"{PRETRAINING_PREFIX}run_dir=") for word in words
+    ):  # runs_dir then applies only to the policies
         chosen = [word for word in chosen if keys[word] != "runs_dir"]
-    chosen += [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
+    chosen += [word.removeprefix(PRETRAINING_PREFIX) for word in words if word.startswith(PRETRAINING_PREFIX)]
     for word in chosen:
         if len(values_of(word)) > 1:
             raise ConfigurationError(

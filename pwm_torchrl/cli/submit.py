@@ -24,14 +24,14 @@ from pwm_torchrl.cli.prepare import (
     HERE,
     LOCAL,
     SLURM,
-    by_cluster,
     compose_all,
     dry_run,
+    group_by_cluster,
     plan_for_slurm,
     preflight,
     settle_place,
 )
-from pwm_torchrl.cli.resume import Found
+from pwm_torchrl.cli.resume import RunsToResume
 from pwm_torchrl.cli.run_requests import ComposedRun, RunRequest, compose_pretraining, lacks_world_model, split_stages
 from pwm_torchrl.cli.train import run_in_process
 from pwm_torchrl.cluster.job import LOG_FILE
@@ -49,7 +49,7 @@ from pwm_torchrl.run.stored_episodes import follow_world_model
 from pwm_torchrl.run.validation import announce
 from pwm_torchrl.user_code import make_cwd_importable
 
-__all__ = ["Chain", "composed", "refuse_while_queued", "resume", "run"]
+__all__ = ["TwoStageRuns", "compose_stages", "refuse_while_queued", "resume", "run"]
 
 
 def run(request: RunRequest) -> int:
@@ -61,8 +61,8 @@ def run(request: RunRequest) -> int:
     """
     dry = DRY_RUN in request.line.options
     if lacks_world_model(request.words):
-        with composed(request.words) as chain:
-            return _both_stages(chain, dry)
+        with compose_stages(request.words) as stages:
+            return _both_stages(stages, dry)
     runs = compose_all(request.words, request.runs)
     place = settle_place(runs)
     if dry:
@@ -135,7 +135,7 @@ def _to_slurm(
             :func:`~pwm_torchrl.cli.prepare.preflight`.
         placed (callable): called with the first run's directory before later stages are queued.
     """
-    arrays = [by_cluster(stage, known) for stage, known in zip(stages, facts, strict=True)]
+    arrays = [group_by_cluster(stage, known) for stage, known in zip(stages, facts, strict=True)]
     planned = [[plan_for_slurm(runs, known)[1] for runs, known in stage] for stage in arrays]
     for run in itertools.chain(*stages):
         if run.config.run_dir is not None:
@@ -212,7 +212,7 @@ def _conclude(outcome: dict[str, Any], run: RunDir, words: Sequence[str]) -> int
 
 
 @dataclass
-class Chain:
+class TwoStageRuns:
     """The runs of a command with two stages.
 
     Attributes:
@@ -225,7 +225,7 @@ class Chain:
     policies: list[ComposedRun]
     folder: Path
 
-    def place(self, run_dir: Path) -> None:
+    def set_world_model(self, run_dir: Path) -> None:
         """Set the pre-training's directory as the path of the policies' world model."""
         for each in self.policies:
             each.config.world_model = str(run_dir)
@@ -242,7 +242,7 @@ class Chain:
 
 
 @contextlib.contextmanager
-def composed(words: Sequence[str]) -> Iterator[Chain]:
+def compose_stages(words: Sequence[str]) -> Iterator[TwoStageRuns]:
     """Both stages, composed and checked; nothing is written to the folder of the runs.
 
     Raises:
@@ -257,38 +257,38 @@ def composed(words: Sequence[str]) -> Iterator[Chain]:
     with tempfile.TemporaryDirectory(prefix="pwm_torchrl_") as name:
         folder = Path(name) / "world_model_to_come"
         announce(pretraining.config, folder)
-        yield Chain(pretraining, compose_all([*rest, f"world_model={folder}"]), folder)
+        yield TwoStageRuns(pretraining, compose_all([*rest, f"world_model={folder}"]), folder)
 
 
-def _both_stages(chain: Chain, dry: bool) -> int:
+def _both_stages(both: TwoStageRuns, dry: bool) -> int:
     """Run or queue a pre-training, then the extractions that use its world model; returns the exit code."""
-    place = settle_place([chain.pretraining, *chain.policies])
-    console.say(chain.description)
+    place = settle_place([both.pretraining, *both.policies])
+    console.say(both.description)
     if dry:
-        dry_run([chain.pretraining], place)
+        dry_run([both.pretraining], place)
         console.say("\n\n# the policies, in the world model of the run above\n")
-        dry_run(chain.policies, place)
+        dry_run(both.policies, place)
         return console.OK
-    stages = [[chain.pretraining], chain.policies]
+    stages = [[both.pretraining], both.policies]
     facts = [preflight([run.config for run in stage], place) for stage in stages]
     if place == SLURM:
-        return _to_slurm(stages, facts, chain.place)
-    first = _prepare(chain.pretraining.config, place)
-    chain.place(first.path)
-    code = _here(chain.pretraining, first, place)
+        return _to_slurm(stages, facts, both.set_world_model)
+    first = _prepare(both.pretraining.config, place)
+    both.set_world_model(first.path)
+    code = _here(both.pretraining, first, place)
     if code == console.BAD_INPUT:
         return code
     if code != console.OK:
-        words = " ".join(shlex.quote(word) for word in chain.policies[0].words if not word.startswith("task="))
+        words = " ".join(shlex.quote(word) for word in both.policies[0].words if not word.startswith("task="))
         console.say(f"no policy was begun; when that is finished: {typed_here('submit')} {words} task=all", err=True)
         return code
-    return _all(chain.policies, place)
+    return _all(both.policies, place)
 
 
 # Existing runs --------------------------------------------------------------------------------------------------------
 
 
-def resume(found: Found) -> int:
+def resume(found: RunsToResume) -> int:
     """Submits unfinished runs again, see :mod:`~pwm_torchrl.cli.resume`.
 
     Returns:

@@ -14,18 +14,18 @@ from hydra.errors import HydraException
 from pwm_torchrl.choices import group_choices
 from pwm_torchrl.errors import ConfigurationError
 
-__all__ = ["EVERY_TASK", "PATHS", "PREFIX", "SLURMS_LISTS", "SWEEP", "expand", "values_of"]
+__all__ = ["EVERY_TASK", "PATH_KEYS", "PRETRAINING_PREFIX", "SLURM_LIST_KEYS", "SWEEP_PATTERN", "expand", "values_of"]
 
 #: Word that stands for one run per task.
 EVERY_TASK = "task=all"
 #: Prefix of words that apply only to the pre-training with which ``task=all`` may begin.
-PREFIX = "pretraining."
-MOST = 10_000
+PRETRAINING_PREFIX = "pretraining."
+MAX_RUNS = 10_000
 #: Keys whose values are comma-separated lists of SLURM; a sweep over such a key is written choice(a,b).
-SLURMS_LISTS = ("cluster.partition", "cluster.gres")
-SWEEP = re.compile(r"[\w.]+=(choice|range|glob|shuffle|sort)\(")
+SLURM_LIST_KEYS = ("cluster.partition", "cluster.gres")
+SWEEP_PATTERN = re.compile(r"[\w.]+=(choice|range|glob|shuffle|sort)\(")
 #: Keys whose values are paths: plain text, even with characters that are special in Hydra's grammar.
-PATHS = ("run_dir", "runs_dir", "world_model", "init_from", "data.path", "data.scratch_dir")
+PATH_KEYS = ("run_dir", "runs_dir", "world_model", "init_from", "data.path", "data.scratch_dir")
 
 
 def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
@@ -50,7 +50,7 @@ def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
     count = 1
     for values in options:
         count *= len(values)
-    if count > MOST:
+    if count > MAX_RUNS:
         raise ConfigurationError(_too_many(str(count)))
     return [list(chosen) for chosen in itertools.product(*options)]
 
@@ -58,7 +58,7 @@ def expand(words: Sequence[str], tasks: Sequence[str] = ()) -> list[list[str]]:
 def values_of(word: str) -> list[str]:
     """One word for each value in a word's sweep; the word itself if it is not a sweep."""
     key = word.partition("=")[0]
-    if "=" not in word or key in (*PATHS, "tasks") or (key in SLURMS_LISTS and not SWEEP.match(word)):
+    if "=" not in word or key in (*PATH_KEYS, "tasks") or (key in SLURM_LIST_KEYS and not SWEEP_PATTERN.match(word)):
         return [word]  # commas in a path are plain text, and tasks are one set
     try:
         override = OverridesParser.create().parse_overrides([word])[0]
@@ -75,7 +75,7 @@ def values_of(word: str) -> list[str]:
 
 
 def _too_many(count: str) -> str:
-    return f"{count} runs in one command are more than {MOST}; submit them in parts"
+    return f"{count} runs in one command are more than {MAX_RUNS}; submit them in parts"
 
 
 def _swept(word: str, override: Override) -> list[str]:
@@ -92,7 +92,7 @@ def _swept(word: str, override: Override) -> list[str]:
             raise ConfigurationError(
                 f"{word!r} never comes to its end; write range(start,stop,step) with finite numbers"
             )
-        if count > MOST:
+        if count > MAX_RUNS:
             raise ConfigurationError(_too_many(f"{word!r}: {math.ceil(count)}"))
     values = list(override.sweep_string_iterator())
     if not values:

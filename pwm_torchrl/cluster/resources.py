@@ -115,7 +115,7 @@ class Resources:
         """Plain values for ``job.json``."""
         return asdict(self)
 
-    def covering(self, other: Resources) -> Resources:
+    def maximum(self, other: Resources) -> Resources:
         """The maximum of both in every resource, for jobs of one array."""
         return Resources(*(max(a, b) for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 

@@ -14,7 +14,7 @@ from stored_cases import write_store
 from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.cli.finalize import compose_and_finalize as compose
 from pwm_torchrl.cli.run_requests import lacks_world_model
-from pwm_torchrl.cli.submit import composed
+from pwm_torchrl.cli.submit import compose_stages
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import read_world_model, world_model_facts
 from pwm_torchrl.run.directory import load_config, prepare_run_dir
@@ -49,7 +49,7 @@ def words(tmp_path):
 
 
 def test_words_go_where_they_belong(words):
-    with composed([*words, "seed=1,2"]) as chain:
+    with compose_stages([*words, "seed=1,2"]) as chain:
         first, policies = chain.pretraining.config, [each.config for each in chain.policies]
         assert (first.mode, first.model.name, first.size.units, first.seed) == ("pretrain", "mlp", [16], 0)
         assert (first.algorithm.model_updates, first.training.epochs, first.algorithm.model_batch) == (2, 2, 8)
@@ -85,7 +85,7 @@ def test_when_a_pretraining_comes_first(words, more, expected):
     ],
 )
 def test_bad_input_before_anything_is_written(words, more, sentence, tmp_path):
-    with pytest.raises(ConfigurationError, match=sentence), composed([*words, more]):
+    with pytest.raises(ConfigurationError, match=sentence), compose_stages([*words, more]):
         pass
     assert not (tmp_path / "runs").exists()
 
@@ -124,7 +124,7 @@ def test_no_policy_after_a_pretraining_that_failed(words, tmp_path, capsys):
 class TestAnnounced:
     @pytest.fixture
     def pretraining(self, words, tmp_path):
-        with composed(words) as chain:
+        with compose_stages(words) as chain:
             run_dir = prepare_run_dir(chain.pretraining.config).path
             announce(chain.pretraining.config, run_dir)
         return run_dir
@@ -152,7 +152,7 @@ class TestAnnounced:
         assert world_model_facts(pretraining) == made
 
     def test_without_validation_too(self, words):
-        with composed([*words, "data.validation_fraction=0"]) as chain:
+        with compose_stages([*words, "data.validation_fraction=0"]) as chain:
             run_dir = prepare_run_dir(chain.pretraining.config).path
             announce(chain.pretraining.config, run_dir)
         train(load_config(run_dir), run_dir)

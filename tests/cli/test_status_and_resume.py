@@ -171,7 +171,7 @@ class TestResume:
     )
     def test_who_is_left_alone(self, said, job, failed, reason, run):
         write_summary(run, said)
-        assert resume.reason_to_leave(run, job, failed=failed) == reason
+        assert resume.reason_not_to_resume(run, job, failed=failed) == reason
 
     def test_nor_is_one_whose_process_lives(self, run):
         (run / claims.FOLDER).mkdir()
@@ -179,7 +179,7 @@ class TestResume:
         for owner, alone in ((here, True), (replace(here, pid=2**22 + 1), False), (replace(here, host="far"), True)):
             content = json.dumps(claims.Claim(1, owner).as_dict())
             (run / claims.FOLDER / "000001.json").write_text(content)
-            reason = resume.reason_to_leave(run, None, failed=False)
+            reason = resume.reason_not_to_resume(run, None, failed=False)
             assert (reason is not None) == alone
             if alone:
                 assert f"process {owner.pid} on {owner.host} trains it" in reason
@@ -188,8 +188,8 @@ class TestResume:
 class TestSettings:
     def test_a_finished_run_may_become_longer(self, run):
         write_summary(run, "finished")
-        assert resume.reason_to_leave(run, None, failed=False, longer=True) is None
-        config = resume.changed(run, ["training.epochs=20", "cluster.mem_gib=3"])
+        assert resume.reason_not_to_resume(run, None, failed=False, longer=True) is None
+        config = resume.changed_config(run, ["training.epochs=20", "cluster.mem_gib=3"])
         assert (config.training.epochs, config.cluster.mem_gib) == (20, 3.0)
 
     def test_steps_say_the_length_too(self, run):
@@ -201,7 +201,7 @@ class TestSettings:
             "action_repeat": 1,
         }
         save_config(cfg, run)
-        assert resume.changed(run, ["training.steps=100000"]).training.epochs > 10
+        assert resume.changed_config(run, ["training.steps=100000"]).training.epochs > 10
 
     @pytest.mark.parametrize(
         ("word", "said"),
@@ -235,7 +235,7 @@ class TestSettings:
     )
     def test_what_means_nothing_is_refused(self, word, parts, run):
         with pytest.raises(ConfigurationError) as caught:
-            resume.changed(run, [word])
+            resume.changed_config(run, [word])
         for part in parts:
             assert part in str(caught.value)
 
@@ -243,7 +243,7 @@ class TestSettings:
         cfg = load_config(run)
         cfg.cluster.time_min = 60
         save_config(cfg, run)
-        config = resume.changed(run, ["training.epochs=1e2", "cluster.time=2:00:00", "cluster.sbatch.nice=5"])
+        config = resume.changed_config(run, ["training.epochs=1e2", "cluster.time=2:00:00", "cluster.sbatch.nice=5"])
         assert (config.training.epochs, config.cluster.time_min, config.cluster.sbatch) == (100, 120, {"nice": 5})
 
     def test_without_a_run(self, capsys):
@@ -367,4 +367,4 @@ class TestWhatEndedIt:
         assert "000001.json is not a claim" in capsys.readouterr().err
         assert run_command("status", [str(run)]) == 0
         (run / claims.FOLDER / "000001.outcome.json").write_text('{"status": "stopped"}')  # it has ended
-        assert resume.reason_to_leave(run, None, failed=False) is None
+        assert resume.reason_not_to_resume(run, None, failed=False) is None

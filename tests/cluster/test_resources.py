@@ -9,7 +9,7 @@ from slurm_texts import SITE
 
 from pwm_torchrl.cli import prepare
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.prepare import ComposedRun, by_cluster
+from pwm_torchrl.cli.prepare import ComposedRun, group_by_cluster
 from pwm_torchrl.cli.sweeps import expand
 from pwm_torchrl.cluster.resources import (
     DEFAULT_CPUS,
@@ -137,7 +137,7 @@ class TestShell:
         monkeypatch.setenv("SBATCH_PARTITION", "gpu")
         monkeypatch.setattr(prepare, "own_job", lambda: "7" if inside else None)
         cfg = Config()
-        prepare.fill_in_shell(cfg)
+        prepare.fill_from_shell(cfg)
         assert cfg.cluster.partition == partition
 
 
@@ -168,7 +168,7 @@ class TestLists:
     def test_runs_of_different_profiles_are_arrays_of_their_own(self):
         words = expand(["cluster=l40s", "cluster.account=a,b", "seed=1,2"])
         runs = [ComposedRun(compose(each), each) for each in words]
-        groups = by_cluster(runs, list(range(4)))
+        groups = group_by_cluster(runs, list(range(4)))
         assert [[run.config.cluster.account for run in group] for group, _ in groups] == [["a", "a"], ["b", "b"]]
         assert [known for _, known in groups] == [[0, 1], [2, 3]]
 

@@ -19,7 +19,7 @@ from training_cases import config, rows_of, run_with, stop_after
 
 from pwm_torchrl.cli import console
 from pwm_torchrl.cli.entry import run_command
-from pwm_torchrl.cli.resume import Found, to_bring_back
+from pwm_torchrl.cli.resume import RunsToResume, find_runs_to_resume
 from pwm_torchrl.report import document
 from pwm_torchrl.run.checkpoints import SEAL_FILE, CheckpointStore
 from pwm_torchrl.training import train
@@ -173,8 +173,8 @@ def _evaluate(run: Path, out: Path) -> tuple[int, Any]:
 
 def _resume(run: Path, out: Path) -> tuple[int, Any]:
     """As ``resume`` finds it; the job would then do what is done here."""
-    found = to_bring_back(Namespace(runs=[str(run)], failed=False))
-    if not isinstance(found, Found):
+    found = find_runs_to_resume(Namespace(runs=[str(run)], failed=False))
+    if not isinstance(found, RunsToResume):
         return found, None
     ((folder, cfg),) = found.runs
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pwm_torchrl.cli import console
-from pwm_torchrl.cli.report import Chosen
+from pwm_torchrl.cli.report import ReportContent
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.files import replacing
 from pwm_torchrl.report.document import REPORT_FILE, make_document
@@ -16,10 +16,10 @@ __all__ = ["write"]
 _LISTED = 8  # maximum number of figures listed on the console
 
 
-def write(chosen: Chosen) -> int:
+def write(content: ReportContent) -> int:
     """Prints the tables and writes the page and its figures."""
-    out = chosen.out
-    document = make_document(chosen.runs, chosen.source, out, chosen.pairs, console.terminal_width())
+    out = content.out
+    document = make_document(content.runs, content.source, out, content.pairs, console.terminal_width())
     console.say(document.text + "\n")
     for note in document.notes:
         console.say(note)
