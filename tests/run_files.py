@@ -30,7 +30,7 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 
 def saved_epochs(run_dir: Path) -> list[int]:
     """Epochs of which there is a checkpoint."""
-    return [saved.epoch for saved in CheckpointStore(run_dir).countable()]
+    return [saved.epoch for saved in CheckpointStore(run_dir).resume_candidates()]
 
 
 def watching_threads() -> list[threading.Thread]:

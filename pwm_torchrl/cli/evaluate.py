@@ -17,7 +17,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import names_of
 from pwm_torchrl.report.statistics import bootstrap_interval
 from pwm_torchrl.report.tables import Table, fit_names
-from pwm_torchrl.run.artifacts import json_text, swap_in
+from pwm_torchrl.run.artifacts import json_text, write_atomically
 from pwm_torchrl.run.directory import load_config
 from pwm_torchrl.user_code import make_cwd_importable
 
@@ -141,6 +141,6 @@ def _write_json(results: Sequence[Mapping[str, Any]], file: str) -> None:
         console.say(text.rstrip("\n"))
         return
     try:
-        swap_in(Path(file), text)
+        write_atomically(Path(file), text)
     except OSError as error:
         raise ConfigurationError(f"--json={file} cannot be written: {error.strerror}") from error

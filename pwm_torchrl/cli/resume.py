@@ -20,7 +20,7 @@ from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import find_runs
 from pwm_torchrl.run.claims import ENDED, open_owner, owner_state
-from pwm_torchrl.run.directory import hindrances, load_config, read_summary
+from pwm_torchrl.run.directory import keys_preventing_resume, load_config, read_summary
 
 __all__ = ["RunsToResume", "changed_config", "find_runs_to_resume", "reason_not_to_resume"]
 
@@ -95,7 +95,7 @@ def changed_config(run: Path, words: Sequence[str]) -> Config:
                 "training.epochs"
             )
         set_epochs(config, repeat)
-    differing = hindrances(stored, config)
+    differing = keys_preventing_resume(stored, config)
     if differing:
         listed = ", ".join(f"{key} ({old} there)" for key, (old, _) in differing.items())
         raise ConfigurationError(f"{listed}: with another value it is another run; begin a new one")

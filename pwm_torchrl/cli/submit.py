@@ -39,14 +39,14 @@ from pwm_torchrl.cluster.resources import Resources, require_fit, resources_agai
 from pwm_torchrl.cluster.restarts import JOB_FILE, read_job, save_smaller_plan
 from pwm_torchrl.cluster.slurm import live_job, site, slurm_available
 from pwm_torchrl.cluster.snapshot import snapshot, targets_of
-from pwm_torchrl.cluster.submission import last_request, leave_open, resubmit, submit_runs
+from pwm_torchrl.cluster.submission import last_request, resubmit, submit_runs, unpin_world_model
 from pwm_torchrl.commands import typed_here
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.run.directory import RunDir, discard, prepare_run_dir, read_summary
 from pwm_torchrl.run.stored_episodes import follow_world_model
-from pwm_torchrl.run.validation import announce
+from pwm_torchrl.run.validation import write_model_description
 from pwm_torchrl.user_code import make_cwd_importable
 
 __all__ = ["TwoStageRuns", "compose_stages", "refuse_while_queued", "resume", "run"]
@@ -93,7 +93,7 @@ def _prepare(config: Config, place: str) -> RunDir:
     """Create or check the directory of a run; for a pre-training, also write the description of its world model."""
     prepared = prepare_run_dir(config, here=place in (DEBUG, HERE))
     if config.mode == "pretrain":
-        announce(config, prepared.path)
+        write_model_description(config, prepared.path)
     return prepared
 
 
@@ -156,7 +156,7 @@ def _queue(runs: Sequence[ComposedRun], resources: Resources) -> list[Path]:
     """Queue runs as one array; returns their directories, which are deleted again if SLURM rejects the array."""
     configs = [run.config for run in runs]
     for config in configs:
-        leave_open(config)
+        unpin_world_model(config)
     made: list[RunDir] = []
     try:
         for config in configs:
@@ -256,7 +256,7 @@ def compose_stages(words: Sequence[str]) -> Iterator[TwoStageRuns]:
         raise ConfigurationError(f"in the pre-training: {error}") from error
     with tempfile.TemporaryDirectory(prefix="pwm_torchrl_") as name:
         folder = Path(name) / "world_model_to_come"
-        announce(pretraining.config, folder)
+        write_model_description(pretraining.config, folder)
         yield TwoStageRuns(pretraining, compose_all([*rest, f"world_model={folder}"]), folder)
 
 

@@ -213,7 +213,7 @@ def _submit(
     return [Submitted(run, job.job_id, after) for run, job in zip(runs, jobs, strict=True)]
 
 
-def leave_open(cfg: Config) -> None:
+def unpin_world_model(cfg: Config) -> None:
     """Remove the hash of a world model that a job still trains, so that extractions wait for the final one."""
     source = None if cfg.world_model is None else pretraining_run(cfg.world_model)
     if source is not None and live_job(source) is not None:

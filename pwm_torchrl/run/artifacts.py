@@ -19,7 +19,7 @@ from pwm_torchrl.config import Config
 from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.files import replacing, write_durably
 
-__all__ = ["json_text", "swap_in", "write_run_readme", "write_summary", "write_video"]
+__all__ = ["json_text", "write_atomically", "write_run_readme", "write_summary", "write_video"]
 
 
 def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config, has_model: bool = True) -> Path:
@@ -60,7 +60,7 @@ def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config, has_model: bo
         "```",
         "",
     ]
-    return swap_in(Path(run_dir) / "README.md", "\n".join(lines))
+    return write_atomically(Path(run_dir) / "README.md", "\n".join(lines))
 
 
 def _subject(cfg: Config, env: str, has_model: bool) -> str:
@@ -165,7 +165,7 @@ def write_summary(run_dir: str | os.PathLike[str], summary: Mapping[str, Any]) -
     Raises:
         TypeError: if a value is not plain data, for example a tensor.
     """
-    return swap_in(Path(run_dir) / "summary.json", json_text(dict(summary)))
+    return write_atomically(Path(run_dir) / "summary.json", json_text(dict(summary)))
 
 
 def json_text(content: Any) -> str:
@@ -247,7 +247,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def swap_in(target: Path, text: str) -> Path:
+def write_atomically(target: Path, text: str) -> Path:
     """Writes a file atomically and flushes it to disk; returns its path."""
     write_durably(target, text)
     return target

@@ -241,7 +241,14 @@ READABLE = (*EARLIER_NETWORKS, 3, SCHEMA_VERSION)
 #: Exceptions that TorchRL raises for a damaged manifest.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 #: Substrings of PyTorch and TorchRL error messages for a checkpoint with other shapes or components.
-MISFITS = ("size mismatch", "Missing key", "Unexpected key", "doesn't match the size", "missing=[", "unexpected=[")
+MISMATCH_MESSAGES = (
+    "size mismatch",
+    "Missing key",
+    "Unexpected key",
+    "doesn't match the size",
+    "missing=[",
+    "unexpected=[",
+)
 
 
 class CheckpointFault(RuntimeError):
@@ -306,7 +313,7 @@ def load_checkpoint(path: Path, components: dict[str, Any]) -> dict[str, Any]:
                 raise StorageFault(f"The checkpoint {path} cannot be resumed: {link}") from error
             link = link.__cause__
         text = " ".join(str(error).split())
-        if any(sign in text for sign in MISFITS):
+        if any(sign in text for sign in MISMATCH_MESSAGES):
             raise ConfigurationError(f"The checkpoint {path} belongs to another configuration: {text[:300]}") from error
         raise CheckpointFault(
             f"The checkpoint {path} cannot be read, it is truncated or damaged ({type(error).__name__}: {text[:200]})."
@@ -341,7 +348,7 @@ WHICH = ("best", "last", "latest")
 
 
 @dataclass(frozen=True, order=True)
-class Saved:
+class SavedCheckpoint:
     """A saved checkpoint, ordered by attempt, completed epochs, and whether it was saved inside the next epoch."""
 
     attempt: int
@@ -414,7 +421,7 @@ class CheckpointStore:
         failpoint("save.pruned")
         return target
 
-    def countable(self) -> list[Saved]:
+    def resume_candidates(self) -> list[SavedCheckpoint]:
         """Checkpoints that the run may resume from, oldest first, including damaged ones.
 
         These are the checkpoints of the newest attempt, and those that existed when it claimed the run.
@@ -432,15 +439,15 @@ class CheckpointStore:
         self._abandoned.update(paths[paths.index(restored) + 1 :])
 
     def names(self) -> list[str]:
-        """Paths of the countable checkpoints, relative to the run directory."""
-        return [each.path.relative_to(self.run_dir).as_posix() for each in self.countable()]
+        """Paths of the :meth:`resume_candidates`, relative to the run directory."""
+        return [each.path.relative_to(self.run_dir).as_posix() for each in self.resume_candidates()]
 
     def paths(self) -> list[Path]:
-        """Paths of the countable checkpoints, oldest first."""
-        return [each.path for each in self.countable()]
+        """Paths of the :meth:`resume_candidates`, oldest first."""
+        return [each.path for each in self.resume_candidates()]
 
     def latest(self) -> Path | None:
-        """The newest countable checkpoint with a readable manifest."""
+        """The newest of the :meth:`resume_candidates` with a readable manifest."""
         readable = self._readable()
         return readable[-1][0].path if readable else None
 
@@ -487,7 +494,7 @@ class CheckpointStore:
     def _tell_unreadable(self) -> None:
         """Warn of the checkpoints that cannot be read and so cannot be selected."""
         readable = {saved.path for saved, _ in self._readable()}
-        for each in self.countable():
+        for each in self.resume_candidates():
             if each.path not in readable:
                 warn(f"the checkpoint {each.path} cannot be read; it is chosen among the others")
 
@@ -515,17 +522,17 @@ class CheckpointStore:
         failpoint("save.deleting")
         self._unneeded.delete(gone, shutil.rmtree)
 
-    def _readable(self) -> list[tuple[Saved, float]]:
-        rated = ((each, each.metric) for each in self.countable())
+    def _readable(self) -> list[tuple[SavedCheckpoint, float]]:
+        rated = ((each, each.metric) for each in self.resume_candidates())
         return [(saved, metric) for saved, metric in rated if metric is not None]
 
-    def _everything(self) -> list[Saved]:
+    def _everything(self) -> list[SavedCheckpoint]:
         found = []
         for path in self.directory.glob("attempt-*/checkpoint-*"):
             attempt = path.parent.name.rpartition("-")[2]
             epoch, _, suffix = path.name.removeprefix("checkpoint-").partition("-")
             if attempt.isdigit() and epoch.isdigit() and suffix in ("", _INSIDE):
-                found.append(Saved(int(attempt), int(epoch), suffix == _INSIDE, path))
+                found.append(SavedCheckpoint(int(attempt), int(epoch), suffix == _INSIDE, path))
         return sorted(found)
 
 

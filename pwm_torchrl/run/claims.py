@@ -285,7 +285,7 @@ def claimed(run_dir: Path, adoptable: Sequence[str] = (), patience_s: float = PA
     Args:
         run_dir (Path): the run's directory.
         adoptable (sequence of str): checkpoints that this attempt may resume from; see
-            :meth:`pwm_torchrl.run.checkpoints.CheckpointStore.countable`. Defaults to none.
+            :meth:`pwm_torchrl.run.checkpoints.CheckpointStore.resume_candidates`. Defaults to none.
         patience_s (float): seconds that a SLURM job waits for the previous owner to end. Defaults to ``60.0``.
 
     Raises:

@@ -330,7 +330,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if not any(k == i or k.startswith(i + ".") for i in IGNORED)}
 
 
-def hindrances(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
+def keys_preventing_resume(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
     """The :func:`differing_keys` that prevent a run from being continued with another configuration, with both values.
 
     The number of epochs may increase; schedules then extend over the new length. The path of the stored episodes may
@@ -375,7 +375,7 @@ def _examine(path: Path, config: Config) -> None:
             f"run_dir={path} holds a finished run of training.epochs={stored.training.epochs}; give more epochs to go "
             "on with it, or another run_dir, or none for a new one"
         )
-    differing = hindrances(stored, config)
+    differing = keys_preventing_resume(stored, config)
     if differing:
         lines = [f"  {key}: {old} there, {new} asked for" for key, (old, new) in differing.items()]
         raise ConfigurationError(

@@ -19,7 +19,7 @@ from pwm_torchrl.algorithm.build import Facts, Networks
 from pwm_torchrl.config import ALGORITHMS, Config
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.modules import announce_world_model, world_model_facts
-from pwm_torchrl.run.artifacts import json_text, swap_in
+from pwm_torchrl.run.artifacts import json_text, write_atomically
 from pwm_torchrl.run.directory import CONFIG_FILE, load_config, save_config
 
 __all__ = [
@@ -76,9 +76,11 @@ def write_export(
     if cfg.mode == "extract":
         announce_world_model(folder / WORLD_MODEL, world_model_facts(str(cfg.world_model)))
         files += sorted((folder / WORLD_MODEL).iterdir())
-    files.append(swap_in(folder / "summary.json", json_text(dict(summary))))
+    files.append(write_atomically(folder / "summary.json", json_text(dict(summary))))
     content = {"format": FORMAT, "version": VERSION, "epoch": epoch, "facts": vars(facts)}
-    files.append(swap_in(folder / EXPORT_FILE, json_text(content)))  # last, because it marks the folder as complete
+    files.append(
+        write_atomically(folder / EXPORT_FILE, json_text(content))
+    )  # last, because it marks the folder as complete
     return files
 
 

@@ -124,7 +124,7 @@ class Loop:
         summary, info = self.record.summary, self.source.info
         all_steps = self.env_steps + (self.epochs - self.epoch) * self.source.agent_steps_per_epoch * info.action_repeat
         values = {"return": summary.final_return, "best": summary.peak_return, "validation": summary.validation_loss}
-        self.record.progress.begin(self.epochs, self.logged_epoch, self.env_steps, all_steps, known(values))
+        self.record.progress.begin(self.epochs, self.logged_epoch, self.env_steps, all_steps, drop_none(values))
         if self.graph_check is not None:
             self.graph_check.start()
         try:
@@ -245,7 +245,7 @@ class Loop:
             "training return": trained if summary.final_return is not None else None,
             **{f"{name} loss": numbers.get(f"loss/{name}") for name in ("model", "actor", "critic")},
         }
-        record.progress.epoch(self.epoch, self.env_steps, known(shown), typical=self.algorithm.started)
+        record.progress.epoch(self.epoch, self.env_steps, drop_none(shown), typical=self.algorithm.started)
         bad = not_finite(numbers)
         if bad is not None:
             raise DivergenceError(
@@ -362,7 +362,7 @@ class Loop:
         self.quality.load_state_dict(state_dict.get("quality", {}))
 
 
-def known(values: Mapping[str, float | None]) -> dict[str, float]:
+def drop_none(values: Mapping[str, float | None]) -> dict[str, float]:
     """The values that are not ``None``."""
     return {name: value for name, value in values.items() if value is not None}
 

@@ -23,7 +23,7 @@ from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
 from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
 from pwm_torchrl.memory.readings import format_bytes, read_process
 from pwm_torchrl.modules.layers import compiler_missing
-from pwm_torchrl.run.artifacts import swap_in
+from pwm_torchrl.run.artifacts import write_atomically
 from pwm_torchrl.run.directory import PLAN_FILE, read_plan
 from pwm_torchrl.run.summary import peak_device_bytes
 from pwm_torchrl.terminal import warn
@@ -63,9 +63,9 @@ class RunPlan:
     def write(self, measured: dict[str, int] | None) -> None:
         """Write the plan and, if known, the measured memory in bytes."""
         content = {**self.plan.as_dict(), "measured": measured}
-        swap_in(self.run_dir / PLAN_FILE, json.dumps(content, indent=2) + "\n")
+        write_atomically(self.run_dir / PLAN_FILE, json.dumps(content, indent=2) + "\n")
         lines = [plan_table(self.plan), *([] if measured is None else ["", *self.comparison(measured)])]
-        swap_in(self.run_dir / TABLE_FILE, "\n".join(lines) + "\n")
+        write_atomically(self.run_dir / TABLE_FILE, "\n".join(lines) + "\n")
 
     @contextmanager
     def compared(self, is_there: Callable[[], bool] = lambda: True) -> Iterator[None]:
@@ -128,7 +128,7 @@ def decided_compile(cfg: Config, device: torch.device, run_dir: Path, resume: bo
     if decision and (missing := compiler_missing()) is not None:
         warn(f"{missing}: the run is not compiled; install one, or set algorithm.compile=false.")
         decision = False
-    swap_in(file, json.dumps({"compile": decision}) + "\n")
+    write_atomically(file, json.dumps({"compile": decision}) + "\n")
     return replace(cfg, algorithm=replace(cfg.algorithm, compile=decision))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pwm_torchrl.config import Config
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.run.artifacts import swap_in
+from pwm_torchrl.run.artifacts import write_atomically
 from pwm_torchrl.run.directory import CONFIG_FILE, load_config, read_summary
 from pwm_torchrl.run.export import EXPORT_FILE, foreign_names, hub_message, require_hub, write_export
 from pwm_torchrl.run.load import load_checkpointed
@@ -99,7 +99,7 @@ def push_run(
         for shown in _SHOWN:
             if (run / shown).is_file():
                 shutil.copy(run / shown, folder / shown)
-        swap_in(folder / "README.md", model_card(run, folder, repository))
+        write_atomically(folder / "README.md", model_card(run, folder, repository))
         try:
             api = hub.HfApi()
             api.create_repo(repository, private=private, exist_ok=True)

@@ -29,24 +29,24 @@ __all__ = ["Quality"]
 #: Maximum number of slices per measurement.
 SLICES = 256
 #: Networks with fewer updates cause no warning, because they have not had time to learn.
-LEAST_UPDATES = 100
+MIN_UPDATES = 100
 #: Latents count as collapsed below this fraction of the largest variance that SimNorm's groups can have.
-COLLAPSED = 1e-3
+MIN_LATENT_VARIANCE = 1e-3
 #: The model counts as not predicting rewards from this error on, as a fraction of their variance; predicting the mean
 #: has an error of 1.
-REWARDS_MISSED = 0.9
+MAX_REWARD_ERROR = 0.9
 #: The policy counts as saturated from this fraction of saturated deterministic actions on.
-SATURATED = 0.95
+MAX_SATURATED_FRACTION = 0.95
 #: Values that are too high count as wrong from this error on, relative to the size of the returns. Values of 0, which
 #: critics start with, have an error of 1.
-UNREAL = 2.0
+MAX_OVERESTIMATION = 2.0
 #: The same for values that are too low. This limit is higher because values lag behind a policy that learns fast: the
 #: error is 2.3 in a good run of Pendulum-v1.
-LAGGING = 10.0
+MAX_UNDERESTIMATION = 10.0
 #: Predicted terminations count as wrong if their fraction and the real one differ by this factor ...
-MISCOUNTED = 4.0
+MAX_TERMINATION_RATIO = 4.0
 #: ... and the larger of the two is at least this.
-TERMINATIONS = 0.1
+MIN_TERMINATION_FRACTION = 0.1
 
 
 class Quality:
@@ -127,7 +127,7 @@ class Quality:
 
     def judge(self, epoch: int, numbers: Mapping[str, float]) -> None:
         """Warn of problems that an evaluation's metrics show, if those of the previous evaluation showed them too."""
-        causes = dict(self._causes(numbers)) if self._updates() >= LEAST_UPDATES else {}
+        causes = dict(self._causes(numbers)) if self._updates() >= MIN_UPDATES else {}
         for cause, sentence in causes.items():
             if cause in self.shown and cause not in self.told:
                 self.told.append(cause)
@@ -154,7 +154,7 @@ class Quality:
         pretrained = self.cfg.mode == "extract"  # the model's units and heads were fixed in pre-training
         variance = numbers.get("model/latent_variance")
         possible = (group - 1) / group**2  # variance of one-hot groups with equally frequent entries
-        if variance is not None and variance <= COLLAPSED * possible:
+        if variance is not None and variance <= MIN_LATENT_VARIANCE * possible:
             weights = self.algorithm.losses.model.weights
             yield (
                 "latents",
@@ -164,7 +164,7 @@ class Quality:
                 + ("" if a.scale_rewards or pretrained else ", or set algorithm.scale_rewards=true"),
             )
         error = numbers.get("model/reward_nmse")
-        if error is not None and error >= REWARDS_MISSED:
+        if error is not None and error >= MAX_REWARD_ERROR:
             updates = "updates_per_step" if soft else "model_updates"
             yield (
                 "rewards",
@@ -175,17 +175,17 @@ class Quality:
 
     def _terminations(self, numbers: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         predicted, real = (numbers.get(f"model/terminations_{which}") for which in ("predicted", "real"))
-        if predicted is None or real is None or max(predicted, real) < TERMINATIONS:
+        if predicted is None or real is None or max(predicted, real) < MIN_TERMINATION_FRACTION:
             return
         counted = f"it ends {predicted:.0%} of the replayed slices, of which {real:.0%} end"
         coef = f"raise model.loss.termination_coef ({self.cfg.model.loss.termination_coef:g})"
-        if real > MISCOUNTED * predicted:
+        if real > MAX_TERMINATION_RATIO * predicted:
             if self.algorithm.networks.model.termination is None and self.cfg.mode != "extract":
                 coef = "set model.termination_head=true"
             elif not isinstance(self.algorithm.losses.actor, SoftActorLoss):
                 coef += ", or choose algorithm=pwm, which counts probabilities in place of a threshold"
             yield "endless", f"the model does not end episodes that do end: {counted}; {coef}"
-        elif predicted > MISCOUNTED * real:
+        elif predicted > MAX_TERMINATION_RATIO * real:
             yield (
                 "too_early",
                 f"the model ends episodes too early: {counted}; {coef}, or set model.termination_head=false where "
@@ -195,7 +195,7 @@ class Quality:
     def _policy(self, numbers: Mapping[str, float], soft: bool) -> Iterator[tuple[str, str]]:
         a = self.cfg.algorithm
         saturated = numbers.get("policy/mean_saturated")
-        if saturated is not None and saturated >= SATURATED:
+        if saturated is not None and saturated >= MAX_SATURATED_FRACTION:
             key = "target_entropy" if soft else "entropy_weight"
             yield (
                 "actions",
@@ -206,7 +206,7 @@ class Quality:
         if error is None:
             return
         value, followed = numbers["eval/value"], numbers["eval/value_return"]
-        if error >= (UNREAL if value > followed else LAGGING):
+        if error >= (MAX_OVERESTIMATION if value > followed else MAX_UNDERESTIMATION):
             yield (
                 "values",
                 f"the critics' values are far from the real returns: they expect {value:.3g} on average where "

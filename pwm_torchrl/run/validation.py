@@ -188,7 +188,7 @@ class HeldOutValidation:
         """Nothing to do: nothing was opened."""
 
 
-def announce(cfg: Config, folder: Path) -> None:
+def write_model_description(cfg: Config, folder: Path) -> None:
     """Write the description of a pre-training's world model before it begins, so that extractions can be planned.
 
     Args:

@@ -19,7 +19,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import read_world_model, world_model_facts
 from pwm_torchrl.run.directory import load_config, prepare_run_dir
 from pwm_torchrl.run.stored_episodes import pin_world_model
-from pwm_torchrl.run.validation import announce
+from pwm_torchrl.run.validation import write_model_description
 from pwm_torchrl.training import train
 
 main = partial(run_command, "submit")
@@ -126,7 +126,7 @@ class TestAnnounced:
     def pretraining(self, words, tmp_path):
         with compose_stages(words) as chain:
             run_dir = prepare_run_dir(chain.pretraining.config).path
-            announce(chain.pretraining.config, run_dir)
+            write_model_description(chain.pretraining.config, run_dir)
         return run_dir
 
     @pytest.fixture
@@ -148,13 +148,13 @@ class TestAnnounced:
             made.task_names,
             made.observation_dims,
         )
-        announce(load_config(pretraining), pretraining)  # a second submission of the directory
+        write_model_description(load_config(pretraining), pretraining)  # a second submission of the directory
         assert world_model_facts(pretraining) == made
 
     def test_without_validation_too(self, words):
         with compose_stages([*words, "data.validation_fraction=0"]) as chain:
             run_dir = prepare_run_dir(chain.pretraining.config).path
-            announce(chain.pretraining.config, run_dir)
+            write_model_description(chain.pretraining.config, run_dir)
         train(load_config(run_dir), run_dir)
         assert world_model_facts(run_dir).trained
 

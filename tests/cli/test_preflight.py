@@ -167,9 +167,9 @@ def fill(words, folder):
         write_store(folder / "store", ("cup-catch", "pendulum-swingup"))
     if "world_model=unfinished" in words:
         begun = compose(["experiment=pretrain", "data.path=store", "model=mlp", "size=tiny", "run_dir=unfinished"])
-        from pwm_torchrl.run.validation import announce
+        from pwm_torchrl.run.validation import write_model_description
 
-        announce(begun, prepare_run_dir(begun).path)
+        write_model_description(begun, prepare_run_dir(begun).path)
 
 
 def refusal(command, words, capsys):

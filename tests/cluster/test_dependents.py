@@ -36,7 +36,7 @@ def test_a_world_model_that_is_being_trained_is_not_pinned(pretraining, monkeypa
     monkeypatch.setattr(submission, "live_job", lambda run: job(live) if live and run == pretraining else None)
     for folder in (pretraining, pretraining / "world_model"):
         cfg = Config(mode="extract", world_model=str(folder), world_model_sha256="abc")
-        submission.leave_open(cfg)
+        submission.unpin_world_model(cfg)
         assert cfg.world_model_sha256 == expected
         assert submission.pretraining_of(cfg) == (pretraining if live else None)
 
@@ -44,9 +44,9 @@ def test_a_world_model_that_is_being_trained_is_not_pinned(pretraining, monkeypa
 def test_what_comes_from_elsewhere_is_waited_for_by_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(submission, "live_job", lambda run: pytest.fail("nobody trains it"))
     cfg = Config(mode="extract", world_model=str(tmp_path), world_model_sha256="abc")
-    submission.leave_open(cfg)
+    submission.unpin_world_model(cfg)
     assert cfg.world_model_sha256 == "abc"
-    submission.leave_open(Config())
+    submission.unpin_world_model(Config())
 
 
 def test_dependents_move_to_the_job_that_takes_over(pretraining, monkeypatch):

@@ -182,7 +182,7 @@ class TestRun:
         assert "resume the run from its last checkpoint" in message
         assert "\n" not in message
         (small_disk / "ballast").unlink()
-        assert [saved.epoch for saved in CheckpointStore(run_dir).countable()] == [2, 4]
+        assert [saved.epoch for saved in CheckpointStore(run_dir).resume_candidates()] == [2, 4]
         summary, parts = run_with(monkeypatch, self.cfg, run_dir, resume=True)
         assert (summary["status"], summary["resume_exact"]) == ("finished", True)
         assert_equal(weights_of(parts), weights_of(whole))

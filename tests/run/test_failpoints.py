@@ -124,12 +124,12 @@ def test_a_superseded_attempt_stops_and_never_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "update", overtaken)
     with pytest.raises(RuntimeError, match=r"^Attempt 1 of .* was superseded by attempt 2"):
         train(cfg, tmp_path)
-    counted = CheckpointStore(tmp_path).countable()
+    counted = CheckpointStore(tmp_path).resume_candidates()
     assert [(each.attempt, each.epoch) for each in counted] == [(1, 1), (1, 2)]
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "running", "it is the successor's"
     # What it might have saved before it noticed does not count either.
     shutil.copytree(counted[-1].path, counted[-1].path.with_name("checkpoint-000009"))
-    assert [each.epoch for each in CheckpointStore(tmp_path).countable()] == [1, 2]
+    assert [each.epoch for each in CheckpointStore(tmp_path).resume_candidates()] == [1, 2]
     with pytest.raises(ConfigurationError, match="is in use by process"):
         train(cfg, tmp_path, resume=True)
 

@@ -228,7 +228,7 @@ class TestEvaluate:
 
     def test_a_checkpoint_by_its_epoch(self, trained):
         run_dir = trained[1].run_dir
-        epochs = [saved.epoch for saved in CheckpointStore(run_dir).countable()]
+        epochs = [saved.epoch for saved in CheckpointStore(run_dir).resume_candidates()]
         assert len(epochs) > 1
         found = {epoch: evaluate_run(run_dir, episodes=2, which=epoch) for epoch in epochs}
         assert [result["epoch"] for result in found.values()] == epochs

@@ -169,7 +169,7 @@ class TestFiles:
         def full(target, text):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(memory_plan, "swap_in", full)
+        monkeypatch.setattr(memory_plan, "write_atomically", full)
         with pytest.raises(EnvironmentFault, match="broke"), made.compared():
             raise EnvironmentFault("test", "broke")
         assert "No space left on device" in capsys.readouterr().err

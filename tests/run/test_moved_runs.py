@@ -13,7 +13,7 @@ from training_cases import assert_equal, run_with, stop_after
 
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import read_world_model
-from pwm_torchrl.run.directory import hindrances, save_config
+from pwm_torchrl.run.directory import keys_preventing_resume, save_config
 from pwm_torchrl.run.load import load_networks
 from pwm_torchrl.training import train
 
@@ -58,7 +58,7 @@ def test_it_goes_on_where_its_store_and_world_model_are_now(project, tmp_path, m
     cfg = extraction_config(there / "data" / "store", there / "models" / "world_model", changes)
     before = copy.deepcopy(cfg)
     before.data.path, before.world_model = map(str, place)
-    assert hindrances(before, cfg) == {}
+    assert keys_preventing_resume(before, cfg) == {}
     summary, resumed = run_with(monkeypatch, cfg, there / "run", resume=True)
     assert (summary["status"], summary["epochs_done"]) == ("finished", 4)
     for name in ("actor", "critic"):
@@ -78,5 +78,5 @@ def test_another_world_model_is_another_run(project):
     place = project / "data" / "store", project / "models" / "world_model"
     make_two_task_model(project / "models" / "second", seed=1)
     first, second = extraction_config(*place), extraction_config(place[0], project / "models" / "second")
-    assert set(hindrances(first, second)) == {"world_model_sha256"}
+    assert set(keys_preventing_resume(first, second)) == {"world_model_sha256"}
     assert first.world_model_sha256 == read_world_model(place[1])[1].sha256

@@ -36,13 +36,13 @@ TERMINATIONS = {"model/terminations_predicted", "model/terminations_real"}
 def updates_do_not_count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks of a few updates are judged here, but where a test says otherwise."""
     if "least_updates" not in request.fixturenames:
-        monkeypatch.setattr(quality_module, "LEAST_UPDATES", 0)
+        monkeypatch.setattr(quality_module, "MIN_UPDATES", 0)
 
 
 @pytest.fixture
 def least_updates() -> int:
     """The real limit."""
-    return quality_module.LEAST_UPDATES
+    return quality_module.MIN_UPDATES
 
 
 class Measured:
@@ -318,7 +318,7 @@ class TestRuns:
     @pytest.mark.parametrize("stops", [(), (2,), (3, 5)], ids=["straight", "before", "after"])
     def test_warns_once_in_a_run_however_often_it_is_resumed(self, stops, tmp_path, monkeypatch, capsys):
         """The first measurement is in the second epoch; the third confirms it."""
-        monkeypatch.setattr(quality_module, "COLLAPSED", 1e9)
+        monkeypatch.setattr(quality_module, "MIN_LATENT_VARIANCE", 1e9)
         for i, epoch in enumerate(stops):
             run_with(monkeypatch, config(self.EVERY), tmp_path, resume=i > 0, after_epoch=stop_after(epoch))
         run_with(monkeypatch, config(self.EVERY), tmp_path, resume=bool(stops))

@@ -35,7 +35,7 @@ from pwm_torchrl.training import train
 
 def checkpoints(run_dir):
     """Directories by epoch."""
-    return {saved.epoch: saved.path for saved in CheckpointStore(run_dir).countable()}
+    return {saved.epoch: saved.path for saved in CheckpointStore(run_dir).resume_candidates()}
 
 
 def truncate(folder, component="model"):
