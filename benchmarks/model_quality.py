@@ -37,7 +37,7 @@ from pwm_torchrl.algorithm.quality import (  # noqa: E402
     latent_variance,
     rollout_errors,
     saturated_share,
-    start_left,
+    start_dependence,
     termination_shares,
     value_quality,
 )
@@ -88,7 +88,7 @@ def of_model(networks: Networks, episodes: Episodes, horizon: int, soft: bool) -
     latent = model.encode(slices.observation).detach()
     variance = latent_variance(latent)
     latent_nmse, reward_nmse = errors_over_variances(model, slices, variance)
-    left = start_left(model, slices.observation[:STARTS], slices.action[:, 0])
+    left = start_dependence(model, slices.observation[:STARTS], slices.action[:, 0])
     predicted, real = termination_shares(model, slices, soft)
     return {
         "latent_variance": variance.item(),

@@ -38,7 +38,7 @@ from pwm_torchrl.algorithm.build import (
     build_networks,
     build_world_model,
     compiles,
-    on,
+    to_device,
 )
 from pwm_torchrl.config import AlgorithmConfig, Config
 from pwm_torchrl.modules import Actor, CriticEnsemble, WorldModel
@@ -102,7 +102,9 @@ class PWM(Algorithm):
         actor = build_actor(cfg, latent_dim, action_dim, cfg.algorithm.temperature)
         model = build_world_model(cfg, facts)
         critic = build_critic(cfg, latent_dim, action_dim, scaled=model.reward_deviation is not None)
-        return Networks(model=on(model, device), actor=on(actor, device), critic=on(critic, device))
+        return Networks(
+            model=to_device(model, device), actor=to_device(actor, device), critic=to_device(critic, device)
+        )
 
     @classmethod
     def build_losses(cls, cfg: Config, facts: EnvFacts, networks: Networks) -> Losses:

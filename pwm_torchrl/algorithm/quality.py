@@ -20,13 +20,13 @@ from pwm_torchrl.objectives.model_loss import Slices
 from pwm_torchrl.objectives.soft_actor_loss import SATURATED, squashed_log_prob
 
 __all__ = [
-    "StartLeft",
+    "StartDependence",
     "ValueQuality",
     "effective_rank",
     "latent_variance",
     "rollout_errors",
     "saturated_share",
-    "start_left",
+    "start_dependence",
     "termination_shares",
     "value_quality",
     "within_tasks",
@@ -149,14 +149,14 @@ def termination_shares(model: WorldModel, slices: Slices, soft: bool = True) -> 
     return (1 - going).mean(), (slices.terminated & slices.valid).any(0).to(going.dtype).mean()
 
 
-class StartLeft(NamedTuple):
+class StartDependence(NamedTuple):
     """How much latents still depend on the start after 1..H imagined steps."""
 
     variance: Tensor  # [H], variance over the starts, relative to that of z_0; NaN if that is 0
     gradient: Tensor  # [H], norm of d z_h / d z_0, relative to that of the identity
 
 
-def start_left(model: WorldModel, observation: Tensor, action: Tensor, probes: int = 4) -> StartLeft:
+def start_dependence(model: WorldModel, observation: Tensor, action: Tensor, probes: int = 4) -> StartDependence:
     """Measures how much imagined latents still depend on their start.
 
     All rollouts take the same actions, so that their latents differ only because of the starts. The gradient is the
@@ -185,7 +185,7 @@ def start_left(model: WorldModel, observation: Tensor, action: Tensor, probes: i
                 (gradient,) = torch.autograd.grad(z, leaf, signs, retain_graph=True)
                 squares.append(gradient.square().sum(-1).mean())
             gradients.append((torch.stack(squares).mean() / z.shape[-1]).sqrt())
-    return StartLeft(torch.stack(variances) / latent_variance(start.detach()), torch.stack(gradients))
+    return StartDependence(torch.stack(variances) / latent_variance(start.detach()), torch.stack(gradients))
 
 
 # Actions and values ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from pwm_torchrl.algorithm.build import (
     build_actor_loss,
     build_critic,
     compiles,
-    on,
+    to_device,
 )
 from pwm_torchrl.algorithm.pwm_paper import PaperPWM, PaperWork
 from pwm_torchrl.config import AlgorithmConfig, Config
@@ -78,7 +78,9 @@ class SHAC(PaperPWM):
     def build_networks(cls, cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
         """Actor and critics, both on observations."""
         actor = build_actor(cfg, facts.observation_dim, facts.action_dim)
-        return Networks(actor=on(actor, device), critic=on(build_critic(cfg, facts.observation_dim), device))
+        return Networks(
+            actor=to_device(actor, device), critic=to_device(build_critic(cfg, facts.observation_dim), device)
+        )
 
     @classmethod
     def build_losses(cls, cfg: Config, facts: EnvFacts, networks: Networks) -> Losses:
@@ -90,9 +92,11 @@ class SHAC(PaperPWM):
             )
         simulator = simulator_of(cfg, facts)
         step = TensorDictModule(
-            Stepped(simulator), ["latent", "action"], [("next", key) for key in ("latent", "reward", "terminated")]
+            SimulatorStep(simulator),
+            ["latent", "action"],
+            [("next", key) for key in ("latent", "reward", "terminated")],
         )
-        actor, critic = Observed(simulator, networks.actor), Observed(simulator, networks.critic)
+        actor, critic = ObservingNetwork(simulator, networks.actor), ObservingNetwork(simulator, networks.critic)
         return Losses(
             actor=build_actor_loss(cfg, actor, step, critic),
             critic=PWMValueLoss(networks.critic, precision=cfg.training.precision),
@@ -186,7 +190,7 @@ def simulator_of(cfg: Config, facts: EnvFacts) -> Any:
     return simulator
 
 
-class Observed(nn.Module):
+class ObservingNetwork(nn.Module):
     """Wraps a network on observations so that it takes a simulator's states."""
 
     def __init__(self, simulator: Any, network: nn.Module) -> None:
@@ -202,7 +206,7 @@ class Observed(nn.Module):
         return smallest
 
 
-class Stepped(nn.Module):
+class SimulatorStep(nn.Module):
     """A simulator's ``step`` as a module."""
 
     def __init__(self, simulator: Any) -> None:

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 Metrics = dict[str, Tensor]
 
 #: Substrings of the error messages of PyTorch and its libraries when an allocation fails.
-REFUSALS = (
+OUT_OF_MEMORY_MESSAGES = (
     "out of memory",
     "can't allocate memory",
     "not enough memory",
@@ -45,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(link, OSError) and link.errno == errno.ENOMEM:
             return True
-        if isinstance(link, RuntimeError) and any(sign in str(link) for sign in REFUSALS):
+        if isinstance(link, RuntimeError) and any(sign in str(link) for sign in OUT_OF_MEMORY_MESSAGES):
             return True
         link = link.__cause__
     return False
@@ -81,7 +81,7 @@ class LocalExecutor:
 
     def __init__(self, losses: Losses, optimizers: Mapping[str, NetworkOptimizer]) -> None:
         self.losses, self.optimizers = losses, optimizers
-        self.undo = undo_of(optimizers, losses.return_statistics)
+        self.undo = make_undos(optimizers, losses.return_statistics)
 
     def largest_share(self, batch: int) -> int:
         """The whole batch."""
@@ -89,7 +89,7 @@ class LocalExecutor:
 
     def model(self, slices: TensorDictBase, size: int) -> tuple[Metrics, Tensor, Tensor]:
         """Model update on slices ``[B, H]``: losses, fraction of valid steps, gradient norm."""
-        follow_unit(self.losses)
+        rescale_to_reward_unit(self.losses)
         read = self.losses.model.read(slices)
         losses = self.losses.model.backward(read, size)
         return losses, read.valid.float().mean(), self._step("model")
@@ -101,7 +101,7 @@ class LocalExecutor:
 
     def critic(self, states: TensorDictBase, size: int) -> tuple[Metrics, Tensor]:
         """Critic update on states ``[S]``: losses, gradient norm."""
-        follow_unit(self.losses)
+        rescale_to_reward_unit(self.losses)
         losses = self.losses.critic.backward(states, size)
         return losses, self._step("critic")
 
@@ -212,7 +212,7 @@ class Updates:
         }
 
 
-def follow_unit(losses: Losses) -> None:
+def rescale_to_reward_unit(losses: Losses) -> None:
     """Rescale reward head and critics to the current reward unit; their predictions do not change."""
     model = losses.model
     if model is None or model.world_model.reward_deviation is None:
@@ -222,7 +222,7 @@ def follow_unit(losses: Losses) -> None:
         losses.critic.critics.rescale(model.world_model.reward_deviation.value)
 
 
-def undo_of(optimizers: Mapping[str, NetworkOptimizer], return_statistics: nn.Module | None) -> dict[str, Undo]:
+def make_undos(optimizers: Mapping[str, NetworkOptimizer], return_statistics: nn.Module | None) -> dict[str, Undo]:
     """An :class:`Undo` for each network; the actor's covers the return statistics, which its update changes, too."""
     changed = [] if return_statistics is None else [return_statistics]
     return {name: Undo(optimizer, changed if name == "actor" else []) for name, optimizer in optimizers.items()}

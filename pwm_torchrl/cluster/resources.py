@@ -45,9 +45,9 @@ __all__ = [
 #: Estimated floating-point operations per second of small matrix products, per CPU core and per GPU.
 CPU_FLOPS, GPU_FLOPS = 5e9, 8e12
 #: Seconds of overhead in an update per network evaluation of the rollout, for launching kernels.
-OVERHEAD_S = 4e-4
+LAUNCH_OVERHEAD_S = 4e-4
 #: Agent steps per second of one environment on one core, for a slow simulator with TorchRL's overhead.
-STEPS_PER_S = 500.0
+ENV_STEPS_PER_S = 500.0
 #: Factor on the estimate, minutes added for start-up, and the smallest time limit in minutes.
 SAFETY, START_UP_MIN, LEAST_MIN = 3.0, 15, 30
 
@@ -69,9 +69,9 @@ def estimated_minutes(cfg: Config, plan: Plan, cpus: int) -> int:
     calls = sum(update.per_epoch * update.steps for update in unrolled) * (evaluations + 2) * 3
     critics = sum(update.per_epoch for update in made if update.name == "critic") * 6
     envs = int(cfg.env.get("num_envs", 1)) if cfg.mode == "online" else 0
-    collection = envs * a.steps_per_env / STEPS_PER_S
-    epoch_s = arithmetic + (calls + critics) * OVERHEAD_S + collection
-    evaluation_s = int(cfg.env.get("episode_length") or 1000) * t.eval_episodes / STEPS_PER_S
+    collection = envs * a.steps_per_env / ENV_STEPS_PER_S
+    epoch_s = arithmetic + (calls + critics) * LAUNCH_OVERHEAD_S + collection
+    evaluation_s = int(cfg.env.get("episode_length") or 1000) * t.eval_episodes / ENV_STEPS_PER_S
     if cfg.mode == "pretrain":
         evaluation_s = 0.2 * epoch_s  # held-out slices, without gradients
     evaluated = t.epochs / t.eval_every if t.eval_every else 1

@@ -99,7 +99,13 @@ ACTIVE = ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNA
 #: Reasons of a waiting job that starts only after a user or an administrator releases it.
 _HELD = re.compile(r"held|hold", re.IGNORECASE)
 #: Reasons of a waiting job that can never start without a change.
-NEVER = ("PartitionConfig", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "DependencyNeverSatisfied")
+IMPOSSIBLE_REASONS = (
+    "PartitionConfig",
+    "PartitionTimeLimit",
+    "PartitionNodeLimit",
+    "BadConstraints",
+    "DependencyNeverSatisfied",
+)
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ class JobState:
     @property
     def impossible(self) -> bool:
         """Whether it waits for resources that its partition can never provide."""
-        return self.waiting and self.reason in NEVER
+        return self.waiting and self.reason in IMPOSSIBLE_REASONS
 
 
 @dataclass(frozen=True)

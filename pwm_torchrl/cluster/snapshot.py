@@ -31,7 +31,7 @@ from pwm_torchrl.terminal import warn
 
 FOLDER = ".code"
 #: Folder of the file contents that copies share, named by their hashes.
-SHARED = ".files"
+SHARED_FILES = ".files"
 #: Larger files in a user's folder count as data, not code.
 LARGEST_FILE = 16 << 20
 LARGEST_COPY = 256 << 20
@@ -55,7 +55,7 @@ _OUTPUT = ("attempts", "metrics.csv", "events.jsonl", "summary.json")
 _ENVIRONMENT = ("pyvenv.cfg", "conda-meta")
 _SITE = ("site-packages", "dist-packages")
 #: Folders beside the package in a checkout, each with a file that distinguishes it from other folders of that name.
-BESIDE = (("configs", "config.yaml"), ("launch", "train.py"))
+SIBLING_FOLDERS = (("configs", "config.yaml"), ("launch", "train.py"))
 
 
 def snapshot(runs_dir: Path, targets: Iterable[str] = ()) -> list[Path]:
@@ -74,7 +74,10 @@ def snapshot(runs_dir: Path, targets: Iterable[str] = ()) -> list[Path]:
     package = Path(pwm_torchrl.__file__).resolve().parent
     copies = []
     if package.parent.name not in _SITE:
-        parts = [package, *(package.parent / name for name, sign in BESIDE if (package.parent / name / sign).is_file())]
+        parts = [
+            package,
+            *(package.parent / name for name, sign in SIBLING_FOLDERS if (package.parent / name / sign).is_file()),
+        ]
         files = [file for part in parts for file in _own_code(part)]
         copies.append(_copy(runs_dir, package.parent, files))
     for root in sorted(_roots(targets)):
@@ -257,7 +260,7 @@ def _copy(runs_dir: Path, root: Path, files: list[Path]) -> Path:
         return target
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
-    shared = runs_dir / FOLDER / SHARED
+    shared = runs_dir / FOLDER / SHARED_FILES
     shared.mkdir(parents=True, exist_ok=True)
     for relative, file, content in contents:
         place = draft / relative

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pwm_torchrl.algorithm.base import build_parts
 from pwm_torchrl.algorithm.build import EnvFacts, Facts, Losses, NetworkOptimizer, Networks, facts_of
-from pwm_torchrl.algorithm.updates import follow_unit, is_out_of_memory, undo_of
+from pwm_torchrl.algorithm.updates import is_out_of_memory, make_undos, rescale_to_reward_unit
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import set_precision, set_threads
 from pwm_torchrl.distributed.ranks import RankGather, Ranks, RankSum, RemoteOutOfMemory
@@ -58,7 +58,7 @@ class SharedExecutor:
         before_first_update: Callable[[SharedExecutor], None] | None = None,
     ) -> None:
         self.networks, self.losses, self.optimizers = networks, losses, optimizers
-        self.undo = undo_of(optimizers, losses.return_statistics)
+        self.undo = make_undos(optimizers, losses.return_statistics)
         self.ranks = ranks
         self._before_first_update = before_first_update
         self._model_updates = 0
@@ -144,7 +144,7 @@ class SharedExecutor:
             if not ranks.is_rank_zero:
                 for key, buffer in self.networks.model.statistics().items():
                     buffer.copy_(common["statistics", key])
-            follow_unit(self.losses)
+            rescale_to_reward_unit(self.losses)
             losses = self.losses.model.backward(
                 self.losses.model.read(rows),
                 size,
@@ -191,7 +191,7 @@ class SharedExecutor:
         optimizer, ranks = self.optimizers["critic"], self.ranks
         with ranks.all_or_none():
             states = payload["rows"].auto_batch_size_(1)
-            follow_unit(self.losses)
+            rescale_to_reward_unit(self.losses)
             losses = self.losses.critic.backward(states, size, whole=(count, payload["common", "counted"]))
             total = RankSum(ranks, [*(p.grad for p in optimizer.parameters), *losses.values()])
         return self._finish("critic", total, losses)

@@ -88,7 +88,7 @@ def _bounded(cfg: Config, place: str, candidates: tuple[Candidate, ...]) -> Budg
 
 
 #: Smallest micro-batch in rows; a smaller one costs more time than recomputing a flow's substeps.
-EFFICIENT = {"model": 64, "actor": 32, "critic": 256}
+MIN_MICRO_BATCH = {"model": 64, "actor": 32, "critic": 256}
 
 
 class PlanOptions:
@@ -263,7 +263,7 @@ def _cheaper(options: PlanOptions, choices: Choices) -> Iterator[tuple[Choices, 
     half = -(-size // 2)
     smaller = choices.with_micro_batch(update, half), f"the {update} update in micro-batches of {half}"
     can_halve = options.is_open(update) and size > 1
-    if can_halve and half >= EFFICIENT[update]:
+    if can_halve and half >= MIN_MICRO_BATCH[update]:
         yield smaller
     if not choices.checkpoint_substeps and True in options.recomputes:
         yield replace(choices, checkpoint_substeps=True), "substeps recomputed in the backward pass"
@@ -276,7 +276,7 @@ def _storage_index(options: PlanOptions, choices: Choices) -> int:
 
 
 #: Host memory by which two processes of the same run may differ before they build anything.
-SPREAD = 16 * MIB
+PROCESS_VARIATION = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ class _Planner:
     def candidates(self) -> Iterator[Choices]:
         """Choices from fast to small: large micro-batches, then recomputed substeps, then small micro-batches."""
         for recompute in self.options.recomputes:
-            yield from self.sized(recompute, EFFICIENT)
+            yield from self.sized(recompute, MIN_MICRO_BATCH)
         yield from self.sized(self.options.recomputes[-1], dict.fromkeys(self.options.updates, 1))
 
     def sized(self, recompute: bool, smallest: dict[str, int]) -> Iterator[Choices]:
@@ -464,7 +464,7 @@ class _Planner:
 
     def needed(self, plan: Plan, place: str) -> str:
         """The smallest sufficient budget and the key that sets it."""
-        least = plan.prediction.total(place) / plan.share(place) + (SPREAD if place == HOST else 0)
+        least = plan.prediction.total(place) / plan.share(place) + (PROCESS_VARIATION if place == HOST else 0)
         group = "cluster" if place == HOST and self.budgets[place].source.startswith("cluster=") else "memory"
         gib = math.ceil(least / 2**30 * 100) / 100  # rounded up to what the configuration takes
         return f"{place} memory of {format_bytes(least)} ({group}.{place}_gib={gib:g})"

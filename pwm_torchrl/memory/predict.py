@@ -22,9 +22,9 @@ from pwm_torchrl.memory.storage import (
 from pwm_torchrl.memory.trace import Transient, UpdateTracer
 
 #: malloc allocates blocks of at least this many bytes with mmap, so that freeing them returns them to the kernel.
-THRESHOLD = 64 * 1024
+MMAP_THRESHOLD = 64 * 1024
 #: An update that needs less than this many bytes is faster with the usual heap, whose fragmentation then costs little.
-WORTHWHILE = 128 * 2**20
+TRIM_THRESHOLD = 128 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -37,7 +37,7 @@ def return_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, WORTHWHILE))
+    return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD))
 
 
 HOST, DEVICE, CACHE, DISK = "host", "device", "page cache", "disk"
@@ -119,7 +119,7 @@ class Prediction:
     def returns_freed_memory(self) -> bool:
         """Whether updates on the host are so large that the C library should return freed blocks to the kernel."""
         # Recomputation fragments the heap more: it allocates and frees most of its memory many times per update.
-        enough = WORTHWHILE // 8 if self.recomputes else WORTHWHILE
+        enough = TRIM_THRESHOLD // 8 if self.recomputes else TRIM_THRESHOLD
         updates = [item for item in self.items if item.what in (f"{name} update" for name in NETWORKS)]
         return self.compute == HOST and any(item.bytes > enough for item in updates)
 

@@ -118,7 +118,7 @@ class FakeTensors:
 
 #: Horizons traced in place of a longer one. The peak of a phase is linear in the horizon (a test checks this), except
 #: for short horizons, from which extrapolations were up to 11 % too low. The usual horizon of 16 is traced directly.
-SHORT = (15, 16)
+TRACED_HORIZONS = (15, 16)
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,13 @@ class UpdateTracer:
         key = (self.key, update, size)
         if key not in self._transient:
             horizon = self.updates[update].steps
-            if horizon <= SHORT[1]:
+            if horizon <= TRACED_HORIZONS[1]:
                 self._transient[key] = self._trace(update, batch, size, horizon)
             else:
-                short, longer = (self._trace(update, batch, size, h) for h in SHORT)
-                self._transient[key] = short.extended(longer, (horizon - SHORT[0]) / (SHORT[1] - SHORT[0]))
+                short, longer = (self._trace(update, batch, size, h) for h in TRACED_HORIZONS)
+                self._transient[key] = short.extended(
+                    longer, (horizon - TRACED_HORIZONS[0]) / (TRACED_HORIZONS[1] - TRACED_HORIZONS[0])
+                )
         return self._transient[key]
 
     def _trace(self, update: str, batch: int, size: int, horizon: int) -> Transient:

@@ -33,7 +33,7 @@ __all__ = [
 
 
 #: Short keys, accepted in addition to dotted keys of the configuration.
-SHORT = ("env", "model", "size", "seed", "status")
+RUN_ATTRIBUTES = ("env", "model", "size", "seed", "status")
 _NAMED = 8  # maximum number of values in a message
 _STEPS = 6  # maximum number of options proposed for an ambiguous comparison
 
@@ -43,7 +43,7 @@ class Condition:
     """A condition ``KEY=VALUE``, ``KEY=VALUE,VALUE`` or ``KEY!=VALUE``, as typed.
 
     Attributes:
-        key: one of :data:`SHORT`, or a dotted key of the configuration.
+        key: one of :data:`RUN_ATTRIBUTES`, or a dotted key of the configuration.
         values: accepted values.
         negated: whether ``values`` are the rejected values instead.
     """
@@ -119,8 +119,8 @@ def newest(runs: Sequence[RunReport]) -> list[RunReport]:
 def _check(condition: Condition, runs: Sequence[RunReport]) -> None:
     """Raise ConfigurationError if a condition's key is unknown, or no run has one of its values."""
     key = condition.key
-    if key not in SHORT and key not in schema_keys() and not any(_look_up(run, key)[0] for run in runs):
-        known = [*SHORT, *schema_keys(), *(f"env.{name}" for name in _env_keys(runs))]
+    if key not in RUN_ATTRIBUTES and key not in schema_keys() and not any(_look_up(run, key)[0] for run in runs):
+        known = [*RUN_ATTRIBUTES, *schema_keys(), *(f"env.{name}" for name in _env_keys(runs))]
         raise ConfigurationError(f"--where {condition}: unknown key{nearest_sentence(key, known)}")
     if condition.negated:
         return
@@ -144,7 +144,7 @@ def _env_keys(runs: Iterable[RunReport]) -> list[str]:
 
 def _look_up(run: RunReport, key: str) -> tuple[bool, Any]:
     """Whether a run has a key, and its value."""
-    if key in SHORT:
+    if key in RUN_ATTRIBUTES:
         value = getattr(run, key)
         return value is not None, value
     if run.config is None:

@@ -17,7 +17,7 @@ from pwm_torchrl.algorithm.quality import (
     not_compiled,
     rollout_errors,
     saturated_share,
-    start_left,
+    start_dependence,
     termination_shares,
     value_quality,
     within_tasks,
@@ -147,7 +147,7 @@ class TestTerminations:
 class TestStartLeft:
     def test_of_a_linear_map(self) -> None:
         torch.manual_seed(0)
-        left = start_left(Linear(scale=0.5), torch.randn(20, 4), torch.randn(3, 4))
+        left = start_dependence(Linear(scale=0.5), torch.randn(20, 4), torch.randn(3, 4))
         assert left.variance.tolist() == pytest.approx([0.25, 0.25**2, 0.25**3], rel=1e-4)
         assert left.gradient.tolist() == pytest.approx([0.5, 0.25, 0.125], rel=1e-5)
 
@@ -156,7 +156,7 @@ class TestStartLeft:
         torch.manual_seed(0)
         expected = torch.rand(1)
         torch.manual_seed(0)
-        start_left(model, torch.zeros(4, 3), torch.zeros(2, 2))
+        start_dependence(model, torch.zeros(4, 3), torch.zeros(2, 2))
         assert torch.rand(1) == expected
         assert all(p.grad is None for p in model.parameters())
 

@@ -17,7 +17,7 @@ from pwm_torchrl.config import NETWORKS
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory import plan as plan_module
 from pwm_torchrl.memory import predict as predict_module
-from pwm_torchrl.memory.plan import EFFICIENT, PlanOptions, halvings, make_plan
+from pwm_torchrl.memory.plan import MIN_MICRO_BATCH, PlanOptions, halvings, make_plan
 from pwm_torchrl.memory.predict import DEVICE, DISK, HOST, Choices
 from pwm_torchrl.memory.readings import GIB, MIB
 from pwm_torchrl.memory.storage import replay_bytes
@@ -142,20 +142,20 @@ class TestOrderOfPreference:
         assert found.choices.checkpoint_substeps
         for update in NETWORKS:
             size = found.choices.micro_batch(update)
-            assert size is None or size >= EFFICIENT[update]
+            assert size is None or size >= MIN_MICRO_BATCH[update]
 
     def test_small_micro_batches_come_last(self):
         found = plan((self.efficient(recompute=True) - 1) / USABLE, changes=DEEP)
         assert found.choices.checkpoint_substeps
         sizes = {update: found.choices.micro_batch(update) for update in NETWORKS}
-        assert any(size is not None and size < EFFICIENT[update] for update, size in sizes.items())
+        assert any(size is not None and size < MIN_MICRO_BATCH[update] for update, size in sizes.items())
 
     def efficient(self, recompute: bool) -> int:
         """Bytes of a plan with the smallest efficient micro-batches."""
         options = PlanOptions(automatic(DEEP), FACTS, HOST)
         choices = Choices(checkpoint_substeps=recompute, replay_storage="disk")
         for update in NETWORKS:
-            choices = choices.with_micro_batch(update, min(EFFICIENT[update], options.batch(update)))
+            choices = choices.with_micro_batch(update, min(MIN_MICRO_BATCH[update], options.batch(update)))
         return options.bytes_needed(choices)
 
     def test_an_mlp_is_never_recomputed(self):

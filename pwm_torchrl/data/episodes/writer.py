@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from pwm_torchrl.envs.tasks import TaskSet
 
 __all__ = [
-    "Busy",
     "ByteProgress",
     "EpisodeRows",
+    "StoreLocked",
     "StoreWriter",
     "locked",
     "stage_store",
@@ -45,7 +45,7 @@ __all__ = [
 # Lock -----------------------------------------------------------------------------------------------------------------
 
 
-class Busy(RuntimeError):
+class StoreLocked(RuntimeError):
     """Another process holds the lock; the message names the process if it is known."""
 
 
@@ -60,7 +60,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         wait (bool): wait until the lock is free. Defaults to ``False``.
 
     Raises:
-        Busy: if another process holds the lock and ``wait`` is off.
+        StoreLocked: if another process holds the lock and ``wait`` is off.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
@@ -68,7 +68,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
-            raise Busy(holder or "another process") from error
+            raise StoreLocked(holder or "another process") from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         yield
@@ -168,7 +168,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
             self._begin_folder()
             try:
                 stack.enter_context(locked(self.path / LOCK_FILE))
-            except Busy as busy:
+            except StoreLocked as busy:
                 raise ConfigurationError(
                     f"{busy} is importing into the episode store {self.path}; wait until it is done"
                 ) from busy
