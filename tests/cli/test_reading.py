@@ -45,6 +45,8 @@ def is_refused(key: str, config: Config) -> bool:
     """Whether a key is refused where it is typed."""
     if any(rule.covers(key) and not rule.allows(config) for rule in USAGE_RULES):
         return True
+    if not is_used(key, config.algorithm.name, config.mode):
+        return True
     if config.mode != "extract" or not is_world_model_key(key):
         return False
     with pytest.raises(ConfigurationError, match=key):
