@@ -82,16 +82,14 @@ class PWM(Algorithm):
         a = cfg.algorithm
         if cfg.mode == "pretrain":
             return [Update("model", "slices", a.model_batch, a.model_updates, a.slice_length)]
-        if cfg.mode == "extract":
-            sets = min(a.max_updates, a.actor_updates)
-        else:
-            sets = updates_per_epoch(a, a.steps_per_env * int(cfg.env.get("num_envs") or 1))
+        stored = cfg.mode == "extract"
+        sets = sets_per_epoch(a, None if stored else a.steps_per_env * int(cfg.env.get("num_envs") or 1))
         policy = [
             Update("critic", "transitions", a.critic_batch, sets),
             Update("actor", "rollouts", a.actor_batch, sets, a.horizon),
         ]
         model = Update("model", "slices", a.model_batch, sets, a.slice_length)
-        return policy if cfg.mode == "extract" and not cfg.finetune else [model, *policy]
+        return policy if stored and not cfg.finetune else [model, *policy]
 
     @classmethod
     def build_networks(cls, cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
@@ -202,9 +200,7 @@ class PWM(Algorithm):
         first = 0 if self.started or "model" not in self.optimizers else self.first_model_updates
         if "actor" not in self.optimizers:
             return SetWork(first if first else cfg.model_updates)
-        if self.stored:
-            return SetWork(first, sets=min(cfg.max_updates, cfg.actor_updates))
-        return SetWork(first, sets=updates_per_epoch(cfg, batch.numel()))
+        return SetWork(first, sets=sets_per_epoch(cfg, None if self.stored else batch.numel()))
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -220,9 +216,10 @@ class PWM(Algorithm):
             self.target_critic.load_state_dict(state_dict["target_critic"])
 
 
-def updates_per_epoch(algorithm: AlgorithmConfig, agent_steps: int) -> int:
-    """Number of update sets after ``agent_steps`` collected steps."""
-    return min(algorithm.max_updates, algorithm.wanted_sets(agent_steps))
+def sets_per_epoch(algorithm: AlgorithmConfig, agent_steps: int | None) -> int:
+    """Number of update sets after ``agent_steps`` collected steps; ``None``: from stored episodes."""
+    wanted = algorithm.actor_updates if agent_steps is None else algorithm.wanted_sets(agent_steps)
+    return min(algorithm.max_updates, wanted)
 
 
 @torch.no_grad()

@@ -71,6 +71,18 @@ class TestSets:
         assert made.algorithm.updates.made == 3 + 3 * wanted
         assert steps != 80 or wanted == expected
 
+    @pytest.mark.parametrize("mode", ["online", "extract"])
+    def test_the_table_and_the_epoch_have_the_same_number(self, mode: str) -> None:
+        envs, steps = trajectories().shape
+        changes = {"algorithm.max_updates": 100, "algorithm.actor_updates": 7, "algorithm.collect_steps": steps}
+        cfg = config({**CONFIG, **changes, "mode": mode, "env.num_envs": envs})
+        made = bench(**changes)
+        made.algorithm.stored = mode == "extract"
+        made.step()
+        planned = {update.per_epoch for update in made.algorithm.updates_of(cfg)}
+        assert planned == {(made.algorithm.updates.made - 3) // 3}
+        assert (planned == {7}) == (mode == "extract")
+
     def test_rates_are_constant(self) -> None:
         made = bench()
         rows = [made.step() for _ in range(4)]
