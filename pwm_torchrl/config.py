@@ -353,7 +353,7 @@ class AlgorithmConfig(Section):
     log_std_init: float = -1.0  # actor's state-independent log standard deviation
     log_std_min: float = -1.427
     compile: Any = one_of("auto", "true", "false")  # compile the evaluation of the dynamics; auto: where a run is long
-    # enough to pay for it, as measured on a CPU (:func:`pwm_torchrl.algorithm.base.pays_to_compile`)
+    # enough to pay for it, as measured on a CPU (:func:`pwm_torchrl.algorithm.cost.pays_to_compile`)
 
     @property
     def steps_per_env(self) -> int:

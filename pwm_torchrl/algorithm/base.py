@@ -32,7 +32,6 @@ from pwm_torchrl.config import ALGORITHMS, AlgorithmConfig, Config, micro_batch_
 from pwm_torchrl.devices import to_device
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import RewardScale
-from pwm_torchrl.modules.dynamics import dynamics_class
 from pwm_torchrl.user_code import locate
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "Update",
     "build_parts",
     "find_algorithm",
-    "pays_to_compile",
     "updates_of",
 ]
 
@@ -457,22 +455,3 @@ def build_parts(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu"
     algorithm = find_algorithm(cfg.algorithm.name)
     networks = algorithm.build_networks(cfg, facts, device)
     return Parts(networks, algorithm.build_losses(cfg, facts, networks), build_optimizers(cfg, networks))
-
-
-#: A run with at least this many evaluations of the dynamics network (each with its gradient) is compiled. Measured CPU
-#: time on one thread with AVX-512: compiling saves 0.14 ms of 1.05 ms per evaluation at ``tiny``, and 1.1 ms of 21.5 ms
-#: at ``5m`` (flow_v2, float32). The first compilation takes up to two minutes on a busy machine, and 2 s with a warm
-#: cache.
-COMPILE_FROM = 500_000
-
-
-def pays_to_compile(cfg: Config) -> bool:
-    """Whether ``algorithm.compile=auto`` compiles: only in a long run on a CPU, since the GPU was not measured."""
-    if find_algorithm(cfg.algorithm.name).simulates:
-        return False
-    d, updates = cfg.model.dynamics, updates_of(cfg)
-    evaluations = dynamics_class(d.kind, d.parameterization).evaluations_with(d.solver, d.substeps)
-    imagined = d.imagination_substeps or evaluations
-    each = {"model": 1 + imagined if cfg.model.loss.few_step_rollout else evaluations, "actor": imagined}
-    made = sum(updates[name].per_epoch * updates[name].steps * each[name] for name in each if name in updates)
-    return cfg.device in ("auto", "cpu") and cfg.training.epochs * made >= COMPILE_FROM

@@ -55,18 +55,12 @@ SAFETY, START_UP_MIN, LEAST_MIN = 3.0, 15, 30
 def estimated_minutes(cfg: Config, plan: Plan, cpus: int) -> int:
     """Estimated time limit for the whole run, in minutes."""
     a, t = cfg.algorithm, cfg.training
-    parameters = sum(item.bytes for item in plan.prediction.items if item.what == "parameters") / 4
-    evaluations = plan.prediction.evaluations
-    if plan.choices.checkpoint_substeps:
-        evaluations += evaluations
     made = plan.prediction.updates
-    unrolled = [update for update in made if update.name != "critic"]
-    # Forward and backward: six operations per parameter and row.
-    rows = sum(update.per_epoch * update.batch * update.steps for update in unrolled)
-    flops = 6 * parameters * rows * evaluations
     on_gpu = plan.prediction.compute == "device"
-    arithmetic = flops / (GPU_FLOPS if on_gpu else CPU_FLOPS * cpus)
-    calls = sum(update.per_epoch * update.steps for update in unrolled) * (evaluations + 2) * 3
+    arithmetic = plan.prediction.operations / (GPU_FLOPS if on_gpu else CPU_FLOPS * cpus)
+    steps = sum(update.per_epoch * update.steps for update in made if update.name != "critic")
+    # The dynamics and two other networks per step: forward and backward, and forward again if that is recomputed.
+    calls = (plan.prediction.evaluations + 2 * steps) * (4 if plan.choices.checkpoint_substeps else 3)
     critics = sum(update.per_epoch for update in made if update.name == "critic") * 6
     envs = int(cfg.env.get("num_envs", 1)) if cfg.mode == "online" else 0
     collection = envs * a.steps_per_env / ENV_STEPS_PER_S

@@ -7,8 +7,8 @@ import ctypes
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pwm_torchrl.algorithm.base import Update, find_algorithm, pays_to_compile
-from pwm_torchrl.algorithm.build import compiles
+from pwm_torchrl.algorithm.base import Update, find_algorithm
+from pwm_torchrl.algorithm.cost import evaluations_per_epoch, will_compile
 from pwm_torchrl.config import NETWORKS, Config, micro_batch_key
 from pwm_torchrl.memory.readings import GIB, MIB, format_bytes, read_process
 from pwm_torchrl.memory.storage import (
@@ -93,7 +93,8 @@ class Prediction:
         base (int): host bytes that the process holds before it builds anything; part of the host's total.
         recomputes (bool): whether substeps are recomputed in the backward pass.
         updates (tuple of Update): the updates of an epoch.
-        evaluations (int): network evaluations per step of a rollout.
+        evaluations (int): calls of the dynamics network per epoch.
+        operations (float): floating-point operations of the updates per epoch.
     """
 
     items: tuple[Item, ...]
@@ -102,7 +103,8 @@ class Prediction:
     base: int
     recomputes: bool = False
     updates: tuple[Update, ...] = ()
-    evaluations: int = 1
+    evaluations: int = 0
+    operations: float = 0.0
 
     def total(self, place: str) -> int:
         """Peak bytes in one place."""
@@ -191,7 +193,7 @@ def predict(
             items.append(
                 Item("pinned buffer", 2 * sampled, HOST, "the sampled batch and its pinned copy for the transfer")
             )
-    if compiles(cfg) or (str(cfg.algorithm.compile).lower() == "auto" and pays_to_compile(cfg)):
+    if will_compile(cfg):
         items.append(Item("compiler", COMPILER_BYTES, HOST, "torch.compile and the C++ compiler (estimate)"))
     items += _environments(cfg, facts)
     if not find_algorithm(cfg.algorithm.name).simulates:
@@ -208,7 +210,8 @@ def predict(
         base,
         choices.checkpoint_substeps,
         tuple(tracer.updates.values()),
-        tracer.evaluations,
+        evaluations_per_epoch(cfg),
+        tracer.operations,
     )
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pwm_torchrl.algorithm.base import build_parts, find_algorithm, updates_of
 from pwm_torchrl.algorithm.build import EnvFacts
+from pwm_torchrl.algorithm.cost import operations_per_epoch
 from pwm_torchrl.algorithm.pwm import PWM, q_targets
 from pwm_torchrl.algorithm.updates import Undo
 from pwm_torchrl.config import Config
@@ -220,11 +221,10 @@ class UpdateTracer:
             return [name for name, _ in self._updates().networks.items()]
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations per step of a rollout: those of the dynamics, or one without a model."""
+    def operations(self) -> float:
+        """Floating-point operations of the updates per epoch."""
         with self._fake:
-            model = self._updates().networks.model
-        return 1 if model is None else model.dynamics.evaluations
+            return operations_per_epoch(self.cfg, self._updates().networks)
 
     def transient(self, update: str, micro_batch: int | None = None) -> Transient:
         """Memory of one update with ``micro_batch`` rows per backward pass; ``None`` for the whole batch at once."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from pwm_torchrl.algorithm.base import find_algorithm, updates_of
+from pwm_torchrl.algorithm.base import find_algorithm
 from pwm_torchrl.algorithm.build import EnvFacts
+from pwm_torchrl.algorithm.cost import operations_per_epoch
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import available_cpus, hardware_name
 from pwm_torchrl.errors import ConfigurationError
@@ -33,7 +34,6 @@ _NEWEST = 200  # maximum number of run directories to read
 _EPOCHS = 5  # minimum number of epochs of an earlier run for its time to count
 _MEASURED_S = 0.2  # seconds for measuring the rate of this machine
 _AT_ONCE = 4  # matrix products per measurement
-_FORWARD, _TRAINED = 2, 6  # operations per parameter and row, without and with a backward pass
 
 
 @dataclass(frozen=True)
@@ -119,32 +119,9 @@ def predicted_duration(cfg: Config, facts: EnvFacts, device: torch.device) -> Du
 
 
 def operations(cfg: Config, facts: EnvFacts) -> float:
-    """Floating-point operations of an epoch's updates.
-
-    A linear layer takes two operations per parameter and row in the forward pass, and twice as many in the backward
-    pass.
-    """
+    """Floating-point operations of an epoch's updates; nothing is allocated."""
     with torch.device("meta"):
-        networks = find_algorithm(cfg.algorithm.name).build_networks(cfg, facts, "meta")
-
-    def size(*modules: Any) -> int:
-        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
-
-    model, step, imagined = networks.model, 0, 0
-    if model is not None:
-        dynamics, reward = model.dynamics, size(model.reward)
-        step = size(dynamics) * dynamics.evaluations + reward
-        imagined = size(dynamics) * dynamics.imagined_evaluations + reward
-    total = 0.0
-    for name, update in updates_of(cfg).items():
-        rows = update.batch * update.per_epoch * update.steps
-        if name == "model":  # slices: an encoded target and a transition per step
-            total += rows * (_TRAINED * step + _FORWARD * size(model.encoder))
-        elif name == "actor":  # rollouts: an action and a transition per step
-            total += rows * _TRAINED * (imagined + size(networks.actor))
-        else:
-            total += rows * _TRAINED * size(networks.critic)
-    return total
+        return operations_per_epoch(cfg, find_algorithm(cfg.algorithm.name).build_networks(cfg, facts, "meta"))
 
 
 def measured_rate(cfg: Config, device: torch.device) -> float:

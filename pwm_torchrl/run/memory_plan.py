@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from pwm_torchrl.algorithm.base import pays_to_compile
 from pwm_torchrl.algorithm.build import compiles
+from pwm_torchrl.algorithm.cost import pays_to_compile
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError

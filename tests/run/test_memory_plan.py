@@ -14,7 +14,7 @@ import pytest
 import torch
 from training_cases import CLOCKWORK, assert_equal, config, rows_of, run_with, stop_after, weights_of
 
-from pwm_torchrl.algorithm.base import COMPILE_FROM
+from pwm_torchrl.algorithm.cost import COMPILE_FROM
 from pwm_torchrl.config import AlgorithmConfig, Config, DynamicsConfig
 from pwm_torchrl.envs.facts import environment_facts
 from pwm_torchrl.errors import ConfigurationError, EnvironmentFault
@@ -215,7 +215,7 @@ class TestCompile:
             ({"solver": "heun", "substeps": 4}, 7 + 7),
             ({"solver": "euler", "substeps": 8}, 8 + 8),
             ({"parameterization": "tangent", "solver": "heun", "substeps": 4}, 8 + 8),
-            ({"solver": "heun", "substeps": 4, "imagination_substeps": 1}, 7 + 1),
+            ({"solver": "heun", "substeps": 4, "imagination_substeps": 1}, (7 + 1) + 1),
             ({"kind": "pwm_torchrl.modules.MLPDynamics"}, 1 + 1),
         ],
     )
