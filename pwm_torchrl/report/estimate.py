@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,25 +11,47 @@ from typing import Any
 
 import torch
 
-from pwm_torchrl.algorithm.base import find_algorithm
+from pwm_torchrl.algorithm.base import Update, find_algorithm, updates_of
 from pwm_torchrl.algorithm.build import EnvFacts
-from pwm_torchrl.algorithm.cost import operations_per_epoch
+from pwm_torchrl.algorithm.cost import operations_per_epoch, will_compile
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import available_cpus, hardware_name
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import find_runs
-from pwm_torchrl.run.directory import load_config, read_summary
+from pwm_torchrl.run.directory import flattened, load_config, read_summary
 from pwm_torchrl.run.metrics import read_metrics
 
 __all__ = ["Duration", "cost_lines", "earlier_duration", "operations", "parameter_counts", "predicted_duration"]
 
 _LABELS = {"model": "world model", "actor": "actor", "critic": "critics"}
-#: Keys that determine an epoch's time; a key that ends in a dot stands for its whole section.
-_TIMED = (
-    "mode", "model.dynamics.", "size.", "algorithm.horizon", "algorithm.collect_steps", "algorithm.actor_batch",
+#: Keys that do not decide how long an epoch takes; one that ends in a dot stands for its whole section. Runs are
+#: compared in all other keys, so that a new one makes them differ until it is listed here.
+_UNTIMED = (
+    "pretraining", "init_from", "init_from_parts", "seed", "runs_dir", "run_dir", "logger.",
+    # the hardware is compared by its name, which on a CPU includes the threads
+    "device", "cluster.",
+    # labels
+    "model.name", "size.name",
+    # the world model's dynamics and sizes are part of an extraction's configuration
+    "world_model", "world_model_sha256",
+    # length of the run
+    "training.epochs", "training.steps", "training.progress", "training.video", "training.keep_checkpoints",
+    # factors in the losses; of a weight only counts whether it is 0
+    "model.vmin", "model.vmax", "model.reward_space", "model.loss.form", "model.loss.rho", "model.loss.dynamics_coef",
+    "model.loss.reward_coef", "model.loss.termination_coef", "algorithm.gamma", "algorithm.lmbda",
+    "algorithm.target_rate", "algorithm.temperature", "algorithm.target_entropy", "algorithm.log_std_init",
+    "algorithm.log_std_min",
+    # factors in the optimizers
+    "algorithm.model_lr", "algorithm.actor_lr", "algorithm.critic_lr", "algorithm.temperature_lr", "algorithm.final_lr",
+    "algorithm.model_betas", "algorithm.actor_betas", "algorithm.critic_betas",
+    "algorithm.model_grad_norm", "algorithm.actor_grad_norm", "algorithm.critic_grad_norm",
+    # what they decide is compared instead: the updates, and whether the run is compiled
+    "algorithm.updates_per_step", "algorithm.max_updates", "algorithm.critic_batch", "algorithm.actor_batch",
     "algorithm.actor_updates", "algorithm.model_batch", "algorithm.model_updates", "algorithm.critic_passes",
     "algorithm.critic_minibatches", "algorithm.compile",
 )  # fmt: skip
+#: Keys that say which environment or task it is; runs that differ in no others count where there are none of the same.
+_PLACE = ("env.name", "env.id", "env.domain", "env.task", "task")
 _NEWEST = 200  # maximum number of run directories to read
 _EPOCHS = 5  # minimum number of epochs of an earlier run for its time to count
 _MEASURED_S = 0.2  # seconds for measuring the rate of this machine
@@ -63,7 +85,8 @@ def cost_lines(cfg: Config, facts: EnvFacts, hardware: str, device: torch.device
     counts = parameter_counts(cfg, facts)
     words = ", ".join(f"{_LABELS[name]} {count:,}" for name, count in counts.items())
     lines = [f"parameters: {sum(counts.values()):,} ({words})"]
-    found = earlier_duration(cfg, hardware)
+    on_gpu = cfg.cluster.gpu is not None and cfg.device != "cpu" if device is None else device.type == "cuda"
+    found = earlier_duration(cfg, hardware, "cuda" if on_gpu else "cpu")
     if found is None and device is not None:
         found = predicted_duration(cfg, facts, device)
     if found is None:
@@ -79,10 +102,15 @@ def parameter_counts(cfg: Config, facts: EnvFacts) -> dict[str, int]:
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
 
-def earlier_duration(cfg: Config, hardware: str) -> Duration | None:
-    """Hours from earlier runs in ``runs_dir`` with equal networks and updates on equal hardware; ``None`` without any.
+def earlier_duration(cfg: Config, hardware: str, kind: str = "cpu") -> Duration | None:
+    """Hours from earlier runs in ``runs_dir`` on equal hardware whose epochs do the same; ``None`` without any.
 
-    Uses the runs in the same environment if there are any, else those in all environments.
+    Uses the runs in the same environment or task if there are any, else those in others of the same kind and number.
+
+    Args:
+        cfg: the run's configuration.
+        hardware: name of its hardware, as in ``summary.json``.
+        kind: type of its device, ``"cpu"`` or ``"cuda"``.
     """
     try:
         paths = find_runs([Path(cfg.runs_dir).expanduser()])
@@ -90,25 +118,28 @@ def earlier_duration(cfg: Config, hardware: str) -> Duration | None:
         return None
     newest = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[:_NEWEST]
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    wanted = _timed(cfg)
+    settings, work = _settings(cfg), _work(cfg, kind)
     for run in newest:
         if read_summary(run).get("hardware") != hardware:
             continue
         try:
             other = load_config(run)
             times = [t for t in read_metrics(run / "metrics.csv").get("time/epoch_s", [])[1:] if t == t]
+            theirs = _settings(other)
+            # The work last: it imports the algorithm and the dynamics, which are the same ones if the settings are.
+            alike = len(times) >= _EPOCHS and _timed(theirs) == _timed(settings) and _work(other, kind) == work
         except (ConfigurationError, OSError, ValueError):  # damaged: skipped here, reported by the report
             continue
-        if len(times) >= _EPOCHS and _timed(other) == wanted:
-            seconds[other.env.get("name") == cfg.env.get("name")].append(fmean(times))
-    alike = seconds[True] or seconds[False]
-    if not alike:
+        if alike:
+            seconds[_place(theirs) == _place(settings)].append(fmean(times))
+    known = seconds[True] or seconds[False]
+    if not known:
         return None
     where = "" if seconds[True] else " of other environments"
     source = (
-        f"as {len(alike)} earlier run{'s' if len(alike) > 1 else ''}{where} of this size took per epoch on {hardware}"
+        f"as {len(known)} earlier run{'s' if len(known) > 1 else ''}{where} of this size took per epoch on {hardware}"
     )
-    return Duration(cfg.training.epochs * fmean(alike) / 3600, source)
+    return Duration(cfg.training.epochs * fmean(known) / 3600, source)
 
 
 def predicted_duration(cfg: Config, facts: EnvFacts, device: torch.device) -> Duration:
@@ -150,20 +181,29 @@ def hardware_of(cfg: Config, device: torch.device | None) -> str:
     return str(cfg.cluster.gpu or cfg.cluster.name)
 
 
-def _timed(cfg: Config) -> dict[str, Any]:
-    found = dict(_leaves({key: getattr(cfg, key) for key in ("mode", "model", "size", "algorithm")}))
-    keys = (key for key in found if any(key == each or (each[-1] == "." and key.startswith(each)) for each in _TIMED))
-    timed = {key: found[key] for key in keys if key not in ("size.name", "model.name")}
-    return {**timed, "env.num_envs": cfg.env.get("num_envs")}
+def _settings(cfg: Config) -> dict[str, Any]:
+    return flattened(dataclasses.asdict(cfg))
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items: Iterable[tuple[str, Any]] = tree.items() if isinstance(tree, dict) else vars(tree).items()
-    for key, value in items:
-        if hasattr(value, "__dataclass_fields__"):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def _place(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: settings.get(key) for key in _PLACE}
+
+
+def _timed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide how long an epoch takes, apart from those that are read from the updates."""
+    sections, keys = (tuple(key for key in _UNTIMED if key.endswith(".") is section) for section in (True, False))
+    timed = {
+        key: bool(value) if key.endswith("_weight") else value
+        for key, value in settings.items()
+        if key not in (*keys, *_PLACE) and not key.startswith(sections)
+    }
+    processes = max(1, settings["cluster.gpus"]) * settings["cluster.nodes"]
+    return {**timed, "processes": processes, "cluster.gres": settings["cluster.gres"]}
+
+
+def _work(cfg: Config, kind: str) -> tuple[dict[str, Update], bool]:
+    """The updates of an epoch, and whether they are compiled on a kind of device."""
+    return updates_of(cfg), will_compile(dataclasses.replace(cfg, device=kind))
 
 
 def _hours(hours: float) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ pytest.importorskip("hydra")
 
 from report_cases import config, write_run
 
-from pwm_torchrl.config import AlgorithmConfig
+from pwm_torchrl.config import AlgorithmConfig, Config
+from pwm_torchrl.report import estimate
 from pwm_torchrl.report.estimate import cost_lines, earlier_duration, operations, parameter_counts, predicted_duration
+from pwm_torchrl.run.directory import save_config
 from pwm_torchrl.run.stored_episodes import run_facts
 
 HERE = "a CPU, 2 threads"
@@ -24,8 +27,11 @@ def facts():
     return run_facts(config("model=mlp"))
 
 
+EPOCHS = "training.epochs=3600"
+
+
 def earlier(folder, name, *words, seconds, hardware=HERE, count=10):
-    run = write_run(folder / name, *words, hardware=hardware, status="finished")
+    run = write_run(folder / name, EPOCHS, *words, hardware=hardware, status="finished")
     rows = [
         f"{epoch},{100.0 if epoch == 1 else seconds}" for epoch in range(1, count + 1)
     ]  # the first one takes longer
@@ -33,7 +39,7 @@ def earlier(folder, name, *words, seconds, hardware=HERE, count=10):
 
 
 def asked(folder, *words):
-    cfg = config("model=mlp", "training.epochs=3600", *words)
+    cfg = config("model=mlp", EPOCHS, *words)
     cfg.runs_dir = str(folder)
     return cfg
 
@@ -57,15 +63,108 @@ def test_hours_of_earlier_runs_of_this_size_on_this_hardware(tmp_path):
 
 def test_runs_of_other_environments_count_where_there_are_no_others(tmp_path):
     for name in ("one", "two"):
-        cfg = config("model=mlp")
-        cfg.env = {**cfg.env, "name": name}
-        run = write_run(tmp_path / name, "model=mlp", hardware=HERE)
+        run = write_run(tmp_path / name, "model=mlp", EPOCHS, hardware=HERE)
         (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("name: pendulum", f"name: {name}"))
         (run / "metrics.csv").write_text("epoch,time/epoch_s\n" + "".join(f"{e},5\n" for e in range(9)))
     found = earlier_duration(asked(tmp_path), HERE)
     assert found is not None
     assert found.hours == pytest.approx(5.0)
     assert "other environments" in found.source
+
+
+def changed(cfg, values):
+    """A configuration with other values of dotted keys."""
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        if sections == ["env"]:
+            cfg.env = {**cfg.env, leaf: value}
+        else:
+            setattr(functools.reduce(getattr, sections, cfg), leaf, value)
+    return cfg
+
+
+def compared(folder, values):
+    """The estimate for a run from an earlier one of two seconds per epoch that differs in some values."""
+    run = folder / "run"
+    run.mkdir()
+    save_config(changed(config("model=mlp", EPOCHS), values), run)
+    (run / "summary.json").write_text(json.dumps({"hardware": HERE}))
+    (run / "metrics.csv").write_text("epoch,time/epoch_s\n" + "".join(f"{e},2\n" for e in range(9)))
+    return earlier_duration(asked(folder), HERE)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"algorithm.updates_per_step": 0.25},
+        {"algorithm.updates_per_step": 4.0, "algorithm.max_updates": 999},
+        {"algorithm.max_updates": 8},
+        {"algorithm.critic_batch": 4096},
+        {"algorithm.slice_steps": 50},
+        {"algorithm.collect_steps": 17},
+        {"algorithm.state_std": False},
+        {"algorithm.name": "pwm_paper"},
+        {"algorithm.compile": False},
+        {"training.precision": "bf16"},
+        {"training.replay_storage": "disk"},
+        {"training.eval_every": 1},
+        {"model.loss.one_step_weight": 0.0},
+        {"model.dynamics.kind": "residual"},
+        {"size.critic_units": [999]},
+        {"memory.model_micro_batch": 1},
+        {"cluster.gpus": 2},
+        {"env.num_envs": 9},
+        {"env.action_repeat": 2},
+        {"env._target_": "my_package.make_env"},
+        {"env.unheard_of": 1},
+    ],
+    ids=str,
+)
+def test_a_run_whose_epochs_do_something_else_tells_nothing(tmp_path, values):
+    assert compared(tmp_path, values) is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 5, "algorithm.gamma": 0.9, "algorithm.actor_betas": [0.5, 0.9], "model.loss.rho": 0.5},
+        {"training.epochs": 3000, "training.video": False, "runs_dir": "elsewhere"},
+        {"model.loss.one_step_weight": 0.5},
+        {"algorithm.max_updates": 999},  # 64 sets, as before
+        {"algorithm.model_updates": 999},  # nothing reads it
+        {"algorithm.compile": True},  # as "auto" does in a run of this length
+        {"cluster.partition": "gpu", "cluster.gpus": 1, "logger.project": "x"},
+    ],
+    ids=str,
+)
+def test_a_run_whose_epochs_do_the_same_is_an_example(tmp_path, values):
+    found = compared(tmp_path, values)
+    assert found is not None
+    assert found.hours == pytest.approx(2.0)
+    assert "other environments" not in found.source
+
+
+def test_on_a_gpu_auto_never_compiles(tmp_path):
+    assert compared(tmp_path, {"training.epochs": 10}) is None
+    assert earlier_duration(asked(tmp_path), HERE, "cuda") is not None
+
+
+def test_a_key_of_a_later_version_counts():
+    @dataclass
+    class Later(AlgorithmConfig):
+        unheard_of: int = 1
+
+    cfg = config("model=mlp")
+    later = [replace(cfg, algorithm=Later(**asdict(cfg.algorithm), unheard_of=number)) for number in (1, 2)]
+    one, other = (estimate._timed(estimate._settings(each)) for each in later)
+    assert one != other
+
+
+def test_the_keys_that_do_not_count_are_keys():
+    settings = estimate._settings(config())
+    known = {*settings, *(f"{key.name}." for key in fields(Config))}
+    assert not {*estimate._UNTIMED} - known
+    assert {key for key in estimate._UNTIMED if key.endswith(".")} == {"cluster.", "logger."}
 
 
 def test_parameters_are_those_of_the_published_sizes(facts):
