@@ -334,6 +334,7 @@ PWMTrainerConfig = entry(
     TrainerConfig,
     make_torchrl_trainer,
     "pwm_torchrl.training.make_torchrl_trainer",
+    "Trains by ``algorithm=pwm_paper``, the published algorithm, and not by ``algorithm=pwm``, the default of runs. "
     "World model, actor and critics are described here, once; collector and losses have ``_partial_: true`` and get "
     "them from the trainer, so that all parts share one set of networks. ``algorithm`` holds keys of "
     ":class:`~pwm_torchrl.config.AlgorithmConfig`.",

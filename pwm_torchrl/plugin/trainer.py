@@ -1,4 +1,4 @@
-"""TorchRL's Trainer with PWM's updates, which sample from a TorchRL replay buffer."""
+"""TorchRL's Trainer with the published PWM's updates, which sample from a TorchRL replay buffer."""
 
 from __future__ import annotations
 
@@ -123,9 +123,12 @@ ELSEWHERE = {
     "log_std_min": "actor.log_std_min",
 }
 
+#: ``algorithm.name`` of what a TorchRL trainer trains.
+PAPER = "pwm_paper"
+
 
 class PWMUpdates(OptimizationStepper):
-    """PWM's updates after each batch of a TorchRL trainer; each batch is an epoch.
+    """The published PWM's updates after each batch of a TorchRL trainer; each batch is an epoch.
 
     Args:
         algorithm (PaperPWM): makes the updates.
@@ -184,7 +187,12 @@ def make_torchrl_trainer(
     log_rewards: bool = True,
     hooks: Iterable[TrainerHookBase] | None = None,
 ) -> Trainer:
-    """A TorchRL Trainer for PWM, whose parts all share one world model, one actor and one critic ensemble.
+    """A TorchRL Trainer for the published PWM, whose parts share one world model, one actor and one critic ensemble.
+
+    .. note:: It trains by :class:`~pwm_torchrl.algorithm.pwm_paper.PaperPWM`, which runs call ``algorithm=pwm_paper``.
+        ``algorithm=pwm``, the default of runs, is another algorithm, which this trainer does not have: its results are
+        not to be expected here, and the settings of :class:`~pwm_torchrl.config.AlgorithmConfig` that are only its own,
+        such as ``updates_per_step``, are refused.
 
     This function combines the parts with the networks, because Hydra would create a network twice if two
     configurations refer to it. The collector and the losses are therefore passed as factories: as ``functools.partial``
@@ -209,7 +217,8 @@ def make_torchrl_trainer(
         value_loss (callable, optional): makes the critic loss, given ``critics``. Defaults to ``None``: the
             algorithm's.
         algorithm (AlgorithmConfig or Mapping, optional): updates per batch, batch sizes and learning rates, and
-            settings of the losses that are not given. Defaults to ``None``: the default settings.
+            settings of the losses that are not given; its ``name`` is ``"pwm_paper"``. Defaults to ``None``: the
+            settings of the published algorithm.
         frame_skip (int): environment steps per agent step. Defaults to ``1``.
         logger (Logger, optional): Defaults to ``None``.
         progress_bar (bool): Defaults to ``True``.
@@ -224,7 +233,7 @@ def make_torchrl_trainer(
         hooks (iterable of TrainerHookBase, optional): registered last. Defaults to ``None``.
 
     Raises:
-        ConfigurationError: for parts that do not fit together.
+        ConfigurationError: for parts that do not fit together, or another algorithm.
     """
     cfg = Config(algorithm=_algorithm(algorithm))
     networks = Networks(model=world_model, actor=actor, critic=critics)
@@ -290,6 +299,11 @@ def _algorithm(given: AlgorithmConfig | Mapping[str, Any] | None) -> AlgorithmCo
         if key not in known:
             near = nearest(key, known) or ", ".join(known)
             raise ConfigurationError(f"algorithm.{key} is not a setting of the algorithm; nearest: {near}.")
+        if key == "name" and value != PAPER:
+            raise ConfigurationError(
+                f"algorithm.name={value} is not what a TorchRL trainer trains, which is {PAPER}; leave it out, or "
+                "train a run instead."
+            )
         if key in ELSEWHERE and value != known[key]:
             raise ConfigurationError(
                 f"algorithm.{key}={value} has no effect in a TorchRL trainer: {ELSEWHERE[key]} has."
@@ -297,7 +311,7 @@ def _algorithm(given: AlgorithmConfig | Mapping[str, Any] | None) -> AlgorithmCo
         if key in PaperPWM.ignored and value != known[key]:
             raise ConfigurationError(
                 f"algorithm.{key}={value} has no effect in a TorchRL trainer, which makes the updates of "
-                f"algorithm=pwm_paper; leave it at {known[key]}."
+                f"algorithm={PAPER}; leave it at {known[key]}."
             )
     made = AlgorithmConfig(**values)
     check_least(made, PaperPWM.least)

@@ -130,6 +130,8 @@ MULTITASK = WorldModelSpec(3, 1, 16, [32], [32], num_tasks=1, task_dim=4, action
         ),
         ({"algorithm": {**ALGORITHM, "temperature": 1.0}}, r"temperature=1\.0 has no effect .*algorithm=pwm_paper"),
         ({"algorithm": {**ALGORITHM, "horizon": 0}}, r"algorithm\.horizon=0 .*at least 1"),
+        ({"algorithm": {**ALGORITHM, "name": "pwm"}}, r"algorithm\.name=pwm .* pwm_paper"),
+        ({"algorithm": AlgorithmConfig(name="shac")}, r"algorithm\.name=shac .* pwm_paper"),
         ({"algorithm": {**ALGORITHM, "actor_starts": "x"}}, r"algorithm\.actor_starts=x .*replay, current"),
         ({"algorithm": AlgorithmConfig()}, "slice_len=4 does not give slices of algorithm.horizon=16"),
         ({"algorithm": AlgorithmConfig(slice_steps=3)}, "slice_len=4 does not give slices of algorithm.slice_steps=3"),
