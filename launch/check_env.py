@@ -1,4 +1,4 @@
-"""What training would see of an environment: python launch/check_env.py env=pendulum."""
+"""Shows an environment as training sees it: python launch/check_env.py env=pendulum."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Is this machine fit for runs, and what does its SLURM look like: python launch/doctor.py [--draft NAME]."""
+"""Checks this machine and its SLURM for training: python launch/doctor.py [--draft NAME]."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What a run will need of memory, and why: python launch/plan.py model=flow_v3 size=48m cluster=l40s."""
+"""Shows how much memory a run needs, and why: python launch/plan.py model=flow_v3 size=48m cluster=l40s."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Brings back what is unfinished: python launch/resume.py runs/."""
+"""Resubmits unfinished runs: python launch/resume.py runs/."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""World models as files: python launch/world_model.py import CHECKPOINT FOLDER --tasks mt30."""
+"""Imports or shows a saved world model: python launch/world_model.py import CHECKPOINT FOLDER --tasks mt30."""
 
 import os
 import sys

@@ -17,7 +17,7 @@ __all__ = ["named", "typed", "typed_here", "what_next"]
 _USES = {
     "pretrain": (
         ("submit", "experiment=extract task=all world_model=RUN data.path=STORE", "a policy for each task"),
-        ("world_model", "show RUN", "what it is"),
+        ("world_model", "show RUN", "its tasks and dimensions"),
     ),
     "other": (
         ("evaluate", "RUN", "deterministic episodes in the real environment"),

@@ -63,7 +63,7 @@ _EPILOG = """\
   success_rate, score    from 0 to 1, where the environment or the task has one
   video                  the file that --video wrote
   error                  why there is no result, or no video
-What is not known is null.
+Unknown values are null.
 
 Exit code: the highest of all runs; 0 evaluated, 1 failed, 2 bad input.
 
@@ -162,23 +162,23 @@ def _check_file(option: str, file: Path) -> None:
 
 
 _SOURCES = (
-    "folder or file: *.pt (TD-MPC2's chunks), *.npz, *.h5 or *.hdf5 (one's own episodes); minari:ID or minari:ID=TASK; "
+    "folder or file: *.pt (TD-MPC2's chunks), *.npz, *.h5 or *.hdf5 (your own episodes); minari:ID or minari:ID=TASK; "
     "or a run, whose replay is read"
 )
 TASKS = "mt30, mt80, names separated by commas, or a YAML list of names"
-_TASK = "the task of episodes that do not name theirs"
+_TASK = "task of the episodes that do not name one"
 
 
 def _usage_of_data() -> str:
     return f"""\
 usage: {typed("data")} COMMAND ...
 
-  import SOURCE... STORE --tasks TASKS   TD-MPC2's chunks, one's own episodes, Minari's, or
-                                         the replays of runs, into a store
-  inspect SOURCE|STORE [--tasks TASKS]   what is in it, and whether actions or rewards lie in the wrong rows
-  generate ...                           episodes of random or trained policies, in the format of TD-MPC2
+  import SOURCE... STORE --tasks TASKS   import TD-MPC2's chunks, your own episodes, Minari data sets
+                                         or the replays of runs into a store
+  inspect SOURCE|STORE [--tasks TASKS]   show the contents; check whether actions or rewards are shifted by a row
+  generate ...                           record episodes of random or trained policies in TD-MPC2's format
 
-Each of them explains itself: {typed("data")} COMMAND --help"""
+Help for one command: {typed("data")} COMMAND --help"""
 
 
 def _data(words: Sequence[str]) -> argparse.Namespace | int:
@@ -186,7 +186,7 @@ def _data(words: Sequence[str]) -> argparse.Namespace | int:
         console.say(_usage_of_data())
         return console.OK
     if words[0] not in _DATA:
-        raise ConfigurationError(f"{words[0]!r} is not a command of {named('data')}; there are {', '.join(_DATA)}")
+        raise ConfigurationError(f"{words[0]!r} is not a command of {named('data')}; choose one of {', '.join(_DATA)}")
     args = _DATA[words[0]](words[1:])
     args.command = words[0]
     return args
@@ -195,20 +195,24 @@ def _data(words: Sequence[str]) -> argparse.Namespace | int:
 def _import(words: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog=f"{typed('data')} import",
-        description="Import episodes into a memory-mapped store; the same command goes on with an import that stopped.",
+        description="Import episodes into a memory-mapped store; the same command continues an interrupted import.",
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCES)
     parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store, new or of an unfinished import")
     parser.add_argument("--tasks", required=True, help=f"the tasks of the store: {TASKS}")
     parser.add_argument("--task", metavar="NAME", help=_TASK)
-    parser.add_argument("--keep-good", action="store_true", help="finish the store without the files that are wrong")
+    parser.add_argument("--keep-good", action="store_true", help="finish the store without the invalid files")
     return parser.parse_args(words)
 
 
 def _inspect(words: Sequence[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog=f"{typed('data')} inspect", description="What a store or a source holds of each task.")
+    parser = ArgumentParser(
+        prog=f"{typed('data')} inspect", description="Show the data of each task in a store or a source."
+    )
     parser.add_argument("sources", nargs="+", metavar="SOURCE|STORE", help=f"a store; or a {_SOURCES}")
-    parser.add_argument("--tasks", help=f"the tasks that a source numbers or names; a store knows its own: {TASKS}")
+    parser.add_argument(
+        "--tasks", help=f"tasks that a source refers to by number or name; not needed for a store: {TASKS}"
+    )
     parser.add_argument("--task", metavar="NAME", help=_TASK)
     return parser.parse_args(words)
 
@@ -218,20 +222,22 @@ def _generate(words: Sequence[str]) -> argparse.Namespace:
         prog=f"{typed('data')} generate",
         description="Play episodes of the registry's tasks and write them in TD-MPC2's format, a chunk per task.",
     )
-    parser.add_argument("--tasks", required=True, metavar="SET", help="mt30, mt80, names with commas, or a YAML list")
+    parser.add_argument(
+        "--tasks", required=True, metavar="SET", help="mt30, mt80, names separated by commas, or a YAML list"
+    )
     parser.add_argument("--episodes", type=int, default=100, metavar="N", help="episodes per task (default 100)")
     parser.add_argument(
         "--policy",
         action="append",
         metavar="[TASK=]RUN",
-        help="what acts: 'random', 'random:N', whose actions are held for 1 to N steps, or a run directory; of TASK "
-        "alone where it is named; several share a task's episodes equally (default: random)",
+        help="'random'; 'random:N', which holds each action for 1 to N steps; or a run directory. TASK= limits it to "
+        "one task. Several policies share a task's episodes equally (default: random)",
     )
     parser.add_argument(
         "--noise", type=float, default=0.3, metavar="STD", help="largest noise on a run's actions (default 0.3)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of environments and actions (default 0)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chunks go")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of environments and actions (default 0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the chunks")
     args = parser.parse_args(words)
     if args.episodes < 1:
         raise ConfigurationError(f"--episodes={args.episodes} is too small; it must be at least 1")
@@ -251,30 +257,35 @@ _DATA: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
 
 
 def _world_model(words: Sequence[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog=typed("world_model"), description="World models as files.")
+    parser = ArgumentParser(prog=typed("world_model"), description="Import or show a saved world model.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
     bring = commands.add_parser(
         "import",
-        help="bring in a checkpoint in TD-MPC2's format",
-        description="Bring in the world model of a checkpoint in TD-MPC2's format, {'model': state_dict}: policy and "
-        "value networks are left out, sizes come from the shapes, task embedding and action masks are kept.",
+        help="import a checkpoint in TD-MPC2's format",
+        description="Import the world model of a checkpoint in TD-MPC2's format, {'model': state_dict}. Policy and "
+        "value networks are left out, sizes are inferred from the tensors' shapes, task embedding and action "
+        "masks are kept.",
     )
     bring.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pt file")
-    bring.add_argument("folder", type=Path, metavar="FOLDER", help="where to; world_model=FOLDER then finds it")
-    bring.add_argument("--tasks", metavar="SET", help="its tasks in order: mt30, mt80, names with commas, a YAML file")
-    show = commands.add_parser("show", help="say what a saved world model is")
-    show.add_argument("folder", type=Path, metavar="FOLDER", help="of import, or a pre-training run")
+    bring.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write, for world_model=FOLDER")
+    bring.add_argument(
+        "--tasks", metavar="SET", help="its tasks in order: mt30, mt80, names separated by commas, or a YAML list"
+    )
+    show = commands.add_parser("show", help="show tasks, dimensions and hash of a saved world model")
+    show.add_argument("folder", type=Path, metavar="FOLDER", help="folder written by import, or a pre-training run")
     return parser.parse_args(words)
 
 
 def _hub(words: Sequence[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog=typed("hub"), description="Runs for others: as a folder, or on the Hugging Face hub.")
+    parser = ArgumentParser(
+        prog=typed("hub"), description="Publish a run on the Hugging Face hub, or export it to a folder."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
     push = commands.add_parser(
         "push",
         help="upload a run to the Hugging Face hub",
-        description="Upload weights (safetensors), configuration, metrics, curves, video and model card. The token is "
-        "HF_TOKEN, or that of `hf auth login`.",
+        description="Upload weights (safetensors), configuration, metrics, curves, video and model card. The token "
+        "comes from HF_TOKEN or `hf auth login`.",
     )
     export = commands.add_parser(
         "export",
@@ -287,24 +298,24 @@ def _hub(words: Sequence[str]) -> argparse.Namespace:
             "--checkpoint", default="best", metavar="WHICH", help="best (default), last, or the number of an epoch"
         )
     push.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
-    push.add_argument("--private", action="store_true", help="a repository that is created is private")
-    push.add_argument("--message", metavar="TEXT", help="of the commit (default: the run's name)")
-    export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; new or empty")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--message", metavar="TEXT", help="commit message (default: the run's name)")
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; new or empty")
     args = parser.parse_args(words)
     if args.command == "push" and args.repository.count("/") != 1:
-        raise ConfigurationError(f"{args.repository} is not a repository of the hub; write ORG/NAME")
+        raise ConfigurationError(f"{args.repository} is not the name of a repository on the hub; write ORG/NAME")
     return args
 
 
 def _resume(words: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog=typed("resume"),
-        description="Submit again every run that is unfinished and neither queued nor running.",
-        epilog="KEY=VALUE: settings that may change, such as cluster.mem_gib, data.path or world_model if those were "
-        "moved, and more training.epochs or training.steps, with which a finished run goes on, too.",
+        description="Resubmit every unfinished run that is neither queued nor running.",
+        epilog="KEY=VALUE: settings that may change, such as cluster.mem_gib; data.path or world_model after a move; "
+        "and a larger training.epochs or training.steps, which also continues a finished run.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUNS|KEY=VALUE", help=f"{_RUNS}; settings to change")
-    parser.add_argument("--failed", action="store_true", help="also runs that ended with an error of their own")
+    parser.add_argument("--failed", action="store_true", help="also resubmit runs that failed with an error")
     return parser.parse_args(words)
 
 
@@ -333,8 +344,8 @@ def _report(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--newest",
         action="store_true",
-        help="of runs with the same settings and seed (wherever they ran) only the newest that finished, or the newest "
-        "of all if none has",
+        help="keep only the newest finished run of those with the same settings and seed (wherever they ran), or the "
+        "newest if none has finished",
     )
     parser.add_argument(
         "--compare",
@@ -350,7 +361,7 @@ def _report(words: Sequence[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(words)
     if args.compare is None and (args.baseline is not None or args.allow_differences):
-        raise ConfigurationError("--baseline and --allow-differences say how to compare; give --compare KEY too")
+        raise ConfigurationError("--baseline and --allow-differences need --compare KEY")
     return args
 
 

@@ -60,28 +60,28 @@ _HYDRAS_OPTIONS: dict[tuple[str, ...], Callable[[], str]] = {
     ("--config-name", "-cn"): lambda: "there is one configuration; experiment=NAME chooses a preset of its settings",
     ("--config-path", "-cp"): lambda: f"the configuration is the package's own; {_own_files()}",
     ("--config-dir", "-cd"): lambda: _own_files(),
-    ("--info", "-i"): lambda: f"{CONFIG} job prints what is composed, and --help what can be chosen",
+    ("--info", "-i"): lambda: f"{CONFIG} job prints the composed configuration, --help lists the choices",
     ("--package", "-p"): lambda: f"{CONFIG} job prints the whole configuration",
     ("--hydra-help",): lambda: "--help lists groups, keys and options",
-    ("--shell-completion", "-sc"): lambda: "there is no completion; --help lists groups, choices and keys",
-    ("--experimental-rerun",): lambda: f"{typed('resume')} RUN goes on with an unfinished run",
+    ("--shell-completion", "-sc"): lambda: "there is no shell completion; --help lists groups, choices and keys",
+    ("--experimental-rerun",): lambda: f"{typed('resume')} RUN continues an unfinished run",
     ("--version",): lambda: "write python -c 'import pwm_torchrl; print(pwm_torchrl.__version__)'",
 }
 
 #: Prefixes of Hydra's own keys, and what to set instead; the first that matches is used.
 _HYDRAS_KEYS: dict[str, Callable[[], str]] = {
     "hydra.run": lambda: "run_dir=PATH names the directory of a run, runs_dir=PATH where new ones are created",
-    "hydra.sweep.": lambda: "runs_dir=PATH says where the directories of several runs are created",
+    "hydra.sweep.": lambda: "runs_dir=PATH sets where the directories of several runs are created",
     "hydra.output_subdir": lambda: "run_dir=PATH names the directory of a run, which holds its config.yaml",
     "hydra.job.chdir": lambda: "runs never change the current folder; run_dir=PATH names the directory of a run",
     "hydra.job.env_set": lambda: "set the variable in the shell, or on nodes with cluster.setup=['export NAME=VALUE']",
-    "hydra/launcher": lambda: "cluster=NAME says where a run goes",
-    "hydra.launcher": lambda: "cluster=NAME and its keys, such as cluster.partition=gpu, say where a run goes",
+    "hydra/launcher": lambda: "cluster=NAME sets where a run is trained",
+    "hydra.launcher": lambda: "cluster=NAME and its keys, such as cluster.partition=gpu, set where a run is trained",
     "hydra/sweeper": lambda: f"{typed('submit')} KEY=A,B,C starts a run for each value",
     "hydra.sweeper": lambda: f"{typed('submit')} KEY=A,B,C starts a run for each value",
     "hydra.mode": lambda: f"{typed('submit')} KEY=A,B,C starts a run for each value",
     "hydra.searchpath": lambda: _own_files(),
-    "hydra": lambda: f"--help lists the settings that there are, {CONFIG} job prints them",
+    "hydra": lambda: f"--help lists the settings, {CONFIG} job prints their values",
 }
 
 
@@ -160,7 +160,7 @@ def _checked(line: CommandLine) -> CommandLine:
 
 def _needs_value(option: str, what: str) -> str:
     if option == CONFIG:
-        return f"{CONFIG} needs to know what to print; write {CONFIG} job"
+        return f"{CONFIG} needs a value; write {CONFIG} job"
     name = {"FILE": "the name of a file", "NAME": "a name for the profile"}[what]
     return f"{option} needs {name}, as in {option} {_EXAMPLES[option]}"
 
@@ -190,7 +190,7 @@ def unknown_option(word: str, script: str | None = None, following: str = "") ->
     asked = f"unknown option {word}"
     for names, instead in _HYDRAS_OPTIONS.items():
         if written in names:
-            return ConfigurationError(f"{asked}, which is Hydra's; {instead()}")
+            return ConfigurationError(f"{asked}, which belongs to Hydra; {instead()}")
     if written in _MULTIRUN:
         return ConfigurationError(f"{asked}: this command starts one run; {typed('submit')} KEY=A,B,C starts several")
     elsewhere = next((other for other, options in OPTIONS.items() if _option(written, options)), None)
@@ -480,8 +480,8 @@ def _check_sets(config: Config) -> None:
     if sets > a.max_updates:
         raise ConfigurationError(
             f"algorithm.updates_per_step={a.updates_per_step:g} asks for {sets} sets of updates after the "
-            f"{steps} agent steps of an epoch, and algorithm.max_updates={a.max_updates} allows "
-            f"{a.max_updates}; set algorithm.max_updates={sets}, or fewer updates per step"
+            f"{steps} agent steps of an epoch, more than algorithm.max_updates={a.max_updates} allows; set "
+            f"algorithm.max_updates={sets}, or fewer updates per step"
         )
 
 
@@ -499,7 +499,7 @@ def check_no_slurm_keys(typed: Mapping[str, Any], instead: str, remedy: str) -> 
     for key, value in typed.items():
         if not turns_off(key, value) and any(key == each or key.startswith(f"{each}.") for each in SLURM_KEYS):
             raise ConfigurationError(
-                f"{key}={_written(value)} is for jobs of SLURM, and {instead}; leave it out, or {remedy}"
+                f"{key}={_written(value)} is for SLURM jobs, but {instead}; leave it out, or {remedy}"
             )
 
 
@@ -507,25 +507,23 @@ def _refusal(config: Config, key: str, value: Any, rule: UsageRule) -> Configura
     shown = _written(value)
     if rule.except_value is not None:
         return ConfigurationError(
-            f"{key}={shown} means nothing with {rule.depends_on}={rule.except_value}: choose another "
-            f"{rule.depends_on}, or leave {key} out"
+            f"{key}={shown} has no effect with {rule.depends_on}={rule.except_value}: choose another {rule.depends_on}, or leave {key} out"
         )
     if rule.values == (None,):
         return ConfigurationError(
-            f"{key}={shown} means nothing beside {rule.depends_on}={value_of(config, rule.depends_on)}: leave one of "
-            f"them out, or set {rule.depends_on}=null"
+            f"{key}={shown} has no effect beside {rule.depends_on}={value_of(config, rule.depends_on)}: leave one of them out, or "
+            f"set {rule.depends_on}=null"
         )
     if rule.values == ANY:
         return ConfigurationError(
-            f"{key}={shown} means nothing without {rule.depends_on}: set that, or leave {key} out"
+            f"{key}={shown} has no effect without {rule.depends_on}: set that, or leave {key} out"
         )
     if not rule.values:
         needed = rule.depends_on.replace(", ", " or ")
-        return ConfigurationError(f"{key}={shown} means nothing without a weight: set {needed}, or leave {key} out")
+        return ConfigurationError(f"{key}={shown} has no effect without a weight: set {needed}, or leave {key} out")
     return ConfigurationError(
-        f"{key}={shown} means nothing with {rule.depends_on}={_written(value_of(config, rule.depends_on))}: choose "
-        f"{rule.depends_on}={_any_of([str(_written(each)) for each in rule.values])}{_presets(rule)}, "
-        f"or leave {key} out"
+        f"{key}={shown} has no effect with {rule.depends_on}={_written(value_of(config, rule.depends_on))}: choose "
+        f"{rule.depends_on}={_any_of([str(_written(each)) for each in rule.values])}{_presets(rule)}, or leave {key} out"
     )
 
 

@@ -79,7 +79,7 @@ def explain(error: Exception, words: list[str], env_keys: list[str]) -> Configur
     place = f"{_file(*file.groups())}: " if file else ""
     if isinstance(error, RecursionError):
         chosen = next((word for word in reversed(words) if word.startswith("cluster=")), "a configuration file")
-        return ConfigurationError(f"{chosen}: its defaults lead back to itself; take the one out that does")
+        return ConfigurationError(f"{chosen}: its defaults refer back to itself; remove the entry that does")
     if isinstance(root, (ConfigAttributeError, ConfigKeyError)) and key:
         return ConfigurationError(place + _unknown_key(key, env_keys))
     if isinstance(root, ValidationError) and key:
@@ -144,8 +144,8 @@ def _root(error: BaseException) -> BaseException:
 
 def _unknown_key(key: str, env_keys: list[str]) -> str:
     if key in RENAMED_KEYS:  # in a file, such as a user's cluster profile
-        unit = f" and counted in GiB: multiply its value by {RENAMED_UNITS[key]:.4g}" if key in RENAMED_UNITS else ""
-        return f"{key} is called {' and '.join(RENAMED_KEYS[key])} now{unit}"
+        unit = f"; it is in GiB, so multiply the old value by {RENAMED_UNITS[key]:.4g}" if key in RENAMED_UNITS else ""
+        return f"{key} was renamed to {' and '.join(RENAMED_KEYS[key])}{unit}"
     if key.startswith("env."):
         return (
             f"unknown key {key!r}{nearest_sentence(key, env_keys)}; "
@@ -254,8 +254,8 @@ def compose_onto(stored: Config, overrides: Sequence[str]) -> tuple[Config, dict
     for o in parsed:
         if o.key_or_group in group_choices():
             raise ConfigurationError(
-                f"{o.input_line}: a run keeps the {o.key_or_group} that it began with; set single keys, as in "
-                "cluster.mem_gib=8, or begin a new run"
+                f"{o.input_line}: a resumed run keeps its {o.key_or_group}; set single keys, such as "
+                "cluster.mem_gib=8, or start a new run"
             )
     typed, tree = _typed(parsed), OmegaConf.structured(stored)
     try:
@@ -315,7 +315,7 @@ def _parse(word: str) -> Override:
     override = _read(word)
     if override.is_sweep_override():
         raise ConfigurationError(
-            f"{word!r} asks for several runs, but one command starts one run; give a single {override.key_or_group}"
+            f"{word!r} asks for several runs, but this command starts one; give a single {override.key_or_group}"
         )
     if override.type == OverrideType.DEL:
         return override
@@ -345,7 +345,7 @@ def renamed(word: str) -> list[str]:
     if written not in _TOLD:
         _TOLD.add(written)
         unit = "" if value == given else f", in GiB: {old}={given} is {' and '.join(now)}={value}"
-        warn(f"{old} is called {' and '.join(now)} now{unit}")
+        warn(f"{old} was renamed to {' and '.join(now)}{unit}")
     return [f"{sign}{key}={value}" for key in now]
 
 
@@ -373,8 +373,8 @@ def _read(word: str) -> Override:
         raise unknown_option(word)
     if "${hydra:" in word:
         raise ConfigurationError(
-            f"{word!r}: ${{hydra:...}} is Hydra's own, which does not run here; refer to a key, ${{seed}}, or to a "
-            "variable of the shell, ${oc.env:HOME}"
+            f"{word!r}: ${{hydra:...}} is not supported; refer to a key, ${{seed}}, or to an environment variable, "
+            "${oc.env:HOME}"
         )
     key, equal, value = word.partition("=")
     if key == "tasks" and "," in value and value[0] not in "'\"[":
@@ -406,22 +406,22 @@ def _check_names(parsed: list[Override]) -> None:
         written = f"{key}={(word or '').partition('=')[2]}"
         if o.package is not None:
             raise ConfigurationError(
-                f"{word}: every group has its place, and @{o.package} would put {key} elsewhere; write {written}"
+                f"{word}: @{o.package} would move {key} to another package, which is not supported; write {written}"
             )
         if o.type == OverrideType.ADD and (key in groups or key in schema):
-            raise ConfigurationError(f"{word}: + adds a key, and {key} is there already; write {written}")
+            raise ConfigurationError(f"{word}: + adds a key, but {key} already exists; write {written}")
         if key in groups:
             _check_choice(o, key, groups[key])
         elif key.startswith(("env.", "cluster.sbatch.")):
             continue  # these keys depend on the choice of env, and on the options of sbatch
         elif key.startswith("hydra"):
-            raise ConfigurationError(f"{word!r}: Hydra's own settings are not used here; {hydra_key_hint(key)}")
+            raise ConfigurationError(f"{word!r}: Hydra's own settings are not supported; {hydra_key_hint(key)}")
         elif o.type == OverrideType.DEL:
             raise ConfigurationError(f"{word!r} deletes a key, but every key of the schema is needed; set a value")
         elif key.startswith(PRETRAINING_PREFIX):
             raise ConfigurationError(
-                f"{word} is for the pre-training with which {EVERY_TASK} begins where no world_model is given: give "
-                f"{EVERY_TASK} and no world_model, or leave {key} out"
+                f"{word} applies only to the pre-training that {EVERY_TASK} starts with if no world_model is given: "
+                f"give {EVERY_TASK} and no world_model, or leave {key} out"
             )
         elif key not in schema:
             near = option_hint(key) or nearest_sentence(key, {**schema, **groups})
@@ -434,7 +434,7 @@ def _check_choice(o: Override, group: str, choices: list[str]) -> None:
         return
     if o.type == OverrideType.DEL:
         raise ConfigurationError(
-            f"{o.input_line!r} takes out a group that every run needs; write {group}=CHOICE, with one of "
+            f"{o.input_line!r} removes a group that every run needs; write {group}=CHOICE, with one of "
             f"{', '.join(choices)}"
         )
     if not isinstance(value, str) or value not in choices:

@@ -47,7 +47,7 @@ EXIT_CODES = {"finished": OK, "stopped": STOPPED, "memory": MEMORY, "storage": S
 #: What to do before a run is resumed, by its status.
 _REMEDIES = {
     "memory": "with more memory (or a larger memory.host_gib, if that is the limit)",
-    "storage": "with room on the disk",
+    "storage": "after freeing disk space",
 }
 
 Main = Callable[[Sequence[str] | None], int]

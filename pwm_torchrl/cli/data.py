@@ -66,7 +66,9 @@ def _behaviours(words: Sequence[str], tasks: TaskSet, noise: float) -> dict[str,
             found[name].append(behaviour)
     empty = [name for name, acting in found.items() if not acting]
     if empty:
-        raise ConfigurationError(f"nothing acts in {', '.join(empty)}; add --policy random, or --policy TASK=RUN")
+        raise ConfigurationError(
+            f"no policy was given for {', '.join(empty)}; add --policy random, or --policy TASK=RUN"
+        )
     return found
 
 
@@ -80,7 +82,7 @@ def _behaviour(word: str, text: str, noise: float) -> Behaviour:
     if kind != RANDOM:
         raise ConfigurationError(f"--policy {word}: {text} is neither 'random', 'random:N' nor a run directory")
     if not steps.isdecimal() or int(steps) < 1:
-        raise ConfigurationError(f"--policy {word}: {text} holds actions for 1 to N steps, N a number from 1 on")
+        raise ConfigurationError(f"--policy {word}: {text}: N in 'random:N' must be an integer of at least 1")
     return Behaviour(RANDOM, noise, hold=int(steps))
 
 
@@ -133,7 +135,7 @@ def _inspect(args: Namespace) -> int:
     if len(args.sources) == 1 and (Path(args.sources[0]) / MANIFEST).exists():
         found = inspect_store(args.sources[0])
     elif args.tasks is None:
-        raise ConfigurationError(f"{args.sources[0]} is no store; say which tasks it numbers or names: --tasks {TASKS}")
+        raise ConfigurationError(f"{args.sources[0]} is not a store; name its tasks with --tasks: {TASKS}")
     else:
         sources = _sources(args.sources, args.task)
         found = inspect_source(sources, task_set(args.tasks), task=args.task, progress=True)
@@ -163,7 +165,10 @@ def _report_inspection(found: Inspection) -> int:
     ]
     if rows:
         console.say(Table([*head, "O", "A", "actions", "rewards"], rows).text())
-        console.say("O and A: dimensions in use, of the task's; actions, rewards: the rows where they lie")
+        console.say(
+            "O and A: dimensions in use, of the task's dimensions; actions, rewards: in their own row (aligned), or a "
+            "row early or late"
+        )
     for task in found.tasks:
         for line in describe_shifts(task):
             console.say(line)

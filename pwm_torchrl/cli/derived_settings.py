@@ -56,14 +56,14 @@ def apply_mode(config: Config, keys: Sequence[str]) -> None:
         return
     for key in keys:
         if key == "env" or key.startswith("env."):
-            raise ConfigurationError(f"{key} has no meaning with mode={config.mode}, which learns from stored episodes")
+            raise ConfigurationError(f"{key} has no effect with mode={config.mode}, which learns from stored episodes")
     if config.mode == "pretrain":
         label = "stored" if config.tasks is None else task_set(config.tasks).name
         config.env = {"name": label, "_target_": "pwm_torchrl.envs.make_task_env", "num_envs": 1}
         return
     for key in keys:
         if is_world_model_key(key):
-            raise ConfigurationError(f"{key} is a part of the pre-trained world_model; leave it out")
+            raise ConfigurationError(f"{key} is fixed by the pre-trained world_model; leave it out")
     if config.task is not None:
         config.env = {**task_info(config.task).env_config(), "num_envs": 1}
 
@@ -82,7 +82,7 @@ def derive_epochs(config: Config, typed: Mapping[str, Any]) -> None:
     if typed.get(key) is not None:
         if typed.get("training.steps") is not None:
             raise ConfigurationError(
-                f"training.steps={training.steps} and {key}={training.epochs} both say how long the run is; give one"
+                f"training.steps={training.steps} and {key}={training.epochs} both set the length of the run; give one"
             )
         training.steps = None  # of a preset
     if training.steps is None:
@@ -90,8 +90,8 @@ def derive_epochs(config: Config, typed: Mapping[str, Any]) -> None:
     if config.mode != "online":
         updates = "model_updates" if config.mode == "pretrain" else "actor_updates"
         raise ConfigurationError(
-            f"training.steps={training.steps} counts environment steps, and mode={config.mode} learns from stored "
-            f"episodes without any; set {key}: an epoch there is algorithm.{updates}="
+            f"training.steps={training.steps} counts environment steps, but mode={config.mode} learns from stored "
+            f"episodes; set {key}: an epoch is algorithm.{updates}="
             f"{getattr(config.algorithm, updates)} updates"
         )
     repeat = known_action_repeat(config)

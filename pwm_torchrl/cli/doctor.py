@@ -111,12 +111,16 @@ def check_gpu(config: Config, *, elsewhere: bool) -> list[Finding]:
         why = (
             f"this PyTorch, {torch.__version__}, is built without CUDA; install a CUDA build"
             if torch.version.cuda is None
-            else f"PyTorch's CUDA {torch.version.cuda} does not start on this driver; update the driver"
+            else f"PyTorch's CUDA {torch.version.cuda} does not work with this driver; update the driver"
         )
-        return [Finding(PROBLEM, "GPU", f"{here[0]} is here, but {why}")]
+        return [Finding(PROBLEM, "GPU", f"{here[0]} was found, but {why}")]
     if config.device.startswith("cuda") and not elsewhere:
-        return [Finding(PROBLEM, "GPU", f"device={config.device} needs one and there is none; set device=cpu or auto")]
-    jobs = "jobs get theirs on the nodes" if elsewhere else "runs use the CPU"
+        return [
+            Finding(
+                PROBLEM, "GPU", f"device={config.device} needs a GPU, and this machine has none; set device=cpu or auto"
+            )
+        ]
+    jobs = "jobs use those of the nodes" if elsewhere else "runs use the CPU"
     return [Finding(OK, "GPU", f"none on this machine; {jobs}")]
 
 
@@ -129,7 +133,11 @@ def _try_gpu(number: int) -> Finding:
         torch.ones(8, device=f"cuda:{number}").sum().item()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        return Finding(PROBLEM, "GPU", f"{name} does not calculate ({reason}); free it, or set another device=cuda:N")
+        return Finding(
+            PROBLEM,
+            "GPU",
+            f"a test computation on {name} failed ({reason}); free the GPU, or set another device=cuda:N",
+        )
     return Finding(OK, "GPU", name)
 
 
@@ -156,16 +164,16 @@ def check_rendering() -> list[Finding]:
     for backend in [chosen] if chosen else ["egl", "osmesa"]:
         reason = _rendering_fault(backend)
         if reason is None and (chosen or backend == "egl"):
-            return [Finding(OK, "rendering", f"MuJoCo draws without a display, MUJOCO_GL={backend}")]
+            return [Finding(OK, "rendering", f"MuJoCo renders without a display, MUJOCO_GL={backend}")]
         if reason is None:
-            text = "MuJoCo draws with OSMesa, not with EGL; export MUJOCO_GL=osmesa before starting, or install libegl1"
+            text = "MuJoCo renders with OSMesa, not EGL; export MUJOCO_GL=osmesa before starting, or install libegl1"
             return [Finding(WARNING, "rendering", text)]
         failures[backend] = reason
     said = "; ".join(f"{backend}: {reason}" for backend, reason in failures.items())
     advice = "install libegl1, or libosmesa6 with MUJOCO_GL=osmesa, or set training.video=false"
     if chosen:  # dm_control then fails on import, not only in rendering
         return [Finding(PROBLEM, "rendering", f"MUJOCO_GL={chosen} does not work ({said}); unset it, or {advice}")]
-    return [Finding(WARNING, "rendering", f"MuJoCo cannot draw here ({said}); {advice}")]
+    return [Finding(WARNING, "rendering", f"MuJoCo cannot render here ({said}); {advice}")]
 
 
 def _rendering_fault(backend: str) -> str | None:
@@ -175,12 +183,12 @@ def _rendering_fault(backend: str) -> str | None:
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_RENDER_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return f"no picture in {_RENDER_TIMEOUT_S} s"
+        return f"no image within {_RENDER_TIMEOUT_S} s"
     if done.returncode == 0:
         return None
     # The first error is the cause; later ones come from destructors.
     lines = [line for line in done.stderr.splitlines() if ("Error" in line or "error" in line) and line[:1].strip()]
-    return lines[0][:160] if lines else f"it ended with {done.returncode}"
+    return lines[0][:160] if lines else f"exit code {done.returncode}"
 
 
 def check_disk(folder: Path, *, elsewhere: bool) -> list[Finding]:
@@ -202,18 +210,24 @@ def check_disk(folder: Path, *, elsewhere: bool) -> list[Finding]:
         return [Finding(PROBLEM, "disk", text)]
     findings = []
     if kind in MEMORY_FILESYSTEMS:
-        findings.append(Finding(PROBLEM, "disk", f"{where} is RAM and ends with the machine; set runs_dir to a disk"))
+        findings.append(
+            Finding(
+                PROBLEM,
+                "disk",
+                f"{where} is RAM, and its files are lost when the machine restarts; set runs_dir to a disk",
+            )
+        )
     elif elsewhere and kind in _OF_ONE_MACHINE:
-        text = f"{where} is usually a disk of this machine alone; set runs_dir to a folder that the nodes see too"
+        text = f"{where} is usually local to this machine; set runs_dir to a folder that the nodes share"
         findings.append(Finding(WARNING, "disk", text))
     room = f"{free / 2**30:.1f} GiB free"
     if free < NO_ROOM_GIB * 2**30:
         findings.append(Finding(PROBLEM, "disk", f"{where}: {room}; free space or set runs_dir to another disk"))
     elif free < LITTLE_ROOM_GIB * 2**30:
-        text = f"{where}: {room}; a replay on disk may need more, {named('plan')} tells how much"
+        text = f"{where}: {room}; a replay on disk may need more, {named('plan')} shows how much"
         findings.append(Finding(WARNING, "disk", text))
     elif not findings:
-        findings.append(Finding(OK, "disk", f"{where}: {room}, quotas apart"))
+        findings.append(Finding(OK, "disk", f"{where}: {room}, not counting quotas"))
     return findings
 
 
@@ -223,18 +237,18 @@ def check_wandb(config: Config) -> list[Finding]:
     asked = config.logger.kind == "wandb" and mode != "disabled"
     if find_spec("wandb") is None:
         if asked:
-            return [Finding(PROBLEM, "W&B", "logger=wandb needs it: pip install 'pwm-torchrl[wandb]'")]
-        return [Finding(OK, "W&B", "not installed, and not asked for")]
+            return [Finding(PROBLEM, "W&B", "logger=wandb needs wandb: pip install 'pwm-torchrl[wandb]'")]
+        return [Finding(OK, "W&B", "not installed, and not needed")]
     reason = offline_reason()
     if reason is None:
-        return [Finding(OK, "W&B", "there is a key, and the server can be reached")]
+        return [Finding(OK, "W&B", "key found, server reachable")]
     if not asked:
-        return [Finding(OK, "W&B", f"not asked for; it would log offline, because {reason}")]
+        return [Finding(OK, "W&B", f"not needed; it would log offline because {reason}")]
     if mode == "online":
         return [Finding(PROBLEM, "W&B", f"logger.mode=online, but {reason}; log in, or set logger.mode=auto")]
     if mode == "offline":
-        return [Finding(OK, "W&B", "logs offline, as asked for; `wandb sync` uploads it")]
-    return [Finding(WARNING, "W&B", f"it will log offline, because {reason}; `wandb sync` uploads it later")]
+        return [Finding(OK, "W&B", "logs offline, as set in logger.mode; `wandb sync` uploads the logs")]
+    return [Finding(WARNING, "W&B", f"it will log offline because {reason}; `wandb sync` uploads the logs later")]
 
 
 _SUBJECT = "SLURM"
@@ -249,9 +263,9 @@ def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
     """
     if not available:
         if profile.kind == "slurm":
-            text = f"cluster={profile.name} needs it, and this machine belongs to no cluster; choose cluster=local"
+            text = f"cluster={profile.name} needs SLURM, which was not found on this machine; choose cluster=local"
             return [Finding(PROBLEM, _SUBJECT, text)]
-        return [Finding(OK, _SUBJECT, "not here; jobs run on this machine")]
+        return [Finding(OK, _SUBJECT, "not found; jobs run on this machine")]
     try:
         here = site()
     except SlurmError as error:
@@ -259,8 +273,8 @@ def check_slurm(profile: ClusterConfig, *, available: bool) -> list[Finding]:
     findings = [_cluster(here), *(_partition(here, partition) for partition in here.partitions)]
     if not here.config.accounting:
         text = (
-            f"no accounting: it forgets an ended job after {here.config.remembers_s} s; how runs ended is read in "
-            "their own directories"
+            f"no accounting: SLURM forgets a job {here.config.remembers_s} s after its end, so the state of runs is "
+            "read from their directories"
         )
         findings.append(Finding(OK, _SUBJECT, text))
     if profile.kind in ("slurm", "auto"):
@@ -285,13 +299,13 @@ def _doubts(profile: ClusterConfig, here: Site) -> list[str]:
     most = max(node.memory_mb for node in nodes) / 1024
     if profile.host_gib is not None and profile.host_gib > most:
         doubts.append(
-            f"cluster.host_gib={profile.host_gib:g} is more than a node has, so that plans may ask for too much; set "
+            f"cluster.host_gib={profile.host_gib:g} is more than a node has, so plans may request too much; set "
             f"cluster.host_gib={math.floor(most * 10) / 10:g}"
         )
     kinds = sorted({kind for node in nodes for kind in node.gpus if kind})
     if profile.gpu is not None and kinds and not any(_same_gpu(profile.gpu, kind) for kind in kinds):
         doubts.append(
-            f"cluster.gpu={profile.gpu} is planned with, but {', '.join(names)} has {', '.join(kinds)}; set cluster.gpu"
+            f"plans assume cluster.gpu={profile.gpu}, but {', '.join(names)} has {', '.join(kinds)}; set cluster.gpu"
         )
     return doubts
 
@@ -308,8 +322,8 @@ def _cluster(here: Site) -> Finding:
     config = here.config
     up = sum(node.up for node in here.nodes)
     text = (
-        f"{config.version}, cluster {config.cluster}: {up} of {len(here.nodes)} nodes up, arrays of "
-        f"{config.max_array_size} at most, a requeued job waits {config.requeue_hold_s} s"
+        f"{config.version}, cluster {config.cluster}: {up} of {len(here.nodes)} nodes up, arrays of at most "
+        f"{config.max_array_size} jobs, a requeued job waits {config.requeue_hold_s} s"
     )
     return Finding(OK if up else PROBLEM, _SUBJECT, text)
 
@@ -328,7 +342,7 @@ def _partition(here: Site, partition: Partition) -> Finding:
     parts.append("no time limit" if partition.max_minutes is None else f"{from_minutes(partition.max_minutes)} at most")
     name = f"partition {partition.name}{' (default)' if partition.default else ''}"
     level = OK if partition.up and up else WARNING
-    return Finding(level, _SUBJECT, f"{name}: {', '.join(parts)}{'' if partition.up else '; takes no jobs now'}")
+    return Finding(level, _SUBJECT, f"{name}: {', '.join(parts)}{'' if partition.up else '; accepts no jobs now'}")
 
 
 def _partition_of(profile: ClusterConfig, here: Site) -> str:
@@ -360,7 +374,7 @@ def write_profile(file: Path, text: str, *, force: bool) -> None:
         ConfigurationError: if the file exists and ``force`` is false, or it cannot be written.
     """
     if file.exists() and not force:
-        raise ConfigurationError(f"{file} exists; --force writes over it, or --draft another name")
+        raise ConfigurationError(f"{file} exists; use --force to overwrite it, or choose another name")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
@@ -396,7 +410,7 @@ def draft_profile(name: str, site: Site, partition: str | None, day: date | None
     lines = [
         f"# Partition {chosen.name} of cluster {site.config.cluster}, drafted by `{named('doctor')} --draft {name}` on "
         f"{day or date.today()}",
-        f"# from what SLURM {site.config.version} says of {len(alike)} nodes. Change what you know better; then",
+        f"# from the data of SLURM {site.config.version} on {len(alike)} nodes. Correct what is wrong; then",
         f"# `{typed('doctor')} cluster={name}` checks it.",
         *([f"# Other partitions: {', '.join(others)}"] if others else []),
         "kind: slurm",
@@ -422,7 +436,7 @@ def _choose(site: Site, name: str | None) -> Partition:
         if partition.name == name or (name is None and partition.default):
             return partition
     if name is None:
-        raise ConfigurationError(f"SLURM has no default partition; name one, cluster.partition=..., of {names}")
+        raise ConfigurationError(f"SLURM has no default partition; set cluster.partition to one of {names}")
     raise ConfigurationError(f"cluster.partition={name} does not exist; choose one of {names}")
 
 
@@ -430,7 +444,7 @@ def _memory(site: Site, partition: Partition, nodes: Sequence[Node]) -> list[str
     limits = [m for m in (partition.max_memory_mb, site.config.max_memory_mb) if m is not None]
     least = min([node.memory_mb for node in nodes] + limits)
     gib = math.floor(least / 1024 * 10) / 10
-    return [f"host_gib: {gib:g}  # host memory a job may have on a node, at most, GiB: SLURM's {least} MiB"]
+    return [f"host_gib: {gib:g}  # maximum host memory of a job on a node, GiB: SLURM's {least} MiB"]
 
 
 def _gpus(kind: str | None, kinds: Counter[str], nodes: Sequence[Node]) -> list[str]:
@@ -440,7 +454,7 @@ def _gpus(kind: str | None, kinds: Counter[str], nodes: Sequence[Node]) -> list[
     count = min(node.gpus[kind] for node in nodes)
     lines = [_gpu_type(kind), f"gpus: 1  # GPUs per node, a task each, of which a node has {count}"]
     if len(kinds) > 1 and kind:
-        lines.append(f"gres: gpu:{kind}:1  # what --gres asks for: the partition has {', '.join(sorted(kinds))}")
+        lines.append(f"gres: gpu:{kind}:1  # value of --gres: the partition has {', '.join(sorted(kinds))}")
     share = max(1, cpus // count)
     return [*lines, f"cpus: {share}  # CPUs per task: one GPU's share of a node's {cpus}"]
 
@@ -456,8 +470,10 @@ def _gpu_type(kind: str) -> str:
 
 def _time(partition: Partition) -> list[str]:
     if partition.max_minutes is None:
-        return ["# max_time_min: 1440  # the longest limit asked for, minutes; the partition has none"]
-    return [f"max_time_min: {partition.max_minutes}  # the longest limit asked for, minutes; longer runs come back"]
+        return ["# max_time_min: 1440  # longest time limit to request, minutes; the partition has none"]
+    return [
+        f"max_time_min: {partition.max_minutes}  # longest time limit to request, minutes; longer runs are requeued"
+    ]
 
 
 def _constraint(nodes: Sequence[Node]) -> list[str]:
@@ -510,7 +526,7 @@ def _check(config: Config) -> list[Finding]:
 def _draft(name: str, partition: str | None, *, force: bool) -> int:
     file = profile_file(name)
     if not slurm_available():
-        raise SlurmError(f"{DRAFT} {name} asks SLURM, and this machine belongs to no cluster; run it on a login node")
+        raise SlurmError(f"{DRAFT} {name} needs SLURM, which was not found on this machine; run it on a login node")
     text = draft_profile(name, site(), partition)
     write_profile(file, text, force=force)
     console.say(text)

@@ -42,19 +42,17 @@ COMMANDS = {
     "submit": Command("train policies as jobs, of SLURM or of this machine", ("run_requests:parse", "submit:run")),
     "train": Command("train a policy in this process", ("run_requests:parse", "train:run")),
     "pretrain": Command("train a world model on stored episodes in this process", ("run_requests:parse", "train:run")),
-    "plan": Command("say what a run will need of memory and time, and why", ("run_requests:parse", "prepare:plan")),
-    "status": Command("list runs and what SLURM says of their jobs", ("arguments:parse", "status:run")),
+    "plan": Command("show how much memory and time a run needs, and why", ("run_requests:parse", "prepare:plan")),
+    "status": Command("list runs and the SLURM state of their jobs", ("arguments:parse", "status:run")),
     "resume": Command(
         "submit unfinished runs again", ("arguments:parse", "resume:find_runs_to_resume", "submit:resume")
     ),
-    "evaluate": Command("play episodes with trained policies", ("arguments:parse", "evaluate:run")),
-    "report": Command(
-        "write tables, curves and comparisons", ("arguments:parse", "report:find_content", "report_page:write")
-    ),
+    "evaluate": Command("evaluate trained policies in fresh environments", ("arguments:parse", "evaluate:run")),
+    "report": Command("write tables, curves and comparisons", ("arguments:parse", "report:find_content", "report_page:write")),
     "data": Command("import, inspect or generate stored episodes", ("arguments:parse", "data:run")),
-    "world_model": Command("import a checkpoint, or say what a world model is", ("arguments:parse", "world_model:run")),
+    "world_model": Command("import a checkpoint, or show a saved world model", ("arguments:parse", "world_model:run")),
     "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:parse", "hub:run")),
-    "check_env": Command("say what training would see of an environment", ("run_requests:parse", "prepare:check_env")),
+    "check_env": Command("show an environment as training sees it", ("run_requests:parse", "prepare:check_env")),
     "doctor": Command("check this machine and a cluster profile, or draft one", ("run_requests:parse", "doctor:run")),
 }  # fmt: skip
 #: The last stage if ``--cfg job`` requests a configuration that must be completed first.
@@ -134,4 +132,4 @@ def _find(function: str) -> Callable[..., Any]:
 def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name.replace('_', '-'):<{width}}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: pwm COMMAND ...", "", *lines, "", "Each of them explains itself: pwm COMMAND --help"])
+    return "\n".join(["usage: pwm COMMAND ...", "", *lines, "", "Help for one command: pwm COMMAND --help"])

@@ -140,8 +140,8 @@ def _require_simulator(task: TaskInfo) -> None:
     library = task.extra.replace("-", "_")
     if library and importlib.util.find_spec(library) is None:
         raise MissingLibraryError(
-            f"task={task.name} is evaluated in {library}, which is not installed: pip install "
-            f"'pwm-torchrl[{task.extra}]', or extract without evaluating, training.eval_episodes=0"
+            f"evaluating task={task.name} needs {library}, which is not installed: pip install "
+            f"'pwm-torchrl[{task.extra}]', or set training.eval_episodes=0 to extract without evaluation"
         )
 
 
@@ -165,9 +165,9 @@ def tasks_to_extract(config: Config) -> list[str]:
     """
     if config.mode != "extract" or config.world_model is None:
         raise ConfigurationError(
-            "task=all extracts a policy for every task of a pre-trained world model; set world_model=DIRECTORY, that "
-            "of a pre-training run (experiment=mt30_pretrain) or of an imported checkpoint, and experiment=extract, "
-            "mt30 or mt80"
+            "task=all extracts a policy for every task of a pre-trained world model; set world_model=DIRECTORY, the "
+            "directory of a pre-training run (experiment=mt30_pretrain) or of an imported checkpoint, and "
+            "experiment=extract, mt30 or mt80"
         )
     known = world_model_facts(config.world_model).task_names
     names = known if config.tasks is None else task_set(config.tasks).names

@@ -19,18 +19,18 @@ WIDTH = 80
 _GLUE = "\u00a0"  # a non-breaking space
 
 _ABOUT = {
-    "submit": "Train policies in learned world models, as jobs: of SLURM where it is found, else here.",
+    "submit": "Train policies in learned world models, as SLURM jobs if SLURM is found, else on this machine.",
     "train": "Train a policy in a learned world model, in this process.",
     "pretrain": "Train a world model on stored episodes of one or many tasks, in this process.",
-    "plan": "Say what a run will need of memory and disk, why, and what is chosen so that it fits; runs nothing.",
-    "check_env": "Say what training would see of an environment: specs, scaling, termination, what can be saved.",
+    "plan": "Show how much memory and disk a run needs, why, and which settings make it fit; runs nothing.",
+    "check_env": "Show an environment as training sees it: specs, scaling, termination, and which state can be saved.",
 }
 _GROUPS = {
     "model": "latent dynamics of the world model",
     "size": "widths of the networks",
-    "env": "what is learned",
-    "experiment": "a preset of everything",
-    "algorithm": "what trains: updates, batches, learning rates",
+    "env": "the environment",
+    "experiment": "a preset of any of these settings",
+    "algorithm": "the training algorithm: updates, batches, learning rates",
     "logger": "where metrics go besides metrics.csv",
     "cluster": "where the job runs: local, debug (in this process), or nodes of SLURM",
     "memory": "how the run is made to fit in memory",
@@ -66,7 +66,7 @@ _EXAMPLES = {
 }
 _MORE_EXAMPLES = {
     "plan": {
-        "model=flow_v3 size=48m env=dflex_ant cluster=l40s": "for nodes elsewhere",
+        "model=flow_v3 size=48m env=dflex_ant cluster=l40s": "for the nodes of a cluster profile",
         "size=48m memory.host_gib=16 --json plan.json": "within a budget; also as a file",
     },
     "submit": {
@@ -84,7 +84,7 @@ _PRETRAIN_EXAMPLES = {
 
 _EXIT_CODES = (
     "Exit codes: 0 finished, 1 failed, 2 bad input, 74 storage (a disk is full or broken), 75 memory (it ran out), "
-    "130 stopped. After 74, 75 and 130 the same command with run_dir=PATH goes on from the last checkpoint."
+    "130 stopped. After 74, 75 and 130 the same command with run_dir=PATH continues from the last checkpoint."
 )
 
 
@@ -102,13 +102,13 @@ def help_text(script: str) -> str:
         "Groups:",
         *_groups(script),
         "",
-        "cluster=NAME is also the file of your own",
+        "cluster=NAME also selects a profile of your own,",
         f"  {own}",
-        *_wrapped(f"{typed('doctor')} --draft NAME drafts it from what SLURM says."),
+        *_wrapped(f"{typed('doctor')} --draft NAME drafts one from SLURM's data."),
         "",
-        "Common keys, with the values that they have when nothing is chosen:",
+        "Common keys and their defaults:",
         *_keys(script),
-        *_wrapped("--cfg job prints all of them; what each means: pwm_torchrl/config.py."),
+        *_wrapped("--cfg job prints all keys; pwm_torchrl/config.py explains them."),
         "",
         "Examples:",
     ]
@@ -163,7 +163,7 @@ def doctor_help() -> str:
     """The help of ``doctor``."""
     doctor = typed("doctor")
     return f"""\
-Say whether this machine is fit for runs: GPU, rendering, disk, SLURM and the cluster profile, W&B; or draft a profile.
+Check this machine for training: GPU, rendering, disk, SLURM and the cluster profile, W&B; or draft a profile.
 
 usage: {doctor} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
        {doctor} --draft NAME [cluster.partition=PARTITION] [--force]
@@ -171,7 +171,7 @@ usage: {doctor} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
 A line per check: ok, warning (works, less well) or problem (does not), and what to do.
 The draft is written to
   {user_configs_dir() / "cluster" / "NAME.yaml"}
-and is used by cluster=NAME. One that is there is kept without --force.
+and is used by cluster=NAME. An existing file is overwritten only with --force.
 
 Examples:
   {doctor:<54} # this machine

@@ -118,8 +118,8 @@ def place_of(config: Config) -> str:
         return SLURM if slurm_available() else LOCAL
     if kind == SLURM and not slurm_available():
         raise ConfigurationError(
-            f"cluster={config.cluster.name} describes SLURM nodes, and no SLURM is found here; submit from a "
-            "login node of the cluster, or use cluster=local"
+            f"cluster={config.cluster.name} describes SLURM nodes, but SLURM was not found on this machine; submit "
+            "from a login node of the cluster, or use cluster=local"
         )
     return kind
 
@@ -138,8 +138,8 @@ def settle_place(runs: Sequence[ComposedRun]) -> str:
     if place == HERE and names:
         how = "" if len(runs) == 1 else f", {len(runs)} runs one after the other"
         console.say(
-            f"cluster={','.join(names)} is not used: no SLURM is found here to queue a job, so this trains in the "
-            f"allocation of job {own_job()}{how}",
+            f"cluster={','.join(names)} is ignored: SLURM was not found, so no job can be queued and this trains in "
+            f"the allocation of job {own_job()}{how}",
             err=True,
         )
     return place
@@ -162,7 +162,7 @@ def refuse_slurm_keys(runs: Sequence[ComposedRun], place: str) -> None:
     remedy = f"give it to {named('submit')} where SLURM is found"
     if job is not None:
         where = f"in the allocation of job {job}"
-        remedy = f"queue a job of its own: {named('submit')} with a profile of SLURM nodes, cluster=NAME"
+        remedy = f"queue a separate job: {named('submit')} with a profile of SLURM nodes, cluster=NAME"
     for run in runs:
         check_no_slurm_keys(typed_keys(run.words), f"this run trains {where}", remedy)
 
@@ -217,7 +217,7 @@ def fill_from_shell(config: Config) -> None:
     sbatch_options(config.cluster)
     if ignored and not _TOLD:
         _TOLD.update(ignored)
-        console.say(f"{', '.join(ignored)} of this shell are not taken: a run sets that itself", err=True)
+        console.say(f"{', '.join(ignored)} of this shell are ignored: a run sets these options itself", err=True)
 
 
 _TOLD: set[str] = set()  # ignored variables, which are reported once
@@ -433,8 +433,8 @@ def plan(request: RunRequest) -> int:
     if not elsewhere:
         check_no_slurm_keys(
             typed_keys(run.words),
-            f"this plan is of this machine (cluster={config.cluster.name})",
-            f"choose a profile of SLURM nodes, cluster=NAME; {typed('submit')} --dry-run plans for those found here",
+            f"this plan is for this machine (cluster={config.cluster.name})",
+            f"choose a profile of SLURM nodes, cluster=NAME; {typed('submit')} --dry-run plans for the cluster's nodes",
         )
     device = None if elsewhere else pick_device(config.device)
     limits = profile_budgets(config) if device is None else _budgets_of(config, device)

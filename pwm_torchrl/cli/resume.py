@@ -36,9 +36,9 @@ class RunsToResume(NamedTuple):
 #: Keys that have no effect when a run is resumed, and what to do instead.
 _FIXED = {
     "run_dir": "name the directory of the run without run_dir=",
-    "cluster.kind": "a run goes on where it was submitted; to move it, give the command that submitted it again, with "
+    "cluster.kind": "a run is resumed where it was submitted; to move it, repeat the command that submitted it, with "
     "run_dir=RUN and another cluster=NAME",
-    "pretraining": "its world model is there already",
+    "pretraining": "its world model already exists",
 }
 
 
@@ -47,7 +47,7 @@ def find_runs_to_resume(args: Namespace) -> RunsToResume | int:
     words = [word for word in args.runs if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in args.runs if word not in words]
     if not paths:
-        raise ConfigurationError(f"{' '.join(words)}: no run directory is given that this should change")
+        raise ConfigurationError(f"{' '.join(words)}: no run directory is given; add the run to change")
     runs = sorted((path.resolve() for path in find_runs(paths)), key=lambda path: path.name)
     newest = {run: job_id for run in runs for job_id in read_job(run).get("job_ids", [])[-1:]}
     states = job_states(newest.values()) if newest else {}
@@ -64,7 +64,7 @@ def find_runs_to_resume(args: Namespace) -> RunsToResume | int:
         if reason is None:
             found.append((run, config))
         else:
-            console.say(f"{run.name}: left alone, {reason}")
+            console.say(f"{run.name}: not resumed, {reason}")
     if not found:
         return code
     require_submitit()
@@ -84,21 +84,21 @@ def changed_config(run: Path, words: Sequence[str]) -> Config:
         return stored
     config, typed = compose_onto(stored, words)
     for key in typed.keys() & _FIXED.keys():
-        raise ConfigurationError(f"{key}={typed[key]} is not read when a run goes on; {_FIXED[key]}")
+        raise ConfigurationError(f"{key}={typed[key]} is ignored when a run is resumed; {_FIXED[key]}")
     if "training.epochs" in typed:
         config.training.steps = None
     elif "training.steps" in typed:
         repeat = known_action_repeat(config)
         if config.mode != "online" or repeat is None:
             raise ConfigurationError(
-                f"training.steps={config.training.steps}: what an epoch of this run collects is not known here; give "
-                "training.epochs"
+                f"training.steps={config.training.steps}: the steps per epoch of this run are not known; set "
+                "training.epochs instead"
             )
         set_epochs(config, repeat)
     differing = keys_preventing_resume(stored, config)
     if differing:
         listed = ", ".join(f"{key} ({old} there)" for key, (old, _) in differing.items())
-        raise ConfigurationError(f"{listed}: with another value it is another run; begin a new one")
+        raise ConfigurationError(f"{listed}: a run cannot change these; start a new one")
     check_settings_used(replace(config, run_dir=str(run)), typed)
     return config
 
@@ -117,13 +117,13 @@ def reason_not_to_resume(run: Path, job: JobState | None, *, failed: bool, longe
         return "finished"
     if job is not None and not job.ended:
         if job.held:
-            return f"job {job.job_id} is held; let it go on with: scontrol release {job.job_id}"
+            return f"job {job.job_id} is held; release it with: scontrol release {job.job_id}"
         return f"job {job.job_id} is {job.state.lower()}"
     owner = open_owner(run)
     if owner is not None and owner_state(owner) != ENDED:
-        return f"process {owner.pid} on {owner.host} trains it, or may do so"
+        return f"process {owner.pid} on {owner.host} is training it, or may be"
     if status == "failed" and not failed:
-        return "failed; --failed tries it again"
+        return "failed; --failed resumes it"
     return None
 
 

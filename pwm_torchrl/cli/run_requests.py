@@ -92,7 +92,7 @@ def parse(script: str, words: Sequence[str]) -> RunRequest | int:
     if script in ("train", "pretrain") and is_replica() and not line.shows_config:
         return RunRequest(script, line)
     if FORCE in line.options and DRAFT not in line.options:
-        raise ConfigurationError(f"{FORCE} writes over a draft; give {DRAFT} NAME too")
+        raise ConfigurationError(f"{FORCE} overwrites a draft; give {DRAFT} NAME too")
     request = RunRequest(script, line, _composed(script, line.settings))
     if line.shows_config:
         return _shown(request)
@@ -126,15 +126,15 @@ def refuse_shared_directories(runs: Sequence[ComposedRun]) -> None:
     for folder, count in folders.items():
         if count > 1:
             raise ConfigurationError(
-                f"run_dir={folder} is one directory, and this command starts {count} runs in it; give runs_dir=..., or "
-                "a name that differs, such as run_dir='runs/${model.name}_s${seed}' in quotes"
+                f"run_dir={folder} is one directory, but this command starts {count} runs; give runs_dir=..., or a "
+                "run_dir for each run, such as run_dir='runs/${model.name}_s${seed}' in quotes"
             )
 
 
 def _check_here(script: str, config: Config) -> None:
     if script == "pretrain" and config.mode != "pretrain":
         raise ConfigurationError(
-            f"{named(script)} pre-trains world models, and this is mode={config.mode}; use {named('train')}"
+            f"{named(script)} pre-trains world models, but this is mode={config.mode}; use {named('train')}"
         )
     require_runnable(config)
 
@@ -205,7 +205,7 @@ def _of_pretraining(words: Sequence[str]) -> list[str]:
     for word in chosen:
         if len(values_of(word)) > 1:
             raise ConfigurationError(
-                f"{word} would need several pre-trainings; pre-train each by itself, then give {EVERY_TASK} a "
+                f"{word} would need several pre-trainings; run each by itself, then set {EVERY_TASK} with its "
                 "world_model=DIRECTORY"
             )
     return chosen

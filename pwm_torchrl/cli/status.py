@@ -21,7 +21,7 @@ __all__ = ["line_of", "run"]
 #: Number of last metrics rows from which the speed is computed.
 _RECENT = 50
 _LONG_AGO = datetime.min.replace(tzinfo=timezone.utc)
-_COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory", "what happened last")
+_COLUMNS = ("run", "status", "job", "restarts", "progress", "left", "host memory", "last event")
 
 
 def run(args: Namespace) -> int:
@@ -34,7 +34,7 @@ def run(args: Namespace) -> int:
         try:
             states = job_states(dict.fromkeys([*newest.values(), *owners]))
         except SlurmError as error:
-            console.say(f"{error}; what follows is from the run directories alone", err=True)
+            console.say(f"{error}; the table shows the run directories only", err=True)
             states = None
     settle(runs, states)
     rows = []
@@ -43,8 +43,8 @@ def run(args: Namespace) -> int:
         if states is not None and run.path in newest and job is None and not _has_begun(run):
             job = JobState(newest[run.path], "CANCELLED")  # SLURM has forgotten a job that never started
         rows.append(list(line_of(run, job)))
-    narrow = ("what happened last", "host memory", "run", "restarts", "left")
-    below = dict.fromkeys(("what happened last", "run"), "")
+    narrow = ("last event", "host memory", "run", "restarts", "left")
+    below = dict.fromkeys(("last event", "run"), "")
     console.say(Table(list(_COLUMNS), rows, narrow=narrow, below=below).text(console.terminal_width()))
     for run in runs:
         for problem in run.problems:
@@ -104,13 +104,13 @@ def _left(run: RunReport) -> str:
 def _last(run: RunReport, status: str, job: JobState | None) -> str:
     """The last restart or error, and how long ago it was; for a job that waits for the user, what to do."""
     if job is not None and job.held:
-        return f"{job.reason}; let it go on with: scontrol release {job.job_id}"
+        return f"{job.reason}; release it with: scontrol release {job.job_id}"
     if job is not None and job.impossible:
-        return f"{job.reason}: it can never start as it is; scancel {job.job_id}, change the request, submit again"
+        return f"{job.reason}: it cannot start as requested; scancel {job.job_id}, change the request, submit again"
     if status == "died":
         return run.last_error or ""
     if status == "running" and job is None and run.owner is not None and run.owner_state == UNKNOWN:
-        return f"{describe(run.owner)}: whether it still runs cannot be told from here"
+        return f"{describe(run.owner)}: cannot tell from this machine whether it is still running"
     found = [event for kind in ("restart", *FAILED) for event in events_of(run.path, kind)]
     if not found or status == "finished":
         return ""

@@ -119,7 +119,7 @@ def _follow(config: Config, run: RunDir, words: Sequence[str]) -> int:
             change = save_smaller_plan(run.path, config, outcome)
             if change is None:
                 return _conclude(outcome, run, words)
-            console.say(f"memory ran out, so the run goes on with {change}")
+            console.say(f"memory ran out, so the run continues with {change}")
 
 
 def _to_slurm(
@@ -171,7 +171,7 @@ def _queue(runs: Sequence[ComposedRun], resources: Resources) -> list[Path]:
                 discard(run)
         raise
     for each in submitted:
-        waits = "" if each.after is None else f", when job {each.after} is done"
+        waits = "" if each.after is None else f", after job {each.after}"
         console.say(f"job {each.job_id}: {each.run_dir}{waits}")
     return folders
 
@@ -237,8 +237,8 @@ class TwoStageRuns:
     def description(self) -> str:
         """Description of the command in one line."""
         count = len(self.policies)
-        what = "a policy for its task" if count == 1 else f"{count} policies in it"
-        return f"no world_model is given: {self.pretraining.words[0]} makes one first, then come {what}"
+        what = "then a policy for its task" if count == 1 else f"then {count} policies in it"
+        return f"no world_model is given: {self.pretraining.words[0]} trains one first, {what}"
 
 
 @contextlib.contextmanager
@@ -280,7 +280,10 @@ def _both_stages(both: TwoStageRuns, dry: bool) -> int:
         return code
     if code != console.OK:
         words = " ".join(shlex.quote(word) for word in both.policies[0].words if not word.startswith("task="))
-        console.say(f"no policy was begun; when that is finished: {typed_here('submit')} {words} task=all", err=True)
+        console.say(
+            f"no policy was started; after the pre-training has finished: {typed_here('submit')} {words} task=all",
+            err=True,
+        )
         return code
     return _all(both.policies, place)
 
@@ -314,13 +317,13 @@ def _bring_back(run: Path, cfg: Config, typed: Mapping[str, Any]) -> tuple[str, 
     job = read_job(run)
     if not job and (run / JOB_FILE).exists():
         raise ConfigurationError(
-            f"{run / JOB_FILE} is empty or damaged, so that nothing says how it was submitted; delete it, and give the "
-            f"command that submitted it again, with run_dir={run}"
+            f"{run / JOB_FILE} is empty or damaged, so the request of its job is lost; delete it, and repeat the "
+            f"command that submitted the run, with run_dir={run}"
         )
     on_slurm = bool(job) and slurm_available()
     if cfg.cluster.kind == "slurm" and not on_slurm:
-        why = f"it has no {JOB_FILE}" if slurm_available() else "no SLURM is found here"
-        raise ConfigurationError(f"it was meant for cluster={cfg.cluster.name}, and {why}")
+        why = f"it has no {JOB_FILE}" if slurm_available() else "SLURM was not found on this machine"
+        raise ConfigurationError(f"the run was submitted with cluster={cfg.cluster.name}, but {why}")
     make_cwd_importable()
     preflight([cfg], SLURM if on_slurm else LOCAL, again=True)
     if on_slurm:
@@ -330,8 +333,8 @@ def _bring_back(run: Path, cfg: Config, typed: Mapping[str, Any]) -> tuple[str, 
         return f"job {resubmit(run, cfg, resources, job)}", console.OK
     check_no_slurm_keys(
         typed,
-        "this run goes on on this machine",
-        f"give the command that began it where SLURM is found, with run_dir={run}",
+        "this run is resumed on this machine",
+        f"repeat the command that started it where SLURM is found, with run_dir={run}",
     )
     prepare_run_dir(replace(cfg, run_dir=str(run)))
     code = snapshot(run.parent, targets_of(asdict(cfg)))

@@ -89,9 +89,7 @@ def _swept(word: str, override: Override) -> list[str]:
         start, stop, step = (float(each or 0) for each in (pattern.start, pattern.stop, pattern.step))
         count = (stop - start) / step if step else math.nan
         if not math.isfinite(count):
-            raise ConfigurationError(
-                f"{word!r} never comes to its end; write range(start,stop,step) with finite numbers"
-            )
+            raise ConfigurationError(f"{word!r} never ends; write range(start,stop,step) with finite numbers")
         if count > MAX_RUNS:
             raise ConfigurationError(_too_many(f"{word!r}: {math.ceil(count)}"))
     values = list(override.sweep_string_iterator())
@@ -110,7 +108,7 @@ def _matching(word: str, group: str, pattern: Glob) -> list[str]:
     found = pattern.filter(groups.get(group, []))
     if not found:
         what = f"the choices of {group}: {', '.join(groups[group])}" if group in groups else "choices of a group only"
-        raise ConfigurationError(f"{word!r} matches nothing; glob(...) stands for {what}")
+        raise ConfigurationError(f"{word!r} matches nothing; glob(...) matches {what}")
     return found
 
 

@@ -54,12 +54,12 @@ def check_cluster(cluster: ClusterConfig) -> None:
         value = getattr(cluster, key)
         if value is not None and not re.fullmatch(r"[\w.@+-]+(,[\w.@+-]+)*", value):
             raise ConfigurationError(
-                f"cluster.{key}={value!r} is not a name that SLURM could have; set its {key}, or null"
+                f"cluster.{key}={value!r} is not a valid name in SLURM; set the name of a {key}, or null"
             )
     for key in ("constraint", "gres", "comment"):
         value = getattr(cluster, key)
         if value is not None and (not value.strip() or "\n" in value):
-            raise ConfigurationError(f"cluster.{key}={value!r} is not one line of text; set it, or null")
+            raise ConfigurationError(f"cluster.{key}={value!r} must be one line of text, or null")
     sbatch_options(cluster)
     if cluster.kind == "slurm":
         _check_gpus(cluster)
@@ -79,7 +79,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
 def _check_gpus(cluster: ClusterConfig) -> None:
     if cluster.gpu is not None and not cluster.gpus and cluster.gres is None:
         raise ConfigurationError(
-            f"cluster.gpus=0 asks for no GPU, but cluster.gpu={cluster.gpu} plans with one; set cluster.gpus=1, or "
+            f"cluster.gpus=0 requests no GPU, but cluster.gpu={cluster.gpu} is set; set cluster.gpus=1, or "
             "cluster.gpu=null"
         )
     if cluster.gpus and cluster.gpu is None:
@@ -89,7 +89,7 @@ def _check_gpus(cluster: ClusterConfig) -> None:
         )
     if cluster.gres is not None and not re.search(r"(^|,)gpu[:=]", cluster.gres) and cluster.gpu is not None:
         raise ConfigurationError(
-            f"cluster.gres={cluster.gres} asks for no GPU, but cluster.gpu={cluster.gpu} plans with one; write it as "
+            f"cluster.gres={cluster.gres} requests no GPU, but cluster.gpu={cluster.gpu} is set; write it as "
             "gpu:TYPE:NUMBER, or set cluster.gpu=null"
         )
 
@@ -125,7 +125,7 @@ def require_runnable(config: Config) -> None:
     """
     if config.cluster.kind == "slurm" and own_job() is None:
         raise ConfigurationError(
-            f"cluster={config.cluster.name} describes SLURM nodes, and this process is on none; "
+            f"cluster={config.cluster.name} describes SLURM nodes, but this process is not on one; "
             f"{typed('submit')} queues a job there, cluster=local trains here"
         )
 

@@ -34,7 +34,7 @@ def import_checkpoint(checkpoint: Path, folder: Path, tasks: TaskSet | None) -> 
         _check_tasks(checkpoint, tasks, spec)
     elif spec.num_tasks:
         raise ConfigurationError(
-            f"{checkpoint} has {spec.num_tasks} tasks, and nothing in it says which; name them in order, --tasks mt30"
+            f"{checkpoint} has {spec.num_tasks} tasks but does not name them; name them in order, such as --tasks mt30"
         )
     saved = save_world_model(
         folder,

@@ -93,7 +93,7 @@ def test_bad_input_before_anything_is_written(words, more, sentence, tmp_path):
 def test_a_dry_run_shows_both_stages(words, tmp_path, capsys):
     assert main([*words, "cluster=local", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("no world_model is given: experiment=pretrain makes one first, then come 2 policies in it\n")
+    assert out.startswith("no world_model is given: experiment=pretrain trains one first, then 2 policies in it\n")
     assert "mode: pretrain" in out
     assert "# configuration of the first of 2 runs" in out
     assert not (tmp_path / "runs").exists()
@@ -117,7 +117,7 @@ def test_no_policy_after_a_pretraining_that_failed(words, tmp_path, capsys):
     assert main([*words, "cluster=debug", "pretraining.algorithm.model_lr=1e30"]) == 1
     (only,) = [path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")]
     err = capsys.readouterr().err
-    assert "no policy was begun; when that is finished: python launch/submit.py experiment=extract" in err
+    assert "no policy was started; after the pre-training has finished: python launch/submit.py experiment=" in err
     assert f"world_model={only} task=all" in err
 
 
@@ -164,7 +164,7 @@ class TestAnnounced:
         for status in ("not begun", "stopped"):
             if status == "stopped":
                 (pretraining / "summary.json").write_text(json.dumps({"status": status}))
-            with pytest.raises(ConfigurationError, match=f"its pre-training is {status}; bring that to its end"):
+            with pytest.raises(ConfigurationError, match=f"its pre-training is {status}; finish it"):
                 pin_world_model(cfg, run_dir)
         (pretraining / "summary.json").unlink()
         train(load_config(pretraining), pretraining)

@@ -32,7 +32,7 @@ class TestGpu:
         assert only(checks.check_gpu(Config(), elsewhere=False)) == (OK, "none on this machine; runs use the CPU")
         level, text = only(checks.check_gpu(Config(device="cuda"), elsewhere=True))
         assert level == OK
-        assert "on the nodes" in text
+        assert "of the nodes" in text
 
     def test_unless_one_is_asked_for(self, no_driver):
         level, text = only(checks.check_gpu(Config(device="cuda:1"), elsewhere=False))
@@ -45,7 +45,7 @@ class TestGpu:
         monkeypatch.setattr(torch.version, "cuda", cuda)
         level, text = only(checks.check_gpu(Config(), elsewhere=False))
         assert level == PROBLEM
-        assert "NVIDIA L40S is here" in text
+        assert "NVIDIA L40S was found" in text
         assert advice in text
 
     def test_each_one_is_tried(self, monkeypatch):
@@ -65,7 +65,7 @@ class TestGpu:
         assert good.level == OK
         assert good.text.startswith("cuda:0 NVIDIA H100, 75 GiB")
         assert bad.level == PROBLEM
-        assert "CUDA error: out of memory); free it" in bad.text
+        assert "CUDA error: out of memory); free the GPU" in bad.text
 
     def test_the_driver_is_asked(self, monkeypatch, tmp_path):
         tool = tmp_path / "nvidia-smi"
@@ -111,10 +111,10 @@ class TestRendering:
         monkeypatch.setattr(checks, "_RENDER", "raise ImportError('no EGL')")
         assert checks._rendering_fault("egl") == "ImportError: no EGL"
         monkeypatch.setattr(checks, "_RENDER", "import os; os.abort()")
-        assert checks._rendering_fault("egl") == "it ended with -6"
+        assert checks._rendering_fault("egl") == "exit code -6"
         monkeypatch.setattr(checks, "_RENDER_TIMEOUT_S", 0.2)
         monkeypatch.setattr(checks, "_RENDER", "import time; time.sleep(60)")
-        assert checks._rendering_fault("egl") == "no picture in 0.2 s"
+        assert checks._rendering_fault("egl") == "no image within 0.2 s"
 
     def test_a_backend_that_does_not_exist(self):
         pytest.importorskip("mujoco")
@@ -128,9 +128,9 @@ class TestDisk:
             ("ext4", 100, False, OK, "100.0 GiB free"),
             ("nfs4", 100, True, OK, "(nfs4)"),
             ("lustre", 100, True, OK, "(lustre)"),
-            ("ext4", 100, True, WARNING, "a folder that the nodes see"),
+            ("ext4", 100, True, WARNING, "a folder that the nodes share"),
             ("tmpfs", 100, False, PROBLEM, "is RAM"),
-            ("ext4", 5, False, WARNING, "launch/plan.py tells how much"),
+            ("ext4", 5, False, WARNING, "launch/plan.py shows how much"),
             ("ext4", 0.5, False, PROBLEM, "0.5 GiB free; free space"),
             (None, 100, True, OK, "(unknown)"),
         ],
@@ -159,12 +159,12 @@ class TestWandb:
     @pytest.mark.parametrize(
         ("kind", "mode", "reason", "level", "part"),
         [
-            ("csv", "auto", None, OK, "can be reached"),
-            ("csv", "auto", "there is no key", OK, "not asked for; it would log offline, because there is no key"),
-            ("wandb", "auto", "there is no key", WARNING, "will log offline, because there is no key"),
+            ("csv", "auto", None, OK, "server reachable"),
+            ("csv", "auto", "there is no key", OK, "not needed; it would log offline because there is no key"),
+            ("wandb", "auto", "there is no key", WARNING, "will log offline because there is no key"),
             ("wandb", "online", "there is no key", PROBLEM, "logger.mode=online, but there is no key"),
-            ("wandb", "offline", "WANDB_MODE says so", OK, "as asked for"),
-            ("wandb", "disabled", "there is no key", OK, "not asked for"),
+            ("wandb", "offline", "WANDB_MODE says so", OK, "logger.mode"),
+            ("wandb", "disabled", "there is no key", OK, "not needed"),
         ],
     )
     def test_by_what_is_asked(self, monkeypatch, kind, mode, reason, level, part):

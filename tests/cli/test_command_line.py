@@ -155,7 +155,7 @@ def test_every_option_of_hydra_is_known_here():
         for option in action.option_strings:
             if option in ("-h", "--help", "-c", "--cfg", "-m", "--multirun", "--resolve"):
                 continue
-            with pytest.raises(ConfigurationError, match="which is Hydra's; "):
+            with pytest.raises(ConfigurationError, match="which belongs to Hydra; "):
                 parse_command_line("train", [option])
 
 

@@ -402,7 +402,7 @@ class TestEarlierKeys:
         assert config.algorithm.actor_updates == 5
         assert config.algorithm.actor_betas == config.algorithm.critic_betas == [0.5, 0.9]
         told = capsys.readouterr().err
-        assert "algorithm.policy_updates is called algorithm.actor_updates now" in told
+        assert "algorithm.policy_updates was renamed to algorithm.actor_updates" in told
         assert "algorithm.actor_betas and algorithm.critic_betas" in told
 
     @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ class TestEarlierKeys:
         monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(tmp_path))
         message = error_of("cluster=mine")
         assert "mine.yaml" in message
-        assert "cluster.host_gb is called cluster.host_gib now" in message
+        assert "cluster.host_gb was renamed to cluster.host_gib" in message
         assert "0.9313" in message
 
     def test_every_new_name_is_a_key(self):

@@ -104,7 +104,7 @@ def test_tasks_without_data_are_named(tmp_path, source, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["imprt"], "'imprt' is not a command of launch/data.py; there are import, inspect, generate"),
+        (["imprt"], "'imprt' is not a command of launch/data.py; choose one of import, inspect, generate"),
         (["import", "a", "b"], "--tasks"),
         (["import", "nowhere", "b", "--tasks", "mt30"], "there is no folder or file nowhere"),
         (["import", "nowhere", "b", "--tasks", "mt31"], "did you mean mt30"),

@@ -79,7 +79,7 @@ def test_train_errors_of_ours_are_sentences(capsys):
     ("seed", "code", "sentence", "remedy"),
     [
         (NO_MEMORY, 75, "the critic update does not fit", "with more memory (or a larger memory.host_gib, if that is"),
-        (NO_DISK, 74, "could not write segment_000001.bin", "with room on the disk"),
+        (NO_DISK, 74, "could not write segment_000001.bin", "after freeing disk space"),
     ],
 )
 def test_train_without_memory_or_disk_says_how_to_resume(capsys, seed, code, sentence, remedy):

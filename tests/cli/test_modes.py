@@ -62,7 +62,7 @@ class TestPretrain:
         assert (cfg.algorithm.name, cfg.algorithm.slice_length, cfg.algorithm.model_batch) == ("pwm_paper", 16, 1024)
 
     def test_no_environment(self, store):
-        with pytest.raises(ConfigurationError, match="env has no meaning with mode=pretrain"):
+        with pytest.raises(ConfigurationError, match="env has no effect with mode=pretrain"):
             compose(["experiment=pretrain", f"data.path={store}", "env=halfcheetah"])
 
     @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ class TestExtract:
     @pytest.mark.parametrize(
         ("word", "match"),
         [
-            ("size=5m", "size is a part of the pre-trained world_model"),
-            ("model=mlp", "model is a part of"),
-            ("model.dynamics.substeps=2", "model.dynamics.substeps is a part of"),
-            ("env=pendulum", "env has no meaning"),
+            ("size=5m", "size is fixed by the pre-trained world_model"),
+            ("model=mlp", "model is fixed by"),
+            ("model.dynamics.substeps=2", "model.dynamics.substeps is fixed by"),
+            ("env=pendulum", "env has no effect"),
             ("task=cup-cacth", "did you mean cup-catch"),
         ],
     )

@@ -122,7 +122,7 @@ def test_fixed_is_warned_about(capsys):
         (["--json", "missing/plan.json"], "--json missing/plan.json cannot be written: No such file or directory"),
         (["memory.margin=1"], "memory.margin=1"),
         (["memory=atuo"], "nearest: auto"),
-        (["device=cuda:99"], "device='cuda:99' is not there"),
+        (["device=cuda:99"], "device='cuda:99' does not exist"),
         (["env=dflex_ant", "env.name=dflex_snake"], "dflex_snake"),
     ],
 )
@@ -150,6 +150,6 @@ def test_profiles_of_nodes_need_a_cluster(command, words, capsys, monkeypatch):
     monkeypatch.setattr("pwm_torchrl.cli.prepare.slurm_available", lambda: False)
     assert command([*SMALL, *words, "runs_dir=runs"]) == 2
     error = capsys.readouterr().err
-    assert "describes SLURM nodes, and " in error
+    assert "describes SLURM nodes, but " in error
     assert len(error.splitlines()) == 1
     assert list(Path().iterdir()) == []

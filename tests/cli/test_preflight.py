@@ -111,8 +111,8 @@ CASES = {
 }
 #: What is found otherwise, or does not matter, where a job runs elsewhere.
 HERE_ONLY = {
-    "GPU": (["device=cuda:99"], None, "device='cuda:99' is not there"),
-    "GPU of the simulator": (["+env.device=cuda:99"], None, "env.device='cuda:99' is not there"),
+    "GPU": (["device=cuda:99"], None, "device='cuda:99' does not exist"),
+    "GPU of the simulator": (["+env.device=cuda:99"], None, "env.device='cuda:99' does not exist"),
     "node's disk": (
         ["experiment=pretrain", "data.path=store", "data.stage=scratch"], None, "data.stage=scratch needs a directory"
     ),

@@ -22,11 +22,14 @@ def _site(monkeypatch):
 
 def test_a_cluster_and_a_profile_that_fits():
     cluster, main, gpu, old, accounting, profile = check_slurm(GPU, available=True)
-    assert cluster.text == "22.05.8, cluster throwaway: 4 of 6 nodes up, arrays of 11 at most, a requeued job waits 5 s"
+    assert (
+        cluster.text
+        == "22.05.8, cluster throwaway: 4 of 6 nodes up, arrays of at most 11 jobs, a requeued job waits 5 s"
+    )
     assert main.text == "partition main (default): 1 of 2 nodes up, up to 4 CPUs, 6 GiB, 1-00:00:00 at most"
     assert "2 of 3 nodes up, up to 96 CPUs, 1006 GiB, 4 l40s, 8 nvidia_h100_80gb_hbm3, no time limit" in gpu.text
     assert old.level == WARNING
-    assert old.text.endswith("takes no jobs now")
+    assert old.text.endswith("accepts no jobs now")
     assert accounting.level == OK
     assert "600 s" in accounting.text
     assert (profile.level, profile.text) == (OK, "cluster=mine fits partition gpu")
@@ -42,7 +45,7 @@ def test_a_profile_that_does_not_fit():
     ("changes", "sentence"),
     [
         ({"host_gib": 2000}, "cluster.host_gib=2000 is more than a node has"),
-        ({"gpu": "v100"}, "cluster.gpu=v100 is planned with, but gpu has l40s, nvidia_h100_80gb_hbm3"),
+        ({"gpu": "v100"}, "cluster.gpu=v100, but gpu has l40s, nvidia_h100_80gb_hbm3"),
     ],
 )
 def test_a_profile_of_other_nodes(changes, sentence):
@@ -82,4 +85,4 @@ def test_no_slurm():
     assert finding.level == OK
     (finding,) = check_slurm(GPU, available=False)
     assert finding.level == PROBLEM
-    assert "cluster=mine needs it" in finding.text
+    assert "cluster=mine needs SLURM" in finding.text

@@ -82,7 +82,7 @@ class TestStatus:
 
     def test_a_held_job_says_what_to_do(self, run):
         assert status.line_of(read_run(run), HELD)[-1] == (
-            "launch failed requeued held; let it go on with: scontrol release 7"
+            "launch failed requeued held; release it with: scontrol release 7"
         )
 
     @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ class TestResume:
             ("finished", None, False, "finished"),
             ("stopped", RUNNING, False, "job 7 is running"),
             ("stopped", QUEUED, False, "job 7 is pending"),
-            ("stopped", HELD, False, "job 7 is held; let it go on with: scontrol release 7"),
-            ("failed", OVER, False, "failed; --failed tries it again"),
+            ("stopped", HELD, False, "job 7 is held; release it with: scontrol release 7"),
+            ("failed", OVER, False, "failed; --failed resumes it"),
             ("failed", OVER, True, None),
             ("stopped", OVER, False, None),
             ("running", OVER, False, None),
@@ -182,7 +182,7 @@ class TestResume:
             reason = resume.reason_not_to_resume(run, None, failed=False)
             assert (reason is not None) == alone
             if alone:
-                assert f"process {owner.pid} on {owner.host} trains it" in reason
+                assert f"process {owner.pid} on {owner.host} is training it" in reason
 
 
 class TestSettings:
@@ -226,7 +226,7 @@ class TestSettings:
             ("logger.project=mine", ["logger.project=mine", "logger.kind=csv"]),
             ("model.num_bins=101", ["model.num_bins=101", "model.reward_head=scalar"]),
             ("runs_dir=there", ["runs_dir=there", "run_dir="]),
-            ("run_dir=there", ["run_dir=there", "not read when a run goes on"]),
+            ("run_dir=there", ["run_dir=there", "is ignored"]),
             ("cluster.kind=local", ["cluster.kind=local", "cluster=NAME"]),
             ("cluster=l40s", ["cluster=l40s", "single keys", "cluster."]),
             ("experiment=pretrain", ["experiment=pretrain", "single keys"]),

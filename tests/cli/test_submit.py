@@ -47,7 +47,7 @@ def test_a_profile_that_cannot_be_queued_is_told(words, capfd, monkeypatch):
     """Inside an allocation where SLURM's commands are not found, as in a container."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert main([*words, "seed=1,2", "--dry-run"]) == 0
-    told = [line for line in capfd.readouterr().err.splitlines() if "cluster=h100 is not used" in line]
+    told = [line for line in capfd.readouterr().err.splitlines() if "cluster=h100 is ignored" in line]
     assert len(told) == len(words)
     assert all("job 7" in line and "2 runs one after the other" in line for line in told)
 
@@ -96,7 +96,7 @@ def test_what_training_refuses_leaves_no_directory(capfd):
     ("seed", "code", "status", "sentence", "remedy"),
     [
         (NO_MEMORY, 75, "memory", "the critic update does not fit", "with more memory"),
-        (NO_DISK, 74, "storage", "could not write segment_000001.bin", "with room on the disk"),
+        (NO_DISK, 74, "storage", "could not write segment_000001.bin", "after freeing disk space"),
     ],
 )
 def test_without_memory_or_disk_it_says_how_to_resume(capfd, seed, code, status, sentence, remedy):

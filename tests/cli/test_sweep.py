@@ -53,10 +53,10 @@ class TestExpand:
     @pytest.mark.parametrize(
         ("word", "told"),
         [
-            ("seed=range(1,3,0)", "never comes to its end"),
-            ("algorithm.gamma=range(0.1,inf)", "never comes to its end"),
-            ("algorithm.gamma=range(0.1,0.9,nan)", "never comes to its end"),
-            ("algorithm.gamma=range(0.0,1.0,0.0)", "never comes to its end"),
+            ("seed=range(1,3,0)", "never ends"),
+            ("algorithm.gamma=range(0.1,inf)", "never ends"),
+            ("algorithm.gamma=range(0.1,0.9,nan)", "never ends"),
+            ("algorithm.gamma=range(0.0,1.0,0.0)", "never ends"),
             ("seed=range(1,1e12)", ": 999999999999 runs"),
             ("seed=shuffle(range(1,1000000000))", ": 999999999 runs"),
             ("seed=range(3,3)", "gives seed no value"),
@@ -83,7 +83,7 @@ class TestComposed:
         assert runs[1].words == ["seed=1", "model=residual"]
 
     def test_one_directory_is_not_for_several_runs(self):
-        with pytest.raises(ConfigurationError, match=r"run_dir=x is one directory, and .* 2 runs"):
+        with pytest.raises(ConfigurationError, match=r"run_dir=x is one directory, but .* 2 runs"):
             compose_all(["seed=1,2", "run_dir=x"])
 
     def test_a_directory_for_each_of_several_runs(self):

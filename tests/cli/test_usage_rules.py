@@ -235,7 +235,7 @@ def test_a_profile_of_ones_own_counts_as_typed(tmp_path, monkeypatch):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "mine.yaml").write_text("kind: local\npartition: gpu\nhost_gib: 8\n")
     monkeypatch.setenv("PWM_TORCHRL_CONFIG_DIR", str(tmp_path))
-    with pytest.raises(ConfigurationError, match=r"cluster\.partition=gpu means nothing with cluster\.kind=local"):
+    with pytest.raises(ConfigurationError, match=r"cluster\.partition=gpu has no effect with cluster\.kind=local"):
         compose(["cluster=mine"])
 
 
@@ -243,7 +243,7 @@ def test_a_profile_of_ones_own_counts_as_typed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", [prepare.HERE, prepare.LOCAL, prepare.DEBUG])
 def test_what_is_for_slurm_is_refused_where_no_job_is_queued(word, place):
     runs = [ComposedRun(compose([word]), [word])]
-    with pytest.raises(ConfigurationError, match=r"is for jobs of SLURM, and this run trains .*; leave it out"):
+    with pytest.raises(ConfigurationError, match=r"is for SLURM jobs, but this run trains .*; leave it out"):
         prepare.refuse_slurm_keys(runs, place)
     prepare.refuse_slurm_keys(runs, prepare.SLURM)
     prepare.refuse_slurm_keys(

@@ -64,7 +64,7 @@ def test_import(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "has 2 tasks, and nothing in it says which"),
+        ([], "has 2 tasks but does not name them"),
         (["--tasks", "pendulum-swingup"], "action_dims"),
         (["--tasks", "cup-catch,pendulum-swingup"], "_action_masks"),
         (["--tasks", "pendulum-swingup,reacher-easy"], "takes 8 observation and 2 action dimensions"),

@@ -122,10 +122,10 @@ def test_random_actions_that_are_held(tmp_path):
     ("words", "told"),
     [
         (["--policy", "nowhere"], "neither 'random', 'random:N' nor a run directory"),
-        (["--policy", "random:0"], "random:0 holds actions for 1 to N steps"),
-        (["--policy", "cup-catch=random:x"], "random:x holds actions for 1 to N steps"),
+        (["--policy", "random:0"], "random:0: N in 'random:N'"),
+        (["--policy", "cup-catch=random:x"], "random:x"),
         (["--policy", "cup-cacth=random"], "did you mean cup-catch"),
-        (["--policy", "cup-catch=random"], "nothing acts in pendulum-swingup"),
+        (["--policy", "cup-catch=random"], "no policy was given for pendulum-swingup"),
         (["--episodes", "0"], "too small"),
         (["--noise=-1"], "must not be negative"),
     ],

@@ -118,7 +118,7 @@ def test_a_directory_has_one_owner(place, capsys):
     with pytest.raises(ConfigurationError, match=rf"is in use by SLURM job {job}, process \d+ on "):
         train(load_config(run_dir), run_dir, resume=True)
     assert resume([str(run_dir)]) == 0
-    assert f"left alone, job {job} is running" in capsys.readouterr().out
+    assert f"not resumed, job {job} is running" in capsys.readouterr().out
     place.cluster.run(["scancel", job])
     place.cluster.wait_state(job, {"CANCELLED"})
     place.trouble.unlink()
@@ -126,5 +126,5 @@ def test_a_directory_has_one_owner(place, capsys):
     assert place.job(run_dir) != job
     place.wait_for(run_dir, "finished")
     assert resume([str(run_dir)]) == 0
-    assert "left alone, finished" in capsys.readouterr().out
+    assert "not resumed, finished" in capsys.readouterr().out
     assert summary(run_dir)["resume_exact"]

@@ -36,7 +36,7 @@ def store(tmp_path):
 
 def queued(out):
     """From what submitting says: (job, run directory, job that it waits for or "") of every run."""
-    return re.findall(r"^job (\S+): (\S+?)(?:, when job (\S+) is done)?$", out, re.MULTILINE)
+    return re.findall(r"^job (\S+): (\S+?)(?:, after job (\S+))?$", out, re.MULTILINE)
 
 
 def test_policies_wait_for_the_world_model(place, store, tmp_path, capsys):
