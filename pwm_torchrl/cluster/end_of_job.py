@@ -71,12 +71,12 @@ def _act(run: Path, execution: JobExecution, decision: Decision, plan: NextPlan 
         say(f"ends here: {decision.status}" + (f", {decision.why}" if decision.why else ""))
         return _CODES.get(decision.status, 1)
     if decision.action == WAIT:
-        say("SLURM brings the job back")
+        say("SLURM requeues the job")
         return 0
     say("requeued")
     requeued = scontrol("requeue", execution.job_id)
     if requeued is not None:
-        say(f"scontrol requeue failed: {requeued}; {typed('resume')} brings the run back")
+        say(f"scontrol requeue failed: {requeued}; {typed('resume')} resumes the run")
         return 1
     return 0 if plan is None else _ask_for_memory(run, execution, plan)
 
@@ -87,12 +87,12 @@ def _ask_for_memory(run: Path, execution: JobExecution, plan: NextPlan) -> int:
     if refused is None:
         write_job(run, mem_mb=plan.mem_mb)
         return 0
-    say(f"SLURM changes no request here ({refused}); a new job takes over")
+    say(f"SLURM refused to change the job's memory request ({refused}); a new job continues the run")
     job = read_job(run)
     job_id = resubmit(run, load_config(run), replace(last_request(run, job), mem_mb=plan.mem_mb), job)
     say(f"job {job_id}")
     for complaint in move_dependents(run, job_id):  # before scancel, which would also cancel the dependent jobs
-        say(f"a job that waits for this one was not told: {complaint}; {typed('resume')} brings its run back")
+        say(f"a job that waits for this one could not be updated: {complaint}; {typed('resume')} resumes its run")
     subprocess.run(["scancel", execution.job_id], check=False)
     return _CODES[MEMORY]
 
@@ -105,7 +105,7 @@ def _next_memory_plan(run: Path, end: AttemptEnd) -> tuple[Decision, NextPlan | 
     except ConfigurationError as damaged:
         return Decision(END, "memory", f"{end.detail}; {damaged}"), None
     if plan is None:
-        why = f"{end.detail}, and there is no larger or thriftier plan (cluster.host_gib, memory.*)"
+        why = f"{end.detail}, and no plan has more memory or needs less (cluster.host_gib, memory.*)"
         return Decision(END, "memory", why), None
     apply_plan(run, plan)
     return Decision(RESUBMIT, why=f"{end.detail}; {plan.change}"), plan

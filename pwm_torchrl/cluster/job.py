@@ -164,7 +164,7 @@ def _tell(run: Path, outcome: dict[str, Any], file: Path) -> None:
         set_status(run, outcome["status"])
     except OSError as unwritten:  # for example a full disk, which may hold the log too
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"summary.json could not be written ({unwritten}); its status stays as it was\n")
+            sys.stderr.write(f"summary.json could not be written ({unwritten}); its status is unchanged\n")
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -182,7 +182,7 @@ def _memory_mb(profile: ClusterConfig) -> int | None:
     if ceiling is not None and mem_mb > ceiling:
         raise ConfigurationError(
             f"cluster.mem_gib={profile.mem_gib:g} is more than a node of cluster={profile.name} has, "
-            f"cluster.host_gib={profile.host_gib:g}; ask for at most that"
+            f"cluster.host_gib={profile.host_gib:g}; request at most that"
         )
     return mem_mb
 
@@ -192,7 +192,7 @@ def _cpus(cfg: Config) -> int | None:
     threads, cpus = cfg.training.threads, cfg.cluster.cpus
     if threads is not None and cpus is not None and threads > cpus:
         raise ConfigurationError(
-            f"training.threads={threads} are more than cluster.cpus={cpus}, the CPUs that each task gets; set "
+            f"training.threads={threads} is more than cluster.cpus={cpus}, the CPUs that each task gets; set "
             f"cluster.cpus={threads}, or leave training.threads out"
         )
     return cpus or threads
@@ -208,7 +208,7 @@ def _minutes(profile: ClusterConfig) -> int | None:
     if minutes is not None and profile.max_time_min is not None and minutes > profile.max_time_min:
         raise ConfigurationError(
             f"cluster.time_min={minutes} is longer than cluster={profile.name} allows, "
-            f"cluster.max_time_min={profile.max_time_min}; a longer run comes back by itself"
+            f"cluster.max_time_min={profile.max_time_min}; set at most that; a longer run is requeued automatically"
         )
     return minutes
 
@@ -237,11 +237,11 @@ def sbatch_options(profile: ClusterConfig) -> dict[str, Any]:
         written = f"cluster.sbatch.{key}={value}"
         if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
             raise ConfigurationError(
-                f"{written}: {key!r} is not the long name of an option of sbatch, like reservation"
+                f"{written}: {key!r} is not the long name of an sbatch option, such as reservation"
             )
         if name in _TAKEN:
             other = _TAKEN[name]
-            instead = f"set cluster.{other}" if other else "a run sets that itself"
+            instead = f"set cluster.{other}" if other else "a run sets it itself"
             raise ConfigurationError(f"{written} cannot be given here: {instead}")
         if isinstance(value, (dict, list)) or "\n" in str(value):
             raise ConfigurationError(f"{written} is not one line of text, a number, true or false")
@@ -417,11 +417,11 @@ def _beyond_limits(request: JobRequest, config: SlurmConfig, partition: Partitio
     """The limit of the partition that a request exceeds, as a sentence; ``None`` if there is none."""
     where = f"partition {partition.name}"
     if not partition.up:
-        return f"{where} takes no jobs now; set cluster.partition to another one"
+        return f"{where} accepts no jobs now; set cluster.partition to another one"
     if _exceeds(request.minutes, partition.max_minutes):
         return (
             f"a time limit of {request.minutes} min is longer than {where} allows, {partition.max_minutes} min; set "
-            f"cluster.max_time_min={partition.max_minutes}, and longer runs come back until they are done"
+            f"cluster.max_time_min={partition.max_minutes}, and longer runs are requeued until they finish"
         )
     if _exceeds(request.nodes, partition.max_nodes):
         return f"cluster.nodes={request.nodes} is more than {where} allows, {partition.max_nodes}"
@@ -451,7 +451,7 @@ def _beyond_nodes(request: JobRequest, partition: Partition, nodes: Sequence[Nod
         if count > most:
             asked = "1 GPU" if count == 1 else f"{count} GPUs"
             return (
-                f"{asked}{f' of type {kind}' if kind else ''} per node cannot be had, a node of {where} has "
+                f"{asked}{f' of type {kind}' if kind else ''} per node requested, but a node of {where} has "
                 f"{f'at most {most}' if most else 'none'}; change cluster.gpus, cluster.gres or cluster.partition"
             )
     features = [name for name in (request.constraint or "").split("&") if name.replace("_", "").isalnum()]
@@ -471,8 +471,8 @@ def _beyond_nodes(request: JobRequest, partition: Partition, nodes: Sequence[Nod
     able = [node for node in nodes if all(has(node) for has in wanted)]
     if len(able) < request.nodes:
         return (
-            f"cluster.nodes={request.nodes}: only {len(able)} of the {len(nodes)} nodes of {where} have all of what is "
-            "asked at once; lower cluster.nodes, cluster.cpus, cluster.mem_gib or cluster.gpus"
+            f"cluster.nodes={request.nodes}: only {len(able)} of the {len(nodes)} nodes of {where} meet all requests "
+            "at once; lower cluster.nodes, cluster.cpus, cluster.mem_gib or cluster.gpus"
         )
     return None
 

@@ -115,11 +115,11 @@ def classify(
     if status == "stopped" or unsaved or term_received:
         saved = "" if status == "stopped" else "; nothing new was saved"
         if any(each.get("preempted") for each in evidence):
-            return AttemptEnd(PREEMPTION, f"another job needed its place{saved}", record.requeued)
+            return AttemptEnd(PREEMPTION, f"SLURM preempted the job for another one{saved}", record.requeued)
         if record.reason == "TimeLimit":
             return AttemptEnd(TIMEOUT, f"the time limit was reached{saved}", record.requeued)
         if "SIGUSR2" in signals or (outcome or {}).get("reason") == "SIGUSR2":
-            return AttemptEnd(TIMEOUT, f"the time limit came near{saved}", record.requeued)
+            return AttemptEnd(TIMEOUT, f"the time limit was near{saved}", record.requeued)
         if record.requeued or not record.state:
             return AttemptEnd(REQUEUED, f"SLURM asked the job to end{saved}", record.requeued)
         if term_received or "SIGTERM" in signals:
@@ -129,7 +129,7 @@ def classify(
         return AttemptEnd("failed", error)
     if _killed(evidence) or not evidence or LOST_RANKS in error:
         return AttemptEnd(KILLED, "a process of the job was killed")
-    return AttemptEnd(START_UP, "the job ended before training began; its log tells why")
+    return AttemptEnd(START_UP, "the job ended before training began; see its log")
 
 
 def _killed(evidence: Sequence[Mapping[str, Any]]) -> bool:
@@ -185,7 +185,10 @@ def decide_restart(end: AttemptEnd, progressed: bool, before: Sequence[Restart],
     if end.reason == MEMORY:
         used = sum(each.reason == MEMORY for each in before)
         if used >= max_memory_restarts:
-            why = f"memory ran out again after {used} larger or thriftier plans (cluster.max_memory_restarts)"
+            why = (
+                f"memory ran out again after {used} restarts with more memory or a plan that needs less "
+                "(cluster.max_memory_restarts)"
+            )
             return Decision(END, "memory", why)
         return Decision(RESUBMIT, why=end.detail)
     return Decision(WAIT if end.slurm_requeues else REQUEUE, why=end.detail)
@@ -227,7 +230,7 @@ def requested_memory_mb(run_dir: Path, job: Mapping[str, Any]) -> int:
     asked = job.get("mem_mb")
     if not isinstance(asked, int) or isinstance(asked, bool) or asked <= 0:
         raise ConfigurationError(
-            f"{run_dir / JOB_FILE} is damaged: mem_mb={asked} is no amount of memory; delete it and submit the run "
+            f"{run_dir / JOB_FILE} is damaged: mem_mb={asked} is not an amount of memory; delete it and submit the run "
             "again"
         )
     return asked
@@ -342,7 +345,7 @@ def next_plan(run_dir: Path, cfg: Config, mem_mb: int) -> NextPlan | None:
     if mem_mb < ceiling:
         more = min(ceiling, math.ceil(mem_mb * GROWTH))
         return NextPlan(more, {}, f"--mem {mem_mb} -> {more} MiB")
-    plan = read_plan(run_dir, "no thriftier one can be made from it")
+    plan = read_plan(run_dir, "so no plan that needs less memory can be made from it")
     if plan is None or cfg.memory.kind == "fixed":
         return None
     choices = dict(plan["choices"])
@@ -353,7 +356,7 @@ def next_plan(run_dir: Path, cfg: Config, mem_mb: int) -> NextPlan | None:
             parts = ", ".join(f"{key.removesuffix('_micro_batch')} {size}" for key, size in sizes.items())
             return NextPlan(mem_mb, {**choices, **sizes}, f"smaller micro-batches: {parts}")
     if choices["replay_storage"] == "memory" and cfg.training.replay_storage == "auto":
-        return NextPlan(mem_mb, {**choices, "replay_storage": "disk"}, "the replay goes to disk")
+        return NextPlan(mem_mb, {**choices, "replay_storage": "disk"}, "the replay moves to disk")
     return None
 
 

@@ -67,7 +67,7 @@ def to_minutes(text: str) -> int | None:
         return None
     match = _CLOCK.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not a time of SLURM, such as 90, 24:00:00 or 1-12")
+        raise ValueError(f"{text!r} is not a SLURM time limit, such as 90, 24:00:00 or 1-12")
     numbers = [int(number) for number in match["clock"].split(":")]
     if match["days"] is not None:  # days-hours[:minutes[:seconds]]
         hours, minutes, seconds = [*numbers, 0, 0][:3]
@@ -516,7 +516,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         )
     except FileNotFoundError as error:
         raise SlurmError(
-            f"SLURM's command {command[0]} is not here; run this where jobs are submitted, or choose cluster=local"
+            f"SLURM's command {command[0]} was not found; run this where jobs are submitted, or choose cluster=local"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
@@ -526,9 +526,11 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 def _failure(command: Sequence[str], said: str) -> SlurmError:
     lines = [line.split("error: ", 1)[-1].strip() for line in said.splitlines() if line.strip()]
-    reason = "; ".join(dict.fromkeys(lines)) or "it says nothing"
+    reason = "; ".join(dict.fromkeys(lines)) or "no message"
     if "Unable to contact" in reason:
         return SlurmError(f"SLURM's controller does not answer {command[0]} ({reason}); try again when it is back")
     if _NO_CLUSTER in reason:
-        return SlurmError("SLURM's commands are here, but no cluster is set up for this machine; choose cluster=local")
-    return SlurmError(f"SLURM refuses {command[0]}: {reason}")
+        return SlurmError(
+            "SLURM's commands are installed, but this machine is not set up for a cluster; choose cluster=local"
+        )
+    return SlurmError(f"SLURM refused {command[0]}: {reason}")

@@ -215,8 +215,8 @@ class _Found:
         self.total += size
         if self.total > LARGEST_COPY or len(self.files) > MOST_FILES:
             raise ConfigurationError(
-                f"The code in {self.root} that a job would be given a copy of comes to more than {LARGEST_COPY >> 20} "
-                f"MiB or {MOST_FILES:,} files; import your module from a folder that holds code only."
+                f"The code in {self.root}, which is copied for the job, is larger than {LARGEST_COPY >> 20} MiB or "
+                f"{MOST_FILES:,} files; import your module from a folder that holds code only."
             )
 
     def tell(self) -> None:
@@ -224,12 +224,12 @@ class _Found:
         left = [f"{self._name(file)} ({amount(size)})" for size, file in sorted(self.large, reverse=True)]
         if left:
             warn(
-                f"the job's copy of {self.root} is without files above {LARGEST_FILE >> 20} MiB: {_listed(left)}; give "
-                "their absolute paths to whatever reads them"
+                f"the job's copy of {self.root} leaves out files above {LARGEST_FILE >> 20} MiB: {_listed(left)}; "
+                "refer to them by absolute paths"
             )
         if self.secret:
             warn(
-                f"the job's copy of {self.root} is without what may be secret: "
+                f"the job's copy of {self.root} leaves out files that may be secret: "
                 f"{_listed([self._name(file) for file in self.secret])}; pass secrets as environment variables"
             )
 

@@ -77,4 +77,4 @@ def test_dependents_are_told_before_their_job_is_cancelled(pretraining, monkeypa
     execution = JobExecution("7", 0)
     assert end_of_job._ask_for_memory(pretraining, execution, NextPlan(2048, {}, "more memory")) == 75
     assert done == ["queued 2048", "update JobId=8 Dependency=afterok:9", "scancel 7"]
-    assert "a new job takes over" in capsys.readouterr().out
+    assert "a new job continues the run" in capsys.readouterr().out

@@ -75,11 +75,11 @@ def test_no_jobs_are_not_asked_for(commands):
             "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1",
             "SLURM's controller does not answer squeue (Unable to contact slurm controller (connect failure))",
         ),
-        ("echo 'squeue: error: Invalid user: me' >&2; exit 1", "SLURM refuses squeue: Invalid user: me"),
-        ("exit 1", "SLURM refuses squeue: it says nothing"),
+        ("echo 'squeue: error: Invalid user: me' >&2; exit 1", "SLURM refused squeue: Invalid user: me"),
+        ("exit 1", "SLURM refused squeue: no message"),
         (
             "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1",
-            "no cluster is set up for this machine",
+            "this machine is not set up for a cluster",
         ),
     ],
 )
@@ -95,7 +95,7 @@ def test_no_answer_is_one_sentence(commands, monkeypatch, script, sentence):
 
 def test_missing_commands_are_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(query.SlurmError, match="command squeue is not here"):
+    with pytest.raises(query.SlurmError, match="command squeue was not found"):
         query.job_states(["7"])
 
 

@@ -88,7 +88,7 @@ class TestOptions:
         ("key", "value", "said"),
         [
             ("partition", "gpu", "cluster.partition"), ("mem", "4G", "cluster.mem_gib"), ("time", 5, "cluster.time"),
-            ("job_name", "x", "a run sets that itself"), ("--array", "1-3", "a run sets that itself"),
+            ("job_name", "x", "a run sets it itself"), ("--array", "1-3", "a run sets it itself"),
             ("Not an option", 1, "long name"), ("exclude", ["a"], "one line"), ("comment", "x", "cluster.comment"),
             ("exclude", "a\nb", "one line"),
         ],
@@ -148,7 +148,7 @@ class TestJobOfThisProcess:
         assert own_job(environ, lambda job: state) == expected
         kept = {"SLURM_CONF", "HOME"} | (set() if expected is None else {"SLURM_JOB_ID", "SLURM_MEM_PER_NODE"})
         assert environ.keys() == kept
-        assert ("job 7" in capsys.readouterr().err) == (expected is None)
+        assert ("SLURM_JOB_ID=7" in capsys.readouterr().err) == (expected is None)
 
     def test_without_an_id_nobody_is_asked(self):
         assert own_job({}, lambda job: pytest.fail("asked")) is None
@@ -201,7 +201,7 @@ def test_what_fits(demand):
     ("demand", "parts"),
     [
         (JobRequest(partition="gpus"), ["cluster.partition=gpus does not exist", "main, gpu, old"]),
-        (JobRequest(partition="old"), ["partition old takes no jobs"]),
+        (JobRequest(partition="old"), ["partition old accepts no jobs"]),
         (JobRequest(minutes=1441), ["1441 min", "partition main", "cluster.max_time_min=1440"]),
         (JobRequest(memory_mb=6001), ["6001 MiB", "6000 MiB", "cluster.mem_gib=5.85 or less", "cluster.host_gib=5.85"]),
         (JobRequest(partition="gpu", memory_mb=400_001), ["400000 MiB", "cluster.mem_gib=390.62 or less"]),
@@ -209,7 +209,7 @@ def test_what_fits(demand):
         (JobRequest(partition="gpu", tasks=8, cpus=7), ["8 tasks with 7 CPUs each", "allows on a node, 48"]),
         (JobRequest(partition="gpu", nodes=3), ["cluster.nodes=3", "allows, 2"]),
         (JobRequest(nodes=3), ["cluster.nodes=3", "only 2 of the 2 nodes"]),
-        (JobRequest(gpus=(("", 1),)), ["1 GPU per node cannot be had", "partition main has none"]),
+        (JobRequest(gpus=(("", 1),)), ["1 GPU per node", "partition main has none"]),
         (JobRequest(partition="gpu", gpus=l40s(5)), ["5 GPUs of type l40s per node", "at most 4"]),
         (JobRequest(partition="gpu", gpus=(("a100", 1),)), ["1 GPU of type a100 per node", "has none"]),
         (JobRequest(partition="gpu", constraint="v100"), ["cluster.constraint=v100", "h100, ib, l40s"]),

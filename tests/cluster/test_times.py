@@ -31,7 +31,7 @@ def test_every_way_of_writing(text, minutes):
 
 @pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "-5", "1-", "1.5", "1-2:3:4:5"])
 def test_anything_else_is_refused(text):
-    with pytest.raises(ValueError, match="is not a time of SLURM"):
+    with pytest.raises(ValueError, match="is not a SLURM time limit"):
         to_minutes(text)
 
 
