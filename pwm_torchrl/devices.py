@@ -48,7 +48,7 @@ def pick_device(name: str, key: str = "device") -> torch.device:
         raise ConfigurationError(f"{key}={name!r} is unknown; choose auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigurationError(
-            f"{key}={name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices; set {key}=cpu."
+            f"{key}={name!r} does not exist: PyTorch sees {torch.cuda.device_count()} CUDA devices; set {key}=cpu."
         )
     return device
 

@@ -96,7 +96,7 @@ def storage_faults(
         try:
             free = f"{amount(free_bytes(path))} are free"
         except OSError:
-            free = "how much is free cannot be read"
+            free = "the free space is unknown"
         room = free if needed is None else f"{amount(needed)} were needed and {free}"
         if error.errno in _NO_ROOM:
             advice = "free space or raise the quota there"
@@ -133,9 +133,9 @@ class Unneeded:
             how(path)
         except OSError as error:
             if path not in self._told:
-                self._warn(
-                    f"{path}, which is not needed any more, could not be deleted ({error.strerror or error}); that is "
-                    "tried again later"
+                warn(
+                    f"{path}, which is no longer needed, could not be deleted ({error.strerror or error}); deletion "
+                    "is retried later"
                 )
             self._told.add(path)
 
@@ -158,7 +158,7 @@ class Reserve:
         Raises:
             StorageFault: if the disk has too little.
         """
-        with storage_faults(self.path, "make room for the run's last words in", self.size):
+        with storage_faults(self.path, "reserve space for the run's summary in", self.size):
             allocate(self.path, self.size)
 
     def free(self) -> None:

@@ -270,7 +270,7 @@ def _replay(cfg: Config, facts: Any, choices: Choices, compute: str) -> list[Ite
 def _stored_episodes(cfg: Config, facts: Any) -> list[Item]:
     if cfg.data.path is None:  # a plan without the data
         expected = published_store_bytes(cfg.tasks, facts.observation_dim, facts.action_dim)
-        what = f"{cfg.tasks}'s published data, which data.path does not name yet (estimate)"
+        what = f"{cfg.tasks}'s published data; data.path is not set (estimate)"
         return [Item("stored episodes", expected, place, what) for place in (DISK, CACHE) if expected]
     files, index = store_bytes(cfg.data.path)
     return [

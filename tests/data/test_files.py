@@ -216,7 +216,7 @@ class TestSentences:
             raise OSError(errno.EIO, "broken")
 
         monkeypatch.setattr(module, "free_bytes", fail)
-        with pytest.raises(StorageFault, match="how much is free cannot be read"), storage_faults(tmp_path, "write"):
+        with pytest.raises(StorageFault, match="the free space is unknown"), storage_faults(tmp_path, "write"):
             raise OSError(errno.EIO, "broken")
 
     def test_other_errors_pass(self, tmp_path):

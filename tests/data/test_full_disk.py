@@ -228,6 +228,6 @@ class TestRun:
         reserve.free()
         summary.write_text("storage")
         reserve.free()
-        with pytest.raises(StorageFault, match=r"last words in .*1\.0 MiB were needed"):
+        with pytest.raises(StorageFault, match=r"summary in .*1\.0 MiB were needed"):
             Reserve(small_disk, 1 << 20).take()
         Reserve(small_disk, 1000).take()

@@ -92,7 +92,7 @@ class TestFullDisk:
     def test_no_room_for_last_words(self, small_disk):
         """Then there is none for a run either."""
         allocate(small_disk / "ballast", free_bytes(small_disk) - (100 << 10))
-        with pytest.raises(StorageFault, match=r"Could not make room for the run's last words in .*No space left"):
+        with pytest.raises(StorageFault, match=r"Could not reserve space for the run's summary in .*No space left"):
             train(CONFIG, small_disk)
         assert events(small_disk)[-1]["event"] == "storage"
         assert leftovers(small_disk) == []

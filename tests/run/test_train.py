@@ -316,7 +316,7 @@ class TestRefused:
             ),
             ({"algorithm.actor_starts": "past"}, r"algorithm\.actor_starts=past .*replay, current"),
             ({"device": "tpu9"}, r"device=tpu9 .*auto, cpu, cuda or cuda:N"),
-            ({"device": "cuda:77"}, r"device='cuda:77' is not there: PyTorch sees \d+ CUDA devices"),
+            ({"device": "cuda:77"}, r"device='cuda:77' does not exist: PyTorch sees \d+ CUDA devices"),
             ({"training.replay_capacity": 4}, r"training.replay_capacity=4 "),
             ({"training.replay_storage": "tape"}, r"training\.replay_storage=tape .*memory, device, disk"),
             ({"size.latent_dim": 12}, r"size.latent_dim=12 .*size.simnorm_dim"),

@@ -249,10 +249,10 @@ class _Import:
         listed = "; ".join(f"{name}: {problem}" for name, problem in self.problems.items())
         if self.problems and not (keep_good and good):
             rest = (
-                f"the {good} good ones are kept: repair or remove the others and run the same import again, or use "
+                f"the {good} valid ones are kept: repair or remove the others and run the same import again, or use "
                 "--keep-good to leave them out"
                 if good
-                else "there is no good one"
+                else "none is valid"
             )
             raise ConfigurationError(
                 f"{len(self.problems)} of {len(sources)} sources cannot be imported into {self.writer.path} ({rest}): "
@@ -272,6 +272,6 @@ def _check_same(writer: StoreWriter, sources: Sequence[Source]) -> None:
     new = [source.name for source in sources if known.get(source.name) != source.size]
     if new:
         raise ConfigurationError(
-            f"the episode store {writer.path} is finished and does not contain the present {new[0]}; import into "
+            f"the episode store {writer.path} is finished and does not contain {new[0]} as it is now; import into "
             "another folder"
         )

@@ -185,7 +185,7 @@ def _recognised(found: Episodes) -> Episodes:
         seen = {f"{label}/{key}" if label else key for label, (keys, _) in found.items() for key in keys}
         listed = ", ".join(sorted(seen)[:12]) or "nothing"
         raise BadEpisodes(
-            f"has {listed}; needed are {', '.join(_NEEDED)} of each episode, or D4RL's {', '.join(_FLAT)}, or Minari's "
+            f"has {listed}; it needs {', '.join(_NEEDED)} of each episode, or D4RL's {', '.join(_FLAT)}, or Minari's "
             "observations, actions, rewards, terminations"
         )
     return episodes
@@ -220,13 +220,12 @@ def flat_episodes(label: str, keys: set[str], get: Get) -> Episodes:
     terminated, steps, whole = ends.copy(), len(ends), "next_observations" in keys
     for key in (*_FLAT, *({"timeouts", "next_observations"} & keys)):
         if len(get(key)) != steps:
-            raise BadEpisodes(f"{_of(label)}has {len(get(key))} {key} beside {steps} terminals")
+            raise BadEpisodes(f"{_of(label)}has {len(get(key))} {key} but {steps} terminals")
     if "timeouts" in keys:
         ends |= np.asarray(get("timeouts")).reshape(-1).astype(bool)
     elif not whole:
         raise BadEpisodes(
-            f"{_of(label)}has neither timeouts nor next_observations, so that nothing says where an episode ends by "
-            "its length"
+            f"{_of(label)}has neither timeouts nor next_observations, so the ends of truncated episodes are unknown"
         )
     if whole:
         after, following = np.asarray(get("next_observations"))[:-1], np.asarray(get("observations"))[1:]

@@ -287,8 +287,8 @@ def _rows(part: dict[str, Tensor], first_episode: int) -> EpisodeRows:
         real = np.flatnonzero(~(np.isnan(filler) | (filler == 0)).all(1))
         if len(real):
             raise BadEpisodes(
-                f"episode {first_episode + real[0]}: {key} at index 0 belongs to no transition, but is not NaN; are "
-                "actions and rewards shifted by one?"
+                f"episode {first_episode + real[0]}: {key} at index 0 must be NaN, because it belongs to no "
+                "transition; are actions and rewards shifted by one?"
             )
     return EpisodeRows(
         values["obs"].reshape(episodes * steps, -1),

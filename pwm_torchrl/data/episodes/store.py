@@ -290,7 +290,7 @@ class EpisodeStore:
         for name, size in file_sizes(manifest).items():
             found = (path / name).stat().st_size if (path / name).exists() else None
             if found != size:
-                what = "is gone" if found is None else f"has {found:,} bytes"
+                what = "is missing" if found is None else f"has {found:,} bytes"
                 raise ConfigurationError(
                     f"the episode store {path} is damaged: {name} {what}, {size:,} are expected; copy it again or "
                     "import the data again"

@@ -191,7 +191,7 @@ def test_bad_chunks_are_listed_and_the_others_kept_on_request(tmp_path, source):
     content = chunk(3, 6, [0, 1, 2], seed=8)
     content["action"][2, 3, 0] = 1.5
     torch.save(content, source / "chunk_3.pt")
-    with pytest.raises(ConfigurationError, match=r"2 of 4 sources .*2 good ones") as caught:
+    with pytest.raises(ConfigurationError, match=r"2 of 4 sources .*2 valid ones") as caught:
         import_chunks(source, tmp_path / "store", tasks())
     assert "chunk_1.pt: " in str(caught.value)
     assert "chunk_3.pt: episode 2: action of size 1.5 at index 3" in str(caught.value)
@@ -208,13 +208,13 @@ def test_bad_chunks_are_listed_and_the_others_kept_on_request(tmp_path, source):
 def test_all_sources_bad(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.pt").write_bytes(b"")
-    with pytest.raises(ConfigurationError, match="there is no good one"):
+    with pytest.raises(ConfigurationError, match="none is valid"):
         import_chunks(tmp_path / "source", tmp_path / "store", tasks(), keep_good=True)
 
 
 def test_a_chunk_changed_during_an_import(tmp_path, source):
     (source / "chunk_1.pt").write_bytes(b"nothing")
-    with pytest.raises(ConfigurationError, match="the 2 good ones"):
+    with pytest.raises(ConfigurationError, match="the 2 valid ones"):
         import_chunks(source, tmp_path / "store", tasks())
     torch.save(chunk(9, 6, [0] * 9), source / "chunk_0.pt")
     with pytest.raises(ConfigurationError, match=r"chunk_0\.pt has [\d,]+ bytes"):
@@ -223,7 +223,7 @@ def test_a_chunk_changed_during_an_import(tmp_path, source):
 
 def test_other_tasks_and_other_folders_are_refused(tmp_path, source):
     (source / "chunk_1.pt").write_bytes(b"nothing")
-    with pytest.raises(ConfigurationError, match="the 2 good ones"):
+    with pytest.raises(ConfigurationError, match="the 2 valid ones"):
         import_chunks(source, tmp_path / "store", tasks())
     with pytest.raises(ConfigurationError, match="other tasks"):
         import_chunks(source, tmp_path / "store", task_set(NAMES[::-1]))
