@@ -133,7 +133,7 @@ class Unneeded:
             how(path)
         except OSError as error:
             if path not in self._told:
-                warn(
+                self._warn(
                     f"{path}, which is no longer needed, could not be deleted ({error.strerror or error}); deletion "
                     "is retried later"
                 )

@@ -63,8 +63,8 @@ class SHAC(PaperPWM):
         """Actor and critic; an actor batch has one row per environment."""
         if cfg.mode != "online":
             raise ConfigurationError(
-                f"algorithm=shac learns in an environment, and mode={cfg.mode} from stored episodes; choose another "
-                "algorithm, or mode=online"
+                f"algorithm=shac learns in an environment, but mode={cfg.mode} learns from stored episodes; choose "
+                "another algorithm, or mode=online"
             )
         a, envs = cfg.algorithm, int(cfg.env.get("num_envs") or 1)
         rollouts = rollouts_per_epoch(a)
@@ -87,7 +87,7 @@ class SHAC(PaperPWM):
         """PWM's losses with the simulator as world model; their latents are the simulator's states."""
         if compiles(cfg):
             raise ConfigurationError(
-                "algorithm.compile=true compiles the dynamics of a world model, and algorithm=shac has none; leave it "
+                "algorithm.compile=true compiles the dynamics of a world model, but algorithm=shac has none; leave it "
                 "at auto"
             )
         simulator = simulator_of(cfg, facts)

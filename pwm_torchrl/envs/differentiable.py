@@ -343,7 +343,7 @@ class Episodes:
         if not (torch.isfinite(following).all() and torch.isfinite(reward).all()):
             raise DivergenceError(
                 f"environment {self.info.name}: a state or reward of a rollout is not finite; the last checkpoint is "
-                "from before. Lower algorithm.actor_lr or algorithm.horizon."
+                "from an earlier step. Lower algorithm.actor_lr or algorithm.horizon."
             )
         steps = torch.arange(reward.shape[1], device=self.device)
         going = torch.cat([torch.zeros_like(terminated[:, :1]), terminated[:, :-1]], 1).cumsum(1) == 0

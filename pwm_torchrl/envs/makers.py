@@ -283,7 +283,7 @@ def check_dm_control_task(domain: str, task: str, tasks_of: Mapping[str, Collect
     """Raise ConfigurationError unless ``tasks_of`` has the domain and the task."""
     if domain not in tasks_of:
         near = nearest(str(domain), tasks_of)
-        hint = f"did you mean {near}?" if near else f"known are {', '.join(sorted(tasks_of))}"
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(sorted(tasks_of))}"
         raise ConfigurationError(f"env.domain={domain!r} is not in {where}: {hint}")
     if task not in tasks_of[domain]:
         raise ConfigurationError(
@@ -342,7 +342,7 @@ def make_brax_env(
         known = BraxWrapper.available_envs
         if id not in known:
             near = nearest(id, known)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
+            hint = f"did you mean {near}?" if near else f"choose one of {', '.join(sorted(known))}"
             raise ConfigurationError(f"env.id={id!r} is not an environment of Brax: {hint}")
         try:
             made = brax_envs.get_environment(id, **brax_kwargs)

@@ -130,8 +130,8 @@ def world_model_facts(folder: str | Path) -> WorldModelFacts:
     unknown = sorted(spec.keys() - known)
     if unknown:
         raise ConfigurationError(
-            f"The world model {file.parent} has {', '.join(unknown)} that this version of pwm_torchrl does not know; "
-            "update pwm_torchrl."
+            f"The world model {file.parent} has {', '.join(unknown)}, which this version of pwm_torchrl does not "
+            "support; update pwm_torchrl."
         )
     return WorldModelFacts(
         WorldModelSpec(**spec),
@@ -162,11 +162,11 @@ def read_world_model(
         facts.spec.reward_space = reward_space
     home = _folder(folder)
     if not facts.trained:
-        raise ConfigurationError(f"The world model {home} is announced, and has no weights yet: pre-train it first.")
+        raise ConfigurationError(f"The world model {home} has no weights yet: finish its pre-training first.")
     if sha256 is not None and sha256 != facts.sha256:
         raise ConfigurationError(
-            f"The world model in {home} is not the one that the run began with: its hash is {facts.sha256[:12]} now, "
-            f"it was {sha256[:12]}."
+            f"The world model in {home} is not the one that the run began with: its hash is {facts.sha256[:12]}, "
+            f"not {sha256[:12]}."
         )
     weights = _weights(home, facts)
     try:
@@ -174,7 +174,7 @@ def read_world_model(
     except OSError as error:
         raise ConfigurationError(f"The weights {weights} cannot be read: {error.strerror}.") from error
     if hashlib.sha256(content).hexdigest() != facts.sha256:
-        raise ConfigurationError(f"The weights {weights} are damaged: they do not have the hash that belongs to them.")
+        raise ConfigurationError(f"The weights {weights} are damaged: their hash does not match their name.")
     state = load(content)
     model = make_world_model(facts.spec)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -207,7 +207,7 @@ def _folder(folder: str | Path) -> Path:
     hint = first if path.suffix == ".pt" else ""
     raise ConfigurationError(
         f"world_model={folder} {problem}; give the directory of a pre-training run, or one with {CONFIG_FILE}{hint}; "
-        "one that was moved is found beside its runs, or where the config.yaml of a run says (world_model)"
+        "if it was moved, keep it beside its runs, or set world_model in their config.yaml"
     )
 
 

@@ -165,7 +165,7 @@ class PWMLoss(LossModule):
     def check_back_propagates(self) -> None:
         """Raise :class:`ConfigurationError` if the reduction leaves no scalar to back-propagate from."""
         if self.reduction == "none":
-            raise ConfigurationError("reduction='none' leaves no scalar for backward; accepted there are mean and sum.")
+            raise ConfigurationError("reduction='none' leaves no scalar for backward; use mean or sum.")
 
     def reset_parameters_recursive(self) -> None:
         """Re-initialise the trained parameters and their targets; networks that the loss only reads do not change."""
@@ -247,8 +247,8 @@ def tensor_function(
     has_in, has_out = ([unravel_key(k) for k in keys] for keys in (module.in_keys, module.out_keys))
     if not set(has_in) <= set(wanted_in) or not set(wanted_out) <= set(has_out):
         raise ValueError(
-            f"{type(module).__name__} reads {has_in} and writes {has_out}, but reading no more than {wanted_in} and "
-            f"writing at least {wanted_out} is needed; give it those keys, or tell the loss its own by set_keys."
+            f"{type(module).__name__} reads {has_in} and writes {has_out}, but it may read only {wanted_in} and must "
+            f"write {wanted_out}; give it those keys, or set the loss's keys to its own with set_keys."
         )
     if type(module) is TensorDictModule and (has_in, has_out) == (wanted_in, wanted_out):
         single = len(wanted_out) == 1
@@ -301,6 +301,6 @@ def delayed(module: nn.Module, *others: nn.Module) -> TensorDictParams:
     if shares_parameters(module, *others):
         raise ConfigurationError(
             f"delay_value=True needs a value network of its own, but this {type(module).__name__} shares parameters "
-            "with the world model; accepted are separate networks, or delay_value=False."
+            "with the world model; use separate networks, or delay_value=False."
         )
     return TensorDictParams(TensorDict.from_module(module).data.clone(), no_convert=True)

@@ -82,13 +82,14 @@ def _dynamics(given: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, An
     for key, default in (("kind", "mlp"), ("parameterization", None)):
         said = arguments.pop(key, None)
         if said not in (None, default, named.get(key)):
-            raise ConfigurationError(f"world_model.dynamics.{key}={said!r} is not what _target_={target} says.")
+            raise ConfigurationError(f"world_model.dynamics.{key}={said!r} contradicts _target_={target}.")
     for key in SHARED:
         value = arguments.pop(key, None)
         preset = 8 if key == "simnorm_dim" else None  # a field that was not set has its constructor's default
         if value not in (None, preset, spec.get(key, preset)):
             raise ConfigurationError(
-                f"world_model.dynamics.{key}={value} is not its world model's, {spec.get(key)}; set world_model.{key}."
+                f"world_model.dynamics.{key}={value} differs from the world model's, {spec.get(key)}; set "
+                f"world_model.{key}."
             )
     return {**named, **arguments}
 

@@ -321,7 +321,7 @@ def _algorithm(given: AlgorithmConfig | Mapping[str, Any] | None) -> AlgorithmCo
 def _check_model(networks: Networks) -> None:
     if networks.model.task is not None:
         count = networks.model.task.embedding.num_embeddings
-        raise ConfigurationError(f"world_model.num_tasks={count} is not 0, and this trainer learns one task.")
+        raise ConfigurationError(f"world_model.num_tasks={count} is not 0, but this trainer learns a single task.")
 
 
 def _check_actions(collector: BaseCollector) -> None:
@@ -334,7 +334,7 @@ def _check_actions(collector: BaseCollector) -> None:
     if low is None or high is None or not bool((low == -1).all() and (high == 1).all()):
         found = type(spec).__name__ if low is None else f"in [{low.min().item():g}, {high.max().item():g}]"
         raise ConfigurationError(
-            f"collector.create_env_fn makes an environment whose actions are {found}, and PWM acts in [-1, 1]; take "
+            f"collector.create_env_fn makes an environment whose actions are {found}, but PWM acts in [-1, 1]; use "
             "env=pwm_gymnasium, env=pwm_dm_control or env=pwm_multitask, or add TorchRL's ActionScaling."
         )
 
@@ -367,7 +367,7 @@ def _losses(cfg: Config, networks: Networks, model: Any, actor: Any, value: Any)
         ("value_loss", losses.critic, PWMValueLoss),
     ):
         if not isinstance(loss, kind):
-            raise ConfigurationError(f"{key} makes a {type(loss).__name__}, and trainer=pwm needs a {kind.__name__}.")
+            raise ConfigurationError(f"{key} makes a {type(loss).__name__}, but trainer=pwm needs a {kind.__name__}.")
     return losses
 
 
@@ -377,4 +377,4 @@ def _metrics(optim_steps: int, losses: TensorDictBase) -> dict[str, Any]:
 
 
 def _say_reduction(update: str, refused: int, size: int, message: str) -> None:
-    say(f"memory for a {update} update of {refused} rows was refused; going on with {size} at a time: {message}")
+    say(f"out of memory in a {update} update of {refused} rows; continuing with {size} at a time: {message}")

@@ -139,7 +139,7 @@ class TestDamage:
     def test_a_key_of_a_later_version(self, saved):
         folder, _, facts = saved
         edit(folder, spec={**vars(facts.spec), "quantum": True})
-        with pytest.raises(ConfigurationError, match="quantum that this version"):
+        with pytest.raises(ConfigurationError, match="quantum, which this version"):
             world_model_facts(folder)
         (folder / "world_model.json").write_text("{")
         with pytest.raises(ConfigurationError, match="cannot be read"):

@@ -73,7 +73,7 @@ def test_their_code_goes_with_a_job():
     [
         ("no_such_module.Linear", "there is no module 'no_such_module'"),
         ("my_dynamics.Linaer", "my_dynamics has no 'Linaer', did you mean Linear"),
-        ("my_dynamics.Other", "is no subclass of pwm_torchrl.modules.Dynamics"),
+        ("my_dynamics.Other", "is not a subclass of pwm_torchrl.modules.Dynamics"),
         ("lstm", "model.dynamics.kind=lstm .*flow, mlp, residual"),
     ],
 )

@@ -172,8 +172,8 @@ def test_world_model_takes_arguments_of_make_dynamics():
     ("dynamics", "message"),
     [
         ({"_target_": "torch.nn.Linear"}, "world_model.dynamics._target_='torch.nn.Linear' is not one of"),
-        ({"_target_": "pwm_torchrl.modules.MLPDynamics", "latent_dim": 8}, "dynamics.latent_dim=8 is not"),
-        ({"_target_": "pwm_torchrl.modules.MLPDynamics", "kind": "flow"}, "dynamics.kind='flow' is not what"),
+        ({"_target_": "pwm_torchrl.modules.MLPDynamics", "latent_dim": 8}, "dynamics.latent_dim=8 differs"),
+        ({"_target_": "pwm_torchrl.modules.MLPDynamics", "kind": "flow"}, "dynamics.kind='flow' contradicts"),
     ],
 )
 def test_dynamics_that_do_not_fit_their_world_model(dynamics, message):

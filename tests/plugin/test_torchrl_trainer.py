@@ -148,5 +148,5 @@ def test_parts_that_do_not_fit(changes, message):
 
 
 def test_actions_of_another_range():
-    with pytest.raises(ConfigurationError, match=r"actions are in \[-2, 2\], and PWM acts in \[-1, 1\]"):
+    with pytest.raises(ConfigurationError, match=r"actions are in \[-2, 2\], but PWM acts in \[-1, 1\]"):
         make_torchrl_trainer(**parts(env=GymEnv("Pendulum-v1")))

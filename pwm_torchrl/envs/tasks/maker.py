@@ -200,7 +200,7 @@ def make_metaworld_env(
     if f"{task}{_VERSION}" not in classes:
         known = [name.removesuffix(_VERSION) for name in classes]
         near = nearest(str(task), known)
-        hint = f"did you mean {near}?" if near else f"known are {', '.join(known)}"
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}"
         raise ConfigurationError(f"env.task={task!r} is not a task of Meta-World: {hint}")
     from pwm_torchrl.envs.batch import batch_sub_envs
     from pwm_torchrl.envs.tasks.metaworld import MetaWorldSubEnv

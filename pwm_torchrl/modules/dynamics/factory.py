@@ -46,7 +46,8 @@ def find_dynamics(path: str) -> type[Dynamics]:
     found = locate("model.dynamics.kind", path)
     if not (isinstance(found, type) and issubclass(found, Dynamics)):
         raise ConfigurationError(
-            f"model.dynamics.kind={path!r} is no subclass of pwm_torchrl.modules.Dynamics, whose forward maps latent, "
+            f"model.dynamics.kind={path!r} is not a subclass of pwm_torchrl.modules.Dynamics, whose forward maps "
+            "latent, "
             "action and task embedding to the next latent"
         )
     return found
