@@ -226,9 +226,10 @@ def settle(runs: Sequence[RunReport], states: Mapping[str, JobState] | None = No
             run.status = "waiting" if job is not None and job.waiting else "died"
         if run.status == "died":
             end = (
-                f"{describe(run.owner)} is gone and did not say why (kill -9, out of memory, a restart of the machine)"
+                f"{describe(run.owner)} ended without recording a reason (kill -9, out of memory, a restart of the "
+                "machine)"
             )
-            how = f"{typed('resume')} {run.path} goes on with it"
+            how = f"{typed('resume')} {run.path} continues it"
             run.last_error = "; ".join(filter(None, [f"{end}: {how}", run.last_error]))
 
 

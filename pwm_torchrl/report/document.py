@@ -219,17 +219,17 @@ REPORT_FILE = "report.html"
 
 _CURVES = (
     "Mean over seeds, with a band of one standard deviation. A line is thin where not all seeds of its group have "
-    "arrived; between evaluations it is interpolated, and no seed is extended beyond its last evaluation."
+    "reached that point; between evaluations it is interpolated, and no seed is extended beyond its last evaluation."
 )
 _SUMMARY = (
-    "Mean ± population standard deviation over seeds of the deterministic return, as far as each run has come; time is "
-    "the mean per run, memory the most of any run."
+    "Mean ± population standard deviation over seeds of the deterministic return, including unfinished runs; time is "
+    "the mean over the runs, memory the maximum."
 )
 _LOSSES = (
     "Means over seeds with one standard deviation; logarithmic where all values are positive and span more than a "
     f"factor of ten. At most {MOST_FIGURES} environments have figures of losses and comparisons."
 )
-_RUNS = "Click a column's name to sort by it. Files are linked where the runs lie now."
+_RUNS = "Click a column's name to sort by it. Links point to the runs' present directories."
 _HELD_OUT = ("validation/loss", "validation/latent_mse", "validation/reward_nmse")
 _MEMORY = (
     "Host memory is the anonymous and shared memory of all processes of a run, excluding memory-mapped files; GPU "
@@ -308,7 +308,7 @@ def _figures(groups: Sequence[Group], comparison: Comparison | None, notes: list
     try:
         require_matplotlib()
     except MissingLibraryError as missing:
-        notes.append(f"no pictures: {missing}")
+        notes.append(f"no figures: {missing}")
         return {}
     pages = returns_figures(groups)
     found = {"report_returns" + (f"_{n}" if n > 1 else ""): page for n, page in enumerate(pages, 1)}

@@ -90,7 +90,7 @@ def cost_lines(cfg: Config, facts: EnvFacts, hardware: str, device: torch.device
     if found is None and device is not None:
         found = predicted_duration(cfg, facts, device)
     if found is None:
-        return [*lines, f"hours: unknown, there is no earlier run of this size on {hardware} in {cfg.runs_dir}"]
+        return [*lines, f"hours: unknown; there is no earlier run of this size on {hardware} in {cfg.runs_dir}"]
     hours = f"at least {_hours(found.hours)} of arithmetic" if found.lower_bound else _hours(found.hours)
     return [*lines, f"hours: {hours}, {found.source}"]
 
@@ -145,7 +145,7 @@ def earlier_duration(cfg: Config, hardware: str, kind: str = "cpu") -> Duration 
 def predicted_duration(cfg: Config, facts: EnvFacts, device: torch.device) -> Duration:
     """Hours from the updates' operations and the measured rate of matrix products on this machine; a lower bound."""
     count, rate = operations(cfg, facts), measured_rate(cfg, device)
-    source = f"{count:.2g} operations per epoch at the {rate / 1e9:,.1f} GFLOP/s measured here, there is no earlier run"
+    source = f"{count:.2g} operations per epoch at the {rate / 1e9:,.1f} GFLOP/s measured here; there is no earlier run"
     return Duration(cfg.training.epochs * count / rate / 3600, source, lower_bound=True)
 
 

@@ -99,7 +99,7 @@ def select(runs: Sequence[RunReport], conditions: Iterable[Condition], only_newe
         and all(any(condition.holds(run) for condition in several) for several in wanted.values())
     ]
     if not left:
-        raise ConfigurationError(f"no run is left of {len(runs)}: no run has {_words(conditions)} together")
+        raise ConfigurationError(f"none of the {len(runs)} runs matches {_words(conditions)}")
     return newest(left) if only_newest else left
 
 
@@ -134,7 +134,7 @@ def _check(condition: Condition, runs: Sequence[RunReport]) -> None:
             more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             listed = ", ".join(found[:_NAMED]) + more if found else "no values"
             raise ConfigurationError(
-                f"--where {key}={asked}: no run has it; there are {listed}{nearest_sentence(asked, found)}"
+                f"--where {key}={asked}: no run has this value; the runs have {listed}{nearest_sentence(asked, found)}"
             )
 
 
@@ -257,11 +257,13 @@ def pair_runs(
         raise ConfigurationError(f"--compare {key}: no run has a readable configuration")
     if len(arms) < 2:
         raise ConfigurationError(
-            f"--compare {key}: every run has {key}={arms[0]}, and there is nothing to compare it with; "
+            f"--compare {key}: every run has {key}={arms[0]}, so there is nothing to compare it with; "
             f"{_another(runs, key, compose)}"
         )
     if baseline is not None and baseline not in arms:
-        raise ConfigurationError(f"--baseline {baseline} is no value of {key} here; there are {', '.join(arms)}")
+        raise ConfigurationError(
+            f"--baseline {baseline} is not a value of {key} in these runs; choose one of {', '.join(arms)}"
+        )
     sorted_runs: dict[str, dict[str, dict[int, RunReport]]] = {}
     for run in runs:
         _enter(run, key, sorted_runs)
@@ -269,15 +271,15 @@ def pair_runs(
     arms.sort(key=lambda arm: arm != first)
     pairs = Pairs(key, arms, {})
     if unreadable:
-        pairs.notes.append(f"left out, for the configuration cannot be read: {_list(unreadable)}")
+        pairs.notes.append(f"left out, because the configuration cannot be read: {_list(unreadable)}")
     _check_differences(sorted_runs, pairs, allow_differences)
     for env in sorted(sorted_runs, key=natural):
         _pair(env, sorted_runs[env], pairs)
     if not pairs.runs:
         found = ", ".join(f"{key}={arm} {_seeds(sorted_runs, arm)}" for arm in arms)
         raise ConfigurationError(
-            f"--compare {key}: no environment has two values with a seed in common, and runs are paired by seed; "
-            f"there are {found}; train the missing ones"
+            f"--compare {key}: no environment has two values with a seed in common, but runs are paired by seed; the "
+            f"runs are {found}; train the missing ones"
         )
     return pairs
 
@@ -381,7 +383,7 @@ def _pair(env: str, arms: Mapping[str, dict[int, RunReport]], pairs: Pairs) -> N
     alone = [run for seeds in arms.values() for seed, run in seeds.items() if seed not in common or len(arms) < 2]
     if alone:
         names = _list([f"{run.name} ({run.status})" for run in alone])
-        pairs.notes.append(f"{env}: left out, for there is no run of the same seed to compare with: {names}")
+        pairs.notes.append(f"{env}: left out, because there is no run of the same seed to compare with: {names}")
     missing = [arm for arm in pairs.arms if arm not in arms]
     if missing and len(arms) > 1:
         pairs.notes.append(f"{env} has no run with {pairs.key}={' or '.join(missing)}")

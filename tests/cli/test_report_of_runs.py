@@ -121,7 +121,7 @@ def test_a_process_that_is_gone_is_not_running(capsys):
     shown = {name: line[8] for name, line in lines_of(out).items()}
     assert shown == {"alive": "running", "killed": "died", "far": "running"}
     (told,) = [line for line in out.splitlines() if line.startswith("  killed: ")]
-    assert f"process {2**22 + 1} on {here.host} is gone and did not say why" in told
+    assert f"process {2**22 + 1} on {here.host} ended without recording a reason" in told
     assert "python launch/resume.py" in told
     page = Path("runs/report.html").read_text()
     assert (page.count(">died</td>"), page.count(">running</td>")) == (1, 2)
@@ -144,7 +144,7 @@ def test_without_matplotlib_the_tables_come(runs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["runs"]) == 0
     out = capsys.readouterr().out
-    assert "no pictures: matplotlib is not installed; pip install 'pwm-torchrl[plot]'" in out
+    assert "no figures: matplotlib is not installed; pip install 'pwm-torchrl[plot]'" in out
     assert files_in() == {"report.html"}
     assert ">finished</td>" in Path("runs/report.html").read_text()
 
@@ -184,13 +184,13 @@ def test_a_refused_comparison_writes_nothing(runs, capsys):
         (["nowhere"], "nowhere is not a directory"),
         (["empty"], "empty holds no run"),
         ([], "required: RUNS"),
-        (["empty", "--baseline", "mlp"], "give --compare KEY too"),
+        (["empty", "--baseline", "mlp"], "need --compare KEY"),
         (["one", "--out", "a.png"], "--out=a.png is a file; give a folder"),
         (["one", "--out", "one/config.yaml"], "--out=one/config.yaml is a file; give a folder"),
         (["one", "--out", "one/config.yaml/deeper"], "--out=one/config.yaml/deeper cannot be written"),
         (["one", "--compare", "model"], "every run has model=residual"),
         (["one", "--compare", "model"], "submit.py model=mlp size=tiny env=pendulum seed=0"),
-        (["one", "--where", "model=mlp"], "--where model=mlp: no run has it; there are residual"),
+        (["one", "--where", "model=mlp"], "--where model=mlp: no run has this value; the runs have residual"),
         (["one", "--where", "modle=mlp"], "unknown key; nearest: "),
         (["one", "--where", "seed"], "--where seed: write KEY=VALUE"),
     ],

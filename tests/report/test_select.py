@@ -82,7 +82,7 @@ class TestWhere:
         if expected:
             assert chosen(runs, *where) == list(expected)
         else:
-            with pytest.raises(ConfigurationError, match=r"--where training.video=false: .* there are true"):
+            with pytest.raises(ConfigurationError, match=r"--where training.video=false: .* the runs have true"):
                 chosen(runs, *where)
 
     @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ class TestWhere:
             (["model"], ["--where model", "KEY=VALUE"]),
             (["=mlp"], ["KEY=VALUE"]),
             (["model="], ["KEY=VALUE"]),
-            (["model=mlp", "env=hopper"], ["no run is left of 4", "--where model=mlp --where env=hopper"]),
+            (["model=mlp", "env=hopper"], ["none of the 4 runs matches", "--where model=mlp --where env=hopper"]),
         ],
     )
     def test_refused(self, where, words, runs):
@@ -210,7 +210,7 @@ def test_runs_are_paired_by_seed():
     assert pairs.arms == ["flow_v2", "mlp"]
     assert {arm: list(found) for arm, found in pairs.runs["pendulum"].items()} == {"flow_v2": [1, 2], "mlp": [1, 2]}
     assert pairs.notes == [
-        "pendulum: left out, for there is no run of the same seed to compare with: pendulum_mlp_0 (finished), "
+        "pendulum: left out, because there is no run of the same seed to compare with: pendulum_mlp_0 (finished), "
         "pendulum_flow_v2_7 (failed)"
     ]
 
@@ -323,7 +323,9 @@ def test_other_refusals():
         ConfigurationError, match=r"model=mlp on pendulum with seed 0, model=residual on pendulum with seed 1"
     ):
         pair_runs(runs, "model")
-    with pytest.raises(ConfigurationError, match="--baseline flow is no value of model here; there are mlp, residual"):
+    with pytest.raises(
+        ConfigurationError, match="--baseline flow is not a value of model in these runs; choose one of mlp, residual"
+    ):
         pair_runs(runs, "model", baseline="flow")
     for run in runs:
         run.config = None
