@@ -41,9 +41,9 @@ def write_run_readme(run_dir: str | os.PathLike[str], cfg: Config, has_model: bo
         f"A run of pwm_torchrl: {_subject(cfg, env, has_model)} (`algorithm={cfg.algorithm.name}`, "
         f"`model={cfg.model.name}`, `size={cfg.size.name}`, "
         f"`seed={cfg.seed}`, {cfg.training.epochs} epochs planned).",
-        "How it ended: `summary.json`.",
+        "Its result: `summary.json`.",
         "",
-        "| file | what it holds |",
+        "| file | content |",
         "|---|---|",
         *[f"| `{name}` | {what} |" for name, what in _files(cfg)],
         "",
@@ -80,7 +80,7 @@ def _commands(cfg: Config) -> list[str]:
     if "tensorboard" in loggers:
         lines.append("tensorboard --logdir RUN/tensorboard")
     if "wandb" in loggers:
-        lines.append("wandb sync RUN/wandb/offline-run-*     # upload what was logged offline")
+        lines.append("wandb sync RUN/wandb/offline-run-*     # upload offline logs")
     return lines
 
 
@@ -112,7 +112,10 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
         else ""
     )
     files = [
-        ("config.yaml", "the whole configuration; the same one in an unfinished directory resumes the run"),
+        (
+            "config.yaml",
+            "the whole configuration; a command with the same settings and this run_dir resumes an unfinished run",
+        ),
         (
             "metrics.csv",
             f"one row per epoch: {measured}, gradient norms before clipping, speed.{counts} Empty cells were not "
@@ -120,10 +123,10 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
         ),
         (
             "summary.json",
-            "the end result: status (running, finished, failed, stopped, memory: it ran out, storage: a disk is full "
-            "or broken), returns, steps, peak memory",
+            "the end result: status (running, finished, failed, stopped, memory: ran out of memory, storage: a disk "
+            "is full or broken), returns, steps, peak memory",
         ),
-        ("checkpoints/", "what resuming and loading need; readable with `weights_only=True`"),
+        ("checkpoints/", "the state for resuming and loading; readable with `weights_only=True`"),
     ]
     if not policy:
         files.append(("world_model/", "the world model that was best by validation: weights as safetensors, and JSON"))
@@ -131,17 +134,19 @@ def _files(cfg: Config) -> list[tuple[str, str]]:
     files.append(
         ("curves.png", f"{curves}, losses and gradient norms over {'environment steps' if online else 'epochs'}")
     )
-    files.append(("memory_plan.txt", "what the run was predicted to need, why, what was chosen, and what was measured"))
-    files.append(("memory_plan.json", "the same for programs"))
+    files.append(("memory_plan.txt", "predicted memory with its reasons, the chosen settings, and the measured memory"))
+    files.append(("memory_plan.json", "the same as JSON"))
     files.append(("compile.json", "whether its updates are compiled"))
     if cfg.training.profile:
-        files.append(("trace.json.gz", "the profiler's record of some updates; https://ui.perfetto.dev shows it"))
+        files.append(("trace.json.gz", "profile of some updates; open it in https://ui.perfetto.dev"))
     if cfg.training.video and policy:
         files.append(("video.mp4", "one deterministic episode of the trained policy"))
-    files.append(("events.jsonl", "what happened to the run, one JSON object per line: starts, resumes, faults, end"))
-    files.append(("attempts/", "who trained here and how that ended, one number per attempt; the highest owns the run"))
-    files.append(("log.txt", f"the job's output, where it was started by `{named('submit')}`"))
-    files.append(("submitit/", "the same: files of the library that ran the job, one folder per attempt"))
+    files.append(("events.jsonl", "starts, resumes, faults and end of the run, one JSON object per line"))
+    files.append(
+        ("attempts/", "the process and the outcome of each attempt; the one with the highest number owns the run")
+    )
+    files.append(("log.txt", f"the job's output, if it was started by `{named('submit')}`"))
+    files.append(("submitit/", "files of submitit, which ran the job, one folder per attempt"))
     if cfg.training.replay_storage == "disk" and online:
         files.append(("replay/", "the replay buffer; checkpoints refer to it"))
     if "tensorboard" in loggers:

@@ -488,7 +488,7 @@ class CheckpointStore:
                 named = f" ({names[saved.path]})" if saved.path in names else ""
                 epochs[saved.epoch] = epochs.get(saved.epoch, "") + named
             listed = ", ".join(f"{epoch}{named}" for epoch, named in sorted(epochs.items()))
-            raise ConfigurationError(f"{self.run_dir} has no checkpoint of epoch {word}; there are those of {listed}.")
+            raise ConfigurationError(f"{self.run_dir} has no checkpoint of epoch {word}; choose one of {listed}.")
         return max(found, key=lambda saved: (saved.attempt, not saved.inside)).path
 
     def _tell_unreadable(self) -> None:
@@ -496,7 +496,7 @@ class CheckpointStore:
         readable = {saved.path for saved, _ in self._readable()}
         for each in self.resume_candidates():
             if each.path not in readable:
-                warn(f"the checkpoint {each.path} cannot be read; it is chosen among the others")
+                warn(f"the checkpoint {each.path} cannot be read; it is ignored")
 
     def newest_kept(self) -> list[Path]:
         """The newest readable checkpoints, which resuming may fall back to; the best one may be much older."""

@@ -98,7 +98,7 @@ def own_job(
         return job
     for name in [name for name in environ if name.startswith("SLURM_") and not name.startswith("SLURM_CONF")]:
         del environ[name]
-    warn(f"SLURM_JOB_ID names job {job}, which SLURM does not know as running: this counts as no job")
+    warn(f"SLURM_JOB_ID={job} is ignored: SLURM does not list this job as running")
     return None
 
 
@@ -237,8 +237,8 @@ class RunClaim:
     def deleted(self) -> StorageFault:
         """The error of a run whose directory was deleted or moved."""
         return StorageFault(
-            f"The run's directory {self.run_dir} was deleted or moved while the run was going on; nothing more is "
-            "written. Resume the run where it was moved to, or begin a new one."
+            f"The run's directory {self.run_dir} was deleted or moved during the run; nothing more is written. Resume "
+            "the run where it was moved to, or begin a new one."
         )
 
     def check_there(self) -> None:
@@ -260,8 +260,8 @@ class RunClaim:
         self.check_there()
         if self._successor.exists():
             raise Superseded(
-                f"Attempt {self.attempt} of {self.run_dir} was superseded by attempt {self.attempt + 1}; it stops and "
-                "leaves the run to that one."
+                f"Attempt {self.attempt} of {self.run_dir} was superseded by attempt {self.attempt + 1}; it stops, "
+                "and that attempt continues the run."
             )
 
     def release(self) -> None:
@@ -417,6 +417,6 @@ def _refusal(run_dir: Path, claim: Claim, *, alive: bool) -> ConfigurationError:
             f"run_dir={run_dir} is in use by {owner}; wait for it, stop it, or give another run_dir."
         )
     return ConfigurationError(
-        f"run_dir={run_dir} was claimed by {owner}, and whether that still runs cannot be told from here; make sure "
-        f"that it does not, then delete {_file(run_dir, claim.attempt)}, or give another run_dir."
+        f"run_dir={run_dir} was claimed by {owner}, and this machine cannot tell whether that is still running; make "
+        f"sure that it is not, then delete {_file(run_dir, claim.attempt)}, or give another run_dir."
     )

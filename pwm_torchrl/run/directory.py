@@ -70,10 +70,10 @@ def load_config(run_dir: str | Path) -> Config:
         content = OmegaConf.load(file)
         if not isinstance(content, DictConfig) or "run_dir" not in content:  # the last key that is written
             raise ConfigurationError(
-                f"{file} is empty or cut short: its last key, run_dir, is missing; put the whole file back"
+                f"{file} is empty or cut short: its last key, run_dir, is missing; restore the whole file"
             )
         for key in missing_keys(OmegaConf.to_container(content)):
-            raise ConfigurationError(f"{file}: {key} has no value; write the run's own there again")
+            raise ConfigurationError(f"{file}: {key} has no value; restore the run's value")
         rename_keys(content)
         stored: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
     except OmegaConfBaseException as error:
@@ -372,12 +372,12 @@ def _examine(path: Path, config: Config) -> None:
     stored = load_config(path)
     if read_summary(path).get("status") == "finished" and config.training.epochs <= stored.training.epochs:
         raise ConfigurationError(
-            f"run_dir={path} holds a finished run of training.epochs={stored.training.epochs}; give more epochs to go "
-            "on with it, or another run_dir, or none for a new one"
+            f"run_dir={path} holds a finished run of training.epochs={stored.training.epochs}; set more epochs to "
+            "continue it, or set another run_dir, or none, for a new run"
         )
     differing = keys_preventing_resume(stored, config)
     if differing:
-        lines = [f"  {key}: {old} there, {new} asked for" for key, (old, new) in differing.items()]
+        lines = [f"  {key}: {old} there, {new} requested" for key, (old, new) in differing.items()]
         raise ConfigurationError(
             f"run_dir={path} holds a run of another configuration; give another run_dir, or the "
             "same settings:\n" + "\n".join(lines)

@@ -370,7 +370,7 @@ class PolicyEvaluation:
                 write_video(self.run_dir / "video.mp4", frames, frames_per_second(self.info))
         except Exception as error:  # noqa: BLE001 - no exception of a renderer or an encoder may fail a finished run
             reason = " ".join(str(error).split()) or type(error).__name__
-            say(f"no video: {reason} (training.video=false films nothing)")
+            say(f"no video: {reason} (training.video=false turns it off)")
         finally:
             if opened is not None:
                 opened.close()

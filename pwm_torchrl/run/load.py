@@ -78,11 +78,11 @@ def load_checkpointed(
     path = CheckpointStore(run).pick(which)
     metadata = checkpoint_metadata(path)
     if "facts" not in metadata:
-        raise CheckpointFault(f"The checkpoint {path} does not say what environment it is for.")
+        raise CheckpointFault(f"The checkpoint {path} does not name its environment.")
     if cfg.mode == "pretrain":
         raise ConfigurationError(
-            f"{run} pre-trained a world model and has no policy; extract one, experiment=extract world_model={run}, or "
-            f"read the model alone: pwm_torchrl.modules.read_world_model({str(run)!r})"
+            f"{run} pre-trained a world model and has no policy; extract one with experiment=extract "
+            f"world_model={run}, or read only the model: pwm_torchrl.modules.read_world_model({str(run)!r})"
         )
     facts = Facts.restored(metadata["facts"])
     if cfg.mode == "extract":
@@ -142,7 +142,7 @@ def warm_start(cfg: Config, networks: Networks) -> None:
     theirs, path = check_warm_start(cfg)
     metadata = checkpoint_metadata(path)
     if "facts" not in metadata:
-        raise CheckpointFault(f"The checkpoint {path} does not say what environment it is for.")
+        raise CheckpointFault(f"The checkpoint {path} does not name its environment.")
     if theirs.mode == "extract":
         follow_world_model(theirs, Path(str(cfg.init_from)))
     built = find_algorithm(theirs.algorithm.name).build_networks(theirs, Facts.restored(metadata["facts"]))
@@ -285,8 +285,8 @@ def _own_range(run: str | Path, cfg: Config, facts: Facts) -> tuple[tuple[float,
             info = env_info(env)
     except MissingLibraryError as error:
         raise MissingLibraryError(
-            f"The checkpoint of {run} does not say the range of actions, so its environment has to be made, or given "
-            f"as load_policy(run, env=...): {error}"
+            f"The checkpoint of {run} has no action range, so its environment must be created, or given as "
+            f"load_policy(run, env=...): {error}"
         ) from error
     return info.action_low, info.action_high
 

@@ -180,7 +180,7 @@ class RunLoggers:
                 act(logger)
             except Exception as error:  # noqa: BLE001 - no exception of a logger may end the run
                 self.loggers.remove(logger)
-                _log.warning("%s stopped logging (%s); metrics.csv goes on", _name(logger), _first_line(error))
+                _log.warning("%s stopped logging (%s); metrics.csv is still written", _name(logger), _first_line(error))
 
 
 def make_loggers(cfg: Config, run_dir: Path, facts: Mapping[str, Any], *, first_step: int = 0) -> RunLoggers:
@@ -441,7 +441,7 @@ def _stable_id(run_dir: Path) -> str:
         stored = file.read_text(encoding="utf-8", errors="replace").strip()
         if re.fullmatch(r"[\w.-]+", stored):
             return stored
-        warn(f"{file} is damaged: the run goes on as a new one at W&B")
+        warn(f"{file} is damaged: the run continues as a new W&B run")
     given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     new = given or secrets.token_hex(4)  # not from the seeded generators: runs with the same seed need different ids
     write_durably(file, new + "\n")

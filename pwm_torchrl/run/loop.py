@@ -249,8 +249,8 @@ class Loop:
         bad = not_finite(numbers)
         if bad is not None:
             raise DivergenceError(
-                f"{bad} became {numbers[bad]} in epoch {self.epoch}; the checkpoint before it is the newest. Lower the "
-                "learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
+                f"{bad} became {numbers[bad]} in epoch {self.epoch}; the newest checkpoint is from an earlier epoch. "
+                "Lower the learning rates (algorithm.*_lr) or normalise rewards (algorithm.normalize_rewards=true)."
             )
 
     @property
@@ -327,7 +327,7 @@ class Loop:
                     raise
                 # The fault is reported in any case; without memory or a disk, nothing else can be done.
                 write_event(self.record.store.run_dir, "unsaved", epoch=self.epoch, error=str(unsaved))
-                warn(f"no checkpoint after epoch {self.epoch}, those before it stay: {unsaved}")
+                warn(f"no checkpoint after epoch {self.epoch}, earlier ones are kept: {unsaved}")
         elif isinstance(fault, EnvironmentFault) and self.epoch > 0:
             self.source.environment_failed()
             self.save(inside=False)

@@ -78,7 +78,7 @@ class RunPlan:
             try:
                 self.finish()
             except OSError as unwritten:  # the error that ended the run is more important, and may be the same
-                warn(f"measured memory could not be written beside its plan: {unwritten}")
+                warn(f"measured memory could not be written next to the plan: {unwritten}")
             raise
         self.finish()
 
@@ -139,12 +139,12 @@ def _saved_decision(file: Path) -> bool:
             raise ValueError(f"compile={decision}")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"{file} does not say whether the run was compiled ({error}); delete it, and that is decided anew."
+            f"{file} does not say whether the run was compiled ({error}); delete it to decide again."
         ) from error
     return decision
 
 
 def saved_choices(run_dir: Path) -> Choices | None:
     """The choices of the last attempt; ``None`` if there is none or, with a warning, if they cannot be read."""
-    plan = read_plan(run_dir, "the memory of the run is planned anew")
+    plan = read_plan(run_dir, "the run's memory is planned again")
     return None if plan is None else Choices(**plan["choices"])

@@ -75,7 +75,7 @@ class CsvMetrics:
         rows = _read_rows(self.path).rows if self.columns else []
         last = int(_number(rows[-1].get("epoch"))) if rows and "epoch" in self.columns else 0
         if last < epoch:
-            warn(f"{self.path} is damaged: its rows end at epoch {last}, and the run goes on after epoch {epoch}")
+            warn(f"{self.path} is damaged: its rows end at epoch {last}, but the run continues after epoch {epoch}")
         if self.columns:
             self._replace([row for row in rows if _number(row.get("epoch")) <= epoch])
 

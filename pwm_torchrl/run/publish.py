@@ -108,8 +108,8 @@ def push_run(
             )
         except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, hub.errors.LocalTokenNotFoundError) as error:
             raise ConfigurationError(
-                f"{repository} cannot be uploaded to: {hub_message(error)}; is there a token (HF_TOKEN "
-                "or `hf auth login`) that may write there?"
+                f"cannot upload to {repository}: {hub_message(error)}; check that HF_TOKEN or `hf auth login` has a "
+                "token with write access"
             ) from error
     return str(done.commit_url)
 

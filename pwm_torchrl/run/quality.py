@@ -158,7 +158,7 @@ class Quality:
             weights = self.algorithm.losses.model.weights
             yield (
                 "latents",
-                f"the latents have collapsed: their variance is {variance:.2g} of {possible:.2g} that they could have; "
+                f"the latents have collapsed: their variance is {variance:.2g} of at most {possible:.2g}; "
                 f"raise model.loss.reward_coef ({weights.reward:g}) or lower model.loss.dynamics_coef "
                 f"({weights.dynamics:g})"
                 + ("" if a.scale_rewards or pretrained else ", or set algorithm.scale_rewards=true"),
@@ -183,13 +183,13 @@ class Quality:
             if self.algorithm.networks.model.termination is None and self.cfg.mode != "extract":
                 coef = "set model.termination_head=true"
             elif not isinstance(self.algorithm.losses.actor, SoftActorLoss):
-                coef += ", or choose algorithm=pwm, which counts probabilities in place of a threshold"
-            yield "endless", f"the model does not end episodes that do end: {counted}; {coef}"
+                coef += ", or choose algorithm=pwm, which uses probabilities instead of a threshold"
+            yield "endless", f"the model misses the ends of episodes: {counted}; {coef}"
         elif predicted > MAX_TERMINATION_RATIO * real:
             yield (
                 "too_early",
                 f"the model ends episodes too early: {counted}; {coef}, or set model.termination_head=false where "
-                "episodes are only cut off",
+                "episodes are only truncated",
             )
 
     def _policy(self, numbers: Mapping[str, float], soft: bool) -> Iterator[tuple[str, str]]:
@@ -209,8 +209,8 @@ class Quality:
         if error >= (MAX_OVERESTIMATION if value > followed else MAX_UNDERESTIMATION):
             yield (
                 "values",
-                f"the critics' values are far from the real returns: they expect {value:.3g} on average where "
-                f"{followed:.3g} followed, an error of {error:.1f} times the returns; lower algorithm.critic_lr "
+                f"the critics' values are far from the real returns: they predict {value:.3g} on average, the return "
+                f"was {followed:.3g}, an error of {error:.1f} times the returns; lower algorithm.critic_lr "
                 f"({a.critic_lr:g})" + (f" or algorithm.target_rate ({a.target_rate:g})" if soft else ""),
             )
 

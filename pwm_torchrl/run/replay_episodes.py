@@ -82,8 +82,8 @@ class RunReplay:
         replay = self._opened()
         if self.task is None and len(tasks) > 1:
             raise BadEpisodes(
-                f"trained in {self.cfg.env.get('name') or self.cfg.env.get('_target_')}, which is no task of the set "
-                f"{tasks.name}; say which of them it is: --task NAME"
+                f"trained in {self.cfg.env.get('name') or self.cfg.env.get('_target_')}, which is not a task of the "
+                f"set {tasks.name}; name its task with --task NAME"
             )
         if self.task is not None:
             try:
@@ -157,7 +157,7 @@ class RunReplay:
             load_checkpoint(CheckpointStore(self.run).pick("last"), {"replay": saved})
             self._replay = _Replay(self.run, saved.state)
         except (ConfigurationError, CheckpointFault, StorageFault) as error:
-            raise BadEpisodes(f"has no replay that can be read: {error}") from error
+            raise BadEpisodes(f"has no readable replay: {error}") from error
         return self._replay
 
 

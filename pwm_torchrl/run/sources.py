@@ -243,8 +243,8 @@ class StoreIdentity:
         """
         if state_dict["fingerprint"] != self.store.fingerprint():
             raise ConfigurationError(
-                f"data.path={self.store.path} does not hold the episodes that the run began with; give the store where "
-                "those are now"
+                f"data.path={self.store.path} does not hold the episodes that the run began with; set data.path to "
+                "the store that has them"
             )
 
 

@@ -180,7 +180,7 @@ def extraction_facts(cfg: Config) -> EnvInfo:
     """
     if cfg.world_model is None:
         raise ConfigurationError(
-            "mode=extract needs a pre-trained world model; set world_model=DIRECTORY, that of a run of "
+            "mode=extract needs a pre-trained world model; set world_model=DIRECTORY, the directory of a run of "
             f"{named('pretrain')} or of {named('world_model')} import"
         )
     if cfg.task is None:
@@ -257,8 +257,8 @@ def require_world_model(cfg: Config) -> None:
     status = "finished" if run is None else read_summary(run).get("status", "not begun")
     if run is not None and status != "finished":
         raise ConfigurationError(
-            f"world_model={cfg.world_model} is not there yet, its pre-training is {status}; bring that to its end, "
-            f"{typed('resume')} {run}, then this run"
+            f"world_model={cfg.world_model} is not trained yet, its pre-training is {status}; finish it with "
+            f"{typed('resume')} {run}, then resume this run"
         )
 
 

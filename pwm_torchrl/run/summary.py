@@ -278,9 +278,9 @@ def named(error: BaseException, run_dir: Path) -> BaseException:
     if isinstance(error, Exception) and is_out_of_memory(error):
         message = " ".join(str(error).split())[:300] or type(error).__name__
         return OutOfMemory(
-            f"Memory ran out where no smaller micro-batch helps ({message}). Give the run more memory, fewer "
-            "environments (env.num_envs) or a replay on disk (training.replay_storage=disk), then resume it from its "
-            "last checkpoint."
+            f"Memory ran out in a place where smaller micro-batches do not help ({message}). Give the run more "
+            "memory, fewer environments (env.num_envs) or a replay on disk (training.replay_storage=disk), then resume "
+            "it from its last checkpoint."
         )
     return error
 

@@ -186,8 +186,8 @@ class Run:
         seed_everything(cfg.seed)
         if ranks is not None and find_algorithm(cfg.algorithm.name).simulates:
             raise ConfigurationError(
-                f"algorithm={cfg.algorithm.name} steps its environment in one process, and this run has {ranks.size}; "
-                "ask for one GPU (cluster.gpus=1, cluster.nodes=1)"
+                f"algorithm={cfg.algorithm.name} steps its environment in one process, but this run has {ranks.size}; "
+                "request one GPU (cluster.gpus=1, cluster.nodes=1)"
             )
         opening = "opening the environments" if cfg.mode == "online" else "opening the stored episodes"
         with progress.phase(opening, forks=True):
@@ -289,7 +289,7 @@ class Run:
             except (CheckpointFault, StorageFault) as error:
                 fault = error
                 if paths:
-                    warnings.warn(f"{error} Trying the one before.", stacklevel=2)
+                    warnings.warn(f"{error} Trying the previous checkpoint.", stacklevel=2)
                 continue
             store.abandon_after(path)
             self.source.restored()
@@ -356,7 +356,7 @@ class Run:
         if video.is_file():
             loggers.log_video_file("video", video, self.loop.log_step)
         if self.cfg.logger.artifacts and loggers.wandb is not None:
-            with self.progress.phase("giving W&B the networks"):
+            with self.progress.phase("uploading the networks to W&B"):
                 log_artifacts(loggers, self.run_dir, summary)
 
     def _close_loggers(self) -> None:

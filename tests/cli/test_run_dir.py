@@ -87,15 +87,15 @@ def test_a_length_in_steps_is_its_length_in_epochs():
     assert load_config("run").training.steps == 10_000
     assert prepare_run_dir(compose(["run_dir=run", "training.epochs=79"])).resume
     assert prepare_run_dir(compose(["run_dir=run", "training.steps=10_001"])).resume
-    assert "training.epochs: 79 there, 78 asked for" in refusal("run_dir=run", "training.steps=9_900")
+    assert "training.epochs: 79 there, 78 requested" in refusal("run_dir=run", "training.steps=9_900")
 
 
 def test_another_configuration_is_refused_with_its_keys():
     start("run", "model=mlp")
     before = Path("run/config.yaml").read_text()
     message = refusal("run_dir=run", "algorithm.horizon=8", "env.num_envs=4", "model=mlp")
-    assert "algorithm.horizon: 3 there, 8 asked for" in message
-    assert "env.num_envs: 8 there, 4 asked for" in message
+    assert "algorithm.horizon: 3 there, 8 requested" in message
+    assert "env.num_envs: 8 there, 4 requested" in message
     assert len(message.splitlines()) == 3
     assert Path("run/config.yaml").read_text() == before
 
@@ -114,7 +114,7 @@ def test_a_run_may_become_longer(status):
     assert prepare_run_dir(compose(["run_dir=run", "training.epochs=8"])).resume
     assert load_config("run").training.epochs == 8
     assert read_summary("run")["status"] == "stopped"  # for resume.py, should its job never begin
-    assert "algorithm.horizon: 3 there, 8 asked for" in refusal(
+    assert "algorithm.horizon: 3 there, 8 requested" in refusal(
         "run_dir=run", "training.epochs=9", "algorithm.horizon=8"
     )
 
@@ -149,7 +149,7 @@ def test_a_value_that_is_left_open_in_it_is_not_the_default(line, key):
     file.write_text(before.replace(f"\n{line}\n", f"\n{line.partition(':')[0]}: ???\n"))
     with pytest.raises(ConfigurationError) as caught:
         load_config("run")
-    assert str(caught.value) == f"run/config.yaml: {key} has no value; write the run's own there again"
+    assert str(caught.value) == f"run/config.yaml: {key} has no value; restore the run's value"
 
 
 def test_a_configuration_file_that_was_cut_short_is_not_taken_for_another_run():

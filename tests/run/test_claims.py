@@ -133,7 +133,7 @@ class TestTwoProcesses:
 
     def test_what_cannot_be_told_is_refused_with_the_owner(self, tmp_path):
         write_claim(tmp_path, 1, Identity("12_3", 0, "node7", "other-boot", 99, "pid:[1]", 5))
-        message = r"claimed by SLURM job 12_3, process 99 on node7, and whether that still runs cannot be told"
+        message = r"claimed by SLURM job 12_3, process 99 on node7, and this machine cannot tell"
         with pytest.raises(ConfigurationError, match=message), claimed(tmp_path, patience_s=0):
             raise AssertionError("entered")
 

@@ -131,7 +131,7 @@ class TestDeletion:
                 shutil.rmtree(tmp_path / "run")
 
         cfg = config({"training.checkpoint_every": every}, CLOCKWORK)
-        with pytest.raises(StorageFault, match="was deleted or moved while the run was going on") as ended:
+        with pytest.raises(StorageFault, match="was deleted or moved during the run") as ended:
             run_with(monkeypatch, cfg, tmp_path / "run", after_epoch=delete)
         assert "\n" not in str(ended.value)
         assert not (tmp_path / "run").exists()

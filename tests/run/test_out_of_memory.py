@@ -126,7 +126,7 @@ class TestGivingUp:
         assert not list((tmp_path / "checkpoints").glob(".*"))
         (event,) = events(tmp_path, "unsaved")
         assert "Memory ran out" in event["error"]
-        assert "no checkpoint after epoch 3, those before it stay" in capsys.readouterr().err
+        assert "no checkpoint after epoch 3, earlier ones are kept" in capsys.readouterr().err
 
     def test_outside_of_the_updates(self, tmp_path, monkeypatch):
         """In an evaluation, say: no smaller batch would help there."""
@@ -135,7 +135,7 @@ class TestGivingUp:
             if run.loop.epoch == 3:
                 raise MemoryError
 
-        with pytest.raises(OutOfMemory, match=r"^Memory ran out where no smaller micro-batch helps") as caught:
+        with pytest.raises(OutOfMemory, match=r"^Memory ran out in a place where smaller micro-batches") as caught:
             run_with(monkeypatch, config(), tmp_path, after_epoch=refuse)
         assert isinstance(caught.value.__cause__, MemoryError)
         assert "\n" not in str(caught.value)

@@ -241,10 +241,10 @@ class TestSentences:
         assert healthy["eval/value_error"] < 1e-5
         assert made.said(healthy) == {}
         sentence = made.said(numbers(100.0))["values"]
-        assert "expect 100 on average" in sentence
+        assert "predict 100 on average" in sentence
         assert "algorithm.critic_lr (0.0005)" in sentence
         assert made.said(numbers(-20.0)) == {}  # too low by three times the returns, as values of a fast learner are
-        assert "expect -100 on average" in made.said(numbers(-100.0))["values"]
+        assert "predict -100 on average" in made.said(numbers(-100.0))["values"]
 
     def test_nothing_before_the_networks_had_time_to_learn(self, least_updates: int, tmp_path: Path) -> None:
         made = Measured(tmp_path)

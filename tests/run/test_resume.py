@@ -333,7 +333,7 @@ class TestCheckpoints:
             (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:200])
         else:
             (newest / "manifest.json").unlink()
-        with pytest.warns(UserWarning, match=r"checkpoint-0*4.*Trying the one before"):
+        with pytest.warns(UserWarning, match=r"checkpoint-0*4.*Trying the previous checkpoint"):
             summary, run = run_with(monkeypatch, cfg, run_dir, resume=True)
         assert (summary["status"], summary["resume_exact"]) == ("finished", True)
         assert_equal(weights_of(run), weights_of(whole))

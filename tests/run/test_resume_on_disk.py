@@ -54,7 +54,7 @@ class TestExact:
         assert epochs_of(run_dir) == [3, 6]
         manifest = CheckpointStore(run_dir).paths()[-1] / "manifest.json"
         manifest.write_text(manifest.read_text()[:100])
-        with pytest.warns(UserWarning, match="Trying the one before"), pytest.raises(Killed):
+        with pytest.warns(UserWarning, match="Trying the previous checkpoint"), pytest.raises(Killed):
             run_with(monkeypatch, cfg, run_dir, resume=True, after_epoch=kill)
         summary, parts = run_with(monkeypatch, cfg, run_dir, resume=True)
         assert summary["resume_exact"]
@@ -77,7 +77,7 @@ class TestExact:
         manifest = CheckpointStore(run_dir).paths()[-1] / "manifest.json"
         text = manifest.read_text()
         manifest.write_text(text[:100])
-        with pytest.warns(UserWarning, match="checkpoint-0*4.*Trying the one before"), pytest.raises(Killed):
+        with pytest.warns(UserWarning, match="checkpoint-0*4.*Trying the previous checkpoint"), pytest.raises(Killed):
             run_with(monkeypatch, cfg, run_dir, resume=True, after_epoch=kill)
         manifest.write_text(text)
         with pytest.warns(UserWarning, match=r"checkpoint-0*4 cannot be resumed: .*from step 8 on"):
