@@ -190,7 +190,7 @@ class DynamicsConfig(Section):
 
     key: ClassVar[str] = "model.dynamics."
 
-    kind: str = one_of("flow", "mlp", "residual", path=True)  # a dotted path: a Dynamics of one's own
+    kind: str = one_of("flow", "mlp", "residual", path=True)  # or the dotted path of your own Dynamics
     parameterization: str = one_of("residual_endpoint", "tangent", "simnorm_velocity")  # flow only
     solver: str = one_of("heun", "euler")  # flow only
     substeps: int = setting(4, least=1)  # K, solver substeps per transition (flow only)
@@ -215,13 +215,13 @@ class ModelLossConfig(Section):
     reward_coef: Optional[float] = setting(None, least=0)  # None: the form's own
     termination_coef: float = setting(1.0, least=0)
     rho: Optional[float] = setting(None, least=0)  # per-step weight; None: gamma for pwm, 0.5 for tdmpc2
-    one_step_weight: float = setting(0.0, least=0)  # of one-step terms from every encoded observation, beside the
-    # rollout from the first
+    one_step_weight: float = setting(0.0, least=0)  # weight of one-step terms from every encoded observation, in
+    # addition to the rollout from the first
     rollout_weight: float = setting(1.0, least=0)  # lambda_roll: weight of the rollout loss of the dynamics
     flow_matching_weight: float = setting(0.0, least=0)  # lambda_fm
     flow_matching_source: str = one_of("teacher", "detached", "attached")  # where z_s comes from
     self_consistency_weight: float = setting(0.0, least=0)  # lambda_sc
-    few_step_weight: float = setting(1.0, least=0)  # of the rollout of the few-step map, beside the solver's
+    few_step_weight: float = setting(1.0, least=0)  # weight of the few-step map's rollout, in addition to the solver's
     few_step_rollout: bool = False  # roll out the few-step map alone; flow matching trains the solver's field
 
 
@@ -302,46 +302,47 @@ class AlgorithmConfig(Section):
 
     key: ClassVar[str] = "algorithm."
 
-    name: str = one_of(*ALGORITHMS, path=True)  # pwm_paper: as published; a dotted path: an algorithm of one's own
-    horizon: int = setting(16, least=0)  # H of imagination, agent steps; pwm takes 0, too: no imagined steps
+    name: str = one_of(*ALGORITHMS, path=True)  # pwm_paper: as published; or the dotted path of your own algorithm
+    horizon: int = setting(16, least=0)  # H of imagination, agent steps; pwm also accepts 0: no imagined steps
     slice_steps: Optional[int] = setting(None, least=1)  # length of the model's training slices, agent steps; None:
     # horizon
     collect_steps: Optional[int] = setting(None, least=1)  # agent steps per environment and epoch; None: horizon
     random_steps: int = setting(0, least=0)  # first agent steps (all environments together) with uniform actions
-    exploration_noise: str = one_of("white", "pink")  # of collected actions: independent from step to step, or
-    # correlated in time; each single action has the policy's distribution with either
+    exploration_noise: str = one_of("white", "pink")  # noise of collected actions: independent from step to step, or
+    # correlated in time; either way, each action has the policy's distribution
     gamma: float = setting(0.99, above=0, most=1)
     lmbda: float = setting(0.95, least=0, most=1)  # lambda of the TD(lambda) critic targets
     detach: bool = True  # stop the gradient at the actor's input in imagination
     updates_per_step: float = setting(0.5, above=0)  # pwm: sets of model, critic and actor updates per agent step
-    max_updates: int = setting(64, least=1)  # pwm: sets per epoch, at most
+    max_updates: int = setting(64, least=1)  # pwm: maximum number of sets per epoch
     critic_batch: int = setting(256, least=1)  # pwm: replayed transitions per critic update
     critic_steps: int = setting(3, least=1)  # pwm: n of the n-step targets, at most slice_steps
-    target_rate: float = setting(0.01, above=0, most=1)  # pwm: share of the way that the slow critics go to the critics
-    # after each update
+    target_rate: float = setting(0.01, above=0, most=1)  # pwm: fraction by which the slow critics move towards the
+    # critics after each update
     temperature: float = setting(0.1, above=0)  # pwm: initial weight of the entropy, which is learned
-    target_entropy: float = -1.0  # pwm: entropy per action dimension that the weight is learned for
+    target_entropy: float = -1.0  # pwm: target entropy per action dimension, by which the weight is adjusted
     state_std: bool = False  # the policy's standard deviation depends on the state
     scale_rewards: bool = False  # reward head and critics compute in units of the rewards' running deviation
-    entropy_weight: float = setting(0.0, least=0)  # pwm_paper, shac: of the policy's entropy beside the scaled return;
-    # keeps actions from saturating
+    entropy_weight: float = setting(0.0, least=0)  # pwm_paper, shac: weight of the policy's entropy beside the scaled
+    # return; keeps actions from saturating
     normalize_returns: bool = True  # divide the actor loss by the running std of the imagined returns
     normalize_observations: bool = False  # running mean and std in front of the encoder
     normalize_rewards: bool = False  # divide rewards by a running scale; never shifts them
-    actor_starts: str = one_of("replay", "current")  # where imagination starts: anywhere, or in the batch just
-    # collected
+    actor_starts: str = one_of("replay", "current")  # where imagination starts: at any replayed state, or in the batch
+    # just collected
     actor_batch: int = setting(128, least=1)  # imagined rollouts per actor update
     actor_updates: int = setting(1, least=1)  # per epoch
     model_batch: int = setting(256, least=1)  # slices per model update
     model_updates: int = setting(8, least=0)  # per epoch
-    first_model_updates: Optional[int] = setting(None, least=0)  # in the first training epoch; None: an episode's
-    # length
+    first_model_updates: Optional[int] = setting(None, least=0)  # model updates in the first training epoch; None: an
+    # episode's length
     critic_passes: int = setting(8, least=1)  # passes over the rollouts of each actor update
     critic_minibatches: int = setting(4, least=1)  # minibatches per pass
     model_lr: float = setting(3e-4, above=0)
     actor_lr: float = setting(5e-4, above=0)
     critic_lr: float = setting(5e-4, above=0)
-    temperature_lr: Optional[float] = setting(None, above=0)  # pwm: of the entropy's weight; None: that of the actor
+    temperature_lr: Optional[float] = setting(None, above=0)  # pwm: learning rate of the entropy's weight; None:
+    # actor_lr
     final_lr: Optional[float] = setting(1e-5, least=0)  # every learning rate falls linearly to this one; None: they are
     # constant
     model_betas: list[float] = setting([0.9, 0.999], least=0, below=1, count=2)  # of Adam
@@ -386,14 +387,14 @@ class TrainingConfig(Section):
     key: ClassVar[str] = "training."
 
     epochs: int = setting(15_000, least=1)  # length of the run
-    steps: Optional[int] = setting(None, least=1)  # the length in environment steps instead, such as 1e6;
-    # epochs then holds the whole epochs in which at least so many are collected
+    steps: Optional[int] = setting(None, least=1)  # the length in environment steps instead, such as 1e6; epochs is
+    # then set to the smallest number that collects at least this many
     eval_every: int = setting(50, least=0)  # epochs between evaluations; 0: only at the end
-    eval_episodes: int = setting(10, least=0)  # deterministic episodes per evaluation, on environments of their own
+    eval_episodes: int = setting(10, least=0)  # deterministic episodes per evaluation, in separate environments
     checkpoint_every: int = setting(50, least=0)  # epochs between checkpoints; 0: only at the end
-    checkpoint_minutes: float = setting(30.0, least=0, infinite=True)  # minutes after which the end of an epoch saves
-    # one in any case; 0: never
-    keep_checkpoints: int = setting(2, least=1)  # newest ones kept, beside the best
+    checkpoint_minutes: float = setting(30.0, least=0, infinite=True)  # a checkpoint is also saved at the end of an
+    # epoch if the last one is older than this, minutes; 0: never
+    keep_checkpoints: int = setting(2, least=1)  # newest checkpoints to keep, in addition to the best
     replay_capacity: int = setting(1_000_000, least=1)  # transitions
     replay_storage: str = one_of("auto", "memory", "device", "disk")  # disk: files in the run directory; auto: the
     # memory plan decides
@@ -418,7 +419,7 @@ class LoggerConfig(Section):
 
     kind: str = one_of("csv", "tensorboard", "wandb")  # csv: nowhere else
     also: list[str] = several_of("csv", "tensorboard", "wandb")
-    # further ones; logger=[tensorboard,wandb] sets both keys
+    # additional loggers; logger=[tensorboard,wandb] sets both keys
     project: Optional[str] = None  # wandb; None: WANDB_PROJECT, else pwm_torchrl
     entity: Optional[str] = None  # wandb; None: WANDB_ENTITY
     group: Optional[str] = None  # wandb; None: WANDB_RUN_GROUP, else one group for runs that differ in the seed only
@@ -436,22 +437,22 @@ class ClusterConfig(Section):
 
     key: ClassVar[str] = "cluster."
 
-    kind: str = one_of("auto", "local", "debug", "slurm")  # auto: slurm where it is found, else local; local: a process
-    # of its own here; debug: in this process; slurm: a job of SLURM
+    kind: str = one_of("auto", "local", "debug", "slurm")  # auto: slurm if it is found, else local; local: a separate
+    # process on this machine; debug: in this process; slurm: a SLURM job
     name: str = "auto"  # label
-    host_gib: Optional[float] = setting(None, above=0)  # host memory a job may have on a node, at most, GiB; None: what
-    # SLURM says that its nodes have
+    host_gib: Optional[float] = setting(None, above=0)  # maximum host memory of a job on a node, GiB; None: that of the
+    # nodes, from SLURM
     gpu: Optional[str] = None  # type of the nodes' GPU, such as l40s, for the memory plan; None: none
-    gpus: int = setting(0, least=0)  # GPUs per node; each has a task of its own, and without any there is one task
+    gpus: int = setting(0, least=0)  # GPUs per node, one task each; without GPUs, one task
     nodes: int = setting(1, least=1)
     partition: Optional[str] = None  # None: SLURM's default, as for every key down to gres
     account: Optional[str] = None
     qos: Optional[str] = None
     constraint: Optional[str] = None  # features that a node must have, such as l40s or "a100&nvlink"
-    gres: Optional[str] = None  # what --gres asks for in place of gpus, such as gpu:l40s:1
+    gres: Optional[str] = None  # value of --gres in place of gpus, such as gpu:l40s:1
     cpus: Optional[int] = setting(None, least=1)  # CPUs per task; None: training.threads, or 2
     mem_gib: Optional[float] = setting(None, above=0)  # host memory per node, GiB; None: what the memory plan needs
-    time: Optional[str] = None  # time limit in SLURM's writing, "24:00:00"; read into time_min
+    time: Optional[str] = None  # time limit in SLURM's format, "24:00:00"; read into time_min
     time_min: Optional[int] = setting(None, least=1)  # time limit, minutes; None: estimated from the run's length
     max_time_min: Optional[int] = setting(None, least=1)
     signal_delay_s: int = setting(120, least=1)  # seconds before the limit at which the run is told to save; SLURM may
@@ -459,9 +460,9 @@ class ClusterConfig(Section):
     setup: list[str] = field(default_factory=list)  # lines of shell that run before the job, such as "module load cuda"
     array_parallelism: Optional[int] = setting(None, least=1)  # jobs of one submission that may run at a time; None:
     # all
-    max_memory_restarts: int = setting(3, least=0)  # how often a job that ran out of memory comes back with more, or
-    # with smaller batches
-    comment: Optional[str] = None  # shown by SLURM beside the job
+    max_memory_restarts: int = setting(3, least=0)  # how often a job that ran out of memory is restarted with
+    # more memory or smaller batches
+    comment: Optional[str] = None  # shown by SLURM with the job
     sbatch: dict[str, Any] = field(default_factory=dict)  # more options of sbatch by their long names, such as
     # {reservation: course, exclude: "node[1-3]", mem-per-cpu: 4G, exclusive: true}
 
@@ -472,20 +473,21 @@ class MemoryConfig(Section):
 
     key: ClassVar[str] = "memory."
 
-    kind: str = one_of("auto", "fixed")  # auto: what is null here, and more, is planned; fixed: only what is written
+    kind: str = one_of("auto", "fixed")  # auto: plan the keys that are null here and other settings; fixed: use the
+    # settings as written
     model_micro_batch: Optional[int] = setting(None, least=1)  # slices per backward pass of a model update; None:
     # planned, or all
     actor_micro_batch: Optional[int] = setting(None, least=1)  # rollouts per backward pass of an actor update; None:
     # likewise
     critic_micro_batch: Optional[int] = setting(None, least=1)  # states per backward pass of a critic update; None:
     # likewise
-    host_gib: Optional[float] = setting(None, above=0)  # budget of host memory, GiB; None: what the machine, its cgroup
-    # or SLURM gives
-    device_gib: Optional[float] = setting(None, above=0)  # budget of GPU memory, GiB; None: what is free on the GPU
-    margin: float = setting(0.1, least=0, below=1)  # share that a plan leaves free: of what lies below stop_at on the
-    # host, of the GPU's memory
-    stop_at: float = setting(0.85, above=0, most=1)  # share of the host limit, reclaimable memory apart, at which the
-    # run saves and stops
+    host_gib: Optional[float] = setting(None, above=0)  # budget of host memory, GiB; None: the limit of the machine,
+    # its cgroup or SLURM
+    device_gib: Optional[float] = setting(None, above=0)  # budget of GPU memory, GiB; None: the GPU's free memory
+    margin: float = setting(0.1, least=0, below=1)  # share that a plan leaves free, of the host memory below stop_at
+    # and of the GPU memory
+    stop_at: float = setting(0.85, above=0, most=1)  # share of the host limit, not counting reclaimable memory, at
+    # which the run saves and stops
     disk_above_gib: float = setting(8.0, least=0, infinite=True)  # GiB; a replay larger than this goes to disk
     # (training.replay_storage=auto)
 
@@ -504,7 +506,7 @@ class DataConfig(Section):
     path: Optional[str] = None  # a store that launch/data.py import wrote
     stage: str = one_of("none", "scratch")  # scratch: read from a copy on the node's own disk, made once per node
     scratch_dir: Optional[str] = None  # where that copy goes; None: SLURM_TMPDIR or TMPDIR
-    balanced: bool = False  # draw tasks with equal probability; else every slice
+    balanced: bool = False  # draw tasks with equal probability; else all slices
     validation_fraction: float = setting(0.02, least=0, below=1)  # share of each task's episodes that training never
     # sees
     validation_slices: int = setting(256, least=1)  # slices per task in a validation
@@ -518,12 +520,12 @@ class Config(Section):
 
     mode: str = one_of("online", "pretrain", "extract")  # online: collect, learn a world model and a policy; pretrain:
     # a world model from stored episodes of many tasks; extract: a policy for one task in a pre-trained world model
-    tasks: Optional[str] = None  # pretrain: mt30 | mt80 | names with commas between | a YAML list of names
+    tasks: Optional[str] = None  # pretrain: mt30 | mt80 | names separated by commas | a YAML list of names
     task: Optional[str] = None  # extract: a task of the world model
     world_model: Optional[str] = None  # extract: directory of a pre-training run, or one with world_model.json
     world_model_sha256: Optional[str] = None  # extract: its weights' hash, filled in when the run is composed
-    pretraining: Optional[str] = None  # extract: experiment that task=all begins with where no world_model is given
-    finetune: bool = False  # extract: go on training the world model on the task's stored episodes
+    pretraining: Optional[str] = None  # extract: experiment that task=all starts with if no world_model is given
+    finetune: bool = False  # extract: continue training the world model on the task's stored episodes
     model: ModelConfig = field(default_factory=ModelConfig)
     size: SizeConfig = field(default_factory=SizeConfig)
     env: dict[str, Any] = field(default_factory=dict)  # _target_: maker; the rest are its arguments
@@ -533,8 +535,8 @@ class Config(Section):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    init_from: Optional[str] = None  # directory of a run with whose best networks this one begins, be it of another
-    # environment of the same dimensions; optimizers, replay and statistics of returns begin anew
+    init_from: Optional[str] = None  # directory of a run whose best networks this one starts from; its environment may
+    # be another one of the same dimensions; optimizers, replay and return statistics start anew
     init_from_parts: list[str] = several_of(*NETWORKS, default=NETWORKS)  # which of them
     seed: int = setting(0, least=0)  # one seed determines a run on the CPU
     device: str = setting("auto", pattern=r"auto|cpu|cuda(:\d+)?", words="auto, cpu, cuda or cuda:N")
