@@ -132,7 +132,8 @@ def table(found: list[dict[str, Any]], size: str) -> str:
         "",
         f"`python benchmarks/activation_memory.py`, {date.today().isoformat()}, {hardware()}.",
         f"Size {size}, float32, {OBSERVATION_DIM} observations, {ACTION_DIM} actions, horizon {HORIZON}; KiB per "
-        "sample and step in distinct storages, without parameters and batch (a count: no hardware changes it).",
+        "sample and step in distinct storages, excluding parameters and the batch (a count, which does not depend on "
+        "hardware).",
         "",
         "| dynamics | evaluations | checkpointed | dynamics, KiB | ratio to mlp | whole loss, KiB | ratio to mlp |",
         "|---|---|---|---|---|---|---|",
@@ -161,9 +162,9 @@ def table(found: list[dict[str, Any]], size: str) -> str:
         "A prototype with 4, 8 and 8 evaluations, whose hidden widths are not recorded, had kept 14 KiB for the MLP "
         "and 36, 68 and 68 for V1, V2 and V3 at D = 512 (4 beside 8 per evaluation), and 4 with checkpointing, "
         "beside the latent. Size 5m keeps 18 for the MLP and 20 per evaluation: ten tensors of 512 features, the "
-        "inputs of three Linear, two LayerNorm and two Mish layers and three for the end point. So flows keep more "
-        "beside the MLP than had been expected (V2 7.7 times as much instead of 4.9), and with checkpointing less: "
-        "the latent alone.",
+        "inputs of three Linear, two LayerNorm and two Mish layers and three for the end point. Flows therefore keep "
+        "more relative to the MLP than expected (V2 7.7 times as much instead of 4.9), and with checkpointing less: "
+        "only the latent.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -110,7 +110,7 @@ def table(found: dict[str, Any]) -> str:
         "# Memory of an import",
         "",
         f"`python benchmarks/data_import.py`, {found['date']}, {found['hardware']}, file system {found['filesystem']}.",
-        "Resident memory of a process that imports one chunk of TD-MPC2's format, mapped pages of the chunk included.",
+        "Resident memory of a process that imports one chunk of TD-MPC2's format, including mapped pages of the chunk.",
         "",
         "| chunk, MB | growth, MB | allowed (1.2 chunks + 500 MB), MB | seconds |",
         "|---:|---:|---:|---:|",
@@ -122,7 +122,8 @@ def table(found: dict[str, Any]) -> str:
     steps = np.linspace(0, len(last["log"]) - 1, 16).astype(int)
     lines += [
         "",
-        f"Over the import of the last: checksums first, then the copy; before it {last['before_bytes'] / MB:.0f} MB.",
+        "During the import of the last chunk (checksums first, then the copy); before it "
+        f"{last['before_bytes'] / MB:.0f} MB.",
         "",
         "| second | " + " | ".join(f"{last['log'][step][0]:.1f}" for step in steps) + " |",
         "|---|" + "---:|" * len(steps),
@@ -135,8 +136,10 @@ def main() -> int:
     """Measure and write the table; 0 if no import took more than is promised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller chunks")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result, with the whole log, here")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where the files go (a temporary folder)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the result and the whole log to this file"
+    )
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="folder for the files (default: a temporary one)")
     parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--import", nargs=2, help=argparse.SUPPRESS, dest="imported")
     parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")

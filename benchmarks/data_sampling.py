@@ -233,13 +233,13 @@ def table(found: dict[str, Any]) -> str:
     rows = {
         f"warm, {first['rows']:,} rows: draw and read, ms": f"{first['index_and_read_ms']:.1f} "
         f"(95th percentile {first['index_and_read_p95_ms']:.1f})",
-        "of that drawing, ms": f"{first['index_ms']:.2f} (balanced over tasks: {first['index_balanced_ms']:.2f})",
+        "drawing alone, ms": f"{first['index_ms']:.2f} (balanced over tasks: {first['index_balanced_ms']:.2f})",
         "TorchRL `SliceSampler(cache_values=True)`, in memory, the same data, ms": f"{first['slice_sampler_ms']:.1f}",
         "TorchRL / ours": f"{first['ratio']:.1f}",
     }
     for row in last:
         rows[f"drawing at {row['rows']:,} rows, ms"] = (
-            f"{row['index_ms']:.2f} (balanced: {row['index_balanced_ms']:.2f}); made once in "
+            f"{row['index_ms']:.2f} (balanced: {row['index_balanced_ms']:.2f}); built once in "
             f"{row['index_made_ms']:.0f} ms"
         )
     rows[f"cold, {cold_found['store_bytes'] / MIB:.0f} MiB, {how}: draw and read, ms"] = (
@@ -260,7 +260,7 @@ def table(found: dict[str, Any]) -> str:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
         "",
-        "The larger stores of the rows on drawing are sparse files with MT30's table of episodes.",
+        "The larger stores, in which only drawing is measured, are sparse files with MT30's table of episodes.",
     ]
     if "without_cgroup" in cold_found:
         lines.append(f"No memory cgroup could be made here: {cold_found['without_cgroup']}.")
@@ -272,7 +272,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller stores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where the files go (a temporary folder)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="folder for the files (default: a temporary one)")
     parser.add_argument("--member", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()

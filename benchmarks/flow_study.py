@@ -196,7 +196,7 @@ def make_data(task: str, seed: int, episodes: int = EPISODES, held_out: int = HE
     first = 10_000 * (seed + 1)
     train, info = episodes_from(episodes, first)
     held, _ = episodes_from(held_out, first + 5000)
-    assert bool(train.valid.all()), f"{task} ends episodes early, which these slices do not allow for"
+    assert bool(train.valid.all()), f"{task} ends episodes early, which these slices do not support"
     done = torch.zeros_like(train.valid)
     done[-1] = True
     following = {"observation": train.next_observation, "reward": train.reward, "done": done, "terminated": train.ends}
@@ -420,8 +420,9 @@ def table(rows: list[Row], tasks: Sequence[str]) -> str:
         "",
         f"`python benchmarks/flow_study.py`, last fit {max(r.finished for r in rows)}, {hardware()}; one thread of a "
         f"machine shared with other work. {seeds}; {updates} updates of size `tiny` on {EPISODES} episodes of mixed "
-        f"random actions, measured on {HELD_OUT} others. Errors are means over seeds, over the variance of the data "
-        f"(1: as good as the mean), {' · '.join(tasks)}; intervals are 95 %, over paired seeds. Milliseconds are CPU "
+        f"random actions, measured on {HELD_OUT} others. Errors are means over seeds, divided by the variance of the "
+        f"data (1: as good as predicting the mean), {' · '.join(tasks)}; intervals are 95 %, over paired seeds. "
+        "Milliseconds are CPU "
         "time, medians; an imagined step is one of 128 latents, without gradient.",
         "",
         "| kind | evaluations | parameters | reward error, mean of steps 1 to 16 | against residual | reading | "
@@ -508,7 +509,9 @@ def draw(rows: list[Row], tasks: Sequence[str], out: Path) -> None:
 def main() -> None:
     """Run what is missing, then write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"of the registry (default {' '.join(TASKS)})")
+    parser.add_argument(
+        "--tasks", nargs="+", default=list(TASKS), help=f"tasks of the registry (default {' '.join(TASKS)})"
+    )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=1000)

@@ -89,7 +89,7 @@ class Job:
         wanted = compose_and_finalize(self.settings)
         differing = differing_keys(replace(stored, model=wanted.model) if self.model == "sac" else stored, wanted)
         if differing:
-            sys.exit(f"{self.run_dir} holds a run with other {', '.join(differing)}: move it away to run this one")
+            sys.exit(f"{self.run_dir} holds a run with different {', '.join(differing)}: move it to start this one")
 
     @property
     def summary(self) -> dict[str, Any]:

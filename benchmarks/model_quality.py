@@ -105,7 +105,7 @@ def of_model(networks: Networks, episodes: Episodes, horizon: int, soft: bool) -
 def check(cfg: Config) -> None:
     """Exit for a configuration whose networks say too little of its rewards."""
     if cfg.algorithm.normalize_rewards:
-        sys.exit("algorithm.normalize_rewards=true divides rewards by a scale that is no part of the networks")
+        sys.exit("algorithm.normalize_rewards=true divides rewards by a scale that the networks do not contain")
     if find_algorithm(cfg.algorithm.name).simulates:
         sys.exit(f"algorithm={cfg.algorithm.name} has no model")
 
@@ -177,7 +177,7 @@ def table(rows: list[dict[str, Any]], horizon: int) -> str:
     steps = sorted({1, min(4, horizon), horizon})
     errors = [f"{what} error, step {'/'.join(map(str, steps))}" for what in ("latent", "reward")]
     policy = ["return", "saturated", "value / return", "value error"] if "value_error" in rows[0] else []
-    heads = ["", "latent variance", "rank", *errors, "left of the start", "gradient", "ends, said / real", *policy]
+    heads = ["", "latent variance", "rank", *errors, "left of the start", "gradient", "ends, predicted / real", *policy]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in rows:
         cells = [r["name"], f"{r['latent_variance']:.2g}", f"{r['latent_rank']:.1f}"]
@@ -196,13 +196,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="RUN|KEY=VALUE", help="run directories, or settings with --env")
     parser.add_argument("--env", help="fit models to random actions in it")
-    parser.add_argument("--models", nargs="+", default=["mlp", "residual", "flow_v2"], help="of --env")
-    parser.add_argument("--steps", type=int, default=20_000, help="random agent steps of --env (default 20000)")
-    parser.add_argument("--updates", type=int, default=1000, help="model updates of --env (default 1000)")
+    parser.add_argument("--models", nargs="+", default=["mlp", "residual", "flow_v2"], help="models for --env")
+    parser.add_argument("--steps", type=int, default=20_000, help="random agent steps with --env (default 20000)")
+    parser.add_argument("--updates", type=int, default=1000, help="model updates with --env (default 1000)")
     parser.add_argument("--quick", action="store_true", help="--env with 4000 steps and 200 updates")
     parser.add_argument("--horizon", type=int, default=16, help="steps of the measured rollouts (default 16)")
-    parser.add_argument("--checkpoint", default="last", help="of the runs: last (the default), best or an epoch")
-    parser.add_argument("--episodes", type=int, default=10, help="of each run's policy (default 10)")
+    parser.add_argument(
+        "--checkpoint", default="last", help="checkpoint of the runs: last (the default), best or an epoch"
+    )
+    parser.add_argument("--episodes", type=int, default=10, help="episodes of each run's policy (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every step of the horizon to this file")
     parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()

@@ -149,7 +149,7 @@ def limited_group(limit: int) -> Iterator[Path]:
     try:
         file = directory / ("memory.max" if groups[0].version == 2 else "memory.limit_in_bytes")
         if not file.exists():
-            raise OSError(f"{groups[0].path} passes no memory controller on")
+            raise OSError(f"{groups[0].path} does not delegate the memory controller")
         file.write_text(str(limit), encoding="ascii")
         yield directory
     finally:
@@ -189,7 +189,7 @@ def table(found: dict[str, Any], quick: bool) -> str:
     }
     if limit.get("survived"):
         rows |= {
-            "written in all, MiB": f"{limit['written_bytes'] / MIB:.0f} in {limit['fill_s']:.0f} s",
+            "written in total, MiB": f"{limit['written_bytes'] / MIB:.0f} in {limit['fill_s']:.0f} s",
             "sample from disk, most of it not cached, ms": f"{limit['cold_sample_ms']:.1f}",
             "peak of the cgroup, page cache included, MiB": f"{limit['group_peak_bytes'] / MIB:.0f}",
             "anonymous memory, before and at its peak, MiB": f"{limit['anonymous_first_bytes'] / MIB:.0f}, "
@@ -219,7 +219,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller store and limit")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--folder", type=Path, help="where the files go (a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder for the files (default: a temporary one)")
     parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_args()

@@ -248,7 +248,7 @@ def table(found: dict[str, Any]) -> str:
         "CPython's table of interned strings was made to grow before the measurement (once, 3.7 MB)."
         if found["interned_strings_settled"]
         else "CPython's table of interned strings may grow within the measurement (once, 3.7 MB).",
-        "What is read and how the slope and its bound are made: the docstrings of `benchmarks/soak.py`, `slope.py`.",
+        "The docstrings of `benchmarks/soak.py` and `slope.py` explain the measurement, the slope and its bound.",
         "",
         "| | |",
         "|---|---|",
@@ -261,17 +261,19 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     """Run the soak and write its table; 0 if memory is flat."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, help="epochs of the run, 30 at least (1500; quick: 60)")
+    parser.add_argument("--epochs", type=int, help="epochs of the run, at least 30 (default: 1500; with --quick: 60)")
     parser.add_argument("--quick", action="store_true", help="few epochs and a generous limit")
-    parser.add_argument("--leak", action="store_true", help="keep a loss with its graph every epoch")
-    parser.add_argument("--as-is", action="store_true", help="bring nothing forward (see above)")
+    parser.add_argument("--leak", action="store_true", help="keep a loss with its graph every epoch, which must fail")
+    parser.add_argument(
+        "--as-is", action="store_true", help="do not fill CPython's table of interned strings first (see above)"
+    )
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("settings", nargs="*", help="settings of the run, such as device=cpu or model=mlp")
     parser.add_argument("--publish", action="store_true", help="write the table into benchmarks/results")
     args = parser.parse_intermixed_args()
     epochs = args.epochs or (QUICK_EPOCHS if args.quick else 1500)
     if epochs < 30:
-        parser.error(f"--epochs {epochs} leaves nothing to measure after the warm-up; give 30 at least")
+        parser.error(f"--epochs {epochs} leaves nothing to measure after the warm-up; give at least 30")
     cycle = 25 if epochs >= 300 else 10 if epochs >= 60 else 5
     # Three checkpoints are kept, so the fourth is the first to delete one.
     readings = Readings(warm_up=4 * cycle if epochs >= 300 else 2 * cycle, cycle=cycle)

@@ -234,17 +234,17 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny flow_v2, and updates of mlp and flow_v2 at 5m")
-    parser.add_argument("--models", default=",".join(MODELS), help="names with commas between")
-    parser.add_argument("--sizes", default="tiny,5m", help="tiny, 5m, 48m, with commas between")
-    parser.add_argument("--lines", default="", help="names with commas between; default: all")
+    parser.add_argument("--models", default=",".join(MODELS), help="names separated by commas")
+    parser.add_argument("--sizes", default="tiny,5m", help="tiny, 5m, 48m, separated by commas")
+    parser.add_argument("--lines", default="", help="names separated by commas; default: all")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--compile", action="store_true", help="algorithm.compile=true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--against", metavar="COMMIT", help="time another commit in turn")
+    parser.add_argument("--against", metavar="COMMIT", help="also time another commit, alternating with this one")
     parser.add_argument("--rounds", type=int, default=1, help="processes per tree and row")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per line; three repetitions at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per line, at least three repetitions")
     parser.add_argument("--epochs", action="store_true", help="time whole epochs of real runs, too")
-    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--json", type=Path, help="also write all measurements to this file")
     args = parser.parse_args()
     pairs = [(model, size) for size in args.sizes.split(",") for model in args.models.split(",")]
     if args.quick:

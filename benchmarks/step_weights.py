@@ -69,7 +69,7 @@ def main() -> None:
         "",
         f"`python benchmarks/step_weights.py`, {date.today().isoformat()}, torch {torch.__version__}, one CPU thread, "
         "one seed.",
-        "Held-out open-loop reward error over 16 steps (1: as good as the mean), after so many updates.",
+        "Held-out open-loop reward error over 16 steps (1: as good as predicting the mean), by number of updates.",
         "",
         "| dynamics | weights | " + " | ".join(map(str, steps)) + " |",
         "|---" * (2 + len(steps)) + "|",

@@ -114,7 +114,7 @@ def minus(value: float) -> str:
 def main() -> None:
     """Film and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, a row each")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, one row each")
     parser.add_argument("--out", type=Path, default=Path("strip.png"), metavar="FILE", help="default: strip.png")
     args = parser.parse_args()
     episodes = [film(run) for run in args.runs]
