@@ -507,12 +507,13 @@ def _refusal(config: Config, key: str, value: Any, rule: UsageRule) -> Configura
     shown = _written(value)
     if rule.except_value is not None:
         return ConfigurationError(
-            f"{key}={shown} has no effect with {rule.depends_on}={rule.except_value}: choose another {rule.depends_on}, or leave {key} out"
+            f"{key}={shown} has no effect with {rule.depends_on}={rule.except_value}: choose another "
+            f"{rule.depends_on}, or leave {key} out"
         )
     if rule.values == (None,):
         return ConfigurationError(
-            f"{key}={shown} has no effect beside {rule.depends_on}={value_of(config, rule.depends_on)}: leave one of them out, or "
-            f"set {rule.depends_on}=null"
+            f"{key}={shown} has no effect beside {rule.depends_on}={value_of(config, rule.depends_on)}: leave one of "
+            f"them out, or set {rule.depends_on}=null"
         )
     if rule.values == ANY:
         return ConfigurationError(
@@ -523,7 +524,8 @@ def _refusal(config: Config, key: str, value: Any, rule: UsageRule) -> Configura
         return ConfigurationError(f"{key}={shown} has no effect without a weight: set {needed}, or leave {key} out")
     return ConfigurationError(
         f"{key}={shown} has no effect with {rule.depends_on}={_written(value_of(config, rule.depends_on))}: choose "
-        f"{rule.depends_on}={_any_of([str(_written(each)) for each in rule.values])}{_presets(rule)}, or leave {key} out"
+        f"{rule.depends_on}={_any_of([str(_written(each)) for each in rule.values])}{_presets(rule)}, "
+        f"or leave {key} out"
     )
 
 

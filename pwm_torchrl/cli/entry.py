@@ -48,7 +48,9 @@ COMMANDS = {
         "submit unfinished runs again", ("arguments:parse", "resume:find_runs_to_resume", "submit:resume")
     ),
     "evaluate": Command("evaluate trained policies in fresh environments", ("arguments:parse", "evaluate:run")),
-    "report": Command("write tables, curves and comparisons", ("arguments:parse", "report:find_content", "report_page:write")),
+    "report": Command(
+        "write tables, curves and comparisons", ("arguments:parse", "report:find_content", "report_page:write")
+    ),
     "data": Command("import, inspect or generate stored episodes", ("arguments:parse", "data:run")),
     "world_model": Command("import a checkpoint, or show a saved world model", ("arguments:parse", "world_model:run")),
     "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:parse", "hub:run")),
