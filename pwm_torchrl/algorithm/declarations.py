@@ -86,7 +86,7 @@ def _check_keys(path: str, declared: Declarations) -> None:
             if key not in known:
                 near = nearest(key, known)
                 raise ConfigurationError(
-                    f"algorithm.name={path}: its attribute {attribute} names {key!r}, which is no key of algorithm."
+                    f"algorithm.name={path}: its attribute {attribute} names {key!r}, which is not a key of algorithm."
                     + (f"; nearest: {near}" if near else "; write the keys as a tuple, without `algorithm.`")
                 )
 
