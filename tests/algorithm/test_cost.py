@@ -19,7 +19,7 @@ from pwm_torchrl.algorithm.cost import (
     pays_to_compile,
     will_compile,
 )
-from pwm_torchrl.cluster.resources import CPU_FLOPS, OVERHEAD_S, SAFETY, estimated_minutes
+from pwm_torchrl.cluster.resources import CPU_FLOPS, LAUNCH_OVERHEAD_S, SAFETY, estimated_minutes
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs.standard import EnvInfo
 from pwm_torchrl.memory.budget import Budget, Candidate
@@ -108,6 +108,6 @@ def test_a_job_that_imagines_with_a_few_step_map_is_shorter() -> None:
     whole, few = (planned(cfg).prediction for cfg in runs)
     steps = 64 * runs[0].algorithm.horizon
     assert whole.evaluations - few.evaluations == steps * (7 - 1)
-    saved_s = (whole.operations - few.operations) / (CPU_FLOPS * 2) + steps * (7 - 1) * 3 * OVERHEAD_S
+    saved_s = (whole.operations - few.operations) / (CPU_FLOPS * 2) + steps * (7 - 1) * 3 * LAUNCH_OVERHEAD_S
     minutes = [estimated_minutes(cfg, planned(cfg), 2) for cfg in runs]
     assert minutes[0] - minutes[1] == pytest.approx(SAFETY * 100_000 * saved_s / 60, abs=15)

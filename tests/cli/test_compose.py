@@ -204,7 +204,7 @@ def test_paths_are_text():
         (["env=custom"], ["env._target_ has no value", "my_pkg.make_env"]),
         (["env=gymnasium"], ["env.id has no value", "HalfCheetah-v5"]),
         (["env=dm_control", "env.domain=walker"], ["env.task has no value"]),
-        (["seed=1,2"], ["'seed=1,2'", "one run"]),
+        (["seed=1,2"], ["'seed=1,2'", "several runs"]),
         (["seed=-1"], ["seed=-1", "at least 0"]),
         (["flow_v2"], ["'flow_v2' is not a setting", "key=value"]),
         (["a=[b"], ["cannot read 'a=[b'"]),

@@ -12,6 +12,7 @@ from training_cases import PENDULUM, assert_equal, config, rows_of, run_with, st
 
 from pwm_torchrl import load_policy, load_world_model
 from pwm_torchrl.algorithm.base import find_algorithm, updates_of
+from pwm_torchrl.algorithm.cost import evaluations_of
 from pwm_torchrl.algorithm.pwm_paper import PaperPWM
 from pwm_torchrl.algorithm.shac import SHAC
 from pwm_torchrl.config import AlgorithmConfig
@@ -107,10 +108,11 @@ class TestMemory:
         facts = make_torchrl_pendulum(5).pwm_info
         peaks = {}
         for envs in (16, 64):
-            tracer = UpdateTracer(shac_config(env={**ENV, "num_envs": envs}), facts)
+            cfg = shac_config(env={**ENV, "num_envs": envs})
+            tracer = UpdateTracer(cfg, facts)
             assert list(tracer.updates) == ["actor", "critic"]
             assert tracer.batches["actor"] == envs
-            assert tracer.evaluations == 1  # whatever flow the configuration names
+            assert evaluations_of(cfg) == {"actor": (1, 1)}  # whatever flow the configuration names
             peaks[envs] = tracer.transient("actor").peak
         assert peaks[64] > 3 * peaks[16]
         assert tracer.transient("actor", 8).peak < peaks[64]
