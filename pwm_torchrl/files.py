@@ -212,7 +212,7 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, durable: bool = False, suffix: str = "") -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False, suffix: str = "", sweep: bool = True) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path beside it, which is renamed to ``path`` at the end.
 
     Readers see the old file or the complete new one. After an exception, the old file is unchanged and the temporary
@@ -226,6 +226,8 @@ def replacing(path: Path, *, durable: bool = False, suffix: str = "") -> Iterato
     Keyword Args:
         durable (bool): whether to wait until the file and its name are on the disk. Defaults to ``False``.
         suffix (str): ending of the temporary path, for writers that choose the format by it. Defaults to none.
+        sweep (bool): whether to look for temporary files of killed processes. This lists the folder, which takes long
+            where there are thousands of files. Defaults to ``True``.
 
     Yields:
         Path: the temporary path. It does not exist yet; the caller creates it.
@@ -233,8 +235,10 @@ def replacing(path: Path, *, durable: bool = False, suffix: str = "") -> Iterato
     Raises:
         OSError: if the file cannot be written; an error about the temporary path names ``path`` instead.
     """
-    _delete_abandoned(path)
-    draft = path.with_name(f".{path.name}.{os.urandom(6).hex()}.new{suffix}")
+    if sweep:
+        _delete_abandoned(path)
+    # A part of the name, since a name that is as long as the file system allows leaves no room for more.
+    draft = path.with_name(f".{path.name[:50]}.{os.urandom(6).hex()}.new{suffix}")
     try:
         yield draft
         if durable:
@@ -245,7 +249,8 @@ def replacing(path: Path, *, durable: bool = False, suffix: str = "") -> Iterato
             error.filename = str(path)
         raise
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide the error of the block
+            draft.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
 
@@ -253,7 +258,7 @@ def replacing(path: Path, *, durable: bool = False, suffix: str = "") -> Iterato
 def _delete_abandoned(path: Path) -> None:
     """Delete old temporary files of :func:`replacing` for this path."""
     with contextlib.suppress(OSError):
-        for draft in path.parent.glob(f".{glob.escape(path.name)}.*.new*"):
+        for draft in path.parent.glob(f".{glob.escape(path.name[:50])}.*.new*"):
             if time.time() - draft.stat().st_mtime > _ABANDONED_S:
                 draft.unlink()
 

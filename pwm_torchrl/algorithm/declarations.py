@@ -81,13 +81,19 @@ def _read(path: str) -> dict[str, Any]:
 
 def _check_keys(path: str, declared: Declarations) -> None:
     known = {each.name for each in fields(AlgorithmConfig)}
-    for attribute in ("ignored", "ignored_online", "least"):
-        for key in getattr(declared, attribute):
+    for attribute, kind, called in (("ignored", tuple, "a tuple"), ("ignored_online", tuple, "a tuple"),
+                                    ("least", Mapping, "a dict")):  # fmt: skip
+        keys = getattr(declared, attribute)
+        if not isinstance(keys, kind):
+            raise ConfigurationError(
+                f"algorithm.name={path}: its attribute {attribute}={keys!r} is not {called} of keys of algorithm"
+            )
+        for key in keys:
             if key not in known:
-                near = nearest(key, known)
+                near = nearest(str(key), known)
                 raise ConfigurationError(
-                    f"algorithm.name={path}: its attribute {attribute} names {key!r}, which is not a key of algorithm."
-                    + (f"; nearest: {near}" if near else "; write the keys as a tuple, without `algorithm.`")
+                    f"algorithm.name={path}: its attribute {attribute} names {key!r}, which is not a key of algorithm"
+                    + (f"; nearest: {near}" if near else "; write the keys without `algorithm.`")
                 )
 
 

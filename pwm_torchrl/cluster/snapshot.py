@@ -283,7 +283,7 @@ def _place(file: Path, place: Path, shared: Path) -> None:
     """Put a file into a copy, as a hard link to the shared content; as a plain copy if that fails."""
     try:
         if not shared.exists():
-            with replacing(shared) as draft:
+            with replacing(shared, sweep=False) as draft:
                 shutil.copy(file, draft)
         os.link(shared, place)
     except OSError:

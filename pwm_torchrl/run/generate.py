@@ -88,8 +88,12 @@ def generate_episodes(
             first = _seed(seed, number, place)
             parts += list(_played(info.name, behaviour, share, first, on_episodes))
         chunk = torch.cat([_padded(part, number, tasks) for part in parts])
-        with storage_faults(folder, "write episodes to"), replacing(file, durable=True) as draft:
-            torch.save(chunk, draft)
+        with (
+            storage_faults(folder, "write episodes to"),
+            replacing(file, durable=True) as draft,
+            draft.open("wb") as opened,  # a file that torch.save opens contains its name, here a random one
+        ):
+            torch.save(chunk, opened)
     return files
 
 

@@ -19,6 +19,14 @@ ATTRIBUTES = [each.name for each in fields(Declarations)]
 KEYS = [each.name for each in fields(AlgorithmConfig)]
 
 
+class OfNone(Algorithm):
+    ignored_online = None  # type: ignore[assignment]
+
+
+class OfTuple(Algorithm):
+    least = ("horizon",)  # type: ignore[assignment]
+
+
 class OfString(PWM):
     ignored = "lmbda"
 
@@ -72,7 +80,9 @@ def test_comments_that_name_algorithms_name_those_that_use_the_key() -> None:
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("OfString", ["ignored", "'l'", "tuple"]),
+        ("OfString", ["ignored='lmbda'", "a tuple"]),
+        ("OfNone", ["ignored_online=None", "a tuple"]),
+        ("OfTuple", ["least=('horizon',)", "a dict"]),
         ("OfSection", ["ignored_online", "'algorithm.lmbda'"]),
         ("OfNothing", ["least", "'horizn'", "nearest: horizon"]),
     ],

@@ -180,6 +180,24 @@ class TestReplacing:
         assert caught.value.filename == str(path)
         assert not path.parent.exists()
 
+    def test_a_file_in_the_place_of_the_folder_is_reported_likewise(self, tmp_path):
+        (tmp_path / "file").touch()
+        path = tmp_path / "file" / "out.json"
+        with pytest.raises(NotADirectoryError) as caught:
+            write_durably(path, "text")
+        assert caught.value.filename == str(path)
+
+    def test_a_name_may_be_as_long_as_the_file_system_allows(self, tmp_path):
+        path = tmp_path / ("x" * os.pathconf(tmp_path, "PC_NAME_MAX"))
+        write_durably(path, "text")
+        assert path.read_text() == "text"
+
+    def test_a_folder_of_many_files_is_not_listed(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Path, "glob", None)
+        with replacing(tmp_path / "file", sweep=False) as draft:
+            draft.touch()
+        assert os.listdir(tmp_path) == ["file"]
+
     def test_what_a_killed_process_left_is_deleted_after_a_day(self, tmp_path):
         old, new, other = (tmp_path / f".{name}.new" for name in ("file.0", "file.1", "other.0"))
         for each in (old, new, other):
