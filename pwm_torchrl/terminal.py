@@ -257,7 +257,8 @@ class StateFile:
         if state == self.kept:
             return
         self.kept = state
-        with contextlib.suppress(OSError), replacing(self.path) as draft:  # ignored for the same reason as in Lines
+        # Errors are ignored for the same reason as in Lines. Each attempt has a folder of its own: nothing to sweep.
+        with contextlib.suppress(OSError), replacing(self.path, sweep=False) as draft:
             draft.write_text(json.dumps(asdict(state)), encoding="utf-8")
 
     def close(self, state: State, now: float) -> None:

@@ -173,11 +173,13 @@ def build_world_model(cfg: Config, facts: EnvFacts) -> WorldModel:
 def build_networks(cfg: Config, facts: EnvFacts, device: torch.device | str = "cpu") -> Networks:
     """A world model and, except in pre-training, an actor and critics on its latents; on ``device``."""
     if cfg.mode == "pretrain":
-        return Networks(model=to_device(build_world_model(cfg, facts), device))
+        return Networks(model=module_to_device(build_world_model(cfg, facts), device))
     actor = build_actor(cfg, cfg.size.latent_dim, facts.action_dim)  # built first, so that a seed keeps its networks
-    networks = Networks(model=to_device(build_world_model(cfg, facts), device), actor=to_device(actor, device))
+    networks = Networks(
+        model=module_to_device(build_world_model(cfg, facts), device), actor=module_to_device(actor, device)
+    )
     scaled = networks.model.reward_deviation is not None
-    networks.critic = to_device(build_critic(cfg, cfg.size.latent_dim, scaled=scaled), device)
+    networks.critic = module_to_device(build_critic(cfg, cfg.size.latent_dim, scaled=scaled), device)
     return networks
 
 
@@ -200,7 +202,7 @@ def build_critic(cfg: Config, input_dim: int, action_dim: int = 0, scaled: bool 
     return CriticEnsemble(input_dim, units, cfg.size.num_critics, action_dim=action_dim, scaled=scaled)
 
 
-def to_device(module: AnyModule, device: torch.device | str) -> AnyModule:
+def module_to_device(module: AnyModule, device: torch.device | str) -> AnyModule:
     """``module`` on ``device``; no-op if it is there already, since meta tensors cannot be moved."""
     there = all(tensor.device == torch.device(device) for tensor in module.state_dict().values())
     return module if there else module.to(device)
@@ -270,7 +272,7 @@ def build_actor_loss(cfg: Config, actor: Any, step: TensorDictModuleBase, critic
         compile=compiles(cfg),
         precision=cfg.training.precision,
     )
-    to_device(loss.return_statistics, next(actor.parameters()).device)
+    module_to_device(loss.return_statistics, next(actor.parameters()).device)
     return loss
 
 

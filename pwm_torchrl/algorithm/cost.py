@@ -118,5 +118,5 @@ def pays_to_compile(cfg: Config) -> bool:
 
 
 def will_compile(cfg: Config) -> bool:
-    """Whether a run compiles, with ``algorithm.compile=auto`` resolved and a compiler installed."""
+    """Whether a run compiles, with ``algorithm.compile=auto`` resolved, if a compiler is installed."""
     return compiles(cfg) or (str(cfg.algorithm.compile).lower() == "auto" and pays_to_compile(cfg))

@@ -38,7 +38,7 @@ from pwm_torchrl.algorithm.build import (
     build_networks,
     build_world_model,
     compiles,
-    to_device,
+    module_to_device,
 )
 from pwm_torchrl.config import AlgorithmConfig, Config
 from pwm_torchrl.modules import Actor, CriticEnsemble, WorldModel
@@ -101,7 +101,9 @@ class PWM(Algorithm):
         model = build_world_model(cfg, facts)
         critic = build_critic(cfg, latent_dim, action_dim, scaled=model.reward_deviation is not None)
         return Networks(
-            model=to_device(model, device), actor=to_device(actor, device), critic=to_device(critic, device)
+            model=module_to_device(model, device),
+            actor=module_to_device(actor, device),
+            critic=module_to_device(critic, device),
         )
 
     @classmethod

@@ -28,7 +28,7 @@ from pwm_torchrl.algorithm.build import (
     build_actor_loss,
     build_critic,
     compiles,
-    to_device,
+    module_to_device,
 )
 from pwm_torchrl.algorithm.pwm_paper import PaperPWM, PaperWork
 from pwm_torchrl.config import AlgorithmConfig, Config
@@ -79,7 +79,8 @@ class SHAC(PaperPWM):
         """Actor and critics, both on observations."""
         actor = build_actor(cfg, facts.observation_dim, facts.action_dim)
         return Networks(
-            actor=to_device(actor, device), critic=to_device(build_critic(cfg, facts.observation_dim), device)
+            actor=module_to_device(actor, device),
+            critic=module_to_device(build_critic(cfg, facts.observation_dim), device),
         )
 
     @classmethod

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pwm_torchrl.algorithm.build import compiles
-from pwm_torchrl.algorithm.cost import pays_to_compile
+from pwm_torchrl.algorithm.cost import will_compile
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs import EnvInfo
 from pwm_torchrl.errors import ConfigurationError
@@ -121,10 +120,8 @@ def decided_compile(cfg: Config, device: torch.device, run_dir: Path, resume: bo
     file = run_dir / COMPILE_FILE
     if resume and file.exists():
         decision = _saved_decision(file)
-    elif str(cfg.algorithm.compile).lower() == "auto":
-        decision = device.type == "cpu" and pays_to_compile(cfg)
     else:
-        decision = compiles(cfg)
+        decision = will_compile(replace(cfg, device=device.type))
     if decision and (missing := compiler_missing()) is not None:
         warn(f"{missing}: the run is not compiled; install one, or set algorithm.compile=false.")
         decision = False
