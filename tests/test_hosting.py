@@ -112,7 +112,7 @@ class TestIssueForms:
     def test_a_bug_report_asks_for_what_exists(self):
         """The command, the keys of summary.json and the line that prints versions."""
         from pwm_torchrl.cli.entry import COMMANDS
-        from pwm_torchrl.run.provenance import versions
+        from pwm_torchrl.run.directory import versions
 
         text = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug_report.yml").read_text(encoding="utf-8")
         commands = set(re.findall(r"\bpwm ([a-z]+)", text))
@@ -176,7 +176,7 @@ class TestContainer:
         assert final["ENTRYPOINT"] == '["pwm"]'
 
     def test_the_commit_is_where_a_run_looks_for_it(self):
-        from pwm_torchrl.run.provenance import COMMIT_FILE
+        from pwm_torchrl.run.directory import COMMIT_FILE
 
         (write,) = [rest for name, rest in instructions() if name == "RUN" and "$COMMIT" in rest]
         assert 'get_path("purelib")' in write

@@ -26,7 +26,7 @@ from typing import Any
 import pwm_torchrl
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.files import amount, replacing
-from pwm_torchrl.run.provenance import COMMIT_FILE, git_commit
+from pwm_torchrl.run.directory import COMMIT_FILE, git_commit
 from pwm_torchrl.terminal import warn
 
 FOLDER = ".code"

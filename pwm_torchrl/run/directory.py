@@ -1,4 +1,6 @@
-"""``config.yaml``, ``events.jsonl`` and ``summary.json`` of a run directory; creating and checking run directories."""
+"""Run directories: their ``config.yaml``, ``events.jsonl`` and ``summary.json``, how they are created and checked, and
+which code a run uses.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,19 @@ import contextlib
 import dataclasses
 import errno
 import json
+import platform
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pwm_torchrl
 from pwm_torchrl.config import NETWORKS, RENAMED_KEYS, Config, in_present_unit, micro_batch_key, missing_keys
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.files import append_text, existing, read_object, write_durably
@@ -22,16 +28,20 @@ from pwm_torchrl.run.claims import refuse_owned
 from pwm_torchrl.terminal import warn
 
 __all__ = [
+    "COMMIT_FILE",
     "RunDir",
     "check_run_dir",
+    "checkout",
     "differing_keys",
     "discard",
+    "git_commit",
     "load_config",
     "prepare_run_dir",
     "read_summary",
     "save_config",
     "set_status",
     "settings_of",
+    "versions",
     "was_started",
 ]
 
@@ -424,3 +434,62 @@ def _missing(path: Path) -> tuple[Path, ...]:
     """The directories on a path that do not exist, outermost first."""
     there = existing(path)
     return tuple(each for each in reversed((path, *path.parents)) if each != there and each.is_relative_to(there))
+
+
+# The code that a run uses ---------------------------------------------------------------------------------------------
+
+
+#: File in a copy of a checkout that contains the commit, because a copy has no ``.git``.
+COMMIT_FILE = "git_commit.txt"
+
+_LIBRARIES = ("torch", "torchrl", "tensordict", "numpy")
+_TIMEOUT = 10.0  # seconds for git, which may hang on a slow file system
+
+
+def checkout() -> Path:
+    """The folder that holds this package: a checkout, a job's copy of one, or ``site-packages``."""
+    return Path(pwm_torchrl.__file__).resolve().parent.parent
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """The commit that is checked out in a folder, with ``-dirty`` at its end if tracked files differ from it.
+
+    Args:
+        folder: the top folder of a checkout, or a copy with a :data:`COMMIT_FILE`. Defaults to :func:`checkout`.
+
+    Returns:
+        40 hexadecimal digits and perhaps ``-dirty``; ``None`` if the folder is not the top of a repository with a
+        commit, or git is not installed.
+    """
+    folder = checkout() if folder is None else folder
+    recorded = folder / COMMIT_FILE
+    if recorded.is_file():
+        return recorded.read_text(encoding="utf-8").strip() or None
+    if not (folder / ".git").exists():
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if changed else commit
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that affect what a run computes."""
+    found = {"python": platform.python_version(), "pwm_torchrl": pwm_torchrl.__version__}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -22,8 +22,7 @@ from pwm_torchrl.errors import ConfigurationError, OutOfMemory, StorageFault, is
 from pwm_torchrl.files import is_storage_error, read_object, storage_faults
 from pwm_torchrl.run.artifacts import write_summary
 from pwm_torchrl.run.claims import RunClaim
-from pwm_torchrl.run.directory import write_event
-from pwm_torchrl.run.provenance import git_commit, versions
+from pwm_torchrl.run.directory import git_commit, versions, write_event
 from pwm_torchrl.terminal import warn
 
 # The result so far ----------------------------------------------------------------------------------------------------

@@ -381,7 +381,7 @@ class TestProvenance:
         return done.stdout.strip()
 
     def test_the_commit_of_a_checkout(self, tmp_path):
-        from pwm_torchrl.run.provenance import COMMIT_FILE, git_commit
+        from pwm_torchrl.run.directory import COMMIT_FILE, git_commit
 
         assert git_commit(tmp_path) is None
         self.git(tmp_path, "init", "-q")
