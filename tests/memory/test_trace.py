@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import resource
 import threading
@@ -15,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from training_cases import config
 
 from pwm_torchrl.algorithm.build import Facts
+from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.config import NETWORKS
+from pwm_torchrl.memory import trace
 from pwm_torchrl.memory.readings import read_process
-from pwm_torchrl.memory.trace import FakeTensors, StorageCounter, UpdateTracer, _Updates
+from pwm_torchrl.memory.trace import FakeTensors, RealTensors, StorageCounter, UpdateTracer, is_small
 
 FACTS = Facts(3, 1, terminates=True)
 
@@ -133,10 +136,14 @@ class TestFakeTensors:
         assert _get_current_dispatch_mode() is None
         assert torch.ones(2).sum().item() == 2
 
-    def test_has_no_side_effects(self):
+    @pytest.mark.parametrize("limit", [0.0, math.inf], ids=["fake", "real"])
+    def test_has_no_side_effects(self, limit, monkeypatch):
         """Seeds are set before a run is planned."""
+        monkeypatch.setattr(trace, "REAL_UP_TO", limit)
         states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
         threads, modes = threading.enumerate(), torch.is_grad_enabled()
+        UpdateTracer._persistent.clear()
+        UpdateTracer._transient.clear()
         tracer = UpdateTracer(config({"algorithm.horizon": 2}), FACTS)
         assert tracer.persistent.total > 0
         assert all(tracer.transient(update, size).peak > 0 for update in NETWORKS for size in (None, 3))
@@ -178,14 +185,36 @@ def test_nothing_is_allocated():
     ],
     ids=["mlp", "residual", "flow", "recomputed", "attached"],
 )
-def test_equals_real_tensors(changes):
-    """Tracing the same updates with real tensors gives the same bytes in each phase."""
+def test_real_and_fake_tensors_have_the_same_bytes(changes, monkeypatch):
+    """In each phase of each update, whole and in micro-batches."""
     cfg = config({"algorithm.horizon": 3, "algorithm.model_batch": 6, "algorithm.actor_batch": 6, **changes})
-    tracer = UpdateTracer(cfg, FACTS)
-    with StorageCounter() as counter:
-        real = _Updates(cfg, FACTS, counter)
-        assert real.persistent == tracer.persistent
-        for update in NETWORKS:
-            batch = tracer.batches[update]
-            for size in (batch, 2):
-                assert real.measure(update, batch, size, 3) == tracer._trace(update, batch, size, 3)
+    real = UpdateTracer(cfg, FACTS)
+    monkeypatch.setattr(trace, "REAL_UP_TO", 0.0)
+    fake = UpdateTracer(cfg, FACTS)
+    assert (type(real._tensors), type(fake._tensors)) == (RealTensors, FakeTensors)
+    UpdateTracer._persistent.clear()
+    kept = real.persistent
+    UpdateTracer._persistent.clear()
+    assert kept == fake.persistent
+    for update in NETWORKS:
+        batch = real.batches[update]
+        for size in (batch, 2):
+            assert real._trace(update, batch, size, 3) == fake._trace(update, batch, size, 3)
+
+
+def test_which_configurations_are_small():
+    """The smallest size, even with the most expensive dynamics; not the next one, even with the cheapest."""
+    for algorithm in ("pwm", "pwm_paper"):
+        assert is_small(compose([f"algorithm={algorithm}", "model=flow_v3", "size=tiny", "env=pendulum"]))
+        assert not is_small(compose([f"algorithm={algorithm}", "model=mlp", "size=5m", "env=pendulum"]))
+
+
+def test_what_a_configuration_does_not_show_is_not_small():
+    cfg = compose(["algorithm=shac", "env=pendulum_torchrl"])
+    assert not is_small(cfg)
+    cfg = config({})
+    assert is_small(cfg)
+    cfg.mode = "extract"
+    assert not is_small(cfg)
+    assert not is_small(config({"algorithm.model_batch": 10**6}))
+    assert not is_small(config({"size.encoder_units": [20_000]}))

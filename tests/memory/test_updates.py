@@ -41,7 +41,7 @@ def whole_trace(tracer: UpdateTracer, update: str, size: int | None = None) -> T
 def in_parts(tracer: UpdateTracer, update: str, size: int) -> int:
     """Peak of an update that runs all of its micro-batches."""
     batch = tracer.batches[update]
-    with tracer._fake:
+    with tracer._tensors:
         made = tracer._updates()
         losses = {"model": made.losses.model, "actor": made.losses.actor, "critic": made.losses.critic}[update]
         backward = losses.backward
