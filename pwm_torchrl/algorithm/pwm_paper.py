@@ -90,6 +90,11 @@ class PaperPWM(Algorithm):
             return [model]
         return policy if cfg.mode == "extract" and not cfg.finetune else [model, *policy]
 
+    @property
+    def actor_updates(self) -> int:
+        """Actor updates of an epoch."""
+        return self.cfg.actor_updates
+
     def epoch(self, batch: TensorDictBase, progress: float) -> MetricRow:
         """Algorithm 1; see :meth:`Algorithm.epoch`."""
         work = self.work = self.work or self._new_work()
@@ -105,7 +110,7 @@ class PaperPWM(Algorithm):
                 self.between()
                 if work.starts is None:
                     work.starts = self.start_observations(batch)
-                actors = self.cfg.actor_updates
+                actors = self.actor_updates
                 with self.phase("improving the actor", actors, actors - work.actor_updates):
                     work.states = self.update_actor(work.starts, work.row)
                 work.starts = None
@@ -164,5 +169,5 @@ class PaperPWM(Algorithm):
         models = self.cfg.model_updates if self.started else self.first_model_updates
         return PaperWork(
             models if "model" in self.optimizers else 0,
-            self.cfg.actor_updates if "actor" in self.optimizers else 0,
+            self.actor_updates if "actor" in self.optimizers else 0,
         )

@@ -123,6 +123,11 @@ class SHAC(PaperPWM):
             row.set({"train/return": returns.mean(), "train/episodes": len(returns)})
         return row
 
+    @property
+    def actor_updates(self) -> int:
+        """Rollouts of an epoch."""
+        return rollouts_per_epoch(self.cfg)
+
     def start_observations(self, batch: TensorDictBase) -> Tensor:
         """The environments' current states, ``[N, S]``."""
         states: Tensor = self.samples.states
@@ -157,7 +162,7 @@ class SHAC(PaperPWM):
         return True
 
     def _new_work(self) -> PaperWork:
-        return PaperWork(0, rollouts_per_epoch(self.cfg))
+        return PaperWork(0, self.actor_updates)
 
 
 def rollouts_per_epoch(algorithm: AlgorithmConfig) -> int:
@@ -170,7 +175,7 @@ def rollouts_per_epoch(algorithm: AlgorithmConfig) -> int:
     if rest:
         raise ConfigurationError(
             f"algorithm.collect_steps={algorithm.collect_steps} is not a multiple of algorithm.horizon="
-            f"{algorithm.horizon}, and algorithm=shac steps the environment in rollouts of that length"
+            f"{algorithm.horizon}, but algorithm=shac steps the environment in rollouts of that length"
         )
     return rollouts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -93,6 +94,23 @@ class TestRun:
         _, parts = run_with(monkeypatch, cfg, tmp_path / "parts", resume=True)
         assert_equal(weights_of(parts), weights_of(whole))
         assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "straight")
+
+    def test_progress_counts_the_rollouts_of_an_epoch(self, tmp_path, monkeypatch):
+        seen = []
+
+        def record(run):
+            @contextmanager
+            def phase(doing, total, done):
+                seen.append((doing, done, total))
+                yield lambda: None
+
+            run.algorithm.phase = phase
+
+        cfg = shac_config({"training.epochs": 1, "algorithm.collect_steps": 12})
+        run_with(monkeypatch, cfg, tmp_path, during_epoch=record)
+        assert [entry for entry in seen if "actor" in entry[0]] == [
+            ("improving the actor", done, 3) for done in range(3)
+        ]
 
     @pytest.mark.slow
     def test_it_learns(self, tmp_path):
