@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import os
@@ -113,19 +114,30 @@ def _by_number(name: str) -> tuple[Any, ...]:
 
 def schema_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     """All dotted keys of a schema dataclass with their types; the type of a section is its dataclass."""
-    keys: dict[str, Any] = {}
+    return {prefix + key: hint for key, hint in _keys(cls)}
+
+
+@functools.cache
+def _keys(cls: type) -> tuple[tuple[str, Any], ...]:
+    """Several passes over the schema ask for every word of a command line, and type hints take long to resolve."""
+    keys: list[tuple[str, Any]] = []
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        keys[prefix + field.name] = hint
+        keys.append((field.name, hint))
         if dataclasses.is_dataclass(hint):
-            keys.update(schema_keys(typing.cast(type, hint), f"{prefix}{field.name}."))
-    return keys
+            keys.extend((f"{field.name}.{key}", inner) for key, inner in _keys(typing.cast(type, hint)))
+    return tuple(keys)
 
 
 def schema_choices() -> dict[str, tuple[str, ...]]:
     """The dotted keys that accept only certain strings, with these strings."""
-    return {key: rule.choices for key, rule in _rules(Config).items() if rule.choices}
+    return dict(_choices())
+
+
+@functools.cache
+def _choices() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((key, rule.choices) for key, rule in _rules(Config).items() if rule.choices)
 
 
 def _rules(cls: type[Section]) -> dict[str, Rule]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
@@ -43,6 +40,7 @@ from pwm_torchrl.cli.command_line import (
     option_hint,
     unknown_option,
 )
+from pwm_torchrl.cli.composition import compose_with_hydra
 from pwm_torchrl.cli.derived_settings import apply_mode, derive_epochs
 from pwm_torchrl.cli.profiles import add_profile_to_errors, flatten_keys, missing_profile_keys, profile_keys
 from pwm_torchrl.cli.sweeps import EVERY_TASK, PATH_KEYS, PRETRAINING_PREFIX, SLURM_LIST_KEYS, SWEEP_PATTERN
@@ -178,8 +176,6 @@ def _first_line(error: BaseException) -> str:
 
 #: Keys that every environment understands, see :func:`pwm_torchrl.envs.make_env`.
 KEYS_OF_ANY_ENV = ("env.terminates", "env.observation_keys", "env.name", "env.episode_length")
-
-SCHEMA = "pwm_config_schema"  # TorchRL uses the plain names in the shared ConfigStore
 
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError)
 
@@ -509,25 +505,7 @@ def _compose(words: list[str], parsed: list[Override]) -> DictConfig:
 
 
 def _hydra(words: list[str]) -> DictConfig:
-    with _own_schema(), initialize_config_dir(config_dir=str(configs_dir()), version_base="1.3"):
-        return hydra_compose(config_name="config", overrides=words)
-
-
-@contextmanager
-def _own_schema() -> Iterator[None]:
-    """Restrict the ConfigStore to Hydra's entries and the schema for the duration of the block.
-
-    Otherwise, if TorchRL's configurations are loaded, Hydra would use TorchRL's ``logger/csv`` as the schema of ours.
-    """
-    store = ConfigStore.instance()
-    everything = store.repo
-    kept = {name: node for name, node in everything.items() if name in ("hydra", "_dummy_empty_config_.yaml")}
-    store.repo = kept
-    store.store(SCHEMA, Config)
-    try:
-        yield
-    finally:
-        store.repo = everything
+    return compose_with_hydra(configs_dir(), words, group_choices().keys())
 
 
 def _to_config(composed: DictConfig) -> Config:

@@ -1,0 +1,95 @@
+"""Composes words with Hydra, and keeps what it composed of a set of choices for the next words.
+
+Hydra takes 0.2 s to put the files of ``configs/`` together, and the settings of single keys almost none of it. Commands
+that start many runs compose once for each, nearly always of the same files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pwm_torchrl.config import Config
+
+__all__ = ["compose_with_hydra"]
+
+SCHEMA = "pwm_config_schema"  # TorchRL uses the plain names in the shared ConfigStore
+
+
+def compose_with_hydra(folder: Path, words: Sequence[str], groups: Collection[str]) -> DictConfig:
+    """What Hydra composes of the words and the files of a folder.
+
+    Args:
+        folder: the one with ``config.yaml``.
+        words: settings as Hydra reads them.
+        groups: the config groups; the words that choose from them decide which files are read.
+
+    Returns:
+        A configuration that the caller may change.
+
+    Raises:
+        HydraException: as Hydra does, for words and files that do not compose.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(words))
+        choices = tuple(word for word, each in zip(words, parsed, strict=True) if each.key_or_group in groups)
+        settings = [each for each in parsed if each.key_or_group not in groups]
+        if all(_sets_a_key(each) for each in settings):
+            composed = copy.deepcopy(_of_choices(folder, _contents(folder), choices))
+            for each in settings:
+                added = each.type == OverrideType.FORCE_ADD
+                OmegaConf.update(composed, each.key_or_group, each.value(), merge=True, force_add=added)
+            return composed
+    except (HydraException, OmegaConfBaseException):
+        pass  # Hydra says what is wrong
+    return _of_words(folder, words)
+
+
+def _sets_a_key(setting: Override) -> bool:
+    """Whether it only changes the value of a key; a search path, for example, decides which files are found."""
+    usual = setting.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
+    return usual and setting.package is None and setting.key_or_group.partition(".")[0] != "hydra"
+
+
+def _contents(folder: Path) -> tuple[tuple[str, bytes], ...]:
+    """All configuration files of a folder: what is kept was composed of the same ones."""
+    return tuple((str(file), file.read_bytes()) for file in sorted(folder.rglob("*.yaml")))
+
+
+@lru_cache(maxsize=32)
+def _of_choices(folder: Path, contents: tuple[tuple[str, bytes], ...], choices: tuple[str, ...]) -> DictConfig:
+    return _of_words(folder, choices)
+
+
+def _of_words(folder: Path, words: Sequence[str]) -> DictConfig:
+    with _own_schema(), initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+        return hydra_compose(config_name="config", overrides=list(words))
+
+
+@contextmanager
+def _own_schema() -> Iterator[None]:
+    """Restrict the ConfigStore to Hydra's entries and the schema for the duration of the block.
+
+    Otherwise, if TorchRL's configurations are loaded, Hydra would use TorchRL's ``logger/csv`` as the schema of ours.
+    """
+    store = ConfigStore.instance()
+    everything = store.repo
+    kept = {name: node for name, node in everything.items() if name in ("hydra", "_dummy_empty_config_.yaml")}
+    store.repo = kept
+    store.store(SCHEMA, Config)
+    try:
+        yield
+    finally:
+        store.repo = everything
