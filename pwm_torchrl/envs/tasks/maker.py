@@ -203,7 +203,7 @@ def make_metaworld_env(
         hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}"
         raise ConfigurationError(f"env.task={task!r} is not a task of Meta-World: {hint}")
     from pwm_torchrl.envs.batch import batch_sub_envs
-    from pwm_torchrl.envs.tasks.metaworld import MetaWorldSubEnv
+    from pwm_torchrl.envs.gym import MetaWorldSubEnv
 
     length = episode_length or EPISODE_STEPS
     make = classes[f"{task}{_VERSION}"]
