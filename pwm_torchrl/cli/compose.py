@@ -25,10 +25,14 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from pwm_torchrl.choices import (
+    add_profile_to_errors,
     configs_dir,
     exact_choice,
+    flatten_keys,
     group_choices,
+    missing_profile_keys,
     nearest_sentence,
+    profile_keys,
     schema_choices,
     schema_keys,
     user_configs_dir,
@@ -42,7 +46,6 @@ from pwm_torchrl.cli.command_line import (
 )
 from pwm_torchrl.cli.composition import compose_with_hydra
 from pwm_torchrl.cli.derived_settings import apply_mode, derive_epochs
-from pwm_torchrl.cli.profiles import add_profile_to_errors, flatten_keys, missing_profile_keys, profile_keys
 from pwm_torchrl.cli.sweeps import EVERY_TASK, PATH_KEYS, PRETRAINING_PREFIX, SLURM_LIST_KEYS, SWEEP_PATTERN
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
 from pwm_torchrl.config import RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit, missing_keys

@@ -109,7 +109,7 @@ def _run(name: str, words: Sequence[str] | None) -> int:
         if line is None:
             asked = _find(stage)(asked)
             continue
-        with _find("profiles:add_profile_to_errors")([run.words for run in asked.runs]):
+        with _find("compose:add_profile_to_errors")([run.words for run in asked.runs]):
             asked = _find(SHOW_CONFIG if line.shows_config else stage)(asked)
     return int(asked)
 
