@@ -52,8 +52,10 @@ COMMANDS = {
         "write tables, curves and comparisons", ("arguments:parse", "report:find_content", "report_page:write")
     ),
     "data": Command("import, inspect or generate stored episodes", ("arguments:parse", "data:run")),
-    "world_model": Command("import a checkpoint, or show a saved world model", ("arguments:parse", "world_model:run")),
-    "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:parse", "hub:run")),
+    "world_model": Command(
+        "import a checkpoint, or show a saved world model", ("arguments:parse", "networks:world_model")
+    ),
+    "hub": Command("publish a run on the Hugging Face hub, or as a folder", ("arguments:parse", "networks:hub")),
     "check_env": Command("show an environment as training sees it", ("run_requests:parse", "prepare:check_env")),
     "doctor": Command("check this machine and a cluster profile, or draft one", ("run_requests:parse", "doctor:run")),
 }  # fmt: skip

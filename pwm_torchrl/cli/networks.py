@@ -1,4 +1,4 @@
-"""``launch/world_model.py``: describes saved world models, and imports those of TD-MPC2."""
+"""Networks as files: ``launch/world_model.py`` shows and imports them, ``launch/hub.py`` exports and uploads them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from pwm_torchrl.cli import console
 from pwm_torchrl.envs.tasks import TaskSet, task_set
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.modules import WorldModelSpec, load_tdmpc2_world_model, save_world_model, world_model_facts
+from pwm_torchrl.run import publish
 
-__all__ = ["import_checkpoint", "run"]
+__all__ = ["hub", "import_checkpoint", "world_model"]
+
+# launch/world_model.py ------------------------------------------------------------------------------------------------
 
 
-def run(args: Namespace) -> int:
+def world_model(args: Namespace) -> int:
     """Imports a checkpoint, or describes a saved world model."""
     if args.command == "import":
         tasks = None if args.tasks is None else task_set(args.tasks)
@@ -79,4 +82,21 @@ def _show(folder: Path) -> int:
         console.say(f"{key:<24} {value}")
     console.say(f"{'tasks':<24} {', '.join(facts.task_names) or 'a single one'}")
     console.say(f"{'sha256':<24} {facts.sha256 or 'not trained yet'}")
+    return console.OK
+
+
+# launch/hub.py --------------------------------------------------------------------------------------------------------
+
+
+def hub(args: Namespace) -> int:
+    """Exports or uploads a run."""
+    if args.command == "export":
+        if args.folder.exists() and any(args.folder.iterdir()):
+            raise ConfigurationError(f"{args.folder} is not empty; give a new folder")
+        for file in publish.export_run(args.run, args.folder, args.checkpoint):
+            console.say(str(file))
+        return console.OK
+    url = publish.push_run(args.run, args.repository, args.checkpoint, private=args.private, message=args.message)
+    console.say(f"uploaded: {url}")
+    console.say(f'load_policy("hf://{args.repository}") loads it')
     return console.OK
