@@ -18,8 +18,7 @@ from pwm_torchrl.errors import ConfigurationError, StorageFault
 from pwm_torchrl.progress import counting
 from pwm_torchrl.report.collect import is_run
 from pwm_torchrl.report.tables import Table
-from pwm_torchrl.run.generate import RANDOM, Behaviour, generate_episodes
-from pwm_torchrl.run.replay_episodes import RunReplay
+from pwm_torchrl.run.new_episodes import RANDOM, Behaviour, RunReplay, generate_episodes
 from pwm_torchrl.user_code import make_cwd_importable
 
 __all__ = ["run"]

@@ -18,8 +18,8 @@ from forked_runs import forked, quickly, warm_up
 from training_cases import config
 
 import pwm_torchrl.cli.prepare as preflight_module
-import pwm_torchrl.run.generate as generate_module
 import pwm_torchrl.run.load as load_module
+import pwm_torchrl.run.new_episodes as generate_module
 import pwm_torchrl.run.train as run_module
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.entry import run_command

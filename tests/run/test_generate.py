@@ -18,7 +18,7 @@ from pwm_torchrl.cli.entry import run_command
 from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.envs.tasks import task_info, task_set
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.run.generate import Behaviour, generate_episodes
+from pwm_torchrl.run.new_episodes import Behaviour, generate_episodes
 
 data_main = partial(run_command, "data")
 

@@ -18,7 +18,7 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.report.collect import is_run
 from pwm_torchrl.run.checkpoints import CheckpointStore
 from pwm_torchrl.run.directory import save_config
-from pwm_torchrl.run.replay_episodes import RunReplay
+from pwm_torchrl.run.new_episodes import RunReplay
 
 data_main = partial(run_command, "data")
 

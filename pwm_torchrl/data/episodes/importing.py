@@ -127,7 +127,7 @@ def import_episodes(
     Args:
         sources (str, Path or sequence of them): folders or files of episodes (``*.npz``, ``*.h5``, ``*.hdf5``, laid out
             as described in :mod:`~pwm_torchrl.data.episodes.own_files`, and TD-MPC2's ``*.pt``), ``"minari:ID"`` or
-            ``"minari:ID=TASK"``; or open sources, such as :class:`~pwm_torchrl.run.replay_episodes.RunReplay`.
+            ``"minari:ID=TASK"``; or open sources, such as :class:`~pwm_torchrl.run.new_episodes.RunReplay`.
         store (str or Path): folder of the store; new, or with an unfinished import.
         tasks (TaskSet): the tasks of the store.
 
