@@ -68,7 +68,6 @@ from pwm_torchrl.algorithm.build import (  # noqa: E402
     build_optimizers,
     build_world_model,
 )
-from pwm_torchrl.algorithm.quality import latent_variance  # noqa: E402
 from pwm_torchrl.cli.compose import compose  # noqa: E402
 from pwm_torchrl.config import Config  # noqa: E402
 from pwm_torchrl.envs import env_info  # noqa: E402
@@ -79,6 +78,7 @@ from pwm_torchrl.modules.dynamics.base import matched_units  # noqa: E402
 from pwm_torchrl.modules.dynamics.fused import Schedule, fused_transition  # noqa: E402
 from pwm_torchrl.modules.layers import cat_features, normed_mlp  # noqa: E402
 from pwm_torchrl.run.evaluation import Episodes, play  # noqa: E402
+from pwm_torchrl.run.quality import latent_variance  # noqa: E402
 from pwm_torchrl.run.train import quiet_torchrl  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -32,15 +32,6 @@ from pwm_torchrl.algorithm.base import (  # noqa: E402
     find_algorithm,
 )
 from pwm_torchrl.algorithm.build import Networks  # noqa: E402
-from pwm_torchrl.algorithm.quality import (  # noqa: E402
-    effective_rank,
-    latent_variance,
-    rollout_errors,
-    saturated_share,
-    start_dependence,
-    termination_shares,
-    value_quality,
-)
 from pwm_torchrl.algorithm.updates import LocalExecutor, Updates  # noqa: E402
 from pwm_torchrl.cli.compose import compose  # noqa: E402
 from pwm_torchrl.config import Config  # noqa: E402
@@ -53,6 +44,15 @@ from pwm_torchrl.objectives.model_loss import Slices  # noqa: E402
 from pwm_torchrl.run.collector import fresh_env_seed, seed_everything  # noqa: E402
 from pwm_torchrl.run.evaluation import Episodes, play, random_action  # noqa: E402
 from pwm_torchrl.run.load import load_networks  # noqa: E402
+from pwm_torchrl.run.quality import (  # noqa: E402
+    effective_rank,
+    latent_variance,
+    rollout_errors,
+    saturated_share,
+    start_dependence,
+    termination_shares,
+    value_quality,
+)
 from pwm_torchrl.run.train import quiet_torchrl  # noqa: E402
 
 #: Starts from which gradients are followed.

@@ -15,7 +15,6 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from pwm_torchrl.algorithm.base import Algorithm, MetricRow, updates_of
-from pwm_torchrl.algorithm.quality import rollout_errors, saturated_share, value_quality
 from pwm_torchrl.config import Config
 from pwm_torchrl.devices import environment_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env, render_frame
@@ -25,6 +24,7 @@ from pwm_torchrl.modules import WorldModel
 from pwm_torchrl.run.artifacts import write_video
 from pwm_torchrl.run.collector import evaluation_env_seed, preserved_generators
 from pwm_torchrl.run.directory import write_event
+from pwm_torchrl.run.quality import rollout_errors, saturated_share, value_quality
 from pwm_torchrl.run.summary import RunSummary
 from pwm_torchrl.terminal import Progress, say, warn
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pwm_torchrl.algorithm.base import Algorithm, MetricRow
 from pwm_torchrl.algorithm.build import world_model_spec
-from pwm_torchrl.algorithm.quality import rollout_errors
 from pwm_torchrl.config import Config
 from pwm_torchrl.envs.tasks import task_set
 from pwm_torchrl.modules import (
@@ -24,6 +23,7 @@ from pwm_torchrl.modules import (
     world_model_facts,
 )
 from pwm_torchrl.objectives import PWMModelLoss
+from pwm_torchrl.run.quality import rollout_errors
 from pwm_torchrl.run.sources import StoredSource
 from pwm_torchrl.run.stored_episodes import StoredSamples, open_store, pretraining_facts, pretraining_tasks
 from pwm_torchrl.run.summary import RunSummary

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pwm_torchrl.algorithm.build import Networks
-from pwm_torchrl.algorithm.quality import (
+from pwm_torchrl.modules import WorldModelSpec, make_world_model
+from pwm_torchrl.objectives.model_loss import Slices
+from pwm_torchrl.objectives.soft_actor_loss import squashed_log_prob
+from pwm_torchrl.run.quality import (
     effective_rank,
     latent_variance,
     not_compiled,
@@ -22,9 +25,6 @@ from pwm_torchrl.algorithm.quality import (
     value_quality,
     within_tasks,
 )
-from pwm_torchrl.modules import WorldModelSpec, make_world_model
-from pwm_torchrl.objectives.model_loss import Slices
-from pwm_torchrl.objectives.soft_actor_loss import squashed_log_prob
 
 
 class Linear(nn.Module):

@@ -23,10 +23,9 @@ from training_cases import (
 )
 
 from pwm_torchrl.algorithm.base import MetricRow
-from pwm_torchrl.algorithm.quality import rollout_errors, saturated_share, value_quality
 from pwm_torchrl.config import Config
 from pwm_torchrl.run import quality as quality_module
-from pwm_torchrl.run.quality import Quality
+from pwm_torchrl.run.quality import Quality, rollout_errors, saturated_share, value_quality
 
 MODEL = {"model/latent_variance", "model/latent_rank", "model/latent_nmse", "model/reward_nmse"}
 TERMINATIONS = {"model/terminations_predicted", "model/terminations_real"}
