@@ -74,7 +74,7 @@ from pwm_torchrl.envs import env_info  # noqa: E402
 from pwm_torchrl.envs.factory import opened_env  # noqa: E402
 from pwm_torchrl.modules import WorldModel, count_parameters  # noqa: E402
 from pwm_torchrl.modules.dynamics import Dynamics, MLPDynamics, residual_endpoint  # noqa: E402
-from pwm_torchrl.modules.dynamics.base import matched_units  # noqa: E402
+from pwm_torchrl.modules.dynamics.factory import matched_units  # noqa: E402
 from pwm_torchrl.modules.dynamics.fused import Schedule, fused_transition  # noqa: E402
 from pwm_torchrl.modules.layers import cat_features, normed_mlp  # noqa: E402
 from pwm_torchrl.run.evaluation import Episodes, play  # noqa: E402

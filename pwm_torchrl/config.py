@@ -570,13 +570,3 @@ def in_present_unit(key: str, value: Any) -> Any:
     """Convert the value of an earlier key to the unit of the current key. Other types than numbers are unchanged."""
     factor = RENAMED_UNITS.get(key)
     return value if factor is None or not isinstance(value, (int, float)) else round(value * factor, 6)
-
-
-#: Metrics of earlier versions and their current names.
-RENAMED_METRICS = {
-    "loss/value": "loss/critic",
-    "grad_norm/value": "grad_norm/critic",
-    "lr/world_model": "lr/model",
-    "lr/critics": "lr/critic",
-    "memory/imagination_micro_batch": "memory/actor_micro_batch",
-}

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data.replay_buffers.samplers import Sampler
-from torchrl.data.replay_buffers.storages import Storage
 
-from pwm_torchrl.devices import to_device
 from pwm_torchrl.errors import ConfigurationError
 
 # Stored entries of a step and their layout in a record of bytes -------------------------------------------------------
@@ -154,50 +150,3 @@ def draw_starts(count: int, length: int, filled: int, envs: int) -> tuple[Tensor
     All storages use this function and the CPU's generator, so a seed gives the same batches on each of them.
     """
     return torch.randint(filled - length + 1, (count,)), torch.randint(envs, (count,))
-
-
-class SliceStartSampler(Sampler):
-    """Samples slices of ``horizon`` consecutive steps, uniformly over all starts, from a storage ``[time, env]``.
-
-    The time per slice does not depend on the size of the storage: starts are computed from the ring buffer's cursor,
-    while :class:`~torchrl.data.SliceSampler` searches for trajectories. A slice never spans the cursor, where the
-    newest step is next to the oldest. It may continue past the end of an episode; the loss masks the steps after the
-    first ``done``, so short episodes are used, too.
-
-    Args:
-        horizon (int): steps per slice.
-        device (str or torch.device): device of the indices. Defaults to ``"cpu"``.
-    """
-
-    def __init__(self, horizon: int, device: str | torch.device = "cpu") -> None:
-        self.horizon = horizon
-        self.device = torch.device(device)
-        self.steps = 0  # total number of time steps written
-
-    def indices(self, count: int, length: int, capacity: int, envs: int) -> tuple[Tensor, Tensor]:
-        """Indices (time, env) of slices, ``[count, length]`` each."""
-        filled = min(self.steps, capacity)
-        oldest = self.steps % capacity if filled == capacity else 0
-        age, env = draw_starts(count, length, filled, envs)
-        time = (age.unsqueeze(1) + oldest + torch.arange(length)) % capacity
-        return to_device(time, self.device), to_device(env, self.device).unsqueeze(1).expand_as(time)
-
-    def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-        """Indices ``[batch_size, horizon]`` of (time, env)."""
-        capacity, envs = storage.shape[:2]
-        return self.indices(batch_size, self.horizon, capacity, envs), {}
-
-    def _empty(self) -> None:
-        self.steps = 0
-
-    def dumps(self, path: str | Path) -> None:
-        """No-op: the replay buffer saves the cursor."""
-
-    def loads(self, path: str | Path) -> None:
-        """No-op: the replay buffer restores the cursor."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps = state_dict["steps"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -408,11 +406,3 @@ class Piece:
 
     def __reduce__(self) -> tuple[type[Piece], tuple[str]]:
         return type(self), (self.backend,)
-
-
-def compiler_missing() -> str | None:
-    """What ``torch.compile`` lacks on this machine, as the start of a message; ``None`` if nothing."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if any(shutil.which(name) for name in wanted):
-        return None
-    return f"No C++ compiler was found ({', '.join(wanted)})"

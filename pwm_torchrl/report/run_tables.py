@@ -20,7 +20,7 @@ import pandas as pd
 from pwm_torchrl.envs.tasks import PUBLISHED_SETS
 from pwm_torchrl.report.collect import RunReport, last, natural
 from pwm_torchrl.report.statistics import bootstrap_interval, mean_of_means
-from pwm_torchrl.report.tables import Table, bytes_text, duration, number_text, reasons_text, seeds_text
+from pwm_torchrl.report.tables import Table, bytes_text, duration, number_text
 from pwm_torchrl.run.directory import differing_keys
 
 __all__ = [
@@ -252,6 +252,28 @@ def _known(value: Any) -> float | None:
 
 def _text(value: Any) -> str:
     return "-" if value is None else str(value)
+
+
+def reasons_text(restarts: Counter[str]) -> str:
+    """Number of restarts and their reasons: ``"3: 2 timeout, 1 memory"``; ``"0"`` without restarts."""
+    names = {reason: reason.replace("start_up", "start-up").replace("_", " ") for reason in restarts}
+    words = [f"{count} {names[reason]}" for reason, count in restarts.most_common()]
+    if len(words) == 1:
+        words = list(names.values())
+    return f"{restarts.total()}: {', '.join(words)}" if words else "0"
+
+
+def seeds_text(seeds: Sequence[int | None]) -> str:
+    """Number of seeds and their values: ``"3: 0-2"``, ``"2: 0, 7"``."""
+    known = sorted({seed for seed in seeds if seed is not None})
+    parts: list[list[int]] = []
+    for seed in known:
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    words = [f"{p[0]}-{p[-1]}" if len(p) > 2 else ", ".join(map(str, p)) for p in parts]
+    return f"{len(seeds)}: {', '.join(words)}" if words else str(len(seeds))
 
 
 # Results by task: scores of extracted policies, and held-out errors of models -----------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,6 @@ __all__ = [
     "duration",
     "fit_names",
     "number_text",
-    "reasons_text",
-    "seeds_text",
 ]
 
 _BLANK = ("-", "")
@@ -126,28 +123,6 @@ def fit_names(names: Sequence[str], width: int) -> list[str]:
     tail = max(0, (width - 1) * 2 // 3)
     cut = [f"{name[: width - 1 - tail]}…{name[-tail:]}" if len(name) > width > 1 else name for name in names]
     return next((candidates for candidates in (list(names), timeless, cut) if fit(candidates)), list(names))
-
-
-def reasons_text(restarts: Counter[str]) -> str:
-    """Number of restarts and their reasons: ``"3: 2 timeout, 1 memory"``; ``"0"`` without restarts."""
-    names = {reason: reason.replace("start_up", "start-up").replace("_", " ") for reason in restarts}
-    words = [f"{count} {names[reason]}" for reason, count in restarts.most_common()]
-    if len(words) == 1:
-        words = list(names.values())
-    return f"{restarts.total()}: {', '.join(words)}" if words else "0"
-
-
-def seeds_text(seeds: Sequence[int | None]) -> str:
-    """Number of seeds and their values: ``"3: 0-2"``, ``"2: 0, 7"``."""
-    known = sorted({seed for seed in seeds if seed is not None})
-    parts: list[list[int]] = []
-    for seed in known:
-        if parts and seed == parts[-1][-1] + 1:
-            parts[-1].append(seed)
-        else:
-            parts.append([seed])
-    words = [f"{p[0]}-{p[-1]}" if len(p) > 2 else ", ".join(map(str, p)) for p in parts]
-    return f"{len(seeds)}: {', '.join(words)}" if words else str(len(seeds))
 
 
 def number_text(value: Any) -> str:

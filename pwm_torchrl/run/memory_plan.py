@@ -6,6 +6,8 @@ The decision whether to compile the run is made here too, because it must also c
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,6 @@ from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.plan import Plan, budgets, make_plan, plan_table
 from pwm_torchrl.memory.predict import DEVICE, HOST, Choices, return_freed_memory
 from pwm_torchrl.memory.readings import format_bytes, read_process
-from pwm_torchrl.modules.layers import compiler_missing
 from pwm_torchrl.run.artifacts import write_atomically
 from pwm_torchrl.run.directory import PLAN_FILE, read_plan
 from pwm_torchrl.run.summary import peak_device_bytes
@@ -139,6 +140,14 @@ def _saved_decision(file: Path) -> bool:
             f"{file} does not say whether the run was compiled ({error}); delete it to decide again."
         ) from error
     return decision
+
+
+def compiler_missing() -> str | None:
+    """What ``torch.compile`` lacks on this machine, as the start of a message; ``None`` if nothing."""
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    if any(shutil.which(name) for name in wanted):
+        return None
+    return f"No C++ compiler was found ({', '.join(wanted)})"
 
 
 def saved_choices(run_dir: Path) -> Choices | None:

@@ -11,11 +11,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
-from pwm_torchrl.config import RENAMED_METRICS
 from pwm_torchrl.files import append_text, replacing
 from pwm_torchrl.terminal import warn
 
 __all__ = ["CsvMetrics", "checked_metrics", "progress_axis", "read_metrics"]
+
+#: Metrics of earlier versions and their current names.
+RENAMED_METRICS = {
+    "loss/value": "loss/critic",
+    "grad_norm/value": "grad_norm/critic",
+    "lr/world_model": "lr/model",
+    "lr/critics": "lr/critic",
+    "memory/imagination_micro_batch": "memory/actor_micro_batch",
+}
 
 
 class CsvMetrics:

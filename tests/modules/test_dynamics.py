@@ -148,7 +148,7 @@ class TestBadInput:
 
 
 def test_time_features_are_sines_and_cosines() -> None:
-    from pwm_torchrl.modules.dynamics.base import time_inputs
+    from pwm_torchrl.modules.dynamics.flows import time_inputs
 
     inputs = time_inputs(0.3, torch.zeros(2, 5), 2)
     expected = [0.3, *(f(math.pi * k * 0.3) for k in (1, 2) for f in (math.sin, math.cos))]

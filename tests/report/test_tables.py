@@ -11,16 +11,17 @@ pytest.importorskip("hydra")
 
 from report_cases import report
 
-from pwm_torchrl.report.run_tables import frame_of, group_runs, group_table, held_out_table, memory_table, run_table
-from pwm_torchrl.report.tables import (
-    Table,
-    bytes_text,
-    duration,
-    fit_names,
-    number_text,
+from pwm_torchrl.report.run_tables import (
+    frame_of,
+    group_runs,
+    group_table,
+    held_out_table,
+    memory_table,
     reasons_text,
+    run_table,
     seeds_text,
 )
+from pwm_torchrl.report.tables import Table, bytes_text, duration, fit_names, number_text
 
 GIB = 2**30
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -152,55 +151,6 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def time_inputs(tau: float | Tensor, like: Tensor, features: int) -> Tensor:
-    """Flow time as network input ``[..., 1 + 2 · features]``: τ, and sines and cosines of 2^k π τ.
-
-    Args:
-        tau (float or Tensor): flow time, a number or ``[..., 1]``.
-        like (Tensor): defines leading shape, dtype and device.
-        features (int): sine/cosine pairs.
-    """
-    tau = tau if isinstance(tau, Tensor) else torch.full((1,), tau, dtype=like.dtype, device=like.device)
-    parts = [tau]
-    for k in range(features):
-        angle = tau * (math.pi * 2**k)
-        parts += [angle.sin(), angle.cos()]
-    return torch.cat(parts, -1).expand(*like.shape[:-1], 1 + 2 * features)
-
-
 def count_parameters(module: nn.Module) -> int:
     """Number of scalar parameters."""
     return sum(p.numel() for p in module.parameters())
-
-
-def matched_units(units: Sequence[int], in_features: int, out_features: int, budget: int) -> list[int]:
-    """Scaled hidden widths for which a :func:`normed_mlp` with a plain last layer has about ``budget`` parameters.
-
-    Used to compare dynamics at equal parameter count (within 1 % at the sizes shipped): a network with a larger input
-    gets smaller widths.
-
-    Args:
-        units (sequence of int): hidden widths of the reference network.
-        in_features (int): input width of the network to size.
-        out_features (int): output width.
-        budget (int): number of parameters of the reference network.
-    """
-
-    def parameters(widths: Sequence[int]) -> int:
-        sizes = [in_features, *widths]
-        hidden = sum(i * o + 3 * o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
-        return hidden + sizes[-1] * out_features + out_features
-
-    def scaled(first: int) -> list[int]:
-        return [max(1, round(first * u / units[0])) for u in units]
-
-    if not units:
-        return []
-    low, high = 1, 4 * units[0]
-    while low < high:
-        middle = (low + high) // 2
-        if parameters(scaled(middle)) < budget:
-            low = middle + 1
-        else:
-            high = middle
-    return min((scaled(low), scaled(max(1, low - 1))), key=lambda w: abs(parameters(w) - budget))

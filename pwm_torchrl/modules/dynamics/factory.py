@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.modules.dynamics.base import Dynamics, MLPDynamics, matched_units
+from pwm_torchrl.modules.dynamics.base import Dynamics, MLPDynamics
 from pwm_torchrl.modules.dynamics.flows import ResidualDynamics, ResidualEndpointFlow, SimNormVelocityFlow, TangentFlow
 from pwm_torchrl.user_code import locate
 
@@ -177,3 +177,36 @@ def make_dynamics(
     return SimNormVelocityFlow(
         latent_dim, action_dim, task_dim, units, simnorm_dim, solver, substeps, checkpoint_substeps
     )
+
+
+def matched_units(units: Sequence[int], in_features: int, out_features: int, budget: int) -> list[int]:
+    """Scaled hidden widths for which a :func:`normed_mlp` with a plain last layer has about ``budget`` parameters.
+
+    Used to compare dynamics at equal parameter count (within 1 % at the sizes shipped): a network with a larger input
+    gets smaller widths.
+
+    Args:
+        units (sequence of int): hidden widths of the reference network.
+        in_features (int): input width of the network to size.
+        out_features (int): output width.
+        budget (int): number of parameters of the reference network.
+    """
+
+    def parameters(widths: Sequence[int]) -> int:
+        sizes = [in_features, *widths]
+        hidden = sum(i * o + 3 * o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        return hidden + sizes[-1] * out_features + out_features
+
+    def scaled(first: int) -> list[int]:
+        return [max(1, round(first * u / units[0])) for u in units]
+
+    if not units:
+        return []
+    low, high = 1, 4 * units[0]
+    while low < high:
+        middle = (low + high) // 2
+        if parameters(scaled(middle)) < budget:
+            low = middle + 1
+        else:
+            high = middle
+    return min((scaled(low), scaled(max(1, low - 1))), key=lambda w: abs(parameters(w) - budget))

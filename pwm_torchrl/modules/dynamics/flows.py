@@ -8,17 +8,14 @@ In ``tangent`` and the public fork's ``simnorm_velocity``, the network predicts 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pwm_torchrl.errors import ConfigurationError
-from pwm_torchrl.modules.dynamics.base import (
-    Dynamics,
-    FlowDynamics,
-    time_inputs,
-)
+from pwm_torchrl.modules.dynamics.base import Dynamics, FlowDynamics
 from pwm_torchrl.modules.dynamics.fused import Schedule, fused_transition, fuses
 from pwm_torchrl.modules.layers import SimNorm, cat_features, normed_mlp
 from pwm_torchrl.modules.numerics import residual_endpoint
@@ -391,3 +388,22 @@ class SimNormVelocityFlow(VelocityFlow):
         task_embedding: Tensor | None = None,
     ) -> Tensor:
         return self.net(cat_features(latent, action, time_inputs(tau, latent, 0), task_embedding))
+
+
+# Flow time as an input ------------------------------------------------------------------------------------------------
+
+
+def time_inputs(tau: float | Tensor, like: Tensor, features: int) -> Tensor:
+    """Flow time as network input ``[..., 1 + 2 · features]``: τ, and sines and cosines of 2^k π τ.
+
+    Args:
+        tau (float or Tensor): flow time, a number or ``[..., 1]``.
+        like (Tensor): defines leading shape, dtype and device.
+        features (int): sine/cosine pairs.
+    """
+    tau = tau if isinstance(tau, Tensor) else torch.full((1,), tau, dtype=like.dtype, device=like.device)
+    parts = [tau]
+    for k in range(features):
+        angle = tau * (math.pi * 2**k)
+        parts += [angle.sin(), angle.cos()]
+    return torch.cat(parts, -1).expand(*like.shape[:-1], 1 + 2 * features)
