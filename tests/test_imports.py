@@ -26,7 +26,6 @@ PUBLIC = {"configs", "training"}
 FUNCTION_LEVEL = {
     "": {"training"},
     "envs.makers": {"envs.batch", "envs.dm_control", "envs.gym"},
-    "envs.tasks.maker": {"envs.batch", "envs.gym"},
 }
 #: What looks at memory while a run trains; of ours it imports the configuration's schema alone.
 WATCHER = ("cgroups", "readings", "budget", "watch")

@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from pwm_torchrl.envs.factory import make_env
     from pwm_torchrl.envs.facts import report_env
     from pwm_torchrl.envs.imagination import LatentImaginationEnv
-    from pwm_torchrl.envs.makers import make_brax_env, make_dm_control_env, make_gymnasium_env
+    from pwm_torchrl.envs.makers import make_brax_env, make_dm_control_env, make_gymnasium_env, make_task_env
     from pwm_torchrl.envs.mppi import PolicySeededMPPI
     from pwm_torchrl.envs.rendering import render_frame
     from pwm_torchrl.envs.rewarped import make_rewarped_env
     from pwm_torchrl.envs.standard import EnvInfo, env_info, standardize
-    from pwm_torchrl.envs.tasks.maker import make_task_env
     from pwm_torchrl.envs.tasks.registry import register_task
 
 __all__ = [
@@ -67,7 +66,7 @@ _HOME = {
     "make_env": "factory",
     "make_gymnasium_env": "makers",
     "make_rewarped_env": "rewarped",
-    "make_task_env": "tasks.maker",
+    "make_task_env": "makers",
     "make_torchrl_pendulum": "differentiable",
     "register_task": "tasks.registry",
     "render_frame": "rendering",

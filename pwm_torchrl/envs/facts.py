@@ -13,10 +13,9 @@ from torchrl.envs.utils import RandomPolicy
 from pwm_torchrl.envs.dflex import missing_dflex
 from pwm_torchrl.envs.env_state import env_state_support
 from pwm_torchrl.envs.factory import as_stated, opened_env, probe_env
-from pwm_torchrl.envs.makers import require_brax
+from pwm_torchrl.envs.makers import probe_task_env, require_brax
 from pwm_torchrl.envs.rewarped import require_rewarped
 from pwm_torchrl.envs.standard import EnvInfo, env_info
-from pwm_torchrl.envs.tasks.maker import probe_task_env
 from pwm_torchrl.envs.tasks.registry import task_info
 from pwm_torchrl.errors import MissingLibraryError
 from pwm_torchrl.user_code import locate

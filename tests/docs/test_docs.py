@@ -49,7 +49,7 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", modules_with_examples())
 def test_examples_of_docstrings_run(name):
-    if name.startswith("pwm_torchrl.envs.tasks.custom") or name.endswith(("envs.makers", "tasks.maker")):
+    if name.startswith("pwm_torchrl.envs.tasks.custom") or name.endswith("envs.makers"):
         pytest.importorskip("dm_control")
     module = importlib.import_module(name)
     failed: list[str] = []

@@ -22,7 +22,7 @@ from pwm_torchrl.envs.tasks.registry import (
 )
 
 if TYPE_CHECKING:
-    from pwm_torchrl.envs.tasks.maker import make_custom_dm_control_env, make_metaworld_env, make_task_env
+    from pwm_torchrl.envs.makers import make_custom_dm_control_env, make_metaworld_env, make_task_env
 
 __all__ = [
     "MT30",
@@ -39,16 +39,12 @@ __all__ = [
     "task_set",
 ]
 
-_HOME = {
-    "make_custom_dm_control_env": "maker",
-    "make_metaworld_env": "maker",
-    "make_task_env": "maker",
-}
+_MAKERS = ("make_custom_dm_control_env", "make_metaworld_env", "make_task_env")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MAKERS:
+        return getattr(importlib.import_module("pwm_torchrl.envs.makers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
