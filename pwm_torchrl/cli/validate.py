@@ -15,7 +15,6 @@ from pwm_torchrl.run.claims import own_job
 
 __all__ = ["INTEGERS_OF_ENV", "check_cluster", "read_time", "require_runnable", "validate", "value_of"]
 
-GIB = 2**30
 _NAMES = ("partition", "account", "qos")
 
 

@@ -311,7 +311,6 @@ def save_smaller_plan(run_dir: Path, cfg: Config, outcome: Mapping[str, Any]) ->
 
 #: Factor by which the memory request grows each time.
 GROWTH = 1.5
-MIB = 2**20
 
 
 @dataclass(frozen=True)
