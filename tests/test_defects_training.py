@@ -14,7 +14,7 @@ from pwm_torchrl.training import evaluate_run
 
 
 class TestHostMemoryLeak:
-    """A logged loss kept its autograd graph; the metrics history held one graph per epoch. See test_flat.py, too."""
+    """A logged loss kept its autograd graph; the metrics history held one graph per epoch. See test_debugging.py."""
 
     @pytest.mark.parametrize("kind", ["mlp", "flow"])
     def test_nothing_piles_up_over_the_epochs_of_a_run(self, kind, tmp_path, monkeypatch):

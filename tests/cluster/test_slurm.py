@@ -1,4 +1,4 @@
-"""Asking SLURM, whose commands are scripts here."""
+"""Reading what SLURM writes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,122 @@ import os
 from pathlib import Path
 
 import pytest
-from slurm_texts import CONFIG, JOB, NODES, PARTITIONS, SQUEUE
+from hypothesis import given
+from hypothesis import strategies as st
+from slurm_texts import CONFIG, JOB, NODES, PARTITIONS, SACCT, SQUEUE
 
 from pwm_torchrl.cluster import slurm as query
 from pwm_torchrl.cluster.restarts import write_job
+from pwm_torchrl.cluster.slurm import (
+    JobState,
+    Partition,
+    from_minutes,
+    parse_config,
+    parse_gpus,
+    parse_nodes,
+    parse_partitions,
+    parse_sacct,
+    parse_squeue,
+    records,
+    to_minutes,
+)
 from pwm_torchrl.errors import ConfigurationError
+
+
+def test_jobs_of_squeue():
+    jobs = parse_squeue(SQUEUE)
+    assert jobs["33_0"] == JobState("33_0", "RUNNING", "", "1-02:00:04", "n[0-1]")
+    assert jobs["11"] == JobState("11", "TIMEOUT", "TimeLimit", "1:24", "n0")
+    assert {job for job, state in jobs.items() if state.waiting} == {"33_2", "35", "31", "42"}
+    assert {job for job, state in jobs.items() if state.ended} == {"34", "11"}
+    assert {job for job, state in jobs.items() if state.held} == {"31"}
+    assert {job for job, state in jobs.items() if state.impossible} == {"42"}
+    assert parse_squeue("") == {}
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD", "SUSPENDED"])
+def test_a_job_that_comes_back_has_not_ended(state):
+    assert not JobState("1", state).ended
+
+
+@pytest.mark.parametrize("reason", ["JobHeldUser", "JobHeldAdmin", "JobHoldMaxRequeue", "job requeued in held state"])
+def test_held_jobs_have_many_names(reason):
+    assert JobState("1", "PENDING", reason).held
+    assert not JobState("1", "FAILED", reason).held
+
+
+def test_jobs_of_sacct():
+    jobs = parse_sacct("JobID|State|Elapsed|NodeList|Reason\n" + SACCT)
+    assert {job: state.state for job, state in jobs.items()} == {
+        "7": "COMPLETED",
+        "8": "CANCELLED",
+        "9_1": "OUT_OF_MEMORY",
+    }
+    assert jobs["8"].nodes == ""
+
+
+def test_values_of_a_record_may_hold_blanks():
+    (job,) = records(JOB + "\n")
+    assert job["JobName"] == "my run=1" or job["JobName"] == "my"  # "run=1" looks like a key of its own
+    assert job["Command"] == "/home/a b/script.sh"
+    assert (job["DerivedExitCode"], job["Restarts"], job["PreemptTime"]) == ("0:125", "2", "2026-11-25T03:35:47")
+    assert job["TRES"] == "cpu=1,mem=100M,node=1,billing=1"
+    assert job["Power"] == ""
+    assert records("slurm_load_jobs error: Invalid job id specified\n") == []
+
+
+def test_partitions():
+    main, gpu, old = parse_partitions(PARTITIONS)
+    assert main == Partition("main", default=True, max_minutes=1440)
+    assert gpu == Partition("gpu", max_nodes=2, max_cpus=48, max_memory_mb=400000)
+    assert (old.up, old.default, old.max_minutes) == (False, False, 7 * 1440)
+
+
+def test_nodes():
+    nodes = {node.name: node for node in parse_nodes(NODES)}
+    assert [name for name, node in nodes.items() if node.up] == ["n0", "g0", "g2", "o0"]
+    assert (nodes["n0"].cpus, nodes["n0"].memory_mb, nodes["n0"].gpus, nodes["n0"].features) == (4, 6000, {}, ())
+    assert nodes["g0"].gpus == {"l40s": 4}
+    assert nodes["g0"].features == ("l40s", "ib")
+    assert nodes["g2"].partitions == ("gpu",)
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        ("gpu:l40s:4(S:0-1),lustre:1", {"l40s": 4}),
+        ("gpu:2", {"": 2}),
+        ("gpu", {"": 1}),
+        ("gpu:a100", {"a100": 1}),
+        ("gpu:a100:4,gpu:v100:2,tmpfs:100G", {"a100": 4, "v100": 2}),
+        ("gpu:1g.10gb:7(S:0,1)", {"1g.10gb": 7}),
+        ("shard:l40s:8,(null)", {}),
+        ("", {}),
+    ],
+)
+def test_gpus(gres, gpus):
+    assert parse_gpus(gres) == gpus
+
+
+def test_settings_of_the_controller():
+    config = parse_config(CONFIG)
+    assert (config.version, config.cluster, config.max_array_size) == ("22.05.8", "throwaway", 11)
+    assert (config.requeue_hold_s, config.kill_wait_s, config.remembers_s) == (5, 3, 600)
+    assert not config.accounting
+    assert not config.enforces_limits
+    assert config.requeue
+    assert config.max_memory_mb is None
+    other = parse_config(
+        "AccountingStorageType = accounting_storage/slurmdbd\nJobRequeue = 0\nEnforcePartLimits = ALL\n"
+        "MaxMemPerNode = 250000\nAuthInfo = (null)\n"
+    )
+    assert other.accounting
+    assert other.enforces_limits
+    assert not other.requeue
+    assert (other.max_memory_mb, other.requeue_hold_s) == (250000, 120)
+
+
+# Asking SLURM, whose commands are scripts here ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -145,3 +256,37 @@ def test_everything_of_a_site(commands):
     assert [partition.name for partition in site.partitions] == ["main", "gpu", "old"]
     assert len(site.nodes) == 6
     assert len((folder / "scontrol.asked").read_text().splitlines()) == 3
+
+
+# Times as SLURM writes them -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("90:00", 90),
+        ("90:01", 91),
+        ("24:00:00", 1440),
+        ("1-0", 1440),
+        ("2-12:30", 3630),
+        ("7-00:00:00", 10080),
+        ("00:00:30", 1),
+        ("infinite", None),
+        ("UNLIMITED", None),
+        ("n/a", None),
+    ],
+)
+def test_every_way_of_writing(text, minutes):
+    assert to_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "-5", "1-", "1.5", "1-2:3:4:5"])
+def test_anything_else_is_refused(text):
+    with pytest.raises(ValueError, match="is not a SLURM time limit"):
+        to_minutes(text)
+
+
+@given(st.integers(0, 10**6))
+def test_there_and_back(minutes):
+    assert to_minutes(from_minutes(minutes)) == minutes
