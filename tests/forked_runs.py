@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from unittest.mock import patch
 import torch
 
 import pwm_torchrl.run.train as run_module
-from pwm_torchrl.config import Config
-from pwm_torchrl.training import train
+
+TESTS = Path(__file__).resolve().parent
 
 
 def quickly() -> None:
@@ -26,20 +25,11 @@ def quickly() -> None:
 def forked(module: str, attempt: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
     """Start ``attempt(*args)`` of a module of tests, of the file ``module``, in a process."""
     context = multiprocessing.get_context("forkserver")
-    file = Path(module).resolve()
-    context.set_forkserver_preload([file.stem])
+    # Whichever module of tests needs the server first starts it, for all of them.
+    context.set_forkserver_preload(["warm_server"])
     # The server looks for what it loads there, and silently does without what it does not find.
-    search = os.pathsep.join([str(file.parent), str(file.parents[2]), os.environ.get("PYTHONPATH", "")])
+    search = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     process = context.Process(target=attempt, args=args)
     with patch.dict(os.environ, PYTHONPATH=search):
         process.start()
     return process
-
-
-def warm_up(cfg: Config) -> None:
-    """In the server, a whole run before the forks, which then have what it imports and its memory plan's traces."""
-    if multiprocessing.current_process().name == "MainProcess":
-        return
-    quickly()
-    with tempfile.TemporaryDirectory() as folder:
-        train(cfg, Path(folder))

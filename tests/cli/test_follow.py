@@ -8,18 +8,19 @@ import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import termios
 import time
 from pathlib import Path
 
 import pytest
+from forked_commands import LAUNCH, Command
 from training_stub import KILLED, SLOW
 
 pytest.importorskip("submitit")
 pytest.importorskip("rich")
 
-ROOT = Path(__file__).parents[2]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 pytestmark = pytest.mark.usefixtures("free_signals", "stub_training", "workdir")
 
@@ -28,13 +29,17 @@ class Terminal:
     """``launch/submit.py`` on a terminal of some width."""
 
     def __init__(self, *words: str, width: int = 80, script: str = "submit") -> None:
-        command = [sys.executable, str(ROOT / f"launch/{script}.py"), "run_dir=run", *words]
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            os.environ.update(TERM="xterm-256color", COLUMNS="200")
-            os.environ.pop("NO_COLOR", None)
-            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-            os.execv(sys.executable, command)
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
+        environment.pop("NO_COLOR", None)
+        self.descriptor, inside = pty.openpty()
+        self.resize(width)
+        if script == "submit":
+            self.process = Command(script, "run_dir=run", *words, env=environment, terminal=inside)
+        else:  # which trains itself: only a new Python finds the stub
+            command = [sys.executable, str(LAUNCH / f"{script}.py"), "run_dir=run", *words]
+            streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+            self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        os.close(inside)
         self.output = ""
 
     def resize(self, width: int) -> None:
@@ -53,7 +58,7 @@ class Terminal:
             while chunk := os.read(self.descriptor, 65536):
                 self.output += chunk.decode(errors="replace")
         os.close(self.descriptor)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait()
 
     @property
     def lines(self) -> list[str]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from forked_commands import run
 
 from pwm_torchrl.cli.entry import run_command
 
@@ -88,8 +89,8 @@ def test_an_impossible_request_names_a_budget_that_works(capsys):
 
 @pytest.mark.slow
 def test_it_works_in_another_process_too():
-    """Processes need not be of the same size."""
-    refused = run_script(*SMALL, "device=cpu", "memory.host_gib=0.1")
+    """Processes need not be of the same size: one is forked, one is new."""
+    refused = run("plan", *SMALL, "device=cpu", "memory.host_gib=0.1")
     assert refused.returncode == 2
     (least,) = re.findall(r"\((memory\.host_gib=[0-9.]+)\)", refused.stderr)
     enough = run_script(*SMALL, "device=cpu", least)

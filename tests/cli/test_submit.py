@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from training_stub import BAD_INPUT, BUG, FAULT, KILLED, NO_DISK, NO_MEMORY, SLO
 pytest.importorskip("submitit")
 
 import yaml
+from forked_commands import Command, run
 
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.entry import run_command
@@ -25,7 +24,6 @@ from pwm_torchrl.cluster.resources import Resources
 
 main = partial(run_command, "submit")
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("stub_training", "workdir", "free_signals")
 
 
@@ -129,18 +127,14 @@ def test_a_job_whose_disk_takes_no_summary_still_tells(capfd, monkeypatch):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_the_job_and_the_same_command_resumes(signum):
-    command = [sys.executable, str(ROOT / "launch/submit.py"), f"seed={SLOW}", "training.epochs=300", "run_dir=run"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    # A session of its own, and the signal to its whole group: what a terminal does at Ctrl-C.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    words = [f"seed={SLOW}", "training.epochs=300", "run_dir=run"]
+    process = Command("submit", *words)
     _wait_for(lambda: Path("run/metrics.csv").exists() and Path("run/metrics.csv").read_text().count("\n") > 2)
     if signum == signal.SIGINT:
-        os.killpg(process.pid, signum)
+        os.killpg(process.pid, signum)  # to its whole group: what a terminal does at Ctrl-C
     else:
         process.send_signal(signum)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate()
     assert process.returncode == 130, err
     assert "saving" in out
     assert "to resume: python launch/submit.py seed=5 training.epochs=300 run_dir=" in err
@@ -148,7 +142,7 @@ def test_ctrl_c_stops_the_job_and_the_same_command_resumes(signum):
     assert json.loads(Path("run/summary.json").read_text())["status"] == "stopped"
     _wait_for(lambda: not _alive(int(Path("run/submitit/attempt_1/pid").read_text())))
 
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    again = run("submit", *words)
     assert again.returncode == 0, again.stderr
     assert "resuming:" in again.stdout
     assert "fresh" not in again.stdout
@@ -156,15 +150,14 @@ def test_ctrl_c_stops_the_job_and_the_same_command_resumes(signum):
     assert epochs == list(range(1, 301))
     assert Path("run/submitit/attempt_2").is_dir()
 
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    finished = run("submit", *words)
     assert finished.returncode == 2
     assert finished.stderr.count("\n") == 1
     assert "finished run" in finished.stderr
 
 
 def test_a_second_ctrl_c_kills():
-    command = [sys.executable, str(ROOT / "launch/submit.py"), f"seed={SLOW}", "training.epochs=300", "run_dir=run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Command("submit", f"seed={SLOW}", "training.epochs=300", "run_dir=run")
     _wait_for(lambda: Path("run/metrics.csv").exists() and Path("run/metrics.csv").read_text().count("\n") > 2)
     process.send_signal(signal.SIGINT)
     _wait_for(lambda: "saving" in Path("run/log.txt").read_text())
@@ -176,18 +169,18 @@ def test_a_second_ctrl_c_kills():
 
 
 def test_a_directory_whose_job_still_runs_is_refused(capfd):
-    command = [sys.executable, str(ROOT / "launch/submit.py"), f"seed={SLOW}", "training.epochs=300", "run_dir=run"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [f"seed={SLOW}", "training.epochs=300", "run_dir=run"]
+    process = Command("submit", *words)
     _wait_for(lambda: Path("run/metrics.csv").exists())
     process.kill()  # the job lives on
     process.wait()
-    assert main(command[2:]) == 2
+    assert main(words) == 2
     pid = int(Path("run/submitit/attempt_1/pid").read_text())
     assert f"still running here, process {pid}" in capfd.readouterr().err
     os.kill(pid, signal.SIGTERM)
     _wait_for(lambda: not _alive(pid))
     assert json.loads(Path("run/summary.json").read_text())["status"] == "stopped"
-    assert main(command[2:]) == 0
+    assert main(words) == 0
 
 
 def test_debug_runs_in_this_process(capfd, stub_training, monkeypatch):

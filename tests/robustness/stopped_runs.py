@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from forked_runs import forked, quickly, warm_up
+from forked_runs import forked, quickly
 from training_cases import config
 
 import pwm_torchrl.cli.prepare as preflight_module
@@ -161,6 +161,3 @@ def run_typed(name: str, words: Sequence[str], said: Path, signum: int = 0) -> i
     process.join(240)
     assert process.exitcode is not None
     return process.exitcode
-
-
-warm_up(small())

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from forked_runs import forked, quickly, warm_up
+from forked_runs import forked, quickly
 from training_cases import config
 
 from pwm_torchrl.config import Config
@@ -86,6 +86,3 @@ def learned(run_dir: Path) -> dict[str, int]:
     assert newest is not None
     files = json.loads((newest / SEAL_FILE).read_text())["files"]
     return {name: facts["crc32"] for name, facts in files.items() if any(f"-{part}/" in name for part in NETWORKS)}
-
-
-warm_up(small())

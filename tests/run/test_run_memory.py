@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forked_commands import run
 from run_files import csv_rows, events, saved_epochs, summary_of, watching_threads
 from training_cases import assert_equal, config, rows_of, run_with, weights_of
 
@@ -16,8 +13,6 @@ from pwm_torchrl.errors import OutOfMemory
 from pwm_torchrl.memory.readings import read_memory
 from pwm_torchrl.run.evaluation import PolicyEvaluation
 from pwm_torchrl.run.train import Run
-
-ROOT = Path(__file__).parents[2]
 
 
 class Leak:
@@ -69,21 +64,16 @@ class TestGuard:
         """The job's exit code reaches the command that follows it, and the same command resumes the run."""
         pytest.importorskip("submitit")
         words = [f"run_dir={tmp_path / 'run'}", "memory=fixed", "algorithm.first_model_updates=2", "training.epochs=2"]
-        words += ["training.eval_every=0", "training.video=false", "device=cpu"]
+        words += ["training.eval_every=0", "training.video=false", "device=cpu", "model=mlp", "algorithm.max_updates=4"]
 
-        def submit(*more: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, str(ROOT / "launch/submit.py"), *words, *more]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-        short = submit("memory.host_gib=0.05")
+        short = run("submit", *words, "memory.host_gib=0.05")
         assert short.returncode == 75
         assert "error: Stopped with a checkpoint after epoch 1: memory that cannot be reclaimed reached" in short.stderr
         assert "of the budget, 51.2 MiB" in short.stderr
         assert "to resume with more memory (or a larger memory.host_gib, if that is the limit): python" in short.stderr
         assert "Traceback" not in short.stdout + short.stderr
         assert summary_of(tmp_path / "run")["status"] == "memory"
-        again = submit()
+        again = run("submit", *words)
         assert again.returncode == 0, again.stderr
         assert summary_of(tmp_path / "run")["epochs_done"] == 2
 
