@@ -93,7 +93,8 @@ def compose_all(words: Sequence[str], composed: Sequence[ComposedRun] = ()) -> l
         refuse_shared_directories(runs)
     for run in runs:
         finalize(run.config, run.words)
-        require_logging(run.config.logger)
+        with _may_be_set_up(run.config, place_of(run.config)):
+            require_logging(run.config.logger)
     places = {place_of(run.config) for run in runs}
     if len(places) > 1:
         raise ConfigurationError(f"One command submits to one place, not to {' and '.join(sorted(places))} at once.")

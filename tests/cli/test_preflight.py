@@ -21,7 +21,7 @@ from training_stub import BAD_INPUT, BUG
 from pwm_torchrl.cli import prepare, submit
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.cli.entry import run_command
-from pwm_torchrl.cli.prepare import HERE, LOCAL, SLURM, preflight
+from pwm_torchrl.cli.prepare import HERE, LOCAL, SLURM, compose_all, preflight
 from pwm_torchrl.errors import ConfigurationError, MissingLibraryError
 from pwm_torchrl.run import claims
 from pwm_torchrl.run.claims import Identity
@@ -276,6 +276,16 @@ def test_what_a_profile_sets_up_need_not_be_here(monkeypatch):
     config.cluster.setup = ["module load tensorboard"]
     (facts,) = preflight([config], SLURM)
     assert (facts.observation_dim, facts.num_envs) == (3, 8)
+
+
+def test_nor_when_the_words_are_read(monkeypatch):
+    hide(monkeypatch, "tensorboard")
+    monkeypatch.setattr(prepare, "slurm_available", lambda: True)
+    words = ["logger=tensorboard", "cluster=cpu"]
+    with pytest.raises(MissingLibraryError, match="logger=tensorboard"):
+        compose_all(words)
+    (run,) = compose_all([*words, "cluster.setup=['module load tensorboard']"])
+    assert run.config.cluster.setup == ["module load tensorboard"]
 
 
 def test_jobs_choose_their_own_graphics(monkeypatch):
