@@ -23,7 +23,7 @@ COMMON = (
     "size.critic_units=[16]", "env=pendulum", "env.num_envs=2", "training.epochs=4", "algorithm.model_batch=8",
     "algorithm.actor_batch=8",
 )  # fmt: skip
-_PAPER = ("algorithm=pwm_paper", "algorithm.model_updates=2", "algorithm.horizon=4")
+_PAPER = ("algorithm=pwm_paper", "algorithm.model_updates=2", "algorithm.horizon=4", "algorithm.critic_passes=1")
 PLAIN = (*_PAPER, "model=mlp")
 PAPER = (*_PAPER, "model=flow_v2")
 PWM = ("algorithm=pwm", "model=mlp", "algorithm.critic_batch=8", "algorithm.max_updates=4", "algorithm.random_steps=0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,12 +183,18 @@ class Raising(GymEnv):
 """
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert Running(folder, "fork", "training.epochs=1").end()[0] == 0
+    return folder
+
+
 @pytest.fixture
-def evaluated(start, tmp_path):
+def evaluated(finished: Path, tmp_path: Path) -> None:
     """A finished run, whose environments come from a module that a test may change."""
-    run = start("fork", "training.epochs=1")
-    assert run.end()[0] == 0
-    return run
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
 
 class TestEvaluating:
