@@ -428,14 +428,14 @@ def _check_names(parsed: list[Override]) -> None:
 
 
 def _check_choice(o: Override, group: str, choices: list[str]) -> None:
-    value = None if o.type == OverrideType.DEL else o.value()
-    if group == "experiment" and value is None:
+    if o.type == OverrideType.DEL and group == "experiment":
         return
     if o.type == OverrideType.DEL:
         raise ConfigurationError(
             f"{o.input_line!r} removes a group that every run needs; write {group}=CHOICE, with one of "
             f"{', '.join(choices)}"
         )
+    value = o.value()
     if not isinstance(value, str) or value not in choices:
         written = value if isinstance(value, str) else o.input_line.partition("=")[2]
         raise ConfigurationError(

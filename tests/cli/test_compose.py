@@ -149,6 +149,7 @@ def test_paths_are_text():
         (["env=pendlum"], ["'pendlum'", "nearest: pendulum"]),
         (["experiment=dflex_ant_48m_flowv2"], ["nearest: dflex_ant_48m_flow_v2"]),
         (["model=[mlp,flow_v1]"], ["is not a choice of model"]),
+        (["experiment=null"], ["'null' is not a choice of experiment", "choices of experiment: "]),
         (["~model"], ["'~model'", "model=CHOICE"]),
         (["algorithm.horizn=8"], ["unknown key 'algorithm.horizn'", "nearest: algorithm.horizon"]),
         (["horizon=8"], ["unknown key 'horizon'", "algorithm.horizon"]),
