@@ -1,8 +1,8 @@
 """Commands of ``launch/`` in processes of their own that are forked from the warm server of :mod:`forked_runs`.
 
-A process takes 5 s of CPU time to import torch and TorchRL before it does what a test is about. These have imported it,
-and are otherwise what a terminal starts: with their own words, folder, environment, output, session and signals. That
-a fresh Python starts the commands, with what it imports, is tested in ``tests/cli/test_entry_points.py``.
+A new Python takes 5 s of CPU time to import torch and TorchRL. A forked process has them already, and otherwise behaves
+like a command on a terminal: it has its own arguments, folder, environment, output, session and signals.
+``tests/cli/test_entry_points.py`` tests that a new Python can start the commands.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ LAUNCH = TESTS.parent / "launch"
 
 
 class Command:
-    """A command that was started: what tests use of ``subprocess.Popen``.
+    """A running command, with the part of ``subprocess.Popen``'s interface that tests use.
 
     Args:
         name: ``"train"`` for ``launch/train.py``.
-        words: what is typed after it.
-        cwd: the folder in which it is typed; the current one by default.
-        env: all of its environment; this process's by default.
-        terminal: descriptor of a terminal on which it is typed; otherwise, pipes take what it says.
+        words: its arguments.
+        cwd: its working directory; by default, this process's.
+        env: its whole environment; by default, this process's.
+        terminal: descriptor of its terminal; without one, its output goes to pipes.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Command:
 
     @property
     def pid(self) -> int:
-        """Also of its process group: it has a session of its own, as in a terminal of its own."""
+        """Process ID, which is also that of its process group, since it has its own session."""
         assert self._process.pid is not None
         return self._process.pid
 
@@ -86,7 +86,7 @@ class Command:
         return self._process.exitcode
 
     def communicate(self, timeout: float = 180.0) -> tuple[str, str]:
-        """What it said, once it and all that it started have closed their output."""
+        """Output and errors, when it and all processes that it started have closed them."""
         self.wait(timeout)
         for reader in self._readers:
             reader.join(timeout)
@@ -106,7 +106,7 @@ class Command:
 def run(
     name: str, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A command from its start to its end."""
+    """Run a command to its end."""
     command = Command(name, *words, cwd=cwd, env=env)
     out, err = command.communicate()
     assert command.returncode is not None
@@ -114,7 +114,7 @@ def run(
 
 
 def _become(args: list[str], folder: str, environment: dict[str, str], *ends: Connection) -> NoReturn:
-    """What the forked process does: turn into the command."""
+    """Turn the forked process into the command."""
     os.setsid()
     if len(ends) == 1:
         fcntl.ioctl(ends[0].fileno(), termios.TIOCSCTTY, 0)

@@ -1,6 +1,6 @@
-"""What the server of :mod:`forked_runs` loads: all that commands import, and a run, whose traces its forks then have.
+"""Preloaded by the server of :mod:`forked_runs`: imports what commands need, and trains a run to fill their caches.
 
-Importing everything takes 5 s of CPU time, and the memory plan of a run and its first steps as many again.
+The imports take 5 s of CPU time, and a run's memory plan and first steps another 5 s.
 """
 
 from __future__ import annotations
@@ -28,4 +28,4 @@ with tempfile.TemporaryDirectory() as folder:
     train(config(), Path(folder))
 sys.modules["pwm_torchrl.run.train"].write_curves = write_curves
 gc.collect()
-gc.freeze()  # runs look for live graphs among all objects; the forks share these, as long as none is looked at
+gc.freeze()  # a run's search for live graphs looks at all objects; frozen ones stay shared with the server

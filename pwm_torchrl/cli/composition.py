@@ -1,7 +1,7 @@
-"""Composes words with Hydra, and keeps what it composed of a set of choices for the next words.
+"""Composes settings with Hydra, and caches its compositions of config groups.
 
-Hydra takes 0.2 s to put the files of ``configs/`` together, and the settings of single keys almost none of it. Commands
-that start many runs compose once for each, nearly always of the same files.
+Hydra takes 0.2 s to combine the files of ``configs/``; setting single keys takes almost no time. Commands that start
+many runs compose once for each, mostly from the same files.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ SCHEMA = "pwm_config_schema"  # TorchRL uses the plain names in the shared Confi
 
 
 def compose_with_hydra(folder: Path, words: Sequence[str], groups: Collection[str]) -> DictConfig:
-    """What Hydra composes of the words and the files of a folder.
+    """Compose settings and the files of a folder as Hydra does.
 
     Args:
-        folder: the one with ``config.yaml``.
-        words: settings as Hydra reads them.
-        groups: the config groups; the words that choose from them decide which files are read.
+        folder: the folder with ``config.yaml``.
+        words: settings in Hydra's syntax.
+        groups: the config groups; only settings that choose from a group decide which files are read.
 
     Returns:
         A configuration that the caller may change.
 
     Raises:
-        HydraException: as Hydra does, for words and files that do not compose.
+        HydraException: if the settings and files do not compose; with Hydra's own message.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(words))
@@ -53,18 +53,18 @@ def compose_with_hydra(folder: Path, words: Sequence[str], groups: Collection[st
                 OmegaConf.update(composed, each.key_or_group, each.value(), merge=True, force_add=added)
             return composed
     except (HydraException, OmegaConfBaseException):
-        pass  # Hydra says what is wrong
+        pass  # the call below raises Hydra's own error
     return _of_words(folder, words)
 
 
 def _sets_a_key(setting: Override) -> bool:
-    """Whether it only changes the value of a key; a search path, for example, decides which files are found."""
+    """Whether it only sets a key's value; a search path, for example, changes which files are found."""
     usual = setting.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
     return usual and setting.package is None and setting.key_or_group.partition(".")[0] != "hydra"
 
 
 def _contents(folder: Path) -> tuple[tuple[str, bytes], ...]:
-    """All configuration files of a folder: what is kept was composed of the same ones."""
+    """All configuration files of a folder; part of the cache's key, so that edited files are composed anew."""
     return tuple((str(file), file.read_bytes()) for file in sorted(folder.rglob("*.yaml")))
 
 
