@@ -293,7 +293,7 @@ class Algorithm:
     @torch.no_grad()
     def starts_like(cls, cfg: Config, facts: EnvFacts, networks: Networks, count: int) -> Tensor:
         """Placeholder start latents ``[count, D]`` of an actor update, to predict its memory."""
-        return networks.model.encode(torch.empty(count, facts.observation_dim))
+        return networks.model.encode(torch.zeros(count, facts.observation_dim))
 
     @classmethod
     def critic_input(cls, cfg: Config, facts: EnvFacts, latent: Tensor) -> Tensor:

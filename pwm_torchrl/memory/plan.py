@@ -177,7 +177,8 @@ class PlanOptions:
         """Predicted memory of a run with these choices; all predictions of one plan use the same base."""
         if self._framework is None:
             self.tracer(choices.checkpoint_substeps).persistent  # noqa: B018 - the base includes what tracing imports
-            self._framework = framework_bytes()
+            held, source = framework_bytes()
+            self._framework = held - sum(tracer.allocated for tracer in self._tracers.values()), source
         tracer = self.tracer(choices.checkpoint_substeps)
         return predict(self.cfg, self.facts, choices, self.compute, tracer, self._framework)
 

@@ -156,7 +156,7 @@ def predict(
     tracer: UpdateTracer | None = None,
     framework: tuple[int, str] | None = None,
 ) -> Prediction:
-    """Predict a run's memory without allocating it.
+    """Predict a run's memory.
 
     Args:
         cfg (Config): the run's configuration.

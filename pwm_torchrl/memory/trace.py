@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,6 +61,12 @@ class StorageCounter(TorchDispatchMode):
     def next_phase(self) -> None:
         """Start a new phase, which has its own peak."""
         self.peaks.append(self.live)
+
+    def next_phases(self, tensor: Tensor) -> None:
+        """Start a phase now, and another one when the backward pass has computed the tensor's gradient."""
+        self.next_phase()
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: self.next_phase())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,7 +128,8 @@ class FakeTensors:
 class RealTensors:
     """Context manager in which the storages of real tensors are counted; it can be entered repeatedly.
 
-    Random numbers that are drawn inside do not change those drawn outside.
+    Random numbers that are drawn inside do not change those drawn outside. Operations run on one thread: a pool of
+    threads would be lost in environments that are forked afterwards, and their first operation would wait for it.
     """
 
     def __init__(self) -> None:
@@ -130,6 +137,8 @@ class RealTensors:
         self._inside = contextlib.ExitStack()
 
     def __enter__(self) -> StorageCounter:
+        self._inside.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         self._inside.enter_context(torch.random.fork_rng(devices=[]))
         return self._inside.enter_context(self.counter)
 
@@ -139,25 +148,34 @@ class RealTensors:
         self._inside.__exit__(kind, error, trace)
 
 
-#: Updates of at most so many floating-point operations are traced with real tensors: a tenth of a second of one core,
-#: and at most some 100 MB with networks of the usual depth. ``tiny`` is below it with every dynamics, ``5m`` above.
-REAL_UP_TO = 5e9
+#: Updates of at most so many floating-point operations and evaluated rows are traced with real tensors. They take a
+#: tenth of a second of one core, and up to some 60 MiB: ``flow_v3`` at ``tiny`` with ``pwm_paper`` is close to both
+#: limits. Every configuration of ``5m`` is above the first.
+SMALL_OPERATIONS, SMALL_ROWS = 5e9, 20_000
 
 
-def is_small(cfg: Config) -> bool:
-    """Whether every update of a configuration takes at most :data:`REAL_UP_TO` operations, by its widest layers.
+def is_small(cfg: Config, facts: EnvFacts) -> bool:
+    """Whether every update of a run is small, judged by its widest layer.
 
-    A simulator's step and a world model from a file do not count as small: their cost is not in the configuration.
+    A user's own dynamics or algorithm, a simulator's step and a world model from a file never count as small, because
+    the configuration does not contain their size.
     """
-    if cfg.mode == "extract" or find_algorithm(cfg.algorithm.name).simulates:
+    algorithm, size = cfg.algorithm, cfg.size
+    user_made = "." in algorithm.name or "." in cfg.model.dynamics.kind
+    if user_made or cfg.mode == "extract" or find_algorithm(algorithm.name).simulates:
         return False
-    size, evaluations = cfg.size, evaluations_of(cfg)
     networks = (size.units, size.encoder_units, size.actor_units, size.critic_units)
-    width = max(size.latent_dim, *(max(units, default=1) for units in networks))
+    inputs = size.latent_dim + facts.action_dim + size.task_dim * bool(facts.action_dims)
+    width = max(facts.observation_dim, inputs, *(max(units, default=1) for units in networks))
     parameters = width * width * (1 + max(len(units) for units in networks))
-    each = {name: update.batch * update.steps for name, update in updates_of(cfg).items()}
-    rows = max(count * (evaluations[name].rows if name in evaluations else 1) for name, count in each.items())
-    return 6.0 * parameters * rows <= REAL_UP_TO
+    evaluations = evaluations_of(cfg)
+    rows = [
+        update.batch
+        * update.steps
+        * (size.num_critics if name == "critic" else evaluations[name].rows if name in evaluations else 1)
+        for name, update in updates_of(cfg).items()
+    ]
+    return max(rows) <= SMALL_ROWS and 6.0 * parameters * max(rows) <= SMALL_OPERATIONS
 
 
 #: Horizons traced in place of a longer one. The peak of a phase is linear in the horizon (a test checks this), except
@@ -235,7 +253,7 @@ class UpdateTracer:
         self.key = repr((self.cfg.model, self.cfg.size, self.cfg.algorithm, cfg.training.precision, dimensions, mode))
         #: The updates of an epoch.
         self.updates = updates_of(cfg)
-        self._tensors = RealTensors() if is_small(self.cfg) else FakeTensors()
+        self._tensors = RealTensors() if is_small(self.cfg, facts) else FakeTensors()
         self._made: _Updates | None = None
 
     def _updates(self) -> _Updates:
@@ -248,6 +266,11 @@ class UpdateTracer:
     def batches(self) -> dict[str, int]:
         """Rows of each update's batch."""
         return {name: update.batch for name, update in self.updates.items()}
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that the tracer itself holds in this process."""
+        return self._tensors.counter.live if isinstance(self._tensors, RealTensors) else 0
 
     @property
     def persistent(self) -> Persistent:
@@ -314,28 +337,13 @@ class _Updates:
             if isinstance(value, torch.Tensor)
         )
         self.persistent = Persistent(parameters, moments, counter.live - parameters - moments)
-        # A new phase begins where memory starts to grow with the horizon at another rate.
+        # A new phase begins where memory starts to grow with the horizon at another rate: where the rollout is complete
+        # (in the backward pass, the steps follow the values), and where the targets or the first observations are
+        # encoded (the backward pass through the steps ends there).
         if self.networks.critic is not None:
-            self.networks.critic.register_forward_pre_hook(self._before_values)
+            self.networks.critic.register_forward_pre_hook(lambda module, inputs: counter.next_phases(inputs[0]))
         if self.networks.model is not None:
-            self.networks.model.encoder.register_forward_hook(self._after_encoder)
-
-    def _before_values(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """The rollout is complete here; in the backward pass, the steps follow the values."""
-        self._phase_now_and_backward(inputs[0])
-
-    def _after_encoder(self, module: nn.Module, inputs: tuple[Tensor, ...], latent: Tensor) -> None:
-        """The targets or the first observations are encoded; the backward pass through the steps ends here."""
-        self._phase_now_and_backward(latent)
-
-    def _phase_now_and_backward(self, tensor: Tensor) -> None:
-        """Start a phase now and another one when the backward pass has computed the tensor's gradient."""
-        self.counter.next_phase()
-        if tensor.requires_grad:
-            tensor.register_hook(self._after_gradient)
-
-    def _after_gradient(self, gradient: Tensor) -> None:
-        self.counter.next_phase()
+            self.networks.model.encoder.register_forward_hook(lambda module, _, latent: counter.next_phases(latent))
 
     def measure(self, update: str, batch: int, size: int, horizon: int) -> Transient:
         """Run the last micro-batch of an update: ``size`` of ``batch`` rows, ``horizon`` steps."""

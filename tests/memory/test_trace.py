@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import resource
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +22,8 @@ from training_cases import config
 from pwm_torchrl.algorithm.build import Facts
 from pwm_torchrl.cli.compose import compose
 from pwm_torchrl.config import NETWORKS
-from pwm_torchrl.memory import trace
+from pwm_torchrl.envs.differentiable import make_torchrl_pendulum
+from pwm_torchrl.memory import plan, trace
 from pwm_torchrl.memory.readings import read_process
 from pwm_torchrl.memory.trace import FakeTensors, RealTensors, StorageCounter, UpdateTracer, is_small
 
@@ -139,7 +144,7 @@ class TestFakeTensors:
     @pytest.mark.parametrize("limit", [0.0, math.inf], ids=["fake", "real"])
     def test_has_no_side_effects(self, limit, monkeypatch):
         """Seeds are set before a run is planned."""
-        monkeypatch.setattr(trace, "REAL_UP_TO", limit)
+        monkeypatch.setattr(trace, "SMALL_OPERATIONS", limit)
         states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
         threads, modes = threading.enumerate(), torch.is_grad_enabled()
         UpdateTracer._persistent.clear()
@@ -189,7 +194,7 @@ def test_real_and_fake_tensors_have_the_same_bytes(changes, monkeypatch):
     """In each phase of each update, whole and in micro-batches."""
     cfg = config({"algorithm.horizon": 3, "algorithm.model_batch": 6, "algorithm.actor_batch": 6, **changes})
     real = UpdateTracer(cfg, FACTS)
-    monkeypatch.setattr(trace, "REAL_UP_TO", 0.0)
+    monkeypatch.setattr(trace, "SMALL_OPERATIONS", 0.0)
     fake = UpdateTracer(cfg, FACTS)
     assert (type(real._tensors), type(fake._tensors)) == (RealTensors, FakeTensors)
     UpdateTracer._persistent.clear()
@@ -202,19 +207,76 @@ def test_real_and_fake_tensors_have_the_same_bytes(changes, monkeypatch):
             assert real._trace(update, batch, size, 3) == fake._trace(update, batch, size, 3)
 
 
+class TestRealTensors:
+    def test_start_no_threads(self):
+        """A pool of threads would not survive a fork, and environments are forked after planning."""
+        script = (
+            "import os, numpy, torch\n"
+            "from pwm_torchrl.memory.trace import RealTensors\n"
+            "torch.set_num_threads(2)\n"
+            "x = torch.from_numpy(numpy.ones((2000, 2000)))\n"
+            "before = len(os.listdir('/proc/self/task'))\n"
+            "with RealTensors():\n"
+            "    x + 1\n"
+            "assert torch.get_num_threads() == 2\n"
+            "assert len(os.listdir('/proc/self/task')) == before\n"
+            "x + 1\n"
+            "assert len(os.listdir('/proc/self/task')) > before  # as the block would have done\n"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+    def test_a_tracer_leaves_nothing(self):
+        UpdateTracer._persistent.clear()
+        UpdateTracer._transient.clear()
+        tracer = UpdateTracer(config({"algorithm.horizon": 2}), FACTS)
+        counter, kept = tracer._tensors.counter, tracer.persistent
+        assert tracer.transient("model").peak > 0
+        assert tracer.transient("actor").peak > 0
+        assert tracer.allocated == counter.live >= kept.total > 0
+        gc.disable()
+        try:
+            del tracer
+            assert counter.live <= kept.parameters  # TorchRL's modules refer to each other
+            gc.collect()
+            assert counter.live == 0
+        finally:
+            gc.enable()
+
+    def test_the_base_of_a_plan_does_not_contain_them(self, monkeypatch):
+        monkeypatch.setattr(plan, "framework_bytes", lambda: (10**9, "of a test"))
+        options = plan.PlanOptions(config({}), make_torchrl_pendulum(2).pwm_info, "host")
+        base = options.predict(options.fastest).items[0].bytes
+        held = options.tracer(False).allocated
+        assert held > 0
+        assert base == 10**9 - held
+
+
 def test_which_configurations_are_small():
     """The smallest size, even with the most expensive dynamics; not the next one, even with the cheapest."""
     for algorithm in ("pwm", "pwm_paper"):
-        assert is_small(compose([f"algorithm={algorithm}", "model=flow_v3", "size=tiny", "env=pendulum"]))
-        assert not is_small(compose([f"algorithm={algorithm}", "model=mlp", "size=5m", "env=pendulum"]))
+        assert is_small(compose([f"algorithm={algorithm}", "model=flow_v3", "size=tiny", "env=pendulum"]), FACTS)
+        assert not is_small(compose([f"algorithm={algorithm}", "model=mlp", "size=5m", "env=pendulum"]), FACTS)
 
 
-def test_what_a_configuration_does_not_show_is_not_small():
-    cfg = compose(["algorithm=shac", "env=pendulum_torchrl"])
-    assert not is_small(cfg)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm.model_batch": 10**6},
+        {"size.encoder_units": [20_000]},
+        {"size.num_critics": 10_000},
+        {"model.dynamics.kind": "my_package.Dynamics"},
+        {"algorithm.name": "my_package.Algorithm"},
+    ],
+)
+def test_which_are_not(changes):
+    assert is_small(config({}), FACTS)
+    assert not is_small(config(changes), FACTS)
+
+
+def test_nor_what_a_configuration_does_not_show():
+    """The width of observations, a simulator, a model from a file."""
     cfg = config({})
-    assert is_small(cfg)
+    assert not is_small(cfg, replace(FACTS, observation_dim=84 * 84 * 4))
+    assert not is_small(compose(["algorithm=shac", "env=pendulum_torchrl"]), FACTS)
     cfg.mode = "extract"
-    assert not is_small(cfg)
-    assert not is_small(config({"algorithm.model_batch": 10**6}))
-    assert not is_small(config({"size.encoder_units": [20_000]}))
+    assert not is_small(cfg, FACTS)
