@@ -7,6 +7,7 @@ many runs compose once for each, mostly from the same files.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -44,8 +45,9 @@ def compose_with_hydra(folder: Path, words: Sequence[str], groups: Collection[st
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(words))
-        choices = tuple(word for word, each in zip(words, parsed, strict=True) if each.key_or_group in groups)
-        settings = [each for each in parsed if each.key_or_group not in groups]
+        chooses = [each.key_or_group in groups and not isinstance(each.value(), dict) for each in parsed]
+        choices = tuple(word for word, choice in zip(words, chooses, strict=True) if choice)
+        settings = [each for each, choice in zip(parsed, chooses, strict=True) if not choice]
         if all(_sets_a_key(each) for each in settings):
             composed = copy.deepcopy(_of_choices(folder, _contents(folder), choices))
             for each in settings:
@@ -60,7 +62,7 @@ def compose_with_hydra(folder: Path, words: Sequence[str], groups: Collection[st
 def _sets_a_key(setting: Override) -> bool:
     """Whether it only sets a key's value; a search path, for example, changes which files are found."""
     usual = setting.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
-    return usual and setting.package is None and setting.key_or_group.partition(".")[0] != "hydra"
+    return usual and setting.package is None and not re.match(r"hydra\b|.*/", setting.key_or_group)
 
 
 def _contents(folder: Path) -> tuple[tuple[str, bytes], ...]:

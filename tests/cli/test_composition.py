@@ -29,6 +29,8 @@ WORDS = [
     ["cluster=l40s", "++cluster.sbatch.reservation=course", "++cluster.sbatch={nice: 5}"],
     ["algorithm.horizon=4", "experiment=dflex_ant_5m_mlp", "env=pendulum"],
     ["run_dir='a=b, c'", "logger.notes=null", "runs_dir=${oc.env:HOME}"],
+    ["env.num_envs=2", "env={num_envs: 3}"],
+    ["model.dynamics.kind=mlp", "model={dynamics: {kind: flow}}", "model=residual"],
     ["~env.num_envs"],
     ["+env.mass=2"],
 ]
@@ -90,7 +92,11 @@ def test_a_changed_profile_of_the_user_is_seen(tmp_path, monkeypatch):
         compose(["cluster=mine"])
 
 
-@pytest.mark.parametrize("words", [["seed=abc"], ["seeed=1"], ["+seed=1"], ["a=[b"], ["model=none"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [["seed=abc"], ["seeed=1"], ["+seed=1"], ["a=[b"], ["model=none"], ["++hydra/job_logging=disabled"]],
+    ids=" ".join,
+)
 def test_mistakes_are_told_by_hydra(words):
     with pytest.raises(HydraException) as expected:
         composition._of_words(configs_dir(), words)
