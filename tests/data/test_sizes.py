@@ -7,7 +7,7 @@ from replay_cases import random_steps
 
 from pwm_torchrl.data import SegmentStore, TrajectoryReplay
 from pwm_torchrl.data.layout import RecordLayout
-from pwm_torchrl.data.segments import held_bytes
+from pwm_torchrl.data.segment_files import held_bytes
 from pwm_torchrl.memory.storage import (
     MOST_SEGMENTS,
     SEGMENTS,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_cases import CLOCKWORK, assert_equal, config, rows_of, run_with, stop_after, weights_of
 
-from pwm_torchrl.data.segments import held_bytes
+from pwm_torchrl.data.segment_files import held_bytes
 from pwm_torchrl.errors import StorageFault
 from pwm_torchrl.memory.storage import replay_disk_bytes, steps_since_checkpoint
 from pwm_torchrl.run.checkpoints import CheckpointStore
