@@ -50,7 +50,7 @@ class Command:
         pipes = [] if terminal is not None else [multiprocessing.Pipe(duplex=False) for _ in range(2)]
         ends = [Connection(os.dup(terminal))] if terminal is not None else [end for _, end in pipes]
         environment = dict(os.environ if env is None else env)
-        self._process = forked(__file__, _become, self.args, str(cwd or Path.cwd()), environment, *ends)
+        self._process = forked(_become, self.args, str(cwd or Path.cwd()), environment, *ends)
         for end in ends:
             end.close()
         self._said = [b""] * 2

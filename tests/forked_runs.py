@@ -22,8 +22,8 @@ def quickly() -> None:
     run_module.write_curves = lambda folder: None  # a picture takes longer than the run
 
 
-def forked(module: str, attempt: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
-    """Start ``attempt(*args)`` of a module of tests, of the file ``module``, in a process."""
+def forked(attempt: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
+    """Start ``attempt(*args)``, a function of a module of tests, in a process."""
     context = multiprocessing.get_context("forkserver")
     # Whichever module of tests needs the server first starts it, for all of them.
     context.set_forkserver_preload(["warm_server"])

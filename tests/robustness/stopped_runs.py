@@ -139,7 +139,7 @@ def run(run_dir: Path, cfg: Config, path: str, phase: str | None = None, signum:
     """An attempt to its end: ``finished`` or ``stopped``."""
     run_dir.mkdir(exist_ok=True)
     save_config(cfg, run_dir)
-    process = forked(__file__, attempt, str(run_dir), path, phase, int(signum))
+    process = forked(attempt, str(run_dir), path, phase, int(signum))
     process.join(240)
     assert process.exitcode in (0, 3), process.exitcode
     return {0: "finished", 3: "stopped"}[process.exitcode]
@@ -157,7 +157,7 @@ def _typed(name: str, words: Sequence[str], said: str, signum: int) -> None:
 
 def run_typed(name: str, words: Sequence[str], said: Path, signum: int = 0) -> int:
     """The exit code of a command, minus the signal if it died of that; what it said is in ``said``."""
-    process = forked(__file__, _typed, name, list(words), str(said), int(signum))
+    process = forked(_typed, name, list(words), str(said), int(signum))
     process.join(240)
     assert process.exitcode is not None
     return process.exitcode

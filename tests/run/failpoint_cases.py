@@ -69,7 +69,7 @@ def attempt(run_dir: str, failpoint: str | None, stop: bool) -> None:
 
 def start(run_dir: Path, failpoint: str | None = None, stop: bool = False) -> multiprocessing.process.BaseProcess:
     """Start an attempt."""
-    return forked(__file__, attempt, str(run_dir), failpoint, stop)
+    return forked(attempt, str(run_dir), failpoint, stop)
 
 
 def run(run_dir: Path, failpoint: str | None = None, stop: bool = False) -> str:
