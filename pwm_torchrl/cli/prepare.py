@@ -91,11 +91,13 @@ def compose_all(words: Sequence[str], composed: Sequence[ComposedRun] = ()) -> l
     if not runs or EVERY_TASK in words:
         runs = [ComposedRun(compose(each), each) for each in expand_tasks(words)]
         refuse_shared_directories(runs)
+    places = set()
     for run in runs:
         finalize(run.config, run.words)
-        with _may_be_set_up(run.config, place_of(run.config)):
+        place = place_of(run.config)
+        with _may_be_set_up(run.config, place):
             require_logging(run.config.logger)
-    places = {place_of(run.config) for run in runs}
+        places.add(place)
     if len(places) > 1:
         raise ConfigurationError(f"One command submits to one place, not to {' and '.join(sorted(places))} at once.")
     return runs

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CUSTOM_TASKS",
-    "EPISODE_STEPS",
     "batch_dm_control",
     "check_dm_control_task",
     "make_brax_env",
@@ -506,9 +505,9 @@ def make_custom_dm_control_env(
     return batch_dm_control(f"{domain}-{task}", load, num_envs, seed, device, action_repeat, episode_length)
 
 
-#: Agent steps per episode; Meta-World's own limit is 500 environment steps.
-EPISODE_STEPS = 100
-_VERSION = "-v3"
+#: Agent steps per episode of Meta-World, whose own limit is 500 environment steps.
+_METAWORLD_STEPS = 100
+_METAWORLD_VERSION = "-v3"
 
 
 def make_metaworld_env(
@@ -551,16 +550,16 @@ def make_metaworld_env(
     """
     check_maker_arguments(num_envs, action_repeat, episode_length)
     classes = import_mujoco_library("metaworld", "metaworld", f"env.task={task}").ALL_V3_ENVIRONMENTS
-    if f"{task}{_VERSION}" not in classes:
-        known = [name.removesuffix(_VERSION) for name in classes]
+    if f"{task}{_METAWORLD_VERSION}" not in classes:
+        known = [name.removesuffix(_METAWORLD_VERSION) for name in classes]
         near = nearest(str(task), known)
         hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}"
         raise ConfigurationError(f"env.task={task!r} is not a task of Meta-World: {hint}")
     from pwm_torchrl.envs.batch import batch_sub_envs
     from pwm_torchrl.envs.gym import MetaWorldSubEnv
 
-    length = episode_length or EPISODE_STEPS
-    make = classes[f"{task}{_VERSION}"]
+    length = episode_length or _METAWORLD_STEPS
+    make = classes[f"{task}{_METAWORLD_VERSION}"]
     return batch_sub_envs(
         [MetaWorldSubEnv(f"mw-{task}", make, action_repeat, length, i, render) for i in range(num_envs)],
         seed=seed,
