@@ -98,6 +98,26 @@ def test_ci_refuses_words_that_it_does_not_know():
     assert "core" in done.stdout
 
 
+@pytest.mark.parametrize(("lint", "tests", "pages"), [(0, 0, 0), (1, 0, 0), (0, 2, 0), (0, 0, 1)])
+def test_ci_fails_where_any_part_does(lint, tests, pages, tmp_path):
+    """Lint ends it at once; pages and tests both come to their end and are both shown."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    programs = {
+        "make": f'case "$*" in *lint*) exit {lint};; esac; echo "7 passed in 1.0s"; exit {tests}',
+        "python": f'case "$1" in -c) exit 0;; esac; sleep 0.2; echo "5 commands"; exit {pages}',
+        "apt-get": "exit 0",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHON": "python"}
+    done = subprocess.run([tmp_path / ".ci" / "run"], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (lint == tests == pages == 0)
+    assert ("[ci] Tests: 7 passed in 1.0s" in done.stdout) == (lint == 0)
+    assert ("[ci] Pages: 5 commands" in done.stdout) == (lint == 0)
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("active", [False, True])
 def test_make_run_ends_with_how_to_activate(active, tmp_path):

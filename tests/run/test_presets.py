@@ -71,8 +71,8 @@ def test_has_the_published_number_of_parameters(size: str, model: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "model"), [*(("5m", model) for model in MODELS), ("48m", "flow_v2")]
-)  # a larger size is the same path with wider layers
+    ("size", "model"), [("5m", "mlp"), ("5m", "flow_v2"), ("48m", "flow_v2")]
+)  # the other sizes and solvers are the same path
 def test_trains_two_epochs_in_micro_batches(size: str, model: str, tmp_path: Path) -> None:
     cfg = compose([preset(size, model), *SMALL, "memory.model_micro_batch=2", *SHORT, f"run_dir={tmp_path}"])
     summary = train(cfg, tmp_path)
