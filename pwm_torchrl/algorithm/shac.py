@@ -41,7 +41,7 @@ __all__ = ["SHAC"]
 class SHAC(PaperPWM):
     """Actor and critic updates; the actor's step the environment.
 
-    ``samples`` are the :class:`~pwm_torchrl.envs.differentiable.Episodes` that the rollouts advance.
+    ``samples`` are the :class:`~pwm_torchrl.envs.differentiable.RunningEpisodes` that the rollouts advance.
     """
 
     simulates = True

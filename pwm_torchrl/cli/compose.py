@@ -44,8 +44,8 @@ from pwm_torchrl.cli.command_line import (
     option_hint,
     unknown_option,
 )
-from pwm_torchrl.cli.composition import compose_with_hydra
 from pwm_torchrl.cli.derived_settings import apply_mode, derive_epochs
+from pwm_torchrl.cli.hydra_cache import compose_with_hydra
 from pwm_torchrl.cli.sweeps import EVERY_TASK, PATH_KEYS, PRETRAINING_PREFIX, SLURM_LIST_KEYS, SWEEP_PATTERN
 from pwm_torchrl.cli.validate import INTEGERS_OF_ENV, read_time, validate
 from pwm_torchrl.config import RENAMED_KEYS, RENAMED_UNITS, Config, in_present_unit, missing_keys

@@ -24,9 +24,9 @@ from pwm_torchrl.errors import ConfigurationError, DivergenceError, EnvironmentF
 
 __all__ = [
     "DifferentiableEnv",
-    "Episodes",
     "PendulumSimulator",
     "RandomStream",
+    "RunningEpisodes",
     "SimulatedEnv",
     "Simulator",
     "check_simulation",
@@ -299,7 +299,7 @@ class DifferentiableEnv(SimulatedEnv):
         return frame
 
 
-class Episodes:
+class RunningEpisodes:
     """Running episodes of a differentiable simulator, which training advances by whole rollouts.
 
     Episodes start at random ages, so that they do not all end at once. An episode ends with the rollout in which it

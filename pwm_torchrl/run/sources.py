@@ -18,7 +18,7 @@ from pwm_torchrl.data import TrajectoryReplay
 from pwm_torchrl.data.episodes import EpisodeStore
 from pwm_torchrl.devices import environment_device, pick_device
 from pwm_torchrl.envs import EnvInfo, env_info, make_env
-from pwm_torchrl.envs.differentiable import Episodes
+from pwm_torchrl.envs.differentiable import RunningEpisodes
 from pwm_torchrl.envs.workers import OpenEnv
 from pwm_torchrl.errors import ConfigurationError
 from pwm_torchrl.memory.storage import steps_since_checkpoint
@@ -50,7 +50,7 @@ class Source(Protocol):
 
     Attributes:
         info (EnvInfo): dimensions and lengths.
-        samples (Samples or Episodes): data that updates sample from, or episodes that they step.
+        samples (Samples or RunningEpisodes): data that updates sample from, or episodes that they step.
         reward_scale (RewardScale, optional): scales the rewards that the model is trained on.
         first_model_updates (int): model updates in the first epoch that has any.
         agent_steps_per_epoch (int): policy decisions in an epoch, summed over environments; 0 without an environment.
@@ -358,7 +358,7 @@ class SimulatedSource:
         progress: Progress,
     ) -> None:
         """Start the episodes."""
-        self.samples = Episodes(self.info.simulator, self.info, device)
+        self.samples = RunningEpisodes(self.info.simulator, self.info, device)
         self.components: dict[str, Any] = {"episodes": self.samples}
 
     def collect(self, row: MetricRow) -> TensorDictBase:

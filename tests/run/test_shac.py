@@ -18,7 +18,7 @@ from pwm_torchrl.algorithm.pwm_paper import PaperPWM
 from pwm_torchrl.algorithm.shac import SHAC
 from pwm_torchrl.config import AlgorithmConfig
 from pwm_torchrl.envs import load_env_state, save_env_state
-from pwm_torchrl.envs.differentiable import Episodes, PendulumSimulator, make_torchrl_pendulum
+from pwm_torchrl.envs.differentiable import PendulumSimulator, RunningEpisodes, make_torchrl_pendulum
 from pwm_torchrl.errors import ConfigurationError, DivergenceError
 from pwm_torchrl.memory.trace import UpdateTracer
 from pwm_torchrl.training import evaluate_run, train
@@ -173,12 +173,12 @@ class TestChoice:
             find_algorithm("pwm_torchrl.errors.said")
 
 
-class TestEpisodes:
+class TestRunningEpisodes:
     def test_a_rollout_is_what_the_environment_does(self):
         """States, returns and ends of training episodes are those of the environment that evaluates policies."""
         env = make_torchrl_pendulum(num_envs=3, seed=5, episode_length=10)
         info = env.pwm_info
-        episodes = Episodes(info.simulator, info, torch.device("cpu"))
+        episodes = RunningEpisodes(info.simulator, info, torch.device("cpu"))
         episodes._age.zero_()
         episodes._whole.fill_(True)
         state = env.reset()
@@ -201,7 +201,7 @@ class TestEpisodes:
 
     def test_rewards_after_a_termination_do_not_count(self):
         info = replace(make_torchrl_pendulum(2).pwm_info, num_envs=2)
-        episodes = Episodes(PendulumSimulator(), info, torch.device("cpu"))
+        episodes = RunningEpisodes(PendulumSimulator(), info, torch.device("cpu"))
         episodes._age.zero_()
         episodes._whole.fill_(True)
         ended = torch.tensor([[False, True, False], [False, False, False]])
@@ -212,7 +212,7 @@ class TestEpisodes:
 
     def test_a_state_that_is_not_finite(self):
         info = make_torchrl_pendulum(2).pwm_info
-        episodes = Episodes(info.simulator, info, torch.device("cpu"))
+        episodes = RunningEpisodes(info.simulator, info, torch.device("cpu"))
         with pytest.raises(DivergenceError, match="pendulum_torchrl"):
             episodes.advance(
                 torch.full((2, 3), torch.nan), torch.zeros(2, 1), torch.zeros(2, 4), torch.zeros(2, 4).bool()

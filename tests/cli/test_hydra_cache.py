@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from pwm_torchrl.choices import configs_dir, group_choices
-from pwm_torchrl.cli import composition
+from pwm_torchrl.cli import hydra_cache
 from pwm_torchrl.cli.compose import compose
-from pwm_torchrl.cli.composition import compose_with_hydra
+from pwm_torchrl.cli.hydra_cache import compose_with_hydra
 from pwm_torchrl.errors import ConfigurationError
 
 WORDS = [
@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 def test_is_what_hydra_composes_of_all_words(words):
-    found, expected = composed(words), composition._of_words(configs_dir(), words)
+    found, expected = composed(words), hydra_cache._of_words(configs_dir(), words)
     assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(expected)
     assert OmegaConf.to_object(found) == OmegaConf.to_object(expected)
     assert OmegaConf.is_struct(found) == OmegaConf.is_struct(expected)
@@ -56,7 +56,7 @@ def test_is_what_hydra_composes_of_all_words(words):
 
 def test_files_are_read_once_for_the_same_choices():
     composed(["model=mlp"])
-    with patch.object(composition, "hydra_compose", side_effect=AssertionError):
+    with patch.object(hydra_cache, "hydra_compose", side_effect=AssertionError):
         assert composed(["seed=3", "model=mlp"]).seed == 3
         with pytest.raises(AssertionError):
             composed(["seed=3", "model=mlp", "size=19m"])
@@ -66,7 +66,7 @@ def test_what_a_caller_changes_is_its_own():
     first = composed(["model=mlp"])
     first.size.units.append(7)
     first.model.dynamics.kind = "flow"
-    assert composed(["model=mlp"]) == composition._of_words(configs_dir(), ["model=mlp"])
+    assert composed(["model=mlp"]) == hydra_cache._of_words(configs_dir(), ["model=mlp"])
 
 
 def test_a_changed_file_is_seen(folder):
@@ -99,7 +99,7 @@ def test_a_changed_profile_of_the_user_is_seen(tmp_path, monkeypatch):
 )
 def test_mistakes_are_told_by_hydra(words):
     with pytest.raises(HydraException) as expected:
-        composition._of_words(configs_dir(), words)
+        hydra_cache._of_words(configs_dir(), words)
     with pytest.raises(HydraException) as found:
         composed(words)
     assert str(found.value) == str(expected.value)
